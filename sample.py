@@ -1,0 +1,262 @@
+"""Sample pictures from model.onnx with ONNX Runtime, on CUDA or a CPU. Nothing here needs torch.
+
+    python sample.py --onnx model.onnx                     # 64 pictures, samples.png
+    python sample.py --onnx model.onnx --steps 50 --eta 0  # 20 times faster, by DDIM
+    python sample.py --onnx model.onnx -n 10000 --dir out  # a PNG each
+
+This file and a model.onnx are all that a machine needs which serves pictures, with numpy, Pillow,
+tqdm and onnxruntime (or onnxruntime-gpu[cuda,cudnn]). The reverse process below is that of ddpm.py,
+line by line, in numpy.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+MEND = 'pip uninstall -y onnxruntime onnxruntime-gpu; pip install "onnxruntime-gpu[cuda,cudnn]"'
+GRID = 256  # the most pictures in one grid
+FRAMES, STRIP = 50, 10  # of the steps, how many the GIF shows, and the strip
+
+# -------------------------------------------------------------------------------- the reverse process
+
+
+def respaced(betas, steps):
+    """A chain of fewer steps through the same noise levels: its betas (steps,), and their t."""
+    tau = np.linspace(len(betas) - 1, 0, steps).round().astype(np.int64)[::-1]
+    alphas_bar = (1 - betas).cumprod()[tau]
+    return 1 - alphas_bar / np.append(1.0, alphas_bar[:-1]), tau
+
+
+def sample_progressive(eps_model, noise, betas, variance="large", steps=None, eta=None):
+    """Algorithm 2 of the paper: yields (t, x_t, x0_hat) from t = T-1 down to t = 0.
+
+    x_t is what the network saw, x0_hat the picture it expects behind it, in [-1, 1]; the last
+    x0_hat is the sample.
+
+    eps_model(x_t, t) -> eps, t (B,) int64. noise() -> the next z, float32 (B, C, H, W).
+    betas: (T,) float64. variance: sigma_t^2 is beta_t if "large", beta-tilde_t if "small".
+    steps: how many of the T to take. eta: None is the paper's step, a number DDIM's eta.
+    """
+    betas, tau = respaced(betas, len(betas) if steps is None else steps)
+    alphas = 1 - betas
+    alphas_bar = alphas.cumprod()
+    alphas_bar_prev = np.append(1.0, alphas_bar[:-1])
+    posterior_variance = (1 - alphas_bar_prev) / (1 - alphas_bar) * betas  # (7)
+    sigma2 = betas if variance == "large" else posterior_variance
+    x = noise()
+    for i in reversed(range(len(betas))):
+        # Python floats, so that float32 pictures stay float32
+        beta, alpha, abar, abar_prev = (
+            float(table[i]) for table in (betas, alphas, alphas_bar, alphas_bar_prev)
+        )
+        eps = eps_model(x, np.full(len(x), tau[i]))
+        x0 = (x - math.sqrt(1 - abar) * eps) / math.sqrt(abar)  # (4)
+        x0 = x0.clip(-1, 1)
+        yield int(tau[i]), x, x0
+        if i == 0:  # no noise in the last step: its mean is x0_hat itself
+            return
+        if eta is None:
+            mean = (
+                math.sqrt(abar_prev) * beta / (1 - abar) * x0
+                + math.sqrt(alpha) * (1 - abar_prev) / (1 - abar) * x
+            )  # (7)
+            sigma = math.sqrt(sigma2[i])
+        else:
+            sigma = eta * math.sqrt(posterior_variance[i])
+            eps = (x - math.sqrt(abar) * x0) / math.sqrt(1 - abar)  # of the clipped x0
+            mean = math.sqrt(abar_prev) * x0 + math.sqrt(1 - abar_prev - sigma**2) * eps
+        x = mean + sigma * noise()
+
+
+def noise_of(seed, first, shape):
+    """A noise() for pictures first, first + 1, ...: shape (B, C, H, W) at each call.
+
+    The noise of picture k comes from (seed, k) alone, so neither -n nor --batch changes a picture.
+    """
+    streams = [np.random.default_rng((seed, first + k)) for k in range(shape[0])]
+    return lambda: np.stack([s.standard_normal(shape[1:], dtype=np.float32) for s in streams])
+
+
+# -------------------------------------------------------------------------------------------- the network
+
+
+class Network:
+    """eps = network(x_t, t) of a model.onnx, for a fixed batch; x_t (batch, C, H, W), t (batch,).
+
+    device: "auto" prefers CUDA, "cuda" insists on it, "cpu". Afterwards `.device` is "cuda" or
+    "cpu", whichever it really runs on; ONNX Runtime itself falls back in silence.
+    """
+
+    def __init__(self, path, batch, device="auto"):
+        self.batch = batch
+        ort.set_default_logger_severity(4)  # that a provider can't load is said below, in one line
+        self.device = "cpu"
+        if device != "cpu" and "CUDAExecutionProvider" in ort.get_available_providers():
+            with contextlib.redirect_stdout(None):
+                ort.preload_dlls()  # finds the CUDA libraries that pip installed
+            options = {"cudnn_conv_algo_search": "HEURISTIC"}
+            self._open(path, ["CUDAExecutionProvider"], [options])
+            if self.session.get_providers()[0] == "CUDAExecutionProvider":
+                self.device = "cuda"
+                try:  # without cuDNN the session opens, but no convolution runs
+                    self._bind()
+                    self(np.zeros(self.shape, np.float32), np.zeros(batch, np.int64))
+                except Exception as error:
+                    self.device, why = "cpu", str(error).splitlines()[0]
+                    print(f"sample.py: CUDA fails: {why}", file=sys.stderr)
+        if device != "cpu" and self.device == "cpu":
+            message = f"sample.py: ONNX Runtime can't run on CUDA here. If there is a GPU:\n  {MEND}"
+            if device == "cuda":
+                sys.exit(message)
+            if shutil.which("nvidia-smi"):
+                print(message, file=sys.stderr)
+        if self.device == "cpu":
+            self._open(path, ["CPUExecutionProvider"], None)
+            self._bind()
+
+    def _open(self, path, providers, options):
+        try:
+            self.session = ort.InferenceSession(path, None, providers, options)
+        except Exception as error:
+            sys.exit(f"sample.py: {path} is no model: {str(error).splitlines()[0]}")
+        self.metadata = self.session.get_modelmeta().custom_metadata_map
+        missing = {"ddpm.betas", "ddpm.variance", "ddpm.image_shape"} - set(self.metadata)
+        if missing:
+            sys.exit(f"sample.py: {path} lacks {', '.join(sorted(missing))}; export.py writes them")
+        self.shape = (self.batch, *json.loads(self.metadata["ddpm.image_shape"]))
+
+    def _bind(self):
+        """Inputs and output at fixed places on the device, used again at every step."""
+        place = self.device, 0
+        self._x = ort.OrtValue.ortvalue_from_shape_and_type(self.shape, np.float32, *place)
+        self._t = ort.OrtValue.ortvalue_from_shape_and_type((self.batch,), np.int64, *place)
+        self._eps = ort.OrtValue.ortvalue_from_shape_and_type(self.shape, np.float32, *place)
+        self._binding = self.session.io_binding()
+        self._binding.bind_ortvalue_input("x_t", self._x)
+        self._binding.bind_ortvalue_input("t", self._t)
+        self._binding.bind_ortvalue_output("eps", self._eps)
+
+    def __call__(self, x, t):
+        self._x.update_inplace(np.ascontiguousarray(x))
+        self._t.update_inplace(t)
+        self.session.run_with_iobinding(self._binding)
+        return self._eps.numpy()
+
+
+# ------------------------------------------------------------------------------------------- pictures
+
+
+def to_pixels(x):
+    """Pictures in [-1, 1], (B, C, H, W), as uint8 (B, H, W, C), rounded."""
+    return ((x.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def to_image(pixels):
+    """uint8 (H, W, C) as a Pillow image, grey or colour."""
+    return Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
+
+
+def grid(pixels, columns=None):
+    """uint8 (B, H, W, C) as one image, in rows of `columns`; small pictures enlarged."""
+    columns = columns or math.ceil(math.sqrt(len(pixels)))
+    pixels = np.pad(
+        pixels, ((0, -len(pixels) % columns), (1, 1), (1, 1), (0, 0)), constant_values=255
+    )
+    _, h, w, c = pixels.shape
+    pixels = pixels.reshape(-1, columns, h, w, c).transpose(0, 2, 1, 3, 4)
+    image = to_image(pixels.reshape(-1, columns * w, c))
+    return ImageOps.scale(image, max(1, 512 // image.width), Image.Resampling.NEAREST)
+
+
+def save_image(path, image, **kwargs):
+    """Save in one step: a file that exists is replaced by a whole one or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    image.save(temporary, **kwargs)
+    os.replace(temporary, path)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def flag(*names, default=None, help="", **kwargs):
+        parser.add_argument(*names, default=default, help=help, **kwargs)
+
+    flag("--onnx", default="model.onnx", help="what export.py wrote [model.onnx]")
+    flag("-n", default=64, type=int, help="number of pictures [64]")
+    flag("--out", default="samples.png", help=f"the grid, of the first {GRID} [samples.png]")
+    flag("--dir", help="folder for each picture as a PNG of its own")
+    flag("--gif", help="file for the reverse process as an animation, of the first batch")
+    flag("--strip", help="file for x_t and x0_hat along the way, of the first eight pictures")
+    flag("--steps", type=int, help="steps of the reverse process, 1..T [T, as in the paper]")
+    flag("--eta", type=float, help="DDIM with this eta, 0 to 1 [the paper's step]")
+    flag("--batch", default=64, type=int, help="pictures at once [64]")
+    flag("--seed", default=0, type=int, help="the same seed, the same pictures [0]")
+    flag("--device", default="auto", choices=("auto", "cuda", "cpu"), help="[auto]")
+    args = parser.parse_args()
+    if args.n < 1 or args.batch < 1 or args.seed < 0:
+        parser.error("-n and --batch must be at least 1, --seed at least 0")
+    if args.eta is not None and not 0 <= args.eta <= 1:
+        parser.error("--eta must be between 0 and 1")
+    if not Path(args.onnx).is_file():
+        sys.exit(f"sample.py: there is no {args.onnx}; python export.py makes one")
+
+    network = Network(args.onnx, min(args.batch, args.n), args.device)
+    betas = np.array(json.loads(network.metadata["ddpm.betas"]))
+    steps = len(betas) if args.steps is None else args.steps
+    if not 1 <= steps <= len(betas):
+        parser.error(f"--steps must be 1..{len(betas)}")
+    variance = network.metadata["ddpm.variance"]
+    print(f"{args.onnx} on {'CUDA' if network.device == 'cuda' else 'the CPU'}, {steps} steps")
+
+    started, shown, frames = time.monotonic(), [], []
+    starts = range(0, args.n, network.batch)
+    bar = tqdm(total=len(starts) * steps, unit="step")
+    for first in starts:  # the last batch may draw more than it keeps: the shape stays the same
+        noise = noise_of(args.seed, first, network.shape)
+        chain = sample_progressive(network, noise, betas, variance, args.steps, args.eta)
+        for i, (_, x, x0) in enumerate(chain):
+            wanted = i == steps - 1 or i * FRAMES // steps > (i - 1) * FRAMES // steps
+            if first == 0 and wanted and (args.gif or args.strip):
+                frames.append((to_pixels(x), to_pixels(x0)))
+            bar.update()
+        pixels = to_pixels(x0[: args.n - first])
+        if len(shown) < GRID:
+            shown.extend(pixels[: GRID - len(shown)])
+        if args.dir:
+            for k, picture in enumerate(pixels, first):
+                save_image(Path(args.dir) / f"{k:06d}.png", to_image(picture))
+    bar.close()
+
+    save_image(args.out, grid(np.stack(shown)))
+    if args.gif:
+        images = [grid(x) for x, _ in frames] + [grid(frames[-1][1])]
+        duration = [60] * (len(images) - 1) + [2000]  # milliseconds
+        save_image(
+            args.gif, images[0], save_all=True, append_images=images[1:], duration=duration, loop=0
+        )
+    if args.strip:  # two rows a picture, x_t above x0_hat
+        chosen = [frames[i] for i in np.linspace(0, len(frames) - 1, STRIP).round().astype(int)]
+        rows = np.stack([np.stack(pair) for pair in chosen], 2)  # (2, B, STRIP, H, W, C)
+        rows = rows[:, :8].swapaxes(0, 1)
+        save_image(args.strip, grid(rows.reshape(-1, *rows.shape[3:]), STRIP))
+    seconds = time.monotonic() - started
+    print(f"{args.out}: {args.n} pictures, {seconds:.1f} s, {seconds / args.n:.2f} s each")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,383 @@
+"""Train a DDPM: pictures in, run/checkpoint.pt out.
+
+    python train.py                       # a built-in demo, a few minutes on a laptop's CPU
+    python train.py --data ./images       # the paper's CIFAR-10 run, on your pictures
+    python train.py --data ./images --base-channels 64 --steps 50000    # a smaller one
+
+The same command run again goes on where it stopped. Beside the checkpoint it leaves log.csv (a row
+a step) and preview-STEP.png: samples of the averaged (EMA) network, always from the same noise.
+"""
+
+import argparse
+import copy
+import csv
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps
+from tqdm import tqdm
+
+from ddpm import Diffusion, UNet, cosine_betas, linear_betas
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+PREVIEW, PREVIEW_STEPS = 36, 50  # pictures in a preview, and of the T steps how many it takes
+
+# ------------------------------------------------------------------------------------------- pictures
+
+
+def read_picture(path, size):
+    """One picture file as uint8 (C, size, size), its centre square; C is 1 for grey, 3 for colour."""
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        grey = image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
+        if image.mode == "F" or image.mode.startswith("I"):  # 16 bits: Pillow would cut, not scale
+            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
+        if image.has_transparency_data:  # on white: under alpha lie colours that nobody has seen
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("L" if grey else "RGB")
+        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+        return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
+
+
+def read_folder(folder, size, channels=None):
+    """All pictures under a folder, in the order of their paths: uint8 (N, C, size, size)."""
+    if not Path(folder).is_dir():
+        sys.exit(f"train.py: --data {folder}: there is no such folder")
+    paths = sorted(
+        path
+        for path in Path(folder).rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+    def read(path):
+        try:
+            return read_picture(path, size)
+        except Exception as error:  # whatever is wrong with one file, the others are trained on
+            return f"{path}: {error}"
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        read_all = pool.map(read, paths)
+        pictures = list(tqdm(read_all, "reading", len(paths), unit=" pictures", leave=False))
+    broken = [picture for picture in pictures if isinstance(picture, str)]
+    pictures = [picture for picture in pictures if not isinstance(picture, str)]
+    if broken:
+        print(f"left out {len(broken)} of {len(paths)} files that can't be read, the first ones:")
+        print("\n".join(f"  {line}" for line in broken[:3]))
+    if not pictures:
+        sys.exit(f"train.py: --data {folder}: no picture that can be read ({' '.join(SUFFIXES)})")
+    if channels is None:
+        channels = max(len(picture) for picture in pictures)
+    return torch.from_numpy(np.stack([to_channels(picture, channels) for picture in pictures]))
+
+
+def to_channels(picture, channels):
+    """uint8 (C, H, W), grey or colour, as (channels, H, W)."""
+    if len(picture) == channels:
+        return picture
+    if channels == 3:
+        return picture.repeat(3, 0)
+    return np.asarray(Image.fromarray(picture.transpose(1, 2, 0)).convert("L"))[None]
+
+
+# The demo: pictures so simple that a function can say whether a sample is right (test_ddpm.py has
+# it), and a network and a length that learn them on two CPU cores in under four minutes.
+DEMO = dict(image_size=16, base_channels=32, channel_mults=[1, 2, 2], attention_resolutions=[8],
+            dropout=0.0, batch=64, lr=1e-3, steps=1000)  # fmt: skip
+DEMO_GROUND = (255, 255, 255)
+DEMO_COLOURS = [(214, 40, 57), (244, 162, 28), (42, 157, 80), (38, 99, 214)]
+DEMO_SHAPES = ["square", "disc", "triangle"]
+
+
+def demo_picture(shape, colour, left, top, side):
+    """A square, disc or triangle, side pixels wide, on a white ground: uint8 (3, 16, 16)."""
+    image = Image.new("RGB", (16, 16), DEMO_GROUND)
+    box = (left, top, left + side - 1, top + side - 1)
+    draw = ImageDraw.Draw(image)
+    if shape == "square":
+        draw.rectangle(box, colour)
+    elif shape == "disc":
+        draw.ellipse(box, colour)
+    else:
+        foot = top + side - 1
+        draw.polygon([(left, foot), (left + side - 1, foot), (left + side // 2 - 0.5, top)], colour)
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def demo_pictures(n=4096):
+    """n pictures of one shape each, at random: uint8 (n, 3, 16, 16)."""
+    random = np.random.default_rng(0)
+    pictures = []
+    for _ in range(n):
+        side = random.integers(7, 11)
+        left, top = random.integers(1, 16 - side, 2)
+        shape, colour = random.choice(DEMO_SHAPES), DEMO_COLOURS[random.integers(len(DEMO_COLOURS))]
+        pictures.append(demo_picture(shape, colour, int(left), int(top), int(side)))
+    return torch.from_numpy(np.stack(pictures))
+
+
+# ------------------------------------------------------------------------------------------- training
+
+
+def learning_rate(step, lr, warmup):
+    """Linear from 0 over `warmup` steps, then constant (appendix B)."""
+    return lr * min(1.0, (step + 1) / max(1, warmup))
+
+
+def ema_decay(step, decay):
+    """A short run must not average in its random start: the decay grows to the paper's 0.9999."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+def seed_of(seed, step):
+    """Randomness is counted, not carried: all that step draws comes from (seed, step) alone."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
+
+
+def has_bfloat16(device):
+    """Whether the device computes in bfloat16 itself; where it is emulated, it only costs time."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def save_grid(x, path):
+    """Pictures (B, C, H, W) in [-1, 1] as one PNG, in rows as long as there are rows, enlarged."""
+    x = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
+    columns = math.ceil(math.sqrt(len(x)))
+    x = np.pad(x, ((0, -len(x) % columns), (0, 0), (1, 1), (1, 1)), constant_values=255)
+    x = x.reshape(-1, columns, *x.shape[1:]).transpose(0, 3, 1, 4, 2)
+    x = x.reshape(x.shape[0] * x.shape[1], x.shape[2] * x.shape[3], -1)
+    image = Image.fromarray(x.squeeze(-1) if x.shape[-1] == 1 else x)
+    ImageOps.scale(image, max(1, 512 // image.width), Image.Resampling.NEAREST).save(path)
+
+
+def save_whole(path, write):
+    """Let write(temporary path) make a file, then put it at path in one step or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def flag(name, default, help, **kwargs):
+        text = "" if default is None or default is False else f" [{default}]"
+        parser.add_argument(name, default=default, help=help + text.replace("%", "%%"), **kwargs)
+
+    flag("--data", None, "folder of pictures, read with its sub-folders [the built-in demo]")
+    flag("--out", "run", "folder for checkpoint.pt, log.csv and the previews")
+    flag("--image-size", 32, "pixels; pictures are cropped to a square and resized", type=int)
+    flag("--channels", None, "1 grey, 3 colour [as found]", type=int, choices=(1, 3))
+    flag("--base-channels", 128, "width of the U-Net's first level", type=int)
+    flag("--channel-mults", [1, 2, 2, 2], "width of each level over the first", type=int, nargs="+")
+    flag("--num-res-blocks", 2, "residual blocks per level", type=int)
+    flag("--attention-resolutions", [16], "sizes in pixels with attention", type=int, nargs="*")
+    flag("--dropout", 0.1, "share of activations dropped", type=float)
+    flag("--schedule", "linear", "the betas, T = 1000", choices=("linear", "cosine"))
+    flag("--variance", "large", "sigma_t^2: beta_t or beta-tilde_t", choices=("large", "small"))
+    flag("--batch", 128, "pictures per step", type=int)
+    flag("--lr", 2e-4, "learning rate of Adam", type=float)
+    flag("--warmup", None, "steps until lr is reached [min(5000, steps / 20)]", type=int)
+    flag("--steps", 800_000, "length of the training", type=int)
+    flag("--ema", 0.9999, "decay of the averaged weights", type=float)
+    flag("--no-flip", False, "don't mirror pictures at random", action="store_true")
+    flag("--seed", 0, "of all that is random", type=int)
+    flag("--device", "auto", "auto, cpu, cuda or cuda:1")
+    flag("--no-amp", False, "float32 where bfloat16 would be used", action="store_true")
+    flag("--preview-every", None, "steps [so that it takes under 5 %% of the time]", type=int)
+    flag("--save-minutes", 5.0, "minutes between checkpoints", type=float)
+    args = parser.parse_args()
+    if args.data is None:  # what the command line doesn't say, the demo does
+        parser.set_defaults(**DEMO)
+        args = parser.parse_args()
+    return args
+
+
+def main():
+    args = arguments()
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    amp = has_bfloat16(device) and not args.no_amp
+    torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
+
+    if args.data is None:
+        images = demo_pictures()
+    else:
+        images = read_folder(args.data, args.image_size, args.channels)
+
+    # -- the configuration: all that another program, or this one when it resumes, must know
+    betas = linear_betas() if args.schedule == "linear" else cosine_betas()
+    warmup = min(5000, args.steps // 20) if args.warmup is None else args.warmup
+    config = {
+        "model": {
+            "image_size": args.image_size,
+            "in_channels": images.shape[1],
+            "base_channels": args.base_channels,
+            "channel_mults": args.channel_mults,
+            "num_res_blocks": args.num_res_blocks,
+            "attention_resolutions": args.attention_resolutions,
+            "dropout": args.dropout,
+        },
+        "diffusion": {"betas": betas.tolist(), "variance": args.variance},
+        "train": {
+            "data": args.data and str(Path(args.data).resolve().name),
+            "pictures": len(images),
+            "batch": args.batch,
+            "lr": args.lr,
+            "warmup": warmup,
+            "ema": args.ema,
+            "flip": not args.no_flip,
+            "seed": args.seed,
+        },
+    }
+
+    torch.manual_seed(args.seed)
+    diffusion = Diffusion(betas.to(device), args.variance)
+    model = UNet(**config["model"]).to(device)
+    if device.type == "cuda":
+        model = model.to(memory_format=torch.channels_last)  # on a CPU it is slower
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+
+    # -- resume
+    checkpoint_path, log_path = out / "checkpoint.pt", out / "log.csv"
+    start = 0
+    if checkpoint_path.exists():
+        checkpoint = torch.load(checkpoint_path, map_location=device, weights_only=True)
+        refuse_other_run(checkpoint["config"], config, out)
+        start = checkpoint["step"]
+        model.load_state_dict(checkpoint["model"])
+        ema.load_state_dict(checkpoint["ema"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    log = open_log(log_path, start)
+
+    def save(step):
+        state = {
+            "config": config,
+            "step": step,
+            "model": model.state_dict(),
+            "ema": ema.state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }
+        save_whole(checkpoint_path, lambda path: torch.save(state, path))
+        log.flush()
+
+    def preview(step):
+        shape = (PREVIEW, *images.shape[1:])
+        noise = torch.Generator(device).manual_seed(args.seed)
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            x0 = diffusion.sample(ema, shape, PREVIEW_STEPS, generator=noise, device=device)
+        save_grid(x0, out / f"preview-{step:07d}.png")
+
+    # A forward pass is a third of a training step, so a preview is as long as this many steps:
+    preview_cost = PREVIEW * PREVIEW_STEPS / (3 * args.batch)
+    preview_every = args.preview_every or max(math.ceil(25 * preview_cost), args.steps // 100)
+
+    # -- Ctrl-C and SIGTERM finish the step, save and leave
+    stop = []
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda number, _: stop.append(number))
+
+    size = sum(p.numel() for p in model.parameters())
+    print(f"pictures {len(images):,} of {images.shape[1]}x{args.image_size}x{args.image_size}")
+    print(f"network  {size:,} parameters on {device}, {'bfloat16' if amp else 'float32'}")
+    print(f"steps    {start:,} to {args.steps:,}, a preview each {preview_every:,}")
+    on_device = images.nbytes < 2e9  # few are moved once, many batch by batch
+    if on_device:
+        images = images.to(device)
+
+    # -- Algorithm 1
+    model.train()
+    parameters, averages = list(model.parameters()), list(ema.parameters())
+    saved, mean_loss = time.monotonic(), None
+    bar = tqdm(total=args.steps, initial=start, unit="step", smoothing=0.05)
+    for step in range(start, args.steps):
+        torch.manual_seed(seed_of(args.seed, step))
+        index = torch.randint(len(images), (args.batch,), device=images.device)
+        x0 = images[index].to(device).float() / 127.5 - 1
+        if not args.no_flip:
+            flip = torch.rand(args.batch, 1, 1, 1, device=device) < 0.5
+            x0 = torch.where(flip, x0.flip(3), x0)
+
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            loss = diffusion.loss(model, x0)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            bar.close()
+            sys.exit(
+                f"train.py: the loss at step {step} is not finite; {checkpoint_path} is as it was.\n"
+                "Try a lower --lr or a longer --warmup, or --no-amp."
+            )
+        lr = learning_rate(step, args.lr, warmup)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        torch._foreach_lerp_(averages, parameters, 1 - ema_decay(step, args.ema))
+
+        done = step + 1
+        log.write(f"{done},{loss.item():.6g},{norm.item():.6g},{lr:.6g}\n")
+        mean_loss = loss.item() if mean_loss is None else 0.98 * mean_loss + 0.02 * loss.item()
+        rate = bar.format_dict["rate"] or 0
+        bar.set_postfix_str(f"loss {mean_loss:.4f}, {rate * args.batch:.0f} pictures/s", False)
+        bar.update()
+        if done % preview_every == 0 or done == args.steps:
+            preview(done)
+        if stop or done == args.steps or time.monotonic() - saved > 60 * args.save_minutes:
+            save(done)
+            saved = time.monotonic()
+        if stop:
+            bar.close()
+            print(f"stopped at step {done:,}; to go on:\n  python {shlex.join(sys.argv)}")
+            return
+    bar.close()
+    print(f"done, {checkpoint_path}; next:\n  python export.py --checkpoint {checkpoint_path}")
+
+
+def refuse_other_run(old, new, out):
+    """A folder holds one run. What differs is named; a longer training is the same run."""
+    different = [
+        f"{key} was {old[part].get(key)}, now {value}"
+        for part in new
+        for key, value in new[part].items()
+        if old[part].get(key) != value and key not in ("warmup", "betas")
+    ]
+    if old["diffusion"]["betas"] != new["diffusion"]["betas"]:
+        different.append("schedule")
+    if different:
+        sys.exit(f"train.py: {out} holds another run: {'; '.join(different)}. Choose another --out.")
+
+
+def open_log(path, start):
+    """log.csv, with the rows of the steps done; what a killed run wrote after them is dropped."""
+    rows = []
+    if start and path.exists():
+        with open(path, newline="") as file:
+            rows = [row for row in list(csv.reader(file))[1:] if int(row[0]) <= start]
+    log = open(path, "w")
+    log.write("step,loss,grad_norm,lr\n")
+    log.writelines(",".join(row) + "\n" for row in rows)
+    return log
+
+
+if __name__ == "__main__":
+    main()
