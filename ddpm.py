@@ -43,7 +43,7 @@ def cosine_betas(T=1000):
     return (1 - alphas_bar[1:] / alphas_bar[:-1]).clamp(max=0.999)
 
 
-# -------------------------------------------------------------------------------- forward and reverse
+# ------------------------------------------------------------------------------ forward and reverse
 
 
 def _at(table, t):
@@ -63,7 +63,7 @@ class Diffusion:
 
     def __init__(self, betas, variance="large"):
         betas = torch.as_tensor(betas, dtype=torch.float64)
-        if betas.ndim != 1 or not len(betas) or not ((0 < betas) & (betas < 1)).all():
+        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
             raise ValueError("betas must be a 1-d list of numbers between 0 and 1")
         if variance not in ("large", "small"):
             raise ValueError(f'variance must be "large" or "small", not {variance!r}')
@@ -79,7 +79,7 @@ class Diffusion:
         self.sigma2 = (betas if variance == "large" else self.posterior_variance).clone()
         self.sigma2[0] = self.posterior_variance[1] if self.T > 1 else betas[0]
 
-    # ------------------------------------------------------------------ q, the forward process
+    # ----------------------------------------------------------------------- q, the forward process
 
     def q_sample(self, x0, t, noise):
         """x_t ~ q(x_t | x_0) (4): sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise. All (B, C, H, W)."""
@@ -98,7 +98,7 @@ class Diffusion:
         )
         return mean, _at(self.posterior_variance, t)
 
-    # --------------------------------------------------------------------- training, Algorithm 1
+    # ------------------------------------------------------------------------ training, Algorithm 1
 
     def loss(self, model, x0, t=None, noise=None, weighting="simple"):
         """L_simple (14): the mean squared error of the predicted noise. A scalar to minimise.
@@ -120,7 +120,7 @@ class Diffusion:
             raise ValueError(f'weighting must be "simple" or "vlb", not {weighting!r}')
         return error.mean()
 
-    # --------------------------------------------------------------------- sampling, Algorithm 2
+    # ------------------------------------------------------------------------ sampling, Algorithm 2
 
     def respaced(self, steps):
         """A chain of fewer steps through the same noise levels: (Diffusion with T = steps, tau).
@@ -174,20 +174,18 @@ class Diffusion:
                 abar, abar_prev = chain.alphas_bar, chain.alphas_bar_prev
                 sigma2 = eta**2 * chain.posterior_variance
                 eps = (x - _at(abar.sqrt(), t) * x0) / _at((1 - abar).sqrt(), t)  # of the clipped
-                mean = (
-                    _at(abar_prev.sqrt(), t) * x0 + _at((1 - abar_prev - sigma2).sqrt(), t) * eps
-                )
+                mean = _at(abar_prev.sqrt(), t) * x0 + _at((1 - abar_prev - sigma2).sqrt(), t) * eps
                 sigma = _at(sigma2.sqrt(), t)
             x = mean + sigma * noise()
 
     def sample(self, *args, **kwargs):
         """The picture at the end of `sample_progressive`, with its arguments: (B, C, H, W)."""
-        for _, _, x0 in self.sample_progressive(*args, **kwargs):
-            pass
+        for _, _, x0_hat in self.sample_progressive(*args, **kwargs):
+            x0 = x0_hat
         return x0
 
 
-# ---------------------------------------------------------------------------------------- the network
+# -------------------------------------------------------------------------------------- the network
 
 
 def timestep_embedding(t, dim):
@@ -264,7 +262,7 @@ class UNet(nn.Module):
     The defaults are the CIFAR-10 network, 35,746,307 parameters; image_size=256, channel_mults=(1,
     1, 2, 2, 4, 4), dropout=0 the 256x256 one, 113,673,219.
 
-    image_size: height and width in pixels, a multiple of 2^(levels - 1); levels = len(channel_mults).
+    image_size: height and width in pixels, a multiple of 2^(number of levels - 1).
     in_channels: 1 grey, 3 colour. base_channels: width of the first level, a multiple of 4.
     channel_mults: width of each level over base_channels; between two levels the size halves.
     attention_resolutions: the sizes in pixels whose blocks end in attention; the middle always has.

@@ -1,6 +1,6 @@
 """Export the averaged (EMA) network of a checkpoint as one ONNX file, all that sample.py needs.
 
-    python export.py                                                  # run/checkpoint.pt -> model.onnx
+    python export.py                                # run/checkpoint.pt to model.onnx
     python export.py --checkpoint run/checkpoint.pt --onnx model.onnx
 
 Inputs x_t float32 (batch, C, H, W) and t int64 (batch,), output eps float32 (batch, C, H, W); the
@@ -26,9 +26,8 @@ from ddpm import Diffusion, UNet
 OPSET = 20  # what ONNX Runtime has kernels for, on the CPU, CUDA and in the browser
 TOLERANCE = 1e-4  # the largest difference from torch, of noise that is about N(0, 1)
 
-# The exporter's own form of these two leaves nodes that ONNX Runtime's CUDA provider hands to the CPU
-# (GroupNormalization has no kernel at all, attention reads its scale from a shape). These forms have
-# only nodes that every provider computes.
+# The exporter's own forms of these two leave nodes that ONNX Runtime's CUDA provider hands to the
+# CPU: GroupNormalization has no kernel at all, and attention reads its scale from a shape.
 
 
 def group_norm(x, num_groups: int, weight, bias, eps: float = 1e-5, cudnn_enabled: bool = True):
@@ -54,7 +53,8 @@ def attention(q, k, v, attn_mask=None, dropout_p: float = 0.0, is_causal: bool =
 def to_onnx(model):
     """The network as an onnx.ModelProto with a dynamic batch and no trace of this machine in it."""
     c, size = model.conv_in.in_channels, model.image_size
-    example = (torch.zeros(2, c, size, size), torch.zeros(2, dtype=torch.int64))  # 1 would be baked in
+    # A batch of two: one of 1 would be baked in.
+    example = (torch.zeros(2, c, size, size), torch.zeros(2, dtype=torch.int64))
     batch = torch.export.Dim("batch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -132,9 +132,7 @@ def main():
         onnx.save(proto, temporary)
         worst = largest_difference(temporary, model, diffusion.T)
         if not worst < TOLERANCE:
-            sys.exit(
-                f"export.py: eps differs from torch's by {worst:.1e}, over {TOLERANCE:.0e}: not written"
-            )
+            sys.exit(f"export.py: eps differs from torch's by {worst:.1e}; {path} is not written")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

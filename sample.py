@@ -28,7 +28,7 @@ MEND = 'pip uninstall -y onnxruntime onnxruntime-gpu; pip install "onnxruntime-g
 GRID = 256  # the most pictures in one grid
 FRAMES, STRIP = 50, 10  # of the steps, how many the GIF shows, and the strip
 
-# -------------------------------------------------------------------------------- the reverse process
+# ------------------------------------------------------------------------------ the reverse process
 
 
 def respaced(betas, steps):
@@ -88,7 +88,7 @@ def noise_of(seed, first, shape):
     return lambda: np.stack([s.standard_normal(shape[1:], dtype=np.float32) for s in streams])
 
 
-# -------------------------------------------------------------------------------------------- the network
+# -------------------------------------------------------------------------------------- the network
 
 
 class Network:
@@ -116,7 +116,7 @@ class Network:
                     self.device, why = "cpu", str(error).splitlines()[0]
                     print(f"sample.py: CUDA fails: {why}", file=sys.stderr)
         if device != "cpu" and self.device == "cpu":
-            message = f"sample.py: ONNX Runtime can't run on CUDA here. If there is a GPU:\n  {MEND}"
+            message = f"sample.py: ONNX Runtime can't use CUDA here. If there is a GPU:\n  {MEND}"
             if device == "cuda":
                 sys.exit(message)
             if shutil.which("nvidia-smi"):
@@ -154,7 +154,7 @@ class Network:
         return self._eps.numpy()
 
 
-# ------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
 def to_pixels(x):

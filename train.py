@@ -30,11 +30,11 @@ from ddpm import Diffusion, UNet, cosine_betas, linear_betas
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 PREVIEW, PREVIEW_STEPS = 36, 50  # pictures in a preview, and of the T steps how many it takes
 
-# ------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
 def read_picture(path, size):
-    """One picture file as uint8 (C, size, size), its centre square; C is 1 for grey, 3 for colour."""
+    """One picture file as uint8 (C, size, size), its centre square. C: 1 grey, 3 colour."""
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
         grey = image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
@@ -126,7 +126,7 @@ def demo_pictures(n=4096):
     return torch.from_numpy(np.stack(pictures))
 
 
-# ------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 
 
 def learning_rate(step, lr, warmup):
@@ -311,6 +311,7 @@ def main():
     saved, mean_loss = time.monotonic(), None
     bar = tqdm(total=args.steps, initial=start, unit="step", smoothing=0.05)
     for step in range(start, args.steps):
+        done = step + 1
         torch.manual_seed(seed_of(args.seed, step))
         index = torch.randint(len(images), (args.batch,), device=images.device)
         x0 = images[index].to(device).float() / 127.5 - 1
@@ -326,7 +327,7 @@ def main():
         if not (math.isfinite(loss) and math.isfinite(norm)):
             bar.close()
             sys.exit(
-                f"train.py: the loss at step {step} is not finite; {checkpoint_path} is as it was.\n"
+                f"train.py: the loss of step {done} is not finite, {checkpoint_path} is as it was. "
                 "Try a lower --lr or a longer --warmup, or --no-amp."
             )
         lr = learning_rate(step, args.lr, warmup)
@@ -334,7 +335,6 @@ def main():
         optimizer.step()
         torch._foreach_lerp_(averages, parameters, 1 - ema_decay(step, args.ema))
 
-        done = step + 1
         log.write(f"{done},{loss.item():.6g},{norm.item():.6g},{lr:.6g}\n")
         mean_loss = loss.item() if mean_loss is None else 0.98 * mean_loss + 0.02 * loss.item()
         rate = bar.format_dict["rate"] or 0
@@ -364,7 +364,7 @@ def refuse_other_run(old, new, out):
     if old["diffusion"]["betas"] != new["diffusion"]["betas"]:
         different.append("schedule")
     if different:
-        sys.exit(f"train.py: {out} holds another run: {'; '.join(different)}. Choose another --out.")
+        sys.exit(f"train.py: {out} holds another run: {'; '.join(different)}. Use another --out.")
 
 
 def open_log(path, start):
@@ -373,7 +373,7 @@ def open_log(path, start):
     if start and path.exists():
         with open(path, newline="") as file:
             rows = [row for row in list(csv.reader(file))[1:] if int(row[0]) <= start]
-    log = open(path, "w")
+    log = open(path, "w")  # noqa: SIM115, it stays open as long as the training lasts
     log.write("step,loss,grad_norm,lr\n")
     log.writelines(",".join(row) + "\n" for row in rows)
     return log

@@ -1,0 +1,801 @@
+"""The proof that ddpm.py is the paper, and that the programs do what they say.
+
+pytest                # under three minutes on two cores
+pytest -m slow        # the built-in demo, trained in full and judged: some minutes
+"""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from PIL import Image
+
+import export
+import sample
+import train
+from ddpm import Diffusion, UNet, cosine_betas, linear_betas, timestep_embedding
+
+HERE = Path(__file__).parent
+PAPER = Diffusion(linear_betas())
+VARIANCES = ("large", "small")
+TINY = "--image-size 8 --base-channels 8 --channel-mults 1 2 --num-res-blocks 1 --batch 8"
+TINY = TINY.split()
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(a, b, tolerance=1e-6):
+    a, b = (torch.as_tensor(v, dtype=torch.float64) for v in (a, b))
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# ------------------------------------------------------------------------------------- the schedule
+
+
+def test_linear_schedule_has_the_papers_numbers():
+    d = PAPER
+    assert d.T == 1000 and d.betas.dtype == torch.float64
+    close(d.betas[[0, -1]], [1e-4, 0.02], 1e-15)
+    close(d.alphas_bar[[0, 1]], [0.9999, 0.9997800920720721], 1e-15)
+    assert d.alphas_bar[999].item() == pytest.approx(4.035829765375676e-05, rel=1e-12)
+    close(d.posterior_variance[[0, 1, 2]] * 1e5, [0, 5.45318766, 8.54891152], 1e-8)
+    assert d.posterior_variance[999].item() == pytest.approx(0.01999998352656061, rel=1e-12)
+    assert math.log(d.sigma2[0]) == pytest.approx(-9.81672513529567, rel=1e-10)  # the next one's
+    assert (1 / d.alphas_bar[999]).sqrt().item() == pytest.approx(157.41046, rel=1e-7)
+
+
+def test_posterior_coefficients_have_the_papers_numbers():
+    one, zero = torch.ones(2, 1, 1, 1), torch.zeros(2, 1, 1, 1)
+    t = torch.tensor([0, 999])
+    of_x0, _ = PAPER.q_posterior(one, zero, t)
+    of_xt, _ = PAPER.q_posterior(zero, one, t)
+    assert of_x0.flatten().tolist() == pytest.approx([1, 1.28351487e-04], rel=1e-6)
+    assert of_xt.flatten().tolist() == pytest.approx([0, 0.98994868], rel=1e-6)
+
+
+def test_x_T_is_as_good_as_noise():
+    for betas in (linear_betas(), cosine_betas()):
+        assert Diffusion(betas).alphas_bar[-1].sqrt() < 0.01
+
+
+def test_cosine_schedule_is_a_squared_cosine():
+    abar = Diffusion(cosine_betas(1000)).alphas_bar
+    f = [math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(1001)]
+    close(abar[:990], [f[t + 1] / f[0] for t in range(990)], 1e-12)
+    assert cosine_betas().max() == 0.999
+
+
+@pytest.mark.parametrize("betas", [[], [0.1, 1.0], [0.0, 0.1], [[0.1]], [0.1, float("nan")]])
+def test_impossible_betas_are_refused(betas):
+    with pytest.raises(ValueError, match="betas"):
+        Diffusion(betas)
+
+
+def test_unknown_words_are_refused():
+    with pytest.raises(ValueError, match="variance"):
+        Diffusion(linear_betas(), "medium")
+    with pytest.raises(ValueError, match="weighting"):
+        PAPER.loss(lambda x, t: x, torch.zeros(1, 1, 2, 2), weighting="none")
+    with pytest.raises(ValueError, match="steps"):
+        PAPER.respaced(0)
+
+
+# ------------------------------------------------------------------------------ the forward process
+
+
+def test_closed_form_is_the_iterated_step():
+    """(4) against (2): x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) z, over all t, in moments."""
+    mean, variance = 1.0, 0.0
+    for t in range(PAPER.T):
+        mean *= math.sqrt(1 - PAPER.betas[t])
+        variance = (1 - PAPER.betas[t].item()) * variance + PAPER.betas[t].item()
+        x0, noise = torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+        at_t = torch.tensor([t])
+        close(PAPER.q_sample(x0, at_t, 0 * noise).item(), mean)
+        close(PAPER.q_sample(0 * x0, at_t, noise).item() ** 2, variance)
+
+
+def test_closed_form_is_the_iterated_step_in_samples():
+    g = torch.Generator().manual_seed(0)
+    n, t = 200_000, 50
+    x = torch.full((n,), 0.7, dtype=torch.float64)
+    for s in range(t + 1):
+        z = torch.randn(n, generator=g, dtype=torch.float64)
+        x = (1 - PAPER.betas[s]).sqrt() * x + PAPER.betas[s].sqrt() * z
+    x0, times = torch.full((n, 1, 1, 1), 0.7), torch.full((n,), t)
+    y = PAPER.q_sample(x0, times, torch.randn(n, 1, 1, 1, generator=g)).flatten()
+    for moment in (torch.mean, torch.std):
+        assert abs(moment(x) - moment(y)) < 5 * y.std() / math.sqrt(n)
+
+
+def test_predict_x0_undoes_q_sample():
+    t = torch.tensor([0, 10, 500, 999])
+    x0, noise = randn(4, 3, 4, 4).clamp(-1, 1), randn(4, 3, 4, 4, seed=1)
+    x_t = PAPER.q_sample(x0, t, noise)
+    torch.testing.assert_close(PAPER.predict_x0(x_t, t, noise), x0, rtol=0, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------ the posterior
+
+
+def test_posterior_is_bayes_rule():
+    """q(x_{t-1} | x_t, x_0) ~ q(x_t | x_{t-1}) q(x_{t-1} | x_0): two Gaussians in x_{t-1}."""
+    t = torch.tensor([1, 2, 400, 999])
+    x0, x_t = randn(4, 1, 2, 2), randn(4, 1, 2, 2, seed=1)
+    mean, variance = PAPER.q_posterior(x0, x_t, t)
+    for b, s in enumerate(t.tolist()):
+        alpha, beta = PAPER.alphas[s], PAPER.betas[s]
+        abar_prev = PAPER.alphas[:s].prod()
+        likelihood, prior = alpha / beta, 1 / (1 - abar_prev)  # precisions
+        assert variance[b].item() == pytest.approx(1 / (likelihood + prior).item(), rel=1e-6)
+        weighted = likelihood * x_t[b] / alpha.sqrt() + prior * abar_prev.sqrt() * x0[b]
+        close(mean[b], weighted / (likelihood + prior), 1e-5)
+
+
+def test_algorithm_2_is_the_posterior_mean_of_the_unclipped_x0():
+    t = torch.tensor([0, 1, 10, 500, 999])
+    x_t, eps = randn(5, 3, 4, 4), randn(5, 3, 4, 4, seed=1)
+    ours, _ = PAPER.q_posterior(PAPER.predict_x0(x_t, t, eps), x_t, t)
+    beta, alpha, abar = (
+        table[t].view(-1, 1, 1, 1) for table in (PAPER.betas, PAPER.alphas, PAPER.alphas_bar)
+    )
+    theirs = (x_t - beta / (1 - abar).sqrt() * eps) / alpha.sqrt()
+    close(ours, theirs, 2e-5)
+
+
+# ----------------------------------------------------------------------------------------- the loss
+
+
+def test_loss_is_the_mean_squared_error_of_the_noise():
+    x0, noise, t = randn(4, 3, 8, 8), randn(4, 3, 8, 8, seed=1), torch.tensor([0, 5, 500, 999])
+    seen = []
+
+    def model(x_t, t):
+        seen.append((x_t, t))
+        return 0.5 * x_t
+
+    loss = PAPER.loss(model, x0, t, noise)
+    x_t = PAPER.q_sample(x0, t, noise)
+    assert torch.equal(seen[0][0], x_t) and torch.equal(seen[0][1], t)
+    close(loss, ((noise - 0.5 * x_t) ** 2).mean())
+
+
+def test_loss_draws_every_t_and_unit_noise():
+    seen = []
+    torch.manual_seed(0)
+    d = Diffusion(linear_betas(4))
+    x0 = torch.zeros(4000, 1, 2, 2)
+    loss = d.loss(lambda x_t, t: seen.append((x_t, t)) or torch.zeros_like(x_t), x0)
+    x_t, t = seen[0]
+    assert set(t.tolist()) == {0, 1, 2, 3}  # the last one too
+    assert loss.item() == pytest.approx(1, abs=0.05)  # E|eps|^2 per pixel
+    assert x_t[t == 3].var() == pytest.approx(1 - d.alphas_bar[3].item(), rel=0.1)
+
+
+def test_vlb_weights_have_the_papers_numbers():
+    for t, weight in ((0, 0.50005), (1, 0.27269), (999, 0.010204)):
+        x0, noise = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+        loss = PAPER.loss(lambda x, t: 0 * x, x0, torch.tensor([t]), noise, weighting="vlb")
+        if t == 0:  # the first with sigma^2 = beta_1, where sigma2[0] is the decoder's
+            loss = loss * PAPER.sigma2[0] / PAPER.betas[0]
+        assert loss.item() == pytest.approx(weight, rel=1e-4)
+
+
+def test_forward_process_stays_float32_under_autocast():
+    """In bfloat16 1 - abar_t is 0 for t < 10: the network would be asked for noise not there."""
+    x0, noise, t = torch.zeros(10, 1, 2, 2), torch.ones(10, 1, 2, 2), torch.arange(10)
+    seen = []
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = PAPER.loss(lambda x, t: seen.append(x) or x.bfloat16(), x0, t, noise)
+    assert loss.dtype == seen[0].dtype == torch.float32
+    close(seen[0][:, 0, 0, 0] ** 2, 1 - PAPER.alphas_bar[:10])
+
+
+# ------------------------------------------------------------------------------------- the samplers
+
+
+def oracle(x0, diffusion=PAPER):
+    """The network that knows x_0: eps = (x_t - sqrt(abar_t) x_0) / sqrt(1 - abar_t)."""
+
+    def model(x_t, t):
+        abar = diffusion.alphas_bar[t].view(-1, 1, 1, 1)
+        return ((x_t - abar.sqrt() * x0) / (1 - abar).sqrt()).float()
+
+    return model
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("steps, eta", [(None, None), (7, None), (1, None), (20, 0.0), (20, 1.0)])
+def test_sampling_with_an_oracle_returns_its_picture(variance, steps, eta):
+    x0 = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    out = Diffusion(linear_betas(), variance).sample(oracle(x0), x0.shape, steps, eta)
+    torch.testing.assert_close(out, x0, rtol=0, atol=1e-4)
+
+
+def wobbly(x_t, t):
+    """A stand-in for a network, in torch and numpy: nonlinear in x_t, different for each t."""
+    return x_t / (0.5 + abs(x_t)) + float(t[0]) / 1000
+
+
+def noises(n, shape):
+    return iter(randn(n, *shape))
+
+
+CHAINS = [(None, None), (1000, None), (50, None), (1, None), (50, 0.0), (50, 0.7), (20, 1.0)]
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("steps, eta", CHAINS)
+def test_numpy_sampler_is_the_torch_sampler(variance, steps, eta):
+    shape, betas = (2, 3, 4, 4), linear_betas()
+    ours, theirs = noises(1000, shape), noises(1000, shape)
+    torch_chain = Diffusion(betas, variance).sample_progressive(
+        wobbly, shape, steps, eta, noise=lambda: next(ours)
+    )
+    numpy_chain = sample.sample_progressive(
+        wobbly, lambda: next(theirs).numpy(), betas.numpy(), variance, steps, eta
+    )
+    n = 0
+    for (t, x, x0), (t_, x_, x0_) in zip(torch_chain, numpy_chain, strict=True):
+        assert t == t_ and x_.dtype == x0_.dtype == np.float32
+        np.testing.assert_allclose(x_, x, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(x0_, x0, rtol=0, atol=1e-5)
+        n += 1
+    assert t == (999 if steps == 1 else 0)
+    assert n == (steps or 1000)
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_strided_chain_of_all_steps_is_the_plain_chain(variance):
+    d = Diffusion(linear_betas(), variance)
+    chain, tau = d.respaced(1000)
+    assert tau == list(range(1000))
+    for name in ("betas", "alphas_bar", "posterior_variance", "sigma2"):
+        torch.testing.assert_close(getattr(chain, name), getattr(d, name), rtol=1e-9, atol=1e-15)
+
+
+def test_strided_chain_passes_the_same_noise_levels():
+    chain, tau = PAPER.respaced(10)
+    assert tau == [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]
+    close(chain.alphas_bar, PAPER.alphas_bar[tau], 1e-14)
+
+
+def test_ddim_with_eta_1_is_the_small_ancestral_step():
+    d, shape = Diffusion(linear_betas(), "small"), (2, 1, 4, 4)
+    ours, theirs = noises(100, shape), noises(100, shape)
+    a = d.sample(wobbly, shape, 100, noise=lambda: next(ours))
+    b = d.sample(wobbly, shape, 100, eta=1.0, noise=lambda: next(theirs))
+    torch.testing.assert_close(a, b, rtol=0, atol=2e-4)
+
+
+def test_sampler_clips_x0_and_adds_no_noise_at_the_end():
+    steps = list(PAPER.sample_progressive(lambda x, t: -x, (1, 1, 2, 2), 10))
+    assert all(x0.abs().max() <= 1 for _, _, x0 in steps)
+    unclipped = list(PAPER.sample_progressive(lambda x, t: -x, (1, 1, 2, 2), 10, clip=False))
+    assert unclipped[0][2].abs().max() > 1
+    drawn = []
+    PAPER.sample(wobbly, (1, 1, 2, 2), 10, noise=lambda: drawn.append(0) or randn(1, 1, 2, 2))
+    assert len(drawn) == 10  # x_T and one for each step but the last
+
+
+def test_generator_fixes_the_samples():
+    g = lambda: torch.Generator().manual_seed(5)  # noqa: E731
+    a, b = (PAPER.sample(wobbly, (1, 1, 4, 4), 5, generator=g()) for _ in range(2))
+    assert torch.equal(a, b)
+
+
+# -------------------------------------------------------------------------------------- the network
+
+
+def parameters(**kwargs):
+    with torch.device("meta"):
+        return sum(p.numel() for p in UNet(**kwargs).parameters())
+
+
+def test_parameter_counts_of_the_paper():
+    assert parameters() == 35_746_307
+    assert parameters(image_size=256, channel_mults=(1, 1, 2, 2, 4, 4)) == 113_673_219
+
+
+def small_unet(**kwargs):
+    torch.manual_seed(0)
+    settings = dict(image_size=8, base_channels=8, channel_mults=(1, 2), num_res_blocks=1,
+                    attention_resolutions=(4,), dropout=0.5)  # fmt: skip
+    model = UNet(**(settings | kwargs)).eval()
+    with torch.no_grad():  # the near-zero layers would hide what the others do
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def test_timestep_embedding_is_sines_then_cosines():
+    ours = timestep_embedding(torch.tensor([0, 7, 999]), 8)
+    for row, t in zip(ours, (0, 7, 999), strict=True):
+        angles = [t * 10000 ** (-i / 3) for i in range(4)]
+        close(row, [math.sin(a) for a in angles] + [math.cos(a) for a in angles], 2e-5)
+
+
+def test_attention_stands_where_the_paper_has_it():
+    model = UNet(base_channels=4)
+    down, middle, up = (
+        ["a" if isinstance(m.attention, torch.nn.Module) and hasattr(m.attention, "q") else "-"
+         for m in part if hasattr(m, "attention")]
+        for part in (model.down, model.middle, model.up)
+    )  # fmt: skip
+    assert "".join(down) == "--aa----" and "".join(middle) == "a-"
+    assert "".join(up) == "------aaa---"
+
+
+def test_group_norms_are_the_papers():
+    for base, groups in ((128, 32), (256, 32), (64, 16), (32, 8), (16, 4), (12, 1), (4, 1)):
+        norms = [m for m in UNet(base_channels=base).modules() if isinstance(m, torch.nn.GroupNorm)]
+        assert {m.num_groups for m in norms} == {groups} and {m.eps for m in norms} == {1e-6}
+
+
+def test_stride_2_is_padded_right_and_below():
+    model = small_unet()
+    down = next(m for m in model.down if type(m).__name__ == "Downsample")
+    x = randn(1, 8, 8, 8)
+    y = down(x)
+    assert y.shape == (1, 8, 4, 4)
+    w, b = down.conv.weight, down.conv.bias
+    close(y[0, :, 1, 2], (w * x[0, :, 2:5, 4:7]).sum((1, 2, 3)) + b, 1e-5)  # starts at 2 i, 2 j
+    close(y[0, :, 3, 3], (w[:, :, :2, :2] * x[0, :, 6:, 6:]).sum((1, 2, 3)) + b, 1e-5)
+
+
+def test_attention_is_softmax_of_scaled_products():
+    attention = small_unet().middle[0].attention
+    x = randn(1, 16, 2, 3)
+    h = attention.norm(x)[0].reshape(16, 6).T
+    q, k, v = attention.q(h), attention.k(h), attention.v(h)
+    weights = torch.softmax(q @ k.T / math.sqrt(16), dim=1)
+    close(attention(x), x + attention.out(weights @ v).T.reshape(1, 16, 2, 3), 1e-5)
+
+
+def test_new_network_predicts_almost_nothing_and_glorot_elsewhere():
+    torch.manual_seed(0)
+    model = UNet(base_channels=32)
+    assert model(randn(2, 3, 32, 32), torch.tensor([0, 999])).abs().max() < 1e-3
+    w = model.down[0].conv1.weight  # uniform in +- sqrt(6 / (fan_in + fan_out))
+    assert w.abs().max().item() == pytest.approx(math.sqrt(6 / (2 * 32 * 9)), rel=0.01)
+    near_zero = [m for m in model.modules() if hasattr(m, "weight") and m.weight.abs().max() < 1e-4]
+    blocks = sum(type(m).__name__ == "ResBlock" for m in model.modules())
+    attentions = sum(type(m).__name__ == "Attention" for m in model.modules())
+    assert len(near_zero) == blocks + attentions + 1
+    assert all(not m.bias.any() for m in near_zero)
+
+
+def test_dropout_is_off_in_eval_and_on_in_training():
+    model, x, t = small_unet(), randn(2, 3, 8, 8), torch.tensor([3, 900])
+    assert torch.equal(model(x, t), model(x, t))
+    model.train()
+    assert not torch.equal(model(x, t), model(x, t))
+
+
+def test_time_and_every_parameter_matter():
+    model, x = small_unet(), randn(2, 3, 8, 8)
+    a, b = (model(x, torch.tensor([t, t])) for t in (10, 500))
+    assert (a - b).abs().max() > 1e-3
+    a.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("channels, base", [(1, 4), (1, 24), (3, 12), (3, 36)])
+def test_grey_and_narrow_networks(channels, base):
+    model = small_unet(in_channels=channels, base_channels=base)
+    x = randn(3, channels, 8, 8)
+    assert model(x, torch.zeros(3, dtype=torch.int64)).shape == x.shape
+
+
+def test_wrong_sizes_are_named():
+    with pytest.raises(ValueError, match="image_size must be a multiple of 8"):
+        UNet(image_size=28)
+    with pytest.raises(ValueError, match="base_channels must be a multiple of 4"):
+        UNet(base_channels=30)
+    with pytest.raises(ValueError, match="multiples of 2"):
+        small_unet()(torch.zeros(1, 3, 8, 7), torch.tensor([0]))
+
+
+# ----------------------------------------------------------------------------------------- training
+
+
+def python(*args, cwd, code=0, **kwargs):
+    """Run a program of the project as a user would; returns what it printed."""
+    args = [str(a) for a in args]
+    if args[0].endswith(".py"):
+        args[0] = str(HERE / args[0])
+    done = subprocess.run(
+        [sys.executable, *args], cwd=cwd, capture_output=True, text=True, timeout=170, **kwargs
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stderr + done.stdout
+
+
+def checkpoint(folder):
+    return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
+
+
+def test_learning_rate_and_ema_ramp():
+    assert [train.learning_rate(s, 2e-4, 4) for s in (0, 1, 3, 9)] == [5e-5, 1e-4, 2e-4, 2e-4]
+    assert train.learning_rate(0, 1.0, 0) == 1.0
+    assert train.ema_decay(0, 0.9999) == 0.1 and train.ema_decay(90, 0.9999) == 0.91
+    assert train.ema_decay(10**6, 0.9999) == 0.9999
+
+
+def test_randomness_is_of_seed_and_step():
+    seeds = {train.seed_of(seed, step) for seed in range(3) for step in range(1000)}
+    assert len(seeds) == 3000 and train.seed_of(0, 5) == train.seed_of(0, 5)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder as people have them: twelve pictures, nested, of many modes, and some others."""
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "deep" / "er").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for k in range(8):
+        pixels = random.integers(0, 256, (12, 9, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{k}.png")
+    image = Image.new("RGB", (20, 10), "red")
+    image.save(folder / "deep" / "LOUD.JPG")
+    image.convert("CMYK").save(folder / "deep" / "er" / "print.jpeg")
+    image.convert("P").save(folder / "deep" / "palette.gif")
+    image.convert("L").save(folder / "deep" / "grey.webp")
+    (folder / "deep" / "note.txt").write_text("not a picture")
+    (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:60])
+    (folder / ".hidden.png").write_bytes((folder / "0.png").read_bytes())
+    return folder
+
+
+def test_folder_is_read_as_found(pictures, capsys):
+    images = train.read_folder(pictures, 8)
+    assert images.shape == (12, 3, 8, 8) and images.dtype == torch.uint8
+    said = capsys.readouterr().out
+    assert "left out 1 of 13" in said and "broken.png" in said
+    assert train.read_folder(pictures, 8, channels=1).shape == (12, 1, 8, 8)
+    assert torch.equal(images, train.read_folder(pictures, 8))
+
+
+def test_grey_folder_is_one_channel(tmp_path):
+    Image.new("L", (28, 28), 7).save(tmp_path / "a.png")
+    Image.new("1", (28, 28), 1).save(tmp_path / "b.png")
+    images = train.read_folder(tmp_path, 8)
+    assert images.shape == (2, 1, 8, 8) and (images[0] == 7).all() and (images[1] == 255).all()
+
+
+def read_saved(tmp_path, image, name="x.png", size=4, **kwargs):
+    image.save(tmp_path / name, **kwargs)
+    return train.read_picture(tmp_path / name, size)
+
+
+def test_transparency_is_white(tmp_path):
+    clear_red = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    assert (read_saved(tmp_path, clear_red) == 255).all()
+    assert (read_saved(tmp_path, Image.new("LA", (4, 4), (0, 0))) == 255).all()
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([255, 0, 0])
+    assert (read_saved(tmp_path, palette, transparency=0) == 255).all()
+
+
+def test_sixteen_bits_are_scaled_and_not_cut(tmp_path):
+    ramp = np.linspace(0, 65535, 16).reshape(4, 4).astype(np.uint16)
+    ours = read_saved(tmp_path, Image.fromarray(ramp))
+    assert ours.shape == (1, 4, 4)
+    np.testing.assert_array_equal(ours[0], (ramp / 257).round().astype(np.uint8))
+
+
+def test_pictures_are_turned_and_cut_to_the_centre(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    half = Image.new("L", (4, 4), 0)
+    half.paste(255, (0, 0, 4, 2))
+    ours = read_saved(tmp_path, half, exif=exif)[0]
+    assert (ours[:2] == 0).all() and (ours[2:] == 255).all()
+    wide = Image.new("L", (12, 4), 0)
+    wide.paste(255, (4, 0, 8, 4))
+    assert (read_saved(tmp_path, wide) == 255).all()
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, pictures):
+    """The three commands on a tiny setting, in a folder of their own."""
+    folder = tmp_path_factory.mktemp("work")
+    said = [python("train.py", "--data", pictures, *TINY, "--steps", 12, cwd=folder)]
+    said.append(python("export.py", cwd=folder))
+    said.append(python("sample.py", "--onnx", "model.onnx", "-n", 5, "--steps", 20, cwd=folder))
+    return folder, said
+
+
+def test_three_commands_from_folder_to_pictures(trained):
+    folder, (train_said, export_said, sample_said) = trained
+    assert train_said.rstrip().endswith("python export.py --checkpoint run/checkpoint.pt")
+    assert export_said.rstrip().endswith("python sample.py --onnx model.onnx")
+    assert "on the CPU" in sample_said or "on CUDA" in sample_said
+    assert {p.name for p in folder.iterdir()} == {"run", "model.onnx", "samples.png"}
+    assert {p.name for p in (folder / "run").iterdir()} == {
+        "checkpoint.pt", "log.csv", "preview-0000012.png"}  # fmt: skip
+    picture = np.asarray(Image.open(folder / "samples.png"))
+    assert picture.ndim == 3 and picture.std() > 10
+    log = (folder / "run" / "log.csv").read_text().splitlines()
+    assert log[0] == "step,loss,grad_norm,lr" and len(log) == 13
+    assert log[1].startswith("1,") and log[-1].startswith("12,")
+
+
+def test_checkpoint_describes_itself(trained):
+    state = checkpoint(trained[0] / "run")
+    assert set(state) == {"config", "step", "model", "ema", "optimizer"} and state["step"] == 12
+    model = UNet(**state["config"]["model"])
+    model.load_state_dict(state["model"])
+    model.load_state_dict(state["ema"])
+    d = Diffusion(**state["config"]["diffusion"])
+    assert torch.equal(d.betas, linear_betas()) and d.variance == "large"
+
+
+def test_resumed_run_is_the_uninterrupted_run(trained, pictures, tmp_path):
+    """To the bit, on a CPU: stopped after 5 steps by a signal-free shorter run, then continued."""
+    common = ["train.py", "--data", pictures, *TINY, "--warmup", 0]
+    python(*common, "--steps", 12, "--out", "whole", cwd=tmp_path)
+    python(*common, "--steps", 5, "--out", "parts", cwd=tmp_path)
+    with open(tmp_path / "parts" / "log.csv", "a") as log:
+        log.write("6,0,0,0\n")  # what a killed run may have logged after its checkpoint
+    python(*common, "--steps", 12, "--out", "parts", cwd=tmp_path)
+    whole, parts = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts")
+    for part in ("model", "ema"):
+        assert all(torch.equal(whole[part][k], parts[part][k]) for k in whole[part])
+    logs = [(tmp_path / name / "log.csv").read_text() for name in ("whole", "parts")]
+    assert logs[0] == logs[1]
+    again = python(*common, "--steps", 12, "--out", "parts", cwd=tmp_path)
+    assert "done" in again and checkpoint(tmp_path / "parts")["step"] == 12
+
+
+def test_ema_is_the_hand_calculation(pictures, tmp_path):
+    """One step from the seeded start: ema = 0.1 start + 0.9 after, by the ramp."""
+    python("train.py", "--data", pictures, *TINY, "--steps", 1, cwd=tmp_path)
+    state = checkpoint(tmp_path / "run")
+    torch.manual_seed(0)
+    start = UNet(**state["config"]["model"]).state_dict()
+    for name, value in state["ema"].items():
+        close(value, 0.1 * start[name] + 0.9 * state["model"][name], 1e-7)
+    assert any(not torch.equal(start[k], state["model"][k]) for k in start)
+
+
+def test_another_run_is_not_overwritten(trained, pictures):
+    folder, _ = trained
+    before = (folder / "run" / "checkpoint.pt").read_bytes()
+    other = ["--data", pictures, *TINY, "--steps", 20, "--base-channels", 12, "--seed", 3]
+    said = python("train.py", *other, cwd=folder, code=1)
+    assert "base_channels was 8, now 12" in said and "seed was 0, now 3" in said
+    assert (folder / "run" / "checkpoint.pt").read_bytes() == before
+
+
+def test_sigterm_saves_and_says_how_to_go_on(pictures, tmp_path):
+    args = [sys.executable, HERE / "train.py", "--data", pictures, *TINY, "--steps", "100000"]
+    run = subprocess.Popen(
+        args, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.time() + 60
+    log = tmp_path / "run" / "log.csv"
+    while time.time() < deadline and not (log.exists() and log.stat().st_size):
+        time.sleep(0.2)
+    time.sleep(1)
+    run.send_signal(signal.SIGTERM)
+    said, _ = run.communicate(timeout=60)
+    assert run.returncode == 0 and "to go on" in said
+    step = checkpoint(tmp_path / "run")["step"]
+    assert step > 0 and f"stopped at step {step:,}" in said
+    assert (tmp_path / "run" / "log.csv").read_text().splitlines()[-1].startswith(f"{step},")
+
+
+def test_loss_that_is_not_finite_stops_before_anything_is_written(pictures, tmp_path):
+    said = python("train.py", "--data", pictures, *TINY, "--steps", 50, "--lr", 1e30, "--warmup", 0,
+                  cwd=tmp_path, code=1)  # fmt: skip
+    assert "is not finite" in said and "--lr" in said
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_missing_and_empty_folders_are_one_line(tmp_path):
+    assert "no such folder" in python("train.py", "--data", "none", cwd=tmp_path, code=1)
+    (tmp_path / "empty").mkdir()
+    assert "no picture" in python("train.py", "--data", "empty", cwd=tmp_path, code=1)
+
+
+def test_preview_grid_has_every_picture(tmp_path):
+    x = torch.linspace(-1, 1, 5)[:, None, None, None].expand(5, 1, 4, 4)
+    train.save_grid(x, tmp_path / "grid.png")
+    picture = np.asarray(Image.open(tmp_path / "grid.png"))
+    scale = picture.shape[1] // 18
+    tiles = picture[3 * scale :: 6 * scale, 3 * scale :: 6 * scale]
+    assert tiles.tolist() == [[0, 64, 128], [191, 255, 255]]  # the sixth is left white
+    pixels = sample.to_pixels(x.numpy())
+    assert np.array_equal(np.asarray(sample.grid(pixels)), picture)  # both programs draw alike
+
+
+# ------------------------------------------------------------------------------------------- export
+
+
+def test_onnx_file_is_what_it_promises(trained):
+    path = trained[0] / "model.onnx"
+    proto = onnx.load(path)
+    onnx.checker.check_model(proto, full_check=True)
+    assert [(o.domain, o.version) for o in proto.opset_import if not o.domain] == [("", 20)]
+    inputs = {i.name: i.type.tensor_type for i in proto.graph.input}
+    assert set(inputs) == {"x_t", "t"} and [o.name for o in proto.graph.output] == ["eps"]
+    assert inputs["x_t"].elem_type == onnx.TensorProto.FLOAT
+    assert inputs["t"].elem_type == onnx.TensorProto.INT64
+    for tensor in (inputs["x_t"], inputs["t"], proto.graph.output[0].type.tensor_type):
+        assert tensor.shape.dim[0].dim_param == "batch"
+    assert [d.dim_value for d in inputs["x_t"].shape.dim[1:]] == [3, 8, 8]
+    assert not list(trained[0].glob("model.onnx?*"))  # no .data beside it
+
+
+def test_onnx_file_has_no_node_that_cuda_leaves_to_the_cpu(trained):
+    ops = {node.op_type for node in onnx.load(trained[0] / "model.onnx").graph.node}
+    assert "LayerNormalization" in ops and "Softmax" in ops
+    assert not ops & {"Shape", "Gather", "Slice", "GroupNormalization", "InstanceNormalization"}
+
+
+def test_onnx_file_tells_nothing_of_the_machine(trained):
+    content = (trained[0] / "model.onnx").read_bytes()
+    for trace in (b"site-packages", str(HERE).encode(), b"ddpm.py", b"stack_trace"):
+        assert trace not in content
+
+
+def test_onnx_metadata_is_the_schedule(trained):
+    metadata = {p.key: p.value for p in onnx.load(trained[0] / "model.onnx").metadata_props}
+    assert json.loads(metadata["ddpm.betas"]) == linear_betas().tolist()
+    assert metadata["ddpm.variance"] == "large" and metadata["ddpm.step"] == "12"
+    assert json.loads(metadata["ddpm.image_shape"]) == [3, 8, 8] and metadata["ddpm.source"]
+
+
+def test_onnx_file_is_the_averaged_network(trained):
+    folder, _ = trained
+    state = checkpoint(folder / "run")
+    network = UNet(**state["config"]["model"]).eval()
+    session = ort.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    x, t = randn(5, 3, 8, 8), torch.tensor([0, 1, 2, 500, 999])
+    (eps,) = session.run(["eps"], {"x_t": x.numpy(), "t": t.numpy()})
+    with torch.no_grad():
+        network.load_state_dict(state["ema"])
+        np.testing.assert_allclose(eps, network(x, t), rtol=0, atol=1e-5)
+        network.load_state_dict(state["model"])
+        assert np.abs(eps - network(x, t).numpy()).max() > 1e-4
+
+
+def test_export_that_differs_from_torch_leaves_no_file(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "largest_difference", lambda *_: 1e-3)
+    out = tmp_path / "model.onnx"
+    source = str(trained[0] / "run" / "checkpoint.pt")
+    argv = ["export.py", "--checkpoint", source, "--onnx", str(out)]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit, match="differs"):
+        export.main()
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_finds_a_wrong_network(trained):
+    """largest_difference is a measurement: other weights are told from the right ones."""
+    folder, _ = trained
+    state = checkpoint(folder / "run")
+    network = UNet(**state["config"]["model"]).eval()
+    network.load_state_dict(state["ema"])
+    assert export.largest_difference(folder / "model.onnx", network, 1000) < 1e-5
+    network.load_state_dict(state["model"])
+    assert export.largest_difference(folder / "model.onnx", network, 1000) > 1e-4
+
+
+def test_export_without_checkpoint_is_one_line(tmp_path):
+    assert "python train.py makes one" in python("export.py", cwd=tmp_path, code=1)
+
+
+# ----------------------------------------------------------------------------------------- sampling
+
+
+NO_TORCH = """
+import importlib.abc, runpy, sys
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "onnx", "onnxscript", "ddpm", "train", "export"):
+            raise ImportError(f"{name} must not be imported here")
+sys.meta_path.insert(0, Refuse())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_sampling_needs_no_torch(trained):
+    args = "--onnx model.onnx -n 2 --steps 3 --out apart/s.png".split()
+    python("-c", NO_TORCH, HERE / "sample.py", *args, cwd=trained[0])
+    assert (trained[0] / "apart" / "s.png").is_file()
+    with pytest.raises(AssertionError, match="must not be imported"):
+        python("-c", NO_TORCH, HERE / "export.py", cwd=trained[0])
+
+
+def draw(trained, tmp_path, *args):
+    python("sample.py", "--onnx", trained[0] / "model.onnx", "--steps", 5, "--dir", "each", *args,
+           cwd=tmp_path)  # fmt: skip
+    return [np.asarray(Image.open(p)).astype(int) for p in sorted((tmp_path / "each").iterdir())]
+
+
+def test_seed_fixes_each_picture_at_any_batch_and_n(trained, tmp_path):
+    folders = [tmp_path / str(k) for k in range(4)]
+    [folder.mkdir() for folder in folders]
+    a = draw(trained, folders[0], "-n", 7, "--batch", 7)
+    b = draw(trained, folders[1], "-n", 7, "--batch", 3)
+    c = draw(trained, folders[2], "-n", 2)
+    d = draw(trained, folders[3], "-n", 2, "--seed", 1)
+    assert (len(a), len(b), len(c)) == (7, 7, 2)
+    assert max(np.abs(x - y).max() for x, y in zip(a, b, strict=True)) <= 1  # rounding at most
+    assert all(np.abs(x - y).max() <= 1 for x, y in zip(a, c, strict=False))
+    assert all(np.abs(x - y).max() > 30 for x, y in zip(c, d, strict=True))
+    assert np.abs(a[0] - a[1]).max() > 30
+    again = draw(trained, folders[0], "-n", 7, "--batch", 7)
+    assert all(np.array_equal(x, y) for x, y in zip(a, again, strict=True))
+
+
+def test_sampling_program_runs_the_torch_sampler(trained, tmp_path):
+    """From the seed to the pixels: sample.py against ddpm.py with the EMA weights."""
+    pixels = draw(trained, tmp_path, "-n", 2)
+    state = checkpoint(trained[0] / "run")
+    network = UNet(**state["config"]["model"]).eval()
+    network.load_state_dict(state["ema"])
+    noise = sample.noise_of(0, 0, (2, 3, 8, 8))
+    x0 = PAPER.sample(network, (2, 3, 8, 8), 5, noise=lambda: torch.from_numpy(noise()))
+    expected = ((x0 + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
+    assert max(np.abs(p - e).max() for p, e in zip(pixels, expected, strict=True)) <= 1
+
+
+def test_gif_and_strip(trained, tmp_path):
+    draw(trained, tmp_path, "-n", 3, "--gif", "a/x.gif", "--strip", "a/x.png", "--steps", 30)
+    with Image.open(tmp_path / "a" / "x.gif") as gif:
+        assert gif.n_frames == 31
+    strip = np.asarray(Image.open(tmp_path / "a" / "x.png"))
+    assert strip.shape[0] / strip.shape[1] == pytest.approx(6 / sample.STRIP)  # 3 pictures, 2 rows
+
+
+def test_noise_is_standard_normal():
+    noise = sample.noise_of(0, 0, (100, 1, 10, 10))
+    first, second = noise(), noise()
+    assert first.dtype == np.float32 and not np.array_equal(first, second)
+    assert abs(first.mean()) < 0.05 and abs(first.std() - 1) < 0.05
+    assert np.abs(np.corrcoef(first.reshape(100, -1)) - np.eye(100)).max() < 0.6
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+def test_asking_for_cuda_where_there_is_none_is_an_error_with_its_mend(trained):
+    said = python("sample.py", "--device", "cuda", "--onnx", "model.onnx", cwd=trained[0], code=1)
+    assert 'pip install "onnxruntime-gpu[cuda,cudnn]"' in said
+
+
+def test_foreign_and_broken_models_are_one_line(trained, tmp_path):
+    assert "export.py makes one" in python("sample.py", cwd=tmp_path, code=1)
+    whole = (trained[0] / "model.onnx").read_bytes()
+    (tmp_path / "model.onnx").write_bytes(whole[: len(whole) // 2])
+    assert "is no model" in python("sample.py", cwd=tmp_path, code=1)
+    proto = onnx.load_from_string(whole)
+    del proto.metadata_props[:]
+    onnx.save(proto, tmp_path / "model.onnx")
+    assert "lacks ddpm.betas" in python("sample.py", cwd=tmp_path, code=1)
+
+
+@pytest.mark.parametrize("flags", ["-n 0", "--eta 2", "--steps 0", "--steps 1001", "--seed -1"])
+def test_impossible_flags_are_refused(trained, flags):
+    args = ["sample.py", "--onnx", "model.onnx", *flags.split()]
+    assert "must be" in python(*args, cwd=trained[0], code=2)
+
+
+@pytest.mark.parametrize("program", ["train", "export", "sample"])
+def test_help_has_an_example_and_the_defaults(program, tmp_path):
+    said = python(f"{program}.py", "--help", cwd=tmp_path)
+    assert f"python {program}.py" in said and "[" in said
