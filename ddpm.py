@@ -130,7 +130,7 @@ class Diffusion:
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps must be 1..{self.T}, not {steps}")
-        tau = torch.linspace(self.T - 1, 0, steps, dtype=torch.float64).round().long().flip(0)
+        tau = (self.T - 1 - torch.arange(steps) * (self.T - 1) // max(1, steps - 1)).flip(0)
         abar = self.alphas_bar.cpu()[tau]
         betas = 1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])
         return Diffusion(betas.to(self.betas.device), self.variance), tau.tolist()

@@ -33,7 +33,8 @@ FRAMES, STRIP = 50, 10  # of the steps, how many the GIF shows, and the strip
 
 def respaced(betas, steps):
     """A chain of fewer steps through the same noise levels: its betas (steps,), and their t."""
-    tau = np.linspace(len(betas) - 1, 0, steps).round().astype(np.int64)[::-1]
+    T = len(betas)
+    tau = (T - 1 - np.arange(steps) * (T - 1) // max(1, steps - 1))[::-1]
     alphas_bar = (1 - betas).cumprod()[tau]
     return 1 - alphas_bar / np.append(1.0, alphas_bar[:-1]), tau
 

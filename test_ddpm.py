@@ -269,6 +269,10 @@ def test_strided_chain_passes_the_same_noise_levels():
     chain, tau = PAPER.respaced(10)
     assert tau == [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]
     close(chain.alphas_bar, PAPER.alphas_bar[tau], 1e-14)
+    for steps in range(1, 1001):
+        tau = PAPER.respaced(steps)[1]
+        assert tau[-1] == 999 and len(set(tau)) == steps and (steps == 1 or tau[0] == 0)
+        assert tau == sample.respaced(linear_betas().numpy(), steps)[1].tolist()
 
 
 def test_ddim_with_eta_1_is_the_small_ancestral_step():
