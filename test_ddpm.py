@@ -312,15 +312,83 @@ def test_parameter_counts_of_the_paper():
     assert parameters(image_size=256, channel_mults=(1, 1, 2, 2, 4, 4)) == 113_673_219
 
 
-def small_unet(**kwargs):
+def small_unet(jitter=0.1, **kwargs):
     torch.manual_seed(0)
     settings = dict(image_size=8, base_channels=8, channel_mults=(1, 2), num_res_blocks=1,
                     attention_resolutions=(4,), dropout=0.5)  # fmt: skip
     model = UNet(**(settings | kwargs)).eval()
     with torch.no_grad():  # the near-zero layers would hide what the others do
         for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
+            p.add_(jitter * torch.randn_like(p))
     return model
+
+
+def diffusers_state(model):
+    """Our state_dict under the names of diffusers' UNet2DModel."""
+
+    def level_names(part, theirs, resampler):
+        level, j = 0, 0
+        for i, block in enumerate(part):
+            if hasattr(block, "norm1"):
+                yield f"{i}.attention", f"{theirs}.{level}.attentions.{j}"
+                yield f"{i}", f"{theirs}.{level}.resnets.{j}"
+                j += 1
+            else:
+                yield f"{i}", f"{theirs}.{level}.{resampler}.0"
+                level, j = level + 1, 0
+
+    places = [
+        *((f"down.{a}.", b) for a, b in level_names(model.down, "down_blocks", "downsamplers")),
+        *((f"up.{a}.", b) for a, b in level_names(model.up, "up_blocks", "upsamplers")),
+        ("middle.0.attention.", "mid_block.attentions.0"),
+        ("middle.0.", "mid_block.resnets.0"),
+        ("middle.1.", "mid_block.resnets.1"),
+        ("time.0.", "time_embedding.linear_1"),
+        ("time.2.", "time_embedding.linear_2"),
+        ("norm_out.", "conv_norm_out"),
+    ]
+    inside = {"time": "time_emb_proj", "shortcut": "conv_shortcut", "norm": "group_norm"}
+    inside |= {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
+    state = {}
+    for name, value in model.state_dict().items():
+        ours, theirs = next(((a, b) for a, b in places if name.startswith(a)), ("", ""))
+        rest = name[len(ours) :].split(".")
+        rest[0] = inside.get(rest[0], rest[0])
+        state[".".join([theirs, *rest]).lstrip(".")] = value
+    return state
+
+
+@pytest.mark.parametrize(
+    "size, base, mults, attention, groups",
+    [(32, 128, (1, 2, 2, 2), 16, 32), (64, 32, (1, 1, 2, 2, 4, 4), 4, 8)],
+    ids=["CIFAR-10", "256x256, shrunken"],
+)
+def test_network_is_diffusers_network(size, base, mults, attention, groups):
+    """An independent implementation, with our weights in it, loaded by name, computes the same."""
+    from diffusers import UNet2DModel
+
+    here = [size >> level == attention for level in range(len(mults))]
+    theirs = UNet2DModel(
+        sample_size=size,
+        down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in here],
+        up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(here)],
+        block_out_channels=[base * m for m in mults],
+        layers_per_block=2,
+        norm_num_groups=groups,
+        norm_eps=1e-6,
+        downsample_padding=0,
+        freq_shift=1,
+        flip_sin_to_cos=False,
+        attention_head_dim=None,
+    ).eval()
+    ours = small_unet(image_size=size, base_channels=base, channel_mults=mults, num_res_blocks=2,
+                      attention_resolutions=(attention,), jitter=0.02)  # fmt: skip
+    theirs.load_state_dict(diffusers_state(ours))  # strict: none missing, none left over
+    x, t = randn(2, 3, size, size), torch.tensor([3, 900])
+    with torch.no_grad():
+        eps = ours(x, t)
+        assert eps.std() > 0.1
+        torch.testing.assert_close(eps, theirs(x, t).sample, rtol=1e-5, atol=1e-5)
 
 
 def test_timestep_embedding_is_sines_then_cosines():
@@ -414,13 +482,13 @@ def test_wrong_sizes_are_named():
 # ----------------------------------------------------------------------------------------- training
 
 
-def python(*args, cwd, code=0, **kwargs):
+def python(*args, cwd, code=0, timeout=170):
     """Run a program of the project as a user would; returns what it printed."""
     args = [str(a) for a in args]
     if args[0].endswith(".py"):
         args[0] = str(HERE / args[0])
     done = subprocess.run(
-        [sys.executable, *args], cwd=cwd, capture_output=True, text=True, timeout=170, **kwargs
+        [sys.executable, *args], cwd=cwd, capture_output=True, text=True, timeout=timeout
     )
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr, done.stderr
@@ -434,6 +502,7 @@ def checkpoint(folder):
 def test_learning_rate_and_ema_ramp():
     assert [train.learning_rate(s, 2e-4, 4) for s in (0, 1, 3, 9)] == [5e-5, 1e-4, 2e-4, 2e-4]
     assert train.learning_rate(0, 1.0, 0) == 1.0
+    assert [train.learning_rate(s, 1.0, 2, 10) for s in (0, 1, 5, 9)] == [0.5, 0.9, 0.5, 0.1]
     assert train.ema_decay(0, 0.9999) == 0.1 and train.ema_decay(90, 0.9999) == 0.91
     assert train.ema_decay(10**6, 0.9999) == 0.9999
 
@@ -803,3 +872,34 @@ def test_impossible_flags_are_refused(trained, flags):
 def test_help_has_an_example_and_the_defaults(program, tmp_path):
     said = python(f"{program}.py", "--help", cwd=tmp_path)
     assert f"python {program}.py" in said and "[" in said
+
+
+# --------------------------------------------------------------------------------------------- demo
+
+
+def right_demo_pictures(folder):
+    """How many of the PNGs in a folder are demo pictures, but for 48 of 255 in a pixel's colour."""
+    allowed = train.demo_pictures().permute(0, 2, 3, 1).numpy().astype(int)
+    pictures = [np.asarray(Image.open(path)).astype(int) for path in sorted(folder.iterdir())]
+    return sum(np.abs(allowed - p).max((1, 2, 3)).min() <= 48 for p in pictures), len(pictures)
+
+
+def test_demo_is_judged_as_it_should_be(tmp_path):
+    pictures = train.demo_pictures().permute(0, 2, 3, 1).numpy()
+    assert len(pictures) == len(np.unique(pictures, axis=0)) == 216
+    moved = np.roll(pictures[0], 3, axis=0)
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    for k, picture in enumerate([pictures[0], pictures[215], moved, noise, 0 * noise + 255]):
+        Image.fromarray(picture).save(tmp_path / f"{k}.png")
+    assert right_demo_pictures(tmp_path) == (2, 5)
+
+
+@pytest.mark.slow
+def test_demo_learns_to_draw_in_four_minutes(tmp_path):
+    """The README's first command as it stands there: 90 % of 64 samples are right."""
+    for program in (["train.py"], ["export.py"], ["sample.py", "--onnx", "model.onnx"]):
+        python(
+            *program, *(["--dir", "each"] if len(program) > 1 else []), cwd=tmp_path, timeout=1200
+        )
+    right, n = right_demo_pictures(tmp_path / "each")
+    assert n == 64 and right >= 0.9 * n, f"{right} of {n}"
