@@ -108,7 +108,10 @@ def main():
     if not Path(args.checkpoint).is_file():
         sys.exit(f"export.py: there is no {args.checkpoint}; python train.py makes one")
 
-    checkpoint = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
+    try:
+        checkpoint = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
+    except Exception as error:
+        sys.exit(f"export.py: {args.checkpoint} can't be read: {str(error).splitlines()[0]}")
     config = checkpoint["config"]
     diffusion = Diffusion(**config["diffusion"])
     model = UNet(**config["model"]).eval()

@@ -684,6 +684,20 @@ def test_missing_and_empty_folders_are_one_line(tmp_path):
     assert "no picture" in python("train.py", "--data", "empty", cwd=tmp_path, code=1)
 
 
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--image-size 28", "multiple of 8, since the U-Net halves it 3 times: 24 or 32"),
+        ("--base-channels 30", "--base-channels must be a multiple of 4"),
+        ("--batch 0", "start at 1"),
+        ("--ema 1", "must be in [0, 1)"),
+    ],
+)
+def test_impossible_trainings_are_refused_before_pictures_are_read(flags, said, tmp_path):
+    argv = ["train.py", "--data", "missing", *flags.split()]
+    assert said in python(*argv, cwd=tmp_path, code=2)
+
+
 def test_preview_grid_has_every_picture(tmp_path):
     x = torch.linspace(-1, 1, 5)[:, None, None, None].expand(5, 1, 4, 4)
     train.save_grid(x, tmp_path / "grid.png")
@@ -768,8 +782,12 @@ def test_export_finds_a_wrong_network(trained):
     assert export.largest_difference(folder / "model.onnx", network, 1000) > 1e-4
 
 
-def test_export_without_checkpoint_is_one_line(tmp_path):
+def test_export_without_a_whole_checkpoint_is_one_line(trained, tmp_path):
     assert "python train.py makes one" in python("export.py", cwd=tmp_path, code=1)
+    whole = (trained[0] / "run" / "checkpoint.pt").read_bytes()
+    (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
+    said = python("export.py", "--checkpoint", "half.pt", cwd=tmp_path, code=1)
+    assert "half.pt can't be read" in said and not (tmp_path / "model.onnx").exists()
 
 
 # ----------------------------------------------------------------------------------------- sampling

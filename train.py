@@ -208,6 +208,25 @@ def arguments():
     if args.data is None:  # what the command line doesn't say, the demo does
         parser.set_defaults(**DEMO)
         args = parser.parse_args()
+
+    factor = 2 ** (len(args.channel_mults) - 1)
+    if args.image_size % factor or args.image_size < factor:
+        below = args.image_size // factor * factor
+        parser.error(
+            f"--image-size must be a multiple of {factor}, since the U-Net halves it "
+            f"{len(args.channel_mults) - 1} times: {below or factor} or {below + factor}"
+        )
+    if args.base_channels < 4 or args.base_channels % 4:
+        parser.error("--base-channels must be a multiple of 4")
+    at_least_1 = [args.batch, args.steps, args.num_res_blocks, *args.channel_mults]
+    if min(at_least_1) < 1 or args.seed < 0 or args.preview_every == 0:
+        parser.error("--batch, --steps, blocks, mults and --preview-every start at 1, --seed at 0")
+    if not (0 <= args.dropout < 1 and 0 <= args.ema < 1 and args.lr > 0):
+        parser.error("--dropout and --ema must be in [0, 1), --lr above 0")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
     return args
 
 
@@ -215,10 +234,7 @@ def main():
     args = arguments()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    device = torch.device(args.device)
     amp = has_bfloat16(device) and not args.no_amp
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
 
@@ -266,7 +282,10 @@ def main():
     checkpoint_path, log_path = out / "checkpoint.pt", out / "log.csv"
     start = 0
     if checkpoint_path.exists():
-        checkpoint = torch.load(checkpoint_path, map_location=device, weights_only=True)
+        try:
+            checkpoint = torch.load(checkpoint_path, map_location=device, weights_only=True)
+        except Exception as error:
+            sys.exit(f"train.py: {checkpoint_path} can't be read: {str(error).splitlines()[0]}")
         refuse_other_run(checkpoint["config"], config, out)
         start = checkpoint["step"]
         model.load_state_dict(checkpoint["model"])
@@ -344,11 +363,11 @@ def main():
         rate = bar.format_dict["rate"] or 0
         bar.set_postfix_str(f"loss {mean_loss:.4f}, {rate * args.batch:.0f} pictures/s", False)
         bar.update()
-        if done % preview_every == 0 or done == args.steps:
-            preview(done)
         if stop or done == args.steps or time.monotonic() - saved > 60 * args.save_minutes:
             save(done)
             saved = time.monotonic()
+        if done % preview_every == 0 or done == args.steps:
+            preview(done)
         if stop:
             bar.close()
             print(f"stopped at step {done:,}; to go on:\n  python {shlex.join(sys.argv)}")
