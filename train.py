@@ -308,7 +308,7 @@ def main():
         shape = (PREVIEW, *images.shape[1:])
         noise = torch.Generator(device).manual_seed(args.seed)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            x0 = diffusion.sample(ema, shape, PREVIEW_STEPS, generator=noise, device=device)
+            x0 = diffusion.sample(ema, shape, PREVIEW_STEPS, 0.0, noise, device=device)
         save_grid(x0, out / f"preview-{step:07d}.png")
 
     # A forward pass is a third of a training step, so a preview is as long as this many steps:
