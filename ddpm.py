@@ -19,6 +19,7 @@ authors' code.
 """
 
 import math
+from collections import namedtuple
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,21 @@ def cosine_betas(T=1000):
 def _at(table, t):
     """Entries t (B,) of a float64 table (T,), as float32 (B, 1, 1, 1) to multiply pictures with."""
     return table.to(t.device)[t].float()[:, None, None, None]
+
+
+def discretized_log_likelihood(x, mean, sigma):
+    """(13), the decoder: log of the share of N(mean, sigma^2) in the bin of the 8-bit value x.
+
+    Bins are 2/255 wide, the first and the last open; at least log 1e-12. The integral is exact,
+    where the authors' code approximates it by a tanh. Shapes that broadcast; float64 out.
+    """
+    x, mean, sigma = x.double(), mean.double(), sigma.double()
+    above = torch.special.ndtr((x + 1 / 255 - mean) / sigma).where(x < 0.999, 1.0)
+    below = torch.special.ndtr((x - 1 / 255 - mean) / sigma).where(x > -0.999, 0.0)
+    return (above - below).clamp(min=1e-12).log()
+
+
+Bound = namedtuple("Bound", "L_T L_t total mse")
 
 
 class Diffusion:
@@ -119,6 +135,37 @@ class Diffusion:
         elif weighting != "simple":
             raise ValueError(f'weighting must be "simple" or "vlb", not {weighting!r}')
         return error.mean()
+
+    @torch.no_grad()
+    def vlb(self, model, x0, generator=None):
+        """The variational bound (5) on -log p(x_0), each term in bits per dimension, at x0_hat
+        clipped to [-1, 1]. T passes of the network; call model.eval() first.
+
+        x0 (B, C, H, W), 8-bit pictures k / 127.5 - 1; generator on its device. Returns a Bound:
+        L_T (B,), the part that nothing can learn; L_t (B, T), the paper's L_t in column t and so in
+        column 0 the discretised decoder L_0; total (B,); mse (B, T), of x0_hat at each t.
+        """
+        abar_T = self.alphas_bar[-1].item()  # KL(q(x_T | x_0) || N(0, I)):
+        L_T = (abar_T * x0.double() ** 2 - abar_T - math.log1p(-abar_T)) / 2
+        L_t, mse = [], []
+        for i in range(self.T):
+            t = torch.full((len(x0),), i, device=x0.device)
+            noise = torch.randn(x0.shape, generator=generator, device=x0.device)
+            x_t = self.q_sample(x0, t, noise)
+            x0_hat = self.predict_x0(x_t, t, model(x_t, t).float()).clamp(-1, 1)
+            mean, variance = self.q_posterior(x0, x_t, t)
+            mean_hat, _ = self.q_posterior(x0_hat, x_t, t)
+            sigma2 = _at(self.sigma2, t)
+            if i == 0:
+                term = -discretized_log_likelihood(x0, mean_hat, sigma2.sqrt())
+            else:  # KL of two Gaussians
+                ratio = variance / sigma2
+                term = (ratio - 1 - ratio.log() + (mean - mean_hat) ** 2 / sigma2) / 2
+            L_t.append(term.double().mean((1, 2, 3)) / math.log(2))
+            mse.append((x0_hat - x0).double().square().mean((1, 2, 3)))
+        L_T = L_T.mean((1, 2, 3)) / math.log(2)
+        L_t, mse = torch.stack(L_t, 1), torch.stack(mse, 1)
+        return Bound(L_T, L_t, L_T + L_t.sum(1), mse)
 
     # ------------------------------------------------------------------------ sampling, Algorithm 2
 

@@ -22,7 +22,14 @@ from PIL import Image
 import export
 import sample
 import train
-from ddpm import Diffusion, UNet, cosine_betas, linear_betas, timestep_embedding
+from ddpm import (
+    Diffusion,
+    UNet,
+    cosine_betas,
+    discretized_log_likelihood,
+    linear_betas,
+    timestep_embedding,
+)
 
 HERE = Path(__file__).parent
 PAPER = Diffusion(linear_betas())
@@ -200,6 +207,80 @@ def test_forward_process_stays_float32_under_autocast():
         loss = PAPER.loss(lambda x, t: seen.append(x) or x.bfloat16(), x0, t, noise)
     assert loss.dtype == seen[0].dtype == torch.float32
     close(seen[0][:, 0, 0, 0] ** 2, 1 - PAPER.alphas_bar[:10])
+
+
+# ---------------------------------------------------------------------------------------- the bound
+
+
+def eight_bits(*shape, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(256, shape, generator=g).float() / 127.5 - 1
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_bound_of_an_oracle_is_a_matter_of_the_schedule(variance):
+    """If eps is the noise itself, the means agree, and each KL is that of two variances."""
+    d, x0 = Diffusion(linear_betas(), variance), eight_bits(4, 3, 8, 8)
+    bound = d.vlb(oracle(x0), x0)
+    ratio = d.posterior_variance[1:] / d.sigma2[1:]
+    terms = (ratio - 1 - ratio.log()) / 2 / math.log(2)
+    torch.testing.assert_close(bound.L_t[:, 1:], terms.expand(4, -1), rtol=1e-3, atol=1e-6)
+    assert (variance == "small") == (terms.sum() < 1e-9)
+    inside = math.erf(1 / 255 / math.sqrt(2 * d.sigma2[0].item()))
+    share = torch.where(x0.abs() < 0.999, inside, 0.5 + inside / 2)  # open at both ends
+    torch.testing.assert_close(bound.L_t[:, 0], -share.double().log2().mean((1, 2, 3)),
+                               rtol=1e-3, atol=0)  # fmt: skip
+    assert (bound.mse < 1e-6).all()
+    close(bound.total, bound.L_T + bound.L_t.sum(1))
+
+
+def test_L_T_has_the_papers_numbers():
+    for square, bits in ((0.25, 7.28e-6), (0.5, 1.456e-5), (1.0, 2.91e-5)):
+        x0 = torch.full((1, 1, 2, 2), math.sqrt(square))
+        bound = PAPER.vlb(lambda x, t: x, x0)
+        assert bound.L_T.item() == pytest.approx(bits, rel=1e-3)
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_bound_of_gaussian_data_is_the_closed_form(variance):
+    """x_0 ~ N(0, s^2): the best eps is linear in x_t, and leaves the variance of x_0 given x_t."""
+    d, s2 = Diffusion(linear_betas(), variance), 0.15**2
+    abar = d.alphas_bar
+    x0 = 0.15 * randn(64, 1, 16, 16)
+    best = lambda x, t: ((1 - abar).sqrt() / (abar * s2 + 1 - abar))[t].view(-1, 1, 1, 1) * x  # noqa: E731
+    bound = d.vlb(best, x0, torch.Generator().manual_seed(1))
+    left = s2 * (1 - abar) / (abar * s2 + 1 - abar)
+    ratio = d.posterior_variance / d.sigma2
+    of_x0 = abar.div(d.alphas).sqrt() * d.betas / (1 - abar)  # in the posterior mean (7)
+    terms = ((ratio - 1 - ratio.log() + of_x0**2 * left / d.sigma2) / 2 / math.log(2))[1:]
+    n = x0.numel()
+    torch.testing.assert_close(bound.mse.mean(0), left, rtol=6 * math.sqrt(2 / n), atol=0)
+    torch.testing.assert_close(
+        bound.L_t[:, 1:].mean(0), terms, rtol=6 * math.sqrt(2 / n), atol=1e-7
+    )
+    assert bound.L_t[:, 1:].sum(1).mean().item() == pytest.approx(terms.sum().item(), rel=0.01)
+
+
+def test_simple_loss_is_least_at_the_closed_form():
+    """For Gaussian data, any other slope than the best one gives a larger L_simple, at each t."""
+    s2, x0, noise = 0.25, 0.5 * randn(2000, 1, 4, 4), randn(2000, 1, 4, 4, seed=1)
+    for t in (50, 300, 999):
+        abar = PAPER.alphas_bar[t].item()
+        slope, times = math.sqrt(1 - abar) / (abar * s2 + 1 - abar), torch.full((2000,), t)
+        slopes = [0.9 * slope, slope, 1.1 * slope]
+        losses = [PAPER.loss(lambda x, t, k=k: k * x, x0, times, noise) for k in slopes]
+        assert losses[1] < losses[0] and losses[1] < losses[2]
+        assert losses[1].item() == pytest.approx(
+            abar * s2 / (abar * s2 + 1 - abar), rel=0.05, abs=1e-3
+        )
+
+
+def test_decoder_shares_out_all_the_mass():
+    values = (torch.arange(256).double() / 127.5 - 1).view(-1, 1)
+    mean, sigma = torch.tensor([[-1.2, -0.5, 0.001, 0.99]]), torch.tensor(0.01)
+    mass = discretized_log_likelihood(values, mean, sigma).exp()
+    close(mass.sum(0), torch.ones(4), 1e-9)
+    assert mass.argmax(0).tolist() == [0, 64, 128, 254]
 
 
 # ------------------------------------------------------------------------------------- the samplers
