@@ -121,7 +121,8 @@ class Diffusion:
 
         model(x_t, t) -> eps. t (B,) and noise (B, C, H, W) are drawn unless given. Everything but
         the network is float32, also under autocast: in bfloat16, 1 - abar_t is 0 for the first
-        ten steps. weighting="vlb" keeps the weights that (12) puts before each term and (14) drops.
+        ten steps. weighting="vlb" keeps the weights that (12) puts before each term and (14) drops,
+        at t = 0 with the decoder's variance.
         """
         if t is None:
             t = torch.randint(self.T, (len(x0),), device=x0.device)
@@ -314,8 +315,8 @@ class UNet(nn.Module):
     channel_mults: width of each level over base_channels; between two levels the size halves.
     attention_resolutions: the sizes in pixels whose blocks end in attention; the middle always has.
 
-    Group norms have the paper's 32 groups at its base_channels of 128, which is 4 channels a group
-    at the narrowest level. A smaller base_channels keeps the 4 channels and has fewer groups.
+    Group norms have gcd(32, base_channels / 4) groups: the paper's 32 at its 128 channels, fewer in
+    narrower networks, whose groups would else be single channels. At least 4 channels a group.
     """
 
     def __init__(

@@ -110,12 +110,13 @@ def main():
 
     try:
         checkpoint = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
+        config = checkpoint["config"]
+        diffusion = Diffusion(**config["diffusion"])
+        model = UNet(**config["model"]).eval()
+        model.load_state_dict(checkpoint["ema"])
     except Exception as error:
-        sys.exit(f"export.py: {args.checkpoint} can't be read: {str(error).splitlines()[0]}")
-    config = checkpoint["config"]
-    diffusion = Diffusion(**config["diffusion"])
-    model = UNet(**config["model"]).eval()
-    model.load_state_dict(checkpoint["ema"])
+        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        sys.exit(f"export.py: {args.checkpoint} is no checkpoint of train.py ({why})")
     shape = [config["model"]["in_channels"]] + 2 * [config["model"]["image_size"]]
 
     proto = to_onnx(model)
@@ -141,7 +142,7 @@ def main():
         temporary.unlink(missing_ok=True)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, step {checkpoint['step']:,}")
     print(f"largest difference from torch {worst:.1e}, at batch 1, 2, 3 and t = 0, 1, T/2, T-1")
-    print(f"next:\n  python sample.py --onnx {path}")
+    print(f"next:\n  python sample.py --onnx {path.as_posix()}")
 
 
 if __name__ == "__main__":

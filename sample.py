@@ -95,6 +95,8 @@ def noise_of(seed, first, shape):
 class Network:
     """eps = network(x_t, t) of a model.onnx, for a fixed batch; x_t (batch, C, H, W), t (batch,).
 
+    The array it returns is good until the next call, which may write over it.
+
     device: "auto" prefers CUDA, "cuda" insists on it, "cpu". Afterwards `.device` is "cuda" or
     "cpu", whichever it really runs on; ONNX Runtime itself falls back in silence.
     """
@@ -104,10 +106,10 @@ class Network:
         ort.set_default_logger_severity(4)  # that a provider can't load is said below, in one line
         self.device = "cpu"
         if device != "cpu" and "CUDAExecutionProvider" in ort.get_available_providers():
-            with contextlib.redirect_stdout(None):
+            with contextlib.redirect_stdout(None):  # both print where they fail
                 ort.preload_dlls()  # finds the CUDA libraries that pip installed
-            options = {"cudnn_conv_algo_search": "HEURISTIC"}
-            self._open(path, ["CUDAExecutionProvider"], [options])
+                options = {"cudnn_conv_algo_search": "HEURISTIC"}
+                self._open(path, ["CUDAExecutionProvider"], [options])
             if self.session.get_providers()[0] == "CUDAExecutionProvider":
                 self.device = "cuda"
                 try:  # without cuDNN the session opens, but no convolution runs
@@ -115,6 +117,8 @@ class Network:
                     self(np.zeros(self.shape, np.float32), np.zeros(batch, np.int64))
                 except Exception as error:
                     self.device, why = "cpu", str(error).splitlines()[0]
+                    if "allocat" in why or "out of memory" in why:
+                        sys.exit(f"sample.py: use a smaller --batch: {why}")
                     print(f"sample.py: CUDA fails: {why}", file=sys.stderr)
         if device != "cpu" and self.device == "cpu":
             message = f"sample.py: ONNX Runtime can't use CUDA here. If there is a GPU:\n  {MEND}"
@@ -211,6 +215,9 @@ def main():
     args = parser.parse_args()
     if args.n < 1 or args.batch < 1 or args.seed < 0:
         parser.error("-n and --batch must be at least 1, --seed at least 0")
+    pictures = [name for name in (args.out, args.gif, args.strip) if name]
+    if not all(Path(name).suffix.lower() in Image.registered_extensions() for name in pictures):
+        parser.error("--out, --gif and --strip must be files such as x.png or x.gif")
     if args.eta is not None and not 0 <= args.eta <= 1:
         parser.error("--eta must be between 0 and 1")
     if not Path(args.onnx).is_file():

@@ -588,6 +588,14 @@ def test_learning_rate_and_ema_ramp():
     assert train.ema_decay(10**6, 0.9999) == 0.9999
 
 
+def test_ema_update_is_an_average_that_remembers_no_graph():
+    averages, parameters = [torch.zeros(3)], [torch.nn.Parameter(torch.ones(3))]
+    for step in range(2):
+        train.update_ema(averages, parameters, step, 0.15)
+    close(averages[0], torch.full((3,), 0.15 * 0.9 + 0.85))  # decays 0.1, then 0.15 (not 2 / 11)
+    assert not averages[0].requires_grad
+
+
 def test_randomness_is_of_seed_and_step():
     seeds = {train.seed_of(seed, step) for seed in range(3) for step in range(1000)}
     assert len(seeds) == 3000 and train.seed_of(0, 5) == train.seed_of(0, 5)
@@ -648,6 +656,11 @@ def test_sixteen_bits_are_scaled_and_not_cut(tmp_path):
     ours = read_saved(tmp_path, Image.fromarray(ramp))
     assert ours.shape == (1, 4, 4)
     np.testing.assert_array_equal(ours[0], (ramp / 257).round().astype(np.uint8))
+
+
+def test_floating_point_pictures_are_left_out(tmp_path):
+    with pytest.raises(ValueError, match="range is not known"):
+        read_saved(tmp_path, Image.new("F", (4, 4), 1.0), "x.tif")
 
 
 def test_pictures_are_turned_and_cut_to_the_centre(tmp_path):
@@ -734,6 +747,24 @@ def test_another_run_is_not_overwritten(trained, pictures):
     assert (folder / "run" / "checkpoint.pt").read_bytes() == before
 
 
+def test_adam_of_a_cuda_checkpoint_goes_on_on_a_cpu(pictures, tmp_path):
+    """There the weights are channels_last, and Adam's moments are saved so: values must stay."""
+    common = ["train.py", "--data", pictures, *TINY, "--warmup", 0]
+    for name in ("plain", "cuda"):
+        python(*common, "--steps", 2, "--out", name, cwd=tmp_path)
+    state = checkpoint(tmp_path / "cuda")
+    for moments in state["optimizer"]["state"].values():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if moments[name].ndim == 4:
+                moments[name] = moments[name].to(memory_format=torch.channels_last)
+    torch.save(state, tmp_path / "cuda" / "checkpoint.pt")
+    for name in ("plain", "cuda"):
+        python(*common, "--steps", 4, "--out", name, cwd=tmp_path)
+    a, b = checkpoint(tmp_path / "plain")["model"], checkpoint(tmp_path / "cuda")["model"]
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without a signal")
 def test_sigterm_saves_and_says_how_to_go_on(pictures, tmp_path):
     args = [sys.executable, HERE / "train.py", "--data", pictures, *TINY, "--steps", "100000"]
     run = subprocess.Popen(
@@ -772,6 +803,7 @@ def test_missing_and_empty_folders_are_one_line(tmp_path):
         ("--base-channels 30", "--base-channels must be a multiple of 4"),
         ("--batch 0", "start at 1"),
         ("--ema 1", "must be in [0, 1)"),
+        ("--device foo", "auto, cpu, cuda or cuda:1"),
     ],
 )
 def test_impossible_trainings_are_refused_before_pictures_are_read(flags, said, tmp_path):
@@ -867,8 +899,11 @@ def test_export_without_a_whole_checkpoint_is_one_line(trained, tmp_path):
     assert "python train.py makes one" in python("export.py", cwd=tmp_path, code=1)
     whole = (trained[0] / "run" / "checkpoint.pt").read_bytes()
     (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
-    said = python("export.py", "--checkpoint", "half.pt", cwd=tmp_path, code=1)
-    assert "half.pt can't be read" in said and not (tmp_path / "model.onnx").exists()
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
+    for name in ("half.pt", "other.pt"):
+        said = python("export.py", "--checkpoint", name, cwd=tmp_path, code=1)
+        assert f"{name} is no checkpoint of train.py" in said
+    assert not (tmp_path / "model.onnx").exists()
 
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -961,16 +996,20 @@ def test_foreign_and_broken_models_are_one_line(trained, tmp_path):
     assert "lacks ddpm.betas" in python("sample.py", cwd=tmp_path, code=1)
 
 
-@pytest.mark.parametrize("flags", ["-n 0", "--eta 2", "--steps 0", "--steps 1001", "--seed -1"])
+@pytest.mark.parametrize(
+    "flags", ["-n 0", "--out nosuffix", "--eta 2", "--steps 0", "--steps 1001", "--seed -1"]
+)
 def test_impossible_flags_are_refused(trained, flags):
     args = ["sample.py", "--onnx", "model.onnx", *flags.split()]
     assert "must be" in python(*args, cwd=trained[0], code=2)
 
 
-@pytest.mark.parametrize("program", ["train", "export", "sample"])
-def test_help_has_an_example_and_the_defaults(program, tmp_path):
+@pytest.mark.parametrize(
+    "program, default", [("train", "[800000]"), ("export", "[model.onnx]"), ("sample", "[64]")]
+)
+def test_help_has_an_example_and_the_defaults(program, default, tmp_path):
     said = python(f"{program}.py", "--help", cwd=tmp_path)
-    assert f"python {program}.py" in said and "[" in said
+    assert f"    python {program}.py" in said and default in said
 
 
 # --------------------------------------------------------------------------------------------- demo

@@ -38,9 +38,11 @@ def read_picture(path, size):
     """One picture file as uint8 (C, size, size), its centre square. C: 1 grey, 3 colour."""
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
-        grey = image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
-        if image.mode == "F" or image.mode.startswith("I"):  # 16 bits: Pillow would cut, not scale
+        grey = image.mode in ("1", "L", "LA") or image.mode.startswith("I")
+        if image.mode.startswith("I"):  # 16 bits: Pillow would cut, not scale
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
+        if image.mode == "F":
+            raise ValueError("floating-point pixels, whose range is not known")
         if image.has_transparency_data:  # on white: under alpha lie colours that nobody has seen
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -141,6 +143,12 @@ def ema_decay(step, decay):
     return min(decay, (1 + step) / (10 + step))
 
 
+@torch.no_grad()
+def update_ema(averages, parameters, step, decay):
+    """averages = d averages + (1 - d) parameters, in place; the U-Net has no buffers."""
+    torch._foreach_lerp_(averages, parameters, 1 - ema_decay(step, decay))
+
+
 def seed_of(seed, step):
     """Randomness is counted, not carried: all that step draws comes from (seed, step) alone."""
     return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
@@ -201,7 +209,12 @@ def arguments():
     flag("--no-flip", False, "don't mirror pictures at random", action="store_true")
     flag("--seed", 0, "of all that is random", type=int)
     flag("--device", "auto", "auto, cpu, cuda or cuda:1")
-    flag("--no-amp", False, "float32 where bfloat16 would be used", action="store_true")
+    flag(
+        "--no-amp",
+        False,
+        "float32 (TF32 on CUDA) where bfloat16 would be used",
+        action="store_true",
+    )
     flag("--preview-every", None, "steps [so that it takes under 5 %% of the time]", type=int)
     flag("--save-minutes", 5.0, "minutes between checkpoints", type=float)
     args = parser.parse_args()
@@ -225,8 +238,11 @@ def arguments():
         parser.error("--dropout and --ema must be in [0, 1), --lr above 0")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here")
+    name, _, number = args.device.partition(":")
+    if name not in ("cpu", "cuda") or not (number or "0").isdigit():
+        parser.error("--device is auto, cpu, cuda or cuda:1")
+    if name == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        parser.error(f"--device {args.device}: torch sees {torch.cuda.device_count()} GPUs here")
     return args
 
 
@@ -283,14 +299,19 @@ def main():
     start = 0
     if checkpoint_path.exists():
         try:
-            checkpoint = torch.load(checkpoint_path, map_location=device, weights_only=True)
+            checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+            refuse_other_run(checkpoint["config"], config, out)
+            start = checkpoint["step"]
+            model.load_state_dict(checkpoint["model"])
+            ema.load_state_dict(checkpoint["ema"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
         except Exception as error:
-            sys.exit(f"train.py: {checkpoint_path} can't be read: {str(error).splitlines()[0]}")
-        refuse_other_run(checkpoint["config"], config, out)
-        start = checkpoint["step"]
-        model.load_state_dict(checkpoint["model"])
-        ema.load_state_dict(checkpoint["ema"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+            why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            sys.exit(f"train.py: {checkpoint_path} is no checkpoint of train.py ({why})")
+        for parameter, state in optimizer.state.items():  # from CUDA they come as channels_last
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.empty_like(parameter).copy_(state[name])
+        del checkpoint
     log = open_log(log_path, start)
 
     def save(step):
@@ -301,8 +322,8 @@ def main():
             "ema": ema.state_dict(),
             "optimizer": optimizer.state_dict(),
         }
-        save_whole(checkpoint_path, lambda path: torch.save(state, path))
         log.flush()
+        save_whole(checkpoint_path, lambda path: torch.save(state, path))
 
     def preview(step):
         shape = (PREVIEW, *images.shape[1:])
@@ -346,7 +367,8 @@ def main():
             loss = diffusion.loss(model, x0)
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+        loss = loss.item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             bar.close()
             sys.exit(
@@ -356,24 +378,28 @@ def main():
         lr = learning_rate(step, args.lr, warmup, args.steps if args.lr_decay else None)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
-        torch._foreach_lerp_(averages, parameters, 1 - ema_decay(step, args.ema))
+        update_ema(averages, parameters, step, args.ema)
 
-        log.write(f"{done},{loss.item():.6g},{norm.item():.6g},{lr:.6g}\n")
-        mean_loss = loss.item() if mean_loss is None else 0.98 * mean_loss + 0.02 * loss.item()
+        log.write(f"{done},{loss:.6g},{norm:.6g},{lr:.6g}\n")
+        mean_loss = loss if mean_loss is None else 0.98 * mean_loss + 0.02 * loss
         rate = bar.format_dict["rate"] or 0
         bar.set_postfix_str(f"loss {mean_loss:.4f}, {rate * args.batch:.0f} pictures/s", False)
         bar.update()
-        if stop or done == args.steps or time.monotonic() - saved > 60 * args.save_minutes:
+        stopping = bool(stop)  # read once: a signal during the preview is for the next step
+        if stopping or done == args.steps or time.monotonic() - saved > 60 * args.save_minutes:
             save(done)
             saved = time.monotonic()
         if done % preview_every == 0 or done == args.steps:
             preview(done)
-        if stop:
+        if stopping:
             bar.close()
             print(f"stopped at step {done:,}; to go on:\n  python {shlex.join(sys.argv)}")
             return
     bar.close()
-    print(f"done, {checkpoint_path}; next:\n  python export.py --checkpoint {checkpoint_path}")
+    print(
+        f"done, {checkpoint_path}; next:\n"
+        f"  python export.py --checkpoint {checkpoint_path.as_posix()}"
+    )
 
 
 def refuse_other_run(old, new, out):
@@ -395,10 +421,11 @@ def open_log(path, start):
     rows = []
     if start and path.exists():
         with open(path, newline="") as file:
-            rows = [row for row in list(csv.reader(file))[1:] if int(row[0]) <= start]
+            rows = [r for r in list(csv.reader(file))[1:] if len(r) == 4 and int(r[0]) <= start]
     log = open(path, "w")  # noqa: SIM115, it stays open as long as the training lasts
     log.write("step,loss,grad_norm,lr\n")
     log.writelines(",".join(row) + "\n" for row in rows)
+    log.flush()
     return log
 
 
