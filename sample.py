@@ -181,7 +181,7 @@ def grid(pixels, columns=None):
     _, h, w, c = pixels.shape
     pixels = pixels.reshape(-1, columns, h, w, c).transpose(0, 2, 1, 3, 4)
     image = to_image(pixels.reshape(-1, columns * w, c))
-    return ImageOps.scale(image, max(1, 512 // image.width), Image.Resampling.NEAREST)
+    return ImageOps.scale(image, max(1, round(512 / image.width)), Image.Resampling.NEAREST)
 
 
 def save_image(path, image, **kwargs):
@@ -206,7 +206,7 @@ def main():
     flag("--out", default="samples.png", help=f"the grid, of the first {GRID} [samples.png]")
     flag("--dir", help="folder for each picture as a PNG of its own")
     flag("--gif", help="file for the reverse process as an animation, of the first batch")
-    flag("--strip", help="file for x_t and x0_hat along the way, of the first eight pictures")
+    flag("--strip", help="file for x_t and x0_hat along the way, of the first four pictures")
     flag("--steps", type=int, help="steps of the reverse process, 1..T [T, as in the paper]")
     flag("--eta", type=float, help="DDIM with this eta, 0 to 1 [the paper's step]")
     flag("--batch", default=64, type=int, help="pictures at once [64]")
@@ -260,7 +260,7 @@ def main():
     if args.strip:  # two rows a picture, x_t above x0_hat
         chosen = [frames[i] for i in np.linspace(0, len(frames) - 1, STRIP).round().astype(int)]
         rows = np.stack([np.stack(pair) for pair in chosen], 2)  # (2, B, STRIP, H, W, C)
-        rows = rows[:, :8].swapaxes(0, 1)
+        rows = rows[:, :4].swapaxes(0, 1)
         save_image(args.strip, grid(rows.reshape(-1, *rows.shape[3:]), STRIP))
     seconds = time.monotonic() - started
     print(f"{args.out}: {args.n} pictures, {seconds:.1f} s, {seconds / args.n:.2f} s each")

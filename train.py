@@ -170,7 +170,7 @@ def save_grid(x, path):
     x = x.reshape(-1, columns, *x.shape[1:]).transpose(0, 3, 1, 4, 2)
     x = x.reshape(x.shape[0] * x.shape[1], x.shape[2] * x.shape[3], -1)
     image = Image.fromarray(x.squeeze(-1) if x.shape[-1] == 1 else x)
-    ImageOps.scale(image, max(1, 512 // image.width), Image.Resampling.NEAREST).save(path)
+    ImageOps.scale(image, max(1, round(512 / image.width)), Image.Resampling.NEAREST).save(path)
 
 
 def save_whole(path, write):
