@@ -345,8 +345,7 @@ def main():
     print(f"pictures {len(images):,} of {images.shape[1]}x{args.image_size}x{args.image_size}")
     print(f"network  {size:,} parameters on {device}, {'bfloat16' if amp else 'float32'}")
     print(f"steps    {start:,} to {args.steps:,}, a preview each {preview_every:,}")
-    on_device = images.nbytes < 2e9  # few are moved once, many batch by batch
-    if on_device:
+    if images.nbytes < 2e9:  # few are moved once, many batch by batch
         images = images.to(device)
 
     # -- Algorithm 1
