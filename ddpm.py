@@ -185,8 +185,9 @@ class Diffusion:
 
     @torch.no_grad()
     def sample_progressive(
-        self, model, shape, steps=None, eta=None, generator=None, noise=None, device=None, clip=True
-    ):
+        self, model, shape, steps=None, eta=None, generator=None, noise=None, x_T=None,
+        device=None, clip=True,
+    ):  # fmt: skip
         """Algorithm 2 as a generator: yields (t, x_t, x0_hat) from t = T-1 down to t = 0.
 
         x_t is what the network saw, x0_hat the picture it expects behind it; the last x0_hat is
@@ -196,6 +197,8 @@ class Diffusion:
         eta: None is the paper's ancestral step with the chosen variance; a number is DDIM's eta
             (Song et al. 2021, arXiv:2010.02502, eq. 12, 16), 0 deterministic, 1 "small" ancestral.
         generator: torch.Generator on `device`; or noise: a function that returns the next z.
+        x_T: where to start, if not at pure noise. The chain of the first t + 1 betas is a DDPM too,
+            so to go on from an x_t (Figure 8): Diffusion(betas[: t + 1]).sample(..., x_T=x_t).
         clip: keep x0_hat in [-1, 1]. Algorithm 2 does not, the authors' code does: at large t
             x0_hat is an error of eps divided by sqrt(abar_t) = 0.006, and pictures end at 1.
         """
@@ -205,7 +208,7 @@ class Diffusion:
             def noise():
                 return torch.randn(shape, generator=generator, device=device)
 
-        x = noise()
+        x = noise() if x_T is None else x_T
         for i in reversed(range(chain.T)):
             t = torch.full((shape[0],), i, device=x.device)
             eps = model(x, torch.full_like(t, tau[i])).float()
@@ -315,8 +318,8 @@ class UNet(nn.Module):
     channel_mults: width of each level over base_channels; between two levels the size halves.
     attention_resolutions: the sizes in pixels whose blocks end in attention; the middle always has.
 
-    Group norms have gcd(32, base_channels / 4) groups: the paper's 32 at its 128 channels, fewer in
-    narrower networks, whose groups would else be single channels. At least 4 channels a group.
+    norm_groups: groups of each group norm, gcd(32, base_channels / 4) unless given: the paper's 32
+        at its 128 channels, fewer in narrower networks, whose groups would else be single channels.
     """
 
     def __init__(
@@ -328,6 +331,7 @@ class UNet(nn.Module):
         num_res_blocks=2,
         attention_resolutions=(16,),
         dropout=0.1,
+        norm_groups=None,
     ):
         super().__init__()
         self.factor = 2 ** (len(channel_mults) - 1)
@@ -335,7 +339,7 @@ class UNet(nn.Module):
             raise ValueError(f"base_channels must be a multiple of 4, not {base_channels}")
         if image_size % self.factor:
             raise ValueError(f"image_size must be a multiple of {self.factor}, not {image_size}")
-        groups = math.gcd(32, base_channels // 4)
+        groups = math.gcd(32, base_channels // 4) if norm_groups is None else norm_groups
         self.image_size, self.base_channels = image_size, base_channels
         time_channels = 4 * base_channels
 

@@ -2,17 +2,23 @@
 
     python export.py                                # run/checkpoint.pt to model.onnx
     python export.py --checkpoint run/checkpoint.pt --onnx model.onnx
+    python export.py --diffusers ddpm-cifar10-32    # published weights to model.onnx
+    python export.py --to-diffusers my-ddpm         # run/checkpoint.pt for diffusers' DDPMPipeline
 
 Inputs x_t float32 (batch, C, H, W) and t int64 (batch,), output eps float32 (batch, C, H, W); the
 schedule travels in the file's metadata. The file is compared with torch before it is put in place.
+
+A diffusers folder is a pipeline (unet/ and scheduler/) or flat, as the hub's google/ddpm-* are.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
 import sys
 import warnings
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +26,9 @@ import onnx
 import onnxruntime as ort
 import torch
 from onnxscript import opset20 as op
+from safetensors.torch import load_file, save_file
 
-from ddpm import Diffusion, UNet
+from ddpm import Diffusion, ResBlock, UNet, cosine_betas, linear_betas
 
 OPSET = 20  # what ONNX Runtime has kernels for, on the CPU, CUDA and in the browser
 TOLERANCE = 1e-4  # the largest difference from torch, of noise that is about N(0, 1)
@@ -96,53 +103,392 @@ def largest_difference(path, model, T):
     return worst
 
 
+# -------------------------------------------------------------------------------- what is exported
+
+# settings: the arguments of UNet, a dict. step: how long it was trained, 0 if unknown.
+Trained = namedtuple("Trained", "model diffusion settings step name")
+
+
+def load(path):
+    """What a checkpoint of train.py or a diffusers folder holds: a Trained, its model in eval mode.
+
+    Of a checkpoint it takes the averaged weights. Executes nothing from a file. ValueError says in
+    one line what is wrong.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return from_diffusers(path)
+    if not path.is_file():
+        raise ValueError(f"there is no {path}; python train.py makes a checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        config = checkpoint["config"]
+        model = UNet(**config["model"]).eval()
+        model.load_state_dict(checkpoint["ema"])
+        name = f"train.py, {config['train']['data'] or 'demo'}"
+        diffusion = Diffusion(**config["diffusion"])
+        return Trained(model, diffusion, config["model"], checkpoint["step"], name)
+    except Exception as error:
+        raise ValueError(f"{path} is no checkpoint of train.py ({in_one_line(error)})") from None
+
+
+def in_one_line(error):
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+# ----------------------------------------------------------------------- the layout of diffusers
+
+UNET_DEFAULTS = {  # what UNet2DModel takes a key for that its config.json leaves out
+    "in_channels": 3,
+    "out_channels": 3,
+    "center_input_sample": False,
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+    "freq_shift": 0,
+    "flip_sin_to_cos": True,
+    "mid_block_type": "UNetMidBlock2D",
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "downsample_padding": 1,
+    "downsample_type": "conv",
+    "upsample_type": "conv",
+    "dropout": 0.0,
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "norm_num_groups": 32,
+    "attn_norm_num_groups": None,
+    "norm_eps": 1e-5,
+    "resnet_time_scale_shift": "default",
+    "add_attention": True,
+    "class_embed_type": None,
+    "num_class_embeds": None,
+    "num_train_timesteps": None,
+}
+SCHEDULER_DEFAULTS = {  # the same of DDPMScheduler
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "variance_type": "fixed_small",
+    "prediction_type": "epsilon",
+    "clip_sample": True,
+    "clip_sample_range": 1.0,
+    "thresholding": False,
+    "rescale_betas_zero_snr": False,
+}
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def unet_config(model, settings):
+    """The config.json of the UNet2DModel that computes what UNet(**settings) does."""
+    base, mults = settings["base_channels"], settings["channel_mults"]
+    kinds = [
+        "Attn" * (settings["image_size"] >> level in settings["attention_resolutions"])
+        for level in range(len(mults))
+    ]
+    return UNET_DEFAULTS | {
+        "_class_name": "UNet2DModel",
+        "sample_size": settings["image_size"],
+        "in_channels": settings["in_channels"],
+        "out_channels": settings["in_channels"],
+        "block_out_channels": [base * mult for mult in mults],
+        "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
+        "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
+        "layers_per_block": settings["num_res_blocks"],
+        "norm_num_groups": model.norm_out.num_groups,
+        "norm_eps": model.norm_out.eps,
+        "dropout": settings["dropout"],
+        "attention_head_dim": None,  # one head
+        "downsample_padding": 0,  # right and below
+        "freq_shift": 1,
+        "flip_sin_to_cos": False,
+    }
+
+
+def unet_settings(config):
+    """The other way: the arguments of UNet, of a config.json completed by its defaults."""
+    size, base = config["sample_size"], config["block_out_channels"][0]
+    return {
+        "image_size": size,
+        "in_channels": config["in_channels"],
+        "base_channels": base,
+        "channel_mults": [channels // base for channels in config["block_out_channels"]],
+        "num_res_blocks": config["layers_per_block"],
+        "attention_resolutions": [
+            size >> level
+            for level, kind in enumerate(config["down_block_types"])
+            if kind == "AttnDownBlock2D"
+        ],
+        "dropout": config["dropout"],
+        "norm_groups": config["norm_num_groups"],
+    }
+
+
+def diffusers_names(model):
+    """The names of the model's tensors -> those of the same tensors in UNet2DModel."""
+    places = {
+        "time.0": "time_embedding.linear_1",
+        "time.2": "time_embedding.linear_2",
+        "middle.0": "mid_block.resnets.0",
+        "middle.0.attention": "mid_block.attentions.0",
+        "middle.1": "mid_block.resnets.1",
+        "norm_out": "conv_norm_out",
+    }
+    for part in ("down", "up"):
+        level = j = 0
+        for i, module in enumerate(getattr(model, part)):
+            if isinstance(module, ResBlock):
+                places[f"{part}.{i}"] = f"{part}_blocks.{level}.resnets.{j}"
+                places[f"{part}.{i}.attention"] = f"{part}_blocks.{level}.attentions.{j}"
+                j += 1
+            else:  # the last of its level
+                places[f"{part}.{i}"] = f"{part}_blocks.{level}.{part}samplers.0"
+                level, j = level + 1, 0
+    inside = {"time": "time_emb_proj", "shortcut": "conv_shortcut", "norm": "group_norm"}
+    inside |= {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
+    names = {}
+    for name in model.state_dict():
+        module, leaf = name.rsplit(".", 1)  # leaf: weight or bias
+        if module in places:
+            module = places[module]
+        elif "." in module:
+            outer, inner = module.rsplit(".", 1)
+            module = f"{places[outer]}.{inside.get(inner, inner)}"
+        names[name] = f"{module}.{leaf}"
+    return names
+
+
+def read_json(path):
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"there is no {path}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no JSON file ({in_one_line(error)})") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is no configuration")
+    return config
+
+
+def refuse_others(path, config, wanted):
+    """ValueError that names each key of config which hasn't the wanted value."""
+    wrong = [
+        f"{key} is {json.dumps(config[key])}, not {json.dumps(value)}"
+        for key, value in wanted.items()
+        if config[key] != value
+    ]
+    if wrong:
+        raise ValueError(f"{path}: not what ddpm.py computes: {'; '.join(wrong)}")
+
+
+def read_unet(path):
+    """(UNet without weights, its arguments) of a config.json, each key of which is checked."""
+    given = read_json(path)
+    config = UNET_DEFAULTS | {"_class_name": "UNet2DModel", "sample_size": None} | given
+    refuse_others(path, config, {"_class_name": "UNet2DModel"})
+    if config["in_channels"] not in (1, 3):
+        raise ValueError(f"{path}: in_channels is {config['in_channels']}: no picture, 1 or 3")
+    try:
+        # Where a key has several words for the same network, ours:
+        size, widths = config["sample_size"], config["block_out_channels"]
+        if isinstance(size, list) and len(set(size)) == 1:
+            config["sample_size"] = size[0]
+        if config["act_fn"] == "swish":
+            config["act_fn"] = "silu"
+        if config["time_embedding_dim"] == 4 * widths[0]:
+            config["time_embedding_dim"] = None
+        if config["attn_norm_num_groups"] == config["norm_num_groups"]:
+            config["attn_norm_num_groups"] = None
+        kinds = zip(config["down_block_types"], widths, strict=True)
+        attended = {width for kind, width in kinds if kind.startswith("Attn")} | {widths[-1]}
+        if attended == {config["attention_head_dim"]}:
+            config["attention_head_dim"] = None
+        config["num_train_timesteps"] = None  # of no use to an embedding by sinusoids
+
+        settings = unet_settings(config)
+        with torch.device("meta"):
+            model = UNet(**settings).eval()
+    except Exception as error:
+        raise ValueError(f"{path}: not what ddpm.py computes ({in_one_line(error)})") from None
+    unknown = {key: None for key in given if not key.startswith("_")}
+    refuse_others(path, config, unknown | unet_config(model, settings))
+    return model, settings
+
+
+def read_scheduler(path):
+    """The Diffusion of a scheduler_config.json."""
+    given = read_json(path)
+    if not {"beta_schedule", "trained_betas"} & set(given):
+        raise ValueError(f"{path}: a {given.get('_class_name')} has no betas")
+    config = SCHEDULER_DEFAULTS | given
+    keys = "prediction_type clip_sample clip_sample_range thresholding rescale_betas_zero_snr"
+    refuse_others(path, config, {key: SCHEDULER_DEFAULTS[key] for key in keys.split()})
+    T, first, last = (config[key] for key in ("num_train_timesteps", "beta_start", "beta_end"))
+    try:
+        if config["trained_betas"] is not None:
+            betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
+        else:
+            betas = {
+                "linear": lambda: linear_betas(T, first, last),
+                "scaled_linear": lambda: linear_betas(T, first**0.5, last**0.5) ** 2,
+                "squaredcos_cap_v2": lambda: cosine_betas(T),
+            }[config["beta_schedule"]]()
+        variance = {"fixed_large": "large", "fixed_small": "small"}[config["variance_type"]]
+        return Diffusion(betas, variance)
+    except KeyError as error:
+        raise ValueError(f"{path}: not what ddpm.py computes: {error}") from None
+    except Exception as error:
+        raise ValueError(f"{path}: no betas ({in_one_line(error)})") from None
+
+
+def read_weights(folder):
+    """The tensors of diffusion_pytorch_model.safetensors, or .bin, by their names of today."""
+    path = folder / "diffusion_pytorch_model.safetensors"
+    if not path.is_file():
+        path = path.with_suffix(".bin")
+    if not path.is_file():
+        raise ValueError(f"{folder} has no diffusion_pytorch_model.safetensors, and no .bin")
+    with open(path, "rb") as file:
+        if file.read(19) == b"version https://git":
+            raise ValueError(f"{path} is a pointer to the weights; get them by: git lfs pull")
+    try:
+        if path.suffix == ".bin":
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            weights = load_file(path)
+        weights = {name: tensor.float() for name, tensor in weights.items()}
+    except Exception as error:  # cut off, or a pickle that would run code
+        raise ValueError(f"{path} holds no plain weights ({in_one_line(error)})") from None
+    for old, new in OLD_NAMES.items():
+        weights = {name.replace(f".{old}.", f".{new}."): w for name, w in weights.items()}
+    return weights
+
+
+def from_diffusers(folder):
+    """The Trained in a folder of the diffusers layout; ValueError if ddpm.py doesn't compute it."""
+    unet, scheduler = (
+        folder / name if (folder / name).is_dir() else folder for name in ("unet", "scheduler")
+    )
+    model, settings = read_unet(unet / "config.json")
+    diffusion = read_scheduler(scheduler / "scheduler_config.json")
+    weights, names = read_weights(unet), diffusers_names(model)
+    missing = sorted(set(names.values()) - set(weights))
+    left_over = sorted(set(weights) - set(names.values()))
+    if missing or left_over:
+        raise ValueError(
+            f"{unet}: the weights are not those of its config.json: {len(missing)} tensors are "
+            f"missing, {len(left_over)} left over, such as {(missing + left_over)[0]}"
+        )
+    state = {ours: weights[theirs] for ours, theirs in names.items()}
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:  # of another shape
+        raise ValueError(f"{unet}: {' '.join(str(error).split())[:200]}") from None
+    return Trained(model, diffusion, settings, 0, f"diffusers, {folder.resolve().name}")
+
+
+def to_diffusers(trained, folder):
+    """Write a folder that diffusers' DDPMPipeline.from_pretrained opens and samples from."""
+    index = {
+        "_class_name": "DDPMPipeline",
+        "_diffusers_version": "0.35.0",
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+    path = folder / "model_index.json"  # only what this function wrote is written over
+    ours = path.is_file() and read_json(path) == index
+    if not ours and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there, but not written by export.py: use another name")
+    betas = trained.diffusion.betas
+    T, first, last = len(betas), betas[0].item(), betas[-1].item()
+    linear = torch.equal(betas, linear_betas(T, first, last))
+    scheduler = SCHEDULER_DEFAULTS | {
+        "_class_name": "DDPMScheduler",
+        "num_train_timesteps": T,
+        "beta_start": first,
+        "beta_end": last,
+        "trained_betas": None if linear else betas.tolist(),
+        "variance_type": f"fixed_{trained.diffusion.variance}",
+    }
+    for name in ("unet", "scheduler"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    names = diffusers_names(trained.model)
+    weights = {names[k]: v.contiguous() for k, v in trained.model.state_dict().items()}
+    with replacing(folder / "unet" / "diffusion_pytorch_model.safetensors") as path:
+        save_file(weights, path, {"format": "pt"})
+    for name, config in (
+        ("unet/config.json", unet_config(trained.model, trained.settings)),
+        ("scheduler/scheduler_config.json", scheduler),
+        ("model_index.json", index),
+    ):
+        with replacing(folder / name) as path:
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary path to write to; it comes to `path` when it is whole, or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------- the program
+
+
+def write_onnx(trained, path):
+    """The network and its schedule as one file, compared with torch before it is put in place."""
+    proto = to_onnx(trained.model)
+    c, size = trained.settings["in_channels"], trained.settings["image_size"]
+    metadata = {
+        "ddpm.betas": json.dumps(trained.diffusion.betas.tolist()),
+        "ddpm.variance": trained.diffusion.variance,
+        "ddpm.image_shape": json.dumps([c, size, size]),
+        "ddpm.step": str(trained.step),
+        "ddpm.source": trained.name,
+    }
+    onnx.helper.set_model_props(proto, metadata)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        onnx.save(proto, temporary)
+        worst = largest_difference(temporary, trained.model, trained.diffusion.T)
+        if not worst < TOLERANCE:
+            raise ValueError(f"eps differs from torch's by {worst:.1e}; {path} is not written")
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {trained.name}, step {trained.step:,}")
+    print(f"largest difference from torch {worst:.1e}, at batch 1, 2, 3 and t = 0, 1, T/2, T-1")
+    print(f"next:\n  python sample.py --onnx {path.as_posix()}")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
         "--checkpoint", default="run/checkpoint.pt", help="what train.py wrote [run/checkpoint.pt]"
     )
-    parser.add_argument("--onnx", default="model.onnx", help="the file to write [model.onnx]")
+    source.add_argument("--diffusers", metavar="DIR", help="a DDPM in the layout of diffusers")
+    parser.add_argument("--onnx", help="the file to write [model.onnx, unless --to-diffusers]")
+    parser.add_argument("--to-diffusers", metavar="DIR", help="write a folder for DDPMPipeline")
     args = parser.parse_args()
-    if not Path(args.checkpoint).is_file():
-        sys.exit(f"export.py: there is no {args.checkpoint}; python train.py makes one")
+    if args.diffusers and not Path(args.diffusers).is_dir():
+        parser.error(f"--diffusers {args.diffusers}: there is no such folder")
+    if args.to_diffusers is None and args.onnx is None:
+        args.onnx = "model.onnx"
 
     try:
-        checkpoint = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
-        config = checkpoint["config"]
-        diffusion = Diffusion(**config["diffusion"])
-        model = UNet(**config["model"]).eval()
-        model.load_state_dict(checkpoint["ema"])
-    except Exception as error:
-        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        sys.exit(f"export.py: {args.checkpoint} is no checkpoint of train.py ({why})")
-    shape = [config["model"]["in_channels"]] + 2 * [config["model"]["image_size"]]
-
-    proto = to_onnx(model)
-    metadata = {
-        "ddpm.betas": json.dumps(diffusion.betas.tolist()),
-        "ddpm.variance": diffusion.variance,
-        "ddpm.image_shape": json.dumps(shape),
-        "ddpm.step": str(checkpoint["step"]),
-        "ddpm.source": f"train.py, {config['train']['data'] or 'demo'}",
-    }
-    onnx.helper.set_model_props(proto, metadata)
-
-    path = Path(args.onnx)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        onnx.save(proto, temporary)
-        worst = largest_difference(temporary, model, diffusion.T)
-        if not worst < TOLERANCE:
-            sys.exit(f"export.py: eps differs from torch's by {worst:.1e}; {path} is not written")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, step {checkpoint['step']:,}")
-    print(f"largest difference from torch {worst:.1e}, at batch 1, 2, 3 and t = 0, 1, T/2, T-1")
-    print(f"next:\n  python sample.py --onnx {path.as_posix()}")
+        trained = load(args.diffusers or args.checkpoint)
+        if args.to_diffusers:
+            to_diffusers(trained, Path(args.to_diffusers))
+            print(f"{args.to_diffusers}: diffusers.DDPMPipeline.from_pretrained opens it")
+        if args.onnx:
+            write_onnx(trained, Path(args.onnx))
+    except ValueError as error:
+        sys.exit(f"export.py: {error}")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def respaced(betas, steps):
     return 1 - alphas_bar / np.append(1.0, alphas_bar[:-1]), tau
 
 
-def sample_progressive(eps_model, noise, betas, variance="large", steps=None, eta=None):
+def sample_progressive(eps_model, noise, betas, variance="large", steps=None, eta=None, x_T=None):
     """Algorithm 2 of the paper: yields (t, x_t, x0_hat) from t = T-1 down to t = 0.
 
     x_t is what the network saw, x0_hat the picture it expects behind it, in [-1, 1]; the last
@@ -48,6 +48,7 @@ def sample_progressive(eps_model, noise, betas, variance="large", steps=None, et
     eps_model(x_t, t) -> eps, t (B,) int64. noise() -> the next z, float32 (B, C, H, W).
     betas: (T,) float64. variance: sigma_t^2 is beta_t if "large", beta-tilde_t if "small".
     steps: how many of the T to take. eta: None is the paper's step, a number DDIM's eta.
+    x_T: where to start, if not at pure noise. To go on from an x_t, give betas[: t + 1] and that.
     """
     betas, tau = respaced(betas, len(betas) if steps is None else steps)
     alphas = 1 - betas
@@ -55,7 +56,7 @@ def sample_progressive(eps_model, noise, betas, variance="large", steps=None, et
     alphas_bar_prev = np.append(1.0, alphas_bar[:-1])
     posterior_variance = (1 - alphas_bar_prev) / (1 - alphas_bar) * betas  # (7)
     sigma2 = betas if variance == "large" else posterior_variance
-    x = noise()
+    x = noise() if x_T is None else x_T
     for i in reversed(range(len(betas))):
         # Python floats, so that float32 pictures stay float32
         beta, alpha, abar, abar_prev = (
