@@ -3,6 +3,7 @@
     python sample.py --onnx model.onnx                     # 64 pictures, samples.png
     python sample.py --onnx model.onnx --steps 50 --eta 0  # 20 times faster, by DDIM
     python sample.py --onnx model.onnx -n 10000 --dir out  # a PNG each
+    python sample.py --onnx model.onnx --interpolate a.png b.png  # what lies between two pictures
 
 This file and a model.onnx are all that a machine needs which serves pictures, with numpy, Pillow,
 tqdm and onnxruntime (or onnxruntime-gpu[cuda,cudnn]). The reverse process below is that of ddpm.py,
@@ -27,6 +28,7 @@ from tqdm import tqdm
 MEND = 'pip uninstall -y onnxruntime onnxruntime-gpu; pip install "onnxruntime-gpu[cuda,cudnn]"'
 GRID = 256  # the most pictures in one grid
 FRAMES, STRIP = 50, 10  # of the steps, how many the GIF shows, and the strip
+LAMBDAS = np.linspace(0, 1, 11, dtype=np.float32)  # of an interpolation
 
 # ------------------------------------------------------------------------------ the reverse process
 
@@ -79,6 +81,23 @@ def sample_progressive(eps_model, noise, betas, variance="large", steps=None, et
             eps = (x - math.sqrt(abar) * x0) / math.sqrt(1 - abar)  # of the clipped x0
             mean = math.sqrt(abar_prev) * x0 + math.sqrt(1 - abar_prev - sigma**2) * eps
         x = mean + sigma * noise()
+
+
+def interpolate(eps_model, noise, x0, x0_b, t, betas, variance="large", steps=None, eta=None):
+    """Figure 8: what lies between two pictures, mixed at x_t and brought back from there.
+
+    Yields what sample_progressive does, with a row for each of LAMBDAS. The noise of x_t and that
+    of the way back are the same for all of them, so that lambda is all that changes.
+
+    noise() -> the next z, (1, C, H, W). x0, x0_b: pictures in [-1, 1], (C, H, W). t: 0..T-1, how
+    much is left to be invented; the network's first t is this one.
+    """
+    abar = float((1 - betas).cumprod()[t])
+    x_t, x_t_b = (math.sqrt(abar) * x + math.sqrt(1 - abar) * noise() for x in (x0, x0_b))  # (4)
+    lam = LAMBDAS[:, None, None, None]
+    mixed = (1 - lam) * x_t + lam * x_t_b
+    steps = None if steps is None else min(steps, t + 1)
+    return sample_progressive(eps_model, noise, betas[: t + 1], variance, steps, eta, x_T=mixed)
 
 
 def noise_of(seed, first, shape):
@@ -173,6 +192,19 @@ def to_image(pixels):
     return Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
 
 
+def read_picture(path, shape):
+    """A picture file as the training sees it: float32 (C, H, W) in [-1, 1], on white, cropped."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image).convert("RGBA")
+    except Exception as error:
+        sys.exit(f"sample.py: {path} can't be read: {error}")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("L" if shape[0] == 1 else "RGB")
+    image = ImageOps.fit(image, shape[:0:-1], Image.Resampling.LANCZOS)
+    return np.atleast_3d(np.asarray(image, np.float32)).transpose(2, 0, 1) / 127.5 - 1
+
+
 def grid(pixels, columns=None):
     """uint8 (B, H, W, C) as one image, in rows of `columns`; small pictures enlarged."""
     columns = columns or math.ceil(math.sqrt(len(pixels)))
@@ -208,6 +240,13 @@ def main():
     flag("--dir", help="folder for each picture as a PNG of its own")
     flag("--gif", help="file for the reverse process as an animation, of the first batch")
     flag("--strip", help="file for x_t and x0_hat along the way, of the first four pictures")
+    flag(
+        "--interpolate",
+        nargs=2,
+        metavar="FILE",
+        help="two pictures; --out shows each, and between them 11 mixtures of their x_t",
+    )
+    flag("--t", type=int, nargs="+", help="where to mix, a row each, 0 to T-1 [T / 2]")
     flag("--steps", type=int, help="steps of the reverse process, 1..T [T, as in the paper]")
     flag("--eta", type=float, help="DDIM with this eta, 0 to 1 [the paper's step]")
     flag("--batch", default=64, type=int, help="pictures at once [64]")
@@ -219,18 +258,39 @@ def main():
     pictures = [name for name in (args.out, args.gif, args.strip) if name]
     if not all(Path(name).suffix.lower() in Image.registered_extensions() for name in pictures):
         parser.error("--out, --gif and --strip must be files such as x.png or x.gif")
+    if args.interpolate and (args.dir or args.gif or args.strip):
+        parser.error("--interpolate makes --out only, which must be the one picture asked for")
+    if args.t and not args.interpolate:
+        parser.error("--t must be given with --interpolate")
     if args.eta is not None and not 0 <= args.eta <= 1:
         parser.error("--eta must be between 0 and 1")
     if not Path(args.onnx).is_file():
         sys.exit(f"sample.py: there is no {args.onnx}; python export.py makes one")
 
-    network = Network(args.onnx, min(args.batch, args.n), args.device)
+    batch = len(LAMBDAS) if args.interpolate else min(args.batch, args.n)
+    network = Network(args.onnx, batch, args.device)
     betas = np.array(json.loads(network.metadata["ddpm.betas"]))
     steps = len(betas) if args.steps is None else args.steps
     if not 1 <= steps <= len(betas):
         parser.error(f"--steps must be 1..{len(betas)}")
+    where = args.t or [len(betas) // 2]
+    if not all(0 <= t < len(betas) for t in where):
+        parser.error(f"--t must be 0..{len(betas) - 1}")
     variance = network.metadata["ddpm.variance"]
     print(f"{args.onnx} on {'CUDA' if network.device == 'cuda' else 'the CPU'}, {steps} steps")
+
+    if args.interpolate:
+        a, b = (read_picture(path, network.shape[1:]) for path in args.interpolate)
+        rows = []
+        for t in where:
+            noise = noise_of(args.seed, 0, (1, *network.shape[1:]))
+            chain = interpolate(network, noise, a, b, t, betas, variance, args.steps, args.eta)
+            for _, _, x0 in tqdm(chain, f"t = {t}", min(steps, t + 1), unit="step"):
+                mixtures = x0
+            rows += [a, *mixtures, b]
+        save_image(args.out, grid(to_pixels(np.stack(rows)), len(LAMBDAS) + 2))
+        print(f"{args.out}: a picture, mixtures of lambda = 0, 0.1, ... 1, the other picture")
+        return
 
     started, shown, frames = time.monotonic(), [], []
     starts = range(0, args.n, network.batch)

@@ -3,6 +3,8 @@
     python train.py                       # a built-in demo, a few minutes on a laptop's CPU
     python train.py --data ./images       # the paper's CIFAR-10 run, on your pictures
     python train.py --data ./images --base-channels 64 --steps 50000    # a smaller one
+    python train.py --data ./images --init ddpm-cifar10-32  # from published weights, see export.py
+    python train.py --data ./images --eval run/checkpoint.pt    # the bound on them, in bits
 
 The same command run again goes on where it stopped. Beside the checkpoint it leaves log.csv (a row
 a step) and preview-STEP.png: samples of the averaged (EMA) network, always from the same noise.
@@ -23,10 +25,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from ddpm import Diffusion, UNet, cosine_betas, linear_betas
+from ddpm import Bound, Diffusion, UNet, cosine_betas, linear_betas
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 PREVIEW, PREVIEW_STEPS = 36, 50  # pictures in a preview, and of the T steps how many it takes
@@ -51,8 +53,11 @@ def read_picture(path, size):
         return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
 
 
-def read_folder(folder, size, channels=None):
-    """All pictures under a folder, in the order of their paths: uint8 (N, C, size, size)."""
+def read_folder(folder, size, channels=None, most=None):
+    """All pictures under a folder, in the order of their paths: uint8 (N, C, size, size).
+
+    most: no more than so many, from the whole of the folder at even distances.
+    """
     if not Path(folder).is_dir():
         sys.exit(f"train.py: --data {folder}: there is no such folder")
     paths = sorted(
@@ -62,6 +67,8 @@ def read_folder(folder, size, channels=None):
         and path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
+    if most is not None and most < len(paths):
+        paths = [paths[i * len(paths) // most] for i in range(most)]
 
     def read(path):
         try:
@@ -173,6 +180,35 @@ def save_grid(x, path):
     ImageOps.scale(image, max(1, round(512 / image.width)), Image.Resampling.NEAREST).save(path)
 
 
+def save_plot(path, x, y, x_label, y_label):
+    """A curve over axes that start at 0, as a PNG of 640 x 440 pixels."""
+    width, height, font = 1280, 880, ImageFont.load_default(32)  # drawn at twice the size
+    left, top, right, bottom = 160, 40, width - 60, height - 130
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+
+    def ticks(highest):  # about five, at round numbers
+        step = 10 ** math.floor(math.log10(highest / 5))
+        step *= next(k for k in (1, 2, 5, 10) if highest / (k * step) <= 6)
+        return [k * step for k in range(int(highest / step) + 1)]
+
+    def place(a, b):
+        return left + a / max(x) * (right - left), bottom - b / max(y) * (bottom - top)
+
+    for a in ticks(max(x)):
+        draw.line([place(a, 0), place(a, max(y))], "#dddddd", 2)
+        draw.text((place(a, 0)[0], bottom + 14), f"{a:.4g}", "black", font, "ma")
+    for b in ticks(max(y)):
+        draw.line([place(0, b), place(max(x), b)], "#dddddd", 2)
+        draw.text((left - 14, place(0, b)[1]), f"{b:.4g}", "black", font, "rm")
+    draw.line([place(a, b) for a, b in zip(x, y, strict=True)], "#265fdc", 5, "curve")
+    draw.text(((left + right) / 2, height - 20), x_label, "black", font, "md")
+    upright = Image.new("L", (bottom - top, 50))
+    ImageDraw.Draw(upright).text((upright.width / 2, 4), y_label, 255, font, "ma")
+    image.paste("black", (10, top), upright.rotate(90, expand=True))
+    image.reduce(2).save(path)
+
+
 def save_whole(path, write):
     """Let write(temporary path) make a file, then put it at path in one step or not at all."""
     temporary = path.with_name(path.name + ".tmp")
@@ -198,8 +234,15 @@ def arguments():
     flag("--num-res-blocks", 2, "residual blocks per level", type=int)
     flag("--attention-resolutions", [16], "sizes in pixels with attention", type=int, nargs="*")
     flag("--dropout", 0.1, "share of activations dropped", type=float)
+    flag("--init", None, "start from these weights: a checkpoint, or a folder of diffusers")
     flag("--schedule", "linear", "the betas, T = 1000", choices=("linear", "cosine"))
     flag("--variance", "large", "sigma_t^2: beta_t or beta-tilde_t", choices=("large", "small"))
+    flag(
+        "--weighting",
+        "simple",
+        "of the loss: simple (14), or vlb for the bound (12)",
+        choices=("simple", "vlb"),
+    )
     flag("--batch", 128, "pictures per step", type=int)
     flag("--lr", 2e-4, "learning rate of Adam", type=float)
     flag("--warmup", None, "steps until lr is reached [min(5000, steps / 20)]", type=int)
@@ -217,10 +260,24 @@ def arguments():
     )
     flag("--preview-every", None, "steps [so that it takes under 5 %% of the time]", type=int)
     flag("--save-minutes", 5.0, "minutes between checkpoints", type=float)
+    flag(
+        "--eval",
+        None,
+        "don't train: the bound of a checkpoint (or a folder of diffusers) on --data",
+    )
+    flag("--eval-images", None, "of how many of the pictures [all]", type=int)
+    parser.set_defaults(trained=None, norm_groups=None)
     args = parser.parse_args()
-    if args.data is None:  # what the command line doesn't say, the demo does
+    # What the command line doesn't say, the demo does, or the weights to start from do.
+    if args.data is None:
         parser.set_defaults(**DEMO)
-        args = parser.parse_args()
+    if args.init or args.eval:
+        trained = load(args.init or args.eval)
+        shape = {key: value for key, value in trained.settings.items() if key != "dropout"}
+        shape["channels"] = shape.pop("in_channels")
+        variance = trained.diffusion.variance
+        parser.set_defaults(trained=trained, schedule=None, variance=variance, **shape)
+    args = parser.parse_args()
 
     factor = 2 ** (len(args.channel_mults) - 1)
     if args.image_size % factor or args.image_size < factor:
@@ -234,6 +291,8 @@ def arguments():
     at_least_1 = [args.batch, args.steps, args.num_res_blocks, *args.channel_mults]
     if min(at_least_1) < 1 or args.seed < 0 or args.preview_every == 0:
         parser.error("--batch, --steps, blocks, mults and --preview-every start at 1, --seed at 0")
+    if args.eval_images is not None and args.eval_images < 1:
+        parser.error("--eval-images must be at least 1")
     if not (0 <= args.dropout < 1 and 0 <= args.ema < 1 and args.lr > 0):
         parser.error("--dropout and --ema must be in [0, 1), --lr above 0")
     if args.device == "auto":
@@ -246,8 +305,79 @@ def arguments():
     return args
 
 
+def load(path):
+    """A checkpoint or a folder of diffusers, as export.load reads it; it must be there."""
+    from export import load  # needs onnx, which training does not
+
+    try:
+        return load(path)
+    except ValueError as error:
+        sys.exit(f"train.py: {error}")
+
+
+def evaluate(args):
+    """The bound on the pictures, printed, and the rate-distortion curve (Figure 5) as two files."""
+    model, diffusion, settings, step, _ = args.trained
+    device = torch.device(args.device)
+    if args.data is None:
+        images = demo_pictures()[: args.eval_images]
+    else:
+        images = read_folder(args.data, args.image_size, args.channels, args.eval_images)
+    if images.shape[1:] != (settings["in_channels"], *2 * [settings["image_size"]]):
+        sys.exit(f"train.py: {args.eval} is not of the demo; which pictures? --data")
+    model.to(device)
+    diffusion = Diffusion(diffusion.betas.to(device), diffusion.variance)
+
+    bounds = []
+    bar = tqdm(total=len(images) * diffusion.T, unit=" passes", unit_scale=True)
+
+    def network(x_t, t):
+        bar.update(len(x_t))
+        return model(x_t, t)
+
+    try:
+        for k, batch in enumerate(images.split(args.batch)):
+            noise = torch.Generator(device).manual_seed(seed_of(args.seed, k))
+            bound = diffusion.vlb(network, batch.to(device).float() / 127.5 - 1, noise)
+            bounds.append(Bound(*(part.cpu() for part in bound)))
+            bar.set_postfix_str(f"{bounds[-1].total.mean():.3f} bits/dim in the last batch")
+    except KeyboardInterrupt:
+        if not bounds:
+            sys.exit(
+                "train.py: stopped in the first batch; a smaller --batch gives a result sooner"
+            )
+    bar.close()
+
+    bound = Bound(*map(torch.cat, zip(*bounds, strict=True)))
+    n, L_t = len(bound.total), bound.L_t.mean(0)
+    rmse = 127.5 * bound.mse.mean(0).sqrt()  # in values of 0..255
+    # When x_t is known, these bits have been sent: L_T, and the terms of the steps before t.
+    rate = bound.L_T.mean() + L_t.flip(0).cumsum(0).flip(0) - L_t
+    error = f" +- {bound.total.std() / math.sqrt(n):.4f} (standard error)" if n > 1 else ""
+    print(f"{args.eval} (step {step:,}) on {n:,} pictures, in bits per dimension")
+    print(f"  L_T                  {bound.L_T.mean():8.6f}")
+    print(f"  L_1 + .. + L_T-1     {L_t[1:].sum():8.4f}    the rate")
+    print(f"  L_0                  {L_t[0]:8.4f}    the distortion")
+    print(f"  total                {bound.total.mean():8.4f}{error}")
+    print(f"RMSE of the last x0_hat {rmse[0]:.4f}, of 255")
+    rows = zip(range(diffusion.T), L_t.tolist(), rate.tolist(), rmse.tolist(), strict=True)
+    folder = Path(args.eval) if Path(args.eval).is_dir() else Path(args.eval).parent
+    table, picture = folder / "rate-distortion.csv", folder / "rate-distortion.png"
+
+    def write(path):
+        with open(path, "w", newline="") as file:
+            csv.writer(file).writerows([("t", "L_t", "rate", "rmse"), *rows])
+
+    save_whole(table, write)
+    save_plot(picture, rate.tolist(), rmse.tolist(), "rate, bits per dimension",
+              "distortion: RMSE of x0_hat, of 255")  # fmt: skip
+    print(f"the curve: {table}, {picture}")
+
+
 def main():
     args = arguments()
+    if args.eval:
+        return evaluate(args)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device)
@@ -260,7 +390,10 @@ def main():
         images = read_folder(args.data, args.image_size, args.channels)
 
     # -- the configuration: all that another program, or this one when it resumes, must know
-    betas = linear_betas() if args.schedule == "linear" else cosine_betas()
+    if args.schedule is None:
+        betas = args.trained.diffusion.betas
+    else:
+        betas = linear_betas() if args.schedule == "linear" else cosine_betas()
     warmup = min(5000, args.steps // 20) if args.warmup is None else args.warmup
     config = {
         "model": {
@@ -271,15 +404,18 @@ def main():
             "num_res_blocks": args.num_res_blocks,
             "attention_resolutions": args.attention_resolutions,
             "dropout": args.dropout,
+            "norm_groups": args.norm_groups,
         },
         "diffusion": {"betas": betas.tolist(), "variance": args.variance},
         "train": {
             "data": args.data and str(Path(args.data).resolve().name),
+            "init": args.init and "/".join(Path(args.init).resolve().parts[-2:]),
             "pictures": len(images),
             "batch": args.batch,
             "lr": args.lr,
             "warmup": warmup,
             "lr_decay": args.lr_decay,
+            "weighting": args.weighting,
             "ema": args.ema,
             "flip": not args.no_flip,
             "seed": args.seed,
@@ -289,6 +425,12 @@ def main():
     torch.manual_seed(args.seed)
     diffusion = Diffusion(betas.to(device), args.variance)
     model = UNet(**config["model"]).to(device)
+    if args.init:
+        try:
+            model.load_state_dict(args.trained.model.state_dict())
+        except RuntimeError as error:
+            why = " ".join(str(error).split())[:200]
+            sys.exit(f"train.py: --init {args.init} is of another shape than the flags ask: {why}")
     if device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)  # on a CPU it is slower
     ema = copy.deepcopy(model).requires_grad_(False).eval()
@@ -326,10 +468,10 @@ def main():
         save_whole(checkpoint_path, lambda path: torch.save(state, path))
 
     def preview(step):
-        shape = (PREVIEW, *images.shape[1:])
+        shape, steps = (PREVIEW, *images.shape[1:]), min(PREVIEW_STEPS, diffusion.T)
         noise = torch.Generator(device).manual_seed(args.seed)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            x0 = diffusion.sample(ema, shape, PREVIEW_STEPS, 0.0, noise, device=device)
+            x0 = diffusion.sample(ema, shape, steps, 0.0, noise, device=device)
         save_grid(x0, out / f"preview-{step:07d}.png")
 
     # A forward pass is a third of a training step, so a preview is as long as this many steps:
@@ -363,7 +505,7 @@ def main():
             x0 = torch.where(flip, x0.flip(3), x0)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            loss = diffusion.loss(model, x0)
+            loss = diffusion.loss(model, x0, weighting=args.weighting)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
@@ -403,6 +545,7 @@ def main():
 
 def refuse_other_run(old, new, out):
     """A folder holds one run. What differs is named; a longer training is the same run."""
+    old["train"].setdefault("weighting", "simple")  # of a checkpoint older than the flag
     different = [
         f"{key} was {old[part].get(key)}, now {value}"
         for part in new
