@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime as ort
+import safetensors.torch
 import torch
 from onnxscript import opset20 as op
-from safetensors.torch import load_file, save_file
 
 from ddpm import Diffusion, ResBlock, UNet, cosine_betas, linear_betas
 
@@ -119,7 +119,7 @@ def load(path):
     if path.is_dir():
         return from_diffusers(path)
     if not path.is_file():
-        raise ValueError(f"there is no {path}; python train.py makes a checkpoint")
+        raise ValueError(f"there is no {path}; python train.py makes one")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         config = checkpoint["config"]
@@ -287,13 +287,14 @@ def read_unet(path):
     given = read_json(path)
     config = UNET_DEFAULTS | {"_class_name": "UNet2DModel", "sample_size": None} | given
     refuse_others(path, config, {"_class_name": "UNet2DModel"})
-    if config["in_channels"] not in (1, 3):
-        raise ValueError(f"{path}: in_channels is {config['in_channels']}: no picture, 1 or 3")
+    size = config["sample_size"]
+    if isinstance(size, list) and len(set(size)) == 1:
+        size = config["sample_size"] = size[0]
+    if not isinstance(size, int) or config["in_channels"] not in (1, 3):
+        raise ValueError(f"{path}: sample_size must be a number of pixels, in_channels 1 or 3")
     try:
         # Where a key has several words for the same network, ours:
-        size, widths = config["sample_size"], config["block_out_channels"]
-        if isinstance(size, list) and len(set(size)) == 1:
-            config["sample_size"] = size[0]
+        widths = config["block_out_channels"]
         if config["act_fn"] == "swish":
             config["act_fn"] = "silu"
         if config["time_embedding_dim"] == 4 * widths[0]:
@@ -325,19 +326,18 @@ def read_scheduler(path):
     keys = "prediction_type clip_sample clip_sample_range thresholding rescale_betas_zero_snr"
     refuse_others(path, config, {key: SCHEDULER_DEFAULTS[key] for key in keys.split()})
     T, first, last = (config[key] for key in ("num_train_timesteps", "beta_start", "beta_end"))
+    variances = {"fixed_large": "large", "fixed_small": "small"}
+    schedules = {
+        "linear": lambda: linear_betas(T, first, last),
+        "scaled_linear": lambda: linear_betas(T, first**0.5, last**0.5) ** 2,
+        "squaredcos_cap_v2": lambda: cosine_betas(T),
+    }
+    for key, words in (("variance_type", variances), ("beta_schedule", schedules)):
+        if config[key] not in words:
+            raise ValueError(f"{path}: {key} is {config[key]}, not one of {', '.join(words)}")
     try:
-        if config["trained_betas"] is not None:
-            betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
-        else:
-            betas = {
-                "linear": lambda: linear_betas(T, first, last),
-                "scaled_linear": lambda: linear_betas(T, first**0.5, last**0.5) ** 2,
-                "squaredcos_cap_v2": lambda: cosine_betas(T),
-            }[config["beta_schedule"]]()
-        variance = {"fixed_large": "large", "fixed_small": "small"}[config["variance_type"]]
-        return Diffusion(betas, variance)
-    except KeyError as error:
-        raise ValueError(f"{path}: not what ddpm.py computes: {error}") from None
+        betas = config["trained_betas"] or schedules[config["beta_schedule"]]()
+        return Diffusion(betas, variances[config["variance_type"]])
     except Exception as error:
         raise ValueError(f"{path}: no betas ({in_one_line(error)})") from None
 
@@ -356,7 +356,7 @@ def read_weights(folder):
         if path.suffix == ".bin":
             weights = torch.load(path, map_location="cpu", weights_only=True)
         else:
-            weights = load_file(path)
+            weights = safetensors.torch.load(path.read_bytes())
         weights = {name: tensor.float() for name, tensor in weights.items()}
     except Exception as error:  # cut off, or a pickle that would run code
         raise ValueError(f"{path} holds no plain weights ({in_one_line(error)})") from None
@@ -416,7 +416,7 @@ def to_diffusers(trained, folder):
     names = diffusers_names(trained.model)
     weights = {names[k]: v.contiguous() for k, v in trained.model.state_dict().items()}
     with replacing(folder / "unet" / "diffusion_pytorch_model.safetensors") as path:
-        save_file(weights, path, {"format": "pt"})
+        safetensors.torch.save_file(weights, path, {"format": "pt"})
     for name, config in (
         ("unet/config.json", unet_config(trained.model, trained.settings)),
         ("scheduler/scheduler_config.json", scheduler),
@@ -472,7 +472,7 @@ def main():
         "--checkpoint", default="run/checkpoint.pt", help="what train.py wrote [run/checkpoint.pt]"
     )
     source.add_argument("--diffusers", metavar="DIR", help="a DDPM in the layout of diffusers")
-    parser.add_argument("--onnx", help="the file to write [model.onnx, unless --to-diffusers]")
+    parser.add_argument("--onnx", help="the file to write, unless --to-diffusers [model.onnx]")
     parser.add_argument("--to-diffusers", metavar="DIR", help="write a folder for DDPMPipeline")
     args = parser.parse_args()
     if args.diffusers and not Path(args.diffusers).is_dir():

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load, save_file
 
 import export
 import sample
@@ -259,6 +261,17 @@ def test_bound_of_gaussian_data_is_the_closed_form(variance):
         bound.L_t[:, 1:].mean(0), terms, rtol=6 * math.sqrt(2 / n), atol=1e-7
     )
     assert bound.L_t[:, 1:].sum(1).mean().item() == pytest.approx(terms.sum().item(), rel=0.01)
+    # L_0: the error of x0_hat is N(0, left), the decoder's bin that of x_0: by quadrature
+    nodes, weights = np.polynomial.hermite_e.hermegauss(200)
+    error, sigma = nodes * math.sqrt(left[0]), math.sqrt(d.sigma2[0])
+    cdf = np.vectorize(lambda x: (1 + math.erf(x / math.sqrt(2))) / 2)
+    share = cdf((1 / 255 - error) / sigma) - cdf((-1 / 255 - error) / sigma)
+    L_0 = -(weights * np.log2(share.clip(1e-12))).sum() / weights.sum()
+    assert bound.L_t[:, 0].mean().item() == pytest.approx(L_0, rel=0.02)
+    # L_T: (abar s^2 - abar - log(1 - abar)) / 2
+    abar_T = abar[-1].item()
+    L_T = (abar_T * x0.square().mean().item() - abar_T - math.log1p(-abar_T)) / 2 / math.log(2)
+    assert bound.L_T.mean().item() == pytest.approx(L_T, rel=1e-3)
 
 
 def test_simple_loss_is_least_at_the_closed_form():
@@ -364,6 +377,120 @@ def test_ddim_with_eta_1_is_the_small_ancestral_step():
     torch.testing.assert_close(a, b, rtol=0, atol=2e-4)
 
 
+# For x_0 ~ N(m, s^2) the best eps is known, and linear in x_t. Each step is then x <- a x + b +
+# sigma z, so that mean and variance of the samples follow from a recursion over t: a proof of the
+# sampler that needs no training, and no trust in any of its code.
+
+S, M = 0.15, 0.3
+
+
+def best_eps(x_t, t):
+    abar = PAPER.alphas_bar[t].view(-1, 1, 1, 1)
+    eps = (1 - abar).sqrt() / (abar * S**2 + 1 - abar) * (x_t.double() - abar.sqrt() * M)
+    return eps.float()
+
+
+def mean_and_deviation(variance, steps=1000, eta=None):
+    """Of the samples at the end, by the printed Algorithm 2, or by (12) of the DDIM paper."""
+    tau = [999 - i * 999 // max(1, steps - 1) for i in range(steps)]
+    abars = [PAPER.alphas_bar[t].item() for t in tau] + [1.0]
+    mean, var = 0.0, 1.0
+    for abar, abar_prev in pairwise(abars):
+        alpha = abar / abar_prev
+        beta, slope = 1 - alpha, math.sqrt(1 - abar) / (abar * S**2 + 1 - abar)
+        posterior = (1 - abar_prev) / (1 - abar) * beta
+        if eta is None:
+            sigma2 = beta if variance == "large" else posterior
+            a = (1 - beta / math.sqrt(1 - abar) * slope) / math.sqrt(alpha)
+            b = beta / math.sqrt(1 - abar) * slope * math.sqrt(abar) * M / math.sqrt(alpha)
+        else:
+            sigma2 = eta**2 * posterior
+            of_x0, of_eps = math.sqrt(abar_prev / abar), math.sqrt(1 - abar_prev - sigma2)
+            k = of_eps - of_x0 * math.sqrt(1 - abar)
+            a, b = of_x0 + k * slope, -k * slope * math.sqrt(abar) * M
+        mean, var = a * mean + b, a**2 * var + (sigma2 if abar_prev < 1 else 0)
+    return mean, math.sqrt(var)
+
+
+@pytest.mark.parametrize(
+    "variance, eta, width", [("large", None, 1.006), ("small", None, 0.975), ("small", 0.0, 0.990)]
+)
+def test_price_of_discrete_steps(variance, eta, width):
+    """Even the best network draws N(m, s^2) a little too wide or too narrow with T = 1000."""
+    mean, deviation = mean_and_deviation(variance, eta=eta)
+    assert deviation / S == pytest.approx(width, abs=5e-4)
+    assert mean == pytest.approx(M, abs=1e-3)
+
+
+RUNS = [(None, None), (100, None), (10, None), (1000, 0.0), (50, 0.0), (50, 0.5), (50, 1.0)]
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("steps, eta", RUNS)
+def test_sampler_meets_the_recursion(variance, steps, eta):
+    """Exactly: picture k is given a unit of noise at draw k alone, and the last picture none."""
+    draws = iter(torch.eye((steps or 1000) + 1).view(-1, (steps or 1000) + 1, 1, 1, 1))
+    x0 = Diffusion(linear_betas(), variance).sample(
+        best_eps, ((steps or 1000) + 1, 1, 1, 1), steps, eta, noise=lambda: next(draws), clip=False
+    )
+    x0 = x0.double().flatten()
+    mean, deviation = mean_and_deviation(variance, steps or 1000, eta)
+    assert x0[-1].item() == pytest.approx(mean, rel=1e-4)
+    assert (x0[:-1] - x0[-1]).norm().item() == pytest.approx(deviation, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "variance, steps, eta",
+    [("large", None, None), ("small", None, None), ("large", 50, None), ("small", 50, 0.0)],
+)
+def test_samples_meet_the_recursion(variance, steps, eta):
+    """The same of drawn pictures, to the Monte-Carlo error."""
+    x0 = Diffusion(linear_betas(), variance).sample(
+        best_eps, (64, 1, 32, 32), steps, eta, torch.Generator().manual_seed(0)
+    )
+    mean, deviation = mean_and_deviation(variance, steps or 1000, eta)
+    n = x0.numel()
+    assert x0.mean().item() == pytest.approx(mean, abs=5 * deviation / math.sqrt(n))
+    assert x0.std().item() == pytest.approx(deviation, rel=5 / math.sqrt(2 * n))
+
+
+def test_chain_cut_at_t_is_the_beginning_of_the_chain():
+    """So Diffusion(betas[: t + 1]) goes on from an x_t."""
+    for variance in VARIANCES:
+        whole, cut = (Diffusion(linear_betas()[:n], variance) for n in (1000, 301))
+        for name in ("alphas_bar", "posterior_variance", "sigma2"):
+            torch.testing.assert_close(
+                getattr(cut, name), getattr(whole, name)[:301], rtol=0, atol=0
+            )
+    x_t = randn(2, 1, 4, 4)
+    steps = list(cut.sample_progressive(wobbly, x_t.shape, x_T=x_t))
+    assert [t for t, _, _ in steps] == list(range(300, -1, -1)) and torch.equal(steps[0][1], x_t)
+
+
+@pytest.mark.parametrize(
+    "t, steps, eta", [(300, None, None), (300, 20, None), (299, 20, 0.0), (0, 9, None)]
+)
+def test_interpolation_starts_at_the_t_of_its_noise(t, steps, eta):
+    """q_sample to t, then the network at that t: two peers' networks see t - 1 first."""
+    a, b = (torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(k)) * 2 - 1 for k in (0, 1))
+    drawn = randn(400, 1, 3, 4, 4)
+    z = iter(drawn.numpy())
+    chain = list(sample.interpolate(wobbly, lambda: next(z), a.numpy(), b.numpy(), t,
+                                    linear_betas().numpy(), "large", steps, eta))  # fmt: skip
+    assert chain[0][0] == t and chain[-1][0] == 0
+    assert len(chain) == (t + 1 if steps is None else min(steps, t + 1))
+    at_t = torch.tensor([t])
+    x_t = [PAPER.q_sample(x0[None], at_t, drawn[k]) for k, x0 in enumerate((a, b))]
+    mixed = torch.cat([(1 - k / 10) * x_t[0] + k / 10 * x_t[1] for k in range(11)])
+    np.testing.assert_allclose(chain[0][1], mixed, rtol=0, atol=1e-5)
+    # and then it is the torch sampler's way back, with the same noise for every lambda
+    rest = iter(drawn[2:])
+    expected = Diffusion(linear_betas()[: t + 1]).sample(
+        wobbly, mixed.shape, steps and min(steps, t + 1), eta, noise=lambda: next(rest), x_T=mixed
+    )
+    np.testing.assert_allclose(chain[-1][2], expected, rtol=0, atol=1e-4)
+
+
 def test_sampler_clips_x0_and_adds_no_noise_at_the_end():
     steps = list(PAPER.sample_progressive(lambda x, t: -x, (1, 1, 2, 2), 10))
     assert all(x0.abs().max() <= 1 for _, _, x0 in steps)
@@ -404,72 +531,55 @@ def small_unet(jitter=0.1, **kwargs):
     return model
 
 
-def diffusers_state(model):
-    """Our state_dict under the names of diffusers' UNet2DModel."""
-
-    def level_names(part, theirs, resampler):
-        level, j = 0, 0
-        for i, block in enumerate(part):
-            if hasattr(block, "norm1"):
-                yield f"{i}.attention", f"{theirs}.{level}.attentions.{j}"
-                yield f"{i}", f"{theirs}.{level}.resnets.{j}"
-                j += 1
-            else:
-                yield f"{i}", f"{theirs}.{level}.{resampler}.0"
-                level, j = level + 1, 0
-
-    places = [
-        *((f"down.{a}.", b) for a, b in level_names(model.down, "down_blocks", "downsamplers")),
-        *((f"up.{a}.", b) for a, b in level_names(model.up, "up_blocks", "upsamplers")),
-        ("middle.0.attention.", "mid_block.attentions.0"),
-        ("middle.0.", "mid_block.resnets.0"),
-        ("middle.1.", "mid_block.resnets.1"),
-        ("time.0.", "time_embedding.linear_1"),
-        ("time.2.", "time_embedding.linear_2"),
-        ("norm_out.", "conv_norm_out"),
-    ]
-    inside = {"time": "time_emb_proj", "shortcut": "conv_shortcut", "norm": "group_norm"}
-    inside |= {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
-    state = {}
-    for name, value in model.state_dict().items():
-        ours, theirs = next(((a, b) for a, b in places if name.startswith(a)), ("", ""))
-        rest = name[len(ours) :].split(".")
-        rest[0] = inside.get(rest[0], rest[0])
-        state[".".join([theirs, *rest]).lstrip(".")] = value
-    return state
+SHAPES = {  # size, base, mults, attention, groups
+    "CIFAR-10": (32, 128, (1, 2, 2, 2), 16, 32),
+    "256x256, shrunken": (64, 32, (1, 1, 2, 2, 4, 4), 4, 8),
+}
 
 
-@pytest.mark.parametrize(
-    "size, base, mults, attention, groups",
-    [(32, 128, (1, 2, 2, 2), 16, 32), (64, 32, (1, 1, 2, 2, 4, 4), 4, 8)],
-    ids=["CIFAR-10", "256x256, shrunken"],
-)
-def test_network_is_diffusers_network(size, base, mults, attention, groups):
-    """An independent implementation, with our weights in it, loaded by name, computes the same."""
+def diffusers_unet(size, base, mults, attention, groups, **kwargs):
+    """Another implementation of the network, with weights of its own."""
     from diffusers import UNet2DModel
 
     here = [size >> level == attention for level in range(len(mults))]
-    theirs = UNet2DModel(
-        sample_size=size,
-        down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in here],
-        up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(here)],
-        block_out_channels=[base * m for m in mults],
-        layers_per_block=2,
-        norm_num_groups=groups,
-        norm_eps=1e-6,
-        downsample_padding=0,
-        freq_shift=1,
-        flip_sin_to_cos=False,
-        attention_head_dim=None,
+    torch.manual_seed(1)
+    return UNet2DModel(
+        **dict(
+            sample_size=size,
+            down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in here],
+            up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(here)],
+            block_out_channels=[base * m for m in mults],
+            layers_per_block=2,
+            norm_num_groups=groups,
+            norm_eps=1e-6,
+            downsample_padding=0,
+            freq_shift=1,
+            flip_sin_to_cos=False,
+            attention_head_dim=None,
+        )
+        | kwargs
     ).eval()
-    ours = small_unet(image_size=size, base_channels=base, channel_mults=mults, num_res_blocks=2,
-                      attention_resolutions=(attention,), jitter=0.02)  # fmt: skip
-    theirs.load_state_dict(diffusers_state(ours))  # strict: none missing, none left over
-    x, t = randn(2, 3, size, size), torch.tensor([3, 900])
+
+
+def assert_same_network(ours, theirs):
+    size, channels = ours.image_size, ours.conv_in.in_channels
+    x, t = randn(2, channels, size, size), torch.tensor([3, 900])
     with torch.no_grad():
         eps = ours(x, t)
         assert eps.std() > 0.1
         torch.testing.assert_close(eps, theirs(x, t).sample, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_network_is_diffusers_network(shape):
+    """An independent implementation, with our weights in it, loaded by name, computes the same."""
+    size, base, mults, attention, _ = SHAPES[shape]
+    ours = small_unet(image_size=size, base_channels=base, channel_mults=mults, num_res_blocks=2,
+                      attention_resolutions=(attention,), jitter=0.02)  # fmt: skip
+    theirs = diffusers_unet(*SHAPES[shape])
+    names, state = export.diffusers_names(ours), ours.state_dict()
+    theirs.load_state_dict({names[k]: v for k, v in state.items()})  # none missing, none left over
+    assert_same_network(ours, theirs)
 
 
 def test_timestep_embedding_is_sines_then_cosines():
@@ -494,6 +604,8 @@ def test_group_norms_are_the_papers():
     for base, groups in ((128, 32), (256, 32), (64, 16), (32, 8), (16, 4), (12, 1), (4, 1)):
         norms = [m for m in UNet(base_channels=base).modules() if isinstance(m, torch.nn.GroupNorm)]
         assert {m.num_groups for m in norms} == {groups} and {m.eps for m in norms} == {1e-6}
+    norms = [m for m in UNet(norm_groups=2).modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert {m.num_groups for m in norms} == {2}
 
 
 def test_stride_2_is_padded_right_and_below():
@@ -739,6 +851,107 @@ def test_ema_is_the_hand_calculation(pictures, tmp_path):
     assert any(not torch.equal(start[k], state["model"][k]) for k in start)
 
 
+def test_weighting_vlb_trains_on_12(pictures, tmp_path):
+    """The first loss of a run, against one made by hand from the same (seed, step)."""
+    first = {}
+    for weighting in ("simple", "vlb"):
+        python("train.py", "--data", pictures, *TINY, "--steps", 1, "--weighting", weighting,
+               "--dropout", 0, "--no-amp", "--out", weighting, cwd=tmp_path)  # fmt: skip
+        config = checkpoint(tmp_path / weighting)["config"]
+        assert config["train"]["weighting"] == weighting
+        row = (tmp_path / weighting / "log.csv").read_text().splitlines()[1]
+        first[weighting] = float(row.split(",")[1])
+    images = train.read_folder(pictures, 8)
+    for weighting, logged in first.items():
+        torch.manual_seed(0)
+        model = UNet(**config["model"])
+        torch.manual_seed(train.seed_of(0, 0))
+        x0 = images[torch.randint(len(images), (8,))].float() / 127.5 - 1
+        x0 = torch.where(torch.rand(8, 1, 1, 1) < 0.5, x0.flip(3), x0)
+        assert PAPER.loss(model, x0, weighting=weighting).item() == pytest.approx(logged, rel=1e-4)
+
+
+def test_training_starts_from_the_weights_of_a_checkpoint(trained, pictures, tmp_path):
+    """--init: no flag repeats the network's shape; the averaged weights are where it starts."""
+    source = trained[0] / "run" / "checkpoint.pt"
+    flags = ["--data", pictures, "--init", source, "--batch", 4, "--lr", 1e-12]
+    python("train.py", *flags, "--steps", 1, cwd=tmp_path)
+    state, start = checkpoint(tmp_path / "run"), checkpoint(trained[0] / "run")
+    assert state["step"] == 1 and state["config"]["train"]["init"] == "run/checkpoint.pt"
+    model = {"dropout": 0.1, **start["config"]["model"]}
+    assert state["config"]["model"] == model
+    for part in ("model", "ema"):
+        for name, value in state[part].items():
+            close(value, start["ema"][name], 1e-7)
+    python("train.py", *flags, "--steps", 2, cwd=tmp_path)  # goes on, and doesn't start again
+    assert checkpoint(tmp_path / "run")["step"] == 2
+    said = python("train.py", "--data", pictures, "--init", source, "--base-channels", 16,
+                  "--out", "other", cwd=tmp_path, code=1)  # fmt: skip
+    assert "of another shape than the flags ask" in said
+    said = python("train.py", "--data", pictures, "--init", "none.pt", cwd=tmp_path, code=1)
+    assert "there is no none.pt" in said
+
+
+def test_eval_prints_the_bound_and_leaves_the_curve(trained, pictures, tmp_path):
+    """The program against Diffusion.vlb, and the curve against the sums that define it."""
+    (tmp_path / "checkpoint.pt").write_bytes((trained[0] / "run" / "checkpoint.pt").read_bytes())
+    said = python("train.py", "--data", pictures, "--eval", "checkpoint.pt", "--eval-images", 5,
+                  "--batch", 3, "--seed", 2, cwd=tmp_path)  # fmt: skip
+    assert "on 5 pictures" in said and "5.00k/5.00k" in said  # passes of the network: 5 x T
+    state = checkpoint(tmp_path)
+    network = UNet(**state["config"]["model"]).eval()
+    network.load_state_dict(state["ema"])
+    images = train.read_folder(pictures, 8, most=5).float() / 127.5 - 1
+    bounds = [
+        PAPER.vlb(network, x0, torch.Generator().manual_seed(train.seed_of(2, k)))
+        for k, x0 in enumerate(images.split(3))
+    ]
+    L_T, L_t, total, mse = (torch.cat(part).mean(0) for part in zip(*bounds, strict=True))
+
+    def printed(name):
+        line = next(line for line in said.splitlines() if name in line)
+        return float(line.split(name)[1].split()[0])
+
+    assert printed("  L_T ") == pytest.approx(L_T.item(), abs=1e-6)
+    assert printed("L_1 + .. + L_T-1") == pytest.approx(L_t[1:].sum().item(), abs=1e-3)
+    assert printed("  L_0 ") == pytest.approx(L_t[0].item(), abs=1e-3)
+    assert printed("  total ") == pytest.approx(total.item(), abs=1e-3)
+    rmse = 127.5 * mse.sqrt()
+    assert printed("  RMSE ") == pytest.approx(rmse[0].item(), abs=1e-2)
+    rows = (tmp_path / "rate-distortion.csv").read_text().split()
+    assert rows[0] == "t,L_t,rate,rmse" and len(rows) == 1001
+    table = np.array([row.split(",") for row in rows[1:]], float)
+    assert table[:, 0].tolist() == list(range(1000))
+    np.testing.assert_allclose(table[:, 1], L_t, rtol=1e-3, atol=1e-6)
+    for t in (0, 1, 500, 999):  # what is known before the step at t: L_T and the terms above t
+        assert table[t, 2] == pytest.approx(L_T.item() + L_t[t + 1 :].sum().item(), rel=1e-3)
+        assert table[t, 3] == pytest.approx(rmse[t].item(), rel=1e-3)
+    assert Image.open(tmp_path / "rate-distortion.png").size == (640, 440)
+
+
+def test_eval_takes_pictures_from_the_whole_folder(tmp_path):
+    for k in range(10):
+        Image.new("L", (4, 4), k).save(tmp_path / f"{k}.png")
+    assert train.read_folder(tmp_path, 4, most=5)[:, 0, 0, 0].tolist() == [0, 2, 4, 6, 8]
+    assert len(train.read_folder(tmp_path, 4, most=50)) == 10
+
+
+def test_eval_without_data_is_of_the_demo(trained):
+    said = python("train.py", "--eval", "run/checkpoint.pt", "--eval-images", 1, cwd=trained[0])
+    assert "on 1 pictures" in said  # the tiny network happens to have the demo's shape
+    for name in ("rate-distortion.csv", "rate-distortion.png"):
+        (trained[0] / "run" / name).unlink()
+
+
+def test_plot_draws_its_curve(tmp_path):
+    train.save_plot(tmp_path / "p.png", [0, 1, 2], [0, 10, 20], "x", "y")
+    pixels = np.asarray(Image.open(tmp_path / "p.png")).astype(int)
+    blue = (pixels[..., 2] - pixels[..., 0]) > 100
+    rows, columns = np.nonzero(blue)
+    assert np.corrcoef(rows, columns)[0, 1] < -0.99  # a line that rises
+    assert columns.min() < 90 and columns.max() > 600 and rows.min() < 30 and rows.max() > 360
+
+
 def test_another_run_is_not_overwritten(trained, pictures):
     folder, _ = trained
     before = (folder / "run" / "checkpoint.pt").read_bytes()
@@ -907,6 +1120,252 @@ def test_export_without_a_whole_checkpoint_is_one_line(trained, tmp_path):
     assert not (tmp_path / "model.onnx").exists()
 
 
+def save_published(folder, layout="pipeline", weights="safetensors", shape=None, change=None):
+    """A DDPM of diffusers' own with random weights, saved by diffusers; returns its network."""
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    unet = diffusers_unet(*(shape or (8, 8, (1, 2), 4, 2)))
+    scheduler = DDPMScheduler(variance_type="fixed_large")
+    DDPMPipeline(unet, scheduler).save_pretrained(folder, safe_serialization=weights != "bin")
+    if layout == "flat":
+        for path in [*(folder / "unet").iterdir(), *(folder / "scheduler").iterdir()]:
+            path.rename(folder / path.name)
+        (folder / "unet").rmdir()
+        (folder / "scheduler").rmdir()
+    return unet
+
+
+@pytest.mark.parametrize("layout", ["pipeline", "flat"])
+@pytest.mark.parametrize("weights", ["safetensors", "bin"])
+@pytest.mark.parametrize("names", ["new", "old"])
+def test_published_weights_are_read_in_every_layout(layout, weights, names, tmp_path):
+    theirs = save_published(tmp_path, layout, weights)
+    unet = tmp_path / "unet" if layout == "pipeline" else tmp_path
+    if names == "old":
+        path = unet / f"diffusion_pytorch_model.{weights}"
+        state = load(path.read_bytes()) if weights == "safetensors" else torch.load(path)
+        old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+        for new, word in old.items():
+            state = {k.replace(f".{new}.", f".{word}."): v for k, v in state.items()}
+        assert any("proj_attn" in k for k in state)
+        (save_file if weights == "safetensors" else torch.save)(state, path)
+    trained = export.load(tmp_path)
+    assert_same_network(trained.model, theirs)
+    assert trained.diffusion.variance == "large" and trained.settings["norm_groups"] == 2
+    assert torch.equal(trained.diffusion.betas, linear_betas())
+    assert not trained.model.training
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_published_weights_compute_the_same_in_both_directions(shape, tmp_path):
+    theirs = save_published(tmp_path / "in", shape=SHAPES[shape])
+    trained = export.load(tmp_path / "in")
+    assert_same_network(trained.model, theirs)
+    export.to_diffusers(trained, tmp_path / "out")
+    again = type(theirs).from_pretrained(tmp_path / "out" / "unet").eval()
+    assert_same_network(trained.model, again)
+    configs = [
+        json.loads((tmp_path / d / "unet" / "config.json").read_text()) for d in ("in", "out")
+    ]
+    assert configs[0].pop("_diffusers_version") and configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("betas", [linear_betas(40, 1e-3, 0.3), cosine_betas(40)])
+def test_diffusers_pipeline_draws_what_ddpm_py_draws(variance, betas, tmp_path):
+    """The whole of Algorithm 2 against another implementation, opened from what export.py wrote."""
+    from diffusers import DDPMPipeline
+
+    model = small_unet(dropout=0.0).to(memory_format=torch.channels_last)  # as CUDA saves them
+    settings = dict(image_size=8, in_channels=3, base_channels=8, channel_mults=(1, 2),
+                    num_res_blocks=1, attention_resolutions=(4,), dropout=0.0)  # fmt: skip
+    ours = export.Trained(model, Diffusion(betas, variance), settings, 0, "a test")
+    export.to_diffusers(ours, tmp_path)
+    export.to_diffusers(ours, tmp_path)  # what it wrote itself it replaces
+    pipeline = DDPMPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline(2, torch.Generator().manual_seed(0), 40, output_type="np").images
+    x0 = ours.diffusion.sample(model, (2, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    assert x0.std() > 0.1
+    np.testing.assert_allclose(drawn, (x0.permute(0, 2, 3, 1) + 1) / 2, rtol=0, atol=1e-4)
+    back = export.load(tmp_path)
+    torch.testing.assert_close(back.diffusion.betas, betas, rtol=1e-15, atol=0)
+    assert back.diffusion.variance == variance
+    with torch.no_grad():
+        x, t = randn(1, 3, 8, 8), torch.tensor([7])
+        torch.testing.assert_close(back.model(x, t), model(x, t), rtol=1e-5, atol=1e-5)
+
+
+def test_published_weights_to_pictures_and_back(trained, pictures, tmp_path):
+    """As a user: a folder to model.onnx to pictures, fine-tuned, evaluated, and a folder again."""
+    theirs = save_published(tmp_path / "published", layout="flat")
+    said = python("export.py", "--diffusers", "published", cwd=tmp_path)
+    assert "diffusers, published" in said
+    session = ort.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    x, t = randn(2, 3, 8, 8), torch.tensor([3, 900])
+    with torch.no_grad():
+        (eps,) = session.run(["eps"], {"x_t": x.numpy(), "t": t.numpy()})
+        np.testing.assert_allclose(eps, theirs(x, t).sample, rtol=0, atol=1e-5)
+    python("sample.py", "--onnx", "model.onnx", "-n", 1, "--steps", 5, cwd=tmp_path)
+    flags = ["--data", pictures, "--steps", 2, "--batch", 4]
+    python("train.py", "--init", "published", *flags, cwd=tmp_path)
+    state = checkpoint(tmp_path / "run")
+    assert state["config"]["model"]["norm_groups"] == 2
+    python("export.py", "--to-diffusers", "mine", cwd=tmp_path)
+    mine = export.load(tmp_path / "mine").model.state_dict()
+    assert all(torch.equal(mine[k], state["ema"][k]) for k in mine)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    said = python("export.py", "--to-diffusers", "published", cwd=tmp_path, code=1)
+    assert "not written by export.py" in said
+    assert before == sorted(p.name for p in tmp_path.iterdir())
+    said = python("train.py", "--data", pictures, "--eval", "published", "--eval-images", 1,
+                  cwd=tmp_path)  # fmt: skip
+    assert "on 1 pictures" in said and (tmp_path / "published" / "rate-distortion.csv").is_file()
+
+
+OTHERS = [
+    ("config.json", "_class_name", "UNet2DConditionModel"),
+    ("config.json", "num_class_embeds", 10),
+    ("config.json", "class_embed_type", "timestep"),
+    ("config.json", "out_channels", 6),
+    ("config.json", "in_channels", 4),
+    ("config.json", "sample_size", None),
+    ("config.json", "down_block_types", ["ResnetDownsampleBlock2D", "AttnDownBlock2D"]),
+    ("config.json", "up_block_types", ["UpBlock2D", "UpBlock2D"]),
+    ("config.json", "block_out_channels", [8, 12]),
+    ("config.json", "attention_head_dim", 8),
+    ("config.json", "freq_shift", 0),
+    ("config.json", "flip_sin_to_cos", True),
+    ("config.json", "downsample_padding", 1),
+    ("config.json", "norm_eps", 1e-5),
+    ("config.json", "act_fn", "gelu"),
+    ("config.json", "resnet_time_scale_shift", "scale_shift"),
+    ("config.json", "add_attention", False),
+    ("config.json", "cross_attention_dim", 768),
+    ("scheduler_config.json", "prediction_type", "v_prediction"),
+    ("scheduler_config.json", "variance_type", "learned_range"),
+    ("scheduler_config.json", "beta_schedule", "sigmoid"),
+    ("scheduler_config.json", "clip_sample", False),
+    ("scheduler_config.json", "thresholding", True),
+]
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("published")
+    save_published(folder, layout="flat")
+    return folder
+
+
+@pytest.fixture
+def copy(published, tmp_path):
+    for path in published.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize("file, key, value", OTHERS)
+def test_other_architectures_are_refused_by_the_name_of_the_key(file, key, value, copy):
+    config = json.loads((copy / file).read_text())
+    config[key] = value
+    (copy / file).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"{file}.*{value if key[0] == '_' else key}") as refused:
+        export.load(copy)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_key_left_out_is_what_diffusers_takes_it_for(copy):
+    config = json.loads((copy / "config.json").read_text())
+    for key in ("attention_head_dim", "freq_shift"):  # there: 8 channels a head, and 0
+        (copy / "config.json").write_text(json.dumps({k: config[k] for k in config if k != key}))
+        with pytest.raises(ValueError, match=key):
+            export.load(copy)
+    few = "sample_size block_out_channels down_block_types up_block_types norm_num_groups norm_eps "
+    few += "downsample_padding freq_shift flip_sin_to_cos attention_head_dim"
+    (copy / "config.json").write_text(json.dumps({key: config[key] for key in few.split()}))
+    (copy / "scheduler_config.json").write_text('{"beta_schedule": "linear"}')
+    assert export.load(copy).diffusion.variance == "small"
+
+
+def test_other_words_for_the_same_network_are_understood(copy, published):
+    config = json.loads((copy / "config.json").read_text())
+    config |= {"sample_size": [8, 8], "act_fn": "swish", "attention_head_dim": 16,
+               "attn_norm_num_groups": 2, "time_embedding_dim": 32}  # fmt: skip
+    (copy / "config.json").write_text(json.dumps(config))
+    from diffusers import UNet2DModel
+
+    assert_same_network(export.load(copy).model, UNet2DModel.from_pretrained(copy).eval())
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_schedules_of_diffusers(schedule, copy):
+    from diffusers import DDPMScheduler
+
+    theirs = DDPMScheduler(300, 2e-4, 0.03, schedule)
+    theirs.save_pretrained(copy)
+    torch.testing.assert_close(
+        export.load(copy).diffusion.betas.float(), theirs.betas, rtol=1e-5, atol=1e-9
+    )
+
+
+class RunsCode:
+    """What a pickle can do: call anything."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_weights_that_are_not_weights_are_one_line(copy):
+    path = copy / "diffusion_pytorch_model.safetensors"
+    whole = path.read_bytes()
+    state = load(path.read_bytes())
+
+    def refusal():
+        with pytest.raises(ValueError, match=path.name.split(".")[0] + "|weights") as refused:
+            export.load(copy)
+        assert "\n" not in str(refused.value)
+        return str(refused.value)
+
+    for cut in (0, 4, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        assert "no plain weights" in refusal()
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert "git lfs pull" in refusal()
+    name = "mid_block.attentions.0.to_q.weight"
+    save_file({k: v for k, v in state.items() if k != name}, path)
+    assert f"1 tensors are missing, 0 left over, such as {name}" in refusal()
+    save_file(state | {"ema.decay": torch.zeros(1)}, path)
+    assert "0 tensors are missing, 1 left over, such as ema.decay" in refusal()
+    save_file(state | {name: torch.zeros(3, 3)}, path)
+    assert "size mismatch for middle.0.attention.q.weight" in refusal()
+    path.unlink()
+    assert "no .bin" in refusal()
+    path = path.with_suffix(".bin")
+    torch.save({name: RunsCode(copy / "executed")}, path)
+    assert "no plain weights" in refusal() and not (copy / "executed").exists()
+    torch.save(state, path)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "no plain weights" in refusal()
+    torch.save(state, path)
+    assert export.load(copy)
+    (copy / "scheduler_config.json").unlink()
+    with pytest.raises(ValueError, match=r"there is no .*scheduler_config.json"):
+        export.load(copy)
+    (copy / "config.json").write_text("{")
+    said = python("export.py", "--diffusers", copy, cwd=copy, code=1)
+    assert said.startswith("export.py: ") and "is no JSON file" in said and said.count("\n") == 1
+
+
+def test_checkpoint_that_runs_code_is_not_opened(tmp_path):
+    torch.save({"config": RunsCode(tmp_path / "executed")}, tmp_path / "checkpoint.pt")
+    assert "is no checkpoint" in python("export.py", "--checkpoint", "checkpoint.pt",
+                                        cwd=tmp_path, code=1)  # fmt: skip
+    assert not (tmp_path / "executed").exists()
+
+
 # ----------------------------------------------------------------------------------------- sampling
 
 
@@ -962,6 +1421,65 @@ def test_sampling_program_runs_the_torch_sampler(trained, tmp_path):
     x0 = PAPER.sample(network, (2, 3, 8, 8), 5, noise=lambda: torch.from_numpy(noise()))
     expected = ((x0 + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
     assert max(np.abs(p - e).max() for p, e in zip(pixels, expected, strict=True)) <= 1
+
+
+def test_interpolation_between_two_pictures(trained, pictures, tmp_path):
+    """The grid of the program: the pictures at its ends, and between them what ddpm.py makes."""
+    files = [pictures / "0.png", pictures / "deep" / "LOUD.JPG"]
+    python("sample.py", "--onnx", trained[0] / "model.onnx", "--interpolate", *files,
+           "--t", 30, 600, "--steps", 40, "--out", "i.png", cwd=tmp_path)  # fmt: skip
+    image = np.asarray(Image.open(tmp_path / "i.png")).astype(int)
+    scale = image.shape[1] // (13 * 10)
+    assert image.shape == (2 * 10 * scale, 13 * 10 * scale, 3)
+    tiles = image[::scale, ::scale].reshape(2, 10, 13, 10, 3).swapaxes(1, 2)[:, :, 1:-1, 1:-1]
+    ends = [train.read_picture(file, 8).transpose(1, 2, 0) for file in files]
+    assert all(
+        np.array_equal(row[k], end) for row in tiles for k, end in ((0, ends[0]), (12, ends[1]))
+    )
+
+    state = checkpoint(trained[0] / "run")
+    network = UNet(**state["config"]["model"]).eval()
+    network.load_state_dict(state["ema"])
+    x0 = [torch.from_numpy(end.transpose(2, 0, 1)[None] / 127.5 - 1).float() for end in ends]
+    for row, t in zip(tiles, (30, 600), strict=True):
+        z = sample.noise_of(0, 0, (1, 3, 8, 8))
+        x_t = [PAPER.q_sample(x, torch.tensor([t]), torch.from_numpy(z())) for x in x0]
+        x_t = torch.cat([torch.lerp(x_t[0], x_t[1], k / 10) for k in range(11)])
+        chain = Diffusion(linear_betas()[: t + 1])
+        out = chain.sample(network, x_t.shape, min(40, t + 1), x_T=x_t,
+                           noise=lambda z=z: torch.from_numpy(z()))  # fmt: skip
+        expected = ((out + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
+        assert np.abs(row[1:-1] - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--interpolate {0} {0} --t 1000", "--t must be 0..999"),
+        ("--t 5", "--t must be given with --interpolate"),
+        ("--interpolate {0} {0} --gif x.gif", "--interpolate makes --out only"),
+    ],
+)
+def test_impossible_interpolations_are_refused(flags, said, trained, pictures):
+    argv = ["sample.py", "--onnx", "model.onnx", *flags.format(pictures / "0.png").split()]
+    assert said in python(*argv, cwd=trained[0], code=2)
+
+
+def test_sampling_reads_pictures_as_training_does(pictures, tmp_path):
+    Image.new("RGBA", (9, 5), (255, 0, 0, 80)).save(tmp_path / "clear.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(pictures / "0.png").save(tmp_path / "turned.png", exif=exif)
+    files = [p for p in pictures.rglob("*") if p.suffix.lower() in train.SUFFIXES]
+    files = [p for p in files if p.name not in ("broken.png", ".hidden.png")]
+    assert len(files) == 12
+    for path in [*files, *tmp_path.iterdir()]:
+        ours = sample.read_picture(path, (3, 8, 8))
+        theirs = train.to_channels(train.read_picture(path, 8), 3)
+        np.testing.assert_allclose(ours, theirs / 127.5 - 1, rtol=0, atol=1e-6)
+    assert sample.read_picture(files[0], (1, 8, 8)).shape == (1, 8, 8)
+    with pytest.raises(SystemExit, match="can't be read"):
+        sample.read_picture(pictures / "broken.png", (3, 8, 8))
 
 
 def test_gif_and_strip(trained, tmp_path):

@@ -359,7 +359,7 @@ def evaluate(args):
     print(f"  L_1 + .. + L_T-1     {L_t[1:].sum():8.4f}    the rate")
     print(f"  L_0                  {L_t[0]:8.4f}    the distortion")
     print(f"  total                {bound.total.mean():8.4f}{error}")
-    print(f"RMSE of the last x0_hat {rmse[0]:.4f}, of 255")
+    print(f"  RMSE                 {rmse[0]:8.4f}    of x0_hat at t = 0, in values of 0..255")
     rows = zip(range(diffusion.T), L_t.tolist(), rate.tolist(), rmse.tolist(), strict=True)
     folder = Path(args.eval) if Path(args.eval).is_dir() else Path(args.eval).parent
     table, picture = folder / "rate-distortion.csv", folder / "rate-distortion.png"
