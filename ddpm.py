@@ -122,7 +122,8 @@ class Diffusion:
         model(x_t, t) -> eps. t (B,) and noise (B, C, H, W) are drawn unless given. Everything but
         the network is float32, also under autocast: in bfloat16, 1 - abar_t is 0 for the first
         ten steps. weighting="vlb" keeps the weights that (12) puts before each term and (14) drops,
-        at t = 0 with the decoder's variance.
+        at t = 0 with the decoder's variance: the mean over t of L_t, in nats per dimension, but for
+        what no network can change.
         """
         if t is None:
             t = torch.randint(self.T, (len(x0),), device=x0.device)
@@ -198,11 +199,12 @@ class Diffusion:
             (Song et al. 2021, arXiv:2010.02502, eq. 12, 16), 0 deterministic, 1 "small" ancestral.
         generator: torch.Generator on `device`; or noise: a function that returns the next z.
         x_T: where to start, if not at pure noise. The chain of the first t + 1 betas is a DDPM too,
-            so to go on from an x_t (Figure 8): Diffusion(betas[: t + 1]).sample(..., x_T=x_t).
+            so to go on from an x_t: Diffusion(betas[: t + 1], variance).sample(..., x_T=x_t).
         clip: keep x0_hat in [-1, 1]. Algorithm 2 does not, the authors' code does: at large t
             x0_hat is an error of eps divided by sqrt(abar_t) = 0.006, and pictures end at 1.
         """
         chain, tau = (self, range(self.T)) if steps is None else self.respaced(steps)
+        device = device if x_T is None else x_T.device
         if noise is None:
 
             def noise():
@@ -337,7 +339,7 @@ class UNet(nn.Module):
         self.factor = 2 ** (len(channel_mults) - 1)
         if base_channels < 4 or base_channels % 4:
             raise ValueError(f"base_channels must be a multiple of 4, not {base_channels}")
-        if image_size % self.factor:
+        if image_size < self.factor or image_size % self.factor:
             raise ValueError(f"image_size must be a multiple of {self.factor}, not {image_size}")
         groups = math.gcd(32, base_channels // 4) if norm_groups is None else norm_groups
         self.image_size, self.base_channels = image_size, base_channels

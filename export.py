@@ -1,4 +1,4 @@
-"""Export the averaged (EMA) network of a checkpoint as one ONNX file, all that sample.py needs.
+"""Export a network, a checkpoint's (EMA) or a published one, as the ONNX file that sample.py needs.
 
     python export.py                                # run/checkpoint.pt to model.onnx
     python export.py --checkpoint run/checkpoint.pt --onnx model.onnx
@@ -16,6 +16,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import sys
 import warnings
 from collections import namedtuple
@@ -91,7 +92,7 @@ def largest_difference(path, model, T):
     """max |eps of the file - eps of the network| at batches 1, 2, 3 and t from 0 to T - 1."""
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     random = torch.Generator().manual_seed(0)
-    worst = 0.0
+    differences = []
     for batch in (1, 2, 3):
         for t in (0, 1, T // 2, T - 1):
             x = torch.randn(batch, *session.get_inputs()[0].shape[1:], generator=random)
@@ -99,8 +100,8 @@ def largest_difference(path, model, T):
             with torch.no_grad():
                 expected = model(x, times).numpy()
             (eps,) = session.run(["eps"], {"x_t": x.numpy(), "t": times.numpy()})
-            worst = max(worst, float(np.abs(eps - expected).max()))
-    return worst
+            differences.append(np.abs(eps - expected).max())
+    return float(np.max(differences))  # which is NaN if one is
 
 
 # -------------------------------------------------------------------------------- what is exported
@@ -110,17 +111,20 @@ Trained = namedtuple("Trained", "model diffusion settings step name")
 
 
 def load(path):
-    """What a checkpoint of train.py or a diffusers folder holds: a Trained, its model in eval mode.
+    """What a checkpoint of train.py, or the folder of a run, or one of diffusers holds: a Trained.
 
-    Of a checkpoint it takes the averaged weights. Executes nothing from a file. ValueError says in
-    one line what is wrong.
+    Of a checkpoint it takes the averaged weights. The model is in eval mode. Executes nothing from
+    a file. ValueError says in one line what is wrong.
     """
     path = Path(path)
+    if (path / "checkpoint.pt").is_file():
+        path /= "checkpoint.pt"
+    if not path.exists():
+        hint = "; python train.py makes one" if path.suffix == ".pt" else ""
+        raise ValueError(f"there is no {path}{hint}")
     if path.is_dir():
         return from_diffusers(path)
-    if not path.is_file():
-        raise ValueError(f"there is no {path}; python train.py makes one")
-    try:
+    with refusing(f"{path} is no checkpoint of train.py"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         config = checkpoint["config"]
         model = UNet(**config["model"]).eval()
@@ -128,12 +132,17 @@ def load(path):
         name = f"train.py, {config['train']['data'] or 'demo'}"
         diffusion = Diffusion(**config["diffusion"])
         return Trained(model, diffusion, config["model"], checkpoint["step"], name)
+
+
+@contextlib.contextmanager
+def refusing(what):
+    """Whatever goes wrong in reading a file is the file's fault: a ValueError of one line."""
+    try:
+        yield
     except Exception as error:
-        raise ValueError(f"{path} is no checkpoint of train.py ({in_one_line(error)})") from None
-
-
-def in_one_line(error):
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        why = " ".join(str(error).split())[:300]
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{what}: {kind}{why}") from None
 
 
 # ----------------------------------------------------------------------- the layout of diffusers
@@ -164,7 +173,7 @@ UNET_DEFAULTS = {  # what UNet2DModel takes a key for that its config.json leave
     "num_class_embeds": None,
     "num_train_timesteps": None,
 }
-SCHEDULER_DEFAULTS = {  # the same of DDPMScheduler
+SCHEDULER_DEFAULTS = {  # what DDPMScheduler takes a key for that its config leaves out
     "num_train_timesteps": 1000,
     "beta_start": 1e-4,
     "beta_end": 0.02,
@@ -259,19 +268,7 @@ def diffusers_names(model):
     return names
 
 
-def read_json(path):
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"there is no {path}") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no JSON file ({in_one_line(error)})") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is no configuration")
-    return config
-
-
-def refuse_others(path, config, wanted):
+def refuse_others(config, wanted):
     """ValueError that names each key of config which hasn't the wanted value."""
     wrong = [
         f"{key} is {json.dumps(config[key])}, not {json.dumps(value)}"
@@ -279,52 +276,47 @@ def refuse_others(path, config, wanted):
         if config[key] != value
     ]
     if wrong:
-        raise ValueError(f"{path}: not what ddpm.py computes: {'; '.join(wrong)}")
+        raise ValueError("; ".join(wrong))
 
 
-def read_unet(path):
+def read_unet(given):
     """(UNet without weights, its arguments) of a config.json, each key of which is checked."""
-    given = read_json(path)
     config = UNET_DEFAULTS | {"_class_name": "UNet2DModel", "sample_size": None} | given
-    refuse_others(path, config, {"_class_name": "UNet2DModel"})
-    size = config["sample_size"]
-    if isinstance(size, list) and len(set(size)) == 1:
-        size = config["sample_size"] = size[0]
-    if not isinstance(size, int) or config["in_channels"] not in (1, 3):
-        raise ValueError(f"{path}: sample_size must be a number of pixels, in_channels 1 or 3")
-    try:
-        # Where a key has several words for the same network, ours:
-        widths = config["block_out_channels"]
-        if config["act_fn"] == "swish":
-            config["act_fn"] = "silu"
-        if config["time_embedding_dim"] == 4 * widths[0]:
-            config["time_embedding_dim"] = None
-        if config["attn_norm_num_groups"] == config["norm_num_groups"]:
-            config["attn_norm_num_groups"] = None
-        kinds = zip(config["down_block_types"], widths, strict=True)
-        attended = {width for kind, width in kinds if kind.startswith("Attn")} | {widths[-1]}
-        if attended == {config["attention_head_dim"]}:
-            config["attention_head_dim"] = None
-        config["num_train_timesteps"] = None  # of no use to an embedding by sinusoids
+    refuse_others(config, {"_class_name": "UNet2DModel"})
 
-        settings = unet_settings(config)
-        with torch.device("meta"):
-            model = UNet(**settings).eval()
-    except Exception as error:
-        raise ValueError(f"{path}: not what ddpm.py computes ({in_one_line(error)})") from None
+    # Where a key has several words for the same network, ours:
+    size, widths = config["sample_size"], config["block_out_channels"]
+    if isinstance(size, list) and size == size[:1] * 2:
+        size = config["sample_size"] = size[0]
+    if config["act_fn"] == "swish":
+        config["act_fn"] = "silu"
+    if config["time_embedding_dim"] == 4 * widths[0]:
+        config["time_embedding_dim"] = None
+    if config["attn_norm_num_groups"] == config["norm_num_groups"]:
+        config["attn_norm_num_groups"] = None
+    kinds = zip(config["down_block_types"], widths, strict=True)
+    attended = {width for kind, width in kinds if kind.startswith("Attn")} | {widths[-1]}
+    if attended == {config["attention_head_dim"]}:
+        config["attention_head_dim"] = None
+    config["num_train_timesteps"] = None  # of no use to an embedding by sinusoids
+
+    if not (isinstance(size, int) and config["in_channels"] in (1, 3)):
+        raise ValueError("sample_size must be a number of pixels, in_channels 1 or 3")
+    settings = unet_settings(config)
+    with torch.device("meta"):
+        model = UNet(**settings).eval()
     unknown = {key: None for key in given if not key.startswith("_")}
-    refuse_others(path, config, unknown | unet_config(model, settings))
+    refuse_others(config, unknown | unet_config(model, settings))
     return model, settings
 
 
-def read_scheduler(path):
-    """The Diffusion of a scheduler_config.json."""
-    given = read_json(path)
-    if not {"beta_schedule", "trained_betas"} & set(given):
-        raise ValueError(f"{path}: a {given.get('_class_name')} has no betas")
+def read_scheduler(given):
+    """The Diffusion of a scheduler_config.json: of a DDPM, or of a DDIM for the same network."""
+    if given.get("_class_name") not in ("DDPMScheduler", "DDIMScheduler"):
+        raise ValueError(f"{given.get('_class_name')} is no DDPMScheduler")
     config = SCHEDULER_DEFAULTS | given
     keys = "prediction_type clip_sample clip_sample_range thresholding rescale_betas_zero_snr"
-    refuse_others(path, config, {key: SCHEDULER_DEFAULTS[key] for key in keys.split()})
+    refuse_others(config, {key: SCHEDULER_DEFAULTS[key] for key in keys.split()})
     T, first, last = (config[key] for key in ("num_train_timesteps", "beta_start", "beta_end"))
     variances = {"fixed_large": "large", "fixed_small": "small"}
     schedules = {
@@ -333,36 +325,28 @@ def read_scheduler(path):
         "squaredcos_cap_v2": lambda: cosine_betas(T),
     }
     for key, words in (("variance_type", variances), ("beta_schedule", schedules)):
-        if config[key] not in words:
-            raise ValueError(f"{path}: {key} is {config[key]}, not one of {', '.join(words)}")
-    try:
-        betas = config["trained_betas"] or schedules[config["beta_schedule"]]()
-        return Diffusion(betas, variances[config["variance_type"]])
-    except Exception as error:
-        raise ValueError(f"{path}: no betas ({in_one_line(error)})") from None
+        if config[key] not in list(words):
+            raise ValueError(f"{key} is {config[key]}, not one of {', '.join(words)}")
+    betas = config["trained_betas"]
+    if betas is None:
+        betas = schedules[config["beta_schedule"]]()
+    return Diffusion(betas, variances[config["variance_type"]])
 
 
-def read_weights(folder):
-    """The tensors of diffusion_pytorch_model.safetensors, or .bin, by their names of today."""
-    path = folder / "diffusion_pytorch_model.safetensors"
-    if not path.is_file():
-        path = path.with_suffix(".bin")
-    if not path.is_file():
-        raise ValueError(f"{folder} has no diffusion_pytorch_model.safetensors, and no .bin")
+def read_weights(path):
+    """The tensors of a .safetensors or .bin file, float32, by their names of today."""
     with open(path, "rb") as file:
         if file.read(19) == b"version https://git":
-            raise ValueError(f"{path} is a pointer to the weights; get them by: git lfs pull")
-    try:
-        if path.suffix == ".bin":
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            weights = safetensors.torch.load(path.read_bytes())
-        weights = {name: tensor.float() for name, tensor in weights.items()}
-    except Exception as error:  # cut off, or a pickle that would run code
-        raise ValueError(f"{path} holds no plain weights ({in_one_line(error)})") from None
+            raise ValueError("this is a pointer to the weights; get them by: git lfs pull")
+    if path.suffix == ".bin":
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    else:
+        weights = safetensors.torch.load(path.read_bytes())
+    if not all(w.is_floating_point() and not w.is_meta for w in weights.values()):
+        raise ValueError("it holds more than weights")
     for old, new in OLD_NAMES.items():
         weights = {name.replace(f".{old}.", f".{new}."): w for name, w in weights.items()}
-    return weights
+    return {name: w.float() for name, w in weights.items()}
 
 
 def from_diffusers(folder):
@@ -370,36 +354,33 @@ def from_diffusers(folder):
     unet, scheduler = (
         folder / name if (folder / name).is_dir() else folder for name in ("unet", "scheduler")
     )
-    model, settings = read_unet(unet / "config.json")
-    diffusion = read_scheduler(scheduler / "scheduler_config.json")
-    weights, names = read_weights(unet), diffusers_names(model)
-    missing = sorted(set(names.values()) - set(weights))
-    left_over = sorted(set(weights) - set(names.values()))
-    if missing or left_over:
-        raise ValueError(
-            f"{unet}: the weights are not those of its config.json: {len(missing)} tensors are "
-            f"missing, {len(left_over)} left over, such as {(missing + left_over)[0]}"
-        )
-    state = {ours: weights[theirs] for ours, theirs in names.items()}
-    try:
+    path = unet / "config.json"
+    with refusing(path):
+        model, settings = read_unet(json.loads(path.read_text(encoding="utf-8")))
+    path = scheduler / "scheduler_config.json"
+    with refusing(path):
+        diffusion = read_scheduler(json.loads(path.read_text(encoding="utf-8")))
+    path = unet / "diffusion_pytorch_model.safetensors"
+    if not path.is_file():
+        path = path.with_suffix(".bin")
+    with refusing(path):
+        weights, names = read_weights(path), diffusers_names(model)
+        missing = sorted(set(names.values()) - set(weights))
+        left_over = sorted(set(weights) - set(names.values()))
+        if missing or left_over:
+            raise ValueError(
+                f"{len(missing)} tensors of the network in config.json are missing, "
+                f"{len(left_over)} left over, such as {(missing + left_over)[0]}"
+            )
+        state = {ours: weights[theirs] for ours, theirs in names.items()}
         model.load_state_dict(state, assign=True)
-    except RuntimeError as error:  # of another shape
-        raise ValueError(f"{unet}: {' '.join(str(error).split())[:200]}") from None
     return Trained(model, diffusion, settings, 0, f"diffusers, {folder.resolve().name}")
 
 
 def to_diffusers(trained, folder):
-    """Write a folder that diffusers' DDPMPipeline.from_pretrained opens and samples from."""
-    index = {
-        "_class_name": "DDPMPipeline",
-        "_diffusers_version": "0.35.0",
-        "scheduler": ["diffusers", "DDPMScheduler"],
-        "unet": ["diffusers", "UNet2DModel"],
-    }
-    path = folder / "model_index.json"  # only what this function wrote is written over
-    ours = path.is_file() and read_json(path) == index
-    if not ours and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there, but not written by export.py: use another name")
+    """Write a new folder that diffusers' DDPMPipeline.from_pretrained opens and samples from."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already: use another name")
     betas = trained.diffusion.betas
     T, first, last = len(betas), betas[0].item(), betas[-1].item()
     linear = torch.equal(betas, linear_betas(T, first, last))
@@ -411,30 +392,31 @@ def to_diffusers(trained, folder):
         "trained_betas": None if linear else betas.tolist(),
         "variance_type": f"fixed_{trained.diffusion.variance}",
     }
-    for name in ("unet", "scheduler"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    names = diffusers_names(trained.model)
-    weights = {names[k]: v.contiguous() for k, v in trained.model.state_dict().items()}
-    with replacing(folder / "unet" / "diffusion_pytorch_model.safetensors") as path:
-        safetensors.torch.save_file(weights, path, {"format": "pt"})
+    pipeline = {
+        "_class_name": "DDPMPipeline",
+        "_diffusers_version": "0.35.0",
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     for name, config in (
         ("unet/config.json", unet_config(trained.model, trained.settings)),
         ("scheduler/scheduler_config.json", scheduler),
-        ("model_index.json", index),
+        ("model_index.json", pipeline),
     ):
-        with replacing(folder / name) as path:
-            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A temporary path to write to; it comes to `path` when it is whole, or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+        (temporary / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    names = diffusers_names(trained.model)
+    whole = torch.contiguous_format  # on CUDA the weights are channels_last
+    weights = {
+        names[k]: v.clone(memory_format=whole) for k, v in trained.model.state_dict().items()
+    }
+    path = temporary / "unet" / "diffusion_pytorch_model.safetensors"
+    safetensors.torch.save_file(weights, path, {"format": "pt"})
+    if folder.is_dir():  # and empty
+        folder.rmdir()
+    temporary.rename(folder)
 
 
 # ------------------------------------------------------------------------------------- the program
@@ -453,12 +435,17 @@ def write_onnx(trained, path):
     }
     onnx.helper.set_model_props(proto, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
         onnx.save(proto, temporary)
         worst = largest_difference(temporary, trained.model, trained.diffusion.T)
         if not worst < TOLERANCE:
             raise ValueError(f"eps differs from torch's by {worst:.1e}; {path} is not written")
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {trained.name}, step {trained.step:,}")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    step = f", step {trained.step:,}" if trained.step else ""
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, of {trained.name}{step}")
     print(f"largest difference from torch {worst:.1e}, at batch 1, 2, 3 and t = 0, 1, T/2, T-1")
     print(f"next:\n  python sample.py --onnx {path.as_posix()}")
 
@@ -473,12 +460,14 @@ def main():
     )
     source.add_argument("--diffusers", metavar="DIR", help="a DDPM in the layout of diffusers")
     parser.add_argument("--onnx", help="the file to write, unless --to-diffusers [model.onnx]")
-    parser.add_argument("--to-diffusers", metavar="DIR", help="write a folder for DDPMPipeline")
+    parser.add_argument("--to-diffusers", metavar="DIR", help="write a new folder for DDPMPipeline")
     args = parser.parse_args()
     if args.diffusers and not Path(args.diffusers).is_dir():
         parser.error(f"--diffusers {args.diffusers}: there is no such folder")
     if args.to_diffusers is None and args.onnx is None:
         args.onnx = "model.onnx"
+    if args.onnx and not args.onnx.endswith(".onnx"):
+        parser.error("--onnx must be a file such as model.onnx")
 
     try:
         trained = load(args.diffusers or args.checkpoint)
@@ -487,8 +476,10 @@ def main():
             print(f"{args.to_diffusers}: diffusers.DDPMPipeline.from_pretrained opens it")
         if args.onnx:
             write_onnx(trained, Path(args.onnx))
-    except ValueError as error:
-        sys.exit(f"export.py: {error}")
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(f"export.py: {str(error).splitlines()[0]}")
+    except KeyboardInterrupt:
+        sys.exit("export.py: stopped")
 
 
 if __name__ == "__main__":

@@ -196,7 +196,12 @@ def read_picture(path, shape):
     """A picture file as the training sees it: float32 (C, H, W) in [-1, 1], on white, cropped."""
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGBA")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits: Pillow would cut, not scale
+                image = Image.fromarray(
+                    (np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8)
+                )
+            image = image.convert("RGBA")
     except Exception as error:
         sys.exit(f"sample.py: {path} can't be read: {error}")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -244,7 +249,7 @@ def main():
         "--interpolate",
         nargs=2,
         metavar="FILE",
-        help="two pictures; --out shows each, and between them 11 mixtures of their x_t",
+        help="two pictures; --out shows both, and between them 11 mixtures of their x_t",
     )
     flag("--t", type=int, nargs="+", help="where to mix, a row each, 0 to T-1 [T / 2]")
     flag("--steps", type=int, help="steps of the reverse process, 1..T [T, as in the paper]")
@@ -259,7 +264,10 @@ def main():
     if not all(Path(name).suffix.lower() in Image.registered_extensions() for name in pictures):
         parser.error("--out, --gif and --strip must be files such as x.png or x.gif")
     if args.interpolate and (args.dir or args.gif or args.strip):
-        parser.error("--interpolate makes --out only, which must be the one picture asked for")
+        parser.error("--interpolate must be without --dir, --gif and --strip: it makes --out only")
+    inputs = {Path(name).resolve() for name in (args.onnx, *(args.interpolate or []))}
+    if inputs & {Path(name).resolve() for name in pictures}:
+        parser.error("--out, --gif and --strip must be other files than those that are read")
     if args.t and not args.interpolate:
         parser.error("--t must be given with --interpolate")
     if args.eta is not None and not 0 <= args.eta <= 1:
@@ -277,7 +285,8 @@ def main():
     if not all(0 <= t < len(betas) for t in where):
         parser.error(f"--t must be 0..{len(betas) - 1}")
     variance = network.metadata["ddpm.variance"]
-    print(f"{args.onnx} on {'CUDA' if network.device == 'cuda' else 'the CPU'}, {steps} steps")
+    print(f"{args.onnx} on {'CUDA' if network.device == 'cuda' else 'the CPU'}", end="")
+    print("" if args.interpolate else f", {steps} steps")
 
     if args.interpolate:
         a, b = (read_picture(path, network.shape[1:]) for path in args.interpolate)
@@ -328,4 +337,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("sample.py: stopped")
+    except OSError as error:  # a disk that is full, a folder that can't be written to
+        sys.exit(f"sample.py: {error}")

@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -916,7 +917,8 @@ def test_training_starts_from_the_weights_of_a_checkpoint(trained, pictures, tmp
     said = python("train.py", "--data", pictures, "--init", source, "--base-channels", 16,
                   "--out", "other", cwd=tmp_path, code=1)  # fmt: skip
     assert "of another shape than the flags ask" in said
-    said = python("train.py", "--data", pictures, "--init", "none.pt", cwd=tmp_path, code=1)
+    said = python("train.py", "--data", pictures, "--init", "none.pt", "--out", "new",
+                  cwd=tmp_path, code=1)  # fmt: skip
     assert "there is no none.pt" in said
 
 
@@ -932,6 +934,7 @@ def test_eval_prints_the_bound_and_leaves_the_curve(trained, pictures, tmp_path)
     network = UNet(**state["config"]["model"]).eval()
     network.load_state_dict(state["ema"])
     images = train.read_folder(pictures, 8, most=5).float() / 127.5 - 1
+    images = images[torch.randperm(5, generator=torch.Generator().manual_seed(2))]
     bounds = [
         d.vlb(network, x0, torch.Generator().manual_seed(train.seed_of(2, k)))
         for k, x0 in enumerate(images.split(3))
@@ -967,10 +970,48 @@ def test_eval_takes_pictures_from_the_whole_folder(tmp_path):
 
 
 def test_eval_without_data_is_of_the_demo(trained):
-    said = python("train.py", "--eval", "run/checkpoint.pt", "--eval-images", 1, cwd=trained[0])
-    assert "on 1 pictures" in said  # the tiny network happens to have the demo's shape
-    for name in ("rate-distortion.csv", "rate-distortion.png"):
-        (trained[0] / "run" / name).unlink()
+    """The tiny network happens to have the demo's shape. A folder of a run stands for its file."""
+    said = python("train.py", "--eval", "run", "--eval-images", 1, "--out", "b", cwd=trained[0])
+    assert "on 1 pictures of the demo" in said
+    assert {p.suffix for p in (trained[0] / "b").iterdir()} == {".csv", ".png"}
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--eval run --init run", "must be without --init"),
+        ("--eval run --schedule cosine", "must be without --init and --schedule"),
+        ("--eval run --eval-images 0", "must be at least 1"),
+        ("--image-size 16", "only the demo, of 8x8"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(flags, said, trained):
+    assert said in python("train.py", *flags.split(), cwd=trained[0], code=2)
+
+
+def test_broken_weights_are_not_called_good(trained, tmp_path):
+    """One NaN: neither the comparison with torch nor the bound may pass it by."""
+    state = checkpoint(trained[0] / "run")
+    state["ema"]["conv_out.bias"][0] = float("nan")
+    torch.save(state, tmp_path / "checkpoint.pt")
+    said = python("export.py", "--checkpoint", "checkpoint.pt", cwd=tmp_path, code=1)
+    assert "differs from torch's by nan" in said
+    said = python("train.py", "--eval", ".", "--eval-images", 1, cwd=tmp_path, code=1)
+    assert "is broken" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_interrupted_eval_tells_of_what_it_has(trained, pictures, tmp_path):
+    args = ["--eval", trained[0] / "run", "--data", pictures, "--batch", "1", "--out", tmp_path]
+    run = subprocess.Popen([sys.executable, HERE / "train.py", *args], text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    progress = ""
+    while "in the last batch" not in progress and run.poll() is None:
+        progress += run.stderr.read(1)
+    run.send_signal(signal.SIGINT)
+    said, rest = run.communicate(timeout=60)
+    assert run.returncode == 1 and "rate" in said and "stopped after" in rest
+    assert "Traceback" not in rest and not list(tmp_path.iterdir())
 
 
 def test_plot_draws_its_curve(tmp_path):
@@ -1141,6 +1182,8 @@ def test_export_finds_a_wrong_network(trained):
 
 def test_export_without_a_whole_checkpoint_is_one_line(trained, tmp_path):
     assert "python train.py makes one" in python("export.py", cwd=tmp_path, code=1)
+    said = python("export.py", "--onnx", "checkpoint.pt", cwd=tmp_path, code=2)
+    assert "such as model.onnx" in said
     whole = (trained[0] / "run" / "checkpoint.pt").read_bytes()
     (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
@@ -1211,7 +1254,8 @@ def test_diffusers_pipeline_draws_what_ddpm_py_draws(variance, betas, tmp_path):
                     num_res_blocks=1, attention_resolutions=(4,), dropout=0.0)  # fmt: skip
     ours = export.Trained(model, Diffusion(betas, variance), settings, 0, "a test")
     export.to_diffusers(ours, tmp_path)
-    export.to_diffusers(ours, tmp_path)  # what it wrote itself it replaces
+    with pytest.raises(ValueError, match="is there already"):  # it may be another's
+        export.to_diffusers(ours, tmp_path)
     pipeline = DDPMPipeline.from_pretrained(tmp_path)
     pipeline.set_progress_bar_config(disable=True)
     drawn = pipeline(2, torch.Generator().manual_seed(0), 40, output_type="np").images
@@ -1241,12 +1285,17 @@ def test_published_weights_to_pictures_and_back(trained, pictures, tmp_path):
     python("train.py", "--init", "published", *flags, cwd=tmp_path)
     state = checkpoint(tmp_path / "run")
     assert state["config"]["model"]["norm_groups"] == 2
+    assert state["config"]["model"]["dropout"] == 0.1  # of the training, not of the weights
+    shutil.rmtree(tmp_path / "published")  # a run that has begun does without
+    python("train.py", "--init", "published", *flags[:2], "--steps", 3, *flags[4:], cwd=tmp_path)
+    assert checkpoint(tmp_path / "run")["step"] == 3
+    save_published(tmp_path / "published", layout="flat")
     python("export.py", "--to-diffusers", "mine", cwd=tmp_path)
-    mine = export.load(tmp_path / "mine").model.state_dict()
+    mine, state = export.load(tmp_path / "mine").model.state_dict(), checkpoint(tmp_path / "run")
     assert all(torch.equal(mine[k], state["ema"][k]) for k in mine)
     before = sorted(p.name for p in tmp_path.iterdir())
     said = python("export.py", "--to-diffusers", "published", cwd=tmp_path, code=1)
-    assert "not written by export.py" in said
+    assert "is there already" in said
     assert before == sorted(p.name for p in tmp_path.iterdir())
     said = python("train.py", "--data", pictures, "--eval", "published", "--eval-images", 1,
                   cwd=tmp_path)  # fmt: skip
@@ -1272,6 +1321,11 @@ OTHERS = [
     ("config.json", "resnet_time_scale_shift", "scale_shift"),
     ("config.json", "add_attention", False),
     ("config.json", "cross_attention_dim", 768),
+    ("config.json", "sample_size", [8, 16]),
+    ("config.json", "sample_size", [[8], [8]]),
+    ("config.json", "norm_num_groups", "2"),
+    ("scheduler_config.json", "_class_name", "FlowMatchEulerDiscreteScheduler"),
+    ("scheduler_config.json", "beta_schedule", {}),
     ("scheduler_config.json", "prediction_type", "v_prediction"),
     ("scheduler_config.json", "variance_type", "learned_range"),
     ("scheduler_config.json", "beta_schedule", "sigmoid"),
@@ -1299,7 +1353,8 @@ def test_other_architectures_are_refused_by_the_name_of_the_key(file, key, value
     config = json.loads((copy / file).read_text())
     config[key] = value
     (copy / file).write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=rf"{file}.*{value if key[0] == '_' else key}") as refused:
+    named = {"_class_name": value, "norm_num_groups": "TypeError"}.get(key, key)
+    with pytest.raises(ValueError, match=f"{file}.*{named}") as refused:
         export.load(copy)
     assert "\n" not in str(refused.value)
 
@@ -1313,7 +1368,7 @@ def test_a_key_left_out_is_what_diffusers_takes_it_for(copy):
     few = "sample_size block_out_channels down_block_types up_block_types norm_num_groups norm_eps "
     few += "downsample_padding freq_shift flip_sin_to_cos attention_head_dim"
     (copy / "config.json").write_text(json.dumps({key: config[key] for key in few.split()}))
-    (copy / "scheduler_config.json").write_text('{"beta_schedule": "linear"}')
+    (copy / "scheduler_config.json").write_text('{"_class_name": "DDPMScheduler"}')
     assert export.load(copy).diffusion.variance == "small"
 
 
@@ -1354,39 +1409,44 @@ def test_weights_that_are_not_weights_are_one_line(copy):
     state = load(path.read_bytes())
 
     def refusal():
-        with pytest.raises(ValueError, match=path.name.split(".")[0] + "|weights") as refused:
+        with pytest.raises(ValueError, match="diffusion_pytorch_model") as refused:
             export.load(copy)
         assert "\n" not in str(refused.value)
         return str(refused.value)
 
     for cut in (0, 4, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:cut])
-        assert "no plain weights" in refusal()
+        assert "SafetensorError" in refusal()
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     assert "git lfs pull" in refusal()
     name = "mid_block.attentions.0.to_q.weight"
     save_file({k: v for k, v in state.items() if k != name}, path)
-    assert f"1 tensors are missing, 0 left over, such as {name}" in refusal()
+    assert f"1 tensors of the network in config.json are missing, 0 left over, such as {name}" in (
+        refusal()
+    )
     save_file(state | {"ema.decay": torch.zeros(1)}, path)
-    assert "0 tensors are missing, 1 left over, such as ema.decay" in refusal()
+    assert "are missing, 1 left over, such as ema.decay" in refusal()
     save_file(state | {name: torch.zeros(3, 3)}, path)
     assert "size mismatch for middle.0.attention.q.weight" in refusal()
+    save_file(state | {name: torch.zeros(16, 16, dtype=torch.int8)}, path)
+    assert "more than weights" in refusal()
     path.unlink()
-    assert "no .bin" in refusal()
     path = path.with_suffix(".bin")
+    assert "No such file" in refusal()
     torch.save({name: RunsCode(copy / "executed")}, path)
-    assert "no plain weights" in refusal() and not (copy / "executed").exists()
+    assert "UnpicklingError" in refusal() and not (copy / "executed").exists()
     torch.save(state, path)
     path.write_bytes(path.read_bytes()[:-100])
-    assert "no plain weights" in refusal()
+    assert "RuntimeError" in refusal()
     torch.save(state, path)
     assert export.load(copy)
     (copy / "scheduler_config.json").unlink()
-    with pytest.raises(ValueError, match=r"there is no .*scheduler_config.json"):
+    with pytest.raises(ValueError, match=r"scheduler_config.json: .*No such file"):
         export.load(copy)
-    (copy / "config.json").write_text("{")
-    said = python("export.py", "--diffusers", copy, cwd=copy, code=1)
-    assert said.startswith("export.py: ") and "is no JSON file" in said and said.count("\n") == 1
+    for text in ("{", "[1]", "[" * 100_000):
+        (copy / "config.json").write_text(text)
+        said = python("export.py", "--diffusers", copy, cwd=copy, code=1)
+        assert said.startswith("export.py: ") and "config.json: " in said and said.count("\n") == 1
 
 
 def test_checkpoint_that_runs_code_is_not_opened(tmp_path):
@@ -1487,7 +1547,8 @@ def test_interpolation_between_two_pictures(trained, pictures, tmp_path):
     [
         ("--interpolate {0} {0} --t 1000", "--t must be 0..999"),
         ("--t 5", "--t must be given with --interpolate"),
-        ("--interpolate {0} {0} --gif x.gif", "--interpolate makes --out only"),
+        ("--interpolate {0} {0} --gif x.gif", "--interpolate must be without"),
+        ("--interpolate {0} {0} --out {0}", "must be other files than those that are read"),
     ],
 )
 def test_impossible_interpolations_are_refused(flags, said, trained, pictures):
@@ -1500,6 +1561,8 @@ def test_sampling_reads_pictures_as_training_does(pictures, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.open(pictures / "0.png").save(tmp_path / "turned.png", exif=exif)
+    ramp = np.linspace(0, 65535, 25).reshape(5, 5).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
     files = [p for p in pictures.rglob("*") if p.suffix.lower() in train.SUFFIXES]
     files = [p for p in files if p.name not in ("broken.png", ".hidden.png")]
     assert len(files) == 12

@@ -226,7 +226,7 @@ def arguments():
         parser.add_argument(name, default=default, help=help + text.replace("%", "%%"), **kwargs)
 
     flag("--data", None, "folder of pictures, read with its sub-folders [the built-in demo]")
-    flag("--out", "run", "folder for checkpoint.pt, log.csv and the previews")
+    flag("--out", None, "folder for checkpoint.pt, log.csv, previews [run; of --eval, beside it]")
     flag("--image-size", 32, "pixels; pictures are cropped to a square and resized", type=int)
     flag("--channels", None, "1 grey, 3 colour [as found]", type=int, choices=(1, 3))
     flag("--base-channels", 128, "width of the U-Net's first level", type=int)
@@ -271,13 +271,18 @@ def arguments():
     # What the command line doesn't say, the demo does, or the weights to start from do.
     if args.data is None:
         parser.set_defaults(**DEMO)
-    if args.init or args.eval:
-        trained = load(args.init or args.eval)
+    if args.init is not None or args.eval is not None:
+        own = Path(args.out or "run") / "checkpoint.pt"  # a run that goes on needs --init no more
+        trained = load(args.eval or (own if own.is_file() else args.init))
         shape = {key: value for key, value in trained.settings.items() if key != "dropout"}
         shape["channels"] = shape.pop("in_channels")
         variance = trained.diffusion.variance
         parser.set_defaults(trained=trained, schedule=None, variance=variance, **shape)
     args = parser.parse_args()
+    if args.eval is not None and (args.init is not None or args.schedule):
+        parser.error("--eval must be without --init and --schedule")
+    if args.data is None and (args.image_size, args.channels or 3) != (8, 3):
+        parser.error("without --data there is only the demo, of 8x8 pixels in colour")
 
     factor = 2 ** (len(args.channel_mults) - 1)
     if args.image_size % factor or args.image_size < factor:
@@ -318,15 +323,18 @@ def load(path):
 def evaluate(args):
     """The bound on the pictures, printed, and the rate-distortion curve (Figure 5) as two files."""
     model, diffusion, settings, step, _ = args.trained
+    shape = (settings["in_channels"], *2 * [settings["image_size"]])
+    if (args.channels, args.image_size) != shape[:2]:
+        sys.exit(f"train.py: {args.eval} is for pictures of {'x'.join(map(str, shape))}")
     device = torch.device(args.device)
     if args.data is None:
-        images = demo_pictures()[: args.eval_images]
+        images = demo_pictures()
     else:
         images = read_folder(args.data, args.image_size, args.channels, args.eval_images)
-    if images.shape[1:] != (settings["in_channels"], *2 * [settings["image_size"]]):
-        sys.exit(f"train.py: {args.eval} is not of the demo; which pictures? --data")
+    random = torch.Generator().manual_seed(args.seed)  # so that the first are like the rest
+    images = images[torch.randperm(len(images), generator=random)][: args.eval_images]
     model.to(device)
-    diffusion = Diffusion(diffusion.betas.to(device), diffusion.variance)
+    diffusion = Diffusion(diffusion.betas.to(device), args.variance)
 
     bounds = []
     bar = tqdm(total=len(images) * diffusion.T, unit=" passes", unit_scale=True)
@@ -343,42 +351,45 @@ def evaluate(args):
             bar.set_postfix_str(f"{bounds[-1].total.mean():.3f} bits/dim in the last batch")
     except KeyboardInterrupt:
         if not bounds:
-            sys.exit(
-                "train.py: stopped in the first batch; a smaller --batch gives a result sooner"
-            )
+            raise
     bar.close()
-
     bound = Bound(*map(torch.cat, zip(*bounds, strict=True)))
     n, L_t = len(bound.total), bound.L_t.mean(0)
     rmse = 127.5 * bound.mse.mean(0).sqrt()  # in values of 0..255
     # When x_t is known, these bits have been sent: L_T, and the terms of the steps before t.
     rate = bound.L_T.mean() + L_t.flip(0).cumsum(0).flip(0) - L_t
     error = f" +- {bound.total.std() / math.sqrt(n):.4f} (standard error)" if n > 1 else ""
-    print(f"{args.eval} (step {step:,}) on {n:,} pictures, in bits per dimension")
+    step = f" (step {step:,})" if step else ""
+    print(f"{args.eval}{step} on {n:,} pictures of {args.data or 'the demo'}, bits per dimension")
     print(f"  L_T                  {bound.L_T.mean():8.6f}")
     print(f"  L_1 + .. + L_T-1     {L_t[1:].sum():8.4f}    the rate")
     print(f"  L_0                  {L_t[0]:8.4f}    the distortion")
     print(f"  total                {bound.total.mean():8.4f}{error}")
     print(f"  RMSE                 {rmse[0]:8.4f}    of x0_hat at t = 0, in values of 0..255")
+    if n < len(images):
+        sys.exit(f"train.py: stopped after {n} of {len(images)} pictures; no curve is written")
+    if not rate.isfinite().all():
+        sys.exit(f"train.py: the bound is not finite: {args.eval} is broken")
     rows = zip(range(diffusion.T), L_t.tolist(), rate.tolist(), rmse.tolist(), strict=True)
     folder = Path(args.eval) if Path(args.eval).is_dir() else Path(args.eval).parent
-    table, picture = folder / "rate-distortion.csv", folder / "rate-distortion.png"
+    folder = Path(args.out or folder)
+    folder.mkdir(parents=True, exist_ok=True)
 
     def write(path):
         with open(path, "w", newline="") as file:
             csv.writer(file).writerows([("t", "L_t", "rate", "rmse"), *rows])
 
-    save_whole(table, write)
-    save_plot(picture, rate.tolist(), rmse.tolist(), "rate, bits per dimension",
-              "distortion: RMSE of x0_hat, of 255")  # fmt: skip
-    print(f"the curve: {table}, {picture}")
+    save_whole(folder / "rate-distortion.csv", write)
+    save_plot(folder / "rate-distortion.png", rate.tolist(), rmse.tolist(),
+              "rate, bits per dimension", "distortion: RMSE of x0_hat, of 255")  # fmt: skip
+    print(f"the curve: {folder / 'rate-distortion.csv'} and .png")
 
 
 def main():
     args = arguments()
-    if args.eval:
+    if args.eval is not None:
         return evaluate(args)
-    out = Path(args.out)
+    out = Path(args.out or "run")
     out.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device)
     amp = has_bfloat16(device) and not args.no_amp
@@ -572,4 +583,9 @@ def open_log(path, start):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("train.py: stopped")
+    except OSError as error:  # a disk that is full, a folder that can't be written to
+        sys.exit(f"train.py: {error}")
