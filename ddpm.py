@@ -56,7 +56,8 @@ def discretized_log_likelihood(x, mean, sigma):
     """(13), the decoder: log of the share of N(mean, sigma^2) in the bin of the 8-bit value x.
 
     Bins are 2/255 wide, the first and the last open; at least log 1e-12. The integral is exact,
-    where the authors' code approximates it by a tanh. Shapes that broadcast; float64 out.
+    where the authors' code takes a tanh for it: the same to 0.0001 bits at the paper's error (0.95
+    of 255), 0.1 less at an error of 2. Shapes that broadcast; float64 out.
     """
     x, mean, sigma = x.double(), mean.double(), sigma.double()
     above = torch.special.ndtr((x + 1 / 255 - mean) / sigma).where(x < 0.999, 1.0)
