@@ -115,6 +115,8 @@ def noise_of(seed, first, shape):
 class Network:
     """eps = network(x_t, t) of a model.onnx, for a fixed batch; x_t (batch, C, H, W), t (batch,).
 
+    `.betas` (T,), `.variance` and `.shape` (batch, C, H, W) are the file's.
+
     The array it returns is good until the next call, which may write over it.
 
     device: "auto" prefers CUDA, "cuda" insists on it, "cpu". Afterwards `.device` is "cuda" or
@@ -126,10 +128,10 @@ class Network:
         ort.set_default_logger_severity(4)  # that a provider can't load is said below, in one line
         self.device = "cpu"
         if device != "cpu" and "CUDAExecutionProvider" in ort.get_available_providers():
-            with contextlib.redirect_stdout(None):  # both print where they fail
+            with contextlib.redirect_stdout(None):  # it prints where it fails
                 ort.preload_dlls()  # finds the CUDA libraries that pip installed
-                options = {"cudnn_conv_algo_search": "HEURISTIC"}
-                self._open(path, ["CUDAExecutionProvider"], [options])
+            options = {"cudnn_conv_algo_search": "HEURISTIC"}
+            self._open(path, ["CUDAExecutionProvider"], [options])
             if self.session.get_providers()[0] == "CUDAExecutionProvider":
                 self.device = "cuda"
                 try:  # without cuDNN the session opens, but no convolution runs
@@ -151,15 +153,29 @@ class Network:
             self._bind()
 
     def _open(self, path, providers, options):
+        """Open the file and read what it says of itself. If it is another's, one line says why."""
         try:
-            self.session = ort.InferenceSession(path, None, providers, options)
+            with contextlib.redirect_stdout(None):  # it prints where it fails
+                self.session = ort.InferenceSession(path, None, providers, options)
+            metadata = self.session.get_modelmeta().custom_metadata_map
+            missing = {"ddpm.betas", "ddpm.variance", "ddpm.image_shape"} - set(metadata)
+            if missing:
+                raise ValueError(f"it lacks {', '.join(sorted(missing))}, which export.py writes")
+            self.betas = np.array(json.loads(metadata["ddpm.betas"]), float)
+            self.variance = metadata["ddpm.variance"]
+            self.shape = (self.batch, *json.loads(metadata["ddpm.image_shape"]))
+            inputs = {i.name: (i.type, *i.shape[1:]) for i in self.session.get_inputs()}
+            if (
+                self.betas.ndim != 1
+                or not ((self.betas > 0) & (self.betas < 1)).all()
+                or self.variance not in ("large", "small")
+                or inputs != {"x_t": ("tensor(float)", *self.shape[1:]), "t": ("tensor(int64)",)}
+                or [o.name for o in self.session.get_outputs()] != ["eps"]
+            ):
+                raise ValueError("its inputs, or the schedule, are not those that export.py writes")
         except Exception as error:
-            sys.exit(f"sample.py: {path} is no model: {str(error).splitlines()[0]}")
-        self.metadata = self.session.get_modelmeta().custom_metadata_map
-        missing = {"ddpm.betas", "ddpm.variance", "ddpm.image_shape"} - set(self.metadata)
-        if missing:
-            sys.exit(f"sample.py: {path} lacks {', '.join(sorted(missing))}; export.py writes them")
-        self.shape = (self.batch, *json.loads(self.metadata["ddpm.image_shape"]))
+            why = str(error).split("\n")[0]
+            sys.exit(f"sample.py: {path} is no model of export.py: {why}")
 
     def _bind(self):
         """Inputs and output at fixed places on the device, used again at every step."""
@@ -277,14 +293,13 @@ def main():
 
     batch = len(LAMBDAS) if args.interpolate else min(args.batch, args.n)
     network = Network(args.onnx, batch, args.device)
-    betas = np.array(json.loads(network.metadata["ddpm.betas"]))
+    betas, variance = network.betas, network.variance
     steps = len(betas) if args.steps is None else args.steps
     if not 1 <= steps <= len(betas):
         parser.error(f"--steps must be 1..{len(betas)}")
     where = args.t or [len(betas) // 2]
     if not all(0 <= t < len(betas) for t in where):
         parser.error(f"--t must be 0..{len(betas) - 1}")
-    variance = network.metadata["ddpm.variance"]
     print(f"{args.onnx} on {'CUDA' if network.device == 'cuda' else 'the CPU'}", end="")
     print("" if args.interpolate else f", {steps} steps")
 

@@ -4,6 +4,7 @@ pytest                # under three minutes on two cores
 pytest -m slow        # the built-in demo, trained in full and judged: some minutes
 """
 
+import hashlib
 import json
 import math
 import multiprocessing
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from itertools import pairwise
 from pathlib import Path
 
@@ -764,18 +766,18 @@ def pictures(tmp_path_factory):
 
 
 def test_folder_is_read_as_found(pictures, capsys):
-    images = train.read_folder(pictures, 8)
+    images, _ = train.read_folder(pictures, 8)
     assert images.shape == (12, 3, 8, 8) and images.dtype == torch.uint8
     said = capsys.readouterr().out
     assert "left out 1 of 13" in said and "broken.png" in said
-    assert train.read_folder(pictures, 8, channels=1).shape == (12, 1, 8, 8)
-    assert torch.equal(images, train.read_folder(pictures, 8))
+    assert train.read_folder(pictures, 8, channels=1)[0].shape == (12, 1, 8, 8)
+    assert torch.equal(images, train.read_folder(pictures, 8)[0])
 
 
 def test_grey_folder_is_one_channel(tmp_path):
     Image.new("L", (28, 28), 7).save(tmp_path / "a.png")
     Image.new("1", (28, 28), 1).save(tmp_path / "b.png")
-    images = train.read_folder(tmp_path, 8)
+    images, _ = train.read_folder(tmp_path, 8)
     assert images.shape == (2, 1, 8, 8) and (images[0] == 7).all() and (images[1] == 255).all()
 
 
@@ -817,6 +819,105 @@ def test_pictures_are_turned_and_cut_to_the_centre(tmp_path):
     assert (read_saved(tmp_path, wide) == 255).all()
 
 
+def test_awkward_files_are_read_or_left_out(tmp_path, capsys):
+    """What people's folders hold, beside the pictures of the fixture above."""
+    grey = Image.new("L", (5, 9), 100)
+    grey.save(tmp_path / "SMALLER.PNG")
+    grey.save(tmp_path / "really-a.png", "JPEG")  # a suffix that lies
+    Image.fromarray(np.full((4, 4), 25700, np.int32)).save(tmp_path / "i.tiff")
+    first, second = Image.new("L", (8, 8), 100), Image.new("L", (8, 8), 200)
+    first.save(tmp_path / "animated.gif", save_all=True, append_images=[second])
+    Image.new("1", (8, 8), 1).save(tmp_path / "z-one-bit.bmp")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "text.jpg").write_text("not a picture")
+    bomb = bytearray((tmp_path / "SMALLER.PNG").read_bytes())
+    bomb[16:24] = (60000).to_bytes(4, "big") * 2  # width and height, in the header
+    bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    Image.new("F", (4, 4)).save(tmp_path / "f.tif")
+    images, _ = train.read_folder(tmp_path, 8)
+    assert images[:, 0].float().mean((1, 2)).tolist() == [100, 100, 100, 100, 255]
+    said = capsys.readouterr().out
+    assert "left out 4 of 9" in said and "exceeds limit" in said and "cannot identify" in said
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="symbolic links and pipes need rights there")
+def test_links_are_followed_once_and_pipes_not_opened(tmp_path):
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("L", (4, 4), 1).save(tmp_path / "data" / "a" / "1.png")
+    Image.new("L", (4, 4), 2).save(tmp_path / "elsewhere" / "2.png")
+    (tmp_path / "data" / "loop").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "a" / "loop").symlink_to("..")
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "gone.png").symlink_to("nowhere.png")
+    os.mkfifo(tmp_path / "data" / "pipe.png")
+    images, _ = train.read_folder(tmp_path / "data", 4)
+    assert images[:, 0, 0, 0].tolist() == [1, 2]
+
+
+def test_order_is_that_of_the_names(tmp_path):
+    names = ["b/1.png", "a.png", "B.png", "a/z.png", "a/10.png", "a/9.png", "a-.png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (4, 4)).save(tmp_path / name)
+    found = [p.relative_to(tmp_path).as_posix() for p in train.picture_files(tmp_path)]
+    assert found == sorted(names)
+
+
+def test_a_mixed_folder_is_in_colour_unless_asked_otherwise(tmp_path):
+    Image.new("L", (4, 4), 9).save(tmp_path / "a.png")
+    Image.new("RGB", (4, 4), (0, 255, 0)).save(tmp_path / "b.png")
+    images, _ = train.read_folder(tmp_path, 4)
+    assert images[:, :, 0, 0].tolist() == [[9, 9, 9], [0, 255, 0]]
+    images, _ = train.read_folder(tmp_path, 4, channels=1)
+    assert images[:, :, 0, 0].tolist() == [[9], [150]]
+
+
+def test_pictures_are_decoded_once(tmp_path, monkeypatch):
+    """One memory-mapped file, used again until the folder changes, and never for another folder."""
+    folder, cache = tmp_path / "data", tmp_path / "run"
+    folder.mkdir()
+    cache.mkdir()
+    for k in range(3):
+        Image.new("L", (4, 4), k).save(folder / f"{k}.png")
+    decoded, decode = [], train.decode
+    monkeypatch.setattr(train, "decode", lambda *args: decoded.append(1) or decode(*args))
+
+    def read(folder=folder, **kwargs):
+        images, digest = train.read_folder(folder, 4, cache=cache, **kwargs)
+        return images[:, 0, 0, 0].tolist(), digest
+
+    before = read()
+    assert before[0] == [0, 1, 2] and read() == before and len(decoded) == 1
+    (file,) = cache.iterdir()
+    assert file.stat().st_size == 3 * 4 * 4  # uint8, and nothing else
+    assert read(channels=3)[0] == [0, 1, 2] and len(decoded) == 2
+    assert read() == before and len(decoded) == 3 and len(list(cache.iterdir())) == 1
+    shutil.copytree(folder, tmp_path / "copy")  # same names, sizes and times
+    assert read(tmp_path / "copy") == before and len(decoded) == 4
+    Image.new("L", (4, 4), 7).save(folder / "1.png")
+    os.utime(folder / "1.png", ns=(1, 1))
+    values, digest = read()
+    assert values == [0, 7, 2] and digest != before[1] and len(decoded) == 5
+    (folder / "2.png").unlink()
+    assert read()[0] == [0, 7]
+    images, digest = train.read_folder(folder, 4)
+    assert digest == read()[1] and images[:, 0, 0, 0].tolist() == [0, 7]  # in memory, the same
+
+
+def test_other_pictures_of_the_same_names_are_another_run(pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "a" / "data")
+    flags = [*TINY, "--steps", 2, "--out", tmp_path / "run"]
+    python("train.py", "--data", "data", *flags, cwd=tmp_path / "a")
+    (tmp_path / "a" / "data").rename(tmp_path / "moved")  # the same pictures, elsewhere
+    python("train.py", "--data", "moved", *flags, cwd=tmp_path)
+    Image.new("RGB", (12, 9)).save(tmp_path / "moved" / "3.png")
+    said = python("train.py", "--data", "moved", *flags, cwd=tmp_path, code=1)
+    assert "digest was" in said and "--restart" in said
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, pictures):
     """The three commands on a tiny setting, in a folder of their own."""
@@ -829,12 +930,13 @@ def trained(tmp_path_factory, pictures):
 
 def test_three_commands_from_folder_to_pictures(trained):
     folder, (train_said, export_said, sample_said) = trained
+    assert "only 12 pictures: the network will learn them by heart" in train_said
     assert train_said.rstrip().endswith("python export.py --checkpoint run/checkpoint.pt")
     assert export_said.rstrip().endswith("python sample.py --onnx model.onnx")
     assert "on the CPU" in sample_said or "on CUDA" in sample_said
     assert {p.name for p in folder.iterdir()} == {"run", "model.onnx", "samples.png"}
-    assert {p.name for p in (folder / "run").iterdir()} == {
-        "checkpoint.pt", "log.csv", "preview-0000012.png"}  # fmt: skip
+    assert {p.name.split("-")[0] for p in (folder / "run").iterdir()} == {
+        "checkpoint.pt", "log.csv", "pictures", "preview"}  # fmt: skip
     picture = np.asarray(Image.open(folder / "samples.png"))
     assert picture.ndim == 3 and picture.std() > 10
     log = (folder / "run" / "log.csv").read_text().splitlines()
@@ -890,7 +992,7 @@ def test_weighting_vlb_trains_on_12(pictures, tmp_path):
         assert config["train"]["weighting"] == weighting
         row = (tmp_path / weighting / "log.csv").read_text().splitlines()[1]
         first[weighting] = float(row.split(",")[1])
-    images = train.read_folder(pictures, 8)
+    images, _ = train.read_folder(pictures, 8)
     for weighting, logged in first.items():
         torch.manual_seed(0)
         model = UNet(**config["model"])
@@ -933,7 +1035,7 @@ def test_eval_prints_the_bound_and_leaves_the_curve(trained, pictures, tmp_path)
     assert "on 5 pictures" in said and "500/500" in said  # passes of the network: 5 x T
     network = UNet(**state["config"]["model"]).eval()
     network.load_state_dict(state["ema"])
-    images = train.read_folder(pictures, 8, most=5).float() / 127.5 - 1
+    images = train.read_folder(pictures, 8, most=5)[0].float() / 127.5 - 1
     images = images[torch.randperm(5, generator=torch.Generator().manual_seed(2))]
     bounds = [
         d.vlb(network, x0, torch.Generator().manual_seed(train.seed_of(2, k)))
@@ -965,8 +1067,8 @@ def test_eval_prints_the_bound_and_leaves_the_curve(trained, pictures, tmp_path)
 def test_eval_takes_pictures_from_the_whole_folder(tmp_path):
     for k in range(10):
         Image.new("L", (4, 4), k).save(tmp_path / f"{k}.png")
-    assert train.read_folder(tmp_path, 4, most=5)[:, 0, 0, 0].tolist() == [0, 2, 4, 6, 8]
-    assert len(train.read_folder(tmp_path, 4, most=50)) == 10
+    assert train.read_folder(tmp_path, 4, most=5)[0][:, 0, 0, 0].tolist() == [0, 2, 4, 6, 8]
+    assert len(train.read_folder(tmp_path, 4, most=50)[0]) == 10
 
 
 def test_eval_without_data_is_of_the_demo(trained):
@@ -1047,6 +1149,155 @@ def test_adam_of_a_cuda_checkpoint_goes_on_on_a_cpu(pictures, tmp_path):
         python(*common, "--steps", 4, "--out", name, cwd=tmp_path)
     a, b = checkpoint(tmp_path / "plain")["model"], checkpoint(tmp_path / "cuda")["model"]
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def weights_of(folder):
+    state = checkpoint(folder)
+    digest = hashlib.sha256()
+    for part in ("model", "ema"):
+        for name, value in state[part].items():
+            digest.update(name.encode() + value.numpy().tobytes())
+    return digest.hexdigest(), state["step"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs processes that fork")
+def test_killed_twenty_times_it_ends_in_the_same_weights(pictures, tmp_path):
+    """kill -9 at random moments, with a checkpoint at each step: mostly amid writing one."""
+    argv = [HERE / "train.py", "--data", pictures, *TINY, "--steps", 300, "--preview-every", 50]
+    argv = [str(word) for word in argv]
+    python("train.py", *argv[1:], "--out", "whole", cwd=tmp_path)
+    argv += ["--out", "killed", "--save-minutes", "0"]
+    random, steps = np.random.default_rng(0), []
+    (tmp_path / "output").touch()
+    for _ in range(20):
+        process = FORK.Process(target=run_program, args=(argv, tmp_path, str(tmp_path / "output")))
+        process.start()
+        path, began = tmp_path / "killed" / "checkpoint.pt", time.time()
+        while process.is_alive() and time.time() - began < 30:  # until it has got on a little
+            if path.exists() and path.stat().st_mtime > began:
+                break
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.05))
+        process.kill()
+        process.join()
+        steps.append(checkpoint(tmp_path / "killed")["step"])
+    assert steps == sorted(steps) and len(set(steps)) > 10 and steps[-1] < 300
+    said = python("train.py", *argv[1:], cwd=tmp_path)
+    assert "done" in said and weights_of(tmp_path / "killed") == weights_of(tmp_path / "whole")
+    logs = [(tmp_path / name / "log.csv").read_text() for name in ("whole", "killed")]
+    assert logs[0] == logs[1]
+    assert not list((tmp_path / "killed").glob("*.tmp"))
+
+
+FULL_DISK = """
+import os, resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+limit = int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+sys.argv = sys.argv[2:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such limit there")
+def test_full_disk_leaves_the_checkpoint_whole(pictures, tmp_path):
+    flags = ["--data", pictures, *TINY, "--no-amp"]
+    python("train.py", *flags, "--steps", 3, cwd=tmp_path)
+    before = weights_of(tmp_path / "run")
+    said = python(
+        "-c", FULL_DISK, 100_000, HERE / "train.py", *flags, "--steps", 6, cwd=tmp_path, code=1
+    )
+    assert "checkpoint.pt can't be written, and is as it was" in said
+    assert weights_of(tmp_path / "run") == before
+    assert not list((tmp_path / "run").glob("*.tmp"))
+    python("train.py", *flags, "--steps", 6, cwd=tmp_path)  # there is room again
+    assert weights_of(tmp_path / "run")[1] == 6
+
+
+def test_restart_moves_the_old_run_aside(pictures, tmp_path):
+    flags = ["--data", pictures, *TINY, "--steps", 2]
+    python("train.py", *flags, cwd=tmp_path)
+    before = weights_of(tmp_path / "run")
+    for k in (1, 2):
+        said = python("train.py", *flags, "--seed", k, "--restart", cwd=tmp_path)
+        assert f"is now in run-{k}" in said
+        assert checkpoint(tmp_path / "run")["config"]["train"]["seed"] == k
+    assert weights_of(tmp_path / "run-1") == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+def test_second_training_in_a_folder_is_refused(pictures, tmp_path):
+    lock = train.lock(tmp_path / "run")
+    flags = ["--data", pictures, *TINY, "--steps", 1]
+    for more in ([], ["--restart"]):
+        said = python("train.py", *flags, *more, cwd=tmp_path, code=1)
+        assert "a training is running in run" in said
+    os.close(lock)
+    python("train.py", *flags, cwd=tmp_path)
+
+
+def test_broken_checkpoint_is_not_written_over(trained, pictures, tmp_path):
+    (tmp_path / "run").mkdir()
+    whole = (trained[0] / "run" / "checkpoint.pt").read_bytes()
+    flags = ["--data", pictures, *TINY, "--steps", 20]
+    for content in (b"", whole[:5000], whole[:-1], b"not a checkpoint"):
+        (tmp_path / "run" / "checkpoint.pt").write_bytes(content)
+        said = python("train.py", *flags, cwd=tmp_path, code=1)
+        assert "is no checkpoint of train.py" in said
+        assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == content
+
+
+TORCHRUN = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2".split()]
+
+
+def torchrun(*args, cwd, code=0):
+    """Two processes on the CPU, which speak over gloo."""
+    command = [str(word) for word in (*TORCHRUN, HERE / "train.py", *args)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=170)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stderr + done.stdout  # of a failure torchrun itself tells at length
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="torchrun there lacks libuv")
+def test_two_processes_and_accumulation_give_the_same_weights(pictures, tmp_path):
+    flags = ["--data", pictures, *TINY, "--dropout", 0, "--no-amp", "--warmup", 0]
+    python("train.py", *flags, "--steps", 20, "--out", "one", cwd=tmp_path)
+    python("train.py", *flags, "--steps", 20, "--out", "parts", "--accumulate", 3, cwd=tmp_path)
+    python("train.py", *flags, "--steps", 9, "--out", "two", cwd=tmp_path)  # and on with another N
+    said = torchrun(*flags, "--steps", 20, "--out", "two", "--accumulate", 2, cwd=tmp_path)
+    assert said.count("steps    9 to 20") == said.count("done, two") == 1  # one of them speaks
+    one = checkpoint(tmp_path / "one")
+    for other in ("parts", "two"):
+        state = checkpoint(tmp_path / other)
+        for part in ("model", "ema"):
+            for name, value in one[part].items():
+                torch.testing.assert_close(state[part][name], value, rtol=1e-5, atol=1e-6)
+        losses = [np.loadtxt(tmp_path / name / "log.csv", delimiter=",", skiprows=1)
+                  for name in ("one", other)]  # fmt: skip
+        np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+    before = weights_of(tmp_path / "two")
+    other = ["--lr", "1e30", "--steps", "40", "--restart", "--out", "one"]
+    said = torchrun(*flags, *other, cwd=tmp_path, code=1)
+    assert said.count("is not finite") == 1 and weights_of(tmp_path / "two") == before
+    assert (tmp_path / "one-1" / "checkpoint.pt").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="torchrun there lacks libuv")
+def test_two_processes_stop_together(pictures, tmp_path):
+    run = subprocess.Popen(
+        [*TORCHRUN, HERE / "train.py", "--data", pictures, *TINY, "--steps", "100000",
+         "--preview-every", "5"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.time() + 60
+    while time.time() < deadline and not list((tmp_path / "run").glob("preview*")):
+        time.sleep(0.1)
+    run.send_signal(signal.SIGTERM)
+    said, _ = run.communicate(timeout=60)
+    step = checkpoint(tmp_path / "run")["step"]
+    assert f"stopped at step {step:,}" in said and "torchrun as before" in said
+    assert (tmp_path / "run" / "log.csv").read_text().splitlines()[-1].startswith(f"{step},")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without a signal")
@@ -1447,6 +1698,70 @@ def test_weights_that_are_not_weights_are_one_line(copy):
         (copy / "config.json").write_text(text)
         said = python("export.py", "--diffusers", copy, cwd=copy, code=1)
         assert said.startswith("export.py: ") and "config.json: " in said and said.count("\n") == 1
+
+
+def damaged(path, n):
+    """A file n times over: cut off, or with flipped bits, anywhere or near its ends; then whole."""
+    whole, random = path.read_bytes(), np.random.default_rng(0)
+    for k in range(n):
+        content = bytearray(whole)
+        if k % 3 == 0:
+            del content[random.integers(len(whole)) :]
+        else:
+            span = len(whole) if k % 3 == 1 else min(5000, len(whole))
+            first = (len(whole) - span) * random.integers(2)
+            for _ in range(1 + random.integers(4)):
+                content[first + random.integers(span)] ^= 1 << random.integers(8)
+        path.write_bytes(content)
+        yield k
+    path.write_bytes(whole)
+
+
+def test_damaged_files_are_refused_in_one_line(trained, copy):
+    """Or read, if all the damage is in the value of a weight."""
+    shutil.copy(trained[0] / "run" / "checkpoint.pt", copy / "here.pt")
+    shutil.copy(trained[0] / "model.onnx", copy / "model.onnx")
+    published = copy / "published"
+    published.mkdir()
+    for name in ("config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors"):
+        (copy / name).rename(published / name)
+    binary = copy / "binary"
+    shutil.copytree(published, binary)
+    weights = binary / "diffusion_pytorch_model.safetensors"
+    torch.save(load(weights.read_bytes()), weights.with_suffix(".bin"))
+    weights.unlink()
+    refused = dict.fromkeys(("here.pt", "published", "binary", "model.onnx"), 0)
+    cases = [
+        (copy / "here.pt", copy / "here.pt", 90),
+        (copy / "model.onnx", copy / "model.onnx", 90),
+    ]
+    cases += [
+        (path, path.parent, 50) for folder in (published, binary) for path in folder.iterdir()
+    ]
+    for path, source, n in cases:
+        for _ in damaged(path, n):
+            try:
+                if path.suffix == ".onnx":
+                    sample.Network(path, 1, "cpu")
+                else:
+                    export.load(source)
+            except (ValueError, SystemExit) as error:
+                assert "\n" not in str(error) and str(error.args[0]) not in ("", "0")
+                refused[source.name] += 1
+    assert min(refused.values()) > 40
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such limit there")
+def test_full_disk_leaves_pictures_and_models_whole(trained, tmp_path):
+    for program, made, flags in (
+        ("export.py", "model.onnx", ["--checkpoint", trained[0] / "run" / "checkpoint.pt"]),
+        ("sample.py", "samples.png", ["--onnx", trained[0] / "model.onnx", "--steps", 2]),
+    ):
+        (tmp_path / made).write_text("of before")
+        said = python("-c", FULL_DISK, 1000, HERE / program, *flags, cwd=tmp_path, code=1)
+        assert f"{program}: " in said and "too large" in said
+        assert (tmp_path / made).read_text() == "of before"
+    assert {p.name for p in tmp_path.iterdir()} == {"model.onnx", "samples.png"}
 
 
 def test_checkpoint_that_runs_code_is_not_opened(tmp_path):

@@ -5,42 +5,67 @@
     python train.py --data ./images --base-channels 64 --steps 50000    # a smaller one
     python train.py --data ./images --init ddpm-cifar10-32  # from published weights, see export.py
     python train.py --data ./images --eval run/checkpoint.pt    # the bound on them, in bits
+    torchrun --standalone --nproc_per_node=4 train.py --data ./images   # on four GPUs
 
 The same command run again goes on where it stopped. Beside the checkpoint it leaves log.csv (a row
 a step) and preview-STEP.png: samples of the averaged (EMA) network, always from the same noise.
 """
 
 import argparse
+import contextlib
 import copy
 import csv
+import hashlib
+import io
 import math
 import os
 import shlex
 import signal
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from ddpm import Bound, Diffusion, UNet, cosine_betas, linear_betas
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
+
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 PREVIEW, PREVIEW_STEPS = 36, 50  # pictures in a preview, and of the T steps how many it takes
+
+
+def fail(message):
+    """Ends the program with one line; of several processes, the first one says it."""
+    sys.exit(1 if RANK else f"train.py: {message}")
+
 
 # ----------------------------------------------------------------------------------------- pictures
 
 
-def read_picture(path, size):
+def is_grey(image):
+    return image.mode in ("1", "L", "LA") or image.mode.startswith("I")
+
+
+def read_picture(file, size):
     """One picture file as uint8 (C, size, size), its centre square. C: 1 grey, 3 colour."""
-    with Image.open(path) as image:
+    with Image.open(file) as image:
         image = ImageOps.exif_transpose(image)
-        grey = image.mode in ("1", "L", "LA") or image.mode.startswith("I")
+        grey = is_grey(image)
         if image.mode.startswith("I"):  # 16 bits: Pillow would cut, not scale
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
         if image.mode == "F":
@@ -53,42 +78,94 @@ def read_picture(path, size):
         return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
 
 
-def read_folder(folder, size, channels=None, most=None):
-    """All pictures under a folder, in the order of their paths: uint8 (N, C, size, size).
-
-    most: no more than so many, from the whole of the folder at even distances.
-    """
+def picture_files(folder):
+    """The picture files under a folder, by their suffix, in the same order on every machine."""
     if not Path(folder).is_dir():
-        sys.exit(f"train.py: --data {folder}: there is no such folder")
-    paths = sorted(
-        path
-        for path in Path(folder).rglob("*")
-        if path.suffix.lower() in SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
-    if most is not None and most < len(paths):
-        paths = [paths[i * len(paths) // most] for i in range(most)]
+        fail(f"--data {folder}: there is no such folder")
+    found, seen = [], set()
+    for root, folders, files in os.walk(folder, onerror=print, followlinks=True):
+        if os.path.realpath(root) in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(root))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        paths = (Path(root, name) for name in files if not name.startswith("."))
+        found += [path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()]
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def decode(paths, size, channels, write):
+    """Calls write(bytes) for each picture, of channels x size x size, on all cores and in order.
+
+    channels: None for 3 if any picture is in colour, else 1. Returns (channels, a digest of the
+    files). Files that can't be read are left out, counted, and some of them named.
+    """
+
+    def colour(path):
+        try:
+            with Image.open(path) as image:  # reads no more than the header
+                return not is_grey(image)
+        except Exception:
+            return False
 
     def read(path):
         try:
-            return read_picture(path, size)
+            content = path.read_bytes()
+            picture = to_channels(read_picture(io.BytesIO(content), size), channels)
+            return picture.tobytes(), hashlib.blake2b(content).digest()
         except Exception as error:  # whatever is wrong with one file, the others are trained on
-            return f"{path}: {error}"
+            broken.append(f"  {path}: {error}")
+            return b"", b""
 
+    warnings.filterwarnings("ignore", module="PIL")
+    broken, digest = [], hashlib.blake2b(digest_size=8)
+    bar = tqdm(total=len(paths), desc="reading", unit=" pictures", leave=False)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        read_all = pool.map(read, paths)
-        pictures = list(tqdm(read_all, "reading", len(paths), unit=" pictures", leave=False))
-    broken = [picture for picture in pictures if isinstance(picture, str)]
-    pictures = [picture for picture in pictures if not isinstance(picture, str)]
+        if channels is None:
+            channels = 3 if any(colour(path) for path in paths) else 1
+        for start in range(0, len(paths), 4096):  # so that no more than these wait to be written
+            for pixels, its_digest in pool.map(read, paths[start : start + 4096]):
+                write(pixels)
+                digest.update(its_digest)
+                bar.update()
+    bar.close()
     if broken:
         print(f"left out {len(broken)} of {len(paths)} files that can't be read, the first ones:")
-        print("\n".join(f"  {line}" for line in broken[:3]))
-    if not pictures:
-        sys.exit(f"train.py: --data {folder}: no picture that can be read ({' '.join(SUFFIXES)})")
-    if channels is None:
-        channels = max(len(picture) for picture in pictures)
-    return torch.from_numpy(np.stack([to_channels(picture, channels) for picture in pictures]))
+        print("\n".join(sorted(broken)[:3]))
+    if len(broken) == len(paths):
+        fail(f"--data: no picture that can be read ({' '.join(sorted(SUFFIXES))})")
+    return channels, digest.hexdigest()
+
+
+def read_folder(folder, size, channels=None, most=None, cache=None):
+    """All pictures under a folder: uint8 (N, C, size, size), and a digest of their files.
+
+    most: no more than so many, from the whole of the folder at even distances.
+    cache: a folder for the decoded pictures, one memory-mapped file; it is used again until a name,
+        a size or a time in the folder has changed. Without it they are kept in memory.
+    """
+    paths = picture_files(folder)
+    if most is not None and most < len(paths):
+        paths = [paths[i * len(paths) // most] for i in range(most)]
+    if cache is None:
+        memory = io.BytesIO()
+        channels, digest = decode(paths, size, channels, memory.write)
+        pixels = np.frombuffer(memory.getbuffer(), np.uint8)
+    else:
+        states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        key = repr((os.path.realpath(folder), size, channels, states)).encode(errors="replace")
+        key = hashlib.blake2b(key, digest_size=8).hexdigest()
+        if not list(cache.glob(f"pictures-{key}-*.u8")):
+            for old in cache.glob("pictures-*"):
+                old.unlink()
+            temporary = cache / "pictures-.tmp"
+            with open(temporary, "wb") as file:
+                channels, digest = decode(paths, size, channels, file.write)
+            temporary.replace(cache / f"pictures-{key}-{digest}-{channels}.u8")
+        (path,) = cache.glob(f"pictures-{key}-*.u8")
+        digest, channels = path.stem.split("-")[2], int(path.stem.split("-")[3])
+        pixels = np.memmap(path, np.uint8, "c")
+    return torch.from_numpy(pixels.reshape(-1, channels, size, size)), digest
 
 
 def to_channels(picture, channels):
@@ -156,9 +233,9 @@ def update_ema(averages, parameters, step, decay):
     torch._foreach_lerp_(averages, parameters, 1 - ema_decay(step, decay))
 
 
-def seed_of(seed, step):
+def seed_of(seed, step, *part):
     """Randomness is counted, not carried: all that step draws comes from (seed, step) alone."""
-    return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
+    return int(np.random.SeedSequence((seed, step, *part)).generate_state(1)[0])
 
 
 def has_bfloat16(device):
@@ -212,14 +289,24 @@ def save_plot(path, x, y, x_label, y_label):
 def save_whole(path, write):
     """Let write(temporary path) make a file, then put it at path in one step or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
+        temporary.unlink(missing_ok=True)
+        fail(f"{path} can't be written, and is as it was: {str(error).splitlines()[0]}")
 
 
 def arguments():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
+    if RANK:
+        parser.error = lambda _: sys.exit(2)  # the first process says it
 
     def flag(name, default, help, **kwargs):
         text = "" if default is None or default is False else f" [{default}]"
@@ -243,7 +330,8 @@ def arguments():
         "of the loss: simple (14), or vlb for the bound (12)",
         choices=("simple", "vlb"),
     )
-    flag("--batch", 128, "pictures per step", type=int)
+    flag("--batch", 128, "pictures per step, on all GPUs together", type=int)
+    flag("--accumulate", 1, "parts of a batch, one after the other, if it is too large", type=int)
     flag("--lr", 2e-4, "learning rate of Adam", type=float)
     flag("--warmup", None, "steps until lr is reached [min(5000, steps / 20)]", type=int)
     flag("--lr-decay", False, "to 0 at the end: better for short runs", action="store_true")
@@ -259,6 +347,7 @@ def arguments():
         action="store_true",
     )
     flag("--preview-every", None, "steps [so that it takes under 5 %% of the time]", type=int)
+    flag("--restart", False, "move the run in --out aside, and begin anew", action="store_true")
     flag("--save-minutes", 5.0, "minutes between checkpoints", type=float)
     flag(
         "--eval",
@@ -293,15 +382,21 @@ def arguments():
         )
     if args.base_channels < 4 or args.base_channels % 4:
         parser.error("--base-channels must be a multiple of 4")
-    at_least_1 = [args.batch, args.steps, args.num_res_blocks, *args.channel_mults]
+    at_least_1 = [args.batch, args.accumulate, args.steps, args.num_res_blocks, *args.channel_mults]
     if min(at_least_1) < 1 or args.seed < 0 or args.preview_every == 0:
-        parser.error("--batch, --steps, blocks, mults and --preview-every start at 1, --seed at 0")
+        parser.error(
+            "--batch, --accumulate, --steps, blocks, mults, previews start at 1, --seed at 0"
+        )
+    if args.batch < WORLD * args.accumulate:
+        parser.error("--batch must have a picture for each GPU and each part of --accumulate")
     if args.eval_images is not None and args.eval_images < 1:
         parser.error("--eval-images must be at least 1")
     if not (0 <= args.dropout < 1 and 0 <= args.ema < 1 and args.lr > 0):
         parser.error("--dropout and --ema must be in [0, 1), --lr above 0")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cuda" and WORLD > 1:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     name, _, number = args.device.partition(":")
     if name not in ("cpu", "cuda") or not (number or "0").isdigit():
         parser.error("--device is auto, cpu, cuda or cuda:1")
@@ -317,7 +412,7 @@ def load(path):
     try:
         return load(path)
     except ValueError as error:
-        sys.exit(f"train.py: {error}")
+        fail(f"{error}")
 
 
 def evaluate(args):
@@ -325,12 +420,12 @@ def evaluate(args):
     model, diffusion, settings, step, _ = args.trained
     shape = (settings["in_channels"], *2 * [settings["image_size"]])
     if (args.channels, args.image_size) != shape[:2]:
-        sys.exit(f"train.py: {args.eval} is for pictures of {'x'.join(map(str, shape))}")
+        fail(f"{args.eval} is for pictures of {'x'.join(map(str, shape))}")
     device = torch.device(args.device)
     if args.data is None:
         images = demo_pictures()
     else:
-        images = read_folder(args.data, args.image_size, args.channels, args.eval_images)
+        images, _ = read_folder(args.data, args.image_size, args.channels, args.eval_images)
     random = torch.Generator().manual_seed(args.seed)  # so that the first are like the rest
     images = images[torch.randperm(len(images), generator=random)][: args.eval_images]
     model.to(device)
@@ -367,9 +462,9 @@ def evaluate(args):
     print(f"  total                {bound.total.mean():8.4f}{error}")
     print(f"  RMSE                 {rmse[0]:8.4f}    of x0_hat at t = 0, in values of 0..255")
     if n < len(images):
-        sys.exit(f"train.py: stopped after {n} of {len(images)} pictures; no curve is written")
+        fail(f"stopped after {n} of {len(images)} pictures; no curve is written")
     if not rate.isfinite().all():
-        sys.exit(f"train.py: the bound is not finite: {args.eval} is broken")
+        fail(f"the bound is not finite: {args.eval} is broken")
     rows = zip(range(diffusion.T), L_t.tolist(), rate.tolist(), rmse.tolist(), strict=True)
     folder = Path(args.eval) if Path(args.eval).is_dir() else Path(args.eval).parent
     folder = Path(args.out or folder)
@@ -389,16 +484,30 @@ def main():
     args = arguments()
     if args.eval is not None:
         return evaluate(args)
-    out = Path(args.out or "run")
-    out.mkdir(parents=True, exist_ok=True)
-    device = torch.device(args.device)
+    out, device, first = Path(args.out or "run"), torch.device(args.device), RANK == 0
     amp = has_bfloat16(device) and not args.no_amp
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
+    if first:
+        locked = lock(out)
+        if args.restart and any(out.iterdir()):
+            move_aside(out)
+            locked = lock(out)  # noqa: F841, it holds as long as there is this name for it
+    if WORLD > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))
 
     if args.data is None:
-        images = demo_pictures()
+        images, digest = demo_pictures(), None
     else:
-        images = read_folder(args.data, args.image_size, args.channels)
+        if not first:
+            dist.barrier()  # until the first process has decoded them
+        images, digest = read_folder(args.data, args.image_size, args.channels, cache=out)
+        if first and WORLD > 1:
+            dist.barrier()
+    if first and len(images) < 100:
+        print(f"only {len(images)} pictures: the network will learn them by heart")
 
     # -- the configuration: all that another program, or this one when it resumes, must know
     if args.schedule is None:
@@ -422,6 +531,7 @@ def main():
             "data": args.data and str(Path(args.data).resolve().name),
             "init": args.init and "/".join(Path(args.init).resolve().parts[-2:]),
             "pictures": len(images),
+            "digest": digest,
             "batch": args.batch,
             "lr": args.lr,
             "warmup": warmup,
@@ -441,31 +551,33 @@ def main():
             model.load_state_dict(args.trained.model.state_dict())
         except RuntimeError as error:
             why = " ".join(str(error).split())[:200]
-            sys.exit(f"train.py: --init {args.init} is of another shape than the flags ask: {why}")
+            fail(f"--init {args.init} is of another shape than the flags ask: {why}")
     if device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)  # on a CPU it is slower
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
 
     # -- resume
-    checkpoint_path, log_path = out / "checkpoint.pt", out / "log.csv"
-    start = 0
+    checkpoint_path, start = out / "checkpoint.pt", 0
     if checkpoint_path.exists():
         try:
             checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
             refuse_other_run(checkpoint["config"], config, out)
-            start = checkpoint["step"]
+            start = int(checkpoint["step"])
             model.load_state_dict(checkpoint["model"])
             ema.load_state_dict(checkpoint["ema"])
             optimizer.load_state_dict(checkpoint["optimizer"])
+            for parameter, state in optimizer.state.items():  # from CUDA they are channels_last
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state[name] = torch.empty_like(parameter).copy_(state[name])
         except Exception as error:
             why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            sys.exit(f"train.py: {checkpoint_path} is no checkpoint of train.py ({why})")
-        for parameter, state in optimizer.state.items():  # from CUDA they come as channels_last
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.empty_like(parameter).copy_(state[name])
+            fail(f"{checkpoint_path} is no checkpoint of train.py ({why})")
         del checkpoint
-    log = open_log(log_path, start)
+    log = open_log(out / "log.csv", start) if first else None
+    network = model
+    if WORLD > 1:
+        network = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def save(step):
         state = {
@@ -495,91 +607,144 @@ def main():
         signal.signal(name, lambda number, _: stop.append(number))
 
     size = sum(p.numel() for p in model.parameters())
-    print(f"pictures {len(images):,} of {images.shape[1]}x{args.image_size}x{args.image_size}")
-    print(f"network  {size:,} parameters on {device}, {'bfloat16' if amp else 'float32'}")
-    print(f"steps    {start:,} to {args.steps:,}, a preview each {preview_every:,}")
+    if first:
+        gpus = f" and {WORLD - 1} more" if WORLD > 1 else ""
+        print(f"pictures {len(images):,} of {images.shape[1]}x{args.image_size}x{args.image_size}")
+        print(f"network  {size:,} parameters on {device}{gpus}, {'bfloat16' if amp else 'float32'}")
+        print(f"steps    {start:,} to {args.steps:,}, a preview each {preview_every:,}")
     if images.nbytes < 2e9:  # few are moved once, many batch by batch
         images = images.to(device)
+    bounds = [
+        k * args.batch // (WORLD * args.accumulate) for k in range(WORLD * args.accumulate + 1)
+    ]
+    parts = range(RANK * args.accumulate, (RANK + 1) * args.accumulate)  # of the batch, done here
 
     # -- Algorithm 1
     model.train()
     parameters, averages = list(model.parameters()), list(ema.parameters())
     saved, mean_loss = time.monotonic(), None
-    bar = tqdm(total=args.steps, initial=start, unit="step", smoothing=0.05, mininterval=0.5)
+    bar = tqdm(
+        total=args.steps, initial=start, unit="step", smoothing=0.05, mininterval=0.5,
+        disable=not first,
+    )  # fmt: skip
     for step in range(start, args.steps):
         done = step + 1
+        # the whole batch is drawn in every process, so that it doesn't depend on their number
         torch.manual_seed(seed_of(args.seed, step))
         index = torch.randint(len(images), (args.batch,), device=images.device)
-        x0 = images[index].to(device).float() / 127.5 - 1
-        if not args.no_flip:
-            flip = torch.rand(args.batch, 1, 1, 1, device=device) < 0.5
-            x0 = torch.where(flip, x0.flip(3), x0)
+        flip = torch.rand(args.batch, 1, 1, 1, device=device) < (0 if args.no_flip else 0.5)
+        t = torch.randint(diffusion.T, (args.batch,), device=device)
+        noise = torch.randn(args.batch, *images.shape[1:], device=device)
 
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            loss = diffusion.loss(model, x0, weighting=args.weighting)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
-        loss = loss.item()
+        loss = torch.zeros((), device=device)
+        for k in parts:
+            torch.manual_seed(seed_of(args.seed, step, k))  # for dropout
+            part = slice(bounds[k], bounds[k + 1])
+            x0 = images[index[part]].to(device).float() / 127.5 - 1
+            x0 = torch.where(flip[part], x0.flip(3), x0)
+            alone = WORLD > 1 and k != parts[-1]  # gradients meet after the last part
+            with network.no_sync() if alone else contextlib.nullcontext():
+                with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                    mean = diffusion.loss(network, x0, t[part], noise[part], args.weighting)
+                share = mean * len(x0) / args.batch
+                (share * WORLD).backward()  # DistributedDataParallel takes the mean over processes
+            loss += share.detach()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        status = torch.stack([loss, norm / WORLD, torch.tensor(float(len(stop)), device=device)])
+        if WORLD > 1:
+            dist.all_reduce(status)  # so that all stop together
+        loss, norm, stopping = status.tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             bar.close()
-            sys.exit(
-                f"train.py: the loss of step {done} is not finite, {checkpoint_path} is as it was. "
+            fail(
+                f"the loss of step {done} is not finite, {checkpoint_path} is as it was. "
                 "Try a lower --lr or a longer --warmup, or --no-amp."
             )
         lr = learning_rate(step, args.lr, warmup, args.steps if args.lr_decay else None)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
+        optimizer.zero_grad()
         update_ema(averages, parameters, step, args.ema)
 
-        log.write(f"{done},{loss:.6g},{norm:.6g},{lr:.6g}\n")
-        mean_loss = loss if mean_loss is None else 0.98 * mean_loss + 0.02 * loss
-        rate = bar.format_dict["rate"] or 0
-        bar.set_postfix_str(f"loss {mean_loss:.4f}, {rate * args.batch:.0f} pictures/s", False)
-        bar.update()
-        stopping = bool(stop)  # read once: a signal during the preview is for the next step
-        if stopping or done == args.steps or time.monotonic() - saved > 60 * args.save_minutes:
-            save(done)
-            saved = time.monotonic()
-        if done % preview_every == 0 or done == args.steps:
-            preview(done)
+        if first:
+            log.write(f"{done},{loss:.6g},{norm:.6g},{lr:.6g}\n")
+            mean_loss = loss if mean_loss is None else 0.98 * mean_loss + 0.02 * loss
+            rate = bar.format_dict["rate"] or 0
+            bar.set_postfix_str(f"loss {mean_loss:.4f}, {rate * args.batch:.0f} pictures/s", False)
+            bar.update()
+            late = time.monotonic() - saved > 60 * args.save_minutes
+            if stopping or done == args.steps or late:
+                save(done)
+                saved = time.monotonic()
+            if done % preview_every == 0 or done == args.steps:
+                preview(done)
         if stopping:
-            bar.close()
-            print(f"stopped at step {done:,}; to go on:\n  python {shlex.join(sys.argv)}")
-            return
+            break
     bar.close()
-    print(
-        f"done, {checkpoint_path}; next:\n"
-        f"  python export.py --checkpoint {checkpoint_path.as_posix()}"
-    )
+    if WORLD > 1:
+        dist.destroy_process_group()
+    if first and start < args.steps and stopping and done < args.steps:
+        command = [word for word in sys.argv if word != "--restart"]
+        command = "torchrun as before" if WORLD > 1 else f"python {shlex.join(command)}"
+        print(f"stopped at step {done:,}; to go on:\n  {command}")
+    elif first:
+        print(
+            f"done, {checkpoint_path}; next:\n"
+            f"  python export.py --checkpoint {checkpoint_path.as_posix()}"
+        )
+
+
+def lock(folder):
+    """Keeps other trainings out of the folder for as long as this process lives."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"a training is running in {folder}; use another --out")
+    return handle
+
+
+def move_aside(folder):
+    """Renames the folder of a run to the first free one of run-1, run-2, ..."""
+    k = 1
+    while folder.with_name(f"{folder.name}-{k}").exists():
+        k += 1
+    folder.rename(folder.with_name(f"{folder.name}-{k}"))
+    print(f"the run in {folder} is now in {folder}-{k}")
 
 
 def refuse_other_run(old, new, out):
     """A folder holds one run. What differs is named; a longer training is the same run."""
-    old["train"].setdefault("weighting", "simple")  # of a checkpoint older than the flag
+    for key, value in (("weighting", "simple"), ("digest", new["train"]["digest"])):
+        old["train"].setdefault(key, value)  # in a checkpoint from before there was this key
     different = [
         f"{key} was {old[part].get(key)}, now {value}"
         for part in new
         for key, value in new[part].items()
-        if old[part].get(key) != value and key not in ("warmup", "betas")
+        if old[part].get(key) != value and key not in ("warmup", "betas", "data")
     ]
     if old["diffusion"]["betas"] != new["diffusion"]["betas"]:
         different.append("schedule")
     if different:
-        sys.exit(f"train.py: {out} holds another run: {'; '.join(different)}. Use another --out.")
+        fail(
+            f"{out} holds another run: {'; '.join(different)}. Use another --out, or "
+            "--restart, which moves that run aside."
+        )
 
 
 def open_log(path, start):
     """log.csv, with the rows of the steps done; what a killed run wrote after them is dropped."""
-    rows = []
+    rows = ["step,loss,grad_norm,lr"]
     if start and path.exists():
-        with open(path, newline="") as file:
-            rows = [r for r in list(csv.reader(file))[1:] if len(r) == 4 and int(r[0]) <= start]
-    log = open(path, "w")  # noqa: SIM115, it stays open as long as the training lasts
-    log.write("step,loss,grad_norm,lr\n")
-    log.writelines(",".join(row) + "\n" for row in rows)
-    log.flush()
-    return log
+        for row in path.read_text(errors="replace").splitlines()[1:]:
+            step, *rest = row.split(",")
+            if len(rest) == 3 and step.isdigit() and int(step) <= start:
+                rows.append(row)
+    save_whole(path, lambda path: path.write_text("\n".join(rows) + "\n"))
+    return open(path, "a")
 
 
 if __name__ == "__main__":
