@@ -866,6 +866,17 @@ def test_order_is_that_of_the_names(tmp_path):
     assert found == sorted(names)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="where names are bytes")
+def test_names_that_are_no_text_and_the_folder_of_the_run(tmp_path, capsys):
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    os.rename(tmp_path / "a.png", os.fsencode(tmp_path) + b"/\xff.png")
+    (tmp_path / os.fsdecode(b"\xfe.png")).write_bytes(b"broken")
+    (tmp_path / "run").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "run" / "preview-0000001.png")
+    images, _ = train.read_folder(tmp_path, 4, cache=tmp_path / "run")
+    assert len(images) == 1 and "left out 1 of 2" in capsys.readouterr().out
+
+
 def test_a_mixed_folder_is_in_colour_unless_asked_otherwise(tmp_path):
     Image.new("L", (4, 4), 9).save(tmp_path / "a.png")
     Image.new("RGB", (4, 4), (0, 255, 0)).save(tmp_path / "b.png")

@@ -78,11 +78,14 @@ def read_picture(file, size):
         return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
 
 
-def picture_files(folder):
-    """The picture files under a folder, by their suffix, in the same order on every machine."""
+def picture_files(folder, without=None):
+    """The picture files under a folder, by their suffix, in the same order on every machine.
+
+    without: a folder in it to leave out, such as that of the run, which holds previews.
+    """
     if not Path(folder).is_dir():
         fail(f"--data {folder}: there is no such folder")
-    found, seen = [], set()
+    found, seen = [], {without and os.path.realpath(without)}
     for root, folders, files in os.walk(folder, onerror=print, followlinks=True):
         if os.path.realpath(root) in seen:  # a link that leads back
             folders.clear()
@@ -131,7 +134,7 @@ def decode(paths, size, channels, write):
     bar.close()
     if broken:
         print(f"left out {len(broken)} of {len(paths)} files that can't be read, the first ones:")
-        print("\n".join(sorted(broken)[:3]))
+        print("\n".join(sorted(broken)[:3]).encode(errors="replace").decode())
     if len(broken) == len(paths):
         fail(f"--data: no picture that can be read ({' '.join(sorted(SUFFIXES))})")
     return channels, digest.hexdigest()
@@ -144,7 +147,7 @@ def read_folder(folder, size, channels=None, most=None, cache=None):
     cache: a folder for the decoded pictures, one memory-mapped file; it is used again until a name,
         a size or a time in the folder has changed. Without it they are kept in memory.
     """
-    paths = picture_files(folder)
+    paths = picture_files(folder, without=cache)
     if most is not None and most < len(paths):
         paths = [paths[i * len(paths) // most] for i in range(most)]
     if cache is None:
@@ -159,9 +162,12 @@ def read_folder(folder, size, channels=None, most=None, cache=None):
             for old in cache.glob("pictures-*"):
                 old.unlink()
             temporary = cache / "pictures-.tmp"
-            with open(temporary, "wb") as file:
-                channels, digest = decode(paths, size, channels, file.write)
-            temporary.replace(cache / f"pictures-{key}-{digest}-{channels}.u8")
+            try:
+                with open(temporary, "wb") as file:
+                    channels, digest = decode(paths, size, channels, file.write)
+                temporary.replace(cache / f"pictures-{key}-{digest}-{channels}.u8")
+            finally:
+                temporary.unlink(missing_ok=True)
         (path,) = cache.glob(f"pictures-{key}-*.u8")
         digest, channels = path.stem.split("-")[2], int(path.stem.split("-")[3])
         pixels = np.memmap(path, np.uint8, "c")
@@ -488,10 +494,10 @@ def main():
     amp = has_bfloat16(device) and not args.no_amp
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
     if first:
-        locked = lock(out)
+        lock(out)
         if args.restart and any(out.iterdir()):
             move_aside(out)
-            locked = lock(out)  # noqa: F841, it holds as long as there is this name for it
+            lock(out)
     if WORLD > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -695,7 +701,7 @@ def main():
 
 
 def lock(folder):
-    """Keeps other trainings out of the folder for as long as this process lives."""
+    """Keeps other trainings out of the folder until this process ends, or closes the handle."""
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         return None
