@@ -164,15 +164,15 @@ class Network:
             self.betas = np.array(json.loads(metadata["ddpm.betas"]), float)
             self.variance = metadata["ddpm.variance"]
             self.shape = (self.batch, *json.loads(metadata["ddpm.image_shape"]))
-            inputs = {i.name: (i.type, *i.shape[1:]) for i in self.session.get_inputs()}
-            if (
-                self.betas.ndim != 1
-                or not ((self.betas > 0) & (self.betas < 1)).all()
-                or self.variance not in ("large", "small")
-                or inputs != {"x_t": ("tensor(float)", *self.shape[1:]), "t": ("tensor(int64)",)}
-                or [o.name for o in self.session.get_outputs()] != ["eps"]
-            ):
-                raise ValueError("its inputs, or the schedule, are not those that export.py writes")
+            if not len(self.betas) or not ((self.betas > 0) & (self.betas < 1)).all():
+                raise ValueError("its betas are not between 0 and 1")
+            if self.variance not in ("large", "small") or self.shape[1:2] not in ((1,), (3,)):
+                raise ValueError("its variance or the shape of its pictures is not one of train.py")
+            if providers == ["CPUExecutionProvider"]:  # on CUDA, the first run follows by itself
+                x = np.zeros((1, *self.shape[1:]), np.float32)
+                (eps,) = self.session.run(["eps"], {"x_t": x, "t": np.zeros(1, np.int64)})
+                if eps.shape != x.shape or not np.isfinite(eps).all():
+                    raise ValueError("eps is not finite, or not of the shape of x_t")
         except Exception as error:
             why = str(error).split("\n")[0]
             sys.exit(f"sample.py: {path} is no model of export.py: {why}")

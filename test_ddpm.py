@@ -741,8 +741,12 @@ def test_ema_update_is_an_average_that_remembers_no_graph():
 
 
 def test_randomness_is_of_seed_and_step():
-    seeds = {train.seed_of(seed, step) for seed in range(3) for step in range(1000)}
-    assert len(seeds) == 3000 and train.seed_of(0, 5) == train.seed_of(0, 5)
+    places = [
+        (seed, step, *k) for seed in range(3) for step in range(1000) for k in ((), (1,), (2,))
+    ]
+    assert len({train.seed_of(*place) for place in places}) == 9000 and train.seed_of(
+        0, 5
+    ) == train.seed_of(0, 5)
 
 
 @pytest.fixture(scope="session")
@@ -766,18 +770,18 @@ def pictures(tmp_path_factory):
 
 
 def test_folder_is_read_as_found(pictures, capsys):
-    images, _ = train.read_folder(pictures, 8)
+    images = train.read_folder(pictures, 8)
     assert images.shape == (12, 3, 8, 8) and images.dtype == torch.uint8
     said = capsys.readouterr().out
     assert "left out 1 of 13" in said and "broken.png" in said
-    assert train.read_folder(pictures, 8, channels=1)[0].shape == (12, 1, 8, 8)
-    assert torch.equal(images, train.read_folder(pictures, 8)[0])
+    assert train.read_folder(pictures, 8, channels=1).shape == (12, 1, 8, 8)
+    assert torch.equal(images, train.read_folder(pictures, 8))
 
 
 def test_grey_folder_is_one_channel(tmp_path):
     Image.new("L", (28, 28), 7).save(tmp_path / "a.png")
     Image.new("1", (28, 28), 1).save(tmp_path / "b.png")
-    images, _ = train.read_folder(tmp_path, 8)
+    images = train.read_folder(tmp_path, 8)
     assert images.shape == (2, 1, 8, 8) and (images[0] == 7).all() and (images[1] == 255).all()
 
 
@@ -836,7 +840,7 @@ def test_awkward_files_are_read_or_left_out(tmp_path, capsys):
     bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
     (tmp_path / "bomb.png").write_bytes(bomb)
     Image.new("F", (4, 4)).save(tmp_path / "f.tif")
-    images, _ = train.read_folder(tmp_path, 8)
+    images = train.read_folder(tmp_path, 8)
     assert images[:, 0].float().mean((1, 2)).tolist() == [100, 100, 100, 100, 255]
     said = capsys.readouterr().out
     assert "left out 4 of 9" in said and "exceeds limit" in said and "cannot identify" in said
@@ -853,7 +857,7 @@ def test_links_are_followed_once_and_pipes_not_opened(tmp_path):
     (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "data" / "gone.png").symlink_to("nowhere.png")
     os.mkfifo(tmp_path / "data" / "pipe.png")
-    images, _ = train.read_folder(tmp_path / "data", 4)
+    images = train.read_folder(tmp_path / "data", 4)
     assert images[:, 0, 0, 0].tolist() == [1, 2]
 
 
@@ -873,16 +877,20 @@ def test_names_that_are_no_text_and_the_folder_of_the_run(tmp_path, capsys):
     (tmp_path / os.fsdecode(b"\xfe.png")).write_bytes(b"broken")
     (tmp_path / "run").mkdir()
     Image.new("L", (4, 4)).save(tmp_path / "run" / "preview-0000001.png")
-    images, _ = train.read_folder(tmp_path, 4, cache=tmp_path / "run")
-    assert len(images) == 1 and "left out 1 of 2" in capsys.readouterr().out
+    (tmp_path / "older").mkdir()
+    for name in ("checkpoint.pt", "log.csv", "preview-0000002.png"):
+        shutil.copy(tmp_path / "run" / "preview-0000001.png", tmp_path / "older" / name)
+    train.cache_folder(tmp_path, 4, None, tmp_path / "run")
+    (path,) = (tmp_path / "run").glob(train.CACHE)
+    assert path.stat().st_size == 4 * 4 and "left out 1 of 2" in capsys.readouterr().out
 
 
 def test_a_mixed_folder_is_in_colour_unless_asked_otherwise(tmp_path):
     Image.new("L", (4, 4), 9).save(tmp_path / "a.png")
     Image.new("RGB", (4, 4), (0, 255, 0)).save(tmp_path / "b.png")
-    images, _ = train.read_folder(tmp_path, 4)
+    images = train.read_folder(tmp_path, 4)
     assert images[:, :, 0, 0].tolist() == [[9, 9, 9], [0, 255, 0]]
-    images, _ = train.read_folder(tmp_path, 4, channels=1)
+    images = train.read_folder(tmp_path, 4, channels=1)
     assert images[:, :, 0, 0].tolist() == [[9], [150]]
 
 
@@ -896,8 +904,9 @@ def test_pictures_are_decoded_once(tmp_path, monkeypatch):
     decoded, decode = [], train.decode
     monkeypatch.setattr(train, "decode", lambda *args: decoded.append(1) or decode(*args))
 
-    def read(folder=folder, **kwargs):
-        images, digest = train.read_folder(folder, 4, cache=cache, **kwargs)
+    def read(folder=folder, channels=None):
+        path = train.cache_folder(folder, 4, channels, cache)
+        images, digest = train.open_cache(path, 4)
         return images[:, 0, 0, 0].tolist(), digest
 
     before = read()
@@ -905,17 +914,35 @@ def test_pictures_are_decoded_once(tmp_path, monkeypatch):
     (file,) = cache.iterdir()
     assert file.stat().st_size == 3 * 4 * 4  # uint8, and nothing else
     assert read(channels=3)[0] == [0, 1, 2] and len(decoded) == 2
-    assert read() == before and len(decoded) == 3 and len(list(cache.iterdir())) == 1
+    assert read() == before and len(decoded) == 2  # both are there
     shutil.copytree(folder, tmp_path / "copy")  # same names, sizes and times
-    assert read(tmp_path / "copy") == before and len(decoded) == 4
+    assert read(tmp_path / "copy") == before and len(decoded) == 3
     Image.new("L", (4, 4), 7).save(folder / "1.png")
     os.utime(folder / "1.png", ns=(1, 1))
     values, digest = read()
-    assert values == [0, 7, 2] and digest != before[1] and len(decoded) == 5
+    assert values == [0, 7, 2] and digest != before[1] and len(decoded) == 4
     (folder / "2.png").unlink()
-    assert read()[0] == [0, 7]
-    images, digest = train.read_folder(folder, 4)
-    assert digest == read()[1] and images[:, 0, 0, 0].tolist() == [0, 7]  # in memory, the same
+    assert read()[0] == [0, 7] and len(decoded) == 5
+    for path in cache.iterdir():
+        path.write_bytes(path.read_bytes()[:-1])  # damaged
+    assert read()[0] == [0, 7] and len(decoded) == 6
+
+
+def test_files_of_the_user_in_the_folder_of_the_run_stay(pictures, tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("pictures-of-my-cats.zip", "pictures.txt"):
+        (tmp_path / "run" / name).write_text("mine")
+    (tmp_path / "run" / "pictures-2024").mkdir()
+    flags = ["--data", pictures, *TINY, "--steps", 1]
+    said = python("train.py", *flags, "--restart", cwd=tmp_path)  # no run is there to be moved
+    assert "is now in" not in said
+    python("train.py", *flags, "--image-size", 16, "--restart", cwd=tmp_path)
+    moved = {p.name for p in (tmp_path / "run-1").iterdir()}
+    assert {"pictures-of-my-cats.zip", "pictures.txt", "pictures-2024"} <= moved
+    said = python("train.py", *flags, "--out", pictures, cwd=tmp_path, code=2)
+    assert "--out must be a folder of its own" in said
+    said = python("train.py", *flags, "--out", pictures.parent, cwd=tmp_path, code=2)
+    assert "--out must be a folder of its own" in said
 
 
 def test_other_pictures_of_the_same_names_are_another_run(pictures, tmp_path):
@@ -1003,7 +1030,7 @@ def test_weighting_vlb_trains_on_12(pictures, tmp_path):
         assert config["train"]["weighting"] == weighting
         row = (tmp_path / weighting / "log.csv").read_text().splitlines()[1]
         first[weighting] = float(row.split(",")[1])
-    images, _ = train.read_folder(pictures, 8)
+    images = train.read_folder(pictures, 8)
     for weighting, logged in first.items():
         torch.manual_seed(0)
         model = UNet(**config["model"])
@@ -1027,6 +1054,9 @@ def test_training_starts_from_the_weights_of_a_checkpoint(trained, pictures, tmp
             close(value, start["ema"][name], 1e-7)
     python("train.py", *flags, "--steps", 2, cwd=tmp_path)  # goes on, and doesn't start again
     assert checkpoint(tmp_path / "run")["step"] == 2
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"broken")
+    python("train.py", *flags, "--steps", 1, "--restart", cwd=tmp_path)  # from the source again
+    assert checkpoint(tmp_path / "run")["step"] == 1
     said = python("train.py", "--data", pictures, "--init", source, "--base-channels", 16,
                   "--out", "other", cwd=tmp_path, code=1)  # fmt: skip
     assert "of another shape than the flags ask" in said
@@ -1046,7 +1076,7 @@ def test_eval_prints_the_bound_and_leaves_the_curve(trained, pictures, tmp_path)
     assert "on 5 pictures" in said and "500/500" in said  # passes of the network: 5 x T
     network = UNet(**state["config"]["model"]).eval()
     network.load_state_dict(state["ema"])
-    images = train.read_folder(pictures, 8, most=5)[0].float() / 127.5 - 1
+    images = train.read_folder(pictures, 8, most=5).float() / 127.5 - 1
     images = images[torch.randperm(5, generator=torch.Generator().manual_seed(2))]
     bounds = [
         d.vlb(network, x0, torch.Generator().manual_seed(train.seed_of(2, k)))
@@ -1078,8 +1108,8 @@ def test_eval_prints_the_bound_and_leaves_the_curve(trained, pictures, tmp_path)
 def test_eval_takes_pictures_from_the_whole_folder(tmp_path):
     for k in range(10):
         Image.new("L", (4, 4), k).save(tmp_path / f"{k}.png")
-    assert train.read_folder(tmp_path, 4, most=5)[0][:, 0, 0, 0].tolist() == [0, 2, 4, 6, 8]
-    assert len(train.read_folder(tmp_path, 4, most=50)[0]) == 10
+    assert train.read_folder(tmp_path, 4, most=5)[:, 0, 0, 0].tolist() == [0, 2, 4, 6, 8]
+    assert len(train.read_folder(tmp_path, 4, most=50)) == 10
 
 
 def test_eval_without_data_is_of_the_demo(trained):
@@ -1252,7 +1282,14 @@ def test_broken_checkpoint_is_not_written_over(trained, pictures, tmp_path):
     (tmp_path / "run").mkdir()
     whole = (trained[0] / "run" / "checkpoint.pt").read_bytes()
     flags = ["--data", pictures, *TINY, "--steps", 20]
-    for content in (b"", whole[:5000], whole[:-1], b"not a checkpoint"):
+    others = []
+    for step, optimizer in ((-2, None), ("3", None), (12, {"state": {}})):
+        state = checkpoint(trained[0] / "run")
+        state["step"] = step
+        state["optimizer"] |= optimizer or {}
+        torch.save(state, tmp_path / "other.pt")
+        others.append((tmp_path / "other.pt").read_bytes())
+    for content in (b"", whole[:5000], whole[:-1], b"not a checkpoint", *others):
         (tmp_path / "run" / "checkpoint.pt").write_bytes(content)
         said = python("train.py", *flags, cwd=tmp_path, code=1)
         assert "is no checkpoint of train.py" in said
@@ -1307,7 +1344,7 @@ def test_two_processes_stop_together(pictures, tmp_path):
     run.send_signal(signal.SIGTERM)
     said, _ = run.communicate(timeout=60)
     step = checkpoint(tmp_path / "run")["step"]
-    assert f"stopped at step {step:,}" in said and "torchrun as before" in said
+    assert f"stopped at step {step:,}" in said and "torchrun ..." in said
     assert (tmp_path / "run" / "log.csv").read_text().splitlines()[-1].startswith(f"{step},")
 
 
@@ -1350,6 +1387,15 @@ def test_missing_and_empty_folders_are_one_line(tmp_path):
         ("--base-channels 30", "--base-channels must be a multiple of 4"),
         ("--batch 0", "start at 1"),
         ("--ema 1", "must be in [0, 1)"),
+        ("--lr inf", "--lr above 0"),
+        ("--lr nan", "--lr above 0"),
+        ("--save-minutes nan", "--save-minutes must be"),
+        ("--preview-every -2", "start at 1"),
+        ("--warmup -1", "--warmup at least 0"),
+        ("--seed 18446744073709551616", "--seed must be"),
+        ("--attention-resolutions 7", "must be among [4, 8, 16, 32]"),
+        ("--batch 4 --accumulate 5", "a picture for each GPU and each part"),
+        ("--device cpu:²", "auto, cpu, cuda or cuda:1"),
         ("--device foo", "auto, cpu, cuda or cuda:1"),
     ],
 )

@@ -43,7 +43,9 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
+RANK, WORLD = 0, 1  # which of how many processes this is
+if "TORCHELASTIC_RUN_ID" in os.environ:  # of torchrun
+    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 PREVIEW, PREVIEW_STEPS = 36, 50  # pictures in a preview, and of the T steps how many it takes
@@ -58,7 +60,7 @@ def fail(message):
 
 
 def is_grey(image):
-    return image.mode in ("1", "L", "LA") or image.mode.startswith("I")
+    return image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
 
 
 def read_picture(file, size):
@@ -81,13 +83,12 @@ def read_picture(file, size):
 def picture_files(folder, without=None):
     """The picture files under a folder, by their suffix, in the same order on every machine.
 
-    without: a folder in it to leave out, such as that of the run, which holds previews.
+    without: a folder to leave out, that of this run; folders of other runs are left out, too.
     """
-    if not Path(folder).is_dir():
-        fail(f"--data {folder}: there is no such folder")
     found, seen = [], {without and os.path.realpath(without)}
     for root, folders, files in os.walk(folder, onerror=print, followlinks=True):
-        if os.path.realpath(root) in seen:  # a link that leads back
+        of_a_run = {"checkpoint.pt", "log.csv"} <= set(files)
+        if of_a_run or os.path.realpath(root) in seen:  # or a link that leads back
             folders.clear()
             continue
         seen.add(os.path.realpath(root))
@@ -140,38 +141,51 @@ def decode(paths, size, channels, write):
     return channels, digest.hexdigest()
 
 
-def read_folder(folder, size, channels=None, most=None, cache=None):
-    """All pictures under a folder: uint8 (N, C, size, size), and a digest of their files.
-
-    most: no more than so many, from the whole of the folder at even distances.
-    cache: a folder for the decoded pictures, one memory-mapped file; it is used again until a name,
-        a size or a time in the folder has changed. Without it they are kept in memory.
-    """
-    paths = picture_files(folder, without=cache)
+def read_folder(folder, size, channels=None, most=None):
+    """The pictures under a folder, or `most` at even distances in it: uint8 (N, C, size, size)."""
+    paths = picture_files(folder)
     if most is not None and most < len(paths):
         paths = [paths[i * len(paths) // most] for i in range(most)]
-    if cache is None:
-        memory = io.BytesIO()
-        channels, digest = decode(paths, size, channels, memory.write)
-        pixels = np.frombuffer(memory.getbuffer(), np.uint8)
-    else:
-        states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-        key = repr((os.path.realpath(folder), size, channels, states)).encode(errors="replace")
-        key = hashlib.blake2b(key, digest_size=8).hexdigest()
-        if not list(cache.glob(f"pictures-{key}-*.u8")):
-            for old in cache.glob("pictures-*"):
-                old.unlink()
-            temporary = cache / "pictures-.tmp"
-            try:
-                with open(temporary, "wb") as file:
-                    channels, digest = decode(paths, size, channels, file.write)
-                temporary.replace(cache / f"pictures-{key}-{digest}-{channels}.u8")
-            finally:
-                temporary.unlink(missing_ok=True)
-        (path,) = cache.glob(f"pictures-{key}-*.u8")
-        digest, channels = path.stem.split("-")[2], int(path.stem.split("-")[3])
-        pixels = np.memmap(path, np.uint8, "c")
-    return torch.from_numpy(pixels.reshape(-1, channels, size, size)), digest
+    memory = io.BytesIO()
+    channels, _ = decode(paths, size, channels, memory.write)
+    pixels = np.frombuffer(memory.getbuffer(), np.uint8)
+    return torch.from_numpy(pixels.reshape(-1, channels, size, size))
+
+
+CACHE = f"pictures-{'[0-9a-f]' * 16}-{'[0-9a-f]' * 16}-[13].u8"  # state of the folder, digest, C
+
+
+def cache_folder(folder, size, channels, out):
+    """Decodes all pictures under a folder into one file in out, and returns its path.
+
+    If it is there already it is used again, until a name, a size or a time in the folder changes.
+    """
+    paths = picture_files(folder, without=out)
+    states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    key = repr((os.path.realpath(folder), size, channels, states)).encode()
+    key = hashlib.blake2b(key, digest_size=8).hexdigest()
+    for path in out.glob(CACHE):
+        length = path.stat().st_size
+        if path.name.split("-")[1] == key and length and length % size**2 == 0:
+            return path
+    temporary = out / "pictures.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            channels, digest = decode(paths, size, channels, file.write)
+            file.flush()
+            os.fsync(file.fileno())
+        return temporary.replace(out / f"pictures-{key}-{digest}-{channels}.u8")
+    except OSError as error:
+        fail(f"{temporary} can't be written, to decode the pictures into: {error}")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def open_cache(path, size):
+    """The pictures of cache_folder, mapped into memory: uint8 (N, C, size, size), and a digest."""
+    _, _, digest, channels = path.stem.split("-")
+    pixels = np.memmap(path, np.uint8, "c").reshape(-1, int(channels), size, size)
+    return torch.from_numpy(pixels), digest
 
 
 def to_channels(picture, channels):
@@ -260,7 +274,8 @@ def save_grid(x, path):
     x = x.reshape(-1, columns, *x.shape[1:]).transpose(0, 3, 1, 4, 2)
     x = x.reshape(x.shape[0] * x.shape[1], x.shape[2] * x.shape[3], -1)
     image = Image.fromarray(x.squeeze(-1) if x.shape[-1] == 1 else x)
-    ImageOps.scale(image, max(1, round(512 / image.width)), Image.Resampling.NEAREST).save(path)
+    image = ImageOps.scale(image, max(1, round(512 / image.width)), Image.Resampling.NEAREST)
+    image.save(path, "PNG")
 
 
 def save_plot(path, x, y, x_label, y_label):
@@ -289,7 +304,7 @@ def save_plot(path, x, y, x_label, y_label):
     upright = Image.new("L", (bottom - top, 50))
     ImageDraw.Draw(upright).text((upright.width / 2, 4), y_label, 255, font, "ma")
     image.paste("black", (10, top), upright.rotate(90, expand=True))
-    image.reduce(2).save(path)
+    image.reduce(2).save(path, "PNG")
 
 
 def save_whole(path, write):
@@ -368,7 +383,8 @@ def arguments():
         parser.set_defaults(**DEMO)
     if args.init is not None or args.eval is not None:
         own = Path(args.out or "run") / "checkpoint.pt"  # a run that goes on needs --init no more
-        trained = load(args.eval or (own if own.is_file() else args.init))
+        goes_on = own.is_file() and not args.restart
+        trained = load(args.eval or (own if goes_on else args.init))
         shape = {key: value for key, value in trained.settings.items() if key != "dropout"}
         shape["channels"] = shape.pop("in_channels")
         variance = trained.diffusion.variance
@@ -388,26 +404,36 @@ def arguments():
         )
     if args.base_channels < 4 or args.base_channels % 4:
         parser.error("--base-channels must be a multiple of 4")
-    at_least_1 = [args.batch, args.accumulate, args.steps, args.num_res_blocks, *args.channel_mults]
-    if min(at_least_1) < 1 or args.seed < 0 or args.preview_every == 0:
-        parser.error(
-            "--batch, --accumulate, --steps, blocks, mults, previews start at 1, --seed at 0"
-        )
+    counts = [args.batch, args.accumulate, args.steps, args.num_res_blocks, *args.channel_mults]
+    if min(*counts, args.preview_every or 1) < 1:
+        parser.error("--batch, --accumulate, --steps, blocks, mults and previews start at 1")
+    if not 0 <= args.seed < 2**63 or (args.warmup or 0) < 0:
+        parser.error("--seed must be from 0 to 2^63 - 1, --warmup at least 0")
+    sizes = {args.image_size >> level for level in range(len(args.channel_mults))}
+    if args.attention_resolutions != [16] and not set(args.attention_resolutions) <= sizes:
+        parser.error(f"--attention-resolutions must be among {sorted(sizes)}")
     if args.batch < WORLD * args.accumulate:
         parser.error("--batch must have a picture for each GPU and each part of --accumulate")
     if args.eval_images is not None and args.eval_images < 1:
         parser.error("--eval-images must be at least 1")
-    if not (0 <= args.dropout < 1 and 0 <= args.ema < 1 and args.lr > 0):
+    if not (0 <= args.dropout < 1 and 0 <= args.ema < 1 and 0 < args.lr < math.inf):
         parser.error("--dropout and --ema must be in [0, 1), --lr above 0")
+    if not 0 <= args.save_minutes < math.inf:
+        parser.error("--save-minutes must be at least 0")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device == "cuda" and WORLD > 1:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     name, _, number = args.device.partition(":")
-    if name not in ("cpu", "cuda") or not (number or "0").isdigit():
+    if name not in ("cpu", "cuda") or not (number or "0").isdecimal():
         parser.error("--device is auto, cpu, cuda or cuda:1")
     if name == "cuda" and int(number or 0) >= torch.cuda.device_count():
         parser.error(f"--device {args.device}: torch sees {torch.cuda.device_count()} GPUs here")
+    if args.data is not None:
+        if not os.path.isdir(args.data):
+            fail(f"--data {args.data}: there is no such folder")
+        if Path(args.data).resolve().is_relative_to(Path(args.out or "run").resolve()):
+            parser.error("--out must be a folder of its own, not one that holds the pictures")
     return args
 
 
@@ -431,7 +457,7 @@ def evaluate(args):
     if args.data is None:
         images = demo_pictures()
     else:
-        images, _ = read_folder(args.data, args.image_size, args.channels, args.eval_images)
+        images = read_folder(args.data, args.image_size, args.channels, args.eval_images)
     random = torch.Generator().manual_seed(args.seed)  # so that the first are like the rest
     images = images[torch.randperm(len(images), generator=random)][: args.eval_images]
     model.to(device)
@@ -481,8 +507,8 @@ def evaluate(args):
             csv.writer(file).writerows([("t", "L_t", "rate", "rmse"), *rows])
 
     save_whole(folder / "rate-distortion.csv", write)
-    save_plot(folder / "rate-distortion.png", rate.tolist(), rmse.tolist(),
-              "rate, bits per dimension", "distortion: RMSE of x0_hat, of 255")  # fmt: skip
+    curve = rate.tolist(), rmse.tolist(), "rate, bits per dimension", "RMSE of x0_hat, of 255"
+    save_whole(folder / "rate-distortion.png", lambda path: save_plot(path, *curve))
     print(f"the curve: {folder / 'rate-distortion.csv'} and .png")
 
 
@@ -495,7 +521,7 @@ def main():
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
     if first:
         lock(out)
-        if args.restart and any(out.iterdir()):
+        if args.restart and (out / "log.csv").exists():
             move_aside(out)
             lock(out)
     if WORLD > 1:
@@ -504,14 +530,12 @@ def main():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))
 
-    if args.data is None:
-        images, digest = demo_pictures(), None
-    else:
-        if not first:
-            dist.barrier()  # until the first process has decoded them
-        images, digest = read_folder(args.data, args.image_size, args.channels, cache=out)
-        if first and WORLD > 1:
-            dist.barrier()
+    path = [None]
+    if first and args.data is not None:
+        path = [cache_folder(args.data, args.image_size, args.channels, out)]
+    if WORLD > 1:
+        dist.broadcast_object_list(path)
+    images, digest = open_cache(path[0], args.image_size) if path[0] else (demo_pictures(), None)
     if first and len(images) < 100:
         print(f"only {len(images)} pictures: the network will learn them by heart")
 
@@ -569,18 +593,26 @@ def main():
         try:
             checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
             refuse_other_run(checkpoint["config"], config, out)
-            start = int(checkpoint["step"])
+            start = checkpoint["step"]
+            if not isinstance(start, int) or start < 0:
+                raise ValueError(f"step {start}")
             model.load_state_dict(checkpoint["model"])
             ema.load_state_dict(checkpoint["ema"])
             optimizer.load_state_dict(checkpoint["optimizer"])
             for parameter, state in optimizer.state.items():  # from CUDA they are channels_last
                 for name in ("exp_avg", "exp_avg_sq"):
                     state[name] = torch.empty_like(parameter).copy_(state[name])
+            if len(optimizer.state) < (start > 0) * len(list(model.parameters())):
+                raise ValueError("the state of the optimizer is missing")
         except Exception as error:
             why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             fail(f"{checkpoint_path} is no checkpoint of train.py ({why})")
         del checkpoint
-    log = open_log(out / "log.csv", start) if first else None
+    if first:
+        log = open_log(out / "log.csv", start)
+        for old in out.glob(CACHE):
+            if str(digest) not in old.name:
+                old.unlink()
     network = model
     if WORLD > 1:
         network = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -601,7 +633,7 @@ def main():
         noise = torch.Generator(device).manual_seed(args.seed)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             x0 = diffusion.sample(ema, shape, steps, 0.0, noise, device=device)
-        save_grid(x0, out / f"preview-{step:07d}.png")
+        save_whole(out / f"preview-{step:07d}.png", lambda path: save_grid(x0, path))
 
     # A forward pass is a third of a training step, so a preview is as long as this many steps:
     preview_cost = PREVIEW * PREVIEW_STEPS / (3 * args.batch)
@@ -644,7 +676,7 @@ def main():
 
         loss = torch.zeros((), device=device)
         for k in parts:
-            torch.manual_seed(seed_of(args.seed, step, k))  # for dropout
+            torch.manual_seed(seed_of(args.seed, step, 1 + k))  # for dropout
             part = slice(bounds[k], bounds[k + 1])
             x0 = images[index[part]].to(device).float() / 127.5 - 1
             x0 = torch.where(flip[part], x0.flip(3), x0)
@@ -687,12 +719,14 @@ def main():
         if stopping:
             break
     bar.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if WORLD > 1:
+        dist.barrier()
         dist.destroy_process_group()
     if first and start < args.steps and stopping and done < args.steps:
-        command = [word for word in sys.argv if word != "--restart"]
-        command = "torchrun as before" if WORLD > 1 else f"python {shlex.join(command)}"
-        print(f"stopped at step {done:,}; to go on:\n  {command}")
+        command = shlex.join(word for word in sys.argv if word != "--restart")
+        program = "torchrun ..." if WORLD > 1 else "python"
+        print(f"stopped at step {done:,}; to go on:\n  {program} {command}")
     elif first:
         print(
             f"done, {checkpoint_path}; next:\n"
@@ -715,11 +749,11 @@ def lock(folder):
 
 def move_aside(folder):
     """Renames the folder of a run to the first free one of run-1, run-2, ..."""
-    k = 1
+    folder, k = folder.resolve(), 1
     while folder.with_name(f"{folder.name}-{k}").exists():
         k += 1
     folder.rename(folder.with_name(f"{folder.name}-{k}"))
-    print(f"the run in {folder} is now in {folder}-{k}")
+    print(f"the run in {folder} is now in {folder.name}-{k}")
 
 
 def refuse_other_run(old, new, out):
@@ -743,12 +777,13 @@ def refuse_other_run(old, new, out):
 
 def open_log(path, start):
     """log.csv, with the rows of the steps done; what a killed run wrote after them is dropped."""
-    rows = ["step,loss,grad_norm,lr"]
+    rows, last = ["step,loss,grad_norm,lr"], 0
     if start and path.exists():
         for row in path.read_text(errors="replace").splitlines()[1:]:
             step, *rest = row.split(",")
-            if len(rest) == 3 and step.isdigit() and int(step) <= start:
+            if len(rest) == 3 and step.isdecimal() and last < int(step) <= start:
                 rows.append(row)
+                last = int(step)
     save_whole(path, lambda path: path.write_text("\n".join(rows) + "\n"))
     return open(path, "a")
 
@@ -759,4 +794,8 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit("train.py: stopped")
     except OSError as error:  # a disk that is full, a folder that can't be written to
-        sys.exit(f"train.py: {error}")
+        fail(error)
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        fail("out of memory; --accumulate 2 needs about half of it, a smaller network less")
