@@ -276,7 +276,7 @@ def main():
     args = parser.parse_args()
     if args.n < 1 or args.batch < 1 or args.seed < 0:
         parser.error("-n and --batch must be at least 1, --seed at least 0")
-    pictures = [name for name in (args.out, args.gif, args.strip) if name]
+    pictures = [name for name in (args.out, args.gif, args.strip) if name is not None]
     if not all(Path(name).suffix.lower() in Image.registered_extensions() for name in pictures):
         parser.error("--out, --gif and --strip must be files such as x.png or x.gif")
     if args.interpolate and (args.dir or args.gif or args.strip):

@@ -1390,7 +1390,7 @@ def test_missing_and_empty_folders_are_one_line(tmp_path):
         ("--lr inf", "--lr above 0"),
         ("--lr nan", "--lr above 0"),
         ("--save-minutes nan", "--save-minutes must be"),
-        ("--preview-every -2", "start at 1"),
+        ("--preview-every 0", "start at 1"),
         ("--warmup -1", "--warmup at least 0"),
         ("--seed 18446744073709551616", "--seed must be"),
         ("--attention-resolutions 7", "must be among [4, 8, 16, 32]"),
@@ -1981,7 +1981,8 @@ def test_foreign_and_broken_models_are_one_line(trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", ["-n 0", "--out nosuffix", "--eta 2", "--steps 0", "--steps 1001", "--seed -1"]
+    "flags",
+    ["-n 0", "--out nosuffix", "--out=", "--eta 2", "--steps 0", "--steps 1001", "--seed -1"],
 )
 def test_impossible_flags_are_refused(trained, flags):
     args = ["sample.py", "--onnx", "model.onnx", *flags.split()]

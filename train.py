@@ -405,7 +405,7 @@ def arguments():
     if args.base_channels < 4 or args.base_channels % 4:
         parser.error("--base-channels must be a multiple of 4")
     counts = [args.batch, args.accumulate, args.steps, args.num_res_blocks, *args.channel_mults]
-    if min(*counts, args.preview_every or 1) < 1:
+    if min(counts) < 1 or (args.preview_every is not None and args.preview_every < 1):
         parser.error("--batch, --accumulate, --steps, blocks, mults and previews start at 1")
     if not 0 <= args.seed < 2**63 or (args.warmup or 0) < 0:
         parser.error("--seed must be from 0 to 2^63 - 1, --warmup at least 0")
@@ -429,22 +429,22 @@ def arguments():
         parser.error("--device is auto, cpu, cuda or cuda:1")
     if name == "cuda" and int(number or 0) >= torch.cuda.device_count():
         parser.error(f"--device {args.device}: torch sees {torch.cuda.device_count()} GPUs here")
-    if args.data is not None:
-        if not os.path.isdir(args.data):
-            fail(f"--data {args.data}: there is no such folder")
-        if Path(args.data).resolve().is_relative_to(Path(args.out or "run").resolve()):
-            parser.error("--out must be a folder of its own, not one that holds the pictures")
+    if args.data is not None and not os.path.isdir(args.data):
+        fail(f"--data {args.data}: there is no such folder")
+    out = Path(args.out or "run").resolve()
+    if args.data and args.eval is None and Path(args.data).resolve().is_relative_to(out):
+        parser.error("--out must be a folder of its own, not one that holds the pictures")
     return args
 
 
 def load(path):
-    """A checkpoint or a folder of diffusers, as export.load reads it; it must be there."""
+    """A checkpoint or a folder of diffusers: what export.load returns, or the end."""
     from export import load  # needs onnx, which training does not
 
     try:
         return load(path)
     except ValueError as error:
-        fail(f"{error}")
+        fail(error)
 
 
 def evaluate(args):
