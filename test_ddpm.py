@@ -841,6 +841,7 @@ def test_awkward_files_are_read_or_left_out(tmp_path, capsys):
     (tmp_path / "bomb.png").write_bytes(bomb)
     Image.new("F", (4, 4)).save(tmp_path / "f.tif")
     images = train.read_folder(tmp_path, 8)
+    assert images.shape == (5, 1, 8, 8)  # none of those that could be read is in colour
     assert images[:, 0].float().mean((1, 2)).tolist() == [100, 100, 100, 100, 255]
     said = capsys.readouterr().out
     assert "left out 4 of 9" in said and "exceeds limit" in said and "cannot identify" in said
@@ -926,6 +927,11 @@ def test_pictures_are_decoded_once(tmp_path, monkeypatch):
     for path in cache.iterdir():
         path.write_bytes(path.read_bytes()[:-1])  # damaged
     assert read()[0] == [0, 7] and len(decoded) == 6
+    for place in ("here", "there"):  # the same relative name, the same files
+        shutil.copytree(folder, tmp_path / place / "data")
+        monkeypatch.chdir(tmp_path / place)
+        assert read("data")[0] == [0, 7]
+    assert len(decoded) == 8
 
 
 def test_files_of_the_user_in_the_folder_of_the_run_stay(pictures, tmp_path):
@@ -1228,6 +1234,19 @@ def test_killed_twenty_times_it_ends_in_the_same_weights(pictures, tmp_path):
     logs = [(tmp_path / name / "log.csv").read_text() for name in ("whole", "killed")]
     assert logs[0] == logs[1]
     assert not list((tmp_path / "killed").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("as torch.save says it")])
+def test_what_cannot_be_written_is_said_and_leaves_nothing(error, tmp_path):
+    (tmp_path / "file").write_text("of before")
+
+    def write(path):
+        path.write_text("half")
+        raise error
+
+    with pytest.raises(SystemExit, match=f"is as it was: {error}"):
+        train.save_whole(tmp_path / "file", write)
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["of before"]
 
 
 FULL_DISK = """
