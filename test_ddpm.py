@@ -781,6 +781,7 @@ def test_folder_is_read_as_found(pictures, capsys):
 def test_grey_folder_is_one_channel(tmp_path):
     Image.new("L", (28, 28), 7).save(tmp_path / "a.png")
     Image.new("1", (28, 28), 1).save(tmp_path / "b.png")
+    Image.new("F", (28, 28)).save(tmp_path / "c.tif")  # left out, and grey
     images = train.read_folder(tmp_path, 8)
     assert images.shape == (2, 1, 8, 8) and (images[0] == 7).all() and (images[1] == 255).all()
 
@@ -841,7 +842,6 @@ def test_awkward_files_are_read_or_left_out(tmp_path, capsys):
     (tmp_path / "bomb.png").write_bytes(bomb)
     Image.new("F", (4, 4)).save(tmp_path / "f.tif")
     images = train.read_folder(tmp_path, 8)
-    assert images.shape == (5, 1, 8, 8)  # none of those that could be read is in colour
     assert images[:, 0].float().mean((1, 2)).tolist() == [100, 100, 100, 100, 255]
     said = capsys.readouterr().out
     assert "left out 4 of 9" in said and "exceeds limit" in said and "cannot identify" in said
