@@ -1026,24 +1026,25 @@ def test_ema_is_the_hand_calculation(pictures, tmp_path):
     assert any(not torch.equal(start[k], state["model"][k]) for k in start)
 
 
-def test_weighting_vlb_trains_on_12(pictures, tmp_path):
-    """The first loss of a run, against one made by hand from the same (seed, step)."""
-    first = {}
-    for weighting in ("simple", "vlb"):
-        python("train.py", "--data", pictures, *TINY, "--steps", 1, "--weighting", weighting,
-               "--dropout", 0, "--no-amp", "--out", weighting, cwd=tmp_path)  # fmt: skip
-        config = checkpoint(tmp_path / weighting)["config"]
-        assert config["train"]["weighting"] == weighting
-        row = (tmp_path / weighting / "log.csv").read_text().splitlines()[1]
-        first[weighting] = float(row.split(",")[1])
+@pytest.mark.parametrize("weighting, flips", [("simple", True), ("simple", False), ("vlb", True)])
+def test_first_step_is_made_of_its_seed(weighting, flips, pictures, tmp_path):
+    """The first loss of a run, L_simple or (12), against one made by hand from (seed, step)."""
+    flags = ["--weighting", weighting, *([] if flips else ["--no-flip"])]
+    python("train.py", "--data", pictures, *TINY, "--steps", 1, *flags, "--dropout", 0, "--no-amp",
+           cwd=tmp_path)  # fmt: skip
+    config = checkpoint(tmp_path / "run")["config"]
+    assert config["train"]["weighting"] == weighting and config["train"]["flip"] == flips
+    logged = float((tmp_path / "run" / "log.csv").read_text().splitlines()[1].split(",")[1])
+    torch.manual_seed(0)
+    model = UNet(**config["model"])
+    torch.manual_seed(train.seed_of(0, 0))
     images = train.read_folder(pictures, 8)
-    for weighting, logged in first.items():
-        torch.manual_seed(0)
-        model = UNet(**config["model"])
-        torch.manual_seed(train.seed_of(0, 0))
-        x0 = images[torch.randint(len(images), (8,))].float() / 127.5 - 1
-        x0 = torch.where(torch.rand(8, 1, 1, 1) < 0.5, x0.flip(3), x0)
-        assert PAPER.loss(model, x0, weighting=weighting).item() == pytest.approx(logged, rel=1e-4)
+    x0 = images[torch.randint(len(images), (8,))].float() / 127.5 - 1
+    mirrored = torch.rand(8, 1, 1, 1) < 0.5
+    assert mirrored.any() and not mirrored.all()
+    if flips:
+        x0 = torch.where(mirrored, x0.flip(3), x0)
+    assert PAPER.loss(model, x0, weighting=weighting).item() == pytest.approx(logged, rel=1e-5)
 
 
 def test_training_starts_from_the_weights_of_a_checkpoint(trained, pictures, tmp_path):
@@ -1997,6 +1998,23 @@ def test_foreign_and_broken_models_are_one_line(trained, tmp_path):
     del proto.metadata_props[:]
     onnx.save(proto, tmp_path / "model.onnx")
     assert "lacks ddpm.betas" in python("sample.py", cwd=tmp_path, code=1)
+    proto = onnx.load_from_string(whole)
+    metadata = {p.key: p.value for p in proto.metadata_props}
+    for key, value in (
+        ("ddpm.betas", "[]"),
+        ("ddpm.betas", "[2]"),
+        ("ddpm.variance", "none"),
+        ("ddpm.image_shape", "[3]"),
+        ("ddpm.image_shape", "[3, 16, 8]"),
+    ):
+        onnx.helper.set_model_props(proto, metadata | {key: value})
+        onnx.save(proto, tmp_path / "model.onnx")
+        assert "is no model of export.py" in python("sample.py", cwd=tmp_path, code=1)
+    onnx.helper.set_model_props(proto, metadata)
+    bias = next(w for w in proto.graph.initializer if w.name == "conv_out.bias")
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.full(3, np.nan, np.float32), bias.name))
+    onnx.save(proto, tmp_path / "model.onnx")
+    assert "eps is not finite" in python("sample.py", cwd=tmp_path, code=1)
 
 
 @pytest.mark.parametrize(
