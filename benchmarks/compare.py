@@ -1,0 +1,463 @@
+"""This project and its peers on the same network and pictures, in one process, taking turns.
+
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/compare.py            # prints the tables and writes benchmarks/RESULTS.md
+
+Each figure is the median of rounds in which all take their turn, the first ones left out. Run
+nothing beside it. The network is the paper's CIFAR-10 U-Net, 35.7 M parameters, at random weights;
+denoising-diffusion-pytorch has its own U-Net, of the nearest size.
+"""
+
+import argparse
+import contextlib
+import copy
+import importlib.metadata
+import io
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import export  # noqa: E402
+import sample  # noqa: E402
+import train  # noqa: E402
+from ddpm import Diffusion, UNet, linear_betas  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CIFAR = {
+    "sample_size": 32,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [128, 256, 256, 256],
+    "norm_eps": 1e-6,
+    "downsample_padding": 0,
+    "freq_shift": 1,
+    "flip_sin_to_cos": False,
+    "attention_head_dim": None,
+    "dropout": 0.1,
+}
+
+
+def clock(step):
+    """Seconds that one call takes, on the device too."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    step()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def in_turn(steps, rounds, warm_up=2):
+    """name -> median seconds of each of the calls, of rounds in which each has its turn.
+
+    The pause lets the threads of the one before go to sleep: ONNX Runtime's spin for a while.
+    """
+    seconds = {name: [] for name in steps}
+    for _ in range(warm_up + rounds):
+        for name, step in steps.items():
+            time.sleep(0.2)
+            seconds[name].append(clock(step))
+    return {name: statistics.median(s[warm_up:]) for name, s in seconds.items()}
+
+
+def flops(network, size=32):
+    """Of a forward pass of one picture."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, 3, size, size), torch.zeros(1, dtype=torch.int64))
+    return counter.get_total_flops()
+
+
+def matmul_flops(dtype, n=3072):
+    """The best that the device does in a second, by multiplying two large matrices."""
+    a, b = (torch.randn(n, n, device=DEVICE).to(dtype) for _ in range(2))
+    return 2 * n**3 / min(clock(lambda: a @ b) for _ in range(8))
+
+
+# ----------------------------------------------------------------------------------------- training
+
+
+def diffusers_loop(images, batch, dtype=None):
+    """The training-example loop of diffusers: a function that does a step of it."""
+    from diffusers import DDPMScheduler, UNet2DModel
+    from diffusers.optimization import get_scheduler
+    from diffusers.training_utils import EMAModel
+
+    model = UNet2DModel(**CIFAR).to(DEVICE)
+    ema = EMAModel(model.parameters(), 0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    scheduler = DDPMScheduler()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), 1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8
+    )
+    rate = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=10_000)
+    loader = torch.utils.data.DataLoader(images, batch, shuffle=True, drop_last=True)
+    batches = iter(())
+
+    def step():
+        nonlocal batches
+        x0 = next(batches, None)
+        if x0 is None:
+            batches = iter(loader)
+            x0 = next(batches)
+        x0 = x0.to(DEVICE)
+        noise = torch.randn_like(x0)
+        t = torch.randint(0, 1000, (batch,), device=DEVICE)
+        x_t = scheduler.add_noise(x0, noise, t)
+        with torch.autocast(DEVICE.type, dtype, enabled=dtype is not None):
+            loss = torch.nn.functional.mse_loss(model(x_t, t).sample.float(), noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        rate.step()
+        optimizer.zero_grad()
+        ema.step(model.parameters())
+        loss.item()
+
+    return step
+
+
+def lucidrains_loop(folder, batch):
+    """The Trainer of denoising-diffusion-pytorch: a function that does a step of it."""
+    from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
+
+    network = Unet(128, dim_mults=(1, 2, 2, 2), dropout=0.1)
+    trainer = Trainer(
+        GaussianDiffusion(network, image_size=32, objective="pred_noise", beta_schedule="linear"),
+        str(folder),
+        train_batch_size=max(16, batch),  # it takes no less
+        train_num_steps=0,
+        save_and_sample_every=10**9,
+        results_folder=str(folder.parent / "results"),
+        calculate_fid=False,
+    )
+    size = sum(p.numel() for p in network.parameters())
+
+    def step():
+        trainer.train_num_steps = trainer.step + 1
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            trainer.train()
+
+    return step, size, max(16, batch) / batch
+
+
+def train_py(folder, out, batch, steps, after_each=lambda: None):
+    """Runs train.py as it is; returns seconds a step, and of it what EMA, clipping and data take.
+
+    after_each is called between the steps: there the peers have their turn.
+    """
+    whole, parts, marks = [], [], {"end": None, "aside": 0.0}
+    update_ema, loss, clip = train.update_ema, Diffusion.loss, torch.nn.utils.clip_grad_norm_
+
+    def timed(function):
+        def call(*args, **kwargs):
+            began = time.perf_counter()
+            result = function(*args, **kwargs)
+            marks["aside"] += time.perf_counter() - began
+            return result
+
+        return call
+
+    def first_loss(self, *args, **kwargs):
+        if marks["end"] is not None:
+            marks["aside"] += time.perf_counter() - marks["end"]  # log, batch, flips, noise
+        return loss(self, *args, **kwargs)
+
+    def last_of_a_step(*args):
+        timed(update_ema)(*args)
+        if marks["end"] is not None:
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            whole.append(time.perf_counter() - marks["end"])
+            parts.append(marks["aside"])
+        after_each()
+        marks["aside"], marks["end"] = 0.0, time.perf_counter()
+
+    argv = ["train.py", "--data", str(folder), "--out", str(out), "--batch", str(batch)]
+    argv += ["--steps", str(steps), "--preview-every", "1000000", "--save-minutes", "1000"]
+    before, sys.argv = sys.argv, argv
+    train.update_ema, Diffusion.loss = last_of_a_step, first_loss
+    torch.nn.utils.clip_grad_norm_ = timed(clip)
+    train.PREVIEW, train.PREVIEW_STEPS = 1, 1  # the last preview is not measured
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            train.main()
+    finally:
+        sys.argv, train.update_ema, Diffusion.loss = before, update_ema, loss
+        torch.nn.utils.clip_grad_norm_ = clip
+    return statistics.median(whole[1:]), statistics.median(parts[1:])
+
+
+def peak_memory(which, folder, batch):
+    """Peak memory of three training steps in a process of their own, in GB."""
+    command = [sys.executable, __file__, "--memory", which, "--batch", str(batch)]
+    done = subprocess.run([*command, "--folder", str(folder)], capture_output=True, text=True)
+    return float(done.stdout.split()[-1])
+
+
+def memory_of(which, folder, batch):
+    if which == "train.py":
+        train_py(folder, folder.parent / "memory", batch, 3)
+    else:
+        step = diffusers_loop(load(folder), batch, torch.bfloat16 if which == "bf16" else None)
+        for _ in range(3):
+            step()
+    # not of getrusage, which counts the process before this one's exec
+    status = Path("/proc/self/status").read_text().split()
+    peak = int(status[status.index("VmHWM:") + 1]) * 1024
+    print((torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else peak) / 1e9)
+
+
+def load(folder):
+    return train.read_folder(folder, 32).float() / 127.5 - 1
+
+
+# --------------------------------------------------------------------------------------- the tables
+
+
+def table(head, rows):
+    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+def training_table(folder, batch, rounds, floor):
+    images = load(folder)
+    lucidrains, size, larger = lucidrains_loop(folder, batch)
+    peers = {
+        "diffusers, float32": diffusers_loop(images, batch),
+        "diffusers, bfloat16": diffusers_loop(images, batch, torch.bfloat16),
+        f"denoising-diffusion-pytorch, {size / 1e6:.1f} M": lucidrains,
+    }
+    seconds = {name: [] for name in peers}
+
+    def all_peers():
+        for name, step in peers.items():
+            seconds[name].append(clock(step))
+
+    steps = rounds + 3
+    ours, aside = train_py(folder, folder.parent / "run", batch, steps, all_peers)
+    times = {"train.py": ours} | {name: statistics.median(s[2:]) for name, s in seconds.items()}
+    times = {
+        name: s / batch / (larger if name.startswith("denoising") else 1)
+        for name, s in times.items()
+    }
+    memory = {
+        "train.py": "train.py",
+        "diffusers, float32": "f32",
+        "diffusers, bfloat16": "bf16",
+    }
+    rows = []
+    for name, s in times.items():
+        gb = f"{peak_memory(memory[name], folder, batch):.2f}" if name in memory else ""
+        ratio = s / times["diffusers, float32"]
+        rows.append([name, f"{1000 * s:.1f}", f"{ratio:.2f}", f"{s / floor:.2f}", gb])
+    head = [
+        "a training step",
+        "ms a picture",
+        "of diffusers, float32",
+        "of the bf16 floor",
+        "peak GB",
+    ]
+    text = table(head, rows)
+    return (
+        text + f"\nEMA, clipping, data and log are {100 * aside / ours:.1f} % of train.py's step.\n"
+    )
+
+
+def network_table(model, path, rounds, floor):
+    from diffusers import UNet2DModel
+
+    theirs = UNet2DModel(**CIFAR).to(DEVICE).eval()
+    model = copy.deepcopy(model).to(DEVICE)
+    rows = []
+    for batch in (16, 1):
+        network = sample.Network(path, batch)
+        x, t = torch.randn(batch, 3, 32, 32), torch.full((batch,), 500)
+        on_device = x.to(DEVICE), t.to(DEVICE)
+        x, t = x.numpy(), t.numpy()
+
+        def torch_step(of, args=on_device):
+            with torch.no_grad():
+                of(*args)
+
+        seconds = in_turn(
+            {
+                "ONNX Runtime": lambda network=network, x=x, t=t: network(x, t),
+                "torch, ours": lambda step=torch_step: step(model),
+                "torch, diffusers": lambda step=torch_step: step(theirs),
+            },
+            rounds,
+        )
+        for name, s in seconds.items():
+            rows.append([
+                f"{name}, batch {batch}", f"{1000 * s / batch:.1f}",
+                f"{s / seconds['torch, diffusers']:.2f}", f"{s / batch / floor:.2f}",
+            ])  # fmt: skip
+    head = ["one eps in float32", "ms a picture", "of diffusers", "of the float32 floor"]
+    return table(head, rows)
+
+
+def loop_line(path, batch=16, steps=6):
+    """How much longer the loop of sample.py is than the network in it."""
+    network, inside = sample.Network(path, batch), []
+
+    def timed(x, t):
+        began = time.perf_counter()
+        eps = network(x, t)
+        inside.append(time.perf_counter() - began)
+        return eps
+
+    noise = sample.noise_of(0, 0, network.shape)
+    whole = []
+    for _ in range(3):
+        inside.clear()
+        began = time.perf_counter()
+        for _ in sample.sample_progressive(timed, noise, network.betas, network.variance, steps):
+            pass
+        whole.append((time.perf_counter() - began) / sum(inside))
+    return (
+        f"The loop of sample.py takes {statistics.median(whole):.3f} of the network's own time.\n"
+    )
+
+
+def growth_table(rounds):
+    """Time for each GFLOP as batch and size grow; it should not rise."""
+    rows = []
+    for size, batches in ((32, (1, 4, 16, 64)), (64, (16,)), (128, (4,))):
+        model = UNet(size, base_channels=32).eval()
+        gflop = flops(model, size) / 1e9
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            settings = {"in_channels": 3, "image_size": size}
+            trained = export.Trained(model, Diffusion(linear_betas()), settings, 0, "random")
+            with contextlib.redirect_stdout(io.StringIO()):
+                export.write_onnx(trained, path)
+            for batch in batches:
+                network = sample.Network(path, batch)
+                x, t = np.zeros(network.shape, np.float32), np.zeros(batch, np.int64)
+                s = in_turn({"": lambda n=network, x=x, t=t: n(x, t)}, rounds)[""] / batch
+                rows.append([f"{size}x{size}", str(batch), f"{1000 * s:.2f}", f"{gflop:.2f}",
+                             f"{1000 * s / gflop:.2f}"])  # fmt: skip
+    head = ["pictures, 32 channels", "batch", "ms a picture", "GFLOP a picture", "ms a GFLOP"]
+    return table(head, rows)
+
+
+def start_line(folder):
+    """Seconds from the command to a picture, and to the first step."""
+    small = "--image-size 32 --base-channels 32 --channel-mults 1 2 --num-res-blocks 1".split()
+    run = str(folder.parent / "start")
+    model, made = f"{run}/model.onnx", f"{run}/s.png"
+    checkpoint = Path(run) / "checkpoint.pt"
+    began = time.perf_counter()
+    flags = ["--data", str(folder), "--steps", "1", "--batch", "16", "--out", run, *small]
+    training = subprocess.Popen(
+        [sys.executable, str(HERE.parent / "train.py"), *flags],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while not checkpoint.exists() and training.poll() is None:
+        time.sleep(0.01)
+    first_step = time.perf_counter() - began
+    training.wait()
+    flags = ["--checkpoint", str(checkpoint), "--onnx", model]
+    subprocess.run([sys.executable, str(HERE.parent / "export.py"), *flags], capture_output=True)
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        flags = ["--onnx", model, "-n", "1", "--steps", "1", "--out", made]
+        subprocess.run([sys.executable, str(HERE.parent / "sample.py"), *flags], check=True,
+                       capture_output=True)  # fmt: skip
+        seconds.append(time.perf_counter() - began)
+    return (
+        f"From the command: train.py has done its first step, on {len(list(folder.iterdir()))} "
+        f"pictures it had not seen, after {first_step:.1f} s; sample.py with one step of a small "
+        f"network is over after {statistics.median(seconds):.1f} s.\n"
+    )
+
+
+def machine():
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    if DEVICE.type == "cuda":
+        name = torch.cuda.get_device_name()
+    packages = [
+        "torch",
+        "onnxruntime-gpu",
+        "onnxruntime",
+        "diffusers",
+        "denoising-diffusion-pytorch",
+    ]
+    versions = []
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{package} {importlib.metadata.version(package).split('+')[0]}")
+    threads = f"{torch.get_num_threads()} threads, " if DEVICE.type == "cpu" else ""
+    return f"{name}, {threads}Python {platform.python_version()}, {', '.join(versions)}"
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", type=int, default=16, help="of the training step [16]")
+    parser.add_argument("--rounds", type=int, default=7, help="of which the median is taken [7]")
+    parser.add_argument("--out", default=str(HERE / "RESULTS.md"), help="[benchmarks/RESULTS.md]")
+    parser.add_argument("--memory", help=argparse.SUPPRESS)  # how it calls itself
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    if args.memory:
+        return memory_of(args.memory, args.folder, args.batch)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "pictures"
+        folder.mkdir()
+        random = np.random.default_rng(0)
+        for k in range(256):
+            pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{k}.png")
+
+        torch.manual_seed(0)
+        model = UNet().eval()
+        path = Path(temporary) / "model.onnx"
+        settings = {"in_channels": 3, "image_size": 32}
+        with contextlib.redirect_stdout(io.StringIO()):
+            trained = export.Trained(model, Diffusion(linear_betas()), settings, 0, "random")
+            export.write_onnx(trained, path)
+        forward = flops(model)
+        rates = {dtype: matmul_flops(dtype) for dtype in (torch.float32, torch.bfloat16)}
+        floors = {dtype: forward / rate for dtype, rate in rates.items()}
+        parts = [
+            "# Side by side\n",
+            f"`python benchmarks/compare.py`, {time.strftime('%Y-%m-%d')}: {machine()}.\n",
+            f"A forward pass of the network is {forward / 1e9:.2f} GFLOP a picture. Large matrices "
+            f"are multiplied at {rates[torch.float32] / 1e9:.0f} GFLOP/s in float32 and "
+            f"{rates[torch.bfloat16] / 1e9:.0f} in bfloat16. The floors are what that leaves: "
+            f"{1000 * floors[torch.float32]:.1f} and {1000 * floors[torch.bfloat16]:.1f} ms a "
+            "picture, three times as much for a training step.\n",
+            training_table(folder, args.batch, args.rounds, 3 * floors[torch.bfloat16]),
+            network_table(model, path, args.rounds, floors[torch.float32]),
+            loop_line(path),
+            start_line(folder),
+            growth_table(args.rounds),
+        ]
+    text = "\n".join(parts)
+    print(text)
+    Path(args.out).write_text(text)
+
+
+if __name__ == "__main__":
+    main()
