@@ -951,6 +951,35 @@ def test_files_of_the_user_in_the_folder_of_the_run_stay(pictures, tmp_path):
     assert "--out must be a folder of its own" in said
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="where processes are forked")
+def test_workers_keep_the_order_and_end_with_their_parent(tmp_path):
+    numbers = list(range(1000))
+    assert list(train.on_all_cores(lambda k: k * k, numbers)) == [k * k for k in numbers]
+    assert any(train.on_all_cores(lambda k: k == 5, numbers))
+    with pytest.raises(SystemExit, match="was killed"):
+        list(train.on_all_cores(lambda k: os._exit(1) if k == 500 else k, numbers))
+    code = "import os, time, train\nfor pid in train.on_all_cores(lambda _: time.sleep(0.001) or "
+    code += "os.getpid(), list(range(100_000))): print(pid, flush=True)"
+    run = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, text=True
+    )
+    workers = {int(run.stdout.readline()) for _ in range(100)}
+    assert len(workers) == len(os.sched_getaffinity(0)) or len(workers) > 6
+    run.kill()
+    run.wait()
+
+    def running(pid):
+        try:
+            return b"python" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        except FileNotFoundError:
+            return False
+
+    deadline = time.time() + 20
+    while any(running(pid) for pid in workers) and time.time() < deadline:
+        time.sleep(0.05)
+    assert not any(running(pid) for pid in workers)
+
+
 def test_other_pictures_of_the_same_names_are_another_run(pictures, tmp_path):
     shutil.copytree(pictures, tmp_path / "a" / "data")
     flags = [*TINY, "--steps", 2, "--out", tmp_path / "run"]

@@ -18,6 +18,7 @@ import csv
 import hashlib
 import io
 import math
+import multiprocessing
 import os
 import shlex
 import signal
@@ -98,6 +99,39 @@ def picture_files(folder, without=None):
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
+def on_all_cores(function, items):
+    """Yields function(item) for each, in their order.
+
+    Threads would wait for each other, since reading a small picture is mostly Python. Processes
+    hand on their results through pipes, so none runs far ahead, or on when this one is gone.
+    """
+    if sys.platform != "linux":  # where forking is not safe, or not possible
+        with ThreadPoolExecutor() as pool:
+            yield from pool.map(function, items)
+        return
+
+    def work(into, share):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is this process that is to be stopped
+        for out in pipes:  # so that a pipe breaks when this process is gone
+            out.close()
+        with contextlib.suppress(BrokenPipeError):
+            for part in share:
+                into.send([function(item) for item in part])
+
+    parts = [items[k : k + 16] for k in range(0, len(items), 16)]
+    fork, cores, pipes = multiprocessing.get_context("fork"), len(os.sched_getaffinity(0)), []
+    for k in range(cores):
+        out, into = fork.Pipe(duplex=False)
+        pipes.append(out)
+        fork.Process(target=work, args=(into, parts[k::cores]), daemon=True).start()
+        into.close()
+    for k in range(len(parts)):
+        try:
+            yield from pipes[k % cores].recv()
+        except EOFError:
+            fail("a process that reads pictures was killed; is there enough memory?")
+
+
 def decode(paths, size, channels, write):
     """Calls write(bytes) for each picture, of channels x size x size, on all cores and in order.
 
@@ -116,26 +150,25 @@ def decode(paths, size, channels, write):
         try:
             content = path.read_bytes()
             picture = to_channels(read_picture(io.BytesIO(content), size), channels)
-            return picture.tobytes(), hashlib.blake2b(content).digest()
+            return picture.tobytes(), hashlib.blake2b(content).digest(), None
         except Exception as error:  # whatever is wrong with one file, the others are trained on
-            broken.append(f"  {path}: {error}")
-            return b"", b""
+            return b"", b"", f"  {path}: {error}"
 
     warnings.filterwarnings("ignore", module="PIL")
+    if channels is None:
+        channels = 3 if any(on_all_cores(colour, paths)) else 1
     broken, digest = [], hashlib.blake2b(digest_size=8)
-    bar = tqdm(total=len(paths), desc="reading", unit=" pictures", leave=False)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        if channels is None:
-            channels = 3 if any(colour(path) for path in paths) else 1
-        for start in range(0, len(paths), 4096):  # so that no more than these wait to be written
-            for pixels, its_digest in pool.map(read, paths[start : start + 4096]):
-                write(pixels)
-                digest.update(its_digest)
-                bar.update()
-    bar.close()
+    results = on_all_cores(read, paths)
+    for pixels, its_digest, error in tqdm(
+        results, "reading", len(paths), unit=" pictures", leave=False
+    ):
+        write(pixels)
+        digest.update(its_digest)
+        if error:
+            broken.append(error)
     if broken:
         print(f"left out {len(broken)} of {len(paths)} files that can't be read, the first ones:")
-        print("\n".join(sorted(broken)[:3]).encode(errors="replace").decode())
+        print("\n".join(broken[:3]).encode(errors="replace").decode())
     if len(broken) == len(paths):
         fail(f"--data: no picture that can be read ({' '.join(sorted(SUFFIXES))})")
     return channels, digest.hexdigest()
