@@ -119,7 +119,8 @@ def on_all_cores(function, items):
                 into.send([function(item) for item in part])
 
     parts = [items[k : k + 16] for k in range(0, len(items), 16)]
-    fork, cores, pipes = multiprocessing.get_context("fork"), len(os.sched_getaffinity(0)), []
+    cores = min(len(os.sched_getaffinity(0)), len(parts))
+    fork, pipes = multiprocessing.get_context("fork"), []
     for k in range(cores):
         out, into = fork.Pipe(duplex=False)
         pipes.append(out)
