@@ -961,7 +961,11 @@ def test_workers_keep_the_order_and_end_with_their_parent(tmp_path):
     code = "import os, time, train\nfor pid in train.on_all_cores(lambda _: time.sleep(0.001) or "
     code += "os.getpid(), list(range(100_000))): print(pid, flush=True)"
     run = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code],
+        cwd=HERE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     workers = {int(run.stdout.readline()) for _ in range(100)}
     assert len(workers) == len(os.sched_getaffinity(0)) or len(workers) > 6
@@ -977,7 +981,7 @@ def test_workers_keep_the_order_and_end_with_their_parent(tmp_path):
     deadline = time.time() + 20
     while any(running(pid) for pid in workers) and time.time() < deadline:
         time.sleep(0.05)
-    assert not any(running(pid) for pid in workers)
+    assert not any(running(pid) for pid in workers) and run.stderr.read() == ""
 
 
 def test_other_pictures_of_the_same_names_are_another_run(pictures, tmp_path):
