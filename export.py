@@ -3,6 +3,8 @@
     python export.py                                # run/checkpoint.pt to model.onnx
     python export.py --checkpoint run/checkpoint.pt --onnx model.onnx
     python export.py --diffusers ddpm-cifar10-32    # published weights to model.onnx
+    python export.py --half                         # float16, for CUDA: half the size
+    python export.py --int8                         # integers where they suffice, for CPUs
     python export.py --to-diffusers my-ddpm         # run/checkpoint.pt for diffusers' DDPMPipeline
 
 Inputs x_t float32 (batch, C, H, W) and t int64 (batch,), output eps float32 (batch, C, H, W); the
@@ -13,11 +15,14 @@ A diffusers folder is a pipeline (unet/ and scheduler/) or flat, as the hub's go
 
 import argparse
 import contextlib
+import copy
 import json
 import logging
 import os
 import shutil
 import sys
+import tempfile
+import time
 import warnings
 from collections import namedtuple
 from pathlib import Path
@@ -27,12 +32,15 @@ import onnx
 import onnxruntime as ort
 import safetensors.torch
 import torch
+from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from onnxscript import opset20 as op
 
 from ddpm import Diffusion, ResBlock, UNet, cosine_betas, linear_betas
 
 OPSET = 20  # what ONNX Runtime has kernels for, on the CPU, CUDA and in the browser
 TOLERANCE = 1e-4  # the largest difference from torch, of noise that is about N(0, 1)
+TIMES = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 999)  # at which fewer bits are compared with 32
+NARROW_TOLERANCE = 0.02  # rms error over rms of eps, at any t at which fewer bits are used
 
 # The exporter's own forms of these two leave nodes that ONNX Runtime's CUDA provider hands to the
 # CPU: GroupNormalization has no kernel at all, and attention reads its scale from a shape.
@@ -41,7 +49,7 @@ TOLERANCE = 1e-4  # the largest difference from torch, of noise that is about N(
 def group_norm(x, num_groups: int, weight, bias, eps: float = 1e-5, cudnn_enabled: bool = True):
     """Group norm as a layer norm over rows of one group each."""
     channels, height, width = list(x.shape)[1:]
-    row = np.ones(channels // num_groups * height * width, dtype=np.float32)
+    row = np.ones(channels // num_groups * height * width, x.dtype.numpy())
     per_channel = op.Constant(value_ints=[channels, 1, 1])
     h = op.Reshape(x, op.Constant(value_ints=[0, num_groups, -1]))
     ones = op.Constant(value=onnx.numpy_helper.from_array(row))
@@ -53,16 +61,18 @@ def group_norm(x, num_groups: int, weight, bias, eps: float = 1e-5, cudnn_enable
 def attention(q, k, v, attn_mask=None, dropout_p: float = 0.0, is_causal: bool = False,
               scale=None, enable_gqa: bool = False):  # fmt: skip
     """softmax(q k^T / sqrt(channels)) v, the scale a constant."""
-    scale = op.Constant(value_float=float(q.shape[-1]) ** -0.5)
+    scale = op.CastLike(op.Constant(value_float=float(q.shape[-1]) ** -0.5), q)
     scores = op.MatMul(op.Mul(q, scale), op.Transpose(k, perm=[0, 1, 3, 2]))
     return op.MatMul(op.Softmax(scores, axis=-1), v)
 
 
-def to_onnx(model):
-    """The network as an onnx.ModelProto with a dynamic batch and no trace of this machine in it."""
-    c, size = model.conv_in.in_channels, model.image_size
+def to_onnx(model, shape):
+    """The network as an onnx.ModelProto with a dynamic batch and no trace of this machine in it.
+
+    shape: of a picture, (C, H, W).
+    """
     # A batch of two: one of 1 would be baked in.
-    example = (torch.zeros(2, c, size, size), torch.zeros(2, dtype=torch.int64))
+    example = (torch.zeros(2, *shape), torch.zeros(2, dtype=torch.int64))
     batch = torch.export.Dim("batch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -104,10 +114,95 @@ def largest_difference(path, model, T):
     return float(np.max(differences))  # which is NaN if one is
 
 
+# ----------------------------------------------------------------------- fewer bits in a number
+
+
+class Half(torch.nn.Module):
+    """The U-Net with weights and activations in float16, but for what needs more: the embedding of
+    t; the first layer and block, where at small t there is little noise to be told from the
+    picture; and the statistics of the norms, which ONNX takes in float32 in any case."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = copy.deepcopy(model).half()
+        time, first, last = self.model.time.float(), self.model.down[0].float(), self.model.up[-1]
+        self.model.conv_in.float()
+        time.register_forward_hook(lambda module, args, temb: temb.half())
+        first.register_forward_pre_hook(lambda module, args: (args[0], args[1].float()))
+        first.register_forward_hook(lambda module, args, h: h.half())
+        last.register_forward_pre_hook(lambda module, args: (args[0].half(), args[1]))
+
+    def forward(self, x_t, t):
+        return self.model(x_t, t).float()
+
+
+def with_int8(path, chain):
+    """The network in a file with 8-bit integers in most of its layers, as an onnx.ModelProto.
+
+    chain: [(x_t, t)], what the sampler shows the network, by which the ranges of the activations
+    are chosen. The first and the last layer, the first block and the shortcuts stay float32: they
+    cost little time, and cause most of the error. Integers are unsigned for activations, and for
+    weights signed, with a scale for each output channel.
+    """
+    proto = onnx.load(path)
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    precise = ("conv_in.", "conv_out.", "down.0.")
+    nodes = [
+        node.name
+        for node in proto.graph.node
+        if node.op_type in ("Conv", "MatMul")
+        and node.input[1] in weights
+        and not node.input[1].startswith(precise)
+        and ".shortcut." not in node.input[1]
+    ]
+
+    class Reader(CalibrationDataReader):
+        feeds = iter([{"x_t": x.numpy(), "t": t.numpy()} for x, t in chain])
+
+        def get_next(self):
+            return next(self.feeds, None)
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "int8.onnx"
+        logging.disable(logging.WARNING)
+        quantize_static(
+            path, result, Reader(), per_channel=True, nodes_to_quantize=nodes,
+            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+        )  # fmt: skip
+        logging.disable(logging.NOTSET)
+        return onnx.load(result)
+
+
+def choose(precise, quick, t):
+    """One ModelProto that runs `precise` if any t of a batch is below the given one, else `quick`.
+
+    Each is the branch of an If, which sees the inputs x_t and t by their names.
+    """
+    merged = onnx.ModelProto()
+    merged.CopyFrom(precise)
+    del merged.graph.node[:], merged.graph.initializer[:], merged.graph.value_info[:]
+    branches = []
+    for model in (precise, quick):
+        branch = onnx.GraphProto()
+        branch.CopyFrom(model.graph)
+        del branch.input[:], branch.value_info[:]
+        branches.append(branch)
+    limit = onnx.numpy_helper.from_array(np.array(t), "first_t_of_quick")
+    merged.graph.initializer.append(limit)
+    node = onnx.helper.make_node
+    merged.graph.node.extend([
+        node("ReduceMin", ["t"], ["least_t"], keepdims=0),
+        node("Less", ["least_t", limit.name], ["is_precise"]),
+        node("If", ["is_precise"], ["eps"], then_branch=branches[0], else_branch=branches[1]),
+    ])  # fmt: skip
+    return merged
+
+
 # -------------------------------------------------------------------------------- what is exported
 
-# settings: the arguments of UNet, a dict. step: how long it was trained, 0 if unknown.
-Trained = namedtuple("Trained", "model diffusion settings step name")
+# settings: the arguments of UNet, a dict. step: how long it was trained, 0 if unknown. folder: of
+# the run, where train.py keeps the pictures as it decoded them.
+Trained = namedtuple("Trained", "model diffusion settings step name folder", defaults=[None])
 
 
 def load(path):
@@ -131,7 +226,7 @@ def load(path):
         model.load_state_dict(checkpoint["ema"])
         name = f"train.py, {config['train']['data'] or 'demo'}"
         diffusion = Diffusion(**config["diffusion"])
-        return Trained(model, diffusion, config["model"], checkpoint["step"], name)
+        return Trained(model, diffusion, config["model"], checkpoint["step"], name, path.parent)
 
 
 @contextlib.contextmanager
@@ -422,31 +517,151 @@ def to_diffusers(trained, folder):
 # ------------------------------------------------------------------------------------- the program
 
 
-def write_onnx(trained, path):
-    """The network and its schedule as one file, compared with torch before it is put in place."""
-    proto = to_onnx(trained.model)
-    c, size = trained.settings["in_channels"], trained.settings["image_size"]
+def shape_of(trained):
+    """(C, H, W) of its pictures."""
+    return trained.settings["in_channels"], *2 * [trained.settings["image_size"]]
+
+
+def save(proto, trained, path):
+    """Save the network with the schedule and what else sample.py must know in its metadata."""
     metadata = {
         "ddpm.betas": json.dumps(trained.diffusion.betas.tolist()),
         "ddpm.variance": trained.diffusion.variance,
-        "ddpm.image_shape": json.dumps([c, size, size]),
+        "ddpm.image_shape": json.dumps(shape_of(trained)),
         "ddpm.step": str(trained.step),
         "ddpm.source": trained.name,
     }
     onnx.helper.set_model_props(proto, metadata)
+    onnx.save(proto, path)
+
+
+def seen_by(trained, batches=25):
+    """What the network is shown, to measure on: ([(x_t, t)], and pictures of which to make more).
+
+    It is made of the training's pictures if they lie beside the checkpoint, else it is what DDIM
+    shows the network on the way to pictures of its own.
+    """
+    diffusion, random = trained.diffusion, torch.Generator().manual_seed(0)
+    shape = shape_of(trained)
+    for path in trained.folder.glob("pictures-*.u8") if trained.folder else ():
+        pixels = np.memmap(path, np.uint8, "r").reshape(-1, *shape)
+        some = pixels[np.linspace(0, len(pixels) - 1, 64).round().astype(int)]
+        x0 = torch.from_numpy(some).float() / 127.5 - 1
+        chain = []
+        for t in np.linspace(0, diffusion.T - 1, batches).round().astype(int).tolist():
+            part, t = x0[torch.randint(len(x0), (8,), generator=random)], torch.full((8,), t)
+            chain.append(
+                (diffusion.q_sample(part, t, torch.randn(part.shape, generator=random)), t)
+            )
+        return chain, x0
+
+    chain, x0 = [], None
+    for t, x_t, x0_hat in diffusion.sample_progressive(
+        trained.model, (8, *shape), min(batches, diffusion.T), 0.0, random
+    ):
+        chain.append((x_t, torch.full((8,), t)))
+        x0 = x0_hat
+    return chain, x0
+
+
+def relative_errors(path, exact, diffusion, x0, times=TIMES):
+    """{t: rms difference of the eps of two files over the rms of eps}, for those t below T.
+
+    x0: pictures (B, C, H, W), from which the x_t are made.
+    """
+    sessions = [ort.InferenceSession(p, providers=["CPUExecutionProvider"]) for p in (path, exact)]
+    random, errors = torch.Generator().manual_seed(1), {}
+    for i in (i for i in times if i < diffusion.T):
+        t = torch.full((len(x0),), i)
+        x_t = diffusion.q_sample(x0, t, torch.randn(x0.shape, generator=random))
+        feed = {"x_t": x_t.numpy(), "t": t.numpy()}
+        eps, expected = (session.run(["eps"], feed)[0] for session in sessions)
+        errors[i] = float(np.sqrt(np.square(eps - expected).mean() / np.square(expected).mean()))
+    return errors
+
+
+def share_of_time(path, x, t, other):
+    """Median time of the file's eps at x and t over that at x and the other t, taking turns."""
+    session, seconds = ort.InferenceSession(path, providers=["CPUExecutionProvider"]), ([], [])
+    for _ in range(6):
+        for own, i in zip(seconds, (t, other), strict=True):
+            began = time.perf_counter()
+            session.run(["eps"], {"x_t": x, "t": np.full(len(x), i)})
+            own.append(time.perf_counter() - began)
+    return np.median(seconds[0][1:]) / np.median(seconds[1][1:])
+
+
+def write_half(trained, path, exact):
+    """--half: the file at path. Returns what to say of it."""
+    _, x0 = seen_by(trained)
+    save(to_onnx(Half(trained.model), shape_of(trained)), trained, path)
+    errors = relative_errors(path, exact, trained.diffusion, x0)
+    if not all(error < NARROW_TOLERANCE for error in errors.values()):
+        raise ValueError("float16 is not enough for this network")
+    return ["float16", *table_of(errors)]
+
+
+def write_int8(trained, path, exact):
+    """--int8: the file at path, with integers wherever they err by less than NARROW_TOLERANCE."""
+    diffusion = trained.diffusion
+    chain, x0 = seen_by(trained)
+    precise = onnx.load(exact)
+    quick = with_int8(exact, chain)
+    onnx.save(quick, path)
+    errors = relative_errors(path, exact, diffusion, x0)
+    bad = max((t for t, error in errors.items() if not error < NARROW_TOLERANCE), default=-1)
+    first = min((t for t in errors if t > bad), default=diffusion.T)
+    if first > diffusion.T // 4:
+        raise ValueError(f"8-bit integers err by {errors[bad]:.0%} of eps at t = {bad}")
+    while first - bad > 1 + first // 16:  # between the two lies the first t that they can do
+        t = (bad + first) // 2
+        if relative_errors(path, exact, diffusion, x0, [t])[t] < NARROW_TOLERANCE:
+            first = t
+        else:
+            bad = t
+    save(choose(precise, quick, first), trained, path)
+    share = share_of_time(path, chain[0][0].numpy(), diffusion.T - 1, 0) if first else 1.0
+    return [
+        f"float32 below t = {first}, 8-bit integers from there on, "
+        f"where an eps takes {share:.2f} of the time here",
+        *table_of(relative_errors(path, exact, diffusion, x0)),
+    ]
+
+
+def table_of(errors):
+    """relative_errors in two lines."""
+    return [
+        "  t       " + "".join(f"{t:6}" for t in errors),
+        "  error, %" + "".join(f"{100 * error:6.2f}" for error in errors.values()),
+    ]
+
+
+def write_onnx(trained, path, write=None):
+    """The network and its schedule as one file, compared with torch before it is put in place.
+
+    write: None, or write_half or write_int8, which make another file of the float32 one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    exact, temporary = (path.with_name(f"{path.name}.{word}") for word in ("exact.tmp", "tmp"))
     try:
-        onnx.save(proto, temporary)
-        worst = largest_difference(temporary, trained.model, trained.diffusion.T)
+        save(to_onnx(trained.model, shape_of(trained)), trained, exact)
+        worst = largest_difference(exact, trained.model, trained.diffusion.T)
         if not worst < TOLERANCE:
             raise ValueError(f"eps differs from torch's by {worst:.1e}; {path} is not written")
+        said = [
+            f"largest difference from torch {worst:.1e}, at batch 1, 2, 3 and t = 0, 1, T/2, T-1"
+        ]
+        if write is None:
+            exact.rename(temporary)
+        else:
+            said = write(trained, temporary, exact)
         os.replace(temporary, path)
     finally:
+        exact.unlink(missing_ok=True)
         temporary.unlink(missing_ok=True)
     step = f", step {trained.step:,}" if trained.step else ""
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, of {trained.name}{step}")
-    print(f"largest difference from torch {worst:.1e}, at batch 1, 2, 3 and t = 0, 1, T/2, T-1")
+    print("\n".join(said))
     print(f"next:\n  python sample.py --onnx {path.as_posix()}")
 
 
@@ -461,6 +676,12 @@ def main():
     source.add_argument("--diffusers", metavar="DIR", help="a DDPM in the layout of diffusers")
     parser.add_argument("--onnx", help="the file to write, unless --to-diffusers [model.onnx]")
     parser.add_argument("--to-diffusers", metavar="DIR", help="write a new folder for DDPMPipeline")
+    kind = parser.add_mutually_exclusive_group()
+    for name, write, text in (
+        ("--half", write_half, "float16, for CUDA: half the size"),
+        ("--int8", write_int8, "8-bit integers but for small t, for CPUs: a third larger, quicker"),
+    ):
+        kind.add_argument(name, dest="write", action="store_const", const=write, help=text)
     args = parser.parse_args()
     if args.diffusers and not Path(args.diffusers).is_dir():
         parser.error(f"--diffusers {args.diffusers}: there is no such folder")
@@ -468,6 +689,8 @@ def main():
         args.onnx = "model.onnx"
     if args.onnx and not args.onnx.endswith(".onnx"):
         parser.error("--onnx must be a file such as model.onnx")
+    if args.write and not args.onnx:
+        parser.error("--half and --int8 need --onnx")
 
     try:
         trained = load(args.diffusers or args.checkpoint)
@@ -475,7 +698,7 @@ def main():
             to_diffusers(trained, Path(args.to_diffusers))
             print(f"{args.to_diffusers}: diffusers.DDPMPipeline.from_pretrained opens it")
         if args.onnx:
-            write_onnx(trained, Path(args.onnx))
+            write_onnx(trained, Path(args.onnx), args.write)
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"export.py: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:

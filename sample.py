@@ -18,6 +18,7 @@ import os
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,19 @@ def noise_of(seed, first, shape):
     """
     streams = [np.random.default_rng((seed, first + k)) for k in range(shape[0])]
     return lambda: np.stack([s.standard_normal(shape[1:], dtype=np.float32) for s in streams])
+
+
+def ahead(noise):
+    """The same noise(), each z drawn in a thread while the network works on the one before."""
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(noise)
+
+    def next_one():
+        nonlocal future
+        z, future = future.result(), pool.submit(noise)
+        return z
+
+    return next_one
 
 
 # -------------------------------------------------------------------------------------- the network
@@ -320,7 +334,7 @@ def main():
     starts = range(0, args.n, network.batch)
     bar = tqdm(total=len(starts) * steps, unit="step")
     for first in starts:  # the last batch may draw more than it keeps: the shape stays the same
-        noise = noise_of(args.seed, first, network.shape)
+        noise = ahead(noise_of(args.seed, first, network.shape))
         chain = sample_progressive(network, noise, betas, variance, args.steps, args.eta)
         for i, (_, x, x0) in enumerate(chain):
             wanted = i == steps - 1 or i * FRAMES // steps > (i - 1) * FRAMES // steps

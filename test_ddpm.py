@@ -1059,6 +1059,34 @@ def test_ema_is_the_hand_calculation(pictures, tmp_path):
     assert any(not torch.equal(start[k], state["model"][k]) for k in start)
 
 
+def test_compiled_training_is_the_plain_training(pictures, tmp_path, monkeypatch):
+    """What CUDA does by itself, here with a backend that leaves the arithmetic as it is."""
+    calls, compile = [], torch.compile
+
+    def spied(network):
+        calls.append(network)
+        return compile(network, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", spied)
+    assert not train.is_worth_compiling(torch.device("cpu"), 10**6)
+    assert not train.is_worth_compiling(torch.device("cuda"), 100)
+    monkeypatch.setattr(train, "is_worth_compiling", lambda *_: True)
+    weights = []
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    for name, flags in (("plain", ["--no-compile"]), ("compiled", [])):
+        out = str(tmp_path / name)
+        argv = ["train.py", "--data", str(pictures), *TINY, "--steps", "3", "--out", out, *flags]
+        monkeypatch.setattr(sys, "argv", argv)
+        train.main()
+        assert len(calls) == len(weights)
+        weights.append(checkpoint(tmp_path / name)["model"])
+    for name, handler in handlers.items():
+        signal.signal(name, handler)
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name])
+
+
 @pytest.mark.parametrize("weighting, flips", [("simple", True), ("simple", False), ("vlb", True)])
 def test_first_step_is_made_of_its_seed(weighting, flips, pictures, tmp_path):
     """The first loss of a run, L_simple or (12), against one made by hand from (seed, step)."""
@@ -1541,6 +1569,152 @@ def test_export_finds_a_wrong_network(trained):
     assert export.largest_difference(folder / "model.onnx", network, 1000) > 1e-4
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """One network, which has learnt a little (at random weights 8 bits err more), as float32, as
+    float16 and with 8-bit integers; and what export.py said of each."""
+    folder = tmp_path_factory.mktemp("files")
+    settings = dict(image_size=8, in_channels=3, base_channels=16, channel_mults=(1, 2),
+                    num_res_blocks=1, attention_resolutions=(4,), dropout=0.0)  # fmt: skip
+    torch.manual_seed(0)
+    model, images = UNet(**settings), train.demo_pictures().float() / 127.5 - 1
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(200):
+        optimizer.zero_grad()
+        PAPER.loss(model, images[torch.randint(len(images), (32,))]).backward()
+        optimizer.step()
+    model.eval()
+    state = {
+        "config": {
+            "model": settings,
+            "diffusion": {"betas": PAPER.betas.tolist(), "variance": "small"},
+            "train": {"data": None},
+        },
+        "step": 7,
+        "ema": model.state_dict(),
+    }
+    torch.save(state, folder / "checkpoint.pt")
+    (folder / "pictures-x.u8").write_bytes(train.demo_pictures().numpy().tobytes())
+    said = {}
+    for kind, flags in (("float", []), ("half", ["--half"]), ("int8", ["--int8"])):
+        flags += ["--checkpoint", "checkpoint.pt", "--onnx", f"{kind}.onnx"]
+        said[kind] = python("export.py", *flags, cwd=folder)
+    assert len(list(folder.iterdir())) == 5
+    return folder, model, said
+
+
+def eps_of(path, x, t):
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(["eps"], {"x_t": x.numpy(), "t": t.numpy()})[0]
+
+
+def errors_said(said):
+    """The table that export.py prints: {t: error in %}."""
+    rows = [line.split() for line in said.splitlines() if line.startswith("  t ") or "%" in line]
+    return dict(zip(map(int, rows[-2][1:]), map(float, rows[-1][2:]), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["half", "int8"])
+def test_files_with_fewer_bits_keep_the_contract(kind, files):
+    folder, _, _ = files
+    exact, narrow = onnx.load(folder / "float.onnx"), onnx.load(folder / f"{kind}.onnx")
+    onnx.checker.check_model(narrow)
+    for one, other in (
+        (exact.graph.input, narrow.graph.input),
+        (exact.graph.output, narrow.graph.output),
+    ):
+        assert [(v.name, v.type) for v in one] == [(v.name, v.type) for v in other]
+    assert exact.metadata_props == narrow.metadata_props and len(narrow.metadata_props) == 5
+    assert [n.op_type for n in narrow.graph.node].count("GroupNormalization") == 0
+    for batch in (1, 2, 3):
+        eps = eps_of(folder / f"{kind}.onnx", randn(batch, 3, 8, 8), torch.full((batch,), 500))
+        assert eps.dtype == np.float32 and eps.shape == (batch, 3, 8, 8)
+
+
+@pytest.mark.parametrize("kind, most", [("half", 0.003), ("int8", 0.02)])
+def test_fewer_bits_err_as_little_as_promised(kind, most, files):
+    """Against torch, at x_t other than those that export.py measured; and it said the same."""
+    folder, model, said = files
+    errors, demo = errors_said(said[kind]), train.demo_pictures().float() / 127.5 - 1
+    assert set(errors) == {0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 999}
+    for t, its_error in errors.items():
+        times = torch.full((72,), t)
+        x_t = PAPER.q_sample(demo[::3], times, randn(72, 3, 8, 8))
+        with torch.no_grad():
+            expected = model(x_t, times).numpy()
+        eps = eps_of(folder / f"{kind}.onnx", x_t, times)
+        error = np.sqrt(np.square(eps - expected).mean() / np.square(expected).mean())
+        assert error < 1.2 * most and its_error < 100 * most
+        assert abs(100 * error - its_error) < 0.5 * its_error + 0.02
+
+
+def test_half_is_float16_but_where_that_costs_too_much(files):
+    graph = onnx.load(files[0] / "half.onnx").graph
+    types = {w.name.removeprefix("model."): w.data_type for w in graph.initializer}
+    half, single = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+    single_ones = {name for name in types if name.endswith("weight") and types[name] == single}
+    assert all(name.startswith(("conv_in.", "time.", "down.0.")) for name in single_ones), (
+        single_ones
+    )
+    assert types["up.0.conv1.weight"] == half and types["conv_in.weight"] == single
+    assert {"time.0.weight", "time.2.weight"} <= single_ones
+    for node in graph.node:
+        if node.op_type == "LayerNormalization":  # statistics in float32
+            assert all(a.i == 1 for a in node.attribute if a.name == "stash_type")
+    assert not {n.op_type for n in graph.node} & {"Shape", "Gather", "Slice"}
+
+
+def test_integers_are_used_from_a_t_on_and_not_below(files):
+    folder, model, said = files
+    first = int(said["int8"].split("float32 below t = ")[1].split(",")[0])
+    choice = next(n for n in onnx.load(folder / "int8.onnx").graph.node if n.op_type == "If")
+    branches = {a.name: a.g for a in choice.attribute}
+    float32, int8 = branches["then_branch"], branches["else_branch"]
+    assert not any(n.op_type == "QuantizeLinear" for n in float32.node)
+    made = {w.name: w for w in int8.initializer}
+    quantized = {n.input[0] for n in int8.node if n.op_type == "DequantizeLinear"} & set(made)
+    weights = {name for name in quantized if made[name].data_type == onnx.TensorProto.INT8}
+    convolutions = [n for n in int8.node if n.op_type == "Conv"]
+    kept = [n.input[1] for n in convolutions if n.input[1] in made]
+    assert len(weights) >= 8 and kept  # the first, the last, the first block, the shortcuts
+    for name in kept:
+        assert name.startswith(("conv_in", "conv_out", "down.0.")) or "shortcut" in name
+    # a scale for each output channel
+    name = next(name for name in weights if name.startswith("up.0.conv1."))
+    scale = next(n.input[1] for n in int8.node if n.input and n.input[0] == name)
+    assert list(made[scale].dims) == [32]
+
+    x = randn(2, 3, 8, 8)
+    for t, precise in (([first, first], False), ([first - 1, 999], True), ([0, 0], True)):
+        t = torch.tensor(t)
+        if t.min() < 0:
+            continue
+        with torch.no_grad():
+            difference = np.abs(eps_of(folder / "int8.onnx", x, t) - model(x, t).numpy()).max()
+        assert (difference < 1e-5) == precise
+
+
+def test_integers_that_err_too_much_are_refused(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "NARROW_TOLERANCE", 1e-6)
+    trained = export.load(files[0] / "checkpoint.pt")
+    with pytest.raises(ValueError, match=r"8-bit integers err by .*% of eps at t = 999"):
+        export.write_onnx(trained, tmp_path / "model.onnx", export.write_int8)
+    with pytest.raises(ValueError, match="float16 is not enough"):
+        export.write_onnx(trained, tmp_path / "model.onnx", export.write_half)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind, most", [("half", 1), ("int8", 8)])
+def test_fewer_bits_draw_the_same_pictures(kind, most, files):
+    pictures = []
+    for name in ("float", kind):
+        flags = ["--onnx", f"{name}.onnx", "-n", 4, "--steps", 50, "--dir", f"of-{name}"]
+        python("sample.py", *flags, cwd=files[0])
+        paths = sorted((files[0] / f"of-{name}").iterdir())
+        pictures.append(np.stack([np.asarray(Image.open(path), float) for path in paths]))
+    assert 0 < np.abs(pictures[0] - pictures[1]).mean() + (kind == "half") < most + 1
+
+
 def test_export_without_a_whole_checkpoint_is_one_line(trained, tmp_path):
     assert "python train.py makes one" in python("export.py", cwd=tmp_path, code=1)
     said = python("export.py", "--onnx", "checkpoint.pt", cwd=tmp_path, code=2)
@@ -2014,6 +2188,29 @@ def test_noise_is_standard_normal():
     assert first.dtype == np.float32 and not np.array_equal(first, second)
     assert abs(first.mean()) < 0.05 and abs(first.std() - 1) < 0.05
     assert np.abs(np.corrcoef(first.reshape(100, -1)) - np.eye(100)).max() < 0.6
+
+
+def test_noise_drawn_ahead_is_the_same_noise():
+    one, other = sample.noise_of(3, 5, (2, 1, 4, 4)), sample.noise_of(3, 5, (2, 1, 4, 4))
+    other = sample.ahead(other)
+    for _ in range(5):
+        assert np.array_equal(one(), other())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["float", "half"])
+def test_all_of_the_network_runs_on_cuda(kind, files):
+    ort.preload_dlls()
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    session = ort.InferenceSession(
+        files[0] / f"{kind}.onnx", options, [("CUDAExecutionProvider", {"use_tf32": "0"})]
+    )
+    assert session.get_providers()[0] == "CUDAExecutionProvider"
+    x, t = randn(3, 3, 8, 8), torch.tensor([0, 500, 999])
+    (eps,) = session.run(["eps"], {"x_t": x.numpy(), "t": t.numpy()})
+    with torch.no_grad():
+        assert np.abs(eps - files[1](x, t).numpy()).max() < (1e-4 if kind == "float" else 0.01)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")

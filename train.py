@@ -27,6 +27,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
@@ -300,6 +301,11 @@ def has_bfloat16(device):
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
+def is_worth_compiling(device, steps):
+    """On CUDA, where it takes Triton and a minute or more, which a short run would not win back."""
+    return device.type == "cuda" and steps >= 5000 and find_spec("triton") is not None
+
+
 def save_grid(x, path):
     """Pictures (B, C, H, W) in [-1, 1] as one PNG, in rows as long as there are rows, enlarged."""
     x = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
@@ -401,6 +407,7 @@ def arguments():
         "float32 (TF32 on CUDA) where bfloat16 would be used",
         action="store_true",
     )
+    flag("--no-compile", False, "torch's kernels as they are, on CUDA too", action="store_true")
     flag("--preview-every", None, "steps [so that it takes under 5 %% of the time]", type=int)
     flag("--restart", False, "move the run in --out aside, and begin anew", action="store_true")
     flag("--save-minutes", 5.0, "minutes between checkpoints", type=float)
@@ -650,6 +657,8 @@ def main():
     network = model
     if WORLD > 1:
         network = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    if not args.no_compile and is_worth_compiling(device, args.steps - start):
+        network = torch.compile(network)
 
     def save(step):
         state = {
