@@ -86,7 +86,7 @@ class Diffusion:
             raise ValueError(f'variance must be "large" or "small", not {variance!r}')
         self.T = len(betas)
         self.variance = variance
-        self.betas = betas
+        self.betas = betas  # of q(x_t | x_t-1) = N(sqrt(1 - beta_t) x_t-1, beta_t I) (2)
         self.alphas = 1 - betas
         self.alphas_bar = self.alphas.cumprod(0)
         self.alphas_bar_prev = torch.cat([betas.new_ones(1), self.alphas_bar[:-1]])
@@ -133,7 +133,9 @@ class Diffusion:
         eps = model(self.q_sample(x0, t, noise), t)
         error = (noise - eps.float()).square().mean((1, 2, 3))
         if weighting == "vlb":
-            weights = self.betas**2 / (2 * self.sigma2 * self.alphas * (1 - self.alphas_bar))
+            weights = self.betas**2 / (
+                2 * self.sigma2 * self.alphas * (1 - self.alphas_bar)
+            )  # (12)
             error = error * _at(weights, t).flatten()
         elif weighting != "simple":
             raise ValueError(f'weighting must be "simple" or "vlb", not {weighting!r}')
@@ -161,14 +163,14 @@ class Diffusion:
             sigma2 = _at(self.sigma2, t)
             if i == 0:
                 term = -discretized_log_likelihood(x0, mean_hat, sigma2.sqrt())
-            else:  # KL of two Gaussians
+            else:  # KL of two Gaussians: (8), and what is constant in it
                 ratio = variance / sigma2
                 term = (ratio - 1 - ratio.log() + (mean - mean_hat) ** 2 / sigma2) / 2
             L_t.append(term.double().mean((1, 2, 3)) / math.log(2))
             mse.append((x0_hat - x0).double().square().mean((1, 2, 3)))
         L_T = L_T.mean((1, 2, 3)) / math.log(2)
         L_t, mse = torch.stack(L_t, 1), torch.stack(mse, 1)
-        return Bound(L_T, L_t, L_T + L_t.sum(1), mse)
+        return Bound(L_T, L_t, L_T + L_t.sum(1), mse)  # (5)
 
     # ------------------------------------------------------------------------ sampling, Algorithm 2
 
@@ -222,7 +224,7 @@ class Diffusion:
             if i == 0:  # no noise in the last step: its mean is x0_hat itself
                 return
             if eta is None:
-                mean, _ = chain.q_posterior(x0, x, t)
+                mean, _ = chain.q_posterior(x0, x, t)  # (11), if x0 were not clipped
                 sigma = _at(chain.sigma2.sqrt(), t)
             else:
                 abar, abar_prev = chain.alphas_bar, chain.alphas_bar_prev

@@ -9,6 +9,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -1225,13 +1226,42 @@ def test_interrupted_eval_tells_of_what_it_has(trained, pictures, tmp_path):
     assert "Traceback" not in rest and not list(tmp_path.iterdir())
 
 
-def test_plot_draws_its_curve(tmp_path):
-    train.save_plot(tmp_path / "p.png", [0, 1, 2], [0, 10, 20], "x", "y")
+@pytest.mark.parametrize("log", ["", "x", "y", "xy"])
+def test_plot_draws_its_curves(log, tmp_path):
+    x = [1, 2, 4, 8]
+    y = {"": x, "x": [0, 1, 2, 3], "y": [1, 2, 8, 128], "xy": [1, 8, 64, 512]}[log]  # a line in all
+    flat = [y[2]] * 4
+    train.save_plot(tmp_path / "p.png", {"rises": (x, y), "flat": (x, flat)}, "x", "y", log)
     pixels = np.asarray(Image.open(tmp_path / "p.png")).astype(int)
-    blue = (pixels[..., 2] - pixels[..., 0]) > 100
-    rows, columns = np.nonzero(blue)
+    assert pixels.shape == (440, 640, 3)
+    blue = np.nonzero(pixels[..., 2] - pixels[..., 0] > 100)
+    rows, columns = (part[blue[0] > 60] for part in blue)  # below the names
     assert np.corrcoef(rows, columns)[0, 1] < -0.99  # a line that rises
-    assert columns.min() < 90 and columns.max() > 600 and rows.min() < 30 and rows.max() > 360
+    assert columns.min() < (90 if "x" in log or log == "xy" else 150) and rows.max() > 300
+    red = np.nonzero(pixels[..., 0] - pixels[..., 2] > 100)[0]
+    assert np.ptp(red[red > 90]) < 5
+
+
+def test_ticks_are_round_and_few():
+    assert train.ticks(0, 1000, False) == [0, 200, 400, 600, 800, 1000]
+    assert train.ticks(0, 0.31, False) == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert train.ticks(0, 1, False) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert train.ticks(0.03, 1.1, True) == pytest.approx([0.05, 0.1, 0.2, 0.5, 1])
+    assert train.ticks(3e-5, 2e3, True) == pytest.approx([10.0**k for k in range(-4, 4)])
+
+
+def test_training_leaves_its_loss_as_a_curve(tmp_path):
+    log = tmp_path / "log.csv"
+    rows = [f"{k + 1},{2.0 if k < 500 else 0.5},1,1" for k in range(1000)]
+    log.write_text("\n".join(["step,loss,grad_norm,lr", *rows]) + "\n")
+    train.save_loss_plot(log, tmp_path / "loss.png")
+    pixels = np.asarray(Image.open(tmp_path / "loss.png")).astype(int)
+    rows, columns = np.nonzero(pixels[..., 2] - pixels[..., 0] > 100)
+    middle = (columns.min() + columns.max()) / 2
+    assert rows[columns < middle - 5].max() < rows[columns > middle + 5].min()  # 2, then 0.5
+    log.write_text("step,loss,grad_norm,lr\n1,0.9,1,1\n")
+    train.save_loss_plot(log, tmp_path / "one.png")
+    assert not (tmp_path / "one.png").exists()  # of a single step there is no curve
 
 
 def test_another_run_is_not_overwritten(trained, pictures):
@@ -2265,6 +2295,85 @@ def test_help_has_an_example_and_the_defaults(program, default, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------- demo
+
+
+README = (HERE / "README.md").read_text()
+
+
+def blocks(language):
+    """The code blocks of the README."""
+    return [part.split("\n", 1)[1] for part in README.split("```")[1::2]
+            if part.split("\n")[0] == language]  # fmt: skip
+
+
+def test_readme_quotes_the_code_as_it_is():
+    sources = [
+        [line.strip() for line in (HERE / name).read_text().splitlines()]
+        for name in ("ddpm.py", "train.py")
+    ]
+    method = README.split("## The method")[1].split("\n## ")[0]
+    quotes = [block for block in blocks("python") if block in method]
+    assert len(quotes) >= 9
+    for quote in quotes:
+        for part in quote.strip().split("\n...\n"):
+            lines = [line.strip() for line in part.splitlines()]
+            assert any(
+                lines == source[k : k + len(lines)]
+                for source in sources
+                for k in range(len(source))
+            ), part
+
+
+def test_readme_and_code_have_the_same_equation_numbers():
+    """Each numbered equation is in the code, with its number, and the quote after it has it too."""
+    numbers = re.findall(r"\\tag\{(\d+)\}", README)
+    code = (HERE / "ddpm.py").read_text()
+    assert sorted(map(int, numbers)) == [2, 4, 5, 6, 7, 8, 11, 12, 13, 14]
+    quoted = "".join(blocks("python"))
+    for number in numbers:
+        assert re.search(rf"\({number}\)", code) and re.search(rf"\({number}\)", quoted), number
+    assert set(re.findall(r"[ (]\((\d\d?)\)", code)) <= set(numbers)
+
+
+def test_readme_loop_is_the_sampler(trained, tmp_path, monkeypatch):
+    """The loop to paste: the pictures of sample.py from the same noise; and of few lines."""
+    (code,) = (block for block in blocks("python") if "InferenceSession" in block)
+    assert len(code.splitlines()) <= 20
+    shutil.copy(trained[0] / "model.onnx", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    random = np.random.default_rng(0)
+    network = sample.Network("model.onnx", 16, "cpu")
+    shape = network.shape
+    chain = sample.sample_progressive(
+        network, lambda: random.standard_normal(shape, np.float32), network.betas
+    )
+    for _, _, x0 in chain:
+        last = x0
+    pixels = sample.to_pixels(last).transpose(0, 3, 1, 2).astype(int)
+    assert names["pixels"].shape == shape and names["pixels"].std() > 10
+    assert np.abs(names["pixels"] - pixels).max() <= 1
+
+
+def test_readme_names_flags_and_files_that_exist():
+    helps = {
+        name: python(name, "--help", cwd=HERE) for name in ("train.py", "export.py", "sample.py")
+    }
+    commands = [line for block in blocks("") for line in re.split(r"\n(?! )|&&", block)]
+    seen = set()
+    for command in commands:
+        for name, its_help in helps.items():
+            if name in command:
+                seen.add(name)
+                flags = re.findall(r"(?<= )--?[a-z][a-z-]*", command.split(name)[1])
+                assert all(re.search(rf"{flag}\b", its_help) for flag in flags), command
+    assert seen == set(helps)
+    for link in re.findall(r"(?:\]\(|src=\")([^)#\"]+)", README):
+        assert link.startswith("https://") or (HERE / link).is_file(), link
+    titles = re.findall(r"^#+ (.*)", README, re.MULTILINE)
+    anchors = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors
 
 
 def right_demo_pictures(folder):

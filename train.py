@@ -8,7 +8,8 @@
     torchrun --standalone --nproc_per_node=4 train.py --data ./images   # on four GPUs
 
 The same command run again goes on where it stopped. Beside the checkpoint it leaves log.csv (a row
-a step) and preview-STEP.png: samples of the averaged (EMA) network, always from the same noise.
+a step), loss.png and preview-STEP.png: samples of the averaged (EMA) network, always from the same
+noise.
 """
 
 import argparse
@@ -284,7 +285,11 @@ def ema_decay(step, decay):
 
 @torch.no_grad()
 def update_ema(averages, parameters, step, decay):
-    """averages = d averages + (1 - d) parameters, in place; the U-Net has no buffers."""
+    """averages = d averages + (1 - d) parameters, in place; the U-Net has no buffers.
+
+    Pictures are drawn with the averages: for CIFAR-10 that is FID 3.2 where others measured 8 to 12
+    with the parameters themselves.
+    """
     torch._foreach_lerp_(averages, parameters, 1 - ema_decay(step, decay))
 
 
@@ -318,33 +323,68 @@ def save_grid(x, path):
     image.save(path, "PNG")
 
 
-def save_plot(path, x, y, x_label, y_label):
-    """A curve over axes that start at 0, as a PNG of 640 x 440 pixels."""
+def ticks(low, high, logarithmic):
+    """Some round numbers from low to high."""
+    if logarithmic:
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        steps = (1, 2, 5) if len(powers) < 4 else (1,)
+        return [k * 10.0**p for p in powers for k in steps if low <= k * 10.0**p <= high]
+    step = 10 ** math.floor(math.log10((high - low) / 5))
+    step *= next(k for k in (1, 2, 5, 10) if (high - low) / (k * step) <= 6)
+    return [k * step for k in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
+
+
+def save_plot(path, curves, x_label, y_label, log=""):
+    """Curves, {name: (x, y)}, as a PNG of 640 x 440 pixels.
+
+    log: the axes that are logarithmic, "", "x", "y" or "xy"; the others begin at 0.
+    """
     width, height, font = 1280, 880, ImageFont.load_default(32)  # drawn at twice the size
     left, top, right, bottom = 160, 40, width - 60, height - 130
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)
+    ranges = {}
+    for i, axis in enumerate("xy"):
+        values = [float(v) for curve in curves.values() for v in curve[i]]
+        ranges[axis] = (min(values) if axis in log else 0.0, max(values))
 
-    def ticks(highest):  # about five, at round numbers
-        step = 10 ** math.floor(math.log10(highest / 5))
-        step *= next(k for k in (1, 2, 5, 10) if highest / (k * step) <= 6)
-        return [k * step for k in range(int(highest / step) + 1)]
+    def share(axis, value):  # of the length of the axis
+        low, high = ranges[axis]
+        if axis in log:
+            low, high, value = math.log(low), math.log(high), math.log(value)
+        return (value - low) / ((high - low) or 1)
 
-    def place(a, b):
-        return left + a / max(x) * (right - left), bottom - b / max(y) * (bottom - top)
+    def place(x, y):
+        return left + share("x", x) * (right - left), bottom - share("y", y) * (bottom - top)
 
-    for a in ticks(max(x)):
-        draw.line([place(a, 0), place(a, max(y))], "#dddddd", 2)
-        draw.text((place(a, 0)[0], bottom + 14), f"{a:.4g}", "black", font, "ma")
-    for b in ticks(max(y)):
-        draw.line([place(0, b), place(max(x), b)], "#dddddd", 2)
-        draw.text((left - 14, place(0, b)[1]), f"{b:.4g}", "black", font, "rm")
-    draw.line([place(a, b) for a, b in zip(x, y, strict=True)], "#265fdc", 5, "curve")
+    (x_low, x_high), (y_low, y_high) = ranges.values()
+    for x in ticks(x_low, x_high, "x" in log):
+        draw.line([place(x, y_low), place(x, y_high)], "#dddddd", 2)
+        draw.text((place(x, y_low)[0], bottom + 14), f"{x:g}", "black", font, "ma")
+    for y in ticks(y_low, y_high, "y" in log):
+        draw.line([place(x_low, y), place(x_high, y)], "#dddddd", 2)
+        draw.text((left - 14, place(x_low, y)[1]), f"{y:g}", "black", font, "rm")
+    colours = "#265fdc", "#d1495b", "#2a8a4a", "#8a5a00"
+    for k, ((name, (xs, ys)), colour) in enumerate(zip(curves.items(), colours, strict=False)):
+        draw.line([place(x, y) for x, y in zip(xs, ys, strict=True)], colour, 5, "curve")
+        draw.text((right - 20, top + 12 + 44 * k), name, colour, font, "ra")
     draw.text(((left + right) / 2, height - 20), x_label, "black", font, "md")
     upright = Image.new("L", (bottom - top, 50))
     ImageDraw.Draw(upright).text((upright.width / 2, 4), y_label, 255, font, "ma")
     image.paste("black", (10, top), upright.rotate(90, expand=True))
     image.reduce(2).save(path, "PNG")
+
+
+def save_loss_plot(log, path):
+    """The loss of each step in log.csv, averaged in 200 stretches, as a curve."""
+    with open(log) as file:
+        rows = [row.split(",") for row in file.readlines()[1:]]
+    length = math.ceil(len(rows) / 200)
+    parts = [rows[k : k + length] for k in range(0, len(rows), length)]
+    steps = [int(part[-1][0]) for part in parts]
+    means = [sum(float(row[1]) for row in part) / len(part) for part in parts]
+    if len(parts) > 1 and min(means) > 0:
+        save_whole(path, lambda path: save_plot(path, {"": (steps, means)}, "step", "loss", "y"))
 
 
 def save_whole(path, write):
@@ -490,7 +530,7 @@ def load(path):
 
 def evaluate(args):
     """The bound on the pictures, printed, and the rate-distortion curve (Figure 5) as two files."""
-    model, diffusion, settings, step, _ = args.trained
+    model, diffusion, settings, step, *_ = args.trained
     shape = (settings["in_channels"], *2 * [settings["image_size"]])
     if (args.channels, args.image_size) != shape[:2]:
         fail(f"{args.eval} is for pictures of {'x'.join(map(str, shape))}")
@@ -548,8 +588,9 @@ def evaluate(args):
             csv.writer(file).writerows([("t", "L_t", "rate", "rmse"), *rows])
 
     save_whole(folder / "rate-distortion.csv", write)
-    curve = rate.tolist(), rmse.tolist(), "rate, bits per dimension", "RMSE of x0_hat, of 255"
-    save_whole(folder / "rate-distortion.png", lambda path: save_plot(path, *curve))
+    curve = {"": (rate.tolist(), rmse.tolist())}
+    labels = "rate, bits per dimension", "RMSE of x0_hat, of 255"
+    save_whole(folder / "rate-distortion.png", lambda path: save_plot(path, curve, *labels))
     print(f"the curve: {folder / 'rate-distortion.csv'} and .png")
 
 
@@ -677,6 +718,8 @@ def main():
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             x0 = diffusion.sample(ema, shape, steps, 0.0, noise, device=device)
         save_whole(out / f"preview-{step:07d}.png", lambda path: save_grid(x0, path))
+        log.flush()
+        save_loss_plot(log.name, out / "loss.png")
 
     # A forward pass is a third of a training step, so a preview is as long as this many steps:
     preview_cost = PREVIEW * PREVIEW_STEPS / (3 * args.batch)

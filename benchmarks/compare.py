@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
@@ -61,7 +62,7 @@ def clock(step):
     return time.perf_counter() - began
 
 
-def in_turn(steps, rounds, warm_up=2):
+def in_turn(steps, rounds, warm_up=5):
     """name -> median seconds of each of the calls, of rounds in which each has its turn.
 
     The pause lets the threads of the one before go to sleep: ONNX Runtime's spin for a while.
@@ -276,36 +277,66 @@ def training_table(folder, batch, rounds, floor):
     )
 
 
-def network_table(model, path, rounds, floor):
+def torch_step(network, *args):
+    def step():
+        with torch.no_grad():
+            network(*args)
+
+    return step
+
+
+def on_cuda(path, x, t, **options):
+    """The file on ONNX Runtime CUDA, all at fixed places on the device: a function that runs it."""
+    options = {"cudnn_conv_algo_search": "HEURISTIC"} | {k: str(v) for k, v in options.items()}
+    session = ort.InferenceSession(path, None, [("CUDAExecutionProvider", options)])
+    binding = session.io_binding()
+    binding.bind_ortvalue_input("x_t", ort.OrtValue.ortvalue_from_numpy(x, "cuda", 0))
+    binding.bind_ortvalue_input("t", ort.OrtValue.ortvalue_from_numpy(t, "cuda", 0))
+    eps = ort.OrtValue.ortvalue_from_shape_and_type(x.shape, np.float32, "cuda", 0)
+    binding.bind_ortvalue_output("eps", eps)
+    return lambda: session.run_with_iobinding(binding)
+
+
+def network_table(model, paths, rounds, floor):
+    """paths: of the exported network, "float32" and "half" or "int8"."""
     from diffusers import UNet2DModel
 
     theirs = UNet2DModel(**CIFAR).to(DEVICE).eval()
     model = copy.deepcopy(model).to(DEVICE)
     rows = []
-    for batch in (16, 1):
-        network = sample.Network(path, batch)
+    for batch in (64, 1) if DEVICE.type == "cuda" else (16, 1):
         x, t = torch.randn(batch, 3, 32, 32), torch.full((batch,), 500)
         on_device = x.to(DEVICE), t.to(DEVICE)
         x, t = x.numpy(), t.numpy()
-
-        def torch_step(of, args=on_device):
-            with torch.no_grad():
-                of(*args)
-
-        seconds = in_turn(
-            {
-                "ONNX Runtime": lambda network=network, x=x, t=t: network(x, t),
-                "torch, ours": lambda step=torch_step: step(model),
-                "torch, diffusers": lambda step=torch_step: step(theirs),
-            },
-            rounds,
-        )
+        steps = {
+            "torch, ours": torch_step(model, *on_device),
+            "torch, diffusers": torch_step(theirs, *on_device),
+        }
+        if DEVICE.type == "cuda":
+            half = copy.deepcopy(model).to(torch.bfloat16, memory_format=torch.channels_last)
+            half.time.float().register_forward_hook(lambda module, args, y: y.bfloat16())
+            x_half = on_device[0].to(torch.bfloat16, memory_format=torch.channels_last)
+            steps["torch.compile, float32"] = torch_step(torch.compile(model), *on_device)
+            steps["torch.compile, bfloat16"] = torch_step(torch.compile(half), x_half, on_device[1])
+            for name, path, tf32 in (
+                ("float32", paths["float32"], 0),
+                ("TF32", paths["float32"], 1),
+                ("float16", paths["half"], 1),
+            ):
+                for graph in (0, 1):
+                    label = f"ONNX Runtime CUDA, {name}{', graph' * graph}"
+                    steps[label] = on_cuda(path, x, t, use_tf32=tf32, enable_cuda_graph=graph)
+        else:
+            for name, path in paths.items():
+                network = sample.Network(path, batch, "cpu")
+                steps[f"ONNX Runtime, {name}"] = lambda n=network, x=x, t=t: n(x, t)
+        seconds = in_turn(steps, rounds)
         for name, s in seconds.items():
             rows.append([
-                f"{name}, batch {batch}", f"{1000 * s / batch:.1f}",
+                f"{name}, batch {batch}", f"{1000 * s / batch:.3g}",
                 f"{s / seconds['torch, diffusers']:.2f}", f"{s / batch / floor:.2f}",
             ])  # fmt: skip
-    head = ["one eps in float32", "ms a picture", "of diffusers", "of the float32 floor"]
+    head = ["one eps", "ms a picture", "of diffusers", "of the float32 floor"]
     return table(head, rows)
 
 
@@ -319,7 +350,7 @@ def loop_line(path, batch=16, steps=6):
         inside.append(time.perf_counter() - began)
         return eps
 
-    noise = sample.noise_of(0, 0, network.shape)
+    noise = sample.ahead(sample.noise_of(0, 0, network.shape))
     whole = []
     for _ in range(3):
         inside.clear()
@@ -432,11 +463,19 @@ def main():
 
         torch.manual_seed(0)
         model = UNet().eval()
-        path = Path(temporary) / "model.onnx"
+        kinds = "float32", "half" if DEVICE.type == "cuda" else "int8"
+        paths = {kind: Path(temporary) / f"{kind}.onnx" for kind in kinds}
         settings = {"in_channels": 3, "image_size": 32}
         with contextlib.redirect_stdout(io.StringIO()):
             trained = export.Trained(model, Diffusion(linear_betas()), settings, 0, "random")
-            export.write_onnx(trained, path)
+            export.write_onnx(trained, paths["float32"])
+            export.NARROW_TOLERANCE = (
+                1e9  # at random weights nothing is small; the time is the same
+            )
+            if DEVICE.type == "cuda":
+                export.write_onnx(trained, paths["half"], export.write_half)
+            else:
+                export.write_onnx(trained, paths["int8"], export.write_int8)
         forward = flops(model)
         rates = {dtype: matmul_flops(dtype) for dtype in (torch.float32, torch.bfloat16)}
         floors = {dtype: forward / rate for dtype, rate in rates.items()}
@@ -449,8 +488,8 @@ def main():
             f"{1000 * floors[torch.float32]:.1f} and {1000 * floors[torch.bfloat16]:.1f} ms a "
             "picture, three times as much for a training step.\n",
             training_table(folder, args.batch, args.rounds, 3 * floors[torch.bfloat16]),
-            network_table(model, path, args.rounds, floors[torch.float32]),
-            loop_line(path),
+            network_table(model, paths, args.rounds, floors[torch.float32]),
+            loop_line(paths["float32"]),
             start_line(folder),
             growth_table(args.rounds),
         ]
