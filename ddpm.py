@@ -133,9 +133,8 @@ class Diffusion:
         eps = model(self.q_sample(x0, t, noise), t)
         error = (noise - eps.float()).square().mean((1, 2, 3))
         if weighting == "vlb":
-            weights = self.betas**2 / (
-                2 * self.sigma2 * self.alphas * (1 - self.alphas_bar)
-            )  # (12)
+            # (12):
+            weights = self.betas**2 / (2 * self.sigma2 * self.alphas * (1 - self.alphas_bar))
             error = error * _at(weights, t).flatten()
         elif weighting != "simple":
             raise ValueError(f'weighting must be "simple" or "vlb", not {weighting!r}')

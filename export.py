@@ -139,9 +139,9 @@ class Half(torch.nn.Module):
 def with_int8(path, chain):
     """The network in a file with 8-bit integers in most of its layers, as an onnx.ModelProto.
 
-    chain: [(x_t, t)], what the sampler shows the network, by which the ranges of the activations
-    are chosen. The first and the last layer, the first block and the shortcuts stay float32: they
-    cost little time, and cause most of the error. Integers are unsigned for activations, and for
+    chain: [(x_t, t)], what the network is shown, by which the ranges of the activations are chosen.
+    The first and the last layer, the first block and the shortcuts stay float32: they cost little
+    time, and cause most of the error. Integers are unsigned for activations, and for
     weights signed, with a scale for each output channel.
     """
     proto = onnx.load(path)
@@ -580,15 +580,17 @@ def relative_errors(path, exact, diffusion, x0, times=TIMES):
     return errors
 
 
-def share_of_time(path, x, t, other):
-    """Median time of the file's eps at x and t over that at x and the other t, taking turns."""
-    session, seconds = ort.InferenceSession(path, providers=["CPUExecutionProvider"]), ([], [])
-    for _ in range(6):
-        for own, i in zip(seconds, (t, other), strict=True):
+def share_of_time(path, exact, x, t):
+    """Median time of a file's eps at x and t over that of another file, taking turns."""
+    feed = {"x_t": x.numpy(), "t": t.numpy()}
+    files = {p: ort.InferenceSession(p, providers=["CPUExecutionProvider"]) for p in (path, exact)}
+    seconds = {p: [] for p in files}
+    for _ in range(9):
+        for p, session in files.items():
             began = time.perf_counter()
-            session.run(["eps"], {"x_t": x, "t": np.full(len(x), i)})
-            own.append(time.perf_counter() - began)
-    return np.median(seconds[0][1:]) / np.median(seconds[1][1:])
+            session.run(["eps"], feed)
+            seconds[p].append(time.perf_counter() - began)
+    return np.median(seconds[path][4:]) / np.median(seconds[exact][4:])  # the first ones are slow
 
 
 def write_half(trained, path, exact):
@@ -620,10 +622,10 @@ def write_int8(trained, path, exact):
         else:
             bad = t
     save(choose(precise, quick, first), trained, path)
-    share = share_of_time(path, chain[0][0].numpy(), diffusion.T - 1, 0) if first else 1.0
+    x_t, t = max(chain, key=lambda seen: seen[1][0])
     return [
-        f"float32 below t = {first}, 8-bit integers from there on, "
-        f"where an eps takes {share:.2f} of the time here",
+        f"float32 below t = {first}, 8-bit integers from there on, where an eps takes "
+        f"{share_of_time(path, exact, x_t, t):.2f} of the time here",
         *table_of(relative_errors(path, exact, diffusion, x0)),
     ]
 
@@ -652,10 +654,10 @@ def write_onnx(trained, path, write=None):
             f"largest difference from torch {worst:.1e}, at batch 1, 2, 3 and t = 0, 1, T/2, T-1"
         ]
         if write is None:
-            exact.rename(temporary)
+            os.replace(exact, path)
         else:
             said = write(trained, temporary, exact)
-        os.replace(temporary, path)
+            os.replace(temporary, path)
     finally:
         exact.unlink(missing_ok=True)
         temporary.unlink(missing_ok=True)
@@ -667,7 +669,9 @@ def write_onnx(trained, path, write=None):
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage="python export.py [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(

@@ -263,7 +263,9 @@ def save_image(path, image, **kwargs):
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage="python sample.py --onnx model.onnx [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
     def flag(*names, default=None, help="", **kwargs):

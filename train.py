@@ -327,7 +327,7 @@ def ticks(low, high, logarithmic):
     """Some round numbers from low to high."""
     if logarithmic:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        steps = (1, 2, 5) if len(powers) < 4 else (1,)
+        steps = (1, 2, 5) if len(powers) < 5 else (1,)
         return [k * 10.0**p for p in powers for k in steps if low <= k * 10.0**p <= high]
     step = 10 ** math.floor(math.log10((high - low) / 5))
     step *= next(k for k in (1, 2, 5, 10) if (high - low) / (k * step) <= 6)
@@ -340,7 +340,7 @@ def save_plot(path, curves, x_label, y_label, log=""):
     log: the axes that are logarithmic, "", "x", "y" or "xy"; the others begin at 0.
     """
     width, height, font = 1280, 880, ImageFont.load_default(32)  # drawn at twice the size
-    left, top, right, bottom = 160, 40, width - 60, height - 130
+    left, top, right, bottom = 200, 40, width - 60, height - 130
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)
     ranges = {}
@@ -402,6 +402,7 @@ def save_whole(path, write):
 
 def arguments():
     parser = argparse.ArgumentParser(
+        usage="python train.py --data ./images [options]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
