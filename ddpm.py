@@ -103,7 +103,7 @@ class Diffusion:
         return _at(self.alphas_bar.sqrt(), t) * x0 + _at((1 - self.alphas_bar).sqrt(), t) * noise
 
     def predict_x0(self, x_t, t, eps):
-        """(4) solved for x_0: the picture that x_t would come from if its noise were eps."""
+        """(15): (4) solved for x_0, the picture that x_t would come from if its noise were eps."""
         return (x_t - _at((1 - self.alphas_bar).sqrt(), t) * eps) / _at(self.alphas_bar.sqrt(), t)
 
     def q_posterior(self, x0, x_t, t):

@@ -2329,7 +2329,7 @@ def test_readme_and_code_have_the_same_equation_numbers():
     """Each numbered equation is in the code, with its number, and the quote after it has it too."""
     numbers = re.findall(r"\\tag\{(\d+)\}", README)
     code = (HERE / "ddpm.py").read_text()
-    assert sorted(map(int, numbers)) == [2, 4, 5, 6, 7, 8, 11, 12, 13, 14]
+    assert sorted(map(int, numbers)) == [2, 4, 5, 6, 7, 8, 11, 12, 13, 14, 15]
     quoted = "".join(blocks("python"))
     for number in numbers:
         assert re.search(rf"\({number}\)", code) and re.search(rf"\({number}\)", quoted), number

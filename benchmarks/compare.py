@@ -479,6 +479,8 @@ def main():
         forward = flops(model)
         rates = {dtype: matmul_flops(dtype) for dtype in (torch.float32, torch.bfloat16)}
         floors = {dtype: forward / rate for dtype, rate in rates.items()}
+        # First of all, while memory is whole: later, integers take a fifth longer in this process.
+        networks = network_table(model, paths, args.rounds, floors[torch.float32])
         parts = [
             "# Side by side\n",
             f"`python benchmarks/compare.py`, {time.strftime('%Y-%m-%d')}: {machine()}.\n",
@@ -488,7 +490,7 @@ def main():
             f"{1000 * floors[torch.float32]:.1f} and {1000 * floors[torch.bfloat16]:.1f} ms a "
             "picture, three times as much for a training step.\n",
             training_table(folder, args.batch, args.rounds, 3 * floors[torch.bfloat16]),
-            network_table(model, paths, args.rounds, floors[torch.float32]),
+            networks,
             loop_line(paths["float32"]),
             start_line(folder),
             growth_table(args.rounds),
