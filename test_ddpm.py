@@ -2377,6 +2377,21 @@ def test_readme_names_flags_and_files_that_exist():
     assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors
 
 
+def test_figures_are_made_of_a_run(trained, pictures, tmp_path):
+    flags = ["--run", trained[0] / "run", "--data", pictures, "--out", tmp_path / "docs"]
+    python(HERE / "docs" / "make_figures.py", *flags, cwd=tmp_path)
+    names = ["bound-by-t", "forward", "loss-by-t", "rate-distortion", "schedule", "steps", "strip"]
+    made = sorted((tmp_path / "docs").iterdir())
+    assert [p.name for p in made] == sorted([*(f"{name}.png" for name in names), "reverse.gif"])
+    for path in made:
+        with Image.open(path) as image:
+            assert np.asarray(image.convert("L")).std() > 10
+            assert image.width >= 400 or path.suffix == ".gif"
+    with Image.open(tmp_path / "docs" / "reverse.gif") as gif:
+        assert gif.n_frames == sample.FRAMES + 2 and gif.info["loop"] == 0
+    assert all(f"docs/{path.name}" in README for path in made)
+
+
 # --------------------------------------------------------------------------------------------- demo
 
 

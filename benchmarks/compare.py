@@ -479,7 +479,6 @@ def main():
         forward = flops(model)
         rates = {dtype: matmul_flops(dtype) for dtype in (torch.float32, torch.bfloat16)}
         floors = {dtype: forward / rate for dtype, rate in rates.items()}
-        # First of all, while memory is whole: later, integers take a fifth longer in this process.
         networks = network_table(model, paths, args.rounds, floors[torch.float32])
         parts = [
             "# Side by side\n",
