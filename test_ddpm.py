@@ -4,6 +4,7 @@ pytest                # under three minutes on two cores
 pytest -m slow        # the built-in demo, trained in full and judged: some minutes
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -1014,7 +1015,7 @@ def test_three_commands_from_folder_to_pictures(trained):
     assert "on the CPU" in sample_said or "on CUDA" in sample_said
     assert {p.name for p in folder.iterdir()} == {"run", "model.onnx", "samples.png"}
     assert {p.name.split("-")[0] for p in (folder / "run").iterdir()} == {
-        "checkpoint.pt", "log.csv", "pictures", "preview"}  # fmt: skip
+        "checkpoint.pt", "log.csv", "loss.png", "pictures", "preview"}  # fmt: skip
     picture = np.asarray(Image.open(folder / "samples.png"))
     assert picture.ndim == 3 and picture.std() > 10
     log = (folder / "run" / "log.csv").read_text().splitlines()
@@ -1215,7 +1216,8 @@ def test_broken_weights_are_not_called_good(trained, tmp_path):
 
 def test_interrupted_eval_tells_of_what_it_has(trained, pictures, tmp_path):
     args = ["--eval", trained[0] / "run", "--data", pictures, "--batch", "1", "--out", tmp_path]
-    run = subprocess.Popen([sys.executable, HERE / "train.py", *args], text=True,
+    default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # nohup ignores it
+    run = subprocess.Popen([sys.executable, HERE / "train.py", *args], text=True, preexec_fn=default,
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
     progress = ""
     while "in the last batch" not in progress and run.poll() is None:
