@@ -1217,8 +1217,10 @@ def test_broken_weights_are_not_called_good(trained, tmp_path):
 def test_interrupted_eval_tells_of_what_it_has(trained, pictures, tmp_path):
     args = ["--eval", trained[0] / "run", "--data", pictures, "--batch", "1", "--out", tmp_path]
     default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # nohup ignores it
-    run = subprocess.Popen([sys.executable, HERE / "train.py", *args], text=True, preexec_fn=default,
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    run = subprocess.Popen(
+        [sys.executable, HERE / "train.py", *args], text=True, preexec_fn=default,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
     progress = ""
     while "in the last batch" not in progress and run.poll() is None:
         progress += run.stderr.read(1)
