@@ -1071,7 +1071,11 @@ def test_compiled_training_is_the_plain_training(pictures, tmp_path, monkeypatch
 
     monkeypatch.setattr(torch, "compile", spied)
     assert not train.is_worth_compiling(torch.device("cpu"), 10**6)
-    assert not train.is_worth_compiling(torch.device("cuda"), 100)
+    monkeypatch.setattr(train, "find_spec", lambda name: name == "triton")
+    assert not train.is_worth_compiling(torch.device("cuda"), 4999)
+    assert train.is_worth_compiling(torch.device("cuda"), 5000)
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    assert not train.is_worth_compiling(torch.device("cuda"), 5000)
     monkeypatch.setattr(train, "is_worth_compiling", lambda *_: True)
     weights = []
     handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
@@ -1713,6 +1717,7 @@ def test_integers_are_used_from_a_t_on_and_not_below(files):
     assert len(weights) >= 8 and kept  # the first, the last, the first block, the shortcuts
     for name in kept:
         assert name.startswith(("conv_in", "conv_out", "down.0.")) or "shortcut" in name
+    assert {"conv_in.weight", "conv_out.weight", "down.0.conv1.weight"} <= set(kept)
     # a scale for each output channel
     name = next(name for name in weights if name.startswith("up.0.conv1."))
     scale = next(n.input[1] for n in int8.node if n.input and n.input[0] == name)
@@ -2374,6 +2379,8 @@ def test_readme_names_flags_and_files_that_exist():
                 flags = re.findall(r"(?<= )--?[a-z][a-z-]*", command.split(name)[1])
                 assert all(re.search(rf"{flag}\b", its_help) for flag in flags), command
     assert seen == set(helps)
+    for flag in re.findall(r"`(--[a-z][a-z0-9-]*)", README):
+        assert any(re.search(rf"{flag}\b", its_help) for its_help in helps.values()), flag
     for link in re.findall(r"(?:\]\(|src=\")([^)#\"]+)", README):
         assert link.startswith("https://") or (HERE / link).is_file(), link
     titles = re.findall(r"^#+ (.*)", README, re.MULTILINE)
