@@ -994,7 +994,7 @@ def test_other_pictures_of_the_same_names_are_another_run(pictures, tmp_path):
     python("train.py", "--data", "moved", *flags, cwd=tmp_path)
     Image.new("RGB", (12, 9)).save(tmp_path / "moved" / "3.png")
     said = python("train.py", "--data", "moved", *flags, cwd=tmp_path, code=1)
-    assert "digest was" in said and "--restart" in said
+    assert "holds another run: other pictures" in said and "--restart" in said
 
 
 @pytest.fixture(scope="session")
@@ -1279,6 +1279,13 @@ def test_another_run_is_not_overwritten(trained, pictures):
     said = python("train.py", *other, cwd=folder, code=1)
     assert "base_channels was 8, now 12" in said and "seed was 0, now 3" in said
     assert (folder / "run" / "checkpoint.pt").read_bytes() == before
+
+
+def test_the_demo_is_called_by_its_name_and_differences_are_few(pictures, tmp_path):
+    python("train.py", "--steps", 1, cwd=tmp_path)
+    said = python("train.py", "--data", pictures, cwd=tmp_path, code=1).splitlines()[-1]
+    assert "holds the demo: image_size was 8, now 32; " in said and " more. Use another" in said
+    assert said.count(" was ") <= 4
 
 
 def test_adam_of_a_cuda_checkpoint_goes_on_on_a_cpu(pictures, tmp_path):

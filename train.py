@@ -725,6 +725,7 @@ def main():
     # A forward pass is a third of a training step, so a preview is as long as this many steps:
     preview_cost = PREVIEW * PREVIEW_STEPS / (3 * args.batch)
     preview_every = args.preview_every or max(math.ceil(25 * preview_cost), args.steps // 100)
+    preview_every = min(preview_every, args.steps)  # the last step has one
 
     # -- Ctrl-C and SIGTERM finish the step, save and leave
     stop = []
@@ -848,7 +849,7 @@ def refuse_other_run(old, new, out):
     for key, value in (("weighting", "simple"), ("digest", new["train"]["digest"])):
         old["train"].setdefault(key, value)  # in a checkpoint from before there was this key
     different = [
-        f"{key} was {old[part].get(key)}, now {value}"
+        "other pictures" if key == "digest" else f"{key} was {old[part].get(key)}, now {value}"
         for part in new
         for key, value in new[part].items()
         if old[part].get(key) != value and key not in ("warmup", "betas", "data")
@@ -856,8 +857,10 @@ def refuse_other_run(old, new, out):
     if old["diffusion"]["betas"] != new["diffusion"]["betas"]:
         different.append("schedule")
     if different:
+        held = "another run" if old["train"]["data"] else "the demo"
+        more = f"; and {len(different) - 4} more" if len(different) > 4 else ""
         fail(
-            f"{out} holds another run: {'; '.join(different)}. Use another --out, or "
+            f"{out} holds {held}: {'; '.join(different[:4])}{more}. Use another --out, or "
             "--restart, which moves that run aside."
         )
 
