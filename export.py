@@ -21,7 +21,6 @@ import logging
 import os
 import shutil
 import sys
-import tempfile
 import time
 import warnings
 from collections import namedtuple
@@ -39,7 +38,7 @@ from ddpm import Diffusion, ResBlock, UNet, cosine_betas, linear_betas
 
 OPSET = 20  # what ONNX Runtime has kernels for, on the CPU, CUDA and in the browser
 TOLERANCE = 1e-4  # the largest difference from torch, of noise that is about N(0, 1)
-TIMES = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 999)  # at which fewer bits are compared with 32
+TIMES = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500)  # where fewer bits are compared, and at T - 1
 NARROW_TOLERANCE = 0.02  # rms error over rms of eps, at any t at which fewer bits are used
 
 # The exporter's own forms of these two leave nodes that ONNX Runtime's CUDA provider hands to the
@@ -98,10 +97,13 @@ def to_onnx(model, shape):
     return proto
 
 
+def on_cpu(path):
+    return ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
 def largest_difference(path, model, T):
     """max |eps of the file - eps of the network| at batches 1, 2, 3 and t from 0 to T - 1."""
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-    random = torch.Generator().manual_seed(0)
+    session, random = on_cpu(path), torch.Generator().manual_seed(0)
     differences = []
     for batch in (1, 2, 3):
         for t in (0, 1, T // 2, T - 1):
@@ -136,20 +138,20 @@ class Half(torch.nn.Module):
         return self.model(x_t, t).float()
 
 
-def with_int8(path, chain):
-    """The network in a file with 8-bit integers in most of its layers, as an onnx.ModelProto.
+def quantize(exact, path, chain):
+    """Write at path the network of a float32 file with 8-bit integers in most of its layers.
 
     chain: [(x_t, t)], what the network is shown, by which the ranges of the activations are chosen.
     The first and the last layer, the first block and the shortcuts stay float32: they cost little
-    time, and cause most of the error. Integers are unsigned for activations, and for
-    weights signed, with a scale for each output channel.
+    time, and cause most of the error. Integers are unsigned for activations, and signed for
+    weights, with a scale for each output channel.
     """
-    proto = onnx.load(path)
-    weights = {tensor.name for tensor in proto.graph.initializer}
+    graph = onnx.load(exact).graph
+    weights = {tensor.name for tensor in graph.initializer}
     precise = ("conv_in.", "conv_out.", "down.0.")
     nodes = [
         node.name
-        for node in proto.graph.node
+        for node in graph.node
         if node.op_type in ("Conv", "MatMul")
         and node.input[1] in weights
         and not node.input[1].startswith(precise)
@@ -162,15 +164,12 @@ def with_int8(path, chain):
         def get_next(self):
             return next(self.feeds, None)
 
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "int8.onnx"
-        logging.disable(logging.WARNING)
-        quantize_static(
-            path, result, Reader(), per_channel=True, nodes_to_quantize=nodes,
-            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-        )  # fmt: skip
-        logging.disable(logging.NOTSET)
-        return onnx.load(result)
+    logging.disable(logging.WARNING)
+    quantize_static(
+        exact, path, Reader(), per_channel=True, nodes_to_quantize=nodes,
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+    )  # fmt: skip
+    logging.disable(logging.NOTSET)
 
 
 def choose(precise, quick, t):
@@ -200,9 +199,17 @@ def choose(precise, quick, t):
 
 # -------------------------------------------------------------------------------- what is exported
 
-# settings: the arguments of UNet, a dict. step: how long it was trained, 0 if unknown. folder: of
-# the run, where train.py keeps the pictures as it decoded them.
-Trained = namedtuple("Trained", "model diffusion settings step name folder", defaults=[None])
+
+class Trained(
+    namedtuple("Trained", "model diffusion settings step name folder", defaults=[None]),
+):
+    """settings: the arguments of UNet, a dict. step: how long it was trained, 0 if unknown.
+    folder: of the run, where train.py keeps the pictures as it decoded them."""
+
+    @property
+    def shape(self):
+        """(C, H, W) of its pictures."""
+        return self.settings["in_channels"], *2 * [self.settings["image_size"]]
 
 
 def load(path):
@@ -517,22 +524,23 @@ def to_diffusers(trained, folder):
 # ------------------------------------------------------------------------------------- the program
 
 
-def shape_of(trained):
-    """(C, H, W) of its pictures."""
-    return trained.settings["in_channels"], *2 * [trained.settings["image_size"]]
-
-
 def save(proto, trained, path):
     """Save the network with the schedule and what else sample.py must know in its metadata."""
     metadata = {
         "ddpm.betas": json.dumps(trained.diffusion.betas.tolist()),
         "ddpm.variance": trained.diffusion.variance,
-        "ddpm.image_shape": json.dumps(shape_of(trained)),
+        "ddpm.image_shape": json.dumps(trained.shape),
         "ddpm.step": str(trained.step),
         "ddpm.source": trained.name,
     }
     onnx.helper.set_model_props(proto, metadata)
     onnx.save(proto, path)
+
+
+def noised(diffusion, x0, t, random):
+    """(x_t, t) for pictures x0 (B, C, H, W), all at the same t."""
+    times = torch.full((len(x0),), t)
+    return diffusion.q_sample(x0, times, torch.randn(x0.shape, generator=random)), times
 
 
 def seen_by(trained, batches=25):
@@ -542,62 +550,56 @@ def seen_by(trained, batches=25):
     shows the network on the way to pictures of its own.
     """
     diffusion, random = trained.diffusion, torch.Generator().manual_seed(0)
-    shape = shape_of(trained)
-    for path in trained.folder.glob("pictures-*.u8") if trained.folder else ():
-        pixels = np.memmap(path, np.uint8, "r").reshape(-1, *shape)
+    decoded = list(trained.folder.glob("pictures-*.u8")) if trained.folder else []
+    if decoded:
+        pixels = np.memmap(decoded[0], np.uint8, "r").reshape(-1, *trained.shape)
         some = pixels[np.linspace(0, len(pixels) - 1, 64).round().astype(int)]
         x0 = torch.from_numpy(some).float() / 127.5 - 1
-        chain = []
-        for t in np.linspace(0, diffusion.T - 1, batches).round().astype(int).tolist():
-            part, t = x0[torch.randint(len(x0), (8,), generator=random)], torch.full((8,), t)
-            chain.append(
-                (diffusion.q_sample(part, t, torch.randn(part.shape, generator=random)), t)
-            )
-        return chain, x0
+        times = np.linspace(0, diffusion.T - 1, batches).round().astype(int).tolist()
+        parts = ((t, x0[torch.randint(len(x0), (8,), generator=random)]) for t in times)
+        return [noised(diffusion, part, t, random) for t, part in parts], x0
 
     chain, x0 = [], None
     for t, x_t, x0_hat in diffusion.sample_progressive(
-        trained.model, (8, *shape), min(batches, diffusion.T), 0.0, random
+        trained.model, (8, *trained.shape), min(batches, diffusion.T), 0.0, random
     ):
         chain.append((x_t, torch.full((8,), t)))
         x0 = x0_hat
     return chain, x0
 
 
-def relative_errors(path, exact, diffusion, x0, times=TIMES):
-    """{t: rms difference of the eps of two files over the rms of eps}, for those t below T.
+def relative_errors(session, exact, diffusion, x0, times=None):
+    """{t: rms difference of the eps of two sessions over the rms of eps}, for TIMES unless given.
 
     x0: pictures (B, C, H, W), from which the x_t are made.
     """
-    sessions = [ort.InferenceSession(p, providers=["CPUExecutionProvider"]) for p in (path, exact)]
+    if times is None:
+        times = [*(t for t in TIMES if t < diffusion.T - 1), diffusion.T - 1]
     random, errors = torch.Generator().manual_seed(1), {}
-    for i in (i for i in times if i < diffusion.T):
-        t = torch.full((len(x0),), i)
-        x_t = diffusion.q_sample(x0, t, torch.randn(x0.shape, generator=random))
+    for i in times:
+        x_t, t = noised(diffusion, x0, i, random)
         feed = {"x_t": x_t.numpy(), "t": t.numpy()}
-        eps, expected = (session.run(["eps"], feed)[0] for session in sessions)
+        eps, expected = (of.run(["eps"], feed)[0] for of in (session, exact))
         errors[i] = float(np.sqrt(np.square(eps - expected).mean() / np.square(expected).mean()))
     return errors
 
 
-def share_of_time(path, exact, x, t):
-    """Median time of a file's eps at x and t over that of another file, taking turns."""
-    feed = {"x_t": x.numpy(), "t": t.numpy()}
-    files = {p: ort.InferenceSession(p, providers=["CPUExecutionProvider"]) for p in (path, exact)}
-    seconds = {p: [] for p in files}
+def share_of_time(session, exact, x, t):
+    """Median time of a session's eps at x and t over that of another, taking turns."""
+    feed, seconds = {"x_t": x.numpy(), "t": t.numpy()}, ([], [])
     for _ in range(9):
-        for p, session in files.items():
+        for of, its_seconds in zip((session, exact), seconds, strict=True):
             began = time.perf_counter()
-            session.run(["eps"], feed)
-            seconds[p].append(time.perf_counter() - began)
-    return np.median(seconds[path][4:]) / np.median(seconds[exact][4:])  # the first ones are slow
+            of.run(["eps"], feed)
+            its_seconds.append(time.perf_counter() - began)
+    return np.median(seconds[0][4:]) / np.median(seconds[1][4:])  # the first ones are slow
 
 
 def write_half(trained, path, exact):
     """--half: the file at path. Returns what to say of it."""
     _, x0 = seen_by(trained)
-    save(to_onnx(Half(trained.model), shape_of(trained)), trained, path)
-    errors = relative_errors(path, exact, trained.diffusion, x0)
+    save(to_onnx(Half(trained.model), trained.shape), trained, path)
+    errors = relative_errors(on_cpu(path), on_cpu(exact), trained.diffusion, x0)
     if not all(error < NARROW_TOLERANCE for error in errors.values()):
         raise ValueError("float16 is not enough for this network")
     return ["float16", *table_of(errors)]
@@ -605,28 +607,28 @@ def write_half(trained, path, exact):
 
 def write_int8(trained, path, exact):
     """--int8: the file at path, with integers wherever they err by less than NARROW_TOLERANCE."""
-    diffusion = trained.diffusion
+    diffusion, float32 = trained.diffusion, on_cpu(exact)
     chain, x0 = seen_by(trained)
-    precise = onnx.load(exact)
-    quick = with_int8(exact, chain)
-    onnx.save(quick, path)
-    errors = relative_errors(path, exact, diffusion, x0)
+    quantize(exact, path, chain)
+    int8 = on_cpu(path)
+    errors = relative_errors(int8, float32, diffusion, x0)
     bad = max((t for t, error in errors.items() if not error < NARROW_TOLERANCE), default=-1)
     first = min((t for t in errors if t > bad), default=diffusion.T)
     if first > diffusion.T // 4:
         raise ValueError(f"8-bit integers err by {errors[bad]:.0%} of eps at t = {bad}")
     while first - bad > 1 + first // 16:  # between the two lies the first t that they can do
         t = (bad + first) // 2
-        if relative_errors(path, exact, diffusion, x0, [t])[t] < NARROW_TOLERANCE:
+        if relative_errors(int8, float32, diffusion, x0, [t])[t] < NARROW_TOLERANCE:
             first = t
         else:
             bad = t
-    save(choose(precise, quick, first), trained, path)
+    save(choose(onnx.load(exact), onnx.load(path), first), trained, path)
+    both = on_cpu(path)
     x_t, t = max(chain, key=lambda seen: seen[1][0])
     return [
         f"float32 below t = {first}, 8-bit integers from there on, where an eps takes "
-        f"{share_of_time(path, exact, x_t, t):.2f} of the time here",
-        *table_of(relative_errors(path, exact, diffusion, x0)),
+        f"{share_of_time(both, float32, x_t, t):.2f} of the time here",
+        *table_of(relative_errors(both, float32, diffusion, x0)),
     ]
 
 
@@ -646,7 +648,7 @@ def write_onnx(trained, path, write=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     exact, temporary = (path.with_name(f"{path.name}.{word}") for word in ("exact.tmp", "tmp"))
     try:
-        save(to_onnx(trained.model, shape_of(trained)), trained, exact)
+        save(to_onnx(trained.model, trained.shape), trained, exact)
         worst = largest_difference(exact, trained.model, trained.diffusion.T)
         if not worst < TOLERANCE:
             raise ValueError(f"eps differs from torch's by {worst:.1e}; {path} is not written")

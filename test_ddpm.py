@@ -1578,13 +1578,16 @@ def test_onnx_metadata_is_the_schedule(trained):
     assert json.loads(metadata["ddpm.image_shape"]) == [3, 8, 8] and metadata["ddpm.source"]
 
 
+def eps_of(path, x, t):
+    return export.on_cpu(path).run(["eps"], {"x_t": x.numpy(), "t": t.numpy()})[0]
+
+
 def test_onnx_file_is_the_averaged_network(trained):
     folder, _ = trained
     state = checkpoint(folder / "run")
     network = UNet(**state["config"]["model"]).eval()
-    session = ort.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     x, t = randn(5, 3, 8, 8), torch.tensor([0, 1, 2, 500, 999])
-    (eps,) = session.run(["eps"], {"x_t": x.numpy(), "t": t.numpy()})
+    eps = eps_of(folder / "model.onnx", x, t)
     with torch.no_grad():
         network.load_state_dict(state["ema"])
         np.testing.assert_allclose(eps, network(x, t), rtol=0, atol=1e-5)
@@ -1646,11 +1649,6 @@ def files(tmp_path_factory):
         said[kind] = python("export.py", *flags, cwd=folder)
     assert len(list(folder.iterdir())) == 5
     return folder, model, said
-
-
-def eps_of(path, x, t):
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return session.run(["eps"], {"x_t": x.numpy(), "t": t.numpy()})[0]
 
 
 def errors_said(said):
@@ -1758,7 +1756,8 @@ def test_fewer_bits_draw_the_same_pictures(kind, most, files):
         python("sample.py", *flags, cwd=files[0])
         paths = sorted((files[0] / f"of-{name}").iterdir())
         pictures.append(np.stack([np.asarray(Image.open(path), float) for path in paths]))
-    assert 0 < np.abs(pictures[0] - pictures[1]).mean() + (kind == "half") < most + 1
+    difference = np.abs(pictures[0] - pictures[1]).mean()
+    assert difference < most and (difference > 0 or kind == "half")
 
 
 def test_export_without_a_whole_checkpoint_is_one_line(trained, tmp_path):
@@ -1856,10 +1855,9 @@ def test_published_weights_to_pictures_and_back(trained, pictures, tmp_path):
     theirs = save_published(tmp_path / "published", layout="flat")
     said = python("export.py", "--diffusers", "published", cwd=tmp_path)
     assert "diffusers, published" in said
-    session = ort.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     x, t = randn(2, 3, 8, 8), torch.tensor([3, 900])
+    eps = eps_of(tmp_path / "model.onnx", x, t)
     with torch.no_grad():
-        (eps,) = session.run(["eps"], {"x_t": x.numpy(), "t": t.numpy()})
         np.testing.assert_allclose(eps, theirs(x, t).sample, rtol=0, atol=1e-5)
     python("sample.py", "--onnx", "model.onnx", "-n", 1, "--steps", 5, cwd=tmp_path)
     flags = ["--data", pictures, "--steps", 2, "--batch", 4]

@@ -531,8 +531,8 @@ def load(path):
 
 def evaluate(args):
     """The bound on the pictures, printed, and the rate-distortion curve (Figure 5) as two files."""
-    model, diffusion, settings, step, *_ = args.trained
-    shape = (settings["in_channels"], *2 * [settings["image_size"]])
+    model, diffusion, _, step, *_ = args.trained
+    shape = args.trained.shape
     if (args.channels, args.image_size) != shape[:2]:
         fail(f"{args.eval} is for pictures of {'x'.join(map(str, shape))}")
     device = torch.device(args.device)

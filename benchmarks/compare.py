@@ -463,23 +463,22 @@ def main():
 
         torch.manual_seed(0)
         model = UNet().eval()
-        kinds = "float32", "half" if DEVICE.type == "cuda" else "int8"
-        paths = {kind: Path(temporary) / f"{kind}.onnx" for kind in kinds}
+        writers = {"float32": None}
+        if DEVICE.type == "cuda":
+            writers["half"] = export.write_half
+        else:
+            writers["int8"] = export.write_int8
+        paths = {kind: Path(temporary) / f"{kind}.onnx" for kind in writers}
         settings = {"in_channels": 3, "image_size": 32}
         with contextlib.redirect_stdout(io.StringIO()):
             trained = export.Trained(model, Diffusion(linear_betas()), settings, 0, "random")
-            export.write_onnx(trained, paths["float32"])
-            export.NARROW_TOLERANCE = (
-                1e9  # at random weights nothing is small; the time is the same
-            )
-            if DEVICE.type == "cuda":
-                export.write_onnx(trained, paths["half"], export.write_half)
-            else:
-                export.write_onnx(trained, paths["int8"], export.write_int8)
+            # At random weights fewer bits err much; the time is the same.
+            export.NARROW_TOLERANCE = 1e9
+            for kind, write in writers.items():
+                export.write_onnx(trained, paths[kind], write)
         forward = flops(model)
         rates = {dtype: matmul_flops(dtype) for dtype in (torch.float32, torch.bfloat16)}
         floors = {dtype: forward / rate for dtype, rate in rates.items()}
-        networks = network_table(model, paths, args.rounds, floors[torch.float32])
         parts = [
             "# Side by side\n",
             f"`python benchmarks/compare.py`, {time.strftime('%Y-%m-%d')}: {machine()}.\n",
@@ -489,7 +488,7 @@ def main():
             f"{1000 * floors[torch.float32]:.1f} and {1000 * floors[torch.bfloat16]:.1f} ms a "
             "picture, three times as much for a training step.\n",
             training_table(folder, args.batch, args.rounds, 3 * floors[torch.bfloat16]),
-            networks,
+            network_table(model, paths, args.rounds, floors[torch.float32]),
             loop_line(paths["float32"]),
             start_line(folder),
             growth_table(args.rounds),

@@ -104,18 +104,17 @@ def fewer_steps(onnx, folder):
             tiles.append(np.pad(np.atleast_3d(tile), ((6, 6), (6, 6), (0, 0)), constant_values=255))
         rows.append(np.concatenate(tiles, 1))
     image = np.concatenate(rows, 0)
-    image = Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image)
     above = [f"{steps} steps" for steps in STEPS]
-    labelled(image, above, ["Algorithm 2", "DDIM"], 140).save(folder / "steps.png")
+    labelled(sample.to_image(image), above, ["Algorithm 2", "DDIM"], 140).save(folder / "steps.png")
 
 
 def shrink(gif, factor=4):
     """The enlarged pixels of an animation smaller again: a page loads it faster."""
     with Image.open(gif) as image:
         frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
+        duration = [frame.info["duration"] for frame in ImageSequence.Iterator(image)]
     size = frames[0].width // factor, frames[0].height // factor
     frames = [frame.resize(size, Image.Resampling.NEAREST) for frame in frames]
-    duration = [60] * (len(frames) - 1) + [2000]  # milliseconds
     frames = [frame.convert("P", palette=Image.Palette.ADAPTIVE, colors=32) for frame in frames]
     frames[0].save(gif, save_all=True, append_images=frames[1:], duration=duration, loop=0)
 
@@ -125,7 +124,9 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", type=Path, default=Path("run"), help="of train.py [run]")
-    parser.add_argument("--data", type=Path, help="a folder of pictures that it has not seen")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="a folder of pictures that it has not seen"
+    )
     parser.add_argument("--out", type=Path, default=HERE, help="where to put the pictures [docs]")
     args = parser.parse_args()
 
@@ -134,8 +135,8 @@ def main():
 
     args.out.mkdir(parents=True, exist_ok=True)
     trained = export.load(args.run)
-    shape = export.shape_of(trained)
-    x0 = train.read_folder(args.data, shape[1], shape[0], 64).float() / 127.5 - 1
+    channels, size, _ = trained.shape
+    x0 = train.read_folder(args.data, size, channels, 64).float() / 127.5 - 1
     forward(trained.diffusion, x0[:: len(x0) // 4][:4]).save(args.out / "forward.png")
     schedule(args.out / "schedule.png")
     loss_by_t(trained, x0, args.out / "loss-by-t.png")
