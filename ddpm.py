@@ -1,29 +1,28 @@
 """Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel 2020, arXiv:2006.11239) in one file.
 
-In the order of the lesson:
+The file follows the order of the lesson:
 
     linear_betas, cosine_betas   how much noise each of the T steps adds
-    Diffusion                    q, the posterior, the losses, the bound, the samplers
+    Diffusion                    q, its posterior, the loss, the variational bound, the samplers
     UNet                         eps_theta(x_t, t), the paper's network
 
     diffusion, model = Diffusion(linear_betas()), UNet()
     diffusion.loss(model, x0).backward()                 # Algorithm 1, one step
     x0 = diffusion.sample(model.eval(), (16, 3, 32, 32))  # Algorithm 2
 
-Numbers in brackets are the paper's equations. Pictures are float32 in [-1, 1], shape (B, C, H, W).
+Numbers in brackets are equations of the paper. Images are float32 in [-1, 1], shape (B, C, H, W).
 
-Time. The paper counts t = 1..T and calls the data x_0. Here t is an int64 tensor of shape (B,) with
-values 0..T-1, an index into the tables: t = 0 is the paper's t = 1, a picture with one step of
-noise. So `alphas_bar[t]` never needs a "- 1", and the network is given the same 0..T-1, as in the
-authors' code.
+Time: the paper counts t = 1..T and calls the data x_0. Here t is an int64 tensor of shape (B,) with
+values 0..T-1 that indexes the tables, so t = 0 is the paper's t = 1: an image with one step of
+noise. The network receives the same 0..T-1, as in the authors' code.
 """
 
 import math
-from collections import namedtuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 # ------------------------------------------------------------------------------- the noise schedule
 
@@ -31,8 +30,8 @@ from torch import nn
 def linear_betas(T=1000, beta_1=1e-4, beta_T=0.02):
     """The paper's schedule (section 4): T variances from beta_1 to beta_T. Float64, shape (T,).
 
-    T and the betas belong together: x_T must be as good as pure noise. With fewer steps keep T and
-    sample with `steps=`, rather than train with a smaller T.
+    T and the betas belong together, because x_T must be close to pure noise. For fewer sampling
+    steps keep T = 1000 and pass `steps=` to the sampler instead of training with a smaller T.
     """
     return torch.linspace(beta_1, beta_T, T, dtype=torch.float64)
 
@@ -44,38 +43,32 @@ def cosine_betas(T=1000):
     return (1 - alphas_bar[1:] / alphas_bar[:-1]).clamp(max=0.999)
 
 
-# ------------------------------------------------------------------------------ forward and reverse
+# ---------------------------------------------------------------------------- the diffusion process
 
 
 def _at(table, t):
-    """Entries t (B,) of a float64 table (T,), as float32 (B, 1, 1, 1) to multiply pictures with."""
-    return table.to(t.device)[t].float()[:, None, None, None]
+    """Look up a float64 table (T,) at t (B,): float32 (B, 1, 1, 1), to broadcast over images."""
+    return table.float().to(t.device)[t][:, None, None, None]
 
 
-def discretized_log_likelihood(x, mean, sigma):
-    """(13), the decoder: log of the share of N(mean, sigma^2) in the bin of the 8-bit value x.
+class Bound(NamedTuple):
+    """The terms of the variational bound (5) for a batch, in bits per dimension."""
 
-    Bins are 2/255 wide, the first and the last open; at least log 1e-12. The integral is exact,
-    where the authors' code takes a tanh for it: the same to 0.0001 bits at the paper's error (0.95
-    of 255), 0.1 less at an error of 2. Shapes that broadcast; float64 out.
-    """
-    x, mean, sigma = x.double(), mean.double(), sigma.double()
-    above = torch.special.ndtr((x + 1 / 255 - mean) / sigma).where(x < 0.999, 1.0)
-    below = torch.special.ndtr((x - 1 / 255 - mean) / sigma).where(x > -0.999, 0.0)
-    return (above - below).clamp(min=1e-12).log()
-
-
-Bound = namedtuple("Bound", "L_T L_t total mse")
+    L_T: Tensor  # (B,) KL(q(x_T | x_0) || N(0, I)): how much of x_0 is left in x_T
+    L_t: Tensor  # (B, T) column t is the paper's L_t, so column 0 is the discretized decoder L_0
+    total: Tensor  # (B,) L_T plus the sum of L_t over t: the bound on -log2 p(x_0)
+    mse: Tensor  # (B, T) mean squared error of x0_hat at each t, not in bits
 
 
 class Diffusion:
-    """The tables of a schedule, float64 and of shape (T,), and the paper's equations over them.
+    """The tables of a schedule, each float64 of shape (T,), and the paper's equations.
 
-    betas: (T,) numbers in (0, 1). The tables stay on its device: `linear_betas().cuda()` saves a
-        copy in each call.
-    variance: sigma_t^2 of the reverse step (section 3.2), "large" for beta_t, the best choice if
-        x_0 were N(0, I), or "small" for the posterior's beta-tilde_t, the best if x_0 were one
-        point. The paper's CIFAR-10 pictures use "large", its 256x256 pictures "small".
+    betas: (T,) numbers in (0, 1).
+    variance: sigma_t^2 of the reverse step (section 3.2). "large" is beta_t, which is optimal if
+        x_0 ~ N(0, I); "small" is the posterior variance beta-tilde_t, which is optimal if x_0 is a
+        single point. The paper's CIFAR-10 samples use "large", its 256x256 samples "small".
+
+    Raises ValueError for betas or a variance other than these.
     """
 
     def __init__(self, betas, variance="large"):
@@ -91,8 +84,9 @@ class Diffusion:
         self.alphas_bar = self.alphas.cumprod(0)
         self.alphas_bar_prev = torch.cat([betas.new_ones(1), self.alphas_bar[:-1]])
         self.posterior_variance = (1 - self.alphas_bar_prev) / (1 - self.alphas_bar) * betas  # (7)
-        # sigma_t^2. The first is never used to sample, since the last step adds no noise. In the
-        # bound it is the decoder's, where beta-tilde = 0 would not do: the authors take the next.
+        # sigma_t^2. Sampling never uses the first entry, because the last step adds no noise. The
+        # decoder in the bound does, and beta-tilde = 0 would not do there: like the authors' code
+        # we take the next entry.
         self.sigma2 = (betas if variance == "large" else self.posterior_variance).clone()
         self.sigma2[0] = self.posterior_variance[1] if self.T > 1 else betas[0]
 
@@ -103,7 +97,7 @@ class Diffusion:
         return _at(self.alphas_bar.sqrt(), t) * x0 + _at((1 - self.alphas_bar).sqrt(), t) * noise
 
     def predict_x0(self, x_t, t, eps):
-        """(15): (4) solved for x_0, the picture that x_t would come from if its noise were eps."""
+        """(15): (4) solved for x_0. The estimate of the clean image if the noise in x_t is eps."""
         return (x_t - _at((1 - self.alphas_bar).sqrt(), t) * eps) / _at(self.alphas_bar.sqrt(), t)
 
     def q_posterior(self, x0, x_t, t):
@@ -120,11 +114,12 @@ class Diffusion:
     def loss(self, model, x0, t=None, noise=None, weighting="simple"):
         """L_simple (14): the mean squared error of the predicted noise. A scalar to minimise.
 
-        model(x_t, t) -> eps. t (B,) and noise (B, C, H, W) are drawn unless given. Everything but
-        the network is float32, also under autocast: in bfloat16, 1 - abar_t is 0 for the first
-        ten steps. weighting="vlb" keeps the weights that (12) puts before each term and (14) drops,
-        at t = 0 with the decoder's variance: the mean over t of L_t, in nats per dimension, but for
-        what no network can change.
+        model(x_t, t) returns eps. t (B,) and noise (B, C, H, W) are drawn unless given.
+        weighting: "simple" is (14); "vlb" keeps the weight that (12) gives each term and (14)
+            drops. Its mean over t is the mean of L_t in nats per dimension, up to a constant.
+
+        Everything but the network is float32, also under autocast: in bfloat16, 1 - abar_t would
+        round to 0 for the first ten steps.
         """
         if t is None:
             t = torch.randint(self.T, (len(x0),), device=x0.device)
@@ -140,14 +135,30 @@ class Diffusion:
             raise ValueError(f'weighting must be "simple" or "vlb", not {weighting!r}')
         return error.mean()
 
+    # ------------------------------------------------------------------------ the variational bound
+
+    @staticmethod
+    def decoder_log_likelihood(x0, mean, sigma):
+        """(13): the log-probability that N(mean, sigma^2) gives to the bin of each 8-bit value x0.
+
+        Bins are 2/255 wide; the first and the last are open. Probabilities below 1e-12 count as
+        1e-12. The arguments broadcast; the result is float64, in nats.
+
+        The integral is exact. The authors' code approximates the normal CDF by a tanh, which agrees
+        to 0.0001 bits at the paper's error (0.95 of 255) and is 0.1 bits lower at an error of 2.
+        """
+        x0, mean, sigma = x0.double(), mean.double(), sigma.double()
+        cdf_above = torch.special.ndtr((x0 + 1 / 255 - mean) / sigma).where(x0 < 0.999, 1.0)
+        cdf_below = torch.special.ndtr((x0 - 1 / 255 - mean) / sigma).where(x0 > -0.999, 0.0)
+        return (cdf_above - cdf_below).clamp(min=1e-12).log()
+
     @torch.no_grad()
     def vlb(self, model, x0, generator=None):
-        """The variational bound (5) on -log p(x_0), each term in bits per dimension, at x0_hat
-        clipped to [-1, 1]. T passes of the network; call model.eval() first.
+        """The variational bound (5) on -log p(x_0): a Bound, in bits per dimension.
 
-        x0 (B, C, H, W), 8-bit pictures k / 127.5 - 1; generator on its device. Returns a Bound:
-        L_T (B,), the part that nothing can learn; L_t (B, T), the paper's L_t in column t and so in
-        column 0 the discretised decoder L_0; total (B,); mse (B, T), of x0_hat at each t.
+        x0: 8-bit images k / 127.5 - 1, (B, C, H, W). generator: a torch.Generator on its device.
+        Takes T forward passes; call model.eval() first. x0_hat is clipped to [-1, 1], as in
+        sampling.
         """
         abar_T = self.alphas_bar[-1].item()  # KL(q(x_T | x_0) || N(0, I)):
         L_T = (abar_T * x0.double() ** 2 - abar_T - math.log1p(-abar_T)) / 2
@@ -161,8 +172,8 @@ class Diffusion:
             mean_hat, _ = self.q_posterior(x0_hat, x_t, t)
             sigma2 = _at(self.sigma2, t)
             if i == 0:
-                term = -discretized_log_likelihood(x0, mean_hat, sigma2.sqrt())
-            else:  # KL of two Gaussians: (8), and what is constant in it
+                term = -self.decoder_log_likelihood(x0, mean_hat, sigma2.sqrt())
+            else:  # KL of two Gaussians: (8) with its constant
                 ratio = variance / sigma2
                 term = (ratio - 1 - ratio.log() + (mean - mean_hat) ** 2 / sigma2) / 2
             L_t.append(term.double().mean((1, 2, 3)) / math.log(2))
@@ -173,11 +184,73 @@ class Diffusion:
 
     # ------------------------------------------------------------------------ sampling, Algorithm 2
 
-    def respaced(self, steps):
-        """A chain of fewer steps through the same noise levels: (Diffusion with T = steps, tau).
+    @torch.no_grad()
+    def sample_progressive(
+        self, model, shape, steps=None, eta=None, generator=None, draw_noise=None, x_T=None,
+        device=None, clip=True,
+    ):  # fmt: skip
+        """Algorithm 2 as a generator: yields (t, x_t, x0_hat) from t = T-1 down to t = 0.
 
-        tau (steps,) holds the t of the long chain at which the short one stops, the first and the
-        last included. The short chain is a DDPM too, whose betas are 1 - abar_tau_i / abar_tau_i-1.
+        x_t is the input of the network and x0_hat the current estimate of the clean image; the last
+        x0_hat is the sample. Call model.eval() first.
+
+        shape: (B, C, H, W). steps: how many of the T steps to take; all of them if None.
+        eta: None is the paper's ancestral step with the chosen variance. A number is DDIM's eta
+            (see ddim_step): 0 is deterministic, 1 has the statistics of the "small" variance.
+        generator: a torch.Generator on `device`. draw_noise: instead, a function that returns the
+            next z, of the given shape.
+        x_T: the start, if it is not pure noise. The chain of the first t + 1 betas is a DDPM too,
+            so Diffusion(betas[: t + 1], variance).sample(..., x_T=x_t) continues from an x_t.
+        clip: keep x0_hat in [-1, 1]. Algorithm 2 has no clip, but the authors' code does: at large
+            t, x0_hat is the error of eps divided by sqrt(abar_t), which is 0.006 at t = T-1.
+        """
+        chain, tau = (self, range(self.T)) if steps is None else self.respaced(steps)
+        device = device if x_T is None else x_T.device
+        if draw_noise is None:
+
+            def draw_noise():
+                return torch.randn(shape, generator=generator, device=device)
+
+        x = draw_noise() if x_T is None else x_T
+        for i in reversed(range(chain.T)):
+            index = torch.full((shape[0],), i, device=x.device)  # t in the tables of this chain
+            t = torch.full_like(index, tau[i])  # t that the network was trained on
+            eps = model(x, t).float()
+            x0 = chain.predict_x0(x, index, eps)
+            if clip:
+                x0 = x0.clamp(-1, 1)
+            yield tau[i], x, x0
+            if i == 0:  # the last step adds no noise, and its mean is x0_hat itself
+                return
+            if eta is None:
+                mean, _ = chain.q_posterior(x0, x, index)  # equals (11) where x0 is not clipped
+                sigma = _at(chain.sigma2.sqrt(), index)
+            else:
+                mean, sigma = chain.ddim_step(x0, x, index, eta)
+            x = mean + sigma * draw_noise()
+
+    def sample(self, *args, **kwargs):
+        """The last x0_hat of sample_progressive, which has the same arguments: (B, C, H, W)."""
+        for _, _, x0_hat in self.sample_progressive(*args, **kwargs):
+            x0 = x0_hat
+        return x0
+
+    def ddim_step(self, x0, x_t, t, eta):
+        """DDIM's reverse step: mean (B, C, H, W) and sigma (B, 1, 1, 1).
+
+        Song et al. 2021 (arXiv:2010.02502), eq. 12 and 16. eps is recomputed from the clipped x0.
+        """
+        abar, abar_prev = self.alphas_bar, self.alphas_bar_prev
+        sigma2 = eta**2 * self.posterior_variance
+        eps = (x_t - _at(abar.sqrt(), t) * x0) / _at((1 - abar).sqrt(), t)
+        mean = _at(abar_prev.sqrt(), t) * x0 + _at((1 - abar_prev - sigma2).sqrt(), t) * eps
+        return mean, _at(sigma2.sqrt(), t)
+
+    def respaced(self, steps):
+        """A shorter chain through the same noise levels: (Diffusion with T = steps, tau).
+
+        tau (steps,) lists the t of the long chain at which the short one stops, including the first
+        and the last. The short chain is a DDPM with betas 1 - abar_tau_i / abar_tau_i-1.
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps must be 1..{self.T}, not {steps}")
@@ -185,59 +258,6 @@ class Diffusion:
         abar = self.alphas_bar.cpu()[tau]
         betas = 1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])
         return Diffusion(betas.to(self.betas.device), self.variance), tau.tolist()
-
-    @torch.no_grad()
-    def sample_progressive(
-        self, model, shape, steps=None, eta=None, generator=None, noise=None, x_T=None,
-        device=None, clip=True,
-    ):  # fmt: skip
-        """Algorithm 2 as a generator: yields (t, x_t, x0_hat) from t = T-1 down to t = 0.
-
-        x_t is what the network saw, x0_hat the picture it expects behind it; the last x0_hat is
-        the sample. Call model.eval() first.
-
-        shape: (B, C, H, W). steps: how many of the T steps to take, all unless given.
-        eta: None is the paper's ancestral step with the chosen variance; a number is DDIM's eta
-            (Song et al. 2021, arXiv:2010.02502, eq. 12, 16), 0 deterministic, 1 "small" ancestral.
-        generator: torch.Generator on `device`; or noise: a function that returns the next z.
-        x_T: where to start, if not at pure noise. The chain of the first t + 1 betas is a DDPM too,
-            so to go on from an x_t: Diffusion(betas[: t + 1], variance).sample(..., x_T=x_t).
-        clip: keep x0_hat in [-1, 1]. Algorithm 2 does not, the authors' code does: at large t
-            x0_hat is an error of eps divided by sqrt(abar_t) = 0.006, and pictures end at 1.
-        """
-        chain, tau = (self, range(self.T)) if steps is None else self.respaced(steps)
-        device = device if x_T is None else x_T.device
-        if noise is None:
-
-            def noise():
-                return torch.randn(shape, generator=generator, device=device)
-
-        x = noise() if x_T is None else x_T
-        for i in reversed(range(chain.T)):
-            t = torch.full((shape[0],), i, device=x.device)
-            eps = model(x, torch.full_like(t, tau[i])).float()
-            x0 = chain.predict_x0(x, t, eps)
-            if clip:
-                x0 = x0.clamp(-1, 1)
-            yield tau[i], x, x0
-            if i == 0:  # no noise in the last step: its mean is x0_hat itself
-                return
-            if eta is None:
-                mean, _ = chain.q_posterior(x0, x, t)  # (11), if x0 were not clipped
-                sigma = _at(chain.sigma2.sqrt(), t)
-            else:
-                abar, abar_prev = chain.alphas_bar, chain.alphas_bar_prev
-                sigma2 = eta**2 * chain.posterior_variance
-                eps = (x - _at(abar.sqrt(), t) * x0) / _at((1 - abar).sqrt(), t)  # of the clipped
-                mean = _at(abar_prev.sqrt(), t) * x0 + _at((1 - abar_prev - sigma2).sqrt(), t) * eps
-                sigma = _at(sigma2.sqrt(), t)
-            x = mean + sigma * noise()
-
-    def sample(self, *args, **kwargs):
-        """The picture at the end of `sample_progressive`, with its arguments: (B, C, H, W)."""
-        for _, _, x0_hat in self.sample_progressive(*args, **kwargs):
-            x0 = x0_hat
-        return x0
 
 
 # -------------------------------------------------------------------------------------- the network
@@ -251,29 +271,8 @@ def timestep_embedding(t, dim):
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
-class ResBlock(nn.Module):
-    """GN, swish, conv, + time, GN, swish, dropout, conv, + input; then attention where asked."""
-
-    def __init__(self, in_channels, out_channels, time_channels, groups, dropout, attention):
-        super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time = nn.Linear(time_channels, out_channels)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
-        self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        same = in_channels == out_channels
-        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
-        self.attention = Attention(out_channels, groups) if attention else nn.Identity()
-
-    def forward(self, x, temb):
-        h = self.conv1(F.silu(self.norm1(x))) + self.time(temb)[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return self.attention(self.shortcut(x) + h)
-
-
 class Attention(nn.Module):
-    """x + self-attention over the H*W positions, one head of all C channels."""
+    """x plus self-attention over its H*W positions, one head of all C channels."""
 
     def __init__(self, channels, groups):
         super().__init__()
@@ -289,19 +288,43 @@ class Attention(nn.Module):
         return x + self.out(h).squeeze(1).transpose(1, 2).reshape(x.shape)
 
 
+class ResBlock(nn.Module):
+    """norm, swish, conv, add the time; norm, swish, dropout, conv, add the input; attention."""
+
+    def __init__(self, in_channels, out_channels, time_channels, groups, dropout, attention):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_proj = nn.Linear(time_channels, out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        self.attention = Attention(out_channels, groups) if attention else nn.Identity()
+
+    def forward(self, x, temb):
+        h = self.conv1(F.silu(self.norm1(x))) + self.time_proj(temb)[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.attention(self.shortcut(x) + h)
+
+
 class Downsample(nn.Module):
-    """Halves H and W: convolution of stride 2, padded right and below as TensorFlow's "same"."""
+    """Halves H and W: a convolution of stride 2, padded right and below like TensorFlow's "same".
+
+    It ignores the time embedding, which it accepts so that every layer is called in the same way.
+    """
 
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x):
+    def forward(self, x, temb):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
-    """Doubles H and W: each pixel four times, then a convolution."""
+    """Doubles H and W: repeats each pixel, then a convolution."""
 
     def __init__(self, channels):
         super().__init__()
@@ -312,18 +335,24 @@ class Upsample(nn.Module):
 
 
 class UNet(nn.Module):
-    """eps_theta(x_t, t), the U-Net of appendix B, to the letter of the authors' code.
+    """eps_theta(x_t, t): the U-Net of appendix B, equal to that of the authors' code.
 
-    The defaults are the CIFAR-10 network, 35,746,307 parameters; image_size=256, channel_mults=(1,
-    1, 2, 2, 4, 4), dropout=0 the 256x256 one, 113,673,219.
+    The defaults are the CIFAR-10 network with 35,746,307 parameters. image_size=256,
+    channel_mults=(1, 1, 2, 2, 4, 4), dropout=0 is the 256x256 network with 113,673,219.
 
     image_size: height and width in pixels, a multiple of 2^(number of levels - 1).
-    in_channels: 1 grey, 3 colour. base_channels: width of the first level, a multiple of 4.
-    channel_mults: width of each level over base_channels; between two levels the size halves.
-    attention_resolutions: the sizes in pixels whose blocks end in attention; the middle always has.
+    in_channels: 1 for grey images, 3 for colour.
+    base_channels: width of the first level, a multiple of 4.
+    channel_mults: width of each level divided by base_channels; each level has half the resolution
+        of the one before.
+    num_res_blocks: residual blocks per level; the decoder has one more.
+    attention_resolutions: resolutions in pixels whose blocks end in attention; the middle always
+        has attention.
+    dropout: probability of dropping an activation in a residual block.
+    norm_groups: groups of each group norm. The default gcd(32, base_channels / 4) is the paper's 32
+        at its 128 channels, and fewer in narrow networks, so that a group has at least 4 channels.
 
-    norm_groups: groups of each group norm, gcd(32, base_channels / 4) unless given: the paper's 32
-        at its 128 channels, fewer in narrower networks, whose groups would else be single channels.
+    Raises ValueError for sizes that do not fit together.
     """
 
     def __init__(
@@ -342,7 +371,10 @@ class UNet(nn.Module):
         if base_channels < 4 or base_channels % 4:
             raise ValueError(f"base_channels must be a multiple of 4, not {base_channels}")
         if image_size < self.factor or image_size % self.factor:
-            raise ValueError(f"image_size must be a multiple of {self.factor}, not {image_size}")
+            raise ValueError(
+                f"image_size must be a multiple of {self.factor}, because the U-Net halves it "
+                f"{len(channel_mults) - 1} times, not {image_size}"
+            )
         groups = math.gcd(32, base_channels // 4) if norm_groups is None else norm_groups
         self.image_size, self.base_channels = image_size, base_channels
         time_channels = 4 * base_channels
@@ -350,45 +382,48 @@ class UNet(nn.Module):
         def res_block(in_channels, out_channels, attention):
             return ResBlock(in_channels, out_channels, time_channels, groups, dropout, attention)
 
-        self.time = nn.Sequential(  # each block begins with a swish of this: done once, here
+        self.time_mlp = nn.Sequential(
             nn.Linear(base_channels, time_channels),
             nn.SiLU(),
             nn.Linear(time_channels, time_channels),
-            nn.SiLU(),
+            nn.SiLU(),  # the swish with which every residual block begins, applied once here
         )
         self.conv_in = nn.Conv2d(in_channels, base_channels, 3, padding=1)
 
         ch, size = base_channels, image_size
-        skips = [ch]  # the width of each map that the way up is given
-        self.down = nn.ModuleList()
+        skips = [ch]  # widths of the skip connections
+        self.down = nn.ModuleList()  # levels of residual blocks, each but the last downsampled
         for level, mult in enumerate(channel_mults):
-            if level > 0:
-                self.down.append(Downsample(ch))
-                size //= 2
-                skips.append(ch)
+            layers = nn.ModuleList()
             for _ in range(num_res_blocks):
-                self.down.append(res_block(ch, base_channels * mult, size in attention_resolutions))
+                layers.append(res_block(ch, base_channels * mult, size in attention_resolutions))
                 ch = base_channels * mult
                 skips.append(ch)
+            if level < len(channel_mults) - 1:
+                layers.append(Downsample(ch))
+                skips.append(ch)
+                size //= 2
+            self.down.append(layers)
 
         self.middle = nn.ModuleList([res_block(ch, ch, True), res_block(ch, ch, False)])
 
-        self.up = nn.ModuleList()
+        self.up = nn.ModuleList()  # the same levels in reverse, each but the last upsampled
         for level, mult in reversed(list(enumerate(channel_mults))):
+            layers = nn.ModuleList()
             for _ in range(num_res_blocks + 1):
                 in_ch = ch + skips.pop()
                 ch = base_channels * mult
-                self.up.append(res_block(in_ch, ch, size in attention_resolutions))
-            if level > 0:
-                self.up.append(Upsample(ch))
-                size *= 2
+                layers.append(res_block(in_ch, ch, size in attention_resolutions))
+            layers.append(Upsample(ch) if level > 0 else nn.Identity())
+            size *= 2
+            self.up.append(layers)
 
         self.norm_out = nn.GroupNorm(groups, ch, eps=1e-6)
         self.conv_out = nn.Conv2d(ch, in_channels, 3, padding=1)
         self._initialize()
 
     def _initialize(self):
-        """Glorot-uniform, biases 0; the last layer of each residual branch and of all near 0."""
+        """Glorot-uniform weights, near 0 in the last layer of each residual branch; biases 0."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -401,20 +436,20 @@ class UNet(nn.Module):
         nn.init.xavier_uniform_(self.conv_out.weight, gain=1e-5)
 
     def forward(self, x_t, t):
-        """The noise in x_t (B, C, H, W), given t (B,) int64: the same shape. float32 in and out."""
+        """The noise in x_t (B, C, H, W), given t (B,) int64: the same shape. Float32 in and out."""
         if x_t.shape[2] % self.factor or x_t.shape[3] % self.factor:
             raise ValueError(f"height and width must be multiples of {self.factor}: {x_t.shape}")
-        temb = self.time(timestep_embedding(t, self.base_channels))
+        temb = self.time_mlp(timestep_embedding(t, self.base_channels))
         h = self.conv_in(x_t)
         skips = [h]
-        for block in self.down:
-            h = block(h, temb) if isinstance(block, ResBlock) else block(h)
-            skips.append(h)
+        for level in self.down:
+            for layer in level:
+                h = layer(h, temb)
+                skips.append(h)
         for block in self.middle:
             h = block(h, temb)
-        for block in self.up:
-            if isinstance(block, ResBlock):
+        for *blocks, upsample in self.up:
+            for block in blocks:
                 h = block(torch.cat([h, skips.pop()], 1), temb)
-            else:
-                h = block(h)
+            h = upsample(h)
         return self.conv_out(F.silu(self.norm_out(h)))

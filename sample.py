@@ -1,57 +1,61 @@
-"""Sample pictures from model.onnx with ONNX Runtime, on CUDA or a CPU. Nothing here needs torch.
+"""Sample images from model.onnx with ONNX Runtime, on CUDA or a CPU, without torch.
 
-    python sample.py --onnx model.onnx                     # 64 pictures, samples.png
-    python sample.py --onnx model.onnx --steps 50 --eta 0  # 20 times faster, by DDIM
-    python sample.py --onnx model.onnx -n 10000 --dir out  # a PNG each
-    python sample.py --onnx model.onnx --interpolate a.png b.png  # what lies between two pictures
+    python sample.py --onnx model.onnx                     # 64 images in samples.png
+    python sample.py --onnx model.onnx --steps 50 --eta 0  # DDIM, 20 times as fast
+    python sample.py --onnx model.onnx -n 10000 --dir out  # one PNG per image
+    python sample.py --onnx model.onnx --interpolate a.png b.png  # between two images
 
-This file and a model.onnx are all that a machine needs which serves pictures, with numpy, Pillow,
-tqdm and onnxruntime (or onnxruntime-gpu[cuda,cudnn]). The reverse process below is that of ddpm.py,
-line by line, in numpy.
+A machine that serves images needs this file, a model.onnx, numpy, Pillow, tqdm and onnxruntime (or
+onnxruntime-gpu[cuda,cudnn]). The reverse process is that of ddpm.py, line by line, in numpy.
 """
 
 import argparse
 import contextlib
+import io
 import json
 import math
 import os
 import shutil
+import signal
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-MEND = 'pip uninstall -y onnxruntime onnxruntime-gpu; pip install "onnxruntime-gpu[cuda,cudnn]"'
-GRID = 256  # the most pictures in one grid
-FRAMES, STRIP = 50, 10  # of the steps, how many the GIF shows, and the strip
-LAMBDAS = np.linspace(0, 1, 11, dtype=np.float32)  # of an interpolation
+INSTALL = 'pip uninstall -y onnxruntime onnxruntime-gpu; pip install "onnxruntime-gpu[cuda,cudnn]"'
+GRID = 256  # the largest number of images in one grid
+FRAMES, STRIP = 50, 10  # how many of the steps the GIF and the strip show
+LAMBDAS = np.linspace(0, 1, 11, dtype=np.float32)  # the mixtures of an interpolation
 
 # ------------------------------------------------------------------------------ the reverse process
 
 
 def respaced(betas, steps):
-    """A chain of fewer steps through the same noise levels: its betas (steps,), and their t."""
+    """A shorter chain through the same noise levels: its betas (steps,) and its t (steps,)."""
     T = len(betas)
     tau = (T - 1 - np.arange(steps) * (T - 1) // max(1, steps - 1))[::-1]
     alphas_bar = (1 - betas).cumprod()[tau]
     return 1 - alphas_bar / np.append(1.0, alphas_bar[:-1]), tau
 
 
-def sample_progressive(eps_model, noise, betas, variance="large", steps=None, eta=None, x_T=None):
-    """Algorithm 2 of the paper: yields (t, x_t, x0_hat) from t = T-1 down to t = 0.
+def sample_progressive(
+    eps_model, draw_noise, betas, variance="large", steps=None, eta=None, x_T=None
+):
+    """Algorithm 2 of the paper as a generator: yields (t, x_t, x0_hat) from t = T-1 down to t = 0.
 
-    x_t is what the network saw, x0_hat the picture it expects behind it, in [-1, 1]; the last
-    x0_hat is the sample.
+    x_t is the input of the network and x0_hat, in [-1, 1], the current estimate of the clean image;
+    the last x0_hat is the sample. All are float32 (B, C, H, W).
 
-    eps_model(x_t, t) -> eps, t (B,) int64. noise() -> the next z, float32 (B, C, H, W).
-    betas: (T,) float64. variance: sigma_t^2 is beta_t if "large", beta-tilde_t if "small".
-    steps: how many of the T to take. eta: None is the paper's step, a number DDIM's eta.
-    x_T: where to start, if not at pure noise. To go on from an x_t, give betas[: t + 1] and that.
+    eps_model(x_t, t) returns eps; t is int64 (B,). draw_noise() returns the next z.
+    betas: float64 (T,). variance: sigma_t^2 is beta_t if "large", beta-tilde_t if "small".
+    steps: how many of the T steps to take; all if None. eta: None is the paper's step, a number is
+        DDIM's eta.
+    x_T: the start, if it is not pure noise. To continue from an x_t, pass betas[: t + 1] with it.
     """
     betas, tau = respaced(betas, len(betas) if steps is None else steps)
     alphas = 1 - betas
@@ -59,17 +63,17 @@ def sample_progressive(eps_model, noise, betas, variance="large", steps=None, et
     alphas_bar_prev = np.append(1.0, alphas_bar[:-1])
     posterior_variance = (1 - alphas_bar_prev) / (1 - alphas_bar) * betas  # (7)
     sigma2 = betas if variance == "large" else posterior_variance
-    x = noise() if x_T is None else x_T
+    x = draw_noise() if x_T is None else x_T
     for i in reversed(range(len(betas))):
-        # Python floats, so that float32 pictures stay float32
+        # Python floats, which keep float32 arrays float32
         beta, alpha, abar, abar_prev = (
             float(table[i]) for table in (betas, alphas, alphas_bar, alphas_bar_prev)
         )
         eps = eps_model(x, np.full(len(x), tau[i]))
-        x0 = (x - math.sqrt(1 - abar) * eps) / math.sqrt(abar)  # (4)
+        x0 = (x - math.sqrt(1 - abar) * eps) / math.sqrt(abar)  # (15)
         x0 = x0.clip(-1, 1)
         yield int(tau[i]), x, x0
-        if i == 0:  # no noise in the last step: its mean is x0_hat itself
+        if i == 0:  # the last step adds no noise, and its mean is x0_hat itself
             return
         if eta is None:
             mean = (
@@ -79,141 +83,190 @@ def sample_progressive(eps_model, noise, betas, variance="large", steps=None, et
             sigma = math.sqrt(sigma2[i])
         else:
             sigma = eta * math.sqrt(posterior_variance[i])
-            eps = (x - math.sqrt(abar) * x0) / math.sqrt(1 - abar)  # of the clipped x0
+            eps = (x - math.sqrt(abar) * x0) / math.sqrt(1 - abar)  # recomputed from the clipped x0
             mean = math.sqrt(abar_prev) * x0 + math.sqrt(1 - abar_prev - sigma**2) * eps
-        x = mean + sigma * noise()
+        x = mean + sigma * draw_noise()
 
 
-def interpolate(eps_model, noise, x0, x0_b, t, betas, variance="large", steps=None, eta=None):
-    """Figure 8: what lies between two pictures, mixed at x_t and brought back from there.
+def interpolate(eps_model, draw_noise, x0, x0_b, t, betas, variance="large", steps=None, eta=None):
+    """Figure 8: two images diffused to x_t, mixed by each of LAMBDAS, and denoised.
 
-    Yields what sample_progressive does, with a row for each of LAMBDAS. The noise of x_t and that
-    of the way back are the same for all of them, so that lambda is all that changes.
+    Yields what sample_progressive does, with a row for each lambda. All rows share the same noise,
+    so that only lambda differs.
 
-    noise() -> the next z, (1, C, H, W). x0, x0_b: pictures in [-1, 1], (C, H, W). t: 0..T-1, how
-    much is left to be invented; the network's first t is this one.
+    draw_noise() returns the next z, (1, C, H, W). x0, x0_b: images in [-1, 1], (C, H, W).
+    t: 0..T-1; the larger it is, the more the network has to invent.
     """
     abar = float((1 - betas).cumprod()[t])
-    x_t, x_t_b = (math.sqrt(abar) * x + math.sqrt(1 - abar) * noise() for x in (x0, x0_b))  # (4)
+    x_t, x_t_b = (math.sqrt(abar) * x + math.sqrt(1 - abar) * draw_noise() for x in (x0, x0_b))
     lam = LAMBDAS[:, None, None, None]
     mixed = (1 - lam) * x_t + lam * x_t_b
     steps = None if steps is None else min(steps, t + 1)
-    return sample_progressive(eps_model, noise, betas[: t + 1], variance, steps, eta, x_T=mixed)
+    return sample_progressive(eps_model, draw_noise, betas[: t + 1], variance, steps, eta, mixed)
 
 
 def noise_of(seed, first, shape):
-    """A noise() for pictures first, first + 1, ...: shape (B, C, H, W) at each call.
+    """A draw_noise() for images first, first + 1, ...: standard normal, of shape (B, C, H, W).
 
-    The noise of picture k comes from (seed, k) alone, so neither -n nor --batch changes a picture.
+    The noise of image k depends on (seed, k) alone, so neither -n nor --batch changes an image.
     """
     streams = [np.random.default_rng((seed, first + k)) for k in range(shape[0])]
     return lambda: np.stack([s.standard_normal(shape[1:], dtype=np.float32) for s in streams])
 
 
-def ahead(noise):
-    """The same noise(), each z drawn in a thread while the network works on the one before."""
+def ahead(draw_noise):
+    """The same draw_noise(), with each z drawn in a thread while the network runs."""
     pool = ThreadPoolExecutor(1)
-    future = pool.submit(noise)
+    future = pool.submit(draw_noise)
 
-    def next_one():
+    def next_noise():
         nonlocal future
-        z, future = future.result(), pool.submit(noise)
+        z, future = future.result(), pool.submit(draw_noise)
         return z
 
-    return next_one
+    return next_noise
 
 
 # -------------------------------------------------------------------------------------- the network
 
 
 class Network:
-    """eps = network(x_t, t) of a model.onnx, for a fixed batch; x_t (batch, C, H, W), t (batch,).
+    """eps_theta(x_t, t) from a model.onnx, for batches of one size.
 
-    `.betas` (T,), `.variance` and `.shape` (batch, C, H, W) are the file's.
+    network(x_t, t) takes float32 (batch, C, H, W) and int64 (batch,) and returns eps, float32
+    (batch, C, H, W). The next call may overwrite the array that it returned.
 
-    The array it returns is good until the next call, which may write over it.
+    device: "auto" prefers CUDA, "cuda" requires it, "cpu" avoids it.
 
-    device: "auto" prefers CUDA, "cuda" insists on it, "cpu". Afterwards `.device` is "cuda" or
-    "cpu", whichever it really runs on; ONNX Runtime itself falls back in silence.
+    Attributes: betas, float64 (T,), and variance are the file's; shape is (batch, C, H, W); device
+    is "cuda" or "cpu", whichever it runs on; no_cuda says why CUDA could not be used, or is None.
+
+    Raises ValueError if the file was not written by export.py, MemoryError if the batch does not
+    fit, and RuntimeError if CUDA is required and does not work or, in a call, if eps is not finite.
     """
 
     def __init__(self, path, batch, device="auto"):
-        self.batch = batch
-        ort.set_default_logger_severity(4)  # that a provider can't load is said below, in one line
-        self.device = "cpu"
-        if device != "cpu" and "CUDAExecutionProvider" in ort.get_available_providers():
-            with contextlib.redirect_stdout(None):  # it prints where it fails
-                ort.preload_dlls()  # finds the CUDA libraries that pip installed
-            options = {"cudnn_conv_algo_search": "HEURISTIC"}
-            self._open(path, ["CUDAExecutionProvider"], [options])
-            if self.session.get_providers()[0] == "CUDAExecutionProvider":
-                self.device = "cuda"
-                try:  # without cuDNN the session opens, but no convolution runs
-                    self._bind()
-                    self(np.zeros(self.shape, np.float32), np.zeros(batch, np.int64))
-                except Exception as error:
-                    self.device, why = "cpu", str(error).splitlines()[0]
-                    if "allocat" in why or "out of memory" in why:
-                        sys.exit(f"sample.py: use a smaller --batch: {why}")
-                    print(f"sample.py: CUDA fails: {why}", file=sys.stderr)
-        if device != "cpu" and self.device == "cpu":
-            message = f"sample.py: ONNX Runtime can't use CUDA here. If there is a GPU:\n  {MEND}"
+        self.batch, self.no_cuda = batch, None
+        if device != "cpu":
+            try:
+                return self._open(path, "cuda")
+            except RuntimeError as error:
+                self.no_cuda = one_line(error)
             if device == "cuda":
-                sys.exit(message)
-            if shutil.which("nvidia-smi"):
-                print(message, file=sys.stderr)
-        if self.device == "cpu":
-            self._open(path, ["CPUExecutionProvider"], None)
-            self._bind()
+                raise RuntimeError(f"{self.no_cuda}. Where there is a GPU, run:  {INSTALL}")
+        self._open(path, "cpu")
 
-    def _open(self, path, providers, options):
-        """Open the file and read what it says of itself. If it is another's, one line says why."""
+    def _open(self, path, device):
+        """Open the file on "cuda" or "cpu", and try it at both ends of t.
+
+        ONNX Runtime itself falls back to the CPU silently: when it can't load CUDA, and without
+        cuDNN it opens the file but runs no convolution. Both are a RuntimeError here.
+        """
+        import onnxruntime as ort
+
+        ort.set_default_logger_severity(4)  # the exceptions below say it in one sentence
+        providers, self.device = ["CPUExecutionProvider"], device
+        if device == "cuda":
+            if "CUDAExecutionProvider" not in ort.get_available_providers():
+                raise RuntimeError("this ONNX Runtime was built without CUDA")
+            with contextlib.redirect_stdout(None):  # it prints what it does not find
+                ort.preload_dlls()  # the CUDA libraries that pip installed
+            providers = [("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC"})]
         try:
             with contextlib.redirect_stdout(None):  # it prints where it fails
-                self.session = ort.InferenceSession(path, None, providers, options)
-            metadata = self.session.get_modelmeta().custom_metadata_map
-            missing = {"ddpm.betas", "ddpm.variance", "ddpm.image_shape"} - set(metadata)
-            if missing:
-                raise ValueError(f"it lacks {', '.join(sorted(missing))}, which export.py writes")
-            self.betas = np.array(json.loads(metadata["ddpm.betas"]), float)
-            self.variance = metadata["ddpm.variance"]
-            self.shape = (self.batch, *json.loads(metadata["ddpm.image_shape"]))
-            if not len(self.betas) or not ((self.betas > 0) & (self.betas < 1)).all():
-                raise ValueError("its betas are not between 0 and 1")
-            if self.variance not in ("large", "small") or self.shape[1:2] not in ((1,), (3,)):
-                raise ValueError("its variance or the shape of its pictures is not one of train.py")
-            if providers == ["CPUExecutionProvider"]:  # on CUDA, the first run follows by itself
-                x = np.zeros((1, *self.shape[1:]), np.float32)
-                (eps,) = self.session.run(["eps"], {"x_t": x, "t": np.zeros(1, np.int64)})
-                if eps.shape != x.shape or not np.isfinite(eps).all():
-                    raise ValueError("eps is not finite, or not of the shape of x_t")
+                self.session = ort.InferenceSession(path, providers=providers)
+            self._read_metadata()
         except Exception as error:
-            why = str(error).split("\n")[0]
-            sys.exit(f"sample.py: {path} is no model of export.py: {why}")
+            raise ValueError(not_a_model(path, error)) from None
+        if device == "cuda" and self.session.get_providers()[0] != "CUDAExecutionProvider":
+            raise RuntimeError("the CUDA provider of ONNX Runtime does not load")
+        try:
+            allocate = ort.OrtValue.ortvalue_from_shape_and_type  # once, for all steps
+            self._x = allocate(self.shape, np.float32, device, 0)
+            self._t = allocate((self.batch,), np.int64, device, 0)
+            self._eps = allocate(self.shape, np.float32, device, 0)
+            self._binding = self.session.io_binding()
+            self._binding.bind_ortvalue_input("x_t", self._x)
+            self._binding.bind_ortvalue_input("t", self._t)
+            self._binding.bind_ortvalue_output("eps", self._eps)
+            self(np.zeros(self.shape, np.float32), np.resize([len(self.betas) - 1, 0], self.batch))
+        except Exception as error:
+            if is_out_of_memory(error):
+                what = f"{self.batch} images at once need too much memory, use a smaller --batch"
+                raise MemoryError(f"{what}: {one_line(error)}") from None
+            if device == "cuda":
+                raise RuntimeError(f"CUDA fails: {one_line(error)}") from None
+            raise ValueError(not_a_model(path, error)) from None
 
-    def _bind(self):
-        """Inputs and output at fixed places on the device, used again at every step."""
-        place = self.device, 0
-        self._x = ort.OrtValue.ortvalue_from_shape_and_type(self.shape, np.float32, *place)
-        self._t = ort.OrtValue.ortvalue_from_shape_and_type((self.batch,), np.int64, *place)
-        self._eps = ort.OrtValue.ortvalue_from_shape_and_type(self.shape, np.float32, *place)
-        self._binding = self.session.io_binding()
-        self._binding.bind_ortvalue_input("x_t", self._x)
-        self._binding.bind_ortvalue_input("t", self._t)
-        self._binding.bind_ortvalue_output("eps", self._eps)
+    def _read_metadata(self):
+        """Set betas, variance and shape. Raises an Exception if they make no sense."""
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        missing = {"ddpm.betas", "ddpm.variance", "ddpm.image_shape"} - set(metadata)
+        if missing:
+            raise ValueError(f"its metadata lacks {', '.join(sorted(missing))}")
+        self.betas = np.array(json.loads(metadata["ddpm.betas"]), np.float64)
+        noise = 1 - (1 - self.betas).cumprod()  # the variance of the noise in x_t
+        if self.betas.ndim != 1 or not len(noise) or not ((noise > 0) & (noise < 1)).all():
+            raise ValueError("its betas are not a noise schedule")
+        self.variance = metadata["ddpm.variance"]
+        channels, height, width = json.loads(metadata["ddpm.image_shape"])
+        if self.variance not in ("large", "small") or channels not in (1, 3):
+            raise ValueError("its variance or its number of channels is unknown")
+        self.shape = (self.batch, channels, height, width)
 
     def __call__(self, x, t):
         self._x.update_inplace(np.ascontiguousarray(x))
         self._t.update_inplace(t)
         self.session.run_with_iobinding(self._binding)
-        return self._eps.numpy()
+        eps = self._eps.numpy()
+        if not np.isfinite(eps).all():
+            raise RuntimeError(f"eps is not finite at t = {t.max()}")
+        return eps
 
 
-# ----------------------------------------------------------------------------------------- pictures
+def not_a_model(path, error):
+    return f"{printable(path)} is not a model of export.py: {one_line(error)}"
+
+
+def is_out_of_memory(error):
+    words = "out of memory", "bad_alloc", "bad allocation", "allocate memory"
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
+
+
+# ------------------------------------------------------------------------------------------- images
+
+
+def is_grey(image):
+    """Whether a Pillow image has no colour."""
+    return image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
+
+
+def read_picture(file, size, channels=None):
+    """An image file as uint8 (C, size, size): its centre square, upright, transparency on white.
+
+    file: a path or a binary stream. channels: C, 1 for grey and 3 for colour; as in the file if
+    None. Raises ValueError for pixels of unknown range, and whatever Pillow raises for others.
+    """
+    with Image.open(file) as image:
+        grey = is_grey(image)
+        deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+        image = ImageOps.exif_transpose(image)
+        if deep:  # 0..65535, which Pillow would clip to 255 instead of scaling
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise ValueError("the file does not say the range of its 32-bit pixels")
+        if image.has_transparency_data:  # the colours under alpha = 0 were never meant to be seen
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        channels = channels or (1 if grey else 3)
+        image = image.convert("L" if grey or channels == 1 else "RGB")
+        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+        image = image.convert("L" if channels == 1 else "RGB")
+        return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
 
 
 def to_pixels(x):
-    """Pictures in [-1, 1], (B, C, H, W), as uint8 (B, H, W, C), rounded."""
+    """Images in [-1, 1], (B, C, H, W), as uint8 (B, H, W, C), rounded."""
     return ((x.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8).transpose(0, 2, 3, 1)
 
 
@@ -222,26 +275,8 @@ def to_image(pixels):
     return Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
 
 
-def read_picture(path, shape):
-    """A picture file as the training sees it: float32 (C, H, W) in [-1, 1], on white, cropped."""
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits: Pillow would cut, not scale
-                image = Image.fromarray(
-                    (np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8)
-                )
-            image = image.convert("RGBA")
-    except Exception as error:
-        sys.exit(f"sample.py: {path} can't be read: {error}")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("L" if shape[0] == 1 else "RGB")
-    image = ImageOps.fit(image, shape[:0:-1], Image.Resampling.LANCZOS)
-    return np.atleast_3d(np.asarray(image, np.float32)).transpose(2, 0, 1) / 127.5 - 1
-
-
 def grid(pixels, columns=None):
-    """uint8 (B, H, W, C) as one image, in rows of `columns`; small pictures enlarged."""
+    """uint8 (B, H, W, C) as one image with rows of `columns` images; small ones are enlarged."""
     columns = columns or math.ceil(math.sqrt(len(pixels)))
     pixels = np.pad(
         pixels, ((0, -len(pixels) % columns), (1, 1), (1, 1), (0, 0)), constant_values=255
@@ -252,16 +287,116 @@ def grid(pixels, columns=None):
     return ImageOps.scale(image, max(1, round(512 / image.width)), Image.Resampling.NEAREST)
 
 
-def save_image(path, image, **kwargs):
-    """Save in one step: a file that exists is replaced by a whole one or not at all."""
+@contextlib.contextmanager
+def replacing(path):
+    """Yields a temporary path beside `path`, then moves what was written there into place.
+
+    The file appears whole or not at all, also on a full disk, and no other process writes to the
+    same temporary path. Raises OSError.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    image.save(temporary, **kwargs)
-    os.replace(temporary, path)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+        temporary = Path(folder, path.name)
+        yield temporary
+        if temporary.is_file():
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
 
 
-def main():
+def save_image(path, image, **kwargs):
+    """Save a Pillow image in the format of the suffix, whole or not at all."""
+    with replacing(path) as temporary:
+        image.save(temporary, **kwargs)
+
+
+def check_output(path, channels, animated=False):
+    """Raise ValueError or OSError now if an image can't be saved at `path` later."""
+    path, suffix = Path(path), Path(path).suffix.lower()
+    image = to_image(np.zeros((8, 8, channels), np.uint8))
+    kind = Image.registered_extensions().get(suffix)  # registers all formats
+    if kind not in (Image.SAVE_ALL if animated else Image.SAVE):
+        what = "an animation such as x.gif" if animated else "an image file such as x.png"
+        raise ValueError(f"{printable(path)} must be {what}")
+    if path.is_dir():
+        raise ValueError(f"{printable(path)} is a folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
+        image.save(Path(folder, path.name))
+
+
+# ----------------------------------------------------------------- what the three programs share
+
+
+def printable(text):
+    """A path or a message with control characters and undecodable bytes escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def one_line(error):
+    """An exception as one line of at most 300 characters."""
+    return printable(" ".join(str(error).split()))[:300] or type(error).__name__
+
+
+def between(least, most=2**31 - 1, kind=int):
+    """An argparse type: an int or a float from `least` to `most`."""
+
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if least <= kind(text) <= most:
+                return kind(text)
+        what = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"must be a {what} from {least} to {most}")
+
+    return parse
+
+
+def progress(*args, **kwargs):
+    """A tqdm bar; where stderr is not a terminal, a line every ten seconds."""
+    if sys.stderr.isatty():
+        return tqdm(*args, **kwargs)
+
+    class Lines(io.TextIOBase):
+        def write(self, text):
+            if text.strip():
+                sys.stderr.write(text.strip() + "\n")
+                sys.stderr.flush()
+
+    return tqdm(*args, **(kwargs | {"mininterval": 10, "file": Lines()}))
+
+
+def run_program(main, name, quiet=False):
+    """Run main(); an error becomes one line and exit status 1 (a traceback under python -X dev)."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for signal_name in ("SIGTERM", "SIGHUP"):  # leave by the same way as Ctrl-C, which cleans up
+        number = getattr(signal, signal_name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # of nohup
+            signal.signal(number, interrupt)
+    sys.stdout, sys.stderr = (
+        stream or open(os.devnull, "w")  # noqa: SIM115 - for a stream that 2>&- has closed
+        for stream in (sys.stdout, sys.stderr)
+    )
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        return main()
+    except KeyboardInterrupt:
+        message = "stopped"
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+        if sys.flags.dev_mode:
+            raise
+        message = one_line(error)
+    sys.exit(1 if quiet else f"{name}: {message}")
+
+
+# -------------------------------------------------------------------------------------- the program
+
+
+def arguments():
     parser = argparse.ArgumentParser(
         usage="python sample.py --onnx model.onnx [options]",
         description=__doc__,
@@ -271,84 +406,108 @@ def main():
     def flag(*names, default=None, help="", **kwargs):
         parser.add_argument(*names, default=default, help=help, **kwargs)
 
-    flag("--onnx", default="model.onnx", help="what export.py wrote [model.onnx]")
-    flag("-n", default=64, type=int, help="number of pictures [64]")
-    flag("--out", default="samples.png", help=f"the grid, of the first {GRID} [samples.png]")
-    flag("--dir", help="folder for each picture as a PNG of its own")
-    flag("--gif", help="file for the reverse process as an animation, of the first batch")
-    flag("--strip", help="file for x_t and x0_hat along the way, of the first four pictures")
+    flag("--onnx", default="model.onnx", help="the file that export.py wrote [model.onnx]")
+    flag("-n", default=64, type=between(1), help="number of images [64]")
+    flag("--out", default="samples.png", help=f"a grid of the first {GRID} images [samples.png]")
+    flag("--dir", help="a new folder for all images, one PNG each")
+    flag("--gif", help="a file for an animation of the reverse process, first batch only")
+    flag("--strip", help="a file for x_t and x0_hat along the chain, first four images only")
+    flag("--interpolate", nargs=2, metavar="FILE", help="two images, to draw 11 mixtures between")
+    flag("--t", type=between(0), nargs="+", help="t at which to mix, one row each, 0..T-1 [T / 2]")
+    flag("--steps", type=between(1), help="steps of the reverse process, 1..T [T, as in the paper]")
     flag(
-        "--interpolate",
-        nargs=2,
-        metavar="FILE",
-        help="two pictures; --out shows both, and between them 11 mixtures of their x_t",
+        "--eta",
+        type=between(0, 1, float),
+        help="sample by DDIM with this eta, 0 to 1 [the paper's step]",
     )
-    flag("--t", type=int, nargs="+", help="where to mix, a row each, 0 to T-1 [T / 2]")
-    flag("--steps", type=int, help="steps of the reverse process, 1..T [T, as in the paper]")
-    flag("--eta", type=float, help="DDIM with this eta, 0 to 1 [the paper's step]")
-    flag("--batch", default=64, type=int, help="pictures at once [64]")
-    flag("--seed", default=0, type=int, help="the same seed, the same pictures [0]")
+    flag("--batch", default=64, type=between(1, 2**20), help="images drawn together [64]")
+    flag("--seed", default=0, type=between(0, 2**63 - 1), help="the same seed, the same images [0]")
     flag("--device", default="auto", choices=("auto", "cuda", "cpu"), help="[auto]")
     args = parser.parse_args()
-    if args.n < 1 or args.batch < 1 or args.seed < 0:
-        parser.error("-n and --batch must be at least 1, --seed at least 0")
-    pictures = [name for name in (args.out, args.gif, args.strip) if name is not None]
-    if not all(Path(name).suffix.lower() in Image.registered_extensions() for name in pictures):
-        parser.error("--out, --gif and --strip must be files such as x.png or x.gif")
     if args.interpolate and (args.dir or args.gif or args.strip):
-        parser.error("--interpolate must be without --dir, --gif and --strip: it makes --out only")
+        parser.error("--interpolate writes --out only, without --dir, --gif and --strip")
+    outputs = [name for name in (args.out, args.gif, args.strip) if name is not None]
     inputs = {Path(name).resolve() for name in (args.onnx, *(args.interpolate or []))}
-    if inputs & {Path(name).resolve() for name in pictures}:
-        parser.error("--out, --gif and --strip must be other files than those that are read")
+    if len({Path(name).resolve() for name in outputs} | inputs) < len(outputs) + len(inputs):
+        parser.error("--out, --gif and --strip must differ from each other and from the inputs")
     if args.t and not args.interpolate:
         parser.error("--t must be given with --interpolate")
-    if args.eta is not None and not 0 <= args.eta <= 1:
-        parser.error("--eta must be between 0 and 1")
-    if not Path(args.onnx).is_file():
-        sys.exit(f"sample.py: there is no {args.onnx}; python export.py makes one")
+    return args
 
+
+def main():
+    args = arguments()
+    if not Path(args.onnx).is_file():
+        kind = "is a folder" if Path(args.onnx).is_dir() else "does not exist"
+        raise ValueError(f"{printable(args.onnx)} {kind}; python export.py writes a model.onnx")
     batch = len(LAMBDAS) if args.interpolate else min(args.batch, args.n)
     network = Network(args.onnx, batch, args.device)
-    betas, variance = network.betas, network.variance
-    steps = len(betas) if args.steps is None else args.steps
-    if not 1 <= steps <= len(betas):
-        parser.error(f"--steps must be 1..{len(betas)}")
-    where = args.t or [len(betas) // 2]
-    if not all(0 <= t < len(betas) for t in where):
-        parser.error(f"--t must be 0..{len(betas) - 1}")
-    print(f"{args.onnx} on {'CUDA' if network.device == 'cuda' else 'the CPU'}", end="")
-    print("" if args.interpolate else f", {steps} steps")
+    if network.no_cuda and shutil.which("nvidia-smi"):
+        print(f"sample.py: {network.no_cuda}. To mend it:\n  {INSTALL}", file=sys.stderr)
 
-    if args.interpolate:
-        a, b = (read_picture(path, network.shape[1:]) for path in args.interpolate)
-        rows = []
-        for t in where:
-            noise = noise_of(args.seed, 0, (1, *network.shape[1:]))
-            chain = interpolate(network, noise, a, b, t, betas, variance, args.steps, args.eta)
-            for _, _, x0 in tqdm(chain, f"t = {t}", min(steps, t + 1), unit="step"):
-                mixtures = x0
-            rows += [a, *mixtures, b]
-        save_image(args.out, grid(to_pixels(np.stack(rows)), len(LAMBDAS) + 2))
-        print(f"{args.out}: a picture, mixtures of lambda = 0, 0.1, ... 1, the other picture")
-        return
+    T, channels = len(network.betas), network.shape[1]
+    args.steps = T if args.steps is None else args.steps
+    args.t = args.t or [T // 2]
+    if args.steps > T or max(args.t) >= T:
+        raise ValueError(f"this model has T = {T}: --steps must be 1..{T}, --t 0..{T - 1}")
+    check_output(args.out, channels)
+    if args.gif:
+        check_output(args.gif, channels, animated=True)
+    if args.strip:
+        check_output(args.strip, channels)
+    if args.dir:
+        Path(args.dir).mkdir(parents=True, exist_ok=True)
+        if any(Path(args.dir).glob("[0-9]" * 6 + "*.png")):
+            raise ValueError(f"{printable(args.dir)} holds numbered images: use another --dir")
+        check_output(Path(args.dir, "x.png"), channels)
 
+    print(f"{printable(args.onnx)} on {'CUDA' if network.device == 'cuda' else 'the CPU'}", end="")
+    print("" if args.interpolate else f", {args.steps} steps")
+    (draw_interpolation if args.interpolate else draw_samples)(network, args)
+
+
+def draw_interpolation(network, args):
+    """--interpolate: a grid with a row for each --t."""
+    ends = []
+    for path in args.interpolate:
+        try:
+            pixels = read_picture(path, network.shape[-1], network.shape[1])
+        except Exception as error:  # Pillow raises many kinds
+            raise ValueError(f"{printable(path)} can't be read: {one_line(error)}") from None
+        ends.append(pixels.astype(np.float32) / 127.5 - 1)
+    rows = []
+    for t in args.t:
+        chain = interpolate(
+            network, noise_of(args.seed, 0, (1, *network.shape[1:])), *ends, t, network.betas,
+            network.variance, args.steps, args.eta,
+        )  # fmt: skip
+        for _, _, x0 in progress(chain, f"t = {t}", min(args.steps, t + 1), unit="step"):
+            mixtures = x0
+        rows += [ends[0], *mixtures, ends[1]]
+    save_image(args.out, grid(to_pixels(np.stack(rows)), len(LAMBDAS) + 2))
+    print(f"{printable(args.out)}: one image, mixtures for lambda = 0, 0.1, ... 1, the other image")
+
+
+def draw_samples(network, args):
+    """-n samples in batches: the grid, and the folder, the GIF and the strip if asked for."""
     started, shown, frames = time.monotonic(), [], []
     starts = range(0, args.n, network.batch)
-    bar = tqdm(total=len(starts) * steps, unit="step")
-    for first in starts:  # the last batch may draw more than it keeps: the shape stays the same
-        noise = ahead(noise_of(args.seed, first, network.shape))
-        chain = sample_progressive(network, noise, betas, variance, args.steps, args.eta)
+    bar = progress(total=len(starts) * args.steps, unit="step")
+    for first in starts:  # a constant shape: the last batch may draw more images than it keeps
+        draw_noise = ahead(noise_of(args.seed, first, network.shape))
+        chain = sample_progressive(
+            network, draw_noise, network.betas, network.variance, args.steps, args.eta
+        )
         for i, (_, x, x0) in enumerate(chain):
-            wanted = i == steps - 1 or i * FRAMES // steps > (i - 1) * FRAMES // steps
-            if first == 0 and wanted and (args.gif or args.strip):
+            frame = i == args.steps - 1 or i * FRAMES // args.steps > (i - 1) * FRAMES // args.steps
+            if first == 0 and frame and (args.gif or args.strip):
                 frames.append((to_pixels(x), to_pixels(x0)))
             bar.update()
         pixels = to_pixels(x0[: args.n - first])
-        if len(shown) < GRID:
-            shown.extend(pixels[: GRID - len(shown)])
+        shown.extend(pixels[: GRID - len(shown)])
         if args.dir:
-            for k, picture in enumerate(pixels, first):
-                save_image(Path(args.dir) / f"{k:06d}.png", to_image(picture))
+            for k, image in enumerate(pixels, first):
+                to_image(image).save(Path(args.dir, f"{k:06d}.png"))
     bar.close()
 
     save_image(args.out, grid(np.stack(shown)))
@@ -358,19 +517,14 @@ def main():
         save_image(
             args.gif, images[0], save_all=True, append_images=images[1:], duration=duration, loop=0
         )
-    if args.strip:  # two rows a picture, x_t above x0_hat
+    if args.strip:  # two rows per image, x_t above x0_hat
         chosen = [frames[i] for i in np.linspace(0, len(frames) - 1, STRIP).round().astype(int)]
         rows = np.stack([np.stack(pair) for pair in chosen], 2)  # (2, B, STRIP, H, W, C)
         rows = rows[:, :4].swapaxes(0, 1)
         save_image(args.strip, grid(rows.reshape(-1, *rows.shape[3:]), STRIP))
     seconds = time.monotonic() - started
-    print(f"{args.out}: {args.n} pictures, {seconds:.1f} s, {seconds / args.n:.2f} s each")
+    print(f"{printable(args.out)}: {args.n} images, {seconds:.1f} s, {seconds / args.n:.2f} s each")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("sample.py: stopped")
-    except OSError as error:  # a disk that is full, a folder that can't be written to
-        sys.exit(f"sample.py: {error}")
+    run_program(main, "sample.py")
