@@ -149,10 +149,10 @@ def picture_files(folder, without=None):
 
 
 def on_all_cores(function, paths):
-    """Yields function(32 paths) for the paths in order, computed by worker processes."""
+    """Yields function(128 paths) for the paths in order, computed by worker processes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(cores, len(paths) // 32)  # for a few files none is worth starting
-    return DataLoader(paths, 32, num_workers=workers, collate_fn=function)
+    workers = min(cores, len(paths) // 128)  # for a few files none is worth starting
+    return DataLoader(paths, 128, num_workers=workers, collate_fn=function)
 
 
 def have_colour(paths):

@@ -18,7 +18,6 @@ from PIL import Image, ImageDraw, ImageFont, ImageSequence
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-import export  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from ddpm import Diffusion, cosine_betas, linear_betas  # noqa: E402
@@ -134,7 +133,7 @@ def main():
         subprocess.run([sys.executable, HERE.parent / name, *map(str, flags)], check=True)
 
     args.out.mkdir(parents=True, exist_ok=True)
-    trained = export.load(args.run)
+    trained = train.load(args.run)
     channels, size, _ = trained.shape
     x0 = train.read_folder(args.data, size, channels, 64).float() / 127.5 - 1
     forward(trained.diffusion, x0[:: len(x0) // 4][:4]).save(args.out / "forward.png")
