@@ -1,5 +1,6 @@
 """The promises of export.py: the ONNX file, reduced precision, and weights for diffusers."""
 
+import functools
 import json
 import shutil
 import signal
@@ -101,16 +102,6 @@ def test_export_without_a_whole_checkpoint_is_one_line(trained, tmp_path, run):
 
 
 @posix
-def test_exports_at_once_each_write_a_whole_file(trained, tmp_path):
-    argv = [sys.executable, HERE / "export.py", "--checkpoint", trained[0] / "run"]
-    kinds = ([], ["--half"])
-    runs = [subprocess.Popen([*argv, *kind], cwd=tmp_path, stdout=-3, stderr=-3) for kind in kinds]
-    assert [run.wait(timeout=120) for run in runs] == [0, 0]
-    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
-    sample.Network(tmp_path / "model.onnx", 1, "cpu")
-
-
-@posix
 def test_terminated_export_leaves_no_temporary_files(trained, tmp_path):
     run = subprocess.Popen(
         [sys.executable, HERE / "export.py", "--checkpoint", trained[0] / "run"],
@@ -148,12 +139,14 @@ def files(tmp_path_factory):
         optimizer.zero_grad()
         PAPER.loss(model, images[torch.randint(len(images), (32,))]).backward()
         optimizer.step()
+    export_once = export.to_onnx
     source = train.Trained(model.eval(), Diffusion(linear_betas(), "small"), settings, 7, "a test")
-    said = {}
+    said, to_onnx = {}, functools.cache(lambda _, model: export_once(source, model))
     for kind in (None, "half", "int8"):
         with pytest.MonkeyPatch.context() as patch:
             lines = []
             patch.setattr("builtins.print", lambda *words, lines=lines: lines.append(words[0]))
+            patch.setattr(export, "to_onnx", lambda _, model: to_onnx(None, model))
             export.write_onnx(source, folder / f"{kind}.onnx", kind)
         said[kind] = "\n".join(lines)
     assert len(list(folder.iterdir())) == 3
@@ -252,6 +245,26 @@ def test_too_large_errors_are_refused(files, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=rf"--{kind} changes eps by .*% at t = 999"):
             export.write_onnx(files[1], tmp_path / "model.onnx", kind)
     assert not list(tmp_path.iterdir())
+
+
+def test_exports_at_once_each_write_a_whole_file(files, tmp_path, monkeypatch):
+    """Another export to the same path starts and ends in the middle of each."""
+    folder, source, _ = files
+    protos = [onnx.load(folder / f"{name}.onnx") for name in ("None", "half", "None", "None")]
+    path, kinds, written = tmp_path / "model.onnx", [None, "half"], []
+
+    def interrupted(*_):
+        if kinds:
+            export.write_onnx(source, path, kinds.pop())
+            written.append(path.read_bytes())
+        return protos.pop()
+
+    monkeypatch.setattr(export, "to_onnx", interrupted)
+    export.write_onnx(source, path)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+    for content in (*written, path.read_bytes()):
+        path.write_bytes(content)
+        sample.Network(path, 1, "cpu")
 
 
 @pytest.mark.parametrize("kind, most", [("half", 1), ("int8", 8)])
@@ -552,7 +565,7 @@ def test_damaged_files_are_refused_in_one_line(trained, copy):
     shutil.copy(trained[0] / "run" / "checkpoint.pt", copy.parent / "here.pt")
     shutil.copy(trained[0] / "model.onnx", copy.parent / "model.onnx")
     refused = dict.fromkeys(("here.pt", "copy", "model.onnx"), 0)
-    cases = [(copy.parent / name, copy.parent / name, 90) for name in ("here.pt", "model.onnx")]
+    cases = [(copy.parent / name, copy.parent / name, 60) for name in ("here.pt", "model.onnx")]
     cases += [(path, copy, 30) for path in copy.iterdir() if path.name != "model_index.json"]
     for path, source, n in cases:
         for _ in damaged(path, n):
@@ -564,7 +577,7 @@ def test_damaged_files_are_refused_in_one_line(trained, copy):
             except ValueError as error:
                 assert "\n" not in str(error) and str(error)
                 refused[source.name] += 1
-    assert min(refused.values()) > 40
+    assert min(refused.values()) > 25
 
 
 def test_diffusers_is_needed_only_for_published_weights(tmp_path):

@@ -216,7 +216,7 @@ def test_undecodable_and_control_characters_in_names_are_escaped(tmp_path, run):
     tiny = [*TINY, "--steps", 1]
     said = run("train.py", "--data", data, *tiny, cwd=tmp_path)
     assert "left out 2 of 3" in said and "bell\\x07\\x1b[31m.png" in said and "\x07" not in said
-    assert "na\\udcefve" in run("export.py", cwd=tmp_path)
+    assert train.load(tmp_path / "run").source == "train.py, na\\udcefve"
     python("train.py", "--data", data, *tiny, "--out", "b", cwd=tmp_path,
            env=os.environ | {"PYTHONIOENCODING": "cp1252"})  # fmt: skip
 
@@ -316,7 +316,7 @@ def assert_same_run(a, b):
     assert (a / "log.csv").read_text() == (b / "log.csv").read_text()
 
 
-def test_resumed_run_equals_the_uninterrupted_run(trained, pictures, tmp_path):
+def test_resumed_run_equals_the_uninterrupted_run(trained, pictures, tmp_path, run):
     """To the bit, on a CPU: 5 steps, then the remaining 7, in processes of their own."""
     flags = ["train.py", "--data", pictures, *TINY]
     python(*flags, "--steps", 5, cwd=tmp_path)
@@ -324,19 +324,19 @@ def test_resumed_run_equals_the_uninterrupted_run(trained, pictures, tmp_path):
         log.write("6,0,0,0\n7,")  # what a killed run may have logged after its checkpoint
     python(*flags, "--steps", 12, cwd=tmp_path)
     assert_same_run(trained[0] / "run", tmp_path / "run")
-    said = python(*flags, "--steps", 12, cwd=tmp_path)
+    said = run(*flags, "--steps", 12, cwd=tmp_path)
     assert "done" in said and checkpoint(tmp_path / "run")["step"] == 12
 
 
 @posix
-def test_killed_repeatedly_it_ends_in_the_same_weights(pictures, tmp_path):
+def test_killed_repeatedly_it_ends_in_the_same_weights(pictures, tmp_path, run):
     """kill -9 at random moments, with a checkpoint at each step: mostly while one is written."""
-    flags = ["--data", pictures, *TINY, "--steps", 120, "--preview-every", 50]
-    python("train.py", *flags, "--out", "whole", cwd=tmp_path)
+    flags = ["--data", pictures, *TINY, "--steps", 100, "--preview-every", 50]
+    run("train.py", *flags, "--out", "whole", cwd=tmp_path)
     flags += ["--out", "killed", "--save-minutes", 0]
     argv = [sys.executable, str(HERE / "train.py"), *map(str, flags)]
     random, steps, path = np.random.default_rng(0), [], tmp_path / "killed" / "checkpoint.pt"
-    for _ in range(6):
+    for _ in range(4):
         began = time.time()
         process = subprocess.Popen(argv, cwd=tmp_path, stdout=-3, stderr=-3)
         while process.poll() is None and time.time() - began < 60:
@@ -348,8 +348,8 @@ def test_killed_repeatedly_it_ends_in_the_same_weights(pictures, tmp_path):
         process.wait()
         steps.append(checkpoint(tmp_path / "killed")["step"])
         assert not train.picture_files(tmp_path / "killed") or steps[-1] < 50
-    assert steps == sorted(steps) and len(set(steps)) > 3 and steps[-1] < 120
-    python("train.py", *flags, cwd=tmp_path)
+    assert steps == sorted(steps) and len(set(steps)) > 2 and steps[-1] < 100
+    run("train.py", *flags, cwd=tmp_path)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
     assert not list((tmp_path / "killed").glob(".*"))
 
@@ -390,18 +390,19 @@ def test_broken_checkpoint_is_refused_and_kept(trained, pictures, tmp_path, run)
 
 
 @posix
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_signals_save_and_say_how_to_resume(number, pictures, tmp_path):
+def test_sigterm_saves_and_says_how_to_resume(pictures, tmp_path):
     out = tmp_path / "a run"
     args = [sys.executable, HERE / "train.py", "--data", pictures, *TINY, "--steps", "100000"]
     run = subprocess.Popen(
-        [*args, "--out", out, "--restart"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
-    )  # fmt: skip
+        [*args, "--out", out, "--restart"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while "steps" not in (line := run.stdout.readline()) and line:
         pass
     time.sleep(0.5)
-    run.send_signal(number)
+    run.send_signal(signal.SIGTERM)
     said, errors = run.communicate(timeout=60)
     step = checkpoint(out)["step"]
     assert f"stopped at step {step:,}" in said and f"'{out}'" in said and "--restart" not in said
@@ -513,9 +514,9 @@ def test_second_training_in_a_folder_is_refused(pictures, tmp_path, run):
 
 
 @posix
-def test_full_disk_leaves_the_checkpoint_whole(pictures, tmp_path):
+def test_full_disk_leaves_the_checkpoint_whole(pictures, tmp_path, run):
     flags = ["--data", pictures, *TINY, "--no-amp"]
-    python("train.py", *flags, "--steps", 3, cwd=tmp_path)
+    run("train.py", *flags, "--steps", 3, cwd=tmp_path)
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     said = python("-c", FULL_DISK, 100_000, HERE / "train.py", *flags, "--steps", 6, cwd=tmp_path,
                   code=1)  # fmt: skip
@@ -646,19 +647,20 @@ def test_eval_without_data_is_of_the_demo(trained, tmp_path, run):
     assert {p.suffix for p in tmp_path.iterdir()} == {".csv", ".png"}
 
 
-@posix
-def test_interrupted_eval_prints_what_it_has(trained, pictures, tmp_path):
-    args = ["--eval", trained[0] / "run", "--data", pictures, "--batch", "1", "--out", tmp_path]
-    eval = subprocess.Popen(
-        [sys.executable, HERE / "train.py", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    eval.stderr.readline()  # "left out ..." or the first line of progress
-    time.sleep(7)
-    eval.send_signal(signal.SIGINT)
-    said, rest = eval.communicate(timeout=60)
-    assert eval.returncode == 1 and "rate" in said and "stopped after" in rest
-    assert "Traceback" not in rest and not list(tmp_path.iterdir())
+def test_interrupted_eval_prints_what_it_has(trained, pictures, tmp_path, monkeypatch, run):
+    calls, vlb = [], Diffusion.vlb
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return vlb(*args)
+
+    monkeypatch.setattr(Diffusion, "vlb", interrupted)
+    flags = ["--eval", trained[0] / "run", "--data", pictures, "--batch", 1, "--out", "."]
+    said = run("train.py", *flags, cwd=tmp_path, code=1)
+    assert "on 2 images" in said and "rate" in said and "stopped after 2 of 12" in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_broken_weights_are_not_called_good(trained, tmp_path, run):
