@@ -29,7 +29,7 @@ from onnxscript import opset20 as op
 
 from ddpm import linear_betas
 from sample import printable, replacing, run_program
-from train import diffusers_names, from_diffusers, import_diffusers, largest_difference, load
+from train import diffusers_names, from_diffusers, largest_difference, load
 
 OPSET = 20  # ONNX Runtime has kernels for it on the CPU, on CUDA and in the browser
 TOLERANCE = 1e-4  # the largest difference from torch, in noise that is about N(0, 1)
@@ -272,11 +272,13 @@ def write_onnx(trained, path, kind=None):
 def to_diffusers(trained, folder):
     """Write a new folder that diffusers' DDPMPipeline.from_pretrained opens.
 
-    Raises ValueError if the folder is not new, or without diffusers.
+    Raises ValueError if the folder is not new.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{printable(folder)} exists: use another name")
-    diffusers, c = import_diffusers(), trained.settings
+    import diffusers
+
+    c = trained.settings
     kinds = [
         "Attn" * (c["image_size"] >> level in c["attention_resolutions"])
         for level in range(len(c["channel_mults"]))

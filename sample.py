@@ -386,10 +386,12 @@ def run_program(main, name, quiet=False):
         return main()
     except KeyboardInterrupt:
         message = "stopped"
-    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+    except (ValueError, RuntimeError, OSError, MemoryError, ImportError) as error:
         if sys.flags.dev_mode:
             raise
         message = one_line(error)
+        if isinstance(error, ImportError):
+            message += f"; pip install {error.name}"
     sys.exit(1 if quiet else f"{name}: {message}")
 
 

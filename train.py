@@ -95,7 +95,7 @@ def train_step(step, network, ema, optimizer, diffusion, images, args):
     t = torch.randint(diffusion.T, (args.batch,), device=device)
     noise = torch.randn(args.batch, *images.shape[1:], device=device)
 
-    # It computes its own share of the batch, in as many parts as --accumulate says.
+    # It computes only its share of the batch, in as many parts as --accumulate says.
     parts = [x.tensor_split(WORLD * args.accumulate) for x in (index, flip, t, noise)]
     first, last = RANK * args.accumulate, (RANK + 1) * args.accumulate - 1
     loss = torch.zeros((), device=device)
@@ -307,7 +307,7 @@ def load(path):
         path /= "checkpoint.pt"
     if path.suffix != ".pt" and not path.is_file():
         return from_diffusers(path.as_posix())
-    if not path.exists():
+    if not path.is_file():
         raise ValueError(f"{printable(path)} does not exist; python train.py writes a checkpoint")
     with refusing(f"{printable(path)} is not a checkpoint of train.py"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -317,15 +317,6 @@ def load(path):
         source = f"train.py, {config['train']['data'] or 'demo'}"
         diffusion = Diffusion(**config["diffusion"])
         return Trained(model, diffusion, config["model"], checkpoint["step"], source)
-
-
-def import_diffusers():
-    try:
-        import diffusers
-    except ImportError:
-        raise ValueError("published weights need diffusers: pip install diffusers") from None
-    diffusers.logging.set_verbosity_error()
-    return diffusers
 
 
 DIFFUSERS_NAMES = (  # regular expressions that turn our names into diffusers', in this order
@@ -357,7 +348,9 @@ def from_diffusers(source):
     diffusers reads the files; its network and ours must agree on eps. Raises ValueError if ddpm.py
     cannot express what the files describe.
     """
-    diffusers = import_diffusers()
+    import diffusers
+
+    diffusers.logging.set_verbosity_error()
 
     def find(cls, part):  # a sub-folder, or, for google/ddpm-*, the folder itself
         for place in ({"subfolder": part}, {}):
