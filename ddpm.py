@@ -1,6 +1,6 @@
 """Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel 2020, arXiv:2006.11239) in one file.
 
-The file follows the order of the lesson:
+It presents the method in this order:
 
     linear_betas, cosine_betas   how much noise each of the T steps adds
     Diffusion                    q, its posterior, the loss, the variational bound, the samplers
@@ -30,8 +30,8 @@ from torch import Tensor, nn
 def linear_betas(T=1000, beta_1=1e-4, beta_T=0.02):
     """The paper's schedule (section 4): T variances from beta_1 to beta_T. Float64, shape (T,).
 
-    T and the betas belong together, because x_T must be close to pure noise. For fewer sampling
-    steps keep T = 1000 and pass `steps=` to the sampler instead of training with a smaller T.
+    Change T and the betas together, so that x_T stays close to pure noise. To sample in fewer
+    steps, keep T = 1000 and pass `steps=` to the sampler.
     """
     return torch.linspace(beta_1, beta_T, T, dtype=torch.float64)
 
@@ -52,11 +52,14 @@ def _at(table, t):
 
 
 class Bound(NamedTuple):
-    """The terms of the variational bound (5) for a batch, in bits per dimension."""
+    """The terms (5) of the variational bound for a batch, in bits per dimension.
+
+    Each term is exact given its x_t, of which one is drawn per image and t.
+    """
 
     L_T: Tensor  # (B,) KL(q(x_T | x_0) || N(0, I)): how much of x_0 is left in x_T
-    L_t: Tensor  # (B, T) column t is the paper's L_t, so column 0 is the discretized decoder L_0
-    total: Tensor  # (B,) L_T plus the sum of L_t over t: the bound on -log2 p(x_0)
+    L_t: Tensor  # (B, T) column t is the paper's L_t, so column 0 is the discretised decoder L_0
+    total: Tensor  # (B,) L_T plus the sum of L_t over t: the bound on -log2 p(x_0) per dimension
     mse: Tensor  # (B, T) mean squared error of x0_hat at each t, not in bits
 
 
@@ -68,7 +71,7 @@ class Diffusion:
         x_0 ~ N(0, I); "small" is the posterior variance beta-tilde_t, which is optimal if x_0 is a
         single point. The paper's CIFAR-10 samples use "large", its 256x256 samples "small".
 
-    Raises ValueError for betas or a variance other than these.
+    Raises ValueError if betas or variance is invalid.
     """
 
     def __init__(self, betas, variance="large"):
@@ -85,8 +88,8 @@ class Diffusion:
         self.alphas_bar_prev = torch.cat([betas.new_ones(1), self.alphas_bar[:-1]])
         self.posterior_variance = (1 - self.alphas_bar_prev) / (1 - self.alphas_bar) * betas  # (7)
         # sigma_t^2. Sampling never uses the first entry, because the last step adds no noise. The
-        # decoder in the bound does, and beta-tilde = 0 would not do there: like the authors' code
-        # we take the next entry.
+        # decoder L_0 does, and needs a positive variance: like the authors' code, we use the
+        # posterior variance of the next step.
         self.sigma2 = (betas if variance == "large" else self.posterior_variance).clone()
         self.sigma2[0] = self.posterior_variance[1] if self.T > 1 else betas[0]
 
@@ -97,7 +100,7 @@ class Diffusion:
         return _at(self.alphas_bar.sqrt(), t) * x0 + _at((1 - self.alphas_bar).sqrt(), t) * noise
 
     def predict_x0(self, x_t, t, eps):
-        """(15): (4) solved for x_0. The estimate of the clean image if the noise in x_t is eps."""
+        """(15): (4) solved for x_0, the estimate of the clean image if the noise in x_t is eps."""
         return (x_t - _at((1 - self.alphas_bar).sqrt(), t) * eps) / _at(self.alphas_bar.sqrt(), t)
 
     def q_posterior(self, x0, x_t, t):
@@ -114,12 +117,14 @@ class Diffusion:
     def loss(self, model, x0, t=None, noise=None, weighting="simple"):
         """L_simple (14): the mean squared error of the predicted noise. A scalar to minimise.
 
-        model(x_t, t) returns eps. t (B,) and noise (B, C, H, W) are drawn unless given.
+        It is the mean over the dimensions, where (14) has their sum. model(x_t, t) returns eps.
+        t (B,) and noise (B, C, H, W) are drawn unless given.
         weighting: "simple" is (14); "vlb" keeps the weight that (12) gives each term and (14)
-            drops. Its mean over t is the mean of L_t in nats per dimension, up to a constant.
+            drops. Up to a constant, it is then L_t in nats per dimension for t > 0; at t = 0 the
+            density of the decoder stands for its probability.
 
-        Everything but the network is float32, also under autocast: in bfloat16, 1 - abar_t would
-        round to 0 for the first ten steps.
+        Everything but the network is float32, also under autocast: in bfloat16, abar_t would round
+        to 1 for the first ten steps, which leaves no noise.
         """
         if t is None:
             t = torch.randint(self.T, (len(x0),), device=x0.device)
@@ -144,8 +149,9 @@ class Diffusion:
         Bins are 2/255 wide; the first and the last are open. Probabilities below 1e-12 count as
         1e-12. The arguments broadcast; the result is float64, in nats.
 
-        The integral is exact. The authors' code approximates the normal CDF by a tanh, which agrees
-        to 0.0001 bits at the paper's error (0.95 of 255) and is 0.1 bits lower at an error of 2.
+        The integral is exact. The authors' code approximates the normal CDF by a tanh. In the mean
+        over Gaussian errors the two agree to 0.0001 bits at the paper's root-mean-square error
+        (0.95 of 255), and the tanh gives 0.1 bits less at one of 2.
         """
         x0, mean, sigma = x0.double(), mean.double(), sigma.double()
         cdf_above = torch.special.ndtr((x0 + 1 / 255 - mean) / sigma).where(x0 < 0.999, 1.0)
@@ -154,7 +160,7 @@ class Diffusion:
 
     @torch.no_grad()
     def vlb(self, model, x0, generator=None):
-        """The variational bound (5) on -log p(x_0): a Bound, in bits per dimension.
+        """The variational bound (3) on -log p(x_0) by its terms (5), in bits per dimension.
 
         x0: 8-bit images k / 127.5 - 1, (B, C, H, W). generator: a torch.Generator on its device.
         Takes T forward passes; call model.eval() first. x0_hat is clipped to [-1, 1], as in
@@ -196,13 +202,13 @@ class Diffusion:
 
         shape: (B, C, H, W). steps: how many of the T steps to take; all of them if None.
         eta: None is the paper's ancestral step with the chosen variance. A number is DDIM's eta
-            (see ddim_step): 0 is deterministic, 1 has the statistics of the "small" variance.
+            (see ddim_step): 0 is deterministic, 1 equals the ancestral step with "small" variance.
         generator: a torch.Generator on `device`. draw_noise: instead, a function that returns the
             next z, of the given shape.
         x_T: the start, if it is not pure noise. The chain of the first t + 1 betas is a DDPM too,
             so Diffusion(betas[: t + 1], variance).sample(..., x_T=x_t) continues from an x_t.
-        clip: keep x0_hat in [-1, 1]. Algorithm 2 has no clip, but the authors' code does: at large
-            t, x0_hat is the error of eps divided by sqrt(abar_t), which is 0.006 at t = T-1.
+        clip: keep x0_hat in [-1, 1]. Algorithm 2 does not clip; the authors' code does, because the
+            error of x0_hat is that of eps times sqrt((1 - abar_t) / abar_t), 157 at t = T-1.
         """
         chain, tau = (self, range(self.T)) if steps is None else self.respaced(steps)
         device = device if x_T is None else x_T.device
@@ -249,8 +255,8 @@ class Diffusion:
     def respaced(self, steps):
         """A shorter chain through the same noise levels: (Diffusion with T = steps, tau).
 
-        tau (steps,) lists the t of the long chain at which the short one stops, including the first
-        and the last. The short chain is a DDPM with betas 1 - abar_tau_i / abar_tau_i-1.
+        tau (steps,) lists the t of the full chain that the shorter one visits: T-1, and also 0 if
+        steps > 1. The shorter chain is a DDPM with betas 1 - abar_tau_i / abar_tau_i-1.
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps must be 1..{self.T}, not {steps}")
@@ -289,7 +295,7 @@ class Attention(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """norm, swish, conv, add the time; norm, swish, dropout, conv, add the input; attention."""
+    """norm, swish, conv, + time embedding; norm, swish, dropout, conv, + input; then attention."""
 
     def __init__(self, in_channels, out_channels, time_channels, groups, dropout, attention):
         super().__init__()
@@ -386,13 +392,13 @@ class UNet(nn.Module):
             nn.Linear(base_channels, time_channels),
             nn.SiLU(),
             nn.Linear(time_channels, time_channels),
-            nn.SiLU(),  # the swish with which every residual block begins, applied once here
+            nn.SiLU(),  # every residual block applies it to the embedding; done once, here
         )
         self.conv_in = nn.Conv2d(in_channels, base_channels, 3, padding=1)
 
         ch, size = base_channels, image_size
         skips = [ch]  # widths of the skip connections
-        self.down = nn.ModuleList()  # levels of residual blocks, each but the last downsampled
+        self.down = nn.ModuleList()  # every level but the last ends in a Downsample
         for level, mult in enumerate(channel_mults):
             layers = nn.ModuleList()
             for _ in range(num_res_blocks):
@@ -407,7 +413,7 @@ class UNet(nn.Module):
 
         self.middle = nn.ModuleList([res_block(ch, ch, True), res_block(ch, ch, False)])
 
-        self.up = nn.ModuleList()  # the same levels in reverse, each but the last upsampled
+        self.up = nn.ModuleList()  # every level ends in an Upsample, the last in an Identity
         for level, mult in reversed(list(enumerate(channel_mults))):
             layers = nn.ModuleList()
             for _ in range(num_res_blocks + 1):
@@ -436,9 +442,10 @@ class UNet(nn.Module):
         nn.init.xavier_uniform_(self.conv_out.weight, gain=1e-5)
 
     def forward(self, x_t, t):
-        """The noise in x_t (B, C, H, W), given t (B,) int64: the same shape. Float32 in and out."""
-        if x_t.shape[2] % self.factor or x_t.shape[3] % self.factor:
-            raise ValueError(f"height and width must be multiples of {self.factor}: {x_t.shape}")
+        """Predict the noise in x_t (B, C, H, W) at t (B,), int64. The result is shaped like x_t."""
+        height, width = x_t.shape[2:]
+        if height % self.factor or width % self.factor:
+            raise ValueError(f"{height}x{width}: both must be multiples of {self.factor}")
         temb = self.time_mlp(timestep_embedding(t, self.base_channels))
         h = self.conv_in(x_t)
         skips = [h]

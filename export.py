@@ -27,17 +27,17 @@ import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from onnxscript import opset20 as op
 
-from ddpm import linear_betas
-from sample import printable, replacing, run_program
-from train import diffusers_names, from_diffusers, largest_difference, load
+from pretrained import largest_difference, to_diffusers
+from sample import atomic_write, printable, run_program
+from train import load
 
 OPSET = 20  # ONNX Runtime has kernels for it on the CPU, on CUDA and in the browser
 TOLERANCE = 1e-4  # the largest difference from torch, in noise that is about N(0, 1)
 TIMES = (0, 1, 2, 5, 10, 20, 35, 50, 75, 100, 150, 200, 500)  # t for errors, besides T - 1
-REDUCED_TOLERANCE = 0.02  # of reduced precision: rms error over rms of eps, wherever it is used
+REDUCED_TOLERANCE = 0.02  # the largest rms error over rms of eps at a t with reduced precision
 
 # The exporter's own translations of these two contain nodes that the CUDA provider of ONNX Runtime
-# leaves to the CPU: it has no GroupNormalization, and attention takes its scale from a Shape.
+# leaves to the CPU: GroupNormalization, and a Shape from which attention derives its scale.
 
 
 def group_norm(x, num_groups: int, weight, bias, eps: float = 1e-5, cudnn_enabled: bool = True):
@@ -119,10 +119,10 @@ def eps_of(path):
 
 
 class Half(torch.nn.Module):
-    """The U-Net in float16, but for what needs more precision.
+    """The U-Net in float16, except where more precision is needed.
 
-    The time MLP, the first layer and the first block stay float32: at small t they have to tell a
-    little noise from the image. So do the statistics of the norms, by the definition of the ONNX
+    The time MLP, the first layer and the first block stay float32: at small t they must separate
+    weak noise from the image. So do the statistics of the norms, by the definition of the ONNX
     operator. (ONNX Runtime's convert_float_to_float16 passes every tensor between two float32 nodes
     through float16, which costs 0.38 % of eps at t = 0 instead of 0.26 %.)
     """
@@ -167,11 +167,13 @@ def quantize(exact, path, chain):
             return next(self.feeds, None)
 
     logging.disable(logging.WARNING)
-    quantize_static(
-        exact, path, Reader(), per_channel=True, nodes_to_quantize=nodes,
-        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-    )  # fmt: skip
-    logging.disable(logging.NOTSET)
+    try:
+        quantize_static(
+            exact, path, Reader(), per_channel=True, nodes_to_quantize=nodes,
+            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+        )  # fmt: skip
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def switch(precise, quick, first):
@@ -198,13 +200,11 @@ def switch(precise, quick, first):
 
 def drawn_by(trained):
     """Eight images that the network draws in 25 steps, and what it saw: (x0, [(x_t, t)])."""
-    chain, random = [], torch.Generator().manual_seed(0)
-    for t, x_t, x0_hat in trained.diffusion.sample_progressive(
-        trained.model, (8, *trained.shape), min(25, trained.diffusion.T), 0.0, random
-    ):
-        chain.append((x_t, torch.full((8,), t)))
-        x0 = x0_hat
-    return x0, chain
+    random, steps = torch.Generator().manual_seed(0), min(25, trained.diffusion.T)
+    chain = list(
+        trained.diffusion.sample_progressive(trained.model, (8, *trained.shape), steps, 0.0, random)
+    )
+    return chain[-1][2], [(x_t, torch.full((8,), t)) for t, x_t, _ in chain]
 
 
 def relative_errors(eps, exact, diffusion, x0):
@@ -222,9 +222,9 @@ def relative_errors(eps, exact, diffusion, x0):
 def reduce_precision(trained, exact, path, kind):
     """Write a float32 file again at `path`, as "half" or "int8", and print what that costs.
 
-    Integers can't tell the little noise at small t from the image, so the "int8" file holds the
-    network twice: float32 up to the last of TIMES at which integers err too much. Raises ValueError
-    if the errors are too large.
+    At small t, 8-bit integers cannot resolve the weak noise, so the "int8" file holds the network
+    twice, with float32 up to the last of TIMES at which integers err too much. Raises ValueError if
+    the errors are too large.
     """
     x0, chain = drawn_by(trained)
     if kind == "half":
@@ -252,10 +252,10 @@ def write_onnx(trained, path, kind=None):
 
     kind: None for float32, "half" or "int8". Raises ValueError if the file differs too much.
     """
-    with replacing(path) as temporary:
-        exact = temporary.with_name("exact.onnx")
+    with atomic_write(path) as temporary:
+        exact = temporary.with_suffix(".exact.onnx")
         onnx.save(to_onnx(trained, trained.model), exact)
-        worst = largest_difference(trained, eps_of(exact))
+        worst = largest_difference(trained.model, eps_of(exact), trained.shape, trained.diffusion.T)
         if not worst < TOLERANCE:
             raise ValueError(f"eps differs from torch's by {worst:.1e}; {path} is not written")
         print(f"largest difference from torch {worst:.1e}, at batches of 1, 2 and 3")
@@ -267,55 +267,6 @@ def write_onnx(trained, path, kind=None):
     shown, size = printable(path), path.stat().st_size / 1e6
     print(f"{shown}: {size:.1f} MB, from {trained.source}{step}")
     print(f"next:\n  python sample.py --onnx {shlex.quote(shown)}")
-
-
-def to_diffusers(trained, folder):
-    """Write a new folder that diffusers' DDPMPipeline.from_pretrained opens.
-
-    Raises ValueError if the folder is not new.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{printable(folder)} exists: use another name")
-    import diffusers
-
-    c = trained.settings
-    kinds = [
-        "Attn" * (c["image_size"] >> level in c["attention_resolutions"])
-        for level in range(len(c["channel_mults"]))
-    ]
-    unet = diffusers.UNet2DModel(
-        sample_size=c["image_size"],
-        in_channels=c["in_channels"],
-        out_channels=c["in_channels"],
-        block_out_channels=[c["base_channels"] * mult for mult in c["channel_mults"]],
-        down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
-        up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
-        layers_per_block=c["num_res_blocks"],
-        norm_num_groups=trained.model.norm_out.num_groups,
-        norm_eps=trained.model.norm_out.eps,
-        dropout=c["dropout"],
-        attention_head_dim=None,  # one head
-        downsample_padding=0,  # right and below
-        freq_shift=1,
-        flip_sin_to_cos=False,
-    )
-    names = diffusers_names(trained.model)
-    state = {names[name]: w.contiguous() for name, w in trained.model.state_dict().items()}
-    unet.load_state_dict(state)
-    betas = trained.diffusion.betas
-    T, first, last = len(betas), betas[0].item(), betas[-1].item()
-    scheduler = diffusers.DDPMScheduler(
-        num_train_timesteps=T,
-        beta_start=first,
-        beta_end=last,
-        trained_betas=None if torch.equal(betas, linear_betas(T, first, last)) else betas.tolist(),
-        variance_type=f"fixed_{trained.diffusion.variance}",
-    )
-    with replacing(folder) as temporary:
-        diffusers.DDPMPipeline(unet, scheduler).save_pretrained(temporary)
-        if folder.is_dir():  # and empty
-            folder.rmdir()
-    print(f"{printable(folder)}: diffusers.DDPMPipeline.from_pretrained opens it")
 
 
 def main():
@@ -342,16 +293,17 @@ def main():
     args = parser.parse_args()
     if args.to_diffusers is None and args.onnx is None:
         args.onnx = "model.onnx"
-    if args.onnx and not args.onnx.endswith(".onnx"):
+    if args.onnx is not None and not args.onnx.endswith(".onnx"):
         parser.error("--onnx must be a file such as model.onnx")
     if args.onnx and os.path.isdir(args.onnx):
         parser.error(f"--onnx {printable(args.onnx)} is a folder")
     if args.kind and not args.onnx:
         parser.error("--half and --int8 need --onnx")
 
-    trained = from_diffusers(args.diffusers) if args.diffusers else load(args.checkpoint)
-    if args.to_diffusers:
-        to_diffusers(trained, Path(args.to_diffusers))
+    trained = load(args.diffusers or args.checkpoint)
+    if args.to_diffusers is not None:
+        to_diffusers(trained.model, trained.settings, trained.diffusion, args.to_diffusers)
+        print(f"{printable(args.to_diffusers)}: diffusers.DDPMPipeline.from_pretrained opens it")
     if args.onnx:
         write_onnx(trained, Path(args.onnx), args.kind)
 

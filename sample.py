@@ -6,7 +6,7 @@
     python sample.py --onnx model.onnx --interpolate a.png b.png  # between two images
 
 A machine that serves images needs this file, a model.onnx, numpy, Pillow, tqdm and onnxruntime (or
-onnxruntime-gpu[cuda,cudnn]). The reverse process is that of ddpm.py, line by line, in numpy.
+onnxruntime-gpu[cuda,cudnn]). The reverse process repeats that of ddpm.py in numpy.
 """
 
 import argparse
@@ -64,14 +64,11 @@ def sample_progressive(
     posterior_variance = (1 - alphas_bar_prev) / (1 - alphas_bar) * betas  # (7)
     sigma2 = betas if variance == "large" else posterior_variance
     x = draw_noise() if x_T is None else x_T
+    tables = np.stack([betas, alphas, alphas_bar, alphas_bar_prev], 1).tolist()
     for i in reversed(range(len(betas))):
-        # Python floats, which keep float32 arrays float32
-        beta, alpha, abar, abar_prev = (
-            float(table[i]) for table in (betas, alphas, alphas_bar, alphas_bar_prev)
-        )
+        beta, alpha, abar, abar_prev = tables[i]  # Python floats, which keep float32 arrays float32
         eps = eps_model(x, np.full(len(x), tau[i]))
-        x0 = (x - math.sqrt(1 - abar) * eps) / math.sqrt(abar)  # (15)
-        x0 = x0.clip(-1, 1)
+        x0 = ((x - math.sqrt(1 - abar) * eps) / math.sqrt(abar)).clip(-1, 1)  # (15)
         yield int(tau[i]), x, x0
         if i == 0:  # the last step adds no noise, and its mean is x0_hat itself
             return
@@ -134,7 +131,7 @@ class Network:
     """eps_theta(x_t, t) from a model.onnx, for batches of one size.
 
     network(x_t, t) takes float32 (batch, C, H, W) and int64 (batch,) and returns eps, float32
-    (batch, C, H, W). The next call may overwrite the array that it returned.
+    (batch, C, H, W). The next call may overwrite the returned array.
 
     device: "auto" prefers CUDA, "cuda" requires it, "cpu" avoids it.
 
@@ -153,23 +150,24 @@ class Network:
             except RuntimeError as error:
                 self.no_cuda = one_line(error)
             if device == "cuda":
-                raise RuntimeError(f"{self.no_cuda}. Where there is a GPU, run:  {INSTALL}")
+                raise RuntimeError(f"to use CUDA, run:  {INSTALL}  ({self.no_cuda})")
         self._open(path, "cpu")
 
     def _open(self, path, device):
         """Open the file on "cuda" or "cpu", and try it at both ends of t.
 
-        ONNX Runtime itself falls back to the CPU silently: when it can't load CUDA, and without
-        cuDNN it opens the file but runs no convolution. Both are a RuntimeError here.
+        ONNX Runtime silently falls back to the CPU when CUDA does not load; without cuDNN it opens
+        the file but cannot run a convolution. Both raise RuntimeError here.
         """
         import onnxruntime as ort
 
-        ort.set_default_logger_severity(4)  # the exceptions below say it in one sentence
+        ort.set_default_logger_severity(4)  # the exceptions below report the errors
+        wrong = f"{printable(path)} is not a model of export.py"
         providers, self.device = ["CPUExecutionProvider"], device
         if device == "cuda":
             if "CUDAExecutionProvider" not in ort.get_available_providers():
                 raise RuntimeError("this ONNX Runtime was built without CUDA")
-            with contextlib.redirect_stdout(None):  # it prints what it does not find
+            with contextlib.redirect_stdout(None):  # it prints which libraries are missing
                 ort.preload_dlls()  # the CUDA libraries that pip installed
             providers = [("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC"})]
         try:
@@ -177,7 +175,9 @@ class Network:
                 self.session = ort.InferenceSession(path, providers=providers)
             self._read_metadata()
         except Exception as error:
-            raise ValueError(not_a_model(path, error)) from None
+            if is_out_of_memory(error):
+                raise MemoryError(f"no memory to open {printable(path)}") from None
+            raise ValueError(f"{wrong}: {one_line(error)}") from None
         if device == "cuda" and self.session.get_providers()[0] != "CUDAExecutionProvider":
             raise RuntimeError("the CUDA provider of ONNX Runtime does not load")
         try:
@@ -189,14 +189,16 @@ class Network:
             self._binding.bind_ortvalue_input("x_t", self._x)
             self._binding.bind_ortvalue_input("t", self._t)
             self._binding.bind_ortvalue_output("eps", self._eps)
-            self(np.zeros(self.shape, np.float32), np.resize([len(self.betas) - 1, 0], self.batch))
+            T = len(self.betas)
+            for first in (T - 1, 0)[: 3 - min(self.batch, 2)]:  # a batch of one needs two calls
+                self(np.zeros(self.shape, np.float32), np.resize([first, 0], self.batch))
         except Exception as error:
             if is_out_of_memory(error):
-                what = f"{self.batch} images at once need too much memory, use a smaller --batch"
+                what = f"{self.batch} images at once do not fit into memory, see --batch"
                 raise MemoryError(f"{what}: {one_line(error)}") from None
             if device == "cuda":
                 raise RuntimeError(f"CUDA fails: {one_line(error)}") from None
-            raise ValueError(not_a_model(path, error)) from None
+            raise ValueError(f"{wrong}: {one_line(error)}") from None
 
     def _read_metadata(self):
         """Set betas, variance and shape. Raises an Exception if they make no sense."""
@@ -205,8 +207,8 @@ class Network:
         if missing:
             raise ValueError(f"its metadata lacks {', '.join(sorted(missing))}")
         self.betas = np.array(json.loads(metadata["ddpm.betas"]), np.float64)
-        noise = 1 - (1 - self.betas).cumprod()  # the variance of the noise in x_t
-        if self.betas.ndim != 1 or not len(noise) or not ((noise > 0) & (noise < 1)).all():
+        abar = (1 - self.betas).cumprod()
+        if self.betas.ndim != 1 or not len(abar) or not ((abar > 0) & (abar < 1)).all():
             raise ValueError("its betas are not a noise schedule")
         self.variance = metadata["ddpm.variance"]
         channels, height, width = json.loads(metadata["ddpm.image_shape"])
@@ -217,15 +219,14 @@ class Network:
     def __call__(self, x, t):
         self._x.update_inplace(np.ascontiguousarray(x))
         self._t.update_inplace(t)
-        self.session.run_with_iobinding(self._binding)
+        try:
+            self.session.run_with_iobinding(self._binding)
+        except Exception as error:  # of ONNX Runtime's own kinds
+            raise RuntimeError(one_line(error)) from None
         eps = self._eps.numpy()
         if not np.isfinite(eps).all():
             raise RuntimeError(f"eps is not finite at t = {t.max()}")
         return eps
-
-
-def not_a_model(path, error):
-    return f"{printable(path)} is not a model of export.py: {one_line(error)}"
 
 
 def is_out_of_memory(error):
@@ -245,23 +246,20 @@ def read_picture(file, size, channels=None):
     """An image file as uint8 (C, size, size): its centre square, upright, transparency on white.
 
     file: a path or a binary stream. channels: C, 1 for grey and 3 for colour; as in the file if
-    None. Raises ValueError for pixels of unknown range, and whatever Pillow raises for others.
+    None. Raises ValueError if the range of the pixels is unknown, and what Pillow raises.
     """
     with Image.open(file) as image:
-        grey = is_grey(image)
+        mode = "L" if (channels or (1 if is_grey(image) else 3)) == 1 else "RGB"
         deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
         image = ImageOps.exif_transpose(image)
         if deep:  # 0..65535, which Pillow would clip to 255 instead of scaling
             image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
         elif image.mode in ("I", "F"):
             raise ValueError("the file does not say the range of its 32-bit pixels")
-        if image.has_transparency_data:  # the colours under alpha = 0 were never meant to be seen
+        if image.has_transparency_data:  # transparent pixels have arbitrary colours
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        channels = channels or (1 if grey else 3)
-        image = image.convert("L" if grey or channels == 1 else "RGB")
-        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-        image = image.convert("L" if channels == 1 else "RGB")
+        image = ImageOps.fit(image.convert(mode), (size, size), Image.Resampling.LANCZOS)
         return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
 
 
@@ -288,7 +286,7 @@ def grid(pixels, columns=None):
 
 
 @contextlib.contextmanager
-def replacing(path):
+def atomic_write(path):
     """Yields a temporary path beside `path`, then moves what was written there into place.
 
     The file appears whole or not at all, also on a full disk, and no other process writes to the
@@ -307,7 +305,7 @@ def replacing(path):
 
 def save_image(path, image, **kwargs):
     """Save a Pillow image in the format of the suffix, whole or not at all."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         image.save(temporary, **kwargs)
 
 
@@ -339,6 +337,16 @@ def one_line(error):
     return printable(" ".join(str(error).split()))[:300] or type(error).__name__
 
 
+@contextlib.contextmanager
+def as_value_error(what):
+    """Turns any error into a ValueError of one line: what is wrong, and why."""
+    try:
+        yield
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{what}: {kind}{one_line(error)}") from None
+
+
 def between(least, most=2**31 - 1, kind=int):
     """An argparse type: an int or a float from `least` to `most`."""
 
@@ -360,28 +368,26 @@ def progress(*args, **kwargs):
     class Lines(io.TextIOBase):
         def write(self, text):
             if text.strip():
-                sys.stderr.write(text.strip() + "\n")
-                sys.stderr.flush()
+                print(text.strip(), file=sys.stderr, flush=True)
 
     return tqdm(*args, **(kwargs | {"mininterval": 10, "file": Lines()}))
 
 
+def on_signals(handler):
+    """Handle Ctrl-C, SIGTERM and SIGHUP, except those that are ignored, as under nohup."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
 def run_program(main, name, quiet=False):
     """Run main(); an error becomes one line and exit status 1 (a traceback under python -X dev)."""
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    for signal_name in ("SIGTERM", "SIGHUP"):  # leave by the same way as Ctrl-C, which cleans up
-        number = getattr(signal, signal_name, None)
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # of nohup
-            signal.signal(number, interrupt)
-    sys.stdout, sys.stderr = (
-        stream or open(os.devnull, "w")  # noqa: SIM115 - for a stream that 2>&- has closed
-        for stream in (sys.stdout, sys.stderr)
-    )
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+    on_signals(signal.default_int_handler)  # KeyboardInterrupt, which cleans up
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed, as by 2>&-
+            setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
+        getattr(sys, stream).reconfigure(errors="backslashreplace")
     try:
         return main()
     except KeyboardInterrupt:
@@ -390,7 +396,7 @@ def run_program(main, name, quiet=False):
         if sys.flags.dev_mode:
             raise
         message = one_line(error)
-        if isinstance(error, ImportError):
+        if isinstance(error, ModuleNotFoundError):
             message += f"; pip install {error.name}"
     sys.exit(1 if quiet else f"{name}: {message}")
 
@@ -405,9 +411,7 @@ def arguments():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
-    def flag(*names, default=None, help="", **kwargs):
-        parser.add_argument(*names, default=default, help=help, **kwargs)
-
+    flag = parser.add_argument
     flag("--onnx", default="model.onnx", help="the file that export.py wrote [model.onnx]")
     flag("-n", default=64, type=between(1), help="number of images [64]")
     flag("--out", default="samples.png", help=f"a grid of the first {GRID} images [samples.png]")
@@ -417,11 +421,7 @@ def arguments():
     flag("--interpolate", nargs=2, metavar="FILE", help="two images, to draw 11 mixtures between")
     flag("--t", type=between(0), nargs="+", help="t at which to mix, one row each, 0..T-1 [T / 2]")
     flag("--steps", type=between(1), help="steps of the reverse process, 1..T [T, as in the paper]")
-    flag(
-        "--eta",
-        type=between(0, 1, float),
-        help="sample by DDIM with this eta, 0 to 1 [the paper's step]",
-    )
+    flag("--eta", type=between(0, 1, float), help="DDIM's eta, 0 to 1 [the paper's step instead]")
     flag("--batch", default=64, type=between(1, 2**20), help="images drawn together [64]")
     flag("--seed", default=0, type=between(0, 2**63 - 1), help="the same seed, the same images [0]")
     flag("--device", default="auto", choices=("auto", "cuda", "cpu"), help="[auto]")
@@ -445,7 +445,7 @@ def main():
     batch = len(LAMBDAS) if args.interpolate else min(args.batch, args.n)
     network = Network(args.onnx, batch, args.device)
     if network.no_cuda and shutil.which("nvidia-smi"):
-        print(f"sample.py: {network.no_cuda}. To mend it:\n  {INSTALL}", file=sys.stderr)
+        print(f"sample.py: {network.no_cuda}. To use CUDA, run:\n  {INSTALL}", file=sys.stderr)
 
     T, channels = len(network.betas), network.shape[1]
     args.steps = T if args.steps is None else args.steps
@@ -458,9 +458,8 @@ def main():
     if args.strip:
         check_output(args.strip, channels)
     if args.dir:
-        Path(args.dir).mkdir(parents=True, exist_ok=True)
         if any(Path(args.dir).glob("[0-9]" * 6 + "*.png")):
-            raise ValueError(f"{printable(args.dir)} holds numbered images: use another --dir")
+            raise ValueError(f"{printable(args.dir)} holds numbered images; choose another --dir")
         check_output(Path(args.dir, "x.png"), channels)
 
     print(f"{printable(args.onnx)} on {'CUDA' if network.device == 'cuda' else 'the CPU'}", end="")
@@ -503,7 +502,7 @@ def draw_samples(network, args):
         for i, (_, x, x0) in enumerate(chain):
             frame = i == args.steps - 1 or i * FRAMES // args.steps > (i - 1) * FRAMES // args.steps
             if first == 0 and frame and (args.gif or args.strip):
-                frames.append((to_pixels(x), to_pixels(x0)))
+                frames.append((to_pixels(x[:GRID]), to_pixels(x0[:GRID])))
             bar.update()
         pixels = to_pixels(x0[: args.n - first])
         shown.extend(pixels[: GRID - len(shown)])

@@ -21,7 +21,6 @@ import io
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -43,7 +42,16 @@ from torch.utils.data import DataLoader
 
 import sample
 from ddpm import Bound, Diffusion, UNet, cosine_betas, linear_betas
-from sample import between, is_out_of_memory, one_line, printable, progress, replacing
+from pretrained import from_diffusers
+from sample import (
+    as_value_error,
+    atomic_write,
+    between,
+    is_out_of_memory,
+    one_line,
+    printable,
+    progress,
+)
 
 RANK, WORLD = 0, 1  # rank and number of processes, set by torchrun
 if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -95,18 +103,18 @@ def train_step(step, network, ema, optimizer, diffusion, images, args):
     t = torch.randint(diffusion.T, (args.batch,), device=device)
     noise = torch.randn(args.batch, *images.shape[1:], device=device)
 
-    # It computes only its share of the batch, in as many parts as --accumulate says.
-    parts = [x.tensor_split(WORLD * args.accumulate) for x in (index, flip, t, noise)]
-    first, last = RANK * args.accumulate, (RANK + 1) * args.accumulate - 1
+    # Each process computes only its share of the batch, split into --accumulate parts.
+    parts = range(RANK * args.accumulate, (RANK + 1) * args.accumulate)
+    bounds = [k * args.batch // (WORLD * args.accumulate) for k in range(parts[-1] + 2)]
     loss = torch.zeros((), device=device)
-    for k in range(first, last + 1):
-        index, flip, t, noise = (part[k] for part in parts)
-        torch.manual_seed(seed_of(args.seed, step, 1 + k))  # for dropout
-        x0 = images[index].to(device).float() / 127.5 - 1
-        x0 = torch.where(flip, x0.flip(3), x0)
-        with network.no_sync() if WORLD > 1 and k < last else contextlib.nullcontext():
+    for k in parts:
+        part = slice(bounds[k], bounds[k + 1])
+        torch.manual_seed(seed_of(args.seed, step, 1 + k))  # for dropout; k = 0 is the seed above
+        x0 = images[index[part]].to(device).float() / 127.5 - 1
+        x0 = torch.where(flip[part], x0.flip(3), x0)
+        with network.no_sync() if WORLD > 1 and k < parts[-1] else contextlib.nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                part_loss = diffusion.loss(network, x0, t, noise, args.weighting)
+                part_loss = diffusion.loss(network, x0, t[part], noise[part], args.weighting)
             part_loss = part_loss * len(x0) / args.batch
             (part_loss * WORLD).backward()  # DistributedDataParallel averages over the processes
         loss += part_loss.detach()
@@ -149,9 +157,9 @@ def picture_files(folder, without=None):
 
 
 def on_all_cores(function, paths):
-    """Yields function(128 paths) for the paths in order, computed by worker processes."""
+    """An iterable of function(128 paths), for all paths in order, computed by worker processes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(cores, len(paths) // 128)  # for a few files none is worth starting
+    workers = min(cores, len(paths) // 128)  # not worth starting for few files
     return DataLoader(paths, 128, num_workers=workers, collate_fn=function)
 
 
@@ -225,15 +233,16 @@ def cache_folder(folder, size, channels, out, expected=None):
     data, description = out / "pictures.u8", out / "pictures.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         cache = json.loads(description.read_text())
-        if cache["key"] == key and data.stat().st_size == math.prod(cache["shape"]):
+        whole = data.stat().st_size == math.prod(cache["shape"])
+        if whole and cache["key"] == key and expected in (None, cache["digest"]):
             return
-    with replacing(data) as temporary:
+    with atomic_write(data) as temporary:
         with open(temporary, "wb") as file:
             shape, digest = decode(paths, size, channels, file)
         if expected not in (None, digest):
             raise ValueError(f"{printable(out)} holds another run: other images. {WAY_OUT}")
         description.unlink(missing_ok=True)
-    with replacing(description) as temporary:
+    with atomic_write(description) as temporary:
         temporary.write_text(json.dumps({"key": key, "digest": digest, "shape": shape}))
 
 
@@ -267,7 +276,7 @@ def demo_pictures():
     return torch.from_numpy(np.stack(pictures))
 
 
-# ---------------------------------------------------------------- checkpoints and published weights
+# ------------------------------------------------------------------------------------ checkpoints
 
 
 @dataclass
@@ -287,16 +296,6 @@ class Trained:
         return self.settings["in_channels"], size, size
 
 
-@contextlib.contextmanager
-def refusing(what):
-    """Turns whatever goes wrong while reading a file into a ValueError of one line."""
-    try:
-        yield
-    except Exception as error:
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{what}: {kind}{one_line(error)}") from None
-
-
 def load(path):
     """The Trained in a checkpoint, in the folder of a run, or in published weights.
 
@@ -306,10 +305,11 @@ def load(path):
     if (path / "checkpoint.pt").is_file():
         path /= "checkpoint.pt"
     if path.suffix != ".pt" and not path.is_file():
-        return from_diffusers(path.as_posix())
+        model, settings, diffusion = from_diffusers(path.as_posix())
+        return Trained(model, diffusion, settings, 0, f"diffusers, {path.resolve().name}")
     if not path.is_file():
         raise ValueError(f"{printable(path)} does not exist; python train.py writes a checkpoint")
-    with refusing(f"{printable(path)} is not a checkpoint of train.py"):
+    with as_value_error(f"{printable(path)} is not a checkpoint of train.py"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         config = checkpoint["config"]
         model = UNet(**config["model"]).eval()
@@ -317,113 +317,6 @@ def load(path):
         source = f"train.py, {config['train']['data'] or 'demo'}"
         diffusion = Diffusion(**config["diffusion"])
         return Trained(model, diffusion, config["model"], checkpoint["step"], source)
-
-
-DIFFUSERS_NAMES = (  # regular expressions that turn our names into diffusers', in this order
-    (r"^(down|up)\.(\d+)\.\d+\.conv\.", r"\1_blocks.\2.\1samplers.0.conv."),
-    (r"^(down|up)\.(\d+)\.(\d+)\.", r"\1_blocks.\2.resnets.\3."),
-    (r"^middle\.", r"mid_block.resnets."),
-    (r"resnets\.(\d+)\.attention\.norm", r"attentions.\1.group_norm"),
-    (r"resnets\.(\d+)\.attention\.out", r"attentions.\1.to_out.0"),
-    (r"resnets\.(\d+)\.attention\.", r"attentions.\1.to_"),
-    (r"time_proj", r"time_emb_proj"),
-    (r"shortcut", r"conv_shortcut"),
-    (r"time_mlp\.0", r"time_embedding.linear_1"),
-    (r"time_mlp\.2", r"time_embedding.linear_2"),
-    (r"norm_out", r"conv_norm_out"),
-)
-
-
-def diffusers_names(model):
-    """{name of a tensor of the model: its name in diffusers' UNet2DModel}."""
-    names = {name: name for name in model.state_dict()}
-    for pattern, replacement in DIFFUSERS_NAMES:
-        names = {ours: re.sub(pattern, replacement, name) for ours, name in names.items()}
-    return names
-
-
-def from_diffusers(source):
-    """The Trained in published weights: a local folder, or the name of a repository on the hub.
-
-    diffusers reads the files; its network and ours must agree on eps. Raises ValueError if ddpm.py
-    cannot express what the files describe.
-    """
-    import diffusers
-
-    diffusers.logging.set_verbosity_error()
-
-    def find(cls, part):  # a sub-folder, or, for google/ddpm-*, the folder itself
-        for place in ({"subfolder": part}, {}):
-            path = Path(source, *place.values(), cls.config_name)
-            if path.exists() or not Path(source).exists():
-                with contextlib.suppress(OSError):
-                    return cls.load_config(source, **place), place
-        raise ValueError(f"there is no readable {cls.config_name}")
-
-    with refusing(f"{printable(source)} is not a DDPM that ddpm.py can express"):
-        config, place = find(diffusers.UNet2DModel, "unet")
-        if config["_class_name"] != "UNet2DModel":
-            raise ValueError(f"it is a {config['_class_name']}")
-        theirs, report = diffusers.UNet2DModel.from_pretrained(
-            source, **place, output_loading_info=True
-        )
-        c = theirs.eval().float().config
-        if c.in_channels not in (1, 3):
-            raise ValueError(f"in_channels is {c.in_channels}")
-        (size,) = set(np.ravel(c.sample_size).tolist())  # images are square
-        base, attends = c.block_out_channels[0], ["Attn" in name for name in c.down_block_types]
-        settings = {
-            "image_size": size,
-            "in_channels": c.in_channels,
-            "base_channels": base,
-            "channel_mults": [channels // base for channels in c.block_out_channels],
-            "num_res_blocks": c.layers_per_block,
-            "attention_resolutions": [size >> k for k, attend in enumerate(attends) if attend],
-            "dropout": c.dropout,
-            "norm_groups": c.norm_num_groups,
-        }
-        model = UNet(**settings).eval()
-        names, weights = diffusers_names(model), theirs.state_dict()
-        missing = {*report["missing_keys"], *(set(names.values()) - set(weights))}
-        extra = {*report["unexpected_keys"], *(set(weights) - set(names.values()))}
-        if missing or extra:
-            counts = f"{len(missing)} tensors are missing and {len(extra)} left over"
-            raise ValueError(f"{counts}, such as {min(missing | extra)}")
-        model.load_state_dict({ours: weights[name] for ours, name in names.items()})
-
-        config, place = find(diffusers.DDPMScheduler, "scheduler")
-        if config["_class_name"] not in ("DDPMScheduler", "DDIMScheduler"):
-            raise ValueError(f"its scheduler is a {config['_class_name']}")
-        scheduler = diffusers.DDPMScheduler.from_pretrained(source, **place)
-        c = scheduler.config
-        wanted = {"prediction_type": ["epsilon"], "variance_type": ["fixed_large", "fixed_small"],
-                  "clip_sample": [True], "clip_sample_range": [1.0], "thresholding": [False],
-                  "rescale_betas_zero_snr": [False]}  # fmt: skip
-        for key, values in wanted.items():
-            if c[key] not in values:
-                raise ValueError(f"{key} is {c[key]}, not {' or '.join(map(str, values))}")
-        betas = c.trained_betas or scheduler.betas.tolist()
-        if c.beta_schedule == "linear" and not c.trained_betas:  # theirs are rounded to float32
-            betas = linear_betas(c.num_train_timesteps, c.beta_start, c.beta_end)
-        diffusion = Diffusion(betas, c.variance_type.removeprefix("fixed_"))
-        name = f"diffusers, {Path(source).resolve().name}"
-        trained = Trained(model, diffusion, settings, 0, name)
-        difference = largest_difference(trained, lambda x, t: theirs(x, t).sample)
-        if not difference < 1e-4:
-            raise ValueError(f"eps differs by {difference:.1g} between diffusers and ddpm.py")
-        return trained
-
-
-@torch.no_grad()
-def largest_difference(trained, eps):
-    """max |eps_theta - another eps(x_t, t)| over batches of 1, 2 and 3, scales of x_t, and t."""
-    random, T, differences = torch.Generator().manual_seed(0), trained.diffusion.T, []
-    for batch, scale in ((1, 1.0), (2, 0.01), (3, 2.0)):
-        x_t = scale * torch.randn(batch, *trained.shape, generator=random)
-        for times in ((0, 1, 2), (T - 1, T // 2, T // 4)):
-            t = torch.tensor(times[:batch]).clamp(0, T - 1)
-            differences.append((trained.model(x_t, t) - eps(x_t, t)).abs().max())
-    return torch.stack(differences).max().item()  # NaN if any is NaN
 
 
 # --------------------------------------------------------------------------------------- evaluation
@@ -442,7 +335,7 @@ def save_plot(path, curves, x_label, y_label, log=""):
     axes.grid(alpha=0.3)
     if len(curves) > 1:
         axes.legend()
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=100)
 
 
@@ -491,7 +384,7 @@ def evaluate(args):
     bound = Bound(*map(torch.cat, zip(*bounds, strict=True)))
     n, L_t = len(bound.total), bound.L_t.mean(0)
     rmse = 127.5 * bound.mse.mean(0).sqrt()  # in values of 0..255
-    # The bits sent when x_t is known: L_T and the terms of the steps before t.
+    # The bits that have been sent when x_t is known: L_T and the terms of all steps s > t.
     rate = bound.L_T.mean() + L_t.flip(0).cumsum(0).flip(0) - L_t
     error = f" +- {bound.total.std() / math.sqrt(n):.4f} (standard error)" if n > 1 else ""
     step = f" (step {trained.step:,})" if trained.step else ""
@@ -508,7 +401,7 @@ def evaluate(args):
         raise ValueError(f"the bound is not finite: {printable(path)} is broken")
     beside = path if path.is_dir() else path.parent if path.exists() else "."
     curve = Path(args.out or beside, "rate-distortion.png")
-    with replacing(curve.with_suffix(".csv")) as temporary:
+    with atomic_write(curve.with_suffix(".csv")) as temporary:
         table = torch.stack([torch.arange(diffusion.T), L_t, rate, rmse], 1).numpy()
         np.savetxt(temporary, table, "%.9g", ",", header="t,L_t,rate,rmse", comments="")
     labels = "rate, bits per dimension", "RMSE of x0_hat, of 255"
@@ -532,11 +425,9 @@ def lock(folder):
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with as_value_error(f"a training is running in {printable(folder)}; use another --out"):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
-    except BlockingIOError:
-        what = f"a training is running in {printable(folder)}; use another --out"
-        raise ValueError(what) from None
     finally:
         os.close(handle)
 
@@ -585,10 +476,9 @@ def refuse_other_run(old, new, out):
 
 def open_log(path, start):
     """log.csv with the rows up to step `start`; those after the checkpoint are dropped."""
-    rows = path.read_text(errors="replace").splitlines() if path.exists() else []
-    steps = [row.split(",")[0] for row in rows]
-    rows = [row for row, n in zip(rows, steps, strict=True) if n.isdecimal() and int(n) <= start]
-    with replacing(path) as temporary:
+    rows = path.read_text(errors="replace").splitlines()[1:] if path.exists() else []
+    rows = [row for row in rows if row.count(",") == 3 and int(row.split(",")[0]) <= start]
+    with atomic_write(path) as temporary:
         temporary.write_text("\n".join(["step,loss,grad_norm,lr", *rows]) + "\n")
     return open(path, "a")
 
@@ -616,7 +506,7 @@ def arguments():
     positive, switch = between(1, 2**31 - 1), {"action": "store_true"}
     share = between(0, math.nextafter(1, 0), float)
     flag("--data", None, "folder of images, including its sub-folders [the built-in demo]")
-    flag("--out", None, "folder of the run; of --eval, for the curve [run; beside the checkpoint]")
+    flag("--out", None, "folder of the run [run], or of the curve of --eval [the checkpoint's]")
     flag("--image-size", 32, "pixels; images are cropped to a square and resized", type=positive)
     flag("--channels", None, "1 grey, 3 colour [as found]", type=int, choices=(1, 3))
     flag("--base-channels", 128, "width of the first level of the U-Net", type=positive)
@@ -655,19 +545,21 @@ def arguments():
         known |= DEMO
     if "eval" in given and ("init" in given or "schedule" in given):
         parser.error("--eval can't be combined with --init or --schedule")
+    if "eval" in given and WORLD > 1:
+        parser.error("--eval runs in one process, without torchrun")
     if "eval" in given or "init" in given:
-        own = Path(given.get("out", "run"), "checkpoint.pt")  # a run that resumes needs no --init
+        own = Path(given.get("out", "run"), "checkpoint.pt")  # a resumed run reads its own weights
         resumes = "eval" not in given and own.is_file() and "restart" not in given
         trained = load(given.get("eval") or (own if resumes else given["init"]))
-        settings = {key: value for key, value in trained.settings.items() if key != "dropout"}
-        known |= settings | {"channels": settings.pop("in_channels"), "trained": trained}
-        known |= {"schedule": None, "variance": trained.diffusion.variance}
+        known |= trained.settings | {"dropout": known["dropout"]}  # which is not the weights'
+        known |= {"channels": known.pop("in_channels"), "schedule": None, "trained": trained}
+        known["variance"] = trained.diffusion.variance
     args = argparse.Namespace(**(known | given))
     if args.warmup is None:
         args.warmup = min(5000, args.steps // 20)
 
     if args.data is None and (args.image_size, args.channels or 3) != (8, 3):
-        parser.error("without --data, train.py trains the demo, whose images are 8x8 in colour")
+        parser.error("without --data the images are those of the demo, 8x8 in colour")
     if args.data is not None and not os.path.isdir(args.data):
         raise ValueError(f"--data {printable(args.data)}: there is no such folder")
     out = Path(args.out or "run").resolve()
@@ -677,7 +569,8 @@ def arguments():
         with torch.device("meta"):
             UNet(**network_settings(args))
     except Exception as error:  # the U-Net knows which sizes fit together
-        parser.error("--" + one_line(error).replace("_", "-", 1))
+        why = one_line(error).replace("image_size", "--image-size")
+        parser.error(why.replace("base_channels", "--base-channels"))
     sizes = {args.image_size >> level for level in range(len(args.channel_mults))}
     if "attention_resolutions" in given and not set(args.attention_resolutions) <= sizes:
         parser.error(f"--attention-resolutions must be among {sorted(sizes)}")
@@ -749,7 +642,7 @@ def train(args, out):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # decoding may take hours
         dist.barrier()
 
     # -- the configuration: all that another program, or a resumed run, has to know
@@ -770,7 +663,7 @@ def train(args, out):
     path, state, digest = out / "checkpoint.pt", None, None
     broken = f"{printable(path)} is not a checkpoint of train.py"
     if path.exists():
-        with refusing(broken):
+        with as_value_error(broken):
             state = torch.load(path, map_location="cpu", weights_only=True)
             old, digest = state["config"], state["config"]["train"]["digest"]
             if args.channels is None:
@@ -798,7 +691,7 @@ def train(args, out):
     diffusion = Diffusion(betas.to(device), args.variance)
     model = UNet(**config["model"]).to(device)
     if args.init:
-        with refusing(f"--init {printable(args.init)} has another shape than the flags ask for"):
+        with as_value_error(f"--init {printable(args.init)} does not match the other flags"):
             model.load_state_dict(args.trained.model.state_dict())
     if device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)  # slower on a CPU
@@ -806,7 +699,7 @@ def train(args, out):
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     start, resumes = 0, state is not None
     if resumes:
-        with refusing(broken):
+        with as_value_error(broken):
             start = restore(state, model, ema, optimizer)
     del state
     network = model.train()
@@ -819,7 +712,7 @@ def train(args, out):
         parts = {"model": model, "ema": ema, "optimizer": optimizer}
         parts = {name: part.state_dict() for name, part in parts.items()}
         try:
-            with replacing(path) as temporary:
+            with atomic_write(path) as temporary:
                 torch.save({"config": config, "step": step, **parts}, temporary)
         except (OSError, RuntimeError) as error:  # torch has a RuntimeError for a full disk
             what = f"{printable(path)} can't be written, and is as it was"
@@ -835,26 +728,24 @@ def train(args, out):
         log.flush()
         save_loss_plot(log.name, out / "loss.png")
 
-    # A preview costs PREVIEW * PREVIEW_STEPS forward passes, a third as many images of training.
-    cost = PREVIEW * PREVIEW_STEPS // 3
-    every = args.preview_every or max(25 * cost // args.batch, args.steps // 100, 1)
-    every = min(every, args.steps)  # the last step has one
+    # A preview costs as much as training on PREVIEW * PREVIEW_STEPS / 3 = 600 images. Draw one when
+    # that is 4 % of the time or less.
+    every = args.preview_every or max(25 * 600 // args.batch, args.steps // 100, 1)
 
-    stop = []  # signals: the step is finished and saved first
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # of nohup
-            signal.signal(number, lambda number, _: stop.append(number))
+    stop = []  # signals received; the step is finished and saved first
+    sample.on_signals(lambda number, _: stop.append(number))
 
     if first:
         if not resumes:
-            save(0)  # so that a run can be told from the user's own files from its start
+            save(0)  # this marks the folder as a run from the start
         size = sum(p.numel() for p in model.parameters())
         gpus = f" and {WORLD - 1} more" if WORLD > 1 else ""
         dtype = "bfloat16" if args.amp else "float32"
         print(f"images   {len(images):,} of {'x'.join(map(str, images.shape[1:]))}")
         print(f"network  {size:,} parameters on {device}{gpus}, {dtype}")
-        print(f"steps    {start:,} to {args.steps:,}, with a preview every {every:,}")
+        print(
+            f"steps    {start:,} to {args.steps:,}, with a preview every {min(every, args.steps):,}"
+        )
 
     saved, mean_loss = time.monotonic(), None
     with open_log(out / "log.csv", start) if first else contextlib.nullcontext() as log:
@@ -881,7 +772,7 @@ def train(args, out):
                 break
         bar.close()
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is saved, and there is little left to do
     if WORLD > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -906,7 +797,7 @@ def main():
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        hint = "--accumulate 2 needs about half as much, a smaller network or --batch less"
+        hint = "try --accumulate 2 (half the memory), a smaller --batch or a smaller network"
         raise MemoryError(f"out of memory; {hint}") from error
 
 

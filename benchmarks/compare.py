@@ -444,7 +444,7 @@ def main():
             f"A forward pass of the network is {forward / 1e9:.2f} GFLOP an image. Large matrices "
             f"are multiplied at {rates[torch.float32] / 1e9:.0f} GFLOP/s in float32 and "
             f"{rates[torch.bfloat16] / 1e9:.0f} in bfloat16. The floors are what that leaves: "
-            f"{1000 * floors[torch.float32]:.1f} and {1000 * floors[torch.bfloat16]:.1f} ms a "
+            f"{1000 * floors[torch.float32]:.1f} and {1000 * floors[torch.bfloat16]:.1f} ms an "
             "image, three times as much for a training step.\n",
             training_table(folder, args.batch, args.rounds, 3 * floors[torch.bfloat16]),
             network_table(model, paths, args.rounds, floors[torch.float32]),

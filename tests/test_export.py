@@ -19,6 +19,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save_file
 
 import export
+import pretrained
 import sample
 import train
 from ddpm import Diffusion, UNet, cosine_betas, linear_betas
@@ -76,9 +77,10 @@ def test_onnx_file_is_the_averaged_network(trained):
 def test_comparison_with_torch_finds_other_weights_and_leaves_no_file(trained, tmp_path, run):
     folder, _ = trained
     source = train.load(folder / "run")
-    assert train.largest_difference(source, export.eps_of(folder / "model.onnx")) < 1e-5
+    eps = export.eps_of(folder / "model.onnx")
+    assert pretrained.largest_difference(source.model, eps, (3, 8, 8), 1000) < 1e-5
     source.model.load_state_dict(checkpoint(folder / "run")["model"])
-    assert train.largest_difference(source, export.eps_of(folder / "model.onnx")) > 1e-4
+    assert pretrained.largest_difference(source.model, eps, (3, 8, 8), 1000) > 1e-4
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "largest_difference", lambda *_: 1e-3)
         said = run("export.py", "--checkpoint", folder / "run", cwd=tmp_path, code=1)
@@ -359,7 +361,7 @@ def test_network_is_diffusers_network_in_both_directions(shape, tmp_path):
     assert_same_network(trained.model, theirs)
     assert trained.diffusion.variance == "large" and not trained.model.training
     assert torch.equal(trained.diffusion.betas, linear_betas())
-    export.to_diffusers(trained, tmp_path / "out")
+    pretrained.to_diffusers(trained.model, trained.settings, trained.diffusion, tmp_path / "out")
     again = type(theirs).from_pretrained(tmp_path / "out" / "unet").eval()
     assert_same_network(trained.model, again)
     configs = [
@@ -392,18 +394,18 @@ def test_diffusers_pipeline_draws_what_ddpm_py_draws(variance, betas, tmp_path):
     model = small_unet(dropout=0.0).to(memory_format=torch.channels_last)  # as CUDA saves them
     settings = dict(image_size=8, in_channels=3, base_channels=8, channel_mults=(1, 2),
                     num_res_blocks=1, attention_resolutions=(4,), dropout=0.0)  # fmt: skip
-    ours = train.Trained(model, Diffusion(betas, variance), settings, 0, "a test")
+    ours = model, settings, Diffusion(betas, variance)
     (tmp_path / "keep.tmp").mkdir()
     (tmp_path / "keep.tmp" / "mine").touch()
-    export.to_diffusers(ours, tmp_path / "keep")
+    pretrained.to_diffusers(*ours, tmp_path / "keep")
     assert {p.name for p in tmp_path.iterdir()} == {"keep", "keep.tmp"}
     assert (tmp_path / "keep.tmp" / "mine").is_file()
     with pytest.raises(ValueError, match="exists: use another name"):  # it may be another's
-        export.to_diffusers(ours, tmp_path / "keep")
+        pretrained.to_diffusers(*ours, tmp_path / "keep")
     pipeline = DDPMPipeline.from_pretrained(tmp_path / "keep")
     pipeline.set_progress_bar_config(disable=True)
     drawn = pipeline(2, torch.Generator().manual_seed(0), 40, output_type="np").images
-    x0 = ours.diffusion.sample(model, (2, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    x0 = ours[2].sample(model, (2, 3, 8, 8), generator=torch.Generator().manual_seed(0))
     assert x0.std() > 0.1
     np.testing.assert_allclose(drawn, (x0.permute(0, 2, 3, 1) + 1) / 2, rtol=0, atol=1e-4)
     back = train.load(tmp_path / "keep")

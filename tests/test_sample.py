@@ -82,13 +82,13 @@ def test_grid_shows_every_image():
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_replacing_leaves_the_old_file_and_nothing_else(error, tmp_path):
+def test_atomic_write_leaves_the_old_file_and_nothing_else(error, tmp_path):
     (tmp_path / "file").write_text("of before")
-    with pytest.raises(type(error)), sample.replacing(tmp_path / "file") as temporary:
+    with pytest.raises(type(error)), sample.atomic_write(tmp_path / "file") as temporary:
         temporary.write_text("half")
         raise error
     assert [p.read_text() for p in tmp_path.iterdir()] == ["of before"]
-    with sample.replacing(tmp_path / "file") as temporary:
+    with sample.atomic_write(tmp_path / "file") as temporary:
         temporary.write_text("new")
     assert [p.read_text() for p in tmp_path.iterdir()] == ["new"]
 
@@ -198,7 +198,7 @@ def test_what_cannot_be_written_is_said_before_sampling(trained, tmp_path, run, 
         ("--gif o.jpg", "o.jpg must be an animation such as x.gif"),
         ("--strip s", "s must be an image file"),
         ("--dir file", "file"),
-        ("--dir photos", "photos holds numbered images: use another --dir"),
+        ("--dir photos", "photos holds numbered images; choose another --dir"),
     ):
         flags = ["--onnx", trained[0] / "model.onnx", "-n", 1, *flags.split()]
         assert said in run("sample.py", *flags, cwd=tmp_path, code=1)
@@ -379,7 +379,7 @@ def test_foreign_and_missing_models_are_one_line(trained, tmp_path, run):
 
 def test_batch_that_does_not_fit_into_memory_is_one_line(tmp_path, run):
     path = save_model(tmp_path / "model.onnx", COPY, shape=(3, 4096, 4096))
-    with pytest.raises(MemoryError, match="use a smaller --batch"):
+    with pytest.raises(MemoryError, match="do not fit into memory, see --batch"):
         sample.Network(path, 2**20, "cpu")  # 211 TB
 
 

@@ -595,7 +595,7 @@ def test_training_starts_from_the_weights_of_a_checkpoint(trained, pictures, tmp
     assert checkpoint(tmp_path / "run")["step"] == 2
     said = run("train.py", "--data", pictures, "--init", source, "--base-channels", 16,
                "--out", "other", cwd=tmp_path, code=1)  # fmt: skip
-    assert "has another shape than the flags ask for" in said
+    assert "does not match the other flags" in said
     said = run("train.py", "--data", pictures, "--init", "none.pt", cwd=tmp_path, code=1)
     assert "none.pt does not exist" in said or "holds another run" in said
 
@@ -696,7 +696,7 @@ def test_loss_is_plotted_as_a_curve(tmp_path):
     "flags, said",
     [
         ("--image-size 28 --data .", "--image-size must be a multiple of 8"),
-        ("--image-size 16", "without --data, train.py trains the demo"),
+        ("--image-size 16", "without --data the images are those of the demo"),
         ("--base-channels 30", "--base-channels must be a multiple of 4"),
         ("--base-channels 4000000000", "--base-channels: must be a whole number from 1"),
         ("--base-channels 2000000000", "--"),

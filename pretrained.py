@@ -1,0 +1,177 @@
+"""Published weights: a DDPM in the format of the diffusers library, to and from ddpm.py.
+
+from_diffusers serves `train.py --init`, `train.py --eval` and `export.py --diffusers`; to_diffusers
+serves `export.py --to-diffusers`. diffusers itself reads and writes the files, and a comparison of
+eps proves that both networks compute the same.
+"""
+
+import contextlib
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ddpm import Diffusion, UNet, linear_betas
+from sample import as_value_error, atomic_write, printable
+
+NAMES = (  # regular expressions that turn our names into diffusers', in this order
+    (r"^(down|up)\.(\d+)\.\d+\.conv\.", r"\1_blocks.\2.\1samplers.0.conv."),
+    (r"^(down|up)\.(\d+)\.(\d+)\.", r"\1_blocks.\2.resnets.\3."),
+    (r"^middle\.", r"mid_block.resnets."),
+    (r"resnets\.(\d+)\.attention\.norm", r"attentions.\1.group_norm"),
+    (r"resnets\.(\d+)\.attention\.out", r"attentions.\1.to_out.0"),
+    (r"resnets\.(\d+)\.attention\.", r"attentions.\1.to_"),
+    (r"time_proj", r"time_emb_proj"),
+    (r"shortcut", r"conv_shortcut"),
+    (r"time_mlp\.0", r"time_embedding.linear_1"),
+    (r"time_mlp\.2", r"time_embedding.linear_2"),
+    (r"norm_out", r"conv_norm_out"),
+)
+SCHEDULER = {  # the settings of a scheduler that ddpm.py can express
+    "prediction_type": ["epsilon"],
+    "variance_type": ["fixed_large", "fixed_small"],
+    "clip_sample": [True],
+    "clip_sample_range": [1.0],
+    "thresholding": [False],
+    "rescale_betas_zero_snr": [False],
+}
+
+
+def diffusers_names(model):
+    """{name of a tensor of the model: its name in diffusers' UNet2DModel}."""
+    names = {name: name for name in model.state_dict()}
+    for pattern, replacement in NAMES:
+        names = {ours: re.sub(pattern, replacement, name) for ours, name in names.items()}
+    return names
+
+
+@torch.no_grad()
+def largest_difference(model, eps, shape, T):
+    """max |model(x_t, t) - eps(x_t, t)| over batches of 1, 2 and 3, three scales of x_t, and t.
+
+    shape: (C, H, W) of an image.
+    """
+    random, differences = torch.Generator().manual_seed(0), []
+    for batch, scale in ((1, 1.0), (2, 0.01), (3, 2.0)):
+        x_t = scale * torch.randn(batch, *shape, generator=random)
+        for times in ((0, 1, 2), (T - 1, T // 2, T // 4)):
+            t = torch.tensor(times[:batch]).clamp(0, T - 1)
+            differences.append((model(x_t, t) - eps(x_t, t)).abs().max())
+    return torch.stack(differences).max().item()  # NaN if any is NaN
+
+
+def find_config(cls, source, part):
+    """(config, keyword arguments that find it): in a sub-folder, or, as google/ddpm-*, without."""
+    for place in ({"subfolder": part}, {}):
+        path = Path(source, *place.values(), cls.config_name)
+        if path.exists() or not Path(source).exists():
+            with contextlib.suppress(OSError):
+                return cls.load_config(source, **place), place
+    raise ValueError(f"there is no readable {cls.config_name}, in a folder or on the hub")
+
+
+def from_diffusers(source):
+    """(UNet in eval mode, its arguments, Diffusion) of a local folder or a name on the hub.
+
+    No code in the files is executed. Raises ValueError if ddpm.py cannot express the model.
+    """
+    import diffusers
+
+    diffusers.logging.set_verbosity_error()
+    with as_value_error(f"{printable(source)} is not a DDPM that ddpm.py can express"):
+        config, place = find_config(diffusers.UNet2DModel, source, "unet")
+        if config["_class_name"] != "UNet2DModel":
+            raise ValueError(f"it is a {config['_class_name']}")
+        theirs, report = diffusers.UNet2DModel.from_pretrained(
+            source, **place, output_loading_info=True
+        )
+        c = theirs.eval().float().config
+        if c.in_channels not in (1, 3):
+            raise ValueError(f"in_channels is {c.in_channels}")
+        (size,) = set(np.ravel(c.sample_size).tolist())  # images are square
+        base, attends = c.block_out_channels[0], ["Attn" in name for name in c.down_block_types]
+        settings = {
+            "image_size": size,
+            "in_channels": c.in_channels,
+            "base_channels": base,
+            "channel_mults": [channels // base for channels in c.block_out_channels],
+            "num_res_blocks": c.layers_per_block,
+            "attention_resolutions": [size >> k for k, attend in enumerate(attends) if attend],
+            "dropout": c.dropout,
+            "norm_groups": c.norm_num_groups,
+        }
+        model = UNet(**settings).eval()
+        names, weights = diffusers_names(model), theirs.state_dict()
+        missing = {*report["missing_keys"], *(set(names.values()) - set(weights))}
+        extra = {*report["unexpected_keys"], *(set(weights) - set(names.values()))}
+        if missing or extra:
+            counts = f"{len(missing)} tensors are missing and {len(extra)} left over"
+            raise ValueError(f"{counts}, such as {min(missing | extra)}")
+        model.load_state_dict({ours: weights[name] for ours, name in names.items()})
+
+        config, place = find_config(diffusers.DDPMScheduler, source, "scheduler")
+        if config["_class_name"] not in ("DDPMScheduler", "DDIMScheduler"):
+            raise ValueError(f"its scheduler is a {config['_class_name']}")
+        scheduler = diffusers.DDPMScheduler.from_pretrained(source, **place)
+        c = scheduler.config
+        for key, values in SCHEDULER.items():
+            if c[key] not in values:
+                raise ValueError(f"{key} is {c[key]}, not {' or '.join(map(str, values))}")
+        betas = c.trained_betas or scheduler.betas.tolist()
+        if c.beta_schedule == "linear" and not c.trained_betas:  # theirs are rounded to float32
+            betas = linear_betas(c.num_train_timesteps, c.beta_start, c.beta_end)
+        diffusion = Diffusion(betas, c.variance_type.removeprefix("fixed_"))
+
+        shape = settings["in_channels"], size, size
+        difference = largest_difference(model, lambda x, t: theirs(x, t).sample, shape, diffusion.T)
+        if not difference < 1e-4:
+            raise ValueError(f"eps differs by {difference:.1g} between diffusers and ddpm.py")
+        return model, settings, diffusion
+
+
+def to_diffusers(model, settings, diffusion, folder):
+    """Write a new folder that diffusers' DDPMPipeline.from_pretrained opens.
+
+    settings: the arguments of UNet. Raises ValueError if the folder is not new.
+    """
+    import diffusers
+
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{printable(folder)} exists: use another name")
+    attends = [
+        settings["image_size"] >> level in settings["attention_resolutions"]
+        for level in range(len(settings["channel_mults"]))
+    ]
+    unet = diffusers.UNet2DModel(
+        sample_size=settings["image_size"],
+        in_channels=settings["in_channels"],
+        out_channels=settings["in_channels"],
+        block_out_channels=[settings["base_channels"] * n for n in settings["channel_mults"]],
+        down_block_types=["Attn" * attend + "DownBlock2D" for attend in attends],
+        up_block_types=["Attn" * attend + "UpBlock2D" for attend in reversed(attends)],
+        layers_per_block=settings["num_res_blocks"],
+        norm_num_groups=model.norm_out.num_groups,
+        norm_eps=model.norm_out.eps,
+        dropout=settings["dropout"],
+        attention_head_dim=None,  # one head
+        downsample_padding=0,  # right and below
+        freq_shift=1,
+        flip_sin_to_cos=False,
+    )
+    names = diffusers_names(model)
+    unet.load_state_dict({names[name]: w.contiguous() for name, w in model.state_dict().items()})
+    betas = diffusion.betas
+    T, first, last = len(betas), betas[0].item(), betas[-1].item()
+    scheduler = diffusers.DDPMScheduler(
+        num_train_timesteps=T,
+        beta_start=first,
+        beta_end=last,
+        trained_betas=None if torch.equal(betas, linear_betas(T, first, last)) else betas.tolist(),
+        variance_type=f"fixed_{diffusion.variance}",
+    )
+    with atomic_write(folder) as temporary:
+        diffusers.DDPMPipeline(unet, scheduler).save_pretrained(temporary)
+        if folder.is_dir():  # and empty
+            folder.rmdir()
