@@ -164,7 +164,7 @@ class Diffusion:
 
         x0: 8-bit images k / 127.5 - 1, (B, C, H, W). generator: a torch.Generator on its device.
         Takes T forward passes; call model.eval() first. x0_hat is clipped to [-1, 1], as in
-        sampling.
+        sampling. Returns a Bound.
         """
         abar_T = self.alphas_bar[-1].item()  # KL(q(x_T | x_0) || N(0, I)):
         L_T = (abar_T * x0.double() ** 2 - abar_T - math.log1p(-abar_T)) / 2

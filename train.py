@@ -425,8 +425,11 @@ def lock(folder):
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with as_value_error(f"a training is running in {printable(folder)}; use another --out"):
+        try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            what = f"a training is running in {printable(folder)}; use another --out"
+            raise ValueError(what) from None
         yield
     finally:
         os.close(handle)
@@ -748,11 +751,12 @@ def train(args, out):
         )
 
     saved, mean_loss = time.monotonic(), None
-    with open_log(out / "log.csv", start) if first else contextlib.nullcontext() as log:
-        bar = progress(
-            total=args.steps, initial=start, unit="step", smoothing=0.05, mininterval=0.5,
-            disable=not first,
-        )  # fmt: skip
+    log = open_log(out / "log.csv", start) if first else contextlib.nullcontext()
+    bar = progress(
+        total=args.steps, initial=start, unit="step", smoothing=0.05, mininterval=0.5,
+        disable=not first,
+    )  # fmt: skip
+    with log, bar:
         for step in range(start, args.steps):
             loss, norm = train_step(step, network, ema, optimizer, diffusion, images, args)
             done, stopping = step + 1, in_any_process(bool(stop), device)
@@ -770,7 +774,6 @@ def train(args, out):
                     preview(done)
             if stopping:
                 break
-        bar.close()
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is saved, and there is little left to do
     if WORLD > 1:
