@@ -28,7 +28,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_
 from onnxscript import opset20 as op
 
 from pretrained import largest_difference, to_diffusers
-from sample import atomic_write, printable, run_program
+from sample import atomic_write, named, printable, run_program
 from train import load
 
 OPSET = 20  # ONNX Runtime has kernels for it on the CPU, on CUDA and in the browser
@@ -277,13 +277,20 @@ def main():
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "--checkpoint", default="run/checkpoint.pt", help="from train.py [run/checkpoint.pt]"
+        "--checkpoint", default="run/checkpoint.pt", type=named, help="[run/checkpoint.pt]"
     )
     source.add_argument(
-        "--diffusers", metavar="WEIGHTS", help="published weights: a folder, or a name on the hub"
+        "--diffusers",
+        metavar="WEIGHTS",
+        type=named,
+        help="published weights: a folder, or a name on the hub",
     )
-    parser.add_argument("--onnx", help="the file to write, unless --to-diffusers [model.onnx]")
-    parser.add_argument("--to-diffusers", metavar="DIR", help="write a new folder for DDPMPipeline")
+    parser.add_argument(
+        "--onnx", type=named, help="the file to write, unless --to-diffusers [model.onnx]"
+    )
+    parser.add_argument(
+        "--to-diffusers", metavar="DIR", type=named, help="write a new folder for it"
+    )
     kind = parser.add_mutually_exclusive_group()
     for name, text in (
         ("half", "float16, for CUDA: half the size"),
@@ -295,6 +302,8 @@ def main():
         args.onnx = "model.onnx"
     if args.onnx is not None and not args.onnx.endswith(".onnx"):
         parser.error("--onnx must be a file such as model.onnx")
+    if args.onnx and Path(args.onnx).resolve() == Path(args.checkpoint).resolve():
+        parser.error("--onnx and --checkpoint must be different files")
     if args.onnx and os.path.isdir(args.onnx):
         parser.error(f"--onnx {printable(args.onnx)} is a folder")
     if args.kind and not args.onnx:

@@ -217,8 +217,10 @@ class Network:
         self.shape = (self.batch, channels, height, width)
 
     def __call__(self, x, t):
-        self._x.update_inplace(np.ascontiguousarray(x))
-        self._t.update_inplace(t)
+        if x.shape != self.shape or t.shape != (self.batch,):
+            raise ValueError(f"x_t must be {self.shape} and t ({self.batch},)")
+        self._x.update_inplace(np.ascontiguousarray(x, np.float32))
+        self._t.update_inplace(np.ascontiguousarray(t, np.int64))
         try:
             self.session.run_with_iobinding(self._binding)
         except Exception as error:  # of ONNX Runtime's own kinds
@@ -285,6 +287,12 @@ def grid(pixels, columns=None):
     return ImageOps.scale(image, max(1, round(512 / image.width)), Image.Resampling.NEAREST)
 
 
+def temporary_folder(path):
+    """A folder beside `path` that no other process uses, and that is gone after a `with` block."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(prefix=f".{path.name}.tmp-", dir=path.parent)
+
+
 @contextlib.contextmanager
 def atomic_write(path):
     """Yields a temporary path beside `path`, then moves what was written there into place.
@@ -293,8 +301,7 @@ def atomic_write(path):
     same temporary path. Raises OSError.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+    with temporary_folder(path) as folder:
         temporary = Path(folder, path.name)
         yield temporary
         if temporary.is_file():
@@ -319,8 +326,7 @@ def check_output(path, channels, animated=False):
         raise ValueError(f"{printable(path)} must be {what}")
     if path.is_dir():
         raise ValueError(f"{printable(path)} is a folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
+    with temporary_folder(path) as folder:
         image.save(Path(folder, path.name))
 
 
@@ -360,6 +366,13 @@ def between(least, most=2**31 - 1, kind=int):
     return parse
 
 
+def named(text):
+    """An argparse type: a path that is not the empty string of an unset shell variable."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
 def progress(*args, **kwargs):
     """A tqdm bar; where stderr is not a terminal, a line every ten seconds."""
     if sys.stderr.isatty():
@@ -368,7 +381,8 @@ def progress(*args, **kwargs):
     class Lines(io.TextIOBase):
         def write(self, text):
             if text.strip():
-                print(text.strip(), file=sys.stderr, flush=True)
+                with contextlib.suppress(OSError):  # whoever reads it may be gone
+                    print(text.strip(), file=sys.stderr, flush=True)
 
     return tqdm(*args, **(kwargs | {"mininterval": 10, "file": Lines()}))
 
@@ -412,12 +426,18 @@ def arguments():
     )
 
     flag = parser.add_argument
-    flag("--onnx", default="model.onnx", help="the file that export.py wrote [model.onnx]")
+    flag(
+        "--onnx",
+        default="model.onnx",
+        type=named,
+        help="the file that export.py wrote [model.onnx]",
+    )
     flag("-n", default=64, type=between(1), help="number of images [64]")
-    flag("--out", default="samples.png", help=f"a grid of the first {GRID} images [samples.png]")
-    flag("--dir", help="a new folder for all images, one PNG each")
-    flag("--gif", help="a file for an animation of the reverse process, first batch only")
-    flag("--strip", help="a file for x_t and x0_hat along the chain, first four images only")
+    grid_help = f"a grid of the first {GRID} images [samples.png]"
+    flag("--out", default="samples.png", type=named, help=grid_help)
+    flag("--dir", type=named, help="a new folder for all images, one PNG each")
+    flag("--gif", type=named, help="an animation of the reverse process, first batch only")
+    flag("--strip", type=named, help="x_t and x0_hat along the chain, first four images only")
     flag("--interpolate", nargs=2, metavar="FILE", help="two images, to draw 11 mixtures between")
     flag("--t", type=between(0), nargs="+", help="t at which to mix, one row each, 0..T-1 [T / 2]")
     flag("--steps", type=between(1), help="steps of the reverse process, 1..T [T, as in the paper]")
@@ -428,10 +448,12 @@ def arguments():
     args = parser.parse_args()
     if args.interpolate and (args.dir or args.gif or args.strip):
         parser.error("--interpolate writes --out only, without --dir, --gif and --strip")
-    outputs = [name for name in (args.out, args.gif, args.strip) if name is not None]
+    outputs = [name for name in (args.out, args.gif, args.strip, args.dir) if name is not None]
     inputs = {Path(name).resolve() for name in (args.onnx, *(args.interpolate or []))}
     if len({Path(name).resolve() for name in outputs} | inputs) < len(outputs) + len(inputs):
-        parser.error("--out, --gif and --strip must differ from each other and from the inputs")
+        parser.error("the outputs must differ from each other and from the inputs")
+    if args.dir and Path(args.dir).resolve() in {Path(name).resolve().parent for name in outputs}:
+        parser.error("--dir must not hold the other outputs")
     if args.t and not args.interpolate:
         parser.error("--t must be given with --interpolate")
     return args
@@ -508,7 +530,8 @@ def draw_samples(network, args):
         shown.extend(pixels[: GRID - len(shown)])
         if args.dir:
             for k, image in enumerate(pixels, first):
-                to_image(image).save(Path(args.dir, f"{k:06d}.png"))
+                with open(Path(args.dir, f"{k:06d}.png"), "xb") as file:  # never an existing one
+                    to_image(image).save(file, "PNG")
     bar.close()
 
     save_image(args.out, grid(np.stack(shown)))

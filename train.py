@@ -21,6 +21,7 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -48,6 +49,7 @@ from sample import (
     atomic_write,
     between,
     is_out_of_memory,
+    named,
     one_line,
     printable,
     progress,
@@ -203,6 +205,8 @@ def decode(paths, size, channels, file):
                 digest.update(file_digest)
                 broken += [error] if error else []
             bar.update(len(results))
+    if broken and not all(path.is_file() for path in paths):
+        raise ValueError("--data: files have vanished while the folder was read")
     if broken:
         print(f"left out {len(broken)} of {len(paths)} files, which can't be read; the first ones:")
         print("\n".join(broken[:3]))
@@ -324,6 +328,7 @@ def load(path):
 
 def save_plot(path, curves, x_label, y_label, log=""):
     """Curves, {name: (x, y)}, as a PNG. log: the logarithmic axes: "", "x", "y" or "xy"."""
+    os.environ.pop("MPLBACKEND", None)  # of Jupyter; a Figure needs none
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
@@ -448,11 +453,15 @@ def run_folder(out, restart):
             print(f"the run in {printable(out)} is now in {printable(aside.name)}")
             locks.enter_context(lock(out))
         for name in ("checkpoint.pt", "pictures.u8"):  # left by a process that was killed
-            for temporary in out.glob(f".{name}-*"):
+            for temporary in out.glob(f".{name}.tmp-????????"):
                 shutil.rmtree(temporary, ignore_errors=True)
-        for name in ("log.csv", "loss.png"):
-            if (out / name).exists() and not (out / "checkpoint.pt").exists():
-                what = f"{printable(out)} holds a {name} but no checkpoint.pt"
+        foreign = ["log.csv", "loss.png", "preview-*.png", "pictures.u8", "pictures.json"]
+        with contextlib.suppress(OSError, ValueError):  # our cache may come before a checkpoint
+            if set(json.loads((out / "pictures.json").read_text())) == {"key", "digest", "shape"}:
+                del foreign[3:]
+        for name in foreign:
+            if any(out.glob(name)) and not (out / "checkpoint.pt").exists():
+                what = f"{printable(out)} holds {name} but no checkpoint.pt"
                 raise ValueError(f"{what}, so it is not a run; use another --out")
         yield
 
@@ -480,7 +489,8 @@ def refuse_other_run(old, new, out):
 def open_log(path, start):
     """log.csv with the rows up to step `start`; those after the checkpoint are dropped."""
     rows = path.read_text(errors="replace").splitlines()[1:] if path.exists() else []
-    rows = [row for row in rows if row.count(",") == 3 and int(row.split(",")[0]) <= start]
+    rows = [row for row in rows if re.fullmatch(r"\d+(,[^,]+){3}", row)]  # not cut off
+    rows = [row for row in rows if int(row.split(",")[0]) <= start]
     with atomic_write(path) as temporary:
         temporary.write_text("\n".join(["step,loss,grad_norm,lr", *rows]) + "\n")
     return open(path, "a")
@@ -502,6 +512,7 @@ def arguments():
 
     def flag(name, default, help, **kwargs):
         defaults[name[2:].replace("-", "_")] = default
+        kwargs = {"type": named} | kwargs if "action" not in kwargs else kwargs
         shown = "" if default is None or default is False else f" [{default}]"
         help = (help + shown).replace("%", "%%")
         parser.add_argument(name, default=argparse.SUPPRESS, help=help, **kwargs)
@@ -663,7 +674,7 @@ def train(args, out):
             **{name: getattr(args, name) for name in names.split()},
         },
     }
-    path, state, digest = out / "checkpoint.pt", None, None
+    inode, path, state, digest = out.stat().st_ino, out / "checkpoint.pt", None, None
     broken = f"{printable(path)} is not a checkpoint of train.py"
     if path.exists():
         with as_value_error(broken):
@@ -712,6 +723,8 @@ def train(args, out):
         network = torch.compile(network)
 
     def save(step):
+        if not out.is_dir() or out.stat().st_ino != inode:
+            raise OSError(f"{printable(out)} was moved or replaced; step {step} is not saved")
         parts = {"model": model, "ema": ema, "optimizer": optimizer}
         parts = {name: part.state_dict() for name, part in parts.items()}
         try:
@@ -766,11 +779,12 @@ def train(args, out):
                 bar.set_postfix_str(f"loss {mean_loss:.4f}", refresh=False)
                 bar.update()
                 due = time.monotonic() - saved > 60 * args.save_minutes
-                if stopping or due or done == args.steps:
+                show = done % every == 0 or done == args.steps
+                if stopping or due or show:  # before the preview, which may fail
                     log.flush()
                     save(done)
                     saved = time.monotonic()
-                if done % every == 0 or done == args.steps:
+                if show:
                     preview(done)
             if stopping:
                 break
@@ -795,6 +809,8 @@ def main():
         if args.eval is not None:
             return evaluate(args)
         out = Path(args.out or "run").resolve()
+        if args.restart and args.data and not picture_files(args.data, out):
+            raise ValueError(f"--data {printable(args.data)} holds no image")
         with run_folder(out, args.restart) if RANK == 0 else contextlib.nullcontext():
             train(args, out)
     except (RuntimeError, MemoryError) as error:

@@ -206,6 +206,30 @@ def test_what_cannot_be_written_is_said_before_sampling(trained, tmp_path, run, 
     assert (tmp_path / "photos" / "000000.png").read_text() == "mine"
 
 
+def test_images_of_another_process_are_not_overwritten(trained, tmp_path, run, monkeypatch):
+    """Another sample.py with the same --dir began after this one had checked the folder."""
+    draw = sample.draw_samples
+
+    def late(network, args):
+        (tmp_path / "each" / "000001.png").write_text("of the other")
+        draw(network, args)
+
+    monkeypatch.setattr(sample, "draw_samples", late)
+    flags = ["--onnx", trained[0] / "model.onnx", "-n", 2, "--steps", 2, "--dir", "each"]
+    assert "000001.png" in run("sample.py", *flags, cwd=tmp_path, code=1)
+    assert (tmp_path / "each" / "000001.png").read_text() == "of the other"
+
+
+def test_network_converts_dtypes_and_refuses_other_shapes(trained):
+    network, random = sample.Network(trained[0] / "model.onnx", 2, "cpu"), np.random.default_rng(0)
+    x, t = random.standard_normal((2, 3, 8, 8), np.float32), np.array([3, 900])
+    eps = network(x, t).copy()
+    np.testing.assert_array_equal(network(x.astype(np.float64), t.astype(np.int32)), eps)
+    for wrong in (x[:1], x.transpose(0, 2, 3, 1)):
+        with pytest.raises(ValueError, match="x_t must be"):
+            network(wrong, t)
+
+
 @posix
 def test_full_disk_leaves_the_old_image_whole(trained, tmp_path):
     (tmp_path / "samples.png").write_text("of before")
@@ -228,6 +252,10 @@ def test_full_disk_leaves_the_old_image_whole(trained, tmp_path):
         ("--seed -1", 2, "--seed: must be a whole number"),
         ("--t 5", 2, "--t must be given with --interpolate"),
         ("--out model.onnx", 2, "must differ from each other and from the inputs"),
+        ("--out a.png --dir a.png", 2, "must differ from each other and from the inputs"),
+        ("--out a/000000.png --dir a", 2, "--dir must not hold the other outputs"),
+        ("--dir=", 2, "--dir: must not be empty"),
+        ("--out=", 2, "--out: must not be empty"),
         ("--out a.gif --gif ./a.gif", 2, "must differ from each other and from the inputs"),
         ("--interpolate {0} {0} --t 1000", 1, "--t 0..999"),
         ("--interpolate {0} {0} --gif x.gif", 2, "--interpolate writes --out only"),

@@ -321,7 +321,7 @@ def test_resumed_run_equals_the_uninterrupted_run(trained, pictures, tmp_path, r
     flags = ["train.py", "--data", pictures, *TINY]
     python(*flags, "--steps", 5, cwd=tmp_path)
     with open(tmp_path / "run" / "log.csv", "a") as log:
-        log.write("6,0,0,0\n7,")  # what a killed run may have logged after its checkpoint
+        log.write("6,0,0,0\n7,0,0,0\n1")  # what a killed run may log after its checkpoint
     python(*flags, "--steps", 12, cwd=tmp_path)
     assert_same_run(trained[0] / "run", tmp_path / "run")
     said = run(*flags, "--steps", 12, cwd=tmp_path)
@@ -462,11 +462,11 @@ def test_the_demo_is_called_by_its_name_and_few_differences_are_listed(pictures,
 
 def test_files_of_the_user_stay(pictures, tmp_path, run):
     flags = ["--data", pictures, *TINY, "--steps", 1]
-    for name in ("log.csv", "loss.png"):
+    for name in ("log.csv", "loss.png", "pictures.u8", "pictures.json", "preview-0000001.png"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).write_text("mine")
         said = run("train.py", *flags, "--out", name, cwd=tmp_path, code=1)
-        assert f"holds a {name} but no checkpoint.pt" in said
+        assert "but no checkpoint.pt, so it is not a run" in said
         assert [p.read_text() for p in (tmp_path / name).iterdir()] == ["mine"]
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "pictures-of-my-cats.zip").write_text("mine")
@@ -501,6 +501,42 @@ def test_previews_of_other_runs_are_not_trained_on(pictures, trained, tmp_path, 
         "--out", "data/run", cwd=tmp_path)  # fmt: skip
     (tmp_path / "data" / "run" / "log.csv").unlink()
     assert len(train.picture_files(tmp_path / "data")) == 13  # with the broken one
+
+
+@posix
+@pytest.mark.parametrize("replaced", [True, False])
+def test_folder_that_was_moved_or_replaced_is_not_written_to(replaced, pictures, tmp_path, run,
+                                                             monkeypatch):  # fmt: skip
+    """The user moves the run away while it trains, and perhaps another one has begun there."""
+    step = train.train_step
+
+    def moving(*args):
+        if args[0] == 2:
+            (tmp_path / "run").rename(tmp_path / "moved")
+            if replaced:
+                (tmp_path / "run").mkdir()
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", moving)
+    said = run("train.py", "--data", pictures, *TINY, "--steps", 4, cwd=tmp_path, code=1)
+    assert "was moved or replaced" in said
+    assert not replaced or not list((tmp_path / "run").iterdir())
+    assert (tmp_path / "run").exists() == replaced and checkpoint(tmp_path / "moved")["step"] == 0
+
+
+def test_failing_preview_loses_no_step(pictures, tmp_path, run):
+    flags = ["--data", pictures, *TINY, "--preview-every", 2]
+    run("train.py", *flags, "--steps", 1, cwd=tmp_path)
+    (tmp_path / "run" / "preview-0000002.png").mkdir()
+    run("train.py", *flags, "--steps", 3, cwd=tmp_path, code=1)
+    assert checkpoint(tmp_path / "run")["step"] == 2
+
+
+def test_files_that_vanish_while_they_are_read_are_an_error(pictures, tmp_path, monkeypatch):
+    listed = train.picture_files(pictures)
+    monkeypatch.setattr(train, "picture_files", lambda *_: [*listed, tmp_path / "gone.png"])
+    with pytest.raises(ValueError, match="files have vanished"):
+        train.read_folder(pictures, 8)
 
 
 @posix
