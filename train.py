@@ -517,7 +517,7 @@ def arguments():
         help = (help + shown).replace("%", "%%")
         parser.add_argument(name, default=argparse.SUPPRESS, help=help, **kwargs)
 
-    positive, switch = between(1, 2**31 - 1), {"action": "store_true"}
+    positive, switch = between(1), {"action": "store_true"}
     share = between(0, math.nextafter(1, 0), float)
     flag("--data", None, "folder of images, including its sub-folders [the built-in demo]")
     flag("--out", None, "folder of the run [run], or of the curve of --eval [the checkpoint's]")
@@ -531,9 +531,7 @@ def arguments():
     flag("--init", None, "start from these weights: a checkpoint, or weights for diffusers")
     flag("--schedule", "linear", "the betas, T = 1000", choices=("linear", "cosine"))
     flag("--variance", "large", "sigma_t^2: beta_t or beta-tilde_t", choices=("large", "small"))
-    flag(
-        "--weighting", "simple", "the loss: (14), or (12) for the bound", choices=("simple", "vlb")
-    )
+    flag("--weighting", "simple", "of the loss: (14) or (12)", choices=("simple", "vlb"))
     flag("--batch", 128, "images per step, over all GPUs", type=between(1, 2**20))
     flag("--accumulate", 1, "parts to split a batch into, to save memory", type=positive)
     flag("--lr", 2e-4, "learning rate of Adam", type=between(1e-30, 1e30, float))
@@ -678,10 +676,13 @@ def train(args, out):
     broken = f"{printable(path)} is not a checkpoint of train.py"
     if path.exists():
         with as_value_error(broken):
+            if not path.is_file():
+                raise ValueError("it is not a file")
             state = torch.load(path, map_location="cpu", weights_only=True)
             old, digest = state["config"], state["config"]["train"]["digest"]
-            if args.channels is None:
-                args.channels = config["model"]["in_channels"] = old["model"]["in_channels"]
+            Diffusion(**old["diffusion"])
+            args.channels = args.channels or old["model"]["in_channels"]
+        config["model"] = network_settings(args)
         refuse_other_run(old, config, out)
 
     # -- the training set: the first process decodes it for all

@@ -382,6 +382,10 @@ def test_broken_checkpoint_is_refused_and_kept(trained, pictures, tmp_path, run)
         state["optimizer"] |= optimizer or {}
         torch.save(state, tmp_path / "other.pt")
         others.append((tmp_path / "other.pt").read_bytes())
+    state = checkpoint(trained[0] / "run")
+    del state["config"]["diffusion"]
+    torch.save(state, tmp_path / "other.pt")
+    others.append((tmp_path / "other.pt").read_bytes())
     for content in (b"", whole[:5000], whole[:-1], b"not a checkpoint", *others):
         (tmp_path / "run" / "checkpoint.pt").write_bytes(content)
         said = run("train.py", "--data", pictures, *TINY, "--steps", 20, cwd=tmp_path, code=1)
