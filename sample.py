@@ -427,6 +427,7 @@ def arguments():
 
     flag = parser.add_argument
     flag("--onnx", default="model.onnx", type=named, help="from export.py [model.onnx]")
+    flag("-n", default=64, type=between(1), help="number of images [64]")
     grid_help = f"a grid of the first {GRID} images [samples.png]"
     flag("--out", default="samples.png", type=named, help=grid_help)
     flag("--dir", type=named, help="a new folder for all images, one PNG each")
