@@ -197,12 +197,13 @@ def test_reduced_precision_is_as_exact_as_promised(kind, most, files):
                 assert 100 * error == pytest.approx(errors.get(t, 0), rel=0.4, abs=0.02)
 
 
-def test_name_of_the_file_does_not_matter(files, tmp_path, monkeypatch):
-    """exact.onnx once was the name of the temporary float32 file too."""
+def test_name_of_the_file_does_not_matter(files, tmp_path, monkeypatch, capsys):
+    """exact.onnx once was the name of the temporary float32 file too, and had no error then."""
     protos = [onnx.load(files[0] / f"{name}.onnx") for name in ("half", "None")]
     monkeypatch.setattr(export, "to_onnx", lambda *_: protos.pop())
     export.write_onnx(files[1], tmp_path / "exact.onnx", "half")
     assert [p.name for p in tmp_path.iterdir()] == ["exact.onnx"]
+    assert errors_said(capsys.readouterr().out)[0] > 0
     assert (tmp_path / "exact.onnx").read_bytes() == (files[0] / "half.onnx").read_bytes()
 
 

@@ -261,6 +261,8 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path / place)
         assert read("data")[0] == [0, 7]
     assert len(decoded) == 10
+    with pytest.raises(ValueError, match="other images"):  # also if the cache is up to date
+        read("data", expected="the digest of another run")
 
 
 # ------------------------------------------------------------------------------- the three commands
