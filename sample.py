@@ -190,7 +190,7 @@ class Network:
             self._binding.bind_ortvalue_input("t", self._t)
             self._binding.bind_ortvalue_output("eps", self._eps)
             T = len(self.betas)
-            for first in (T - 1, 0)[: 3 - min(self.batch, 2)]:  # a batch of one needs two calls
+            for first in (T - 1, 0) if self.batch == 1 else (T - 1,):  # one image needs two calls
                 self(np.zeros(self.shape, np.float32), np.resize([first, 0], self.batch))
         except Exception as error:
             if is_out_of_memory(error):
@@ -345,7 +345,7 @@ def one_line(error):
 
 @contextlib.contextmanager
 def as_value_error(what):
-    """Turns any error into a ValueError of one line: what is wrong, and why."""
+    """Turns any error into a ValueError whose one line says what is wrong, and why."""
     try:
         yield
     except Exception as error:
@@ -488,10 +488,8 @@ def draw_interpolation(network, args):
     """--interpolate: a grid with a row for each --t."""
     ends = []
     for path in args.interpolate:
-        try:
+        with as_value_error(f"{printable(path)} can't be read"):  # Pillow raises many kinds
             pixels = read_picture(path, network.shape[-1], network.shape[1])
-        except Exception as error:  # Pillow raises many kinds
-            raise ValueError(f"{printable(path)} can't be read: {one_line(error)}") from None
         ends.append(pixels.astype(np.float32) / 127.5 - 1)
     rows = []
     for t in args.t:
@@ -510,24 +508,27 @@ def draw_samples(network, args):
     """-n samples in batches: the grid, and the folder, the GIF and the strip if asked for."""
     started, shown, frames = time.monotonic(), [], []
     starts = range(0, args.n, network.batch)
-    bar = progress(total=len(starts) * args.steps, unit="step")
-    for first in starts:  # a constant shape: the last batch may draw more images than it keeps
-        draw_noise = ahead(noise_of(args.seed, first, network.shape))
-        chain = sample_progressive(
-            network, draw_noise, network.betas, network.variance, args.steps, args.eta
-        )
-        for i, (_, x, x0) in enumerate(chain):
-            frame = i == args.steps - 1 or i * FRAMES // args.steps > (i - 1) * FRAMES // args.steps
-            if first == 0 and frame and (args.gif or args.strip):
-                frames.append((to_pixels(x[:GRID]), to_pixels(x0[:GRID])))
-            bar.update()
-        pixels = to_pixels(x0[: args.n - first])
-        shown.extend(pixels[: GRID - len(shown)])
-        if args.dir:
-            for k, image in enumerate(pixels, first):
-                with open(Path(args.dir, f"{k:06d}.png"), "xb") as file:  # never an existing one
-                    to_image(image).save(file, "PNG")
-    bar.close()
+    with progress(total=len(starts) * args.steps, unit="step") as bar:
+        for first in starts:  # a constant shape: the last batch may draw more images than it keeps
+            draw_noise = ahead(noise_of(args.seed, first, network.shape))
+            chain = sample_progressive(
+                network, draw_noise, network.betas, network.variance, args.steps, args.eta
+            )
+            for i, (_, x, x0) in enumerate(chain):
+                frame = (
+                    i == args.steps - 1 or i * FRAMES // args.steps > (i - 1) * FRAMES // args.steps
+                )
+                if first == 0 and frame and (args.gif or args.strip):
+                    frames.append((to_pixels(x[:GRID]), to_pixels(x0[:GRID])))
+                bar.update()
+            pixels = to_pixels(x0[: args.n - first])
+            shown.extend(pixels[: GRID - len(shown)])
+            if args.dir:
+                for k, image in enumerate(pixels, first):
+                    with open(
+                        Path(args.dir, f"{k:06d}.png"), "xb"
+                    ) as file:  # never an existing one
+                        to_image(image).save(file, "PNG")
 
     save_image(args.out, grid(np.stack(shown)))
     if args.gif:

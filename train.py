@@ -111,7 +111,9 @@ def train_step(step, network, ema, optimizer, diffusion, images, args):
     loss = torch.zeros((), device=device)
     for k in parts:
         part = slice(bounds[k], bounds[k + 1])
-        torch.manual_seed(seed_of(args.seed, step, 1 + k))  # for dropout; k = 0 is the seed above
+        torch.manual_seed(
+            seed_of(args.seed, step, 1 + k)
+        )  # for dropout; 0 would repeat the seed above
         x0 = images[index[part]].to(device).float() / 127.5 - 1
         x0 = torch.where(flip[part], x0.flip(3), x0)
         with network.no_sync() if WORLD > 1 and k < parts[-1] else contextlib.nullcontext():
@@ -563,7 +565,7 @@ def arguments():
         own = Path(given.get("out", "run"), "checkpoint.pt")  # a resumed run reads its own weights
         resumes = "eval" not in given and own.is_file() and "restart" not in given
         trained = load(given.get("eval") or (own if resumes else given["init"]))
-        known |= trained.settings | {"dropout": known["dropout"]}  # which is not the weights'
+        known |= trained.settings | {"dropout": known["dropout"]}  # dropout is not in the weights
         known |= {"channels": known.pop("in_channels"), "schedule": None, "trained": trained}
         known["variance"] = trained.diffusion.variance
     args = argparse.Namespace(**(known | given))
@@ -742,7 +744,6 @@ def train(args, out):
             x0 = diffusion.sample(ema, shape, steps, 0.0, noise, device=device)
         grid = sample.grid(sample.to_pixels(x0.cpu().numpy()))
         sample.save_image(out / f"preview-{step:07d}.png", grid)
-        log.flush()
         save_loss_plot(log.name, out / "loss.png")
 
     # A preview costs as much as training on PREVIEW * PREVIEW_STEPS / 3 = 600 images. Draw one when
