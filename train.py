@@ -111,9 +111,7 @@ def train_step(step, network, ema, optimizer, diffusion, images, args):
     loss = torch.zeros((), device=device)
     for k in parts:
         part = slice(bounds[k], bounds[k + 1])
-        torch.manual_seed(
-            seed_of(args.seed, step, 1 + k)
-        )  # for dropout; 0 would repeat the seed above
+        torch.manual_seed(seed_of(args.seed, step, 1 + k))  # for dropout; 0 is the seed above
         x0 = images[index[part]].to(device).float() / 127.5 - 1
         x0 = torch.where(flip[part], x0.flip(3), x0)
         with network.no_sync() if WORLD > 1 and k < parts[-1] else contextlib.nullcontext():
