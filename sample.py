@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 INSTALL = 'pip uninstall -y onnxruntime onnxruntime-gpu; pip install "onnxruntime-gpu[cuda,cudnn]"'
@@ -250,12 +250,22 @@ def read_picture(file, size, channels=None):
     file: a path or a binary stream. channels: C, 1 for grey and 3 for colour; as in the file if
     None. Raises ValueError if the range of the pixels is unknown, and what Pillow raises.
     """
-    with Image.open(file) as image:
+    try:
+        image = Image.open(file)
+    except UnidentifiedImageError:  # its message names the stream
+        raise ValueError("it is not an image") from None
+    with image:
         mode = "L" if (channels or (1 if is_grey(image) else 3)) == 1 else "RGB"
         deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+        tags, transparent = getattr(image, "tag_v2", {}), image.info.get("transparency")
         image = ImageOps.exif_transpose(image)
-        if deep:  # 0..65535, which Pillow would clip to 255 instead of scaling
-            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        if deep:  # up to 16 bits, which Pillow would clip to 255 instead of scaling
+            values = np.asarray(image) / (2 ** tags.get(258, (16,))[0] - 1)  # TIFF: BitsPerSample
+            if tags.get(262) == 0:  # TIFF: PhotometricInterpretation is WhiteIsZero
+                values = 1 - values
+            if transparent is not None:
+                values[np.asarray(image) == transparent] = 1
+            image = Image.fromarray((255 * values).round().astype(np.uint8))
         elif image.mode in ("I", "F"):
             raise ValueError("the file does not say the range of its 32-bit pixels")
         if image.has_transparency_data:  # transparent pixels have arbitrary colours
@@ -298,9 +308,9 @@ def atomic_write(path):
     """Yields a temporary path beside `path`, then moves what was written there into place.
 
     The file appears whole or not at all, also on a full disk, and no other process writes to the
-    same temporary path. Raises OSError.
+    same temporary path. A link at `path` stays, and its target is written. Raises OSError.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     with temporary_folder(path) as folder:
         temporary = Path(folder, path.name)
         yield temporary
@@ -316,17 +326,17 @@ def save_image(path, image, **kwargs):
         image.save(temporary, **kwargs)
 
 
-def check_output(path, channels, animated=False):
-    """Raise ValueError or OSError now if an image can't be saved at `path` later."""
+def check_output(path, image, animated=False):
+    """Raise ValueError or OSError now if an image of this size can't be saved at `path` later."""
     path, suffix = Path(path), Path(path).suffix.lower()
-    image = to_image(np.zeros((8, 8, channels), np.uint8))
     kind = Image.registered_extensions().get(suffix)  # registers all formats
     if kind not in (Image.SAVE_ALL if animated else Image.SAVE):
         what = "an animation such as x.gif" if animated else "an image file such as x.png"
         raise ValueError(f"{printable(path)} must be {what}")
-    if path.is_dir():
-        raise ValueError(f"{printable(path)} is a folder")
-    with temporary_folder(path) as folder:
+    if path.exists() and not path.is_file():
+        kind = "folder" if path.is_dir() else "device or pipe"
+        raise ValueError(f"{printable(path)} is a {kind}")
+    with temporary_folder(Path(os.path.realpath(path))) as folder, as_value_error(printable(path)):
         image.save(Path(folder, path.name))
 
 
@@ -403,7 +413,9 @@ def run_program(main, name, quiet=False):
             setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
         getattr(sys, stream).reconfigure(errors="backslashreplace")
     try:
-        return main()
+        main()
+        sys.stdout.flush()
+        return
     except KeyboardInterrupt:
         message = "stopped"
     except (ValueError, RuntimeError, OSError, MemoryError, ImportError) as error:
@@ -412,6 +424,10 @@ def run_program(main, name, quiet=False):
         message = one_line(error)
         if isinstance(error, ModuleNotFoundError):
             message += f"; pip install {error.name}"
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python would report it again
+        sys.stdout = None
     sys.exit(1 if quiet else f"{name}: {message}")
 
 
@@ -464,20 +480,28 @@ def main():
     if network.no_cuda and shutil.which("nvidia-smi"):
         print(f"sample.py: {network.no_cuda}. To use CUDA, run:\n  {INSTALL}", file=sys.stderr)
 
-    T, channels = len(network.betas), network.shape[1]
+    T, (_, channels, height, width) = len(network.betas), network.shape
     args.steps = T if args.steps is None else args.steps
     args.t = args.t or [T // 2]
     if args.steps > T or max(args.t) >= T:
         raise ValueError(f"this model has T = {T}: --steps must be 1..{T}, --t 0..{T - 1}")
-    check_output(args.out, channels)
+
+    def blank(n, columns=None):
+        return grid(np.zeros((n, height, width, channels), np.uint8), columns)
+
+    columns = len(LAMBDAS) + 2
+    shown = blank(min(args.n, GRID))
+    if args.interpolate:
+        shown = blank(columns * len(args.t), columns)
+    check_output(args.out, shown)
     if args.gif:
-        check_output(args.gif, channels, animated=True)
+        check_output(args.gif, blank(min(batch, GRID)), animated=True)
     if args.strip:
-        check_output(args.strip, channels)
+        check_output(args.strip, blank(2 * STRIP * min(batch, 4), STRIP))
     if args.dir:
         if any(Path(args.dir).glob("[0-9]" * 6 + "*.png")):
             raise ValueError(f"{printable(args.dir)} holds numbered images; choose another --dir")
-        check_output(Path(args.dir, "x.png"), channels)
+        check_output(Path(args.dir, "x.png"), blank(1))
 
     print(f"{printable(args.onnx)} on {'CUDA' if network.device == 'cuda' else 'the CPU'}", end="")
     print("" if args.interpolate else f", {args.steps} steps")
@@ -489,6 +513,8 @@ def draw_interpolation(network, args):
     ends = []
     for path in args.interpolate:
         with as_value_error(f"{printable(path)} can't be read"):  # Pillow raises many kinds
+            if Path(path).exists() and not Path(path).is_file():
+                raise ValueError("it is not a file")
             pixels = read_picture(path, network.shape[-1], network.shape[1])
         ends.append(pixels.astype(np.float32) / 127.5 - 1)
     rows = []

@@ -56,7 +56,7 @@ from sample import (
 )
 
 RANK, WORLD = 0, 1  # rank and number of processes, set by torchrun
-if "TORCHELASTIC_RUN_ID" in os.environ:
+if {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"} <= set(os.environ):
     RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -158,11 +158,18 @@ def picture_files(folder, without=None):
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
+def ignore_signals(_):
+    """Leave signals, which reach the whole process group, to the process that started a worker."""
+    sample.on_signals(signal.SIG_IGN)
+
+
 def on_all_cores(function, paths):
     """An iterable of function(128 paths), for all paths in order, computed by worker processes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = min(cores, len(paths) // 128)  # not worth starting for few files
-    return DataLoader(paths, 128, num_workers=workers, collate_fn=function)
+    return DataLoader(
+        paths, 128, num_workers=workers, collate_fn=function, worker_init_fn=ignore_signals
+    )
 
 
 def have_colour(paths):
@@ -320,7 +327,7 @@ def load(path):
         model.load_state_dict(checkpoint["ema"])
         source = f"train.py, {config['train']['data'] or 'demo'}"
         diffusion = Diffusion(**config["diffusion"])
-        return Trained(model, diffusion, config["model"], checkpoint["step"], source)
+        return Trained(model, diffusion, config["model"], int(checkpoint["step"]), source)
 
 
 # --------------------------------------------------------------------------------------- evaluation
@@ -440,6 +447,14 @@ def lock(folder):
         os.close(handle)
 
 
+def end_of_restart(out, aside):
+    """Move the old run back to its place if the new one never began."""
+    if not (out / "checkpoint.pt").exists():
+        shutil.rmtree(out)
+        aside.rename(out)
+        print(f"the run in {printable(aside.name)} is back in {printable(out)}")
+
+
 @contextlib.contextmanager
 def run_folder(out, restart):
     """Lock the run folder; move an old run aside if asked to. Raises ValueError for other files."""
@@ -451,6 +466,7 @@ def run_folder(out, restart):
                 k += 1
             out.rename(aside)
             print(f"the run in {printable(out)} is now in {printable(aside.name)}")
+            locks.callback(end_of_restart, out, aside)
             locks.enter_context(lock(out))
         for name in ("checkpoint.pt", "pictures.u8"):  # left by a process that was killed
             for temporary in out.glob(f".{name}.tmp-????????"):
@@ -799,7 +815,7 @@ def train(args, out):
         print(f"stopped at step {done:,}; to resume:\n  {program} {printable(command)}")
     elif first:
         shown = os.path.relpath(path)
-        print(f"done, {printable(shown)}; next:")
+        print(f"done, {printable(shown)} of step {max(start, args.steps):,}; next:")
         print(f"  python export.py --checkpoint {printable(shlex.quote(shown))}")
 
 
@@ -809,8 +825,6 @@ def main():
         if args.eval is not None:
             return evaluate(args)
         out = Path(args.out or "run").resolve()
-        if args.restart and args.data and not picture_files(args.data, out):
-            raise ValueError(f"--data {printable(args.data)} holds no image")
         with run_folder(out, args.restart) if RANK == 0 else contextlib.nullcontext():
             train(args, out)
     except (RuntimeError, MemoryError) as error:

@@ -1,5 +1,7 @@
 """The promises of sample.py: single images, the network file, the samples, the outputs."""
 
+import os
+import struct
 import sys
 
 import numpy as np
@@ -32,6 +34,8 @@ def test_transparency_is_white(tmp_path):
     palette = Image.new("P", (4, 4), 0)
     palette.putpalette([255, 0, 0])
     assert (read_saved(tmp_path, palette, transparency=0) == 255).all()
+    deep = Image.fromarray(np.full((4, 4), 300, np.uint16))
+    assert (read_saved(tmp_path, deep, transparency=300) == 255).all()
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.tiff", "x.pgm"])
@@ -40,6 +44,17 @@ def test_16_bits_are_scaled_and_not_clipped(name, tmp_path):
     ours = read_saved(tmp_path, Image.fromarray(ramp), name)
     assert ours.shape == (1, 4, 4)
     np.testing.assert_array_equal(ours[0], (ramp / 257).round().astype(np.uint8))
+
+
+@pytest.mark.parametrize("bits, white_is_zero", [(12, 0), (16, 0), (16, 1)])
+def test_tiff_says_its_number_of_bits_and_what_is_white(bits, white_is_zero, tmp_path):
+    data = bytes(bits) if white_is_zero else b"\xff" * bits  # eight pixels
+    tags = [(256, 8), (257, 1), (258, bits), (259, 1), (262, 1 - white_is_zero), (273, 8),
+            (277, 1), (278, 1), (279, len(data))]  # fmt: skip
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
+    offset = struct.pack("<2sHI", b"II", 42, 8 + len(data))
+    (tmp_path / "x.tif").write_bytes(offset + data + struct.pack("<H", 9) + entries + bytes(4))
+    assert (sample.read_picture(tmp_path / "x.tif", 4) == 255).all()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
@@ -94,6 +109,16 @@ def test_atomic_write_leaves_the_old_file_and_nothing_else(error, tmp_path):
 
 
 # ------------------------------------------------------------------------------ the reverse process
+
+
+def test_link_is_written_through(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link.png").symlink_to("elsewhere/real.png")  # which does not exist yet
+    for colour in ("red", "blue"):
+        sample.save_image(tmp_path / "link.png", Image.new("RGB", (2, 2), colour))
+    assert (tmp_path / "link.png").is_symlink()
+    assert os.listdir(tmp_path / "elsewhere") == ["real.png"]
+    assert Image.open(tmp_path / "elsewhere" / "real.png").getpixel((0, 0)) == (0, 0, 255)
 
 
 def test_noise_is_standard_normal_and_the_same_when_drawn_ahead():
@@ -186,6 +211,7 @@ def test_gif_and_strip(draw, tmp_path):
 def test_what_cannot_be_written_is_said_before_sampling(trained, tmp_path, run, monkeypatch):
     monkeypatch.setattr(sample, "sample_progressive", None)  # no step may be taken
     (tmp_path / "folder.png").mkdir()
+    getattr(os, "mkfifo", os.mkdir)(tmp_path / "pipe.png")  # Windows has none
     (tmp_path / "file").write_text("mine")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "000000.png").write_text("mine")
@@ -194,6 +220,9 @@ def test_what_cannot_be_written_is_said_before_sampling(trained, tmp_path, run, 
         ("--out nosuffix", "nosuffix must be an image file"),
         ("--out o.xbm", "cannot write mode"),
         ("--out folder.png", "folder.png is a folder"),
+        ("--out pipe.png", "pipe.png is a"),
+        ("--interpolate pipe.png pipe.png", "pipe.png can't be read: it is not a file"),
+        ("--interpolate a.png b.png --out o.webp --t " + "5 " * 2000, "exceeds WebP limit"),
         ("--out file/o.png", "file"),
         ("--gif o.jpg", "o.jpg must be an animation such as x.gif"),
         ("--strip s", "s must be an image file"),

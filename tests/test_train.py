@@ -1,9 +1,11 @@
 """The promises of train.py: the data, the step, resuming, the run folder, --eval and --init."""
 
 import argparse
+import contextlib
 import copy
 import errno
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -174,7 +176,7 @@ def test_awkward_files_are_read_or_left_out(tmp_path, capsys):
     images = train.read_folder(tmp_path, 8)
     assert images[:, 0].float().mean((1, 2)).tolist() == [100, 100, 100, 100, 255]
     said = capsys.readouterr().out
-    assert "left out 4 of 9" in said and "exceeds limit" in said and "cannot identify" in said
+    assert "left out 4 of 9" in said and "exceeds limit" in said and "it is not an image" in said
 
 
 @posix
@@ -500,6 +502,19 @@ def test_restart_moves_the_old_run_aside(pictures, tmp_path, run):
     assert (tmp_path / "run-1" / "notes.txt").read_text() == "mine" and (tmp_path / "link").is_dir()
 
 
+def test_old_run_returns_if_a_restart_never_begins(pictures, tmp_path, run):
+    run("train.py", "--data", pictures, *TINY, "--steps", 1, cwd=tmp_path)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "x.png").write_text("not an image")
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    flags = ["--data", "bad", *TINY, "--steps", 1, "--restart"]
+    said = run("train.py", *flags, cwd=tmp_path, code=1)
+    assert "no image that can be read" in said and "x.png: it is not an image" in said
+    assert "the run in run-1 is back in" in said
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["bad", "run"]
+
+
 def test_previews_of_other_runs_are_not_trained_on(pictures, trained, tmp_path, run):
     shutil.copytree(pictures, tmp_path / "data")
     shutil.copytree(trained[0] / "run", tmp_path / "data" / "old")
@@ -802,6 +817,63 @@ def test_closed_stderr_is_no_failure(trained, tmp_path):
     flags = f"--onnx '{trained[0] / 'model.onnx'}' -n 1 --steps 2 --out '{out}'"
     command = f"'{sys.executable}' '{HERE / 'sample.py'}' {flags} 2>&-"
     assert subprocess.run(command, shell=True).returncode == 0 and out.is_file()
+
+
+@posix
+def test_output_that_nobody_takes_loses_nothing(trained, pictures, tmp_path):
+    """A full device as stdout, and Ctrl-C of a pipe, which ends the reader first."""
+    words = [sys.executable, HERE / "sample.py", "--onnx", trained[0] / "model.onnx", "-n", 1]
+    command = shlex.join(map(str, [*words, "--steps", 2, "--out", tmp_path / "s.png"]))
+    command = f"env -u PYTHONUNBUFFERED {command} > /dev/full"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.returncode == 1 and (tmp_path / "s.png").is_file()
+    said = [line for line in done.stderr.splitlines() if "%" not in line]
+    assert said == ["sample.py: [Errno 28] No space left on device"]
+
+    words = [sys.executable, HERE / "train.py", "--data", pictures, *TINY, "--steps", 10**6]
+    command = shlex.join(map(str, words)) + " 2>&1 | tee said"
+    shell = subprocess.Popen(command, shell=True, cwd=tmp_path, start_new_session=True)
+    log = tmp_path / "run" / "log.csv"
+    while not (log.exists() and (tmp_path / "said").read_text().count("step")):
+        time.sleep(0.1)
+    time.sleep(1)
+    os.killpg(shell.pid, signal.SIGINT)
+    shell.wait(60)
+    with lock_when_free(tmp_path / "run"):
+        step = checkpoint(tmp_path / "run")["step"]
+    assert step > 0 and log.read_text().splitlines()[-1].startswith(f"{step},")
+
+
+@contextlib.contextmanager
+def lock_when_free(folder):
+    """Wait until no training runs in the folder."""
+    for _ in range(100):
+        with contextlib.suppress(ValueError), train.lock(folder):
+            yield
+            return
+        time.sleep(0.1)
+    raise TimeoutError
+
+
+@posix
+def test_terminated_decoding_is_one_line(tmp_path):
+    """The signal reaches the workers too, as from a terminal or a batch system."""
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (700, 700), "red").save(tmp_path / "images" / "0.png")
+    for k in range(1, 600):
+        os.link(tmp_path / "images" / "0.png", tmp_path / "images" / f"{k}.png")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        words = [sys.executable, "-u", HERE / "train.py", "--data", "images", *TINY]
+        process = subprocess.Popen(
+            list(map(str, words)), cwd=tmp_path, stderr=subprocess.PIPE, start_new_session=True
+        )
+        while not list(tmp_path.glob("run/.pictures.u8.tmp-*/*")):
+            time.sleep(0.1)
+        time.sleep(0.5)
+        os.killpg(process.pid, number)
+        said = process.communicate(timeout=60)[1].decode()
+        assert process.returncode == 1 and os.listdir(tmp_path / "run") == [], said
+        assert [line for line in said.splitlines() if "%" not in line] == ["train.py: stopped"]
 
 
 def test_progress_is_lines_where_stderr_is_not_a_terminal(capsys):
