@@ -47,8 +47,12 @@ def cosine_betas(T=1000):
 
 
 def _at(table, t):
-    """Look up a float64 table (T,) at t (B,): float32 (B, 1, 1, 1), to broadcast over images."""
-    return table.float().to(t.device)[t][:, None, None, None]
+    """Look up a float64 table (T,) at t (B,): float32 (B, 1, 1, 1), to broadcast over images.
+
+    The tables are on the CPU, because not every device has float64; the result is on that of t.
+    """
+    table = table.float().to(t.device, non_blocking=t.is_cuda)  # CUDA need not wait for it
+    return table[t][:, None, None, None]
 
 
 class Bound(NamedTuple):
@@ -64,7 +68,9 @@ class Bound(NamedTuple):
 
 
 class Diffusion:
-    """The tables of a schedule, each float64 of shape (T,), and the paper's equations.
+    """The tables of a schedule, each float64 of shape (T,) on the CPU, and the paper's equations.
+
+    The methods work on the device of their arguments.
 
     betas: (T,) numbers in (0, 1).
     variance: sigma_t^2 of the reverse step (section 3.2). "large" is beta_t, which is optimal if
@@ -75,7 +81,7 @@ class Diffusion:
     """
 
     def __init__(self, betas, variance="large"):
-        betas = torch.as_tensor(betas, dtype=torch.float64)
+        betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
         if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
             raise ValueError("betas must be a 1-d list of numbers between 0 and 1")
         if variance not in ("large", "small"):
@@ -147,13 +153,13 @@ class Diffusion:
         """(13): the log-probability that N(mean, sigma^2) gives to the bin of each 8-bit value x0.
 
         Bins are 2/255 wide; the first and the last are open. Probabilities below 1e-12 count as
-        1e-12. The arguments broadcast; the result is float64, in nats.
+        1e-12. The arguments broadcast; the result is float64 on the CPU, in nats.
 
         The integral is exact. The authors' code approximates the normal CDF by a tanh. In the mean
         over Gaussian errors the two agree to 0.0001 bits at the paper's root-mean-square error
         (0.95 of 255), and the tanh gives 0.1 bits less at one of 2.
         """
-        x0, mean, sigma = x0.double(), mean.double(), sigma.double()
+        x0, mean, sigma = x0.cpu().double(), mean.cpu().double(), sigma.cpu().double()
         cdf_above = torch.special.ndtr((x0 + 1 / 255 - mean) / sigma).where(x0 < 0.999, 1.0)
         cdf_below = torch.special.ndtr((x0 - 1 / 255 - mean) / sigma).where(x0 > -0.999, 0.0)
         return (cdf_above - cdf_below).clamp(min=1e-12).log()
@@ -164,10 +170,11 @@ class Diffusion:
 
         x0: 8-bit images k / 127.5 - 1, (B, C, H, W). generator: a torch.Generator on its device.
         Takes T forward passes; call model.eval() first. x0_hat is clipped to [-1, 1], as in
-        sampling. Returns a Bound.
+        sampling. Returns a Bound, float64 on the CPU.
         """
         abar_T = self.alphas_bar[-1].item()  # KL(q(x_T | x_0) || N(0, I)):
-        L_T = (abar_T * x0.double() ** 2 - abar_T - math.log1p(-abar_T)) / 2
+        x0_squared = x0.square().mean((1, 2, 3)).cpu().double()
+        L_T = (abar_T * x0_squared - abar_T - math.log1p(-abar_T)) / 2 / math.log(2)
         L_t, mse = [], []
         for i in range(self.T):
             t = torch.full((len(x0),), i, device=x0.device)
@@ -178,14 +185,13 @@ class Diffusion:
             mean_hat, _ = self.q_posterior(x0_hat, x_t, t)
             sigma2 = _at(self.sigma2, t)
             if i == 0:
-                term = -self.decoder_log_likelihood(x0, mean_hat, sigma2.sqrt())
+                term = -self.decoder_log_likelihood(x0, mean_hat, sigma2.sqrt()).to(x0)
             else:  # KL of two Gaussians: (8) with its constant
                 ratio = variance / sigma2
                 term = (ratio - 1 - ratio.log() + (mean - mean_hat) ** 2 / sigma2) / 2
-            L_t.append(term.double().mean((1, 2, 3)) / math.log(2))
-            mse.append((x0_hat - x0).double().square().mean((1, 2, 3)))
-        L_T = L_T.mean((1, 2, 3)) / math.log(2)
-        L_t, mse = torch.stack(L_t, 1), torch.stack(mse, 1)
+            L_t.append(term.mean((1, 2, 3)) / math.log(2))
+            mse.append((x0_hat - x0).square().mean((1, 2, 3)))
+        L_t, mse = torch.stack(L_t, 1).cpu().double(), torch.stack(mse, 1).cpu().double()
         return Bound(L_T, L_t, L_T + L_t.sum(1), mse)  # (5)
 
     # ------------------------------------------------------------------------ sampling, Algorithm 2
@@ -211,6 +217,8 @@ class Diffusion:
             error of x0_hat is that of eps times sqrt((1 - abar_t) / abar_t), 157 at t = T-1.
         """
         chain, tau = (self, range(self.T)) if steps is None else self.respaced(steps)
+        if not 0 <= (eta or 0) <= 1:
+            raise ValueError(f"eta must be from 0 to 1, not {eta}")
         device = device if x_T is None else x_T.device
         if draw_noise is None:
 
@@ -261,9 +269,9 @@ class Diffusion:
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps must be 1..{self.T}, not {steps}")
         tau = (self.T - 1 - torch.arange(steps) * (self.T - 1) // max(1, steps - 1)).flip(0)
-        abar = self.alphas_bar.cpu()[tau]
+        abar = self.alphas_bar[tau]
         betas = 1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])
-        return Diffusion(betas.to(self.betas.device), self.variance), tau.tolist()
+        return Diffusion(betas, self.variance), tau.tolist()
 
 
 # -------------------------------------------------------------------------------------- the network

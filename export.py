@@ -28,7 +28,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_
 from onnxscript import opset20 as op
 
 from pretrained import largest_difference, to_diffusers
-from sample import atomic_write, named, printable, run_program
+from sample import as_value_error, atomic_write, named, printable, run_program
 from train import load
 
 OPSET = 20  # ONNX Runtime has kernels for it on the CPU, on CUDA and in the browser
@@ -308,7 +308,17 @@ def main():
         parser.error(f"--onnx {printable(args.onnx)} is a folder")
     if args.kind and not args.onnx:
         parser.error("--half and --int8 need --onnx")
+    if args.onnx and args.to_diffusers:
+        onnx_file, folder = Path(args.onnx).resolve(), Path(args.to_diffusers).resolve()
+        if onnx_file.is_relative_to(folder) or folder.is_relative_to(onnx_file):
+            parser.error("--onnx and --to-diffusers must be apart")
+    if args.onnx:
+        with as_value_error(f"ONNX Runtime can't open {printable(args.onnx)}"):
+            os.path.realpath(args.onnx).encode()
 
+    if args.diffusers is None and not os.path.exists(args.checkpoint):
+        hint = "python train.py writes a checkpoint"
+        raise ValueError(f"{printable(args.checkpoint)} does not exist; {hint}")
     trained = load(args.diffusers or args.checkpoint)
     if args.to_diffusers is not None:
         to_diffusers(trained.model, trained.settings, trained.diffusion, args.to_diffusers)

@@ -5,7 +5,6 @@ serves `export.py --to-diffusers`. diffusers itself reads and writes the files, 
 eps proves that both networks compute the same.
 """
 
-import contextlib
 import re
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 
 from ddpm import Diffusion, UNet, linear_betas
-from sample import as_value_error, atomic_write, printable
+from sample import as_value_error, atomic_write, one_line, printable
 
 NAMES = (  # regular expressions that turn our names into diffusers', in this order
     (r"^(down|up)\.(\d+)\.\d+\.conv\.", r"\1_blocks.\2.\1samplers.0.conv."),
@@ -63,12 +62,15 @@ def largest_difference(model, eps, shape, T):
 
 def find_config(cls, source, part):
     """(config, keyword arguments that find it): in a sub-folder, or, as google/ddpm-*, without."""
+    why = ""
     for place in ({"subfolder": part}, {}):
         path = Path(source, *place.values(), cls.config_name)
         if path.exists() or not Path(source).exists():
-            with contextlib.suppress(OSError):
+            try:
                 return cls.load_config(source, **place), place
-    raise ValueError(f"there is no readable {cls.config_name}, in a folder or on the hub")
+            except OSError as error:
+                why = f": {one_line(error)}"
+    raise ValueError(f"there is no readable {cls.config_name}, in a folder or on the hub{why}")
 
 
 def from_diffusers(source):
@@ -138,7 +140,7 @@ def to_diffusers(model, settings, diffusion, folder):
     import diffusers
 
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) or folder.samefile(".")):
         raise ValueError(f"{printable(folder)} exists: use another name")
     attends = [
         settings["image_size"] >> level in settings["attention_resolutions"]

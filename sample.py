@@ -11,16 +11,18 @@ onnxruntime-gpu[cuda,cudnn]). The reverse process repeats that of ddpm.py in num
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,7 @@ from tqdm import tqdm
 INSTALL = 'pip uninstall -y onnxruntime onnxruntime-gpu; pip install "onnxruntime-gpu[cuda,cudnn]"'
 GRID = 256  # the largest number of images in one grid
 FRAMES, STRIP = 50, 10  # how many of the steps the GIF and the strip show
+LANES = {"cuda": 2}  # batches drawn at a time: numpy works on one while the network runs on another
 LAMBDAS = np.linspace(0, 1, 11, dtype=np.float32)  # the mixtures of an interpolation
 
 # ------------------------------------------------------------------------------ the reverse process
@@ -38,6 +41,8 @@ LAMBDAS = np.linspace(0, 1, 11, dtype=np.float32)  # the mixtures of an interpol
 def respaced(betas, steps):
     """A shorter chain through the same noise levels: its betas (steps,) and its t (steps,)."""
     T = len(betas)
+    if not 1 <= steps <= T:
+        raise ValueError(f"steps must be 1..{T}, not {steps}")
     tau = (T - 1 - np.arange(steps) * (T - 1) // max(1, steps - 1))[::-1]
     alphas_bar = (1 - betas).cumprod()[tau]
     return 1 - alphas_bar / np.append(1.0, alphas_bar[:-1]), tau
@@ -56,7 +61,11 @@ def sample_progressive(
     steps: how many of the T steps to take; all if None. eta: None is the paper's step, a number is
         DDIM's eta.
     x_T: the start, if it is not pure noise. To continue from an x_t, pass betas[: t + 1] with it.
+
+    Raises ValueError for an unknown variance, and for steps or eta out of range.
     """
+    if variance not in ("large", "small") or not 0 <= (eta or 0) <= 1:
+        raise ValueError('variance must be "large" or "small", and eta from 0 to 1')
     betas, tau = respaced(betas, len(betas) if steps is None else steps)
     alphas = 1 - betas
     alphas_bar = alphas.cumprod()
@@ -82,7 +91,7 @@ def sample_progressive(
             sigma = eta * math.sqrt(posterior_variance[i])
             eps = (x - math.sqrt(abar) * x0) / math.sqrt(1 - abar)  # recomputed from the clipped x0
             mean = math.sqrt(abar_prev) * x0 + math.sqrt(1 - abar_prev - sigma**2) * eps
-        x = mean + sigma * draw_noise()
+        x = mean if sigma == 0 else mean + sigma * draw_noise()
 
 
 def interpolate(eps_model, draw_noise, x0, x0_b, t, betas, variance="large", steps=None, eta=None):
@@ -140,65 +149,83 @@ class Network:
 
     Raises ValueError if the file was not written by export.py, MemoryError if the batch does not
     fit, and RuntimeError if CUDA is required and does not work or, in a call, if eps is not finite.
+    For another thread, twin() is the same network with arrays of its own.
     """
 
     def __init__(self, path, batch, device="auto"):
+        if device not in ("auto", "cuda", "cpu"):
+            raise ValueError(f'device must be "auto", "cuda" or "cpu", not {device!r}')
         self.batch, self.no_cuda = batch, None
         if device != "cpu":
             try:
                 return self._open(path, "cuda")
             except RuntimeError as error:
                 self.no_cuda = one_line(error)
-            if device == "cuda":
-                raise RuntimeError(f"to use CUDA, run:  {INSTALL}  ({self.no_cuda})")
-        self._open(path, "cpu")
+        self._open(path, "cpu")  # raises ValueError if the fault is that of the file
+        if device == "cuda":
+            raise RuntimeError(f"if CUDA is missing, run:  {INSTALL}  ({self.no_cuda})")
 
     def _open(self, path, device):
         """Open the file on "cuda" or "cpu", and try it at both ends of t.
 
-        ONNX Runtime silently falls back to the CPU when CUDA does not load; without cuDNN it opens
-        the file but cannot run a convolution. Both raise RuntimeError here.
+        Raises MemoryError, or else RuntimeError on CUDA and ValueError on a CPU.
         """
-        import onnxruntime as ort
-
-        ort.set_default_logger_severity(4)  # the exceptions below report the errors
-        wrong = f"{printable(path)} is not a model of export.py"
-        providers, self.device = ["CPUExecutionProvider"], device
-        if device == "cuda":
-            if "CUDAExecutionProvider" not in ort.get_available_providers():
-                raise RuntimeError("this ONNX Runtime was built without CUDA")
-            with contextlib.redirect_stdout(None):  # it prints which libraries are missing
-                ort.preload_dlls()  # the CUDA libraries that pip installed
-            providers = [("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC"})]
         try:
-            with contextlib.redirect_stdout(None):  # it prints where it fails
-                self.session = ort.InferenceSession(path, providers=providers)
-            self._read_metadata()
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise MemoryError(f"no memory to open {printable(path)}") from None
-            raise ValueError(f"{wrong}: {one_line(error)}") from None
-        if device == "cuda" and self.session.get_providers()[0] != "CUDAExecutionProvider":
-            raise RuntimeError("the CUDA provider of ONNX Runtime does not load")
-        try:
-            allocate = ort.OrtValue.ortvalue_from_shape_and_type  # once, for all steps
-            self._x = allocate(self.shape, np.float32, device, 0)
-            self._t = allocate((self.batch,), np.int64, device, 0)
-            self._eps = allocate(self.shape, np.float32, device, 0)
-            self._binding = self.session.io_binding()
-            self._binding.bind_ortvalue_input("x_t", self._x)
-            self._binding.bind_ortvalue_input("t", self._t)
-            self._binding.bind_ortvalue_output("eps", self._eps)
+            self.device = device
+            self._start(path)
+            self._allocate()
             T = len(self.betas)
             for first in (T - 1, 0) if self.batch == 1 else (T - 1,):  # one image needs two calls
                 self(np.zeros(self.shape, np.float32), np.resize([first, 0], self.batch))
-        except Exception as error:
+        except Exception as error:  # ONNX Runtime raises many kinds
             if is_out_of_memory(error):
-                what = f"{self.batch} images at once do not fit into memory, see --batch"
+                where = "into that of the card" if device == "cuda" else "into memory"
+                what = f"{self.batch} images at once do not fit {where}, see --batch"
                 raise MemoryError(f"{what}: {one_line(error)}") from None
             if device == "cuda":
                 raise RuntimeError(f"CUDA fails: {one_line(error)}") from None
-            raise ValueError(f"{wrong}: {one_line(error)}") from None
+            what = f"{printable(path)} is not a model of export.py"
+            raise ValueError(f"{what}: {one_line(error)}") from None
+
+    def _start(self, path):
+        """Start the session of ONNX Runtime.
+
+        It silently falls back to the CPU when CUDA does not load; without cuDNN it opens the file
+        but cannot run a convolution.
+        """
+        import onnxruntime as ort
+
+        ort.set_default_logger_severity(4)  # the exceptions report the errors
+        providers = ["CPUExecutionProvider"]
+        with contextlib.redirect_stdout(None):  # it prints what is missing, and where it fails
+            if self.device == "cuda":
+                if "CUDAExecutionProvider" not in ort.get_available_providers():
+                    raise RuntimeError("this ONNX Runtime was built without CUDA")
+                ort.preload_dlls()  # the CUDA libraries that pip installed
+                providers = [("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC"})]
+            content = Path(path).read_bytes()  # it can't open every name that Python can
+            self.session = ort.InferenceSession(content, providers=providers)
+        if self.device == "cuda" and self.session.get_providers()[0] != "CUDAExecutionProvider":
+            raise RuntimeError("the CUDA provider of ONNX Runtime does not load")
+        self._read_metadata()
+
+    def _allocate(self):
+        """Allocate the arrays of all calls, on the device."""
+        import onnxruntime as ort
+
+        allocate = ort.OrtValue.ortvalue_from_shape_and_type
+        self._x = allocate(self.shape, np.float32, self.device, 0)
+        self._t = allocate((self.batch,), np.int64, self.device, 0)
+        self._eps = allocate(self.shape, np.float32, self.device, 0)
+        self._binding = self.session.io_binding()
+        self._binding.bind_ortvalue_input("x_t", self._x)
+        self._binding.bind_ortvalue_input("t", self._t)
+        self._binding.bind_ortvalue_output("eps", self._eps)
+
+    def twin(self):
+        twin = copy.copy(self)
+        twin._allocate()
+        return twin
 
     def _read_metadata(self):
         """Set betas, variance and shape. Raises an Exception if they make no sense."""
@@ -227,20 +254,23 @@ class Network:
             raise RuntimeError(one_line(error)) from None
         eps = self._eps.numpy()
         if not np.isfinite(eps).all():
-            raise RuntimeError(f"eps is not finite at t = {t.max()}")
+            raise RuntimeError(f"eps is not finite at t = {t.max()} (float16 may overflow)")
         return eps
 
 
 def is_out_of_memory(error):
-    words = "out of memory", "bad_alloc", "bad allocation", "allocate memory"
-    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
+    words = "out of memory|bad_alloc|bad allocation|allocate memory|alloc_failed|requested bytes"
+    return isinstance(error, MemoryError) or bool(re.search(words, str(error), re.IGNORECASE))
 
 
 # ------------------------------------------------------------------------------------------- images
 
 
 def is_grey(image):
-    """Whether a Pillow image has no colour."""
+    """Whether a Pillow image has no colour, by its mode or its palette."""
+    if image.mode == "P":
+        red, green, blue = np.reshape(image.getpalette("RGB"), (-1, 3)).T
+        return (red == green).all() and (green == blue).all()
     return image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
 
 
@@ -250,6 +280,8 @@ def read_picture(file, size, channels=None):
     file: a path or a binary stream. channels: C, 1 for grey and 3 for colour; as in the file if
     None. Raises ValueError if the range of the pixels is unknown, and what Pillow raises.
     """
+    if channels not in (None, 1, 3):
+        raise ValueError(f"channels must be 1 or 3, not {channels}")
     try:
         image = Image.open(file)
     except UnidentifiedImageError:  # its message names the stream
@@ -308,15 +340,20 @@ def atomic_write(path):
     """Yields a temporary path beside `path`, then moves what was written there into place.
 
     The file appears whole or not at all, also on a full disk, and no other process writes to the
-    same temporary path. A link at `path` stays, and its target is written. Raises OSError.
+    same temporary path. A link at `path` stays, and its target is written; so do the permissions
+    of an old file. Raises OSError.
     """
     path = Path(os.path.realpath(path))
+    if path.is_file() and not os.access(path, os.W_OK):
+        raise PermissionError(f"{printable(path)} is write-protected")
     with temporary_folder(path) as folder:
         temporary = Path(folder, path.name)
         yield temporary
         if temporary.is_file():
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
+            if path.is_file():
+                shutil.copymode(path, temporary)
         os.replace(temporary, path)
 
 
@@ -336,6 +373,8 @@ def check_output(path, image, animated=False):
     if path.exists() and not path.is_file():
         kind = "folder" if path.is_dir() else "device or pipe"
         raise ValueError(f"{printable(path)} is a {kind}")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise PermissionError(f"{printable(path)} is write-protected")
     with temporary_folder(Path(os.path.realpath(path))) as folder, as_value_error(printable(path)):
         image.save(Path(folder, path.name))
 
@@ -402,10 +441,11 @@ def on_signals(handler):
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, handler)
+            with contextlib.suppress(ValueError):  # not in the main thread of a notebook's server
+                signal.signal(number, handler)
 
 
-def run_program(main, name, quiet=False):
+def run_program(main, name):
     """Run main(); an error becomes one line and exit status 1 (a traceback under python -X dev)."""
     on_signals(signal.default_int_handler)  # KeyboardInterrupt, which cleans up
     for stream in ("stdout", "stderr"):
@@ -428,7 +468,7 @@ def run_program(main, name, quiet=False):
         sys.stdout.flush()
     except OSError:  # Python would report it again
         sys.stdout = None
-    sys.exit(1 if quiet else f"{name}: {message}")
+    sys.exit(f"{name}: {message}")
 
 
 # -------------------------------------------------------------------------------------- the program
@@ -454,7 +494,7 @@ def arguments():
     flag("--steps", type=between(1), help="steps of the reverse process, 1..T [T, as in the paper]")
     flag("--eta", type=between(0, 1, float), help="DDIM's eta, 0 to 1 [the paper's step instead]")
     flag("--batch", default=64, type=between(1, 2**20), help="images drawn together [64]")
-    flag("--seed", default=0, type=between(0, 2**63 - 1), help="the same seed, the same images [0]")
+    flag("--seed", default=0, type=between(0, 2**32 - 1), help="the same seed, the same images [0]")
     flag("--device", default="auto", choices=("auto", "cuda", "cpu"), help="[auto]")
     args = parser.parse_args()
     if args.interpolate and (args.dir or args.gif or args.strip):
@@ -465,6 +505,8 @@ def arguments():
         parser.error("the outputs must differ from each other and from the inputs")
     if args.dir and Path(args.dir).resolve() in {Path(name).resolve().parent for name in outputs}:
         parser.error("--dir must not hold the other outputs")
+    if args.dir and Path(args.dir).resolve().is_relative_to(Path(args.out).resolve()):
+        parser.error("--out must be a file")
     if args.t and not args.interpolate:
         parser.error("--t must be given with --interpolate")
     return args
@@ -478,7 +520,9 @@ def main():
     batch = len(LAMBDAS) if args.interpolate else min(args.batch, args.n)
     network = Network(args.onnx, batch, args.device)
     if network.no_cuda and shutil.which("nvidia-smi"):
-        print(f"sample.py: {network.no_cuda}. To use CUDA, run:\n  {INSTALL}", file=sys.stderr)
+        print(
+            f"sample.py: {network.no_cuda}. If CUDA is missing, run:\n  {INSTALL}", file=sys.stderr
+        )
 
     T, (_, channels, height, width) = len(network.betas), network.shape
     args.steps = T if args.steps is None else args.steps
@@ -532,9 +576,13 @@ def draw_interpolation(network, args):
 
 def draw_samples(network, args):
     """-n samples in batches: the grid, and the folder, the GIF and the strip if asked for."""
-    started, shown, frames = time.monotonic(), [], []
+    started, frames, stop = time.monotonic(), [], []
     starts = range(0, args.n, network.batch)
-    with progress(total=len(starts) * args.steps, unit="step") as bar:
+    _, channels, height, width = network.shape
+    shown = np.zeros((min(args.n, GRID), height, width, channels), np.uint8)
+    bar = progress(total=len(starts) * args.steps, unit="step")
+
+    def draw(network, starts):
         for first in starts:  # a constant shape: the last batch may draw more images than it keeps
             draw_noise = ahead(noise_of(args.seed, first, network.shape))
             chain = sample_progressive(
@@ -547,16 +595,27 @@ def draw_samples(network, args):
                 if first == 0 and frame and (args.gif or args.strip):
                     frames.append((to_pixels(x[:GRID]), to_pixels(x0[:GRID])))
                 bar.update()
+                if stop:
+                    return
             pixels = to_pixels(x0[: args.n - first])
-            shown.extend(pixels[: GRID - len(shown)])
+            shown[first : first + len(pixels)] = pixels[: max(0, GRID - first)]
             if args.dir:
                 for k, image in enumerate(pixels, first):
-                    with open(
-                        Path(args.dir, f"{k:06d}.png"), "xb"
-                    ) as file:  # never an existing one
+                    name = f"{k:06d}.png"
+                    with open(Path(args.dir, name), "xb") as file:  # never an existing one
                         to_image(image).save(file, "PNG")
 
-    save_image(args.out, grid(np.stack(shown)))
+    lanes = min(LANES.get(network.device, 1), len(starts))
+    networks = [network] + [network.twin() for _ in range(lanes - 1)]
+    with bar, ThreadPoolExecutor(lanes) as pool:
+        try:
+            futures = [pool.submit(draw, net, starts[k::lanes]) for k, net in enumerate(networks)]
+            for future in as_completed(futures):
+                future.result()
+        finally:
+            stop.append(True)  # the other lanes, after an error or Ctrl-C
+
+    save_image(args.out, grid(shown))
     if args.gif:
         images = [grid(x) for x, _ in frames] + [grid(frames[-1][1])]
         duration = [60] * (len(images) - 1) + [2000]  # milliseconds
@@ -569,7 +628,10 @@ def draw_samples(network, args):
         rows = rows[:, :4].swapaxes(0, 1)
         save_image(args.strip, grid(rows.reshape(-1, *rows.shape[3:]), STRIP))
     seconds = time.monotonic() - started
-    print(f"{printable(args.out)}: {args.n} images, {seconds:.1f} s, {seconds / args.n:.2f} s each")
+    what = f"{args.n} images" if args.n <= GRID else f"the first {GRID} of {args.n} images"
+    print(f"{printable(args.out)}: {what}, {seconds:.1f} s, {seconds / args.n:.2f} s each")
+    if args.n > GRID and not args.dir:
+        print(f"the other {args.n - GRID} are not saved, because there is no --dir")
 
 
 if __name__ == "__main__":

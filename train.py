@@ -55,9 +55,12 @@ from sample import (
     progress,
 )
 
-RANK, WORLD = 0, 1  # rank and number of processes, set by torchrun
-if {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"} <= set(os.environ):
-    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+# Rank and number of processes: of all, and of those on this machine. torchrun sets them.
+RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = 0, 1, 0, 1
+NAMES = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+if {"TORCHELASTIC_RUN_ID", *NAMES} <= set(os.environ):
+    RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (int(os.environ[name]) for name in NAMES)
+AHEAD = {"cuda": 1}  # how many steps a device may be ahead of what has been read from it
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 PREVIEW, PREVIEW_STEPS = 36, 50  # images in a preview, and DDIM steps to draw them
@@ -93,10 +96,11 @@ def seed_of(seed, step, *part):
 def train_step(step, network, ema, optimizer, diffusion, images, args):
     """Algorithm 1 on one batch, and the update of the EMA. Returns the loss and gradient norm.
 
-    images: uint8 (N, C, H, W). Raises RuntimeError, before any weight has changed, if the loss is
-    not finite.
+    images: uint8 (N, C, H, W). The result is a tensor (2,) on the device. Nothing here waits for
+    CUDA, so that Python can prepare the next step while the device computes.
     """
     device, parameters = next(ema.parameters()).device, list(network.parameters())
+    is_cuda = device.type == "cuda"
 
     # Every process draws the whole batch, so that the batch does not depend on their number.
     torch.manual_seed(seed_of(args.seed, step))
@@ -112,7 +116,10 @@ def train_step(step, network, ema, optimizer, diffusion, images, args):
     for k in parts:
         part = slice(bounds[k], bounds[k + 1])
         torch.manual_seed(seed_of(args.seed, step, 1 + k))  # for dropout; 0 is the seed above
-        x0 = images[index[part]].to(device).float() / 127.5 - 1
+        x0 = images[index[part]]
+        if is_cuda and not x0.is_cuda:  # a copy from pinned memory need not be waited for
+            x0 = x0.pin_memory()
+        x0 = x0.to(device, non_blocking=is_cuda).float() / 127.5 - 1
         x0 = torch.where(flip[part], x0.flip(3), x0)
         with network.no_sync() if WORLD > 1 and k < parts[-1] else contextlib.nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
@@ -123,18 +130,27 @@ def train_step(step, network, ema, optimizer, diffusion, images, args):
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     if WORLD > 1:
         dist.all_reduce(loss)
-    loss, norm = torch.stack([loss, norm]).tolist()
-    if not math.isfinite(loss + norm):
-        raise RuntimeError(
-            f"the loss of step {step + 1} is not finite; the checkpoint is as it was. Try a lower "
-            "--lr, a longer --warmup, or --no-amp."
-        )
     lr = learning_rate(step, args.lr, args.warmup, args.steps if args.lr_decay else None)
     optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
     update_ema(list(ema.parameters()), parameters, step, args.ema)
-    return loss, norm
+    return torch.stack([loss, norm])
+
+
+def read_later(values):
+    """Start to copy a tensor to the host. Returns a function that waits for it: values.tolist()."""
+    host, copied = values.to("cpu", non_blocking=values.is_cuda), None
+    if values.is_cuda:
+        copied = torch.cuda.Event()
+        copied.record()
+
+    def read():
+        if copied is not None:
+            copied.synchronize()
+        return host.tolist()
+
+    return read
 
 
 # --------------------------------------------------------------------------------- the training set
@@ -143,8 +159,11 @@ def train_step(step, network, ema, optimizer, diffusion, images, args):
 def picture_files(folder, without=None):
     """The image files under a folder, by their suffix, in an order that every machine agrees on.
 
-    without: a folder to leave out. The folders of training runs are left out too.
+    without: a folder to leave out. The folders of training runs are left out too. Raises ValueError
+    if there is no such folder.
     """
+    if not os.path.isdir(folder):
+        raise ValueError(f"--data {printable(folder)}: there is no such folder")
     found, seen = [], {without and os.path.realpath(without)}
     for root, folders, files in os.walk(folder, onerror=print, followlinks=True):
         is_run = "checkpoint.pt" in files and ("log.csv" in files or "loss.png" in files)
@@ -234,8 +253,9 @@ def read_folder(folder, size, channels=None, most=None):
 def cache_folder(folder, size, channels, out, expected=None):
     """Decode the images under a folder into out/pictures.u8, described by out/pictures.json.
 
-    Nothing happens if they are there and no name, size or time in the folder has changed. Raises
-    ValueError, and changes nothing, if the digest of the files is not the expected one.
+    Nothing happens if they are there and no name, size or time in the folder has changed.
+    expected: of the run that is resumed, a dict of "digest" and "pictures"; raises ValueError, and
+    changes nothing, if the files are not those.
     """
     paths = picture_files(folder, without=out)
     states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
@@ -245,13 +265,15 @@ def cache_folder(folder, size, channels, out, expected=None):
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         cache = json.loads(description.read_text())
         whole = data.stat().st_size == math.prod(cache["shape"])
-        if whole and cache["key"] == key and expected in (None, cache["digest"]):
+        same = expected is None or expected["digest"] == cache["digest"]
+        if whole and same and cache["key"] == key:
             return
     with atomic_write(data) as temporary:
         with open(temporary, "wb") as file:
             shape, digest = decode(paths, size, channels, file)
-        if expected not in (None, digest):
-            raise ValueError(f"{printable(out)} holds another run: other images. {WAY_OUT}")
+        if expected and expected["digest"] != digest:
+            counts = f"of {expected['pictures']} other images; now there are {shape[0]}"
+            raise ValueError(f"{printable(out)} holds another run, {counts}. {WAY_OUT}")
         description.unlink(missing_ok=True)
     with atomic_write(description) as temporary:
         temporary.write_text(json.dumps({"key": key, "digest": digest, "shape": shape}))
@@ -363,7 +385,7 @@ def save_loss_plot(log, path):
 
 def evaluate(args):
     """--eval: print the bound on the images, and save the rate-distortion curve (figure 5)."""
-    trained, device, path = args.trained, torch.device(args.device), Path(args.eval)
+    trained, device, path = args.trained, args.device, Path(args.eval)
     if (args.channels, args.image_size) != trained.shape[:2]:
         shape = "x".join(map(str, trained.shape))
         raise ValueError(f"{printable(path)} is for images of {shape}")
@@ -373,8 +395,12 @@ def evaluate(args):
         images = read_folder(args.data, args.image_size, args.channels, args.eval_images)
     random = torch.Generator().manual_seed(args.seed)  # so that the first ones are like the rest
     images = images[torch.randperm(len(images), generator=random)][: args.eval_images]
+    beside = path if path.is_dir() else path.parent if path.exists() else "."
+    curve = Path(args.out or beside, "rate-distortion.png")
+    with sample.temporary_folder(curve):
+        pass  # it can be written
     model = trained.model.to(device)
-    diffusion = Diffusion(trained.diffusion.betas.to(device), args.variance)
+    diffusion = Diffusion(trained.diffusion.betas, args.variance)
 
     bounds = []
     bar = progress(total=len(images) * diffusion.T, unit=" passes", unit_scale=True)
@@ -386,8 +412,7 @@ def evaluate(args):
     try:
         for k, batch in enumerate(images.split(args.batch)):
             noise = torch.Generator(device).manual_seed(seed_of(args.seed, k))
-            bound = diffusion.vlb(network, batch.to(device).float() / 127.5 - 1, noise)
-            bounds.append(Bound(*(part.cpu() for part in bound)))
+            bounds.append(diffusion.vlb(network, batch.to(device).float() / 127.5 - 1, noise))
             bar.set_postfix_str(f"{bounds[-1].total.mean():.3f} bits/dim in the last batch")
     except KeyboardInterrupt:
         if not bounds:
@@ -411,8 +436,6 @@ def evaluate(args):
         raise ValueError(f"stopped after {n} of {len(images)} images; no curve is written")
     if not rate.isfinite().all():
         raise ValueError(f"the bound is not finite: {printable(path)} is broken")
-    beside = path if path.is_dir() else path.parent if path.exists() else "."
-    curve = Path(args.out or beside, "rate-distortion.png")
     with atomic_write(curve.with_suffix(".csv")) as temporary:
         table = torch.stack([torch.arange(diffusion.T), L_t, rate, rmse], 1).numpy()
         np.savetxt(temporary, table, "%.9g", ",", header="t,L_t,rate,rmse", comments="")
@@ -447,27 +470,31 @@ def lock(folder):
         os.close(handle)
 
 
-def end_of_restart(out, aside):
-    """Move the old run back to its place if the new one never began."""
-    if not (out / "checkpoint.pt").exists():
-        shutil.rmtree(out)
-        aside.rename(out)
-        print(f"the run in {printable(aside.name)} is back in {printable(out)}")
+def move_run(out, aside):
+    """Move what a run writes, but for the decoded images, into another folder."""
+    aside.mkdir(exist_ok=True)
+    names = "log.csv", "loss.png", "preview-*.png", "rate-distortion.*", "checkpoint.pt"
+    for path in [path for name in names for path in out.glob(name)]:
+        path.rename(aside / path.name)
+    print(f"the run in {printable(out)} is now in {printable(aside)}")
 
 
 @contextlib.contextmanager
 def run_folder(out, restart):
     """Lock the run folder; move an old run aside if asked to. Raises ValueError for other files."""
-    with contextlib.ExitStack() as locks:
-        locks.enter_context(lock(out))
+    with lock(out), contextlib.ExitStack() as after:
         if restart and (out / "checkpoint.pt").exists():
             k = 1
-            while (aside := out.with_name(f"{out.name}-{k}")).exists():
+            while os.path.lexists(aside := out.with_name(f"{out.name}-{k}")):
                 k += 1
-            out.rename(aside)
-            print(f"the run in {printable(out)} is now in {printable(aside.name)}")
-            locks.callback(end_of_restart, out, aside)
-            locks.enter_context(lock(out))
+            move_run(out, aside)
+
+            @after.callback
+            def return_it():  # if the new run never began
+                if not (out / "checkpoint.pt").exists():
+                    move_run(aside, out)
+                    aside.rmdir()
+
         for name in ("checkpoint.pt", "pictures.u8"):  # left by a process that was killed
             for temporary in out.glob(f".{name}.tmp-????????"):
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -505,7 +532,7 @@ def refuse_other_run(old, new, out):
 def open_log(path, start):
     """log.csv with the rows up to step `start`; those after the checkpoint are dropped."""
     rows = path.read_text(errors="replace").splitlines()[1:] if path.exists() else []
-    rows = [row for row in rows if re.fullmatch(r"\d+(,[^,]+){3}", row)]  # not cut off
+    rows = [row for row in rows if re.fullmatch(r"\d+(,[-+.e\d]+){3}", row)]  # not cut off
     rows = [row for row in rows if int(row.split(",")[0]) <= start]
     with atomic_write(path) as temporary:
         temporary.write_text("\n".join(["step,loss,grad_norm,lr", *rows]) + "\n")
@@ -556,8 +583,8 @@ def arguments():
     flag("--steps", 800_000, "length of the training", type=positive)
     flag("--ema", 0.9999, "decay of the averaged weights", type=share)
     flag("--no-flip", False, "do not mirror images at random", **switch)
-    flag("--seed", 0, "seed of all random numbers", type=between(0, 2**63 - 1))
-    flag("--device", "auto", "auto, cpu, cuda or cuda:1")
+    flag("--seed", 0, "seed of all random numbers", type=between(0, 2**32 - 1))
+    flag("--device", "auto", "auto, cpu, cuda, cuda:1, mps or xpu")
     flag("--no-amp", False, "float32 (TF32 on CUDA) instead of bfloat16", **switch)
     flag("--no-compile", False, "do not use torch.compile on CUDA", **switch)
     flag("--preview-every", None, "steps [at most 5 % of the time]", type=positive)
@@ -573,6 +600,11 @@ def arguments():
         known |= DEMO
     if "eval" in given and ("init" in given or "schedule" in given):
         parser.error("--eval can't be combined with --init or --schedule")
+    unused = {"restart", "steps", "weighting", "lr"} & set(given) if "eval" in given else set()
+    if unused:
+        parser.error(f"--{min(unused)} is for training, not for --eval")
+    if "eval_images" in given and "eval" not in given:
+        parser.error("--eval-images is for --eval")
     if "eval" in given and WORLD > 1:
         parser.error("--eval runs in one process, without torchrun")
     if "eval" in given or "init" in given:
@@ -588,8 +620,6 @@ def arguments():
 
     if args.data is None and (args.image_size, args.channels or 3) != (8, 3):
         parser.error("without --data the images are those of the demo, 8x8 in colour")
-    if args.data is not None and not os.path.isdir(args.data):
-        raise ValueError(f"--data {printable(args.data)}: there is no such folder")
     out = Path(args.out or "run").resolve()
     if args.data and args.eval is None and Path(args.data).resolve().is_relative_to(out):
         parser.error("--out must be a folder of its own, not one that holds the images")
@@ -605,15 +635,7 @@ def arguments():
     if args.batch < WORLD * args.accumulate:
         parser.error("--batch must have an image for each GPU and each part of --accumulate")
 
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device == "cuda" and WORLD > 1:
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    name, _, index = args.device.partition(":")
-    if name not in ("cpu", "cuda") or not (index or "0").isdecimal():
-        parser.error("--device must be auto, cpu, cuda or cuda:1")
-    if name == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        parser.error(f"--device {args.device}: torch sees {torch.cuda.device_count()} GPUs here")
+    args.device = choose_device(args.device)
     return args
 
 
@@ -624,11 +646,37 @@ def network_settings(args):
     return settings | {"in_channels": args.channels or 3}
 
 
+def choose_device(name):
+    """The torch.device that --device names; "auto" is the accelerator of this machine, if any.
+
+    Under torchrun, each process of a machine has an accelerator of its own. Raises ValueError.
+    """
+    found = torch.accelerator.current_accelerator(check_available=True)
+    kind, _, index = name.partition(":")
+    if kind == "auto":
+        kind = found.type if found else "cpu"
+    if kind == "cpu":
+        return torch.device("cpu")
+    if found is None or found.type != kind:
+        seen = found.type if found else "a CPU"
+        raise ValueError(f"--device {name}: torch sees only {seen} here")
+    index = str(LOCAL_RANK) if WORLD > 1 else index or "0"
+    count = torch.accelerator.device_count()
+    if not index.isdecimal() or max(int(index), LOCAL_WORLD - 1) >= count:
+        wanted = f"{LOCAL_WORLD} processes" if WORLD > 1 else f"--device {name}"
+        raise ValueError(f"{wanted}: torch sees {count} {kind} devices here")
+    if count > 1:
+        torch.accelerator.set_device_index(int(index))
+    return torch.device(kind, int(index))
+
+
 def has_bfloat16(device):
     """Whether the device computes in bfloat16 natively; emulating it would only cost time."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    if device.type == "cpu":
+        return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    if device.type == "mps":  # nobody has measured it
+        return False
+    return torch.get_device_module(device).is_bf16_supported(including_emulation=False)
 
 
 def is_worth_compiling(device, steps):
@@ -636,13 +684,57 @@ def is_worth_compiling(device, steps):
     return device.type == "cuda" and steps >= 5000 and find_spec("triton") is not None
 
 
-def in_any_process(flag, device):
-    """Whether the flag is set in any of the processes, so that all of them stop together."""
-    if WORLD == 1:
-        return flag
-    flags = torch.tensor(float(flag), device=device)
-    dist.all_reduce(flags)
-    return flags.item() > 0
+def try_to_compile(model, shape, amp):
+    """torch.compile(model), tried on a batch of the given shape; if it fails, model and a line.
+
+    On NVIDIA it makes the model channels_last. (Without compiling, each norm would return to the
+    other format and back; on AMD, channels_last is slower.)
+    """
+    device = next(model.parameters()).device
+    x = torch.zeros(shape, device=device)
+    t = torch.zeros(len(x), dtype=torch.int64, device=device)
+    if torch.version.hip is None:
+        model.to(memory_format=torch.channels_last)
+    network = torch.compile(model)
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            network(x, t).square().mean().backward()
+    except Exception as error:  # of many kinds: no compiler, an old card, a bug
+        if is_out_of_memory(error):
+            raise
+        print(f"torch.compile fails, so training goes on without it: {one_line(error)}")
+        network = model.to(memory_format=torch.contiguous_format)
+    model.zero_grad()
+    return network
+
+
+def in_all_processes(function, *args):
+    """function(*args), in each process. If it fails in one, an exception is raised in all."""
+    result = error = None
+    try:
+        result = function(*args)
+    except Exception as e:
+        error = e
+    if WORLD > 1:
+        errors = [None] * WORLD
+        dist.all_gather_object(errors, error and one_line(error))
+        for rank, line in enumerate(errors):
+            if line and not error:
+                raise RuntimeError(f"stopped because of rank {rank}: {line}")
+    if error:
+        raise error
+    return result
+
+
+def refuse_differences(values):
+    """Raise ValueError in every process unless all of them have the same {name: value}."""
+    everyone = [None] * WORLD
+    dist.all_gather_object(everyone, values)
+    for rank, others in enumerate(everyone):
+        for name, value in others.items():
+            if value != everyone[0][name]:
+                what = f"ranks 0 and {rank} would train differently: {name}"
+                raise ValueError(f"{what} is {everyone[0][name]} and {value}")
 
 
 def restore(state, model, ema, optimizer):
@@ -653,33 +745,23 @@ def restore(state, model, ema, optimizer):
     for parameter, moments in optimizer.state.items():  # in the memory format of this device
         for name in ("exp_avg", "exp_avg_sq"):
             moments[name] = torch.empty_like(parameter).copy_(moments[name])
-    step = state["step"]
-    if type(step) is not int or step < 0:
-        raise ValueError(f"step {step}")
-    if len(optimizer.state) < (step > 0) * len(list(model.parameters())):
+    if len(optimizer.state) < (state["step"] > 0) * len(list(model.parameters())):
         raise ValueError("the state of the optimizer is missing")
-    return step
+    return state["step"]
 
 
-def train(args, out):
-    """Train in the folder `out`, from its checkpoint if there is one."""
-    device, first = torch.device(args.device), RANK == 0
-    args.amp = has_bfloat16(device) and not args.no_amp
-    torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
-    if WORLD > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))  # decoding may take hours
-        dist.barrier()
+def prepare(args, out):
+    """What a process needs from disk: (the configuration, the checkpoint or None).
 
-    # -- the configuration: all that another program, or a resumed run, has to know
+    The first process of each machine decodes the images into out/pictures.u8. The checkpoint is
+    that of the process of rank 0, which refuses to continue another run.
+    """
     if args.schedule is None:
         betas = args.trained.diffusion.betas
     else:
         betas = linear_betas() if args.schedule == "linear" else cosine_betas()
     names = "batch lr warmup lr_decay weighting ema no_flip seed"
-    config = {
+    config = {  # all that another program, or a resumed run, has to know
         "model": network_settings(args),
         "diffusion": {"betas": betas.tolist(), "variance": args.variance},
         "train": {
@@ -688,28 +770,45 @@ def train(args, out):
             **{name: getattr(args, name) for name in names.split()},
         },
     }
-    inode, path, state, digest = out.stat().st_ino, out / "checkpoint.pt", None, None
-    broken = f"{printable(path)} is not a checkpoint of train.py"
-    if path.exists():
-        with as_value_error(broken):
+    path, state, old = out / "checkpoint.pt", None, None
+    if RANK == 0 and path.exists():
+        with as_value_error(f"{printable(path)} is not a checkpoint of train.py"):
             if not path.is_file():
                 raise ValueError("it is not a file")
             state = torch.load(path, map_location="cpu", weights_only=True)
-            old, digest = state["config"], state["config"]["train"]["digest"]
+            old = state["config"]
             Diffusion(**old["diffusion"])
+            if type(state["step"]) is not int or state["step"] < 0:
+                raise ValueError(f"step {state['step']}")
             args.channels = args.channels or old["model"]["in_channels"]
         config["model"] = network_settings(args)
         refuse_other_run(old, config, out)
+    if args.data is not None and LOCAL_RANK == 0:
+        cache_folder(args.data, args.image_size, args.channels, out, old and old["train"])
+    return config, state
 
-    # -- the training set: the first process decodes it for all
-    if args.data is None:
-        images, digest = demo_pictures(), "demo"
-    else:
-        if first:
-            cache_folder(args.data, args.image_size, args.channels, out, digest)
-        if WORLD > 1:
-            dist.barrier()
-        images, digest = open_cache(out)
+
+def train(args, out):
+    """Train in the folder `out`, from its checkpoint if there is one."""
+    device, first = args.device, RANK == 0
+    args.amp = has_bfloat16(device) and not args.no_amp
+    torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
+    if WORLD > 1:  # NCCL starts with the first tensor on CUDA, after the images are decoded
+        backend = dist.get_default_backend_for_device(device)
+        if backend == "nccl" and not dist.is_nccl_available():  # on Windows
+            backend = "gloo"
+        if device.type != "cpu":
+            backend = f"cpu:gloo,{device.type}:{backend}"
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # decoding may take hours
+
+    # -- the configuration, the checkpoint and the training set
+    config, state = in_all_processes(prepare, args, out)
+    path, inode = out / "checkpoint.pt", out.stat().st_ino if first else None
+    if WORLD > 1:
+        shared = [state, config["model"]]
+        dist.broadcast_object_list(shared)
+        state, config["model"] = shared
+    images, digest = (demo_pictures(), "demo") if args.data is None else open_cache(out)
     if first and len(images) < 100:
         print(f"only {len(images)} images: the network will memorise them")
     config["model"]["in_channels"] = images.shape[1]
@@ -719,25 +818,29 @@ def train(args, out):
 
     # -- the network, its average and the optimizer, as they start or as they were saved
     torch.manual_seed(args.seed)
-    diffusion = Diffusion(betas.to(device), args.variance)
+    diffusion = Diffusion(config["diffusion"]["betas"], args.variance)
     model = UNet(**config["model"]).to(device)
     if args.init:
         with as_value_error(f"--init {printable(args.init)} does not match the other flags"):
             model.load_state_dict(args.trained.model.state_dict())
-    if device.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)  # slower on a CPU
+    network, start, resumes = model, 0, state is not None
+    steps_left = args.steps - (state["step"] if resumes else 0)
+    if not args.no_compile and is_worth_compiling(device, steps_left):
+        part = -(-args.batch // (WORLD * args.accumulate))
+        network = try_to_compile(model, (part, *images.shape[1:]), args.amp)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-    start, resumes = 0, state is not None
     if resumes:
-        with as_value_error(broken):
+        with as_value_error(f"{printable(path)} is not a checkpoint of train.py"):
             start = restore(state, model, ema, optimizer)
     del state
-    network = model.train()
     if WORLD > 1:
-        network = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    if not args.no_compile and is_worth_compiling(device, args.steps - start):
-        network = torch.compile(network)
+        weights = hashlib.blake2b(digest_size=8)
+        for tensor in [*model.parameters(), *ema.parameters()]:
+            weights.update(tensor.detach().cpu().contiguous().numpy())
+        parts = {"first step": start, "network": config["model"], "weights": weights.hexdigest()}
+        refuse_differences(config["train"] | parts)
+        network = DistributedDataParallel(network, gradient_as_bucket_view=True)
 
     def save(step):
         if not out.is_dir() or out.stat().st_ino != inode:
@@ -764,22 +867,46 @@ def train(args, out):
     # that is 4 % of the time or less.
     every = args.preview_every or max(25 * 600 // args.batch, args.steps // 100, 1)
 
-    stop = []  # signals received; the step is finished and saved first
-    sample.on_signals(lambda number, _: stop.append(number))
+    stop = []  # the times of signals; the step is finished and saved first
+
+    def ask_to_stop(*_):
+        if stop and time.monotonic() - stop[0] > 1:  # torchrun adds one of its own at once
+            raise KeyboardInterrupt
+        stop.append(time.monotonic())
+
+    sample.on_signals(ask_to_stop)
 
     if first:
         if not resumes:
             save(0)  # this marks the folder as a run from the start
         size = sum(p.numel() for p in model.parameters())
-        gpus = f" and {WORLD - 1} more" if WORLD > 1 else ""
+        others = f" and {WORLD - 1} more" if WORLD > 1 else ""
         dtype = "bfloat16" if args.amp else "float32"
         print(f"images   {len(images):,} of {'x'.join(map(str, images.shape[1:]))}")
-        print(f"network  {size:,} parameters on {device}{gpus}, {dtype}")
+        print(f"network  {size:,} parameters on {device}{others}, {dtype}")
         print(
             f"steps    {start:,} to {args.steps:,}, with a preview every {min(every, args.steps):,}"
         )
 
-    saved, mean_loss = time.monotonic(), None
+    saved, mean_loss, others_stop = time.monotonic(), None, False
+    unread = []  # steps whose loss has not been read
+
+    def record(step, lr, read):
+        """Wait for a step, and log it."""
+        nonlocal mean_loss, others_stop
+        loss, norm, *flag = read()
+        others_stop = any(flag)
+        if not math.isfinite(loss + norm):
+            raise RuntimeError(
+                f"the loss of step {step + 1} is not finite; the checkpoint is as it was. Try a "
+                "lower --lr, a longer --warmup, or --no-amp."
+            )
+        if first:
+            log.write(f"{step + 1},{loss:.6g},{norm:.6g},{lr:.6g}\n")
+            mean_loss = loss if mean_loss is None else 0.98 * mean_loss + 0.02 * loss
+            bar.set_postfix_str(f"loss {mean_loss:.4f}", refresh=False)
+            bar.update()
+
     log = open_log(out / "log.csv", start) if first else contextlib.nullcontext()
     bar = progress(
         total=args.steps, initial=start, unit="step", smoothing=0.05, mininterval=0.5,
@@ -787,25 +914,30 @@ def train(args, out):
     )  # fmt: skip
     with log, bar:
         for step in range(start, args.steps):
-            loss, norm = train_step(step, network, ema, optimizer, diffusion, images, args)
-            done, stopping = step + 1, in_any_process(bool(stop), device)
-            if first:
-                log.write(f"{done},{loss:.6g},{norm:.6g},{optimizer.param_groups[0]['lr']:.6g}\n")
-                mean_loss = loss if mean_loss is None else 0.98 * mean_loss + 0.02 * loss
-                bar.set_postfix_str(f"loss {mean_loss:.4f}", refresh=False)
-                bar.update()
-                due = time.monotonic() - saved > 60 * args.save_minutes
-                show = done % every == 0 or done == args.steps
-                if stopping or due or show:  # before the preview, which may fail
-                    log.flush()
-                    save(done)
-                    saved = time.monotonic()
-                if show:
-                    preview(done)
+            status = train_step(step, network, ema, optimizer, diffusion, images, args)
+            if WORLD > 1:  # so that all stop after the same step
+                flag = torch.full((1,), float(bool(stop)), device=device)
+                dist.all_reduce(flag)
+                status = torch.cat([status, flag])
+            unread.append((step, optimizer.param_groups[0]["lr"], read_later(status)))
+            while len(unread) > AHEAD.get(device.type, 0):
+                record(*unread.pop(0))
+            done, stopping = step + 1, others_stop if WORLD > 1 else bool(stop)
+            due = first and time.monotonic() - saved > 60 * args.save_minutes
+            show = done % every == 0 or done == args.steps
+            if stopping or due or show:
+                while unread:
+                    record(*unread.pop(0))
+            if first and (stopping or due or show):  # before the preview, which may fail
+                log.flush()
+                save(done)
+                saved = time.monotonic()
+            if first and show:
+                preview(done)
             if stopping:
                 break
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is saved, and there is little left to do
+    sample.on_signals(signal.SIG_IGN)  # all is saved, and there is little left to do
     if WORLD > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -835,4 +967,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sample.run_program(main, "train.py", quiet=RANK > 0)
+    sample.run_program(main, "train.py" if WORLD == 1 else f"train.py, rank {RANK}")

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -104,6 +105,22 @@ def test_export_without_a_whole_checkpoint_is_one_line(trained, tmp_path, run):
 
 
 @posix
+def test_what_cannot_be_exported_is_said_before_the_work(trained, tmp_path, run, monkeypatch):
+    monkeypatch.setattr(export, "load", None)  # no checkpoint may be read, nor the hub asked
+    checkpoint = ["--checkpoint", trained[0] / "run"]
+    for flags, code, said in (
+        (["--checkpoint", "rnu/checkpoint.p"], 1, "does not exist; python train.py writes"),
+        ([*checkpoint, "--onnx", "x.onnx", "--to-diffusers", "x.onnx"], 2, "must be apart"),
+        ([*checkpoint, "--onnx", "d/x.onnx", "--to-diffusers", "d"], 2, "must be apart"),
+        ([*checkpoint, "--onnx", "m\udcf6.onnx"], 1, "ONNX Runtime can't open m\\udcf6.onnx"),
+    ):
+        assert said in run("export.py", *flags, cwd=tmp_path, code=code)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    said = run("export.py", *checkpoint, "--to-diffusers", ".", cwd=tmp_path, code=1)
+    assert ". exists: use another name" in said and not os.listdir(tmp_path)
+
+
 def test_terminated_export_leaves_no_temporary_files(trained, tmp_path):
     run = subprocess.Popen(
         [sys.executable, HERE / "export.py", "--checkpoint", trained[0] / "run"],

@@ -1,6 +1,8 @@
 """The promises of sample.py: single images, the network file, the samples, the outputs."""
 
+import contextlib
 import os
+import shutil
 import struct
 import sys
 
@@ -44,6 +46,17 @@ def test_16_bits_are_scaled_and_not_clipped(name, tmp_path):
     ours = read_saved(tmp_path, Image.fromarray(ramp), name)
     assert ours.shape == (1, 4, 4)
     np.testing.assert_array_equal(ours[0], (ramp / 257).round().astype(np.uint8))
+
+
+def test_palettes_are_grey_or_colour_as_their_colours(tmp_path):
+    grey = Image.new("L", (4, 4), 100)
+    assert read_saved(tmp_path, grey, "x.gif").shape == (1, 4, 4)
+    palette = grey.convert("P")
+    assert (read_saved(tmp_path, palette) == 100).all()
+    palette.putpalette([k % 256 for k in range(1, 769)])
+    assert read_saved(tmp_path, palette).shape == (3, 4, 4)
+    with pytest.raises(ValueError, match="channels must be 1 or 3"):
+        read_saved(tmp_path, grey, channels=2)
 
 
 @pytest.mark.parametrize("bits, white_is_zero", [(12, 0), (16, 0), (16, 1)])
@@ -111,6 +124,19 @@ def test_atomic_write_leaves_the_old_file_and_nothing_else(error, tmp_path):
 # ------------------------------------------------------------------------------ the reverse process
 
 
+@posix
+def test_permissions_of_an_old_file_stay(tmp_path, monkeypatch):
+    path, image = tmp_path / "x.png", Image.new("L", (2, 2))
+    sample.save_image(path, image)
+    path.chmod(0o600)
+    sample.save_image(path, image)
+    assert path.stat().st_mode & 0o777 == 0o600
+    monkeypatch.setattr(os, "access", lambda *_: False)  # tests may run as root, who may write all
+    for write in (sample.save_image, sample.check_output):
+        with pytest.raises(PermissionError, match="is write-protected"):
+            write(path, image)
+
+
 def test_link_is_written_through(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link.png").symlink_to("elsewhere/real.png")  # which does not exist yet
@@ -154,6 +180,36 @@ def test_seed_fixes_each_image_at_any_batch_and_n(draw):
     assert np.abs(a[0] - a[1]).max() > 30
     again = draw("again", "-n", 7, "--batch", 7)
     assert all(np.array_equal(x, y) for x, y in zip(a, again, strict=True))
+
+
+def test_images_that_are_not_saved_are_counted(trained, tmp_path, run):
+    for flags, said in (
+        ("-n 256", "256 images"),
+        ("-n 257", "the first 256 of 257 images"),
+        ("-n 257 --dir all", "the first 256 of 257 images"),
+    ):
+        flags = ["--onnx", trained[0] / "model.onnx", "--steps", 1, "--batch", 99, *flags.split()]
+        out = run("sample.py", *flags, cwd=tmp_path)
+        assert f": {said}, " in out
+        assert ("the other 1 are not saved" in out) == (flags[-1] == "257")
+
+
+def test_network_file_with_any_name_is_opened(trained, tmp_path):
+    name = os.path.join(os.fsencode(tmp_path), b"m\xf6.onnx")  # not UTF-8
+    with contextlib.suppress(OSError):  # some file systems refuse such names
+        shutil.copy(trained[0] / "model.onnx", name)
+        assert sample.Network(os.fsdecode(name), 1).shape == (1, 3, 8, 8)
+
+
+def test_wrong_arguments_of_functions_are_refused(trained):
+    betas, model = np.array([0.1, 0.2]), network_of(trained)
+    for kwargs in ({"variance": "Large"}, {"steps": 3}, {"steps": 0}, {"eta": 3.0}):
+        with pytest.raises(ValueError, match="must be"):
+            next(sample.sample_progressive(model, lambda: np.zeros(1), betas, **kwargs))
+    with pytest.raises(ValueError, match="eta must be"):
+        PAPER.sample(None, (1, 1, 1, 1), eta=3.0)
+    with pytest.raises(ValueError, match="device must be"):
+        sample.Network(trained[0] / "model.onnx", 1, "gpu")
 
 
 def network_of(trained):
@@ -227,10 +283,12 @@ def test_what_cannot_be_written_is_said_before_sampling(trained, tmp_path, run, 
         ("--gif o.jpg", "o.jpg must be an animation such as x.gif"),
         ("--strip s", "s must be an image file"),
         ("--dir file", "file"),
+        ("--dir new.png/sub --out new.png", "--out must be a file"),
         ("--dir photos", "photos holds numbered images; choose another --dir"),
     ):
         flags = ["--onnx", trained[0] / "model.onnx", "-n", 1, *flags.split()]
-        assert said in run("sample.py", *flags, cwd=tmp_path, code=1)
+        code = 2 if said.startswith("--") else 1
+        assert said in run("sample.py", *flags, cwd=tmp_path, code=code)
     assert (tmp_path / "file").read_text() == "mine"
     assert (tmp_path / "photos" / "000000.png").read_text() == "mine"
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -96,18 +97,6 @@ def test_step_is_algorithm_1(weighting, flips):
         close(average, 0.1 * before + 0.9 * ours, 1e-6)  # the EMA's decay begins at 0.1
 
 
-def test_step_changes_nothing_if_the_loss_is_not_finite(monkeypatch):
-    monkeypatch.setattr(train.Diffusion, "loss", lambda self, model, x0, t, noise, w: (
-        sum(p.sum() for p in model.parameters()) * float("nan")))  # fmt: skip
-    torch.manual_seed(0)
-    start = UNet(8, 3, 8, (1, 2), 1, (), dropout=0.0)
-    models = []
-    monkeypatch.setattr(train, "update_ema", lambda *_: models.append(0))
-    with pytest.raises(RuntimeError, match=r"step 1 is not finite.*--lr"):
-        step_by_hand(train.demo_pictures())
-    assert not models and all(p.isfinite().all() for p in start.parameters())
-
-
 def test_compiled_training_is_the_plain_training(pictures, tmp_path, monkeypatch, run):
     """What CUDA does by default, here with a backend that leaves the arithmetic as it is."""
     calls, compile = [], torch.compile
@@ -121,6 +110,7 @@ def test_compiled_training_is_the_plain_training(pictures, tmp_path, monkeypatch
     monkeypatch.setattr(train, "find_spec", lambda name: None)
     assert not train.is_worth_compiling(torch.device("cuda"), 5000)
     monkeypatch.setattr(train, "is_worth_compiling", lambda *_: True)
+    monkeypatch.setattr(torch.version, "hip", "6")  # on NVIDIA, channels_last rounds differently
     weights = []
     for flags in (["--no-compile"], []):
         run("train.py", "--data", pictures, *TINY, "--steps", 3, "--out", len(flags), *flags,
@@ -247,8 +237,8 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
     assert read(tmp_path / "copy") == before and len(decoded) == 3
     Image.new("L", (4, 4), 7).save(folder / "1.png")
     os.utime(folder / "1.png", ns=(1, 1))
-    with pytest.raises(ValueError, match="holds another run: other images"):
-        read(expected=before[1])
+    with pytest.raises(ValueError, match="holds another run, of 3 other images; now there are 3"):
+        read(expected={"digest": before[1], "pictures": 3})
     assert train.open_cache(out)[1] == before[1] and len(list(out.iterdir())) == 2
     values, digest = read()
     assert values == [0, 7, 2] and digest != before[1] and len(decoded) == 5
@@ -264,7 +254,7 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
         assert read("data")[0] == [0, 7]
     assert len(decoded) == 10
     with pytest.raises(ValueError, match="other images"):  # also if the cache is up to date
-        read("data", expected="the digest of another run")
+        read("data", expected={"digest": "of another run", "pictures": 3})
 
 
 # ------------------------------------------------------------------------------- the three commands
@@ -455,7 +445,7 @@ def test_another_run_is_not_overwritten(trained, pictures, tmp_path, run):
     shutil.copytree(pictures, tmp_path / "data")
     Image.new("RGB", (12, 9)).save(tmp_path / "data" / "3.png")
     said = run("train.py", "--data", "data", *TINY, "--steps", 20, cwd=tmp_path, code=1)
-    assert "holds another run: other images" in said
+    assert "other images; now there are 12" in said
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     shutil.copytree(pictures, tmp_path / "moved")  # the same images, elsewhere
     run("train.py", "--data", "moved", *TINY, "--steps", 13, cwd=tmp_path)
@@ -496,10 +486,10 @@ def test_restart_moves_the_old_run_aside(pictures, tmp_path, run):
         ((tmp_path, "run"), (tmp_path, "link"), (tmp_path / "run", "."))
     ):
         said = run("train.py", *flags, "--seed", k + 1, "--out", out, "--restart", cwd=cwd)
-        assert f"is now in run-{k + 1}" in said
+        assert f"is now in {tmp_path / f'run-{k + 1}'}" in said
         assert checkpoint(tmp_path / "run")["config"]["train"]["seed"] == k + 1
         assert checkpoint(tmp_path / f"run-{k + 1}")["config"]["train"]["seed"] == k
-    assert (tmp_path / "run-1" / "notes.txt").read_text() == "mine" and (tmp_path / "link").is_dir()
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine" and (tmp_path / "link").is_dir()
 
 
 def test_old_run_returns_if_a_restart_never_begins(pictures, tmp_path, run):
@@ -510,7 +500,7 @@ def test_old_run_returns_if_a_restart_never_begins(pictures, tmp_path, run):
     flags = ["--data", "bad", *TINY, "--steps", 1, "--restart"]
     said = run("train.py", *flags, cwd=tmp_path, code=1)
     assert "no image that can be read" in said and "x.png: it is not an image" in said
-    assert "the run in run-1 is back in" in said
+    assert f"the run in {tmp_path / 'run-1'} is now in {tmp_path / 'run'}" in said
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
     assert sorted(os.listdir(tmp_path)) == ["bad", "run"]
 
@@ -543,6 +533,25 @@ def test_folder_that_was_moved_or_replaced_is_not_written_to(replaced, pictures,
     assert "was moved or replaced" in said
     assert not replaced or not list((tmp_path / "run").iterdir())
     assert (tmp_path / "run").exists() == replaced and checkpoint(tmp_path / "moved")["step"] == 0
+
+
+def test_damaged_rows_of_the_log_are_dropped(pictures, tmp_path, run):
+    flags = ["--data", pictures, *TINY, "--steps"]
+    run("train.py", *flags, 2, cwd=tmp_path)
+    log = tmp_path / "run" / "log.csv"
+    log.write_text(log.read_text() + "2,abc,1,1\n3,0.5\nnonsense\n")
+    run("train.py", *flags, 4, cwd=tmp_path)
+    rows = [[float(value) for value in row.split(",")] for row in log.read_text().splitlines()[1:]]
+    assert [row[0] for row in rows] == [1, 2, 3, 4]
+
+
+def test_training_runs_in_a_thread(pictures, tmp_path, monkeypatch):
+    """As in the server of a notebook, where no signal can be handled."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(pictures), *TINY, "--steps", "2"])
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(train.main).result()
+    assert checkpoint(tmp_path / "run")["step"] == 2
 
 
 def test_failing_preview_loses_no_step(pictures, tmp_path, run):
@@ -613,7 +622,8 @@ def test_two_processes_and_accumulation_give_the_same_weights(pictures, tmp_path
         np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
     before = (tmp_path / "two" / "checkpoint.pt").read_bytes()
     said = torchrun(*flags, "--lr", "1e30", "--steps", 40, "--restart", "--out", "one", code=1)
-    assert said.count("is not finite") == 1 and (tmp_path / "one-1" / "checkpoint.pt").exists()
+    assert "train.py, rank 0: the loss" in said and "train.py, rank 1: the loss" in said
+    assert (tmp_path / "one-1" / "checkpoint.pt").exists()
     assert (tmp_path / "two" / "checkpoint.pt").read_bytes() == before
 
 
@@ -697,6 +707,14 @@ def test_eval_prints_the_bound_and_saves_the_curve(trained, pictures, tmp_path, 
     assert Image.open(tmp_path / "rate-distortion.png").size == (640, 440)
 
 
+def test_eval_checks_first_where_its_curve_goes(trained, pictures, tmp_path, run, monkeypatch):
+    monkeypatch.setattr(train.Diffusion, "vlb", None)
+    (tmp_path / "file").write_text("mine")
+    flags = ["--data", pictures, "--eval", trained[0] / "run", "--out", "file"]
+    assert "file" in run("train.py", *flags, cwd=tmp_path, code=1)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_eval_without_data_is_of_the_demo(trained, tmp_path, run):
     """The tiny network happens to fit the demo. The folder of a run stands for its checkpoint."""
     said = run("train.py", "--eval", "run", "--eval-images", 1, "--out", tmp_path, cwd=trained[0])
@@ -772,14 +790,14 @@ def test_loss_is_plotted_as_a_curve(tmp_path):
         ("--lr inf", "--lr: must be a number"),
         ("--warmup -1", "--warmup: must be"),
         ("--seed -1", "--seed: must be"),
-        ("--seed 9223372036854775808", "--seed: must be"),
+        ("--seed 4294967296", "--seed: must be"),
         ("--save-minutes -1", "--save-minutes: must be"),
         ("--preview-every 0", "--preview-every: must be"),
         ("--eval run --init run", "--eval can't be combined"),
         ("--eval run --schedule cosine", "--eval can't be combined"),
         ("--eval run --eval-images 0", "--eval-images: must be"),
-        ("--device tpu", "--device must be auto, cpu, cuda or cuda:1"),
-        ("--device cuda:99", "torch sees"),
+        ("--eval run --steps 5", "--steps is for training, not for --eval"),
+        ("--eval-images 5", "--eval-images is for --eval"),
         ("--channels 2", "invalid choice"),
         ("--step 5", "unrecognized arguments"),
     ],
