@@ -29,8 +29,6 @@ import sys
 import time
 import warnings
 from dataclasses import dataclass
-from datetime import timedelta
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
@@ -41,8 +39,10 @@ from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+import devices
 import sample
 from ddpm import Bound, Diffusion, UNet, cosine_betas, linear_betas
+from devices import RANK, WORLD
 from pretrained import from_diffusers
 from sample import (
     as_value_error,
@@ -54,13 +54,6 @@ from sample import (
     printable,
     progress,
 )
-
-# Rank and number of processes: of all, and of those on this machine. torchrun sets them.
-RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = 0, 1, 0, 1
-NAMES = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
-if {"TORCHELASTIC_RUN_ID", *NAMES} <= set(os.environ):
-    RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (int(os.environ[name]) for name in NAMES)
-AHEAD = {"cuda": 1}  # how many steps a device may be ahead of what has been read from it
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 PREVIEW, PREVIEW_STEPS = 36, 50  # images in a preview, and DDIM steps to draw them
@@ -136,21 +129,6 @@ def train_step(step, network, ema, optimizer, diffusion, images, args):
     optimizer.zero_grad()
     update_ema(list(ema.parameters()), parameters, step, args.ema)
     return torch.stack([loss, norm])
-
-
-def read_later(values):
-    """Start to copy a tensor to the host. Returns a function that waits for it: values.tolist()."""
-    host, copied = values.to("cpu", non_blocking=values.is_cuda), None
-    if values.is_cuda:
-        copied = torch.cuda.Event()
-        copied.record()
-
-    def read():
-        if copied is not None:
-            copied.synchronize()
-        return host.tolist()
-
-    return read
 
 
 # --------------------------------------------------------------------------------- the training set
@@ -635,7 +613,7 @@ def arguments():
     if args.batch < WORLD * args.accumulate:
         parser.error("--batch must have an image for each GPU and each part of --accumulate")
 
-    args.device = choose_device(args.device)
+    args.device = devices.choose_device(args.device)
     return args
 
 
@@ -644,97 +622,6 @@ def network_settings(args):
     names = "image_size base_channels channel_mults num_res_blocks attention_resolutions dropout"
     settings = {name: getattr(args, name) for name in [*names.split(), "norm_groups"]}
     return settings | {"in_channels": args.channels or 3}
-
-
-def choose_device(name):
-    """The torch.device that --device names; "auto" is the accelerator of this machine, if any.
-
-    Under torchrun, each process of a machine has an accelerator of its own. Raises ValueError.
-    """
-    found = torch.accelerator.current_accelerator(check_available=True)
-    kind, _, index = name.partition(":")
-    if kind == "auto":
-        kind = found.type if found else "cpu"
-    if kind == "cpu":
-        return torch.device("cpu")
-    if found is None or found.type != kind:
-        seen = found.type if found else "a CPU"
-        raise ValueError(f"--device {name}: torch sees only {seen} here")
-    index = str(LOCAL_RANK) if WORLD > 1 else index or "0"
-    count = torch.accelerator.device_count()
-    if not index.isdecimal() or max(int(index), LOCAL_WORLD - 1) >= count:
-        wanted = f"{LOCAL_WORLD} processes" if WORLD > 1 else f"--device {name}"
-        raise ValueError(f"{wanted}: torch sees {count} {kind} devices here")
-    if count > 1:
-        torch.accelerator.set_device_index(int(index))
-    return torch.device(kind, int(index))
-
-
-def has_bfloat16(device):
-    """Whether the device computes in bfloat16 natively; emulating it would only cost time."""
-    if device.type == "cpu":
-        return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
-    if device.type == "mps":  # nobody has measured it
-        return False
-    return torch.get_device_module(device).is_bf16_supported(including_emulation=False)
-
-
-def is_worth_compiling(device, steps):
-    """torch.compile needs CUDA, Triton, and a run long enough to win back a minute or more."""
-    return device.type == "cuda" and steps >= 5000 and find_spec("triton") is not None
-
-
-def try_to_compile(model, shape, amp):
-    """torch.compile(model), tried on a batch of the given shape; if it fails, model and a line.
-
-    On NVIDIA it makes the model channels_last. (Without compiling, each norm would return to the
-    other format and back; on AMD, channels_last is slower.)
-    """
-    device = next(model.parameters()).device
-    x = torch.zeros(shape, device=device)
-    t = torch.zeros(len(x), dtype=torch.int64, device=device)
-    if torch.version.hip is None:
-        model.to(memory_format=torch.channels_last)
-    network = torch.compile(model)
-    try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            network(x, t).square().mean().backward()
-    except Exception as error:  # of many kinds: no compiler, an old card, a bug
-        if is_out_of_memory(error):
-            raise
-        print(f"torch.compile fails, so training goes on without it: {one_line(error)}")
-        network = model.to(memory_format=torch.contiguous_format)
-    model.zero_grad()
-    return network
-
-
-def in_all_processes(function, *args):
-    """function(*args), in each process. If it fails in one, an exception is raised in all."""
-    result = error = None
-    try:
-        result = function(*args)
-    except Exception as e:
-        error = e
-    if WORLD > 1:
-        errors = [None] * WORLD
-        dist.all_gather_object(errors, error and one_line(error))
-        for rank, line in enumerate(errors):
-            if line and not error:
-                raise RuntimeError(f"stopped because of rank {rank}: {line}")
-    if error:
-        raise error
-    return result
-
-
-def refuse_differences(values):
-    """Raise ValueError in every process unless all of them have the same {name: value}."""
-    everyone = [None] * WORLD
-    dist.all_gather_object(everyone, values)
-    for rank, others in enumerate(everyone):
-        for name, value in others.items():
-            if value != everyone[0][name]:
-                what = f"ranks 0 and {rank} would train differently: {name}"
-                raise ValueError(f"{what} is {everyone[0][name]} and {value}")
 
 
 def restore(state, model, ema, optimizer):
@@ -783,7 +670,7 @@ def prepare(args, out):
             args.channels = args.channels or old["model"]["in_channels"]
         config["model"] = network_settings(args)
         refuse_other_run(old, config, out)
-    if args.data is not None and LOCAL_RANK == 0:
+    if args.data is not None and devices.LOCAL_RANK == 0:
         cache_folder(args.data, args.image_size, args.channels, out, old and old["train"])
     return config, state
 
@@ -791,18 +678,13 @@ def prepare(args, out):
 def train(args, out):
     """Train in the folder `out`, from its checkpoint if there is one."""
     device, first = args.device, RANK == 0
-    args.amp = has_bfloat16(device) and not args.no_amp
+    args.amp = devices.has_bfloat16(device) and not args.no_amp
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
-    if WORLD > 1:  # NCCL starts with the first tensor on CUDA, after the images are decoded
-        backend = dist.get_default_backend_for_device(device)
-        if backend == "nccl" and not dist.is_nccl_available():  # on Windows
-            backend = "gloo"
-        if device.type != "cpu":
-            backend = f"cpu:gloo,{device.type}:{backend}"
-        dist.init_process_group(backend, timeout=timedelta(days=1))  # decoding may take hours
+    if WORLD > 1:
+        devices.start_processes(device)
 
     # -- the configuration, the checkpoint and the training set
-    config, state = in_all_processes(prepare, args, out)
+    config, state = devices.in_all_processes(prepare, args, out)
     path, inode = out / "checkpoint.pt", out.stat().st_ino if first else None
     if WORLD > 1:
         shared = [state, config["model"]]
@@ -825,9 +707,9 @@ def train(args, out):
             model.load_state_dict(args.trained.model.state_dict())
     network, start, resumes = model, 0, state is not None
     steps_left = args.steps - (state["step"] if resumes else 0)
-    if not args.no_compile and is_worth_compiling(device, steps_left):
+    if not args.no_compile and devices.is_worth_compiling(device, steps_left):
         part = -(-args.batch // (WORLD * args.accumulate))
-        network = try_to_compile(model, (part, *images.shape[1:]), args.amp)
+        network = devices.try_to_compile(model, (part, *images.shape[1:]), args.amp)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     if resumes:
@@ -839,7 +721,7 @@ def train(args, out):
         for tensor in [*model.parameters(), *ema.parameters()]:
             weights.update(tensor.detach().cpu().contiguous().numpy())
         parts = {"first step": start, "network": config["model"], "weights": weights.hexdigest()}
-        refuse_differences(config["train"] | parts)
+        devices.refuse_differences(config["train"] | parts)
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
 
     def save(step):
@@ -919,8 +801,8 @@ def train(args, out):
                 flag = torch.full((1,), float(bool(stop)), device=device)
                 dist.all_reduce(flag)
                 status = torch.cat([status, flag])
-            unread.append((step, optimizer.param_groups[0]["lr"], read_later(status)))
-            while len(unread) > AHEAD.get(device.type, 0):
+            unread.append((step, optimizer.param_groups[0]["lr"], devices.read_later(status)))
+            while len(unread) > devices.AHEAD.get(device.type, 0):
                 record(*unread.pop(0))
             done, stopping = step + 1, others_stop if WORLD > 1 else bool(stop)
             due = first and time.monotonic() - saved > 60 * args.save_minutes

@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
+import devices  # noqa: E402
 import export  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
@@ -163,10 +164,10 @@ def train_py(images, batch):
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     diffusion = Diffusion(linear_betas().to(DEVICE))
-    network = torch.compile(model) if train.is_worth_compiling(DEVICE, 800_000) else model
+    network = torch.compile(model) if devices.is_worth_compiling(DEVICE, 800_000) else model
     args = argparse.Namespace(
         seed=0, batch=batch, accumulate=1, no_flip=False, weighting="simple", lr=2e-4, warmup=5000,
-        lr_decay=False, steps=800_000, ema=0.9999, amp=train.has_bfloat16(DEVICE),
+        lr_decay=False, steps=800_000, ema=0.9999, amp=devices.has_bfloat16(DEVICE),
     )  # fmt: skip
     images, steps = images.to(DEVICE), itertools.count()
 

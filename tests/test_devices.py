@@ -20,6 +20,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import devices
 import sample
 import train
 from ddpm import Diffusion, UNet, linear_betas
@@ -96,8 +97,8 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
         monkeypatch.setattr(torch.accelerator, "set_device_index", indices.append)
         for name, value in (("RANK", rank), ("WORLD", world)):
-            monkeypatch.setattr(train, name, value)
-            monkeypatch.setattr(train, f"LOCAL_{name}", value)
+            monkeypatch.setattr(devices, name, value)
+            monkeypatch.setattr(devices, f"LOCAL_{name}", value)
         return indices
 
     return pretend
@@ -107,16 +108,16 @@ def machine(monkeypatch):
 def test_auto_is_the_accelerator_of_the_machine(kind, machine):
     assert machine(kind, 1) == []
     for name in ("auto", kind, f"{kind}:0"):
-        assert train.choose_device(name) == torch.device(kind, 0)
-    assert train.choose_device("cpu") == torch.device("cpu")
+        assert devices.choose_device(name) == torch.device(kind, 0)
+    assert devices.choose_device("cpu") == torch.device("cpu")
     indices = machine(kind, 4)
-    assert train.choose_device(f"{kind}:3") == torch.device(kind, 3) and indices == [3]
+    assert devices.choose_device(f"{kind}:3") == torch.device(kind, 3) and indices == [3]
     indices = machine(kind, 4, rank=2, world=4)
-    assert train.choose_device("auto") == torch.device(kind, 2) and indices == [2]
+    assert devices.choose_device("auto") == torch.device(kind, 2) and indices == [2]
 
 
 def test_devices_that_are_not_there_are_refused(machine):
-    assert machine(None, 0) == [] and train.choose_device("auto") == torch.device("cpu")
+    assert machine(None, 0) == [] and devices.choose_device("auto") == torch.device("cpu")
     for kind, count, rank, world, name, said in (
         (None, 0, 0, 1, "cuda", "torch sees only a CPU here"),
         ("mps", 1, 0, 1, "cuda", "torch sees only mps here"),
@@ -128,7 +129,7 @@ def test_devices_that_are_not_there_are_refused(machine):
     ):
         machine(kind, count, rank, world)
         with pytest.raises(ValueError, match=said):
-            train.choose_device(name)
+            devices.choose_device(name)
 
 
 def test_bfloat16_is_asked_of_the_device(monkeypatch):
@@ -138,10 +139,10 @@ def test_bfloat16_is_asked_of_the_device(monkeypatch):
             monkeypatch.setattr(
                 module, "is_bf16_supported", lambda including_emulation, a=answer: a
             )
-        assert train.has_bfloat16(torch.device("cpu")) is not answer
-        assert train.has_bfloat16(torch.device("cuda", 1)) is answer
-        assert train.has_bfloat16(torch.device("xpu")) is answer
-    assert not train.has_bfloat16(torch.device("mps"))
+        assert devices.has_bfloat16(torch.device("cpu")) is not answer
+        assert devices.has_bfloat16(torch.device("cuda", 1)) is answer
+        assert devices.has_bfloat16(torch.device("xpu")) is answer
+    assert not devices.has_bfloat16(torch.device("mps"))
 
 
 # --------------------------------------------------------------------------------------- the loop
@@ -151,7 +152,7 @@ def test_reading_the_loss_later_changes_nothing(pictures, tmp_path, monkeypatch,
     """As on CUDA, where the loss of a step is read while the next one computes."""
     flags = ["--data", pictures, *TINY, "--save-minutes", 0, "--preview-every", 4]
     for out, ahead in (("now", 0), ("later", 1)):
-        monkeypatch.setattr(train, "AHEAD", {"cpu": ahead})
+        monkeypatch.setattr(devices, "AHEAD", {"cpu": ahead})
         run("train.py", *flags, "--steps", 7, "--out", out, cwd=tmp_path)
         run("train.py", *flags, "--steps", 13, "--out", out, cwd=tmp_path)
     logs = [(tmp_path / out / "log.csv").read_text() for out in ("now", "later")]
@@ -163,7 +164,7 @@ def test_reading_the_loss_later_changes_nothing(pictures, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_loss_that_is_not_finite_leaves_the_checkpoint(ahead, pictures, tmp_path, monkeypatch, run):
-    monkeypatch.setattr(train, "AHEAD", {"cpu": ahead})
+    monkeypatch.setattr(devices, "AHEAD", {"cpu": ahead})
     flags = ["--data", pictures, *TINY, "--save-minutes", 0]
     run("train.py", *flags, "--steps", 3, cwd=tmp_path)
     before, step = checkpoint(tmp_path / "run"), train.train_step
@@ -212,7 +213,7 @@ def test_failure_to_compile_is_a_line_and_training_goes_on(pictures, tmp_path, m
         raise AssertionError("no C compiler\nwas found")
 
     compile = torch.compile
-    monkeypatch.setattr(train, "is_worth_compiling", lambda *_: True)
+    monkeypatch.setattr(devices, "is_worth_compiling", lambda *_: True)
     monkeypatch.setattr(torch, "compile", lambda net: compile(net, backend=fails))
     flags = ["--data", pictures, *TINY, "--steps", 3, "--out"]
     said = run("train.py", *flags, "tried", cwd=tmp_path)
@@ -255,10 +256,10 @@ def test_state_of_the_optimizer_is_laid_out_like_the_weights():
 ALIKE = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
-import torch, sample, train
+import torch, devices, sample, train
 compile = torch.compile
 torch.compile = lambda net: compile(net, backend="aot_eager")
-train.is_worth_compiling = lambda *_: True
+devices.is_worth_compiling = lambda *_: True
 sample.run_program(train.main, "train.py")
 """
 
@@ -384,15 +385,15 @@ def test_cuda_is_used_where_it_works(cuda, trained):
         ("run", RuntimeError("an illegal memory access was encountered"), "illegal memory access"),
     ],
 )
-def test_cuda_that_fails_is_not_blamed_on_the_file(where, error, said, cuda, trained):
+def test_cuda_that_fails_is_not_blamed_on_the_file(where, error, said, cuda, trained, tmp_path):
     cuda[where] = error
     network = sample.Network(trained[0] / "model.onnx", 2)
     assert network.device == "cpu" and said in network.no_cuda
     with pytest.raises(RuntimeError, match=f"if CUDA is missing, run:.*{said}"):
         sample.Network(trained[0] / "model.onnx", 2, "cuda")
-    with pytest.raises(ValueError, match=r"note.txt is not a model of export.py"):
-        (trained[0] / "note.txt").write_text("not a model")
-        sample.Network(trained[0] / "note.txt", 2, "cuda")
+    (tmp_path / "x.onnx").write_text("not a model")
+    with pytest.raises(ValueError, match=r"x.onnx is not a model of export.py"):
+        sample.Network(tmp_path / "x.onnx", 2, "cuda")
 
 
 @pytest.mark.parametrize("where", ["open", "run"])

@@ -20,6 +20,7 @@ import torch
 from conftest import FULL_DISK, HERE, TINY, checkpoint, python
 from PIL import Image
 
+import devices
 import sample
 import train
 from ddpm import Diffusion, UNet, linear_betas
@@ -103,13 +104,13 @@ def test_compiled_training_is_the_plain_training(pictures, tmp_path, monkeypatch
     monkeypatch.setattr(
         torch, "compile", lambda net: calls.append(net) or compile(net, backend="eager")
     )
-    assert not train.is_worth_compiling(torch.device("cpu"), 10**6)
-    monkeypatch.setattr(train, "find_spec", lambda name: name == "triton")
-    assert not train.is_worth_compiling(torch.device("cuda"), 4999)
-    assert train.is_worth_compiling(torch.device("cuda"), 5000)
-    monkeypatch.setattr(train, "find_spec", lambda name: None)
-    assert not train.is_worth_compiling(torch.device("cuda"), 5000)
-    monkeypatch.setattr(train, "is_worth_compiling", lambda *_: True)
+    assert not devices.is_worth_compiling(torch.device("cpu"), 10**6)
+    monkeypatch.setattr(devices, "find_spec", lambda name: name == "triton")
+    assert not devices.is_worth_compiling(torch.device("cuda"), 4999)
+    assert devices.is_worth_compiling(torch.device("cuda"), 5000)
+    monkeypatch.setattr(devices, "find_spec", lambda name: None)
+    assert not devices.is_worth_compiling(torch.device("cuda"), 5000)
+    monkeypatch.setattr(devices, "is_worth_compiling", lambda *_: True)
     monkeypatch.setattr(torch.version, "hip", "6")  # on NVIDIA, channels_last rounds differently
     weights = []
     for flags in (["--no-compile"], []):

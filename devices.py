@@ -1,0 +1,142 @@
+"""Accelerators, and several processes that train as one: what train.py asks of torch about them.
+
+It chooses the device, compiles where that pays, reads the loss without holding the device up, and
+keeps the processes of torchrun together. On one CPU none of it does anything.
+"""
+
+import os
+from datetime import timedelta
+from importlib.util import find_spec
+
+import torch
+import torch.distributed as dist
+
+from sample import is_out_of_memory, one_line
+
+# Rank and number of processes: of all, and of those on this machine. torchrun sets them.
+RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = 0, 1, 0, 1
+NAMES = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+if {"TORCHELASTIC_RUN_ID", *NAMES} <= set(os.environ):
+    RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (int(os.environ[name]) for name in NAMES)
+AHEAD = {"cuda": 1}  # how many steps a device may be ahead of what has been read from it
+
+# --------------------------------------------------------------------------------------- the device
+
+
+def choose_device(name):
+    """The torch.device that --device names; "auto" is the accelerator of this machine, if any.
+
+    Under torchrun, each process of a machine has an accelerator of its own. Raises ValueError.
+    """
+    found = torch.accelerator.current_accelerator(check_available=True)
+    kind, _, index = name.partition(":")
+    if kind == "auto":
+        kind = found.type if found else "cpu"
+    if kind == "cpu":
+        return torch.device("cpu")
+    if found is None or found.type != kind:
+        seen = found.type if found else "a CPU"
+        raise ValueError(f"--device {name}: torch sees only {seen} here")
+    index = str(LOCAL_RANK) if WORLD > 1 else index or "0"
+    count = torch.accelerator.device_count()
+    if not index.isdecimal() or max(int(index), LOCAL_WORLD - 1) >= count:
+        wanted = f"{LOCAL_WORLD} processes" if WORLD > 1 else f"--device {name}"
+        raise ValueError(f"{wanted}: torch sees {count} {kind} devices here")
+    if count > 1:
+        torch.accelerator.set_device_index(int(index))
+    return torch.device(kind, int(index))
+
+
+def has_bfloat16(device):
+    """Whether the device computes in bfloat16 natively; emulating it would only cost time."""
+    if device.type == "cpu":
+        return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    if device.type == "mps":  # nobody has measured it
+        return False
+    return torch.get_device_module(device).is_bf16_supported(including_emulation=False)
+
+
+def is_worth_compiling(device, steps):
+    """torch.compile needs CUDA, Triton, and a run long enough to win back a minute or more."""
+    return device.type == "cuda" and steps >= 5000 and find_spec("triton") is not None
+
+
+def try_to_compile(model, shape, amp):
+    """torch.compile(model), tried on a batch of the given shape; if it fails, model and a line.
+
+    On NVIDIA it makes the model channels_last. (Without compiling, each norm would return to the
+    other format and back; on AMD, channels_last is slower.)
+    """
+    device = next(model.parameters()).device
+    x = torch.zeros(shape, device=device)
+    t = torch.zeros(len(x), dtype=torch.int64, device=device)
+    if torch.version.hip is None:
+        model.to(memory_format=torch.channels_last)
+    network = torch.compile(model)
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            network(x, t).square().mean().backward()
+    except Exception as error:  # of many kinds: no compiler, an old card, a bug
+        if is_out_of_memory(error):
+            raise
+        print(f"torch.compile fails, so training goes on without it: {one_line(error)}")
+        network = model.to(memory_format=torch.contiguous_format)
+    model.zero_grad()
+    return network
+
+
+def read_later(values):
+    """Start to copy a tensor to the host. Returns a function that waits for it: values.tolist()."""
+    host, copied = values.to("cpu", non_blocking=values.is_cuda), None
+    if values.is_cuda:
+        copied = torch.cuda.Event()
+        copied.record()
+
+    def read():
+        if copied is not None:
+            copied.synchronize()
+        return host.tolist()
+
+    return read
+
+
+# -------------------------------------------------------------------------------- several processes
+
+
+def start_processes(device):
+    """Join the other processes of torchrun. NCCL itself starts with its first tensor on CUDA."""
+    backend = dist.get_default_backend_for_device(device)
+    if backend == "nccl" and not dist.is_nccl_available():  # on Windows
+        backend = "gloo"
+    if device.type != "cpu":
+        backend = f"cpu:gloo,{device.type}:{backend}"
+    dist.init_process_group(backend, timeout=timedelta(days=1))  # decoding may take hours
+
+
+def in_all_processes(function, *args):
+    """function(*args), in each process. If it fails in one, an exception is raised in all."""
+    result = error = None
+    try:
+        result = function(*args)
+    except Exception as e:
+        error = e
+    if WORLD > 1:
+        errors = [None] * WORLD
+        dist.all_gather_object(errors, error and one_line(error))
+        for rank, line in enumerate(errors):
+            if line and not error:
+                raise RuntimeError(f"stopped because of rank {rank}: {line}")
+    if error:
+        raise error
+    return result
+
+
+def refuse_differences(values):
+    """Raise ValueError in every process unless all of them have the same {name: value}."""
+    everyone = [None] * WORLD
+    dist.all_gather_object(everyone, values)
+    for rank, others in enumerate(everyone):
+        for name, value in others.items():
+            if value != everyone[0][name]:
+                what = f"ranks 0 and {rank} would train differently: {name}"
+                raise ValueError(f"{what} is {everyone[0][name]} and {value}")
