@@ -22,7 +22,7 @@ import signal
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -605,15 +605,22 @@ def draw_samples(network, args):
                     with open(Path(args.dir, name), "xb") as file:  # never an existing one
                         to_image(image).save(file, "PNG")
 
-    lanes = min(LANES.get(network.device, 1), len(starts))
-    networks = [network] + [network.twin() for _ in range(lanes - 1)]
-    with bar, ThreadPoolExecutor(lanes) as pool:
+    def draw_or_stop(network, starts):
         try:
-            futures = [pool.submit(draw, net, starts[k::lanes]) for k, net in enumerate(networks)]
-            for future in as_completed(futures):
-                future.result()
-        finally:
-            stop.append(True)  # the other lanes, after an error or Ctrl-C
+            draw(network, starts)
+        except BaseException:  # also Ctrl-C
+            stop.append(True)
+            raise
+
+    lanes = min(LANES.get(network.device, 1), len(starts))
+    with bar, ThreadPoolExecutor(lanes) as pool:
+        twins = [network.twin() for _ in range(lanes - 1)]
+        others = [
+            pool.submit(draw_or_stop, twin, starts[k::lanes]) for k, twin in enumerate(twins, 1)
+        ]
+        draw_or_stop(network, starts[::lanes])
+        for lane in others:
+            lane.result()
 
     save_image(args.out, grid(shown))
     if args.gif:

@@ -84,8 +84,9 @@ def flops(network, size=32):
     return counter.get_total_flops()
 
 
-def matmul_flops(dtype, n=3072):
+def matmul_flops(dtype):
     """The best that the device does in a second, by multiplying two large matrices."""
+    n = 8192 if DEVICE.type == "cuda" else 3072
     a, b = (torch.randn(n, n, device=DEVICE).to(dtype) for _ in range(2))
     return 2 * n**3 / min(clock(lambda: a @ b) for _ in range(8))
 
@@ -158,21 +159,22 @@ def lucidrains_loop(folder, batch):
 
 def train_py(images, batch):
     """train.py's own step with its default flags, compiled where train.py would compile it."""
-    model = UNet().to(DEVICE)
-    if DEVICE.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)
+    network = model = UNet().to(DEVICE)
+    diffusion, amp = Diffusion(linear_betas()), devices.has_bfloat16(DEVICE)
+    if devices.is_worth_compiling(DEVICE, 800_000):
+        network = devices.try_to_compile(model, (batch, 3, 32, 32), amp)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    diffusion = Diffusion(linear_betas().to(DEVICE))
-    network = torch.compile(model) if devices.is_worth_compiling(DEVICE, 800_000) else model
     args = argparse.Namespace(
         seed=0, batch=batch, accumulate=1, no_flip=False, weighting="simple", lr=2e-4, warmup=5000,
-        lr_decay=False, steps=800_000, ema=0.9999, amp=devices.has_bfloat16(DEVICE),
+        lr_decay=False, steps=800_000, ema=0.9999, amp=amp,
     )  # fmt: skip
     images, steps = images.to(DEVICE), itertools.count()
 
     def step():
+        torch.set_float32_matmul_precision("high")  # as train.py does
         train.train_step(next(steps), network, ema, optimizer, diffusion, images, args)
+        torch.set_float32_matmul_precision("highest")  # torch's default, for the peers
 
     return step
 
