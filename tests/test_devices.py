@@ -166,19 +166,16 @@ def test_reading_the_loss_later_changes_nothing(pictures, tmp_path, monkeypatch,
 def test_loss_that_is_not_finite_leaves_the_checkpoint(ahead, pictures, tmp_path, monkeypatch, run):
     monkeypatch.setattr(devices, "AHEAD", {"cpu": ahead})
     flags = ["--data", pictures, *TINY, "--save-minutes", 0]
-    run("train.py", *flags, "--steps", 3, cwd=tmp_path)
-    before, step = checkpoint(tmp_path / "run"), train.train_step
+    step = train.train_step
 
     def fails(k, *args):
         return step(k, *args) * (float("nan") if k == 5 else 1)
 
     monkeypatch.setattr(train, "train_step", fails)
-    flags[-1] = 999
     said = run("train.py", *flags, "--steps", 9, cwd=tmp_path, code=1)
     assert "the loss of step 6 is not finite; the checkpoint is as it was" in said
-    after = checkpoint(tmp_path / "run")
-    assert after["step"] == 3
-    assert all(torch.equal(after["model"][name], value) for name, value in before["model"].items())
+    assert checkpoint(tmp_path / "run")["step"] == 5
+    assert (tmp_path / "run" / "log.csv").read_text().splitlines()[-1].startswith("5,")
 
 
 HANGS = """
