@@ -51,8 +51,10 @@ def _at(table, t):
 
     The tables are on the CPU, because not every device has float64; the result is on that of t.
     """
-    table = table.float().to(t.device, non_blocking=t.is_cuda)  # CUDA need not wait for it
-    return table[t][:, None, None, None]
+    table = table.float()
+    if t.is_cuda:  # the host does not wait for a copy from pinned memory
+        table = table.pin_memory()
+    return table.to(t.device, non_blocking=t.is_cuda)[t][:, None, None, None]
 
 
 class Bound(NamedTuple):
@@ -76,18 +78,23 @@ class Diffusion:
     variance: sigma_t^2 of the reverse step (section 3.2). "large" is beta_t, which is optimal if
         x_0 ~ N(0, I); "small" is the posterior variance beta-tilde_t, which is optimal if x_0 is a
         single point. The paper's CIFAR-10 samples use "large", its 256x256 samples "small".
+    predicts: what the network's output is. "eps" is the noise, as in the paper. "mean" is that of
+        q(x_{t-1} | x_t, x_0), the paper's alternative. "v" is sqrt(abar_t) eps - sqrt(1 - abar_t)
+        x_0, of Salimans and Ho 2022 (arXiv:2202.00512), which short trainings learn better.
 
-    Raises ValueError if betas or variance is invalid.
+    Raises ValueError if betas, variance or predicts is invalid.
     """
 
-    def __init__(self, betas, variance="large"):
+    def __init__(self, betas, variance="large", predicts="eps"):
         betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
         if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
             raise ValueError("betas must be a 1-d list of numbers between 0 and 1")
         if variance not in ("large", "small"):
             raise ValueError(f'variance must be "large" or "small", not {variance!r}')
+        if predicts not in ("eps", "mean", "v"):
+            raise ValueError(f'predicts must be "eps", "mean" or "v", not {predicts!r}')
         self.T = len(betas)
-        self.variance = variance
+        self.variance, self.predicts = variance, predicts
         self.betas = betas  # of q(x_t | x_t-1) = N(sqrt(1 - beta_t) x_t-1, beta_t I) (2)
         self.alphas = 1 - betas
         self.alphas_bar = self.alphas.cumprod(0)
@@ -98,6 +105,16 @@ class Diffusion:
         # posterior variance of the next step.
         self.sigma2 = (betas if variance == "large" else self.posterior_variance).clone()
         self.sigma2[0] = self.posterior_variance[1] if self.T > 1 else betas[0]
+        # The noise in x_t is linear in the network's output F: eps = a_t x_t + b_t F.
+        abar = self.alphas_bar
+        self.a, self.b = {
+            "eps": (torch.zeros_like(abar), torch.ones_like(abar)),
+            "mean": (  # (11)
+                (1 - abar).sqrt() / betas,
+                -(self.alphas * (1 - abar)).sqrt() / betas,
+            ),
+            "v": ((1 - abar).sqrt(), abar.sqrt()),
+        }[predicts]
 
     # ----------------------------------------------------------------------- q, the forward process
 
@@ -118,16 +135,21 @@ class Diffusion:
         )
         return mean, _at(self.posterior_variance, t)
 
+    def predict_eps(self, model, x_t, t):
+        """eps_theta(x_t, t): the noise in x_t, by the model's output, whatever it predicts."""
+        return _at(self.a, t) * x_t + _at(self.b, t) * model(x_t, t).float()
+
     # ------------------------------------------------------------------------ training, Algorithm 1
 
     def loss(self, model, x0, t=None, noise=None, weighting="simple"):
         """L_simple (14): the mean squared error of the predicted noise. A scalar to minimise.
 
-        It is the mean over the dimensions, where (14) has their sum. model(x_t, t) returns eps.
-        t (B,) and noise (B, C, H, W) are drawn unless given.
-        weighting: "simple" is (14); "vlb" keeps the weight that (12) gives each term and (14)
-            drops. Up to a constant, it is then L_t in nats per dimension for t > 0; at t = 0 the
-            density of the decoder stands for its probability.
+        It is the mean over the dimensions, where (14) has their sum. t (B,) and noise (B, C, H, W)
+        are drawn unless given.
+        weighting: "simple" is (14), the error of the noise, whatever the model predicts. "vlb"
+            keeps the weight that (12) gives each term and (14) drops. Up to a constant, it is then
+            L_t in nats per dimension for t > 0; at t = 0 the density of the decoder stands for its
+            probability. "native" is the error of what the model predicts.
 
         Everything but the network is float32, also under autocast: in bfloat16, abar_t would round
         to 1 for the first ten steps, which leaves no noise.
@@ -136,14 +158,16 @@ class Diffusion:
             t = torch.randint(self.T, (len(x0),), device=x0.device)
         if noise is None:
             noise = torch.randn_like(x0)
-        eps = model(self.q_sample(x0, t, noise), t)
-        error = (noise - eps.float()).square().mean((1, 2, 3))
+        eps = self.predict_eps(model, self.q_sample(x0, t, noise), t)
+        error = (noise - eps).square().mean((1, 2, 3))
         if weighting == "vlb":
             # (12):
             weights = self.betas**2 / (2 * self.sigma2 * self.alphas * (1 - self.alphas_bar))
             error = error * _at(weights, t).flatten()
+        elif weighting == "native":
+            error = error / _at(self.b**2, t).flatten()
         elif weighting != "simple":
-            raise ValueError(f'weighting must be "simple" or "vlb", not {weighting!r}')
+            raise ValueError(f'weighting must be "simple", "vlb" or "native", not {weighting!r}')
         return error.mean()
 
     # ------------------------------------------------------------------------ the variational bound
@@ -180,7 +204,7 @@ class Diffusion:
             t = torch.full((len(x0),), i, device=x0.device)
             noise = torch.randn(x0.shape, generator=generator, device=x0.device)
             x_t = self.q_sample(x0, t, noise)
-            x0_hat = self.predict_x0(x_t, t, model(x_t, t).float()).clamp(-1, 1)
+            x0_hat = self.predict_x0(x_t, t, self.predict_eps(model, x_t, t)).clamp(-1, 1)
             mean, variance = self.q_posterior(x0, x_t, t)
             mean_hat, _ = self.q_posterior(x0_hat, x_t, t)
             sigma2 = _at(self.sigma2, t)
@@ -212,7 +236,7 @@ class Diffusion:
         generator: a torch.Generator on `device`. draw_noise: instead, a function that returns the
             next z, of the given shape.
         x_T: the start, if it is not pure noise. The chain of the first t + 1 betas is a DDPM too,
-            so Diffusion(betas[: t + 1], variance).sample(..., x_T=x_t) continues from an x_t.
+            so Diffusion(betas[: t + 1], ...).sample(..., x_T=x_t) continues from an x_t.
         clip: keep x0_hat in [-1, 1]. Algorithm 2 does not clip; the authors' code does, because the
             error of x0_hat is that of eps times sqrt((1 - abar_t) / abar_t), 157 at t = T-1.
         """
@@ -229,7 +253,7 @@ class Diffusion:
         for i in reversed(range(chain.T)):
             index = torch.full((shape[0],), i, device=x.device)  # t in the tables of this chain
             t = torch.full_like(index, tau[i])  # t that the network was trained on
-            eps = model(x, t).float()
+            eps = self.predict_eps(model, x, t)
             x0 = chain.predict_x0(x, index, eps)
             if clip:
                 x0 = x0.clamp(-1, 1)
@@ -271,7 +295,7 @@ class Diffusion:
         tau = (self.T - 1 - torch.arange(steps) * (self.T - 1) // max(1, steps - 1)).flip(0)
         abar = self.alphas_bar[tau]
         betas = 1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])
-        return Diffusion(betas, self.variance), tau.tolist()
+        return Diffusion(betas, self.variance, self.predicts), tau.tolist()
 
 
 # -------------------------------------------------------------------------------------- the network

@@ -18,6 +18,7 @@ RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = 0, 1, 0, 1
 NAMES = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
 if {"TORCHELASTIC_RUN_ID", *NAMES} <= set(os.environ):
     RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (int(os.environ[name]) for name in NAMES)
+patient = None  # a process group that waits for hours
 AHEAD = {"cuda": 1}  # how many steps a device may be ahead of what has been read from it
 
 # --------------------------------------------------------------------------------------- the device
@@ -64,15 +65,16 @@ def is_worth_compiling(device, steps):
 def try_to_compile(model, shape, amp):
     """torch.compile(model), tried on a batch of the given shape; if it fails, model and a line.
 
-    On NVIDIA it makes the model channels_last. (Without compiling, each norm would return to the
-    other format and back; on AMD, channels_last is slower.)
+    If it fails in one process, none of them compiles. On NVIDIA it makes the model channels_last.
+    (Without compiling, each norm would return to the other format and back; on AMD, channels_last
+    is slower.)
     """
     device = next(model.parameters()).device
     x = torch.zeros(shape, device=device)
     t = torch.zeros(len(x), dtype=torch.int64, device=device)
     if torch.version.hip is None:
         model.to(memory_format=torch.channels_last)
-    network = torch.compile(model)
+    network, works = torch.compile(model), True
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             network(x, t).square().mean().backward()
@@ -80,9 +82,11 @@ def try_to_compile(model, shape, amp):
         if is_out_of_memory(error):
             raise
         print(f"torch.compile fails, so training goes on without it: {one_line(error)}")
-        network = model.to(memory_format=torch.contiguous_format)
+        works = False
     model.zero_grad()
-    return network
+    if all(from_all_processes(works)):
+        return network
+    return model.to(memory_format=torch.contiguous_format)
 
 
 def read_later(values):
@@ -105,12 +109,22 @@ def read_later(values):
 
 def start_processes(device):
     """Join the other processes of torchrun. NCCL itself starts with its first tensor on CUDA."""
+    global patient
     backend = dist.get_default_backend_for_device(device)
-    if backend == "nccl" and not dist.is_nccl_available():  # on Windows
+    if not dist.is_backend_available(backend):  # as NCCL on Windows
         backend = "gloo"
     if device.type != "cpu":
         backend = f"cpu:gloo,{device.type}:{backend}"
-    dist.init_process_group(backend, timeout=timedelta(days=1))  # decoding may take hours
+    dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # decoding may take hours
+
+
+def from_all_processes(value):
+    """The values that the processes pass, in a list, in each of them."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value, group=patient)
+    return values
 
 
 def in_all_processes(function, *args):
@@ -120,12 +134,9 @@ def in_all_processes(function, *args):
         result = function(*args)
     except Exception as e:
         error = e
-    if WORLD > 1:
-        errors = [None] * WORLD
-        dist.all_gather_object(errors, error and one_line(error))
-        for rank, line in enumerate(errors):
-            if line and not error:
-                raise RuntimeError(f"stopped because of rank {rank}: {line}")
+    for rank, line in enumerate(from_all_processes(error and one_line(error))):
+        if line and not error:
+            raise RuntimeError(f"stopped because of rank {rank}: {line}")
     if error:
         raise error
     return result
@@ -133,10 +144,9 @@ def in_all_processes(function, *args):
 
 def refuse_differences(values):
     """Raise ValueError in every process unless all of them have the same {name: value}."""
-    everyone = [None] * WORLD
-    dist.all_gather_object(everyone, values)
-    for rank, others in enumerate(everyone):
-        for name, value in others.items():
-            if value != everyone[0][name]:
+    first, *others = from_all_processes(values)
+    for rank, theirs in enumerate(others, 1):
+        for name, value in theirs.items():
+            if value != first[name]:
                 what = f"ranks 0 and {rank} would train differently: {name}"
-                raise ValueError(f"{what} is {everyone[0][name]} and {value}")
+                raise ValueError(f"{what} is {first[name]} and {value}")

@@ -27,8 +27,9 @@ NAMES = (  # regular expressions that turn our names into diffusers', in this or
     (r"time_mlp\.2", r"time_embedding.linear_2"),
     (r"norm_out", r"conv_norm_out"),
 )
+PREDICTS = {"eps": "epsilon", "v": "v_prediction"}  # ours, and diffusers'
 SCHEDULER = {  # the settings of a scheduler that ddpm.py can express
-    "prediction_type": ["epsilon"],
+    "prediction_type": list(PREDICTS.values()),
     "variance_type": ["fixed_large", "fixed_small"],
     "clip_sample": [True],
     "clip_sample_range": [1.0],
@@ -123,7 +124,8 @@ def from_diffusers(source):
         betas = c.trained_betas or scheduler.betas.tolist()
         if c.beta_schedule == "linear" and not c.trained_betas:  # theirs are rounded to float32
             betas = linear_betas(c.num_train_timesteps, c.beta_start, c.beta_end)
-        diffusion = Diffusion(betas, c.variance_type.removeprefix("fixed_"))
+        predicts = next(ours for ours, name in PREDICTS.items() if name == c.prediction_type)
+        diffusion = Diffusion(betas, c.variance_type.removeprefix("fixed_"), predicts)
 
         shape = settings["in_channels"], size, size
         difference = largest_difference(model, lambda x, t: theirs(x, t).sample, shape, diffusion.T)
@@ -135,11 +137,14 @@ def from_diffusers(source):
 def to_diffusers(model, settings, diffusion, folder):
     """Write a new folder that diffusers' DDPMPipeline.from_pretrained opens.
 
-    settings: the arguments of UNet. Raises ValueError if the folder is not new.
+    settings: the arguments of UNet. Raises ValueError if the folder is not new, or if diffusers
+    can't express the model.
     """
     import diffusers
 
     folder = Path(folder)
+    if diffusion.predicts not in PREDICTS:
+        raise ValueError(f"diffusers can't express a network that predicts {diffusion.predicts!r}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) or folder.samefile(".")):
         raise ValueError(f"{printable(folder)} exists: use another name")
     attends = [
@@ -172,6 +177,7 @@ def to_diffusers(model, settings, diffusion, folder):
         beta_end=last,
         trained_betas=None if torch.equal(betas, linear_betas(T, first, last)) else betas.tolist(),
         variance_type=f"fixed_{diffusion.variance}",
+        prediction_type=PREDICTS[diffusion.predicts],
     )
     with atomic_write(folder) as temporary:
         diffusers.DDPMPipeline(unet, scheduler).save_pretrained(temporary)

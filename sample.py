@@ -161,29 +161,27 @@ class Network:
                 return self._open(path, "cuda")
             except RuntimeError as error:
                 self.no_cuda = one_line(error)
-        self._open(path, "cpu")  # raises ValueError if the fault is that of the file
+        self._open(path, "cpu", only_read=device == "cuda")  # the fault may be that of the file
         if device == "cuda":
             raise RuntimeError(f"if CUDA is missing, run:  {INSTALL}  ({self.no_cuda})")
 
-    def _open(self, path, device):
-        """Open the file on "cuda" or "cpu", and try it at both ends of t.
+    def _open(self, path, device, only_read=False):
+        """Open the file on "cuda" or "cpu", and, unless only_read, try it at both ends of t.
 
         Raises MemoryError, or else RuntimeError on CUDA and ValueError on a CPU.
         """
         try:
             self.device = device
             self._start(path)
+            if only_read:
+                return
             self._allocate()
             T = len(self.betas)
             for first in (T - 1, 0) if self.batch == 1 else (T - 1,):  # one image needs two calls
                 self(np.zeros(self.shape, np.float32), np.resize([first, 0], self.batch))
         except Exception as error:  # ONNX Runtime raises many kinds
-            if is_out_of_memory(error):
-                where = "into that of the card" if device == "cuda" else "into memory"
-                what = f"{self.batch} images at once do not fit {where}, see --batch"
-                raise MemoryError(f"{what}: {one_line(error)}") from None
-            if device == "cuda":
-                raise RuntimeError(f"CUDA fails: {one_line(error)}") from None
+            if device == "cuda" or is_out_of_memory(error):
+                raise self._explain(error) from None
             what = f"{printable(path)} is not a model of export.py"
             raise ValueError(f"{what}: {one_line(error)}") from None
 
@@ -222,6 +220,14 @@ class Network:
         self._binding.bind_ortvalue_input("t", self._t)
         self._binding.bind_ortvalue_output("eps", self._eps)
 
+    def _explain(self, error):
+        """The exception that says what an exception of ONNX Runtime means."""
+        if is_out_of_memory(error):
+            where = "into that of the card" if self.device == "cuda" else "into memory"
+            what = f"{self.batch} images at once do not fit {where}, see --batch"
+            return MemoryError(f"{what}: {one_line(error)}")
+        return RuntimeError(f"ONNX Runtime fails on {self.device}: {one_line(error)}")
+
     def twin(self):
         twin = copy.copy(self)
         twin._allocate()
@@ -251,7 +257,7 @@ class Network:
         try:
             self.session.run_with_iobinding(self._binding)
         except Exception as error:  # of ONNX Runtime's own kinds
-            raise RuntimeError(one_line(error)) from None
+            raise self._explain(error) from None
         eps = self._eps.numpy()
         if not np.isfinite(eps).all():
             raise RuntimeError(f"eps is not finite at t = {t.max()} (float16 may overflow)")
@@ -353,7 +359,8 @@ def atomic_write(path):
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             if path.is_file():
-                shutil.copymode(path, temporary)
+                with contextlib.suppress(OSError):  # some file systems have no permissions
+                    shutil.copymode(path, temporary)
         os.replace(temporary, path)
 
 

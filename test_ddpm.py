@@ -58,6 +58,8 @@ def test_impossible_betas_are_refused(betas):
 def test_unknown_words_are_refused():
     with pytest.raises(ValueError, match="variance"):
         Diffusion(linear_betas(), "medium")
+    with pytest.raises(ValueError, match="predicts"):
+        Diffusion(linear_betas(), predicts="x0")
     with pytest.raises(ValueError, match="weighting"):
         PAPER.loss(lambda x, t: x, torch.zeros(1, 1, 2, 2), weighting="none")
     with pytest.raises(ValueError, match="steps"):
@@ -141,6 +143,45 @@ def test_loss_draws_every_t_and_unit_noise():
     assert set(t.tolist()) == {0, 1, 2, 3}  # including the last
     assert loss.item() == pytest.approx(1, abs=0.05)  # E|eps|^2 per pixel
     assert x_t[t == 3].var() == pytest.approx(1 - d.alphas_bar[3].item(), rel=0.1)
+
+
+OUTPUTS = ["eps", "mean", "v"]
+
+
+def output_of(eps, x_t, t, predicts):
+    """What a network has to return so that the noise in x_t is eps, from the definitions."""
+    beta, abar = (table[t].view(-1, 1, 1, 1) for table in (PAPER.betas, PAPER.alphas_bar))
+    eps, x_t = eps.double(), x_t.double()
+    x0 = (x_t - (1 - abar).sqrt() * eps) / abar.sqrt()
+    mean = (x_t - beta / (1 - abar).sqrt() * eps) / (1 - beta).sqrt()  # (11)
+    return {"eps": eps, "mean": mean, "v": abar.sqrt() * eps - (1 - abar).sqrt() * x0}[predicts]
+
+
+@pytest.mark.parametrize("predicts", OUTPUTS)
+def test_noise_is_found_from_each_output_of_a_network(predicts):
+    x0, noise, t = randn(5, 1, 4, 4), randn(5, 1, 4, 4, seed=1), torch.tensor([0, 1, 9, 500, 999])
+    d = Diffusion(linear_betas(), predicts=predicts)
+    x_t = d.q_sample(x0, t, noise)
+    found = d.predict_eps(lambda x, t: output_of(noise, x, t, predicts), x_t, t)
+    torch.testing.assert_close(found, noise, rtol=0, atol=1e-4)
+    if predicts == "mean":  # (11) is the mean of the posterior (6) of the x0 that eps gives
+        posterior, _ = d.q_posterior(d.predict_x0(x_t, t, noise), x_t, t)
+        close(output_of(noise, x_t, t, "mean"), posterior.double(), 1e-5)
+
+
+@pytest.mark.parametrize("predicts", OUTPUTS)
+def test_native_loss_is_the_error_of_the_output(predicts):
+    x0, noise, t = randn(4, 1, 4, 4), randn(4, 1, 4, 4, seed=1), torch.tensor([0, 3, 500, 999])
+    d = Diffusion(linear_betas(), predicts=predicts)
+    x_t = d.q_sample(x0, t, noise)
+    guess = 0.9 * output_of(noise, x_t, t, predicts)
+    errors = (guess - output_of(noise, x_t, t, predicts)).square().mean()
+    native = d.loss(lambda x, t: guess, x0, t, noise, "native")
+    torch.testing.assert_close(native.double(), errors, rtol=1e-3, atol=0)
+    eps = d.predict_eps(lambda x, t: guess, x_t, t)
+    for weighting in ("simple", "vlb"):  # are those of the noise that follows
+        loss = d.loss(lambda x, t: guess, x0, t, noise, weighting)
+        close(loss, PAPER.loss(lambda x, t: eps, x0, t, noise, weighting))
 
 
 def test_vlb_weights_have_the_papers_numbers():
@@ -386,6 +427,28 @@ def test_sampler_equals_the_recursion(variance, steps, eta):
     mean, deviation = mean_and_deviation(variance, steps or 1000, eta)
     assert x0[-1].item() == pytest.approx(mean, rel=1e-4)
     assert (x0[:-1] - x0[-1]).norm().item() == pytest.approx(deviation, rel=1e-4)
+
+
+@pytest.mark.parametrize("predicts", ["mean", "v"])
+def test_samples_and_bound_do_not_depend_on_what_is_predicted(predicts):
+    """The same eps in another form draws the same Gaussian, and has the same bound."""
+
+    def model(x_t, t):
+        return output_of(best_eps(x_t, t), x_t, t, predicts)
+
+    d = Diffusion(linear_betas(), predicts=predicts)
+    for steps, eta in ((None, None), (100, None), (50, 0.0)):
+        drawn = [
+            diffusion.sample(net, (64, 1, 1, 1), steps, eta, torch.Generator().manual_seed(0))
+            for diffusion, net in ((PAPER, best_eps), (d, model))
+        ]
+        torch.testing.assert_close(drawn[1], drawn[0], rtol=0, atol=1e-3)
+    x0 = (M + S * randn(16, 1, 8, 8)).clamp(-1, 1)
+    bounds = [
+        diffusion.vlb(net, x0, torch.Generator().manual_seed(0))
+        for diffusion, net in ((PAPER, best_eps), (d, model))
+    ]
+    torch.testing.assert_close(bounds[1].total, bounds[0].total, rtol=1e-3, atol=0)
 
 
 def test_truncated_chain_is_the_beginning_of_the_chain():

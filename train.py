@@ -378,7 +378,7 @@ def evaluate(args):
     with sample.temporary_folder(curve):
         pass  # it can be written
     model = trained.model.to(device)
-    diffusion = Diffusion(trained.diffusion.betas, args.variance)
+    diffusion = Diffusion(trained.diffusion.betas, args.variance, args.predicts)
 
     bounds = []
     bar = progress(total=len(images) * diffusion.T, unit=" passes", unit_scale=True)
@@ -452,8 +452,13 @@ def move_run(out, aside):
     """Move what a run writes, but for the decoded images, into another folder."""
     aside.mkdir(exist_ok=True)
     names = "log.csv", "loss.png", "preview-*.png", "rate-distortion.*", "checkpoint.pt"
-    for path in [path for name in names for path in out.glob(name)]:
-        path.rename(aside / path.name)
+    try:
+        for path in [path for name in names for path in out.glob(name)]:
+            path.rename(aside / path.name)
+    except OSError:
+        with contextlib.suppress(OSError):
+            aside.rmdir()  # if it is empty, because `out` is a file system of its own
+        raise
     print(f"the run in {printable(out)} is now in {printable(aside)}")
 
 
@@ -489,11 +494,11 @@ def run_folder(out, restart):
 
 def refuse_other_run(old, new, out):
     """Raise ValueError unless two configurations are of the same run, which may train longer."""
-    parts = {"diffusion": {"variance"}, "model": set(new["model"]), "train": set(new["train"])}
+    parts = {name: set(new[name]) for name in ("diffusion", "model", "train")}
     different = [
         f"{key} was {old[part].get(key)}, now {new[part][key]}"
         for part, keys in parts.items()
-        for key in sorted(keys - {"warmup", "data"})
+        for key in sorted(keys - {"betas", "warmup", "data"})
         if old[part].get(key) != new[part][key]
     ]
     if old["diffusion"]["betas"] != new["diffusion"]["betas"]:
@@ -552,7 +557,9 @@ def arguments():
     flag("--init", None, "start from these weights: a checkpoint, or weights for diffusers")
     flag("--schedule", "linear", "the betas, T = 1000", choices=("linear", "cosine"))
     flag("--variance", "large", "sigma_t^2: beta_t or beta-tilde_t", choices=("large", "small"))
-    flag("--weighting", "simple", "of the loss: (14) or (12)", choices=("simple", "vlb"))
+    flag("--predicts", "eps", "the network's output", choices=("eps", "mean", "v"))
+    weightings = {"choices": ("simple", "vlb", "native")}
+    flag("--weighting", "simple", "of the loss: (14), (12), or that of the output", **weightings)
     flag("--batch", 128, "images per step, over all GPUs", type=between(1, 2**20))
     flag("--accumulate", 1, "parts to split a batch into, to save memory", type=positive)
     flag("--lr", 2e-4, "learning rate of Adam", type=between(1e-30, 1e30, float))
@@ -591,7 +598,9 @@ def arguments():
         trained = load(given.get("eval") or (own if resumes else given["init"]))
         known |= trained.settings | {"dropout": known["dropout"]}  # dropout is not in the weights
         known |= {"channels": known.pop("in_channels"), "schedule": None, "trained": trained}
-        known["variance"] = trained.diffusion.variance
+        known |= {"variance": trained.diffusion.variance, "predicts": trained.diffusion.predicts}
+        if given.get("predicts", known["predicts"]) != known["predicts"]:
+            parser.error(f"--predicts must be {known['predicts']}, as these weights do")
     args = argparse.Namespace(**(known | given))
     if args.warmup is None:
         args.warmup = min(5000, args.steps // 20)
@@ -637,11 +646,10 @@ def restore(state, model, ema, optimizer):
     return state["step"]
 
 
-def prepare(args, out):
-    """What a process needs from disk: (the configuration, the checkpoint or None).
+def read_run(args, out):
+    """(The configuration, the checkpoint or None). The checkpoint is read in rank 0 alone.
 
-    The first process of each machine decodes the images into out/pictures.u8. The checkpoint is
-    that of the process of rank 0, which refuses to continue another run.
+    Raises ValueError if it is of another run.
     """
     if args.schedule is None:
         betas = args.trained.diffusion.betas
@@ -650,14 +658,18 @@ def prepare(args, out):
     names = "batch lr warmup lr_decay weighting ema no_flip seed"
     config = {  # all that another program, or a resumed run, has to know
         "model": network_settings(args),
-        "diffusion": {"betas": betas.tolist(), "variance": args.variance},
+        "diffusion": {
+            "betas": betas.tolist(),
+            "variance": args.variance,
+            "predicts": args.predicts,
+        },
         "train": {
             "data": args.data and printable(Path(args.data).resolve().name),
             "init": args.init and printable("/".join(Path(args.init).parts[-2:])),
             **{name: getattr(args, name) for name in names.split()},
         },
     }
-    path, state, old = out / "checkpoint.pt", None, None
+    path, state = out / "checkpoint.pt", None
     if RANK == 0 and path.exists():
         with as_value_error(f"{printable(path)} is not a checkpoint of train.py"):
             if not path.is_file():
@@ -670,26 +682,33 @@ def prepare(args, out):
             args.channels = args.channels or old["model"]["in_channels"]
         config["model"] = network_settings(args)
         refuse_other_run(old, config, out)
-    if args.data is not None and devices.LOCAL_RANK == 0:
-        cache_folder(args.data, args.image_size, args.channels, out, old and old["train"])
     return config, state
+
+
+def decode_once(args, out, state):
+    """Let the first process of each machine decode the images."""
+    if args.data is not None and devices.LOCAL_RANK == 0:
+        expected = state and state["config"]["train"]
+        cache_folder(args.data, args.image_size, args.channels, out, expected)
 
 
 def train(args, out):
     """Train in the folder `out`, from its checkpoint if there is one."""
     device, first = args.device, RANK == 0
-    args.amp = devices.has_bfloat16(device) and not args.no_amp
+    # The output "mean" must be exact: at t = 0 its error is 100 times as large in eps.
+    args.amp = devices.has_bfloat16(device) and not args.no_amp and args.predicts != "mean"
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
     if WORLD > 1:
         devices.start_processes(device)
 
     # -- the configuration, the checkpoint and the training set
-    config, state = devices.in_all_processes(prepare, args, out)
+    config, state = devices.in_all_processes(read_run, args, out)
     path, inode = out / "checkpoint.pt", out.stat().st_ino if first else None
     if WORLD > 1:
-        shared = [state, config["model"]]
+        shared = [state, args.channels]
         dist.broadcast_object_list(shared)
-        state, config["model"] = shared
+        state, args.channels = shared
+    devices.in_all_processes(decode_once, args, out, state)
     images, digest = (demo_pictures(), "demo") if args.data is None else open_cache(out)
     if first and len(images) < 100:
         print(f"only {len(images)} images: the network will memorise them")
@@ -700,7 +719,7 @@ def train(args, out):
 
     # -- the network, its average and the optimizer, as they start or as they were saved
     torch.manual_seed(args.seed)
-    diffusion = Diffusion(config["diffusion"]["betas"], args.variance)
+    diffusion = Diffusion(**config["diffusion"])
     model = UNet(**config["model"]).to(device)
     if args.init:
         with as_value_error(f"--init {printable(args.init)} does not match the other flags"):
@@ -720,9 +739,15 @@ def train(args, out):
         weights = hashlib.blake2b(digest_size=8)
         for tensor in [*model.parameters(), *ema.parameters()]:
             weights.update(tensor.detach().cpu().contiguous().numpy())
-        parts = {"first step": start, "network": config["model"], "weights": weights.hexdigest()}
-        devices.refuse_differences(config["train"] | parts)
-        network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+        flags = {name: getattr(args, name) for name in ("steps", "accumulate", "preview_every")}
+        parts = config["model"] | config["diffusion"] | config["train"] | flags
+        parts |= {"data": "", "first step": start, "weights": weights.hexdigest()}
+        devices.refuse_differences(parts)
+        compiled = network is not model
+        network = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        if compiled:  # again, so that gradients are sent while others are computed
+            torch.compiler.reset()
+            network = torch.compile(network)
 
     def save(step):
         if not out.is_dir() or out.stat().st_ino != inode:
@@ -839,7 +864,9 @@ def main():
         if args.eval is not None:
             return evaluate(args)
         out = Path(args.out or "run").resolve()
-        with run_folder(out, args.restart) if RANK == 0 else contextlib.nullcontext():
+        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun --max-restarts
+        restart = args.restart and not again
+        with run_folder(out, restart) if RANK == 0 else contextlib.nullcontext():
             train(args, out)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

@@ -162,6 +162,7 @@ def train_py(images, batch):
     network = model = UNet().to(DEVICE)
     diffusion, amp = Diffusion(linear_betas()), devices.has_bfloat16(DEVICE)
     if devices.is_worth_compiling(DEVICE, 800_000):
+        torch.set_float32_matmul_precision("high")
         network = devices.try_to_compile(model, (batch, 3, 32, 32), amp)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)

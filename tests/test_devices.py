@@ -319,16 +319,18 @@ def test_two_machines_train_as_one_or_say_why_not(tmp_path, run):
     for name, value in alone.items():
         torch.testing.assert_close(together[name], value, rtol=1e-3, atol=1e-5)
 
-    for change, rank, said in (
-        (lambda: Image.new("RGB", (8, 8), "red").save(b / "images" / "9.png"), 0,
-         "ranks 0 and 1 would train differently: pictures is 9 and 10"),
-        (lambda: shutil.rmtree(b / "images"), 1, "images: there is no such folder"),
-    ):  # fmt: skip
-        change()
-        done = machines((a, b), [*flags, "--steps", 9])
+    Image.new("RGB", (8, 8), "red").save(b / "images" / "9.png")  # only on the second machine
+    for out, rank, said in (
+        ("run", 1, "holds another run, of 9 other images; now there are 10"),
+        ("fresh", 0, "ranks 0 and 1 would train differently: pictures is 9 and 10"),
+        ("fresh", 1, "images: there is no such folder"),
+    ):
+        if "no such folder" in said:
+            shutil.rmtree(b / "images")
+        done = machines((a, b), [*flags, "--steps", 9, "--out", out])
         assert done[0][0] and done[1][0], done
         assert f"train.py, rank {rank}: " in done[rank][1] and said in done[rank][1]
-    assert "stopped because of rank 1: " in done[0][1]
+        assert rank == 0 or "stopped because of rank 1: " in done[0][1]
     assert checkpoint(a / "run")["step"] == 6
 
 

@@ -708,6 +708,23 @@ def test_eval_prints_the_bound_and_saves_the_curve(trained, pictures, tmp_path, 
     assert Image.open(tmp_path / "rate-distortion.png").size == (640, 440)
 
 
+def test_what_is_predicted_stays_with_the_weights(pictures, tmp_path, run):
+    flags = ["--data", pictures, *TINY, "--steps", 2]
+    run("train.py", *flags, "--predicts", "v", "--weighting", "native", cwd=tmp_path)
+    assert train.load(tmp_path / "run").diffusion.predicts == "v"
+    said = run("train.py", *flags, "--weighting", "native", cwd=tmp_path, code=1)
+    assert "predicts was v, now eps" in said
+    data = ["--data", pictures, "--batch", 4]
+    said = run("train.py", *data, "--init", "run", "--steps", 1, "--predicts", "eps", "--out", "b",
+               cwd=tmp_path, code=2)  # fmt: skip
+    assert "--predicts must be v, as these weights do" in said
+    run("train.py", *data, "--init", "run", "--steps", 1, "--out", "b", cwd=tmp_path)
+    assert checkpoint(tmp_path / "b")["config"]["diffusion"]["predicts"] == "v"
+    run("train.py", *data, "--eval", "run", "--eval-images", 2, cwd=tmp_path)
+    run("export.py", cwd=tmp_path)
+    run("sample.py", "-n", 2, "--steps", 3, cwd=tmp_path)
+
+
 def test_eval_checks_first_where_its_curve_goes(trained, pictures, tmp_path, run, monkeypatch):
     monkeypatch.setattr(train.Diffusion, "vlb", None)
     (tmp_path / "file").write_text("mine")
@@ -799,6 +816,7 @@ def test_loss_is_plotted_as_a_curve(tmp_path):
         ("--eval run --eval-images 0", "--eval-images: must be"),
         ("--eval run --steps 5", "--steps is for training, not for --eval"),
         ("--eval-images 5", "--eval-images is for --eval"),
+        ("--predicts x0", "invalid choice"),
         ("--channels 2", "invalid choice"),
         ("--step 5", "unrecognized arguments"),
     ],
