@@ -1,0 +1,118 @@
+"""The paper's Table 2 on the built-in demo: what is predicted, and how the loss is weighted.
+
+    python benchmarks/table2.py            # some 75 minutes; writes benchmarks/TABLE2.md
+
+Each row is trained as `python train.py` trains the demo, with three seeds. A sample is right if it
+is one of the demo's 216 images, to within 48 of 255 in each pixel.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import sample  # noqa: E402
+import train  # noqa: E402
+
+ROWS = [
+    ("mean", "vlb"), ("mean", "native"), ("eps", "vlb"), ("eps", "simple"),
+    ("v", "vlb"), ("v", "simple"), ("v", "native"),
+]  # fmt: skip
+SAMPLES = 64
+
+
+def judge(run):
+    """{right samples of SAMPLES, bound in bits per dimension, final loss} of a run."""
+    trained, images = train.load(run), train.demo_pictures()
+    x0 = trained.diffusion.sample(
+        trained.model, (SAMPLES, 3, 8, 8), generator=torch.Generator().manual_seed(0)
+    )
+    allowed = images.permute(0, 2, 3, 1).numpy().astype(int)
+    pixels = sample.to_pixels(x0.numpy()).astype(int)
+    right = sum(int(np.abs(allowed - image).max((1, 2, 3)).min() <= 48) for image in pixels)
+    random = torch.Generator().manual_seed(0)
+    bound = trained.diffusion.vlb(trained.model, images.float() / 127.5 - 1, random)
+    sample.save_image(Path(run, "samples.png"), sample.grid(pixels.astype(np.uint8)))
+    return {"right": right, "bits": bound.total.mean().item()}
+
+
+def train_and_judge(predicts, weighting, seed, folder, threads, steps):
+    """One run, in processes of its own. Returns judge's answer, or None if the loss diverged."""
+    run = Path(folder, f"{predicts}-{weighting}-{seed}")
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    flags = ["--predicts", predicts, "--weighting", weighting, "--seed", seed, "--out", run]
+    flags += ["--preview-every", 10**6] + (["--steps", steps] if steps else [])
+    quiet = {"capture_output": True, "text": True, "env": environment}
+    command = [sys.executable, HERE.parent / "train.py", *flags]
+    done = subprocess.run([str(word) for word in command], **quiet)
+    if done.returncode:
+        print(done.stderr.splitlines()[-1], flush=True)
+        return None
+    command = [sys.executable, __file__, "--judge", str(run)]
+    answer = json.loads(subprocess.run(command, check=True, **quiet).stdout.splitlines()[-1])
+    print(run.name, answer, flush=True)
+    return answer
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="[3]")
+    parser.add_argument("--steps", type=int, help="of the training [that of the demo]")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time [1]")
+    parser.add_argument("--keep", type=Path, help="a folder for the runs [a temporary one]")
+    parser.add_argument("--out", default=str(HERE / "TABLE2.md"), help="[benchmarks/TABLE2.md]")
+    parser.add_argument("--judge", help=argparse.SUPPRESS)  # how it calls itself
+    args = parser.parse_args()
+    if args.judge:
+        return print(json.dumps(judge(args.judge)))
+
+    threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(args.jobs) as pool:
+        folder = args.keep or temporary
+        answers = {
+            row: [
+                pool.submit(train_and_judge, *row, seed, folder, threads, args.steps)
+                for seed in range(args.seeds)
+            ]
+            for row in ROWS
+        }
+        answers = {row: [f.result() for f in futures] for row, futures in answers.items()}
+    steps, version = args.steps or train.DEMO["steps"], torch.__version__.split("+")[0]
+    lines = [
+        "# The paper's Table 2, on the built-in demo\n",
+        f"`python benchmarks/table2.py`, {time.strftime('%Y-%m-%d')}, {args.seeds} seeds a row, "
+        f"{steps:,} steps each, torch {version}, "
+        f"Python {platform.python_version()}, {(time.monotonic() - began) / 60:.0f} minutes.\n",
+        f"| the network predicts | the loss is weighted | right of {SAMPLES} samples | "
+        "bound, bits per dimension |",
+        "| --- | --- | --- | --- |",
+    ]
+    for (predicts, weighting), runs in answers.items():
+        good = [run for run in runs if run]
+        right = ", ".join(str(run["right"]) if run else "diverged" for run in runs)
+        bits = ", ".join(f"{run['bits']:.2f}" for run in good)
+        mean = f" (mean {statistics.mean(run['bits'] for run in good):.2f})" if good else ""
+        lines.append(f"| {predicts} | {weighting} | {right} | {bits}{mean} |")
+    text = "\n".join(lines) + "\n"
+    print(text)
+    Path(args.out).write_text(text)
+
+
+if __name__ == "__main__":
+    main()
