@@ -5,6 +5,7 @@ serves `export.py --to-diffusers`. diffusers itself reads and writes the files, 
 eps proves that both networks compute the same.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -142,7 +143,7 @@ def to_diffusers(model, settings, diffusion, folder):
     """
     import diffusers
 
-    folder = Path(folder)
+    folder = Path(os.path.realpath(folder))
     if diffusion.predicts not in PREDICTS:
         raise ValueError(f"diffusers can't express a network that predicts {diffusion.predicts!r}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) or folder.samefile(".")):

@@ -274,7 +274,7 @@ def is_out_of_memory(error):
 
 def is_grey(image):
     """Whether a Pillow image has no colour, by its mode or its palette."""
-    if image.mode == "P":
+    if image.mode in ("P", "PA"):
         red, green, blue = np.reshape(image.getpalette("RGB"), (-1, 3)).T
         return (red == green).all() and (green == blue).all()
     return image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
@@ -374,7 +374,7 @@ def check_output(path, image, animated=False):
     """Raise ValueError or OSError now if an image of this size can't be saved at `path` later."""
     path, suffix = Path(path), Path(path).suffix.lower()
     kind = Image.registered_extensions().get(suffix)  # registers all formats
-    if kind not in (Image.SAVE_ALL if animated else Image.SAVE):
+    if kind not in (Image.SAVE_ALL if animated else Image.SAVE) or kind in ("ICO", "ICNS"):
         what = "an animation such as x.gif" if animated else "an image file such as x.png"
         raise ValueError(f"{printable(path)} must be {what}")
     if path.exists() and not path.is_file():

@@ -375,8 +375,11 @@ def evaluate(args):
     images = images[torch.randperm(len(images), generator=random)][: args.eval_images]
     beside = path if path.is_dir() else path.parent if path.exists() else "."
     curve = Path(args.out or beside, "rate-distortion.png")
+    for file in (curve, curve.with_suffix(".csv")):  # now, and not after hours
+        if file.is_dir() or (file.exists() and not os.access(file, os.W_OK)):
+            raise ValueError(f"{printable(file)} can't be written")
     with sample.temporary_folder(curve):
-        pass  # it can be written
+        pass
     model = trained.model.to(device)
     diffusion = Diffusion(trained.diffusion.betas, args.variance, args.predicts)
 
@@ -454,12 +457,28 @@ def move_run(out, aside):
     names = "log.csv", "loss.png", "preview-*.png", "rate-distortion.*", "checkpoint.pt"
     try:
         for path in [path for name in names for path in out.glob(name)]:
-            path.rename(aside / path.name)
+            if path.is_symlink():  # it may be relative
+                (aside / path.name).symlink_to(os.path.realpath(path))
+                path.unlink()
+            else:
+                path.rename(aside / path.name)
     except OSError:
         with contextlib.suppress(OSError):
             aside.rmdir()  # if it is empty, because `out` is a file system of its own
         raise
     print(f"the run in {printable(out)} is now in {printable(aside)}")
+
+
+def refuse_foreign_files(out):
+    """Raise ValueError if the folder holds files named like those of a run, but no run."""
+    foreign = ["log.csv", "loss.png", "preview-*.png", "pictures.u8", "pictures.json"]
+    with contextlib.suppress(OSError, ValueError):  # our cache may come before a checkpoint
+        if set(json.loads((out / "pictures.json").read_text())) == {"key", "digest", "shape"}:
+            del foreign[3:]
+    for name in foreign:
+        if any(out.glob(name)) and not (out / "checkpoint.pt").exists():
+            what = f"{printable(out)} holds {name} but no checkpoint.pt"
+            raise ValueError(f"{what}, so it is not a run; use another --out")
 
 
 @contextlib.contextmanager
@@ -481,14 +500,7 @@ def run_folder(out, restart):
         for name in ("checkpoint.pt", "pictures.u8"):  # left by a process that was killed
             for temporary in out.glob(f".{name}.tmp-????????"):
                 shutil.rmtree(temporary, ignore_errors=True)
-        foreign = ["log.csv", "loss.png", "preview-*.png", "pictures.u8", "pictures.json"]
-        with contextlib.suppress(OSError, ValueError):  # our cache may come before a checkpoint
-            if set(json.loads((out / "pictures.json").read_text())) == {"key", "digest", "shape"}:
-                del foreign[3:]
-        for name in foreign:
-            if any(out.glob(name)) and not (out / "checkpoint.pt").exists():
-                what = f"{printable(out)} holds {name} but no checkpoint.pt"
-                raise ValueError(f"{what}, so it is not a run; use another --out")
+        refuse_foreign_files(out)
         yield
 
 
@@ -532,8 +544,8 @@ def arguments():
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    if RANK:
-        parser.error = lambda _: sys.exit(2)  # the first process prints it
+    if devices.LOCAL_RANK:
+        parser.error = lambda _: sys.exit(2)  # the first process of the machine prints it
     defaults = {}
 
     def flag(name, default, help, **kwargs):
@@ -585,9 +597,10 @@ def arguments():
         known |= DEMO
     if "eval" in given and ("init" in given or "schedule" in given):
         parser.error("--eval can't be combined with --init or --schedule")
-    unused = {"restart", "steps", "weighting", "lr"} & set(given) if "eval" in given else set()
-    if unused:
-        parser.error(f"--{min(unused)} is for training, not for --eval")
+    training = "restart steps weighting lr warmup lr_decay ema accumulate dropout no_flip no_amp"
+    unused = set(given) & {*training.split(), "no_compile", "preview_every", "save_minutes"}
+    if "eval" in given and unused:
+        parser.error(f"--{min(unused).replace('_', '-')} is for training, not for --eval")
     if "eval_images" in given and "eval" not in given:
         parser.error("--eval-images is for --eval")
     if "eval" in given and WORLD > 1:
@@ -676,6 +689,7 @@ def read_run(args, out):
                 raise ValueError("it is not a file")
             state = torch.load(path, map_location="cpu", weights_only=True)
             old = state["config"]
+            old["diffusion"].setdefault("predicts", "eps")  # not in the first checkpoints
             Diffusion(**old["diffusion"])
             if type(state["step"]) is not int or state["step"] < 0:
                 raise ValueError(f"step {state['step']}")
@@ -688,6 +702,7 @@ def read_run(args, out):
 def decode_once(args, out, state):
     """Let the first process of each machine decode the images."""
     if args.data is not None and devices.LOCAL_RANK == 0:
+        refuse_foreign_files(out)
         expected = state and state["config"]["train"]
         cache_folder(args.data, args.image_size, args.channels, out, expected)
 
@@ -698,8 +713,6 @@ def train(args, out):
     # The output "mean" must be exact: at t = 0 its error is 100 times as large in eps.
     args.amp = devices.has_bfloat16(device) and not args.no_amp and args.predicts != "mean"
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
-    if WORLD > 1:
-        devices.start_processes(device)
 
     # -- the configuration, the checkpoint and the training set
     config, state = devices.in_all_processes(read_run, args, out)
@@ -866,6 +879,8 @@ def main():
         out = Path(args.out or "run").resolve()
         again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun --max-restarts
         restart = args.restart and not again
+        if WORLD > 1:
+            devices.start_processes(args.device)
         with run_folder(out, restart) if RANK == 0 else contextlib.nullcontext():
             train(args, out)
     except (RuntimeError, MemoryError) as error:

@@ -333,6 +333,15 @@ def test_two_machines_train_as_one_or_say_why_not(tmp_path, run):
         assert rank == 0 or "stopped because of rank 1: " in done[0][1]
     assert checkpoint(a / "run")["step"] == 6
 
+    # A file of the user's on the second machine, and a flag that is wrong there alone.
+    (a / "images").rename(b / "images")
+    (a / "images").symlink_to(b / "images")
+    (b / "mine").mkdir()
+    (b / "mine" / "pictures.u8").write_text("mine")
+    done = machines((a, b), [*flags, "--steps", 1, "--out", "mine"])
+    assert "train.py, rank 1: " in done[1][1] and "holds pictures.u8 but no" in done[1][1]
+    assert done[0][0] and (b / "mine" / "pictures.u8").read_text() == "mine"
+
 
 # ---------------------------------------------------------------------------- ONNX Runtime on CUDA
 

@@ -273,6 +273,7 @@ def test_what_cannot_be_written_is_said_before_sampling(trained, tmp_path, run, 
     (tmp_path / "photos" / "000000.png").write_text("mine")
     for flags, said in (
         ("--out o.psd", "o.psd must be an image file such as x.png"),
+        ("--out o.ico", "o.ico must be an image file"),
         ("--out nosuffix", "nosuffix must be an image file"),
         ("--out o.xbm", "cannot write mode"),
         ("--out folder.png", "folder.png is a folder"),

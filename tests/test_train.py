@@ -493,6 +493,27 @@ def test_restart_moves_the_old_run_aside(pictures, tmp_path, run):
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine" and (tmp_path / "link").is_dir()
 
 
+def test_restart_keeps_a_linked_checkpoint(pictures, tmp_path, run):
+    flags = ["--data", pictures, *TINY, "--steps", 1]
+    run("train.py", *flags, cwd=tmp_path)
+    (tmp_path / "run" / "checkpoint.pt").rename(tmp_path / "run" / "best.pt")
+    (tmp_path / "run" / "checkpoint.pt").symlink_to("best.pt")
+    before = (tmp_path / "run" / "best.pt").read_bytes()
+    run("train.py", *flags, "--restart", "--seed", 1, cwd=tmp_path)
+    assert (tmp_path / "run-1" / "checkpoint.pt").read_bytes() == before
+    assert checkpoint(tmp_path / "run")["config"]["train"]["seed"] == 1
+
+
+def test_first_checkpoints_did_not_say_what_is_predicted(pictures, tmp_path, run):
+    flags = ["--data", pictures, *TINY, "--steps"]
+    run("train.py", *flags, 1, cwd=tmp_path)
+    state = checkpoint(tmp_path / "run")
+    del state["config"]["diffusion"]["predicts"]
+    torch.save(state, tmp_path / "run" / "checkpoint.pt")
+    run("train.py", *flags, 2, cwd=tmp_path)
+    assert checkpoint(tmp_path / "run")["step"] == 2
+
+
 def test_old_run_returns_if_a_restart_never_begins(pictures, tmp_path, run):
     run("train.py", "--data", pictures, *TINY, "--steps", 1, cwd=tmp_path)
     (tmp_path / "bad").mkdir()
@@ -731,6 +752,10 @@ def test_eval_checks_first_where_its_curve_goes(trained, pictures, tmp_path, run
     flags = ["--data", pictures, "--eval", trained[0] / "run", "--out", "file"]
     assert "file" in run("train.py", *flags, cwd=tmp_path, code=1)
     assert (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "folder" / "rate-distortion.csv").mkdir(parents=True)
+    flags[-1] = "folder"
+    said = run("train.py", *flags, cwd=tmp_path, code=1)
+    assert "folder/rate-distortion.csv can't be written" in said
 
 
 def test_eval_without_data_is_of_the_demo(trained, tmp_path, run):
@@ -816,6 +841,7 @@ def test_loss_is_plotted_as_a_curve(tmp_path):
         ("--eval run --eval-images 0", "--eval-images: must be"),
         ("--eval run --steps 5", "--steps is for training, not for --eval"),
         ("--eval-images 5", "--eval-images is for --eval"),
+        ("--eval run --lr-decay", "--lr-decay is for training, not for --eval"),
         ("--predicts x0", "invalid choice"),
         ("--channels 2", "invalid choice"),
         ("--step 5", "unrecognized arguments"),
