@@ -80,7 +80,7 @@ class Diffusion:
         single point. The paper's CIFAR-10 samples use "large", its 256x256 samples "small".
     predicts: what the network's output is. "eps" is the noise, as in the paper. "mean" is that of
         q(x_{t-1} | x_t, x_0), the paper's alternative. "v" is sqrt(abar_t) eps - sqrt(1 - abar_t)
-        x_0, of Salimans and Ho 2022 (arXiv:2202.00512), which short trainings learn better.
+        x_0, of Salimans and Ho 2022 (arXiv:2202.00512).
 
     Raises ValueError if betas, variance or predicts is invalid.
     """
