@@ -550,8 +550,9 @@ def main():
     if args.strip:
         check_output(args.strip, blank(2 * STRIP * min(batch, 4), STRIP))
     if args.dir:
-        if any(Path(args.dir).glob("[0-9]" * 6 + "*.png")):
-            raise ValueError(f"{printable(args.dir)} holds numbered images; choose another --dir")
+        suffixes = {path.suffix.lower() for path in Path(args.dir).glob("*")}
+        if suffixes & set(Image.registered_extensions()):
+            raise ValueError(f"{printable(args.dir)} holds images; choose another --dir")
         check_output(Path(args.dir, "x.png"), blank(1))
 
     print(f"{printable(args.onnx)} on {'CUDA' if network.device == 'cuda' else 'the CPU'}", end="")

@@ -21,7 +21,6 @@ import io
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -56,6 +55,7 @@ from sample import (
 )
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+CURVE = "rate-distortion.png"  # of --eval
 PREVIEW, PREVIEW_STEPS = 36, 50  # images in a preview, and DDIM steps to draw them
 
 # -------------------------------------------------------------------------------------- Algorithm 1
@@ -150,7 +150,8 @@ def picture_files(folder, without=None):
             continue
         seen.add(os.path.realpath(root))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths = (Path(root, name) for name in files if not name.startswith("."))
+        files = [name for name in files if not name.startswith(".") and name != CURVE]
+        paths = (Path(root, name) for name in files)
         found += [path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()]
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
@@ -237,13 +238,15 @@ def cache_folder(folder, size, channels, out, expected=None):
     """
     paths = picture_files(folder, without=out)
     states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    key = repr((os.path.realpath(folder), size, channels, states))
+    key = repr((os.path.realpath(folder), size, states))
     key = hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).hexdigest()
     data, description = out / "pictures.u8", out / "pictures.json"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         cache = json.loads(description.read_text())
         whole = data.stat().st_size == math.prod(cache["shape"])
+        whole &= cache["shape"][2:] == [size, size] and len(cache["shape"]) == 4
         same = expected is None or expected["digest"] == cache["digest"]
+        same &= channels in (cache["channels"], cache["shape"][1])
         if whole and same and cache["key"] == key:
             return
     with atomic_write(data) as temporary:
@@ -254,7 +257,8 @@ def cache_folder(folder, size, channels, out, expected=None):
             raise ValueError(f"{printable(out)} holds another run, {counts}. {WAY_OUT}")
         description.unlink(missing_ok=True)
     with atomic_write(description) as temporary:
-        temporary.write_text(json.dumps({"key": key, "digest": digest, "shape": shape}))
+        description = {"key": key, "digest": digest, "shape": shape, "channels": channels}
+        temporary.write_text(json.dumps(description))
 
 
 def open_cache(out):
@@ -374,7 +378,7 @@ def evaluate(args):
     random = torch.Generator().manual_seed(args.seed)  # so that the first ones are like the rest
     images = images[torch.randperm(len(images), generator=random)][: args.eval_images]
     beside = path if path.is_dir() else path.parent if path.exists() else "."
-    curve = Path(args.out or beside, "rate-distortion.png")
+    curve = Path(args.out or beside, CURVE)
     for file in (curve, curve.with_suffix(".csv")):  # now, and not after hours
         if file.is_dir() or (file.exists() and not os.access(file, os.W_OK)):
             raise ValueError(f"{printable(file)} can't be written")
@@ -471,11 +475,12 @@ def move_run(out, aside):
 
 def refuse_foreign_files(out):
     """Raise ValueError if the folder holds files named like those of a run, but no run."""
-    foreign = ["log.csv", "loss.png", "preview-*.png", "pictures.u8", "pictures.json"]
-    with contextlib.suppress(OSError, ValueError):  # our cache may come before a checkpoint
-        if set(json.loads((out / "pictures.json").read_text())) == {"key", "digest", "shape"}:
-            del foreign[3:]
-    for name in foreign:
+    foreign = ["log.csv", "loss.png", "preview-*.png", "rate-distortion.*"]
+    try:  # our cache may come before a checkpoint
+        ours = {"key", "digest", "shape"} <= set(json.loads((out / "pictures.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        ours = False
+    for name in foreign if ours else [*foreign, "pictures.u8", "pictures.json"]:
         if any(out.glob(name)) and not (out / "checkpoint.pt").exists():
             what = f"{printable(out)} holds {name} but no checkpoint.pt"
             raise ValueError(f"{what}, so it is not a run; use another --out")
@@ -525,12 +530,23 @@ def refuse_other_run(old, new, out):
 
 
 def open_log(path, start):
-    """log.csv with the rows up to step `start`; those after the checkpoint are dropped."""
-    rows = path.read_text(errors="replace").splitlines()[1:] if path.exists() else []
-    rows = [row for row in rows if re.fullmatch(r"\d+(,[-+.e\d]+){3}", row)]  # not cut off
-    rows = [row for row in rows if int(row.split(",")[0]) <= start]
+    """log.csv with the rows up to step `start`; those after the checkpoint are dropped.
+
+    If it has other lines, which may be somebody's, the old file is kept as log.old.csv.
+    """
+    header, rows, others = "step,loss,grad_norm,lr", [], []
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    for line in lines:
+        try:
+            step, loss, norm, lr = map(float, line.split(","))
+            rows += [f"{step:.0f},{loss:.6g},{norm:.6g},{lr:.6g}"] if step <= start else []
+        except ValueError:
+            others += [line]
+    if set(others) - {header, lines[-1] if lines else ""}:  # the last one may be cut off
+        shutil.copy(path, path.with_name("log.old.csv"))
+        print(f"{printable(path)} has other lines; the old file is now log.old.csv")
     with atomic_write(path) as temporary:
-        temporary.write_text("\n".join(["step,loss,grad_norm,lr", *rows]) + "\n")
+        temporary.write_text("\n".join([header, *rows]) + "\n")
     return open(path, "a")
 
 

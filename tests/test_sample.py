@@ -285,7 +285,7 @@ def test_what_cannot_be_written_is_said_before_sampling(trained, tmp_path, run, 
         ("--strip s", "s must be an image file"),
         ("--dir file", "file"),
         ("--dir new.png/sub --out new.png", "--out must be a file"),
-        ("--dir photos", "photos holds numbered images; choose another --dir"),
+        ("--dir photos", "photos holds images; choose another --dir"),
     ):
         flags = ["--onnx", trained[0] / "model.onnx", "-n", 1, *flags.split()]
         code = 2 if said.startswith("--") else 1

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import copy
 import errno
+import json
 import os
 import shlex
 import shutil
@@ -233,6 +234,7 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
     assert before[0] == [0, 1, 2] and read() == before and len(decoded) == 1
     assert {p.name for p in out.iterdir()} == {"pictures.u8", "pictures.json"}
     assert (out / "pictures.u8").stat().st_size == 3 * 4 * 4  # uint8, and nothing else
+    assert read(channels=1) == before and len(decoded) == 1  # what it has anyway
     assert read(channels=3)[0] == [0, 1, 2] and len(decoded) == 2
     shutil.copytree(folder, tmp_path / "copy")  # the same names, sizes and times
     assert read(tmp_path / "copy") == before and len(decoded) == 3
@@ -248,6 +250,10 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
     for name in ("pictures.u8", "pictures.json"):
         (out / name).write_bytes((out / name).read_bytes()[:-1])  # damaged
         assert read()[0] == [0, 7]
+    cache = json.loads((out / "pictures.json").read_text())
+    for shape in ([32], [2, 1, 2, 8], [4, 1, 2, 4]):
+        (out / "pictures.json").write_text(json.dumps(cache | {"shape": shape}))
+        assert read()[0] == [0, 7] and decoded.pop()
     assert len(decoded) == 8
     for place in ("here", "there"):  # the same relative name, the same files
         shutil.copytree(folder, tmp_path / place / "data")
@@ -561,8 +567,10 @@ def test_damaged_rows_of_the_log_are_dropped(pictures, tmp_path, run):
     flags = ["--data", pictures, *TINY, "--steps"]
     run("train.py", *flags, 2, cwd=tmp_path)
     log = tmp_path / "run" / "log.csv"
-    log.write_text(log.read_text() + "2,abc,1,1\n3,0.5\nnonsense\n")
-    run("train.py", *flags, 4, cwd=tmp_path)
+    log.write_text(log.read_text().replace(",", ", ") + "2,--,1,1\nmy note\n3,0.5")
+    before = log.read_text()
+    assert "the old file is now log.old.csv" in run("train.py", *flags, 4, cwd=tmp_path)
+    assert (tmp_path / "run" / "log.old.csv").read_text() == before
     rows = [[float(value) for value in row.split(",")] for row in log.read_text().splitlines()[1:]]
     assert [row[0] for row in rows] == [1, 2, 3, 4]
 
@@ -756,6 +764,12 @@ def test_eval_checks_first_where_its_curve_goes(trained, pictures, tmp_path, run
     flags[-1] = "folder"
     said = run("train.py", *flags, cwd=tmp_path, code=1)
     assert "folder/rate-distortion.csv can't be written" in said
+
+
+def test_curve_of_eval_is_never_an_image(tmp_path):
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / train.CURVE)
+    assert [path.name for path in train.picture_files(tmp_path)] == ["a.png"]
 
 
 def test_eval_without_data_is_of_the_demo(trained, tmp_path, run):
