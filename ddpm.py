@@ -49,7 +49,7 @@ def cosine_betas(T=1000):
 def _at(table, t):
     """Look up a float64 table (T,) at t (B,): float32 (B, 1, 1, 1), to broadcast over images.
 
-    The tables are on the CPU, because not every device has float64; the result is on that of t.
+    The tables are on the CPU, because not every device has float64; the result is where t is.
     """
     table = table.float()
     if t.is_cuda:  # the host does not wait for a copy from pinned memory
@@ -78,9 +78,9 @@ class Diffusion:
     variance: sigma_t^2 of the reverse step (section 3.2). "large" is beta_t, which is optimal if
         x_0 ~ N(0, I); "small" is the posterior variance beta-tilde_t, which is optimal if x_0 is a
         single point. The paper's CIFAR-10 samples use "large", its 256x256 samples "small".
-    predicts: what the network's output is. "eps" is the noise, as in the paper. "mean" is that of
-        q(x_{t-1} | x_t, x_0), the paper's alternative. "v" is sqrt(abar_t) eps - sqrt(1 - abar_t)
-        x_0, of Salimans and Ho 2022 (arXiv:2202.00512).
+    predicts: what the network returns. "eps" is the noise, the paper's choice. "mean" is the mean
+        of q(x_{t-1} | x_t, x_0), its alternative. "v" is sqrt(abar_t) eps - sqrt(1 - abar_t) x_0,
+        from Salimans and Ho 2022 (arXiv:2202.00512).
 
     Raises ValueError if betas, variance or predicts is invalid.
     """
@@ -136,7 +136,7 @@ class Diffusion:
         return mean, _at(self.posterior_variance, t)
 
     def predict_eps(self, model, x_t, t):
-        """eps_theta(x_t, t): the noise in x_t, by the model's output, whatever it predicts."""
+        """eps_theta(x_t, t): the noise in x_t, whatever the model predicts. (B, C, H, W)."""
         return _at(self.a, t) * x_t + _at(self.b, t) * model(x_t, t).float()
 
     # ------------------------------------------------------------------------ training, Algorithm 1
@@ -196,9 +196,9 @@ class Diffusion:
         Takes T forward passes; call model.eval() first. x0_hat is clipped to [-1, 1], as in
         sampling. Returns a Bound, float64 on the CPU.
         """
-        abar_T = self.alphas_bar[-1].item()  # KL(q(x_T | x_0) || N(0, I)):
-        x0_squared = x0.square().mean((1, 2, 3)).cpu().double()
-        L_T = (abar_T * x0_squared - abar_T - math.log1p(-abar_T)) / 2 / math.log(2)
+        abar_T, mean_square = self.alphas_bar[-1].item(), x0.square().mean((1, 2, 3))
+        # KL(q(x_T | x_0) || N(0, I)):
+        L_T = (abar_T * mean_square.cpu().double() - abar_T - math.log1p(-abar_T)) / 2 / math.log(2)
         L_t, mse = [], []
         for i in range(self.T):
             t = torch.full((len(x0),), i, device=x0.device)

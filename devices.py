@@ -1,7 +1,7 @@
-"""Accelerators, and several processes that train as one: what train.py asks of torch about them.
+"""What train.py needs for accelerators, and for several processes that train one network.
 
-It chooses the device, compiles where that pays, reads the loss without holding the device up, and
-keeps the processes of torchrun together. On one CPU none of it does anything.
+This module chooses the device, compiles the network where that pays, reads the loss without making
+the device wait, and keeps the processes of torchrun in step. Training on a CPU needs little of it.
 """
 
 import os
@@ -18,8 +18,9 @@ RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = 0, 1, 0, 1
 NAMES = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
 if {"TORCHELASTIC_RUN_ID", *NAMES} <= set(os.environ):
     RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (int(os.environ[name]) for name in NAMES)
-patient = None  # a process group that waits for hours
-AHEAD = {"cuda": 1}  # how many steps a device may be ahead of what has been read from it
+RESTARTED = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun --max-restarts
+patient = None  # the process group whose members wait for each other for hours
+AHEAD = {"cuda": 1}  # how many steps a device may start before the loss of a step is read
 
 # --------------------------------------------------------------------------------------- the device
 

@@ -84,6 +84,7 @@ def to_onnx(trained, model):
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
+            # without nodes for eps = 0 x_t + 1 F
             model if trained.diffusion.predicts == "eps" else Eps(model, trained.diffusion),
             example,
             input_names=["x_t", "t"],

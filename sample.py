@@ -32,7 +32,7 @@ from tqdm import tqdm
 INSTALL = 'pip uninstall -y onnxruntime onnxruntime-gpu; pip install "onnxruntime-gpu[cuda,cudnn]"'
 GRID = 256  # the largest number of images in one grid
 FRAMES, STRIP = 50, 10  # how many of the steps the GIF and the strip show
-LANES = {"cuda": 2}  # batches drawn at a time: numpy works on one while the network runs on another
+LANES = {"cuda": 2}  # batches drawn at a time: numpy works on one while CUDA works on another
 LAMBDAS = np.linspace(0, 1, 11, dtype=np.float32)  # the mixtures of an interpolation
 
 # ------------------------------------------------------------------------------ the reverse process
@@ -223,8 +223,8 @@ class Network:
     def _explain(self, error):
         """The exception that says what an exception of ONNX Runtime means."""
         if is_out_of_memory(error):
-            where = "into that of the card" if self.device == "cuda" else "into memory"
-            what = f"{self.batch} images at once do not fit {where}, see --batch"
+            where = "the memory of the card" if self.device == "cuda" else "memory"
+            what = f"{self.batch} images at once do not fit into {where}, see --batch"
             return MemoryError(f"{what}: {one_line(error)}")
         return RuntimeError(f"ONNX Runtime fails on {self.device}: {one_line(error)}")
 
@@ -341,6 +341,25 @@ def temporary_folder(path):
     return tempfile.TemporaryDirectory(prefix=f".{path.name}.tmp-", dir=path.parent)
 
 
+def target_of(path):
+    """`path`, or the target of the link there. Raises PermissionError if it is write-protected."""
+    target = Path(os.path.realpath(path))
+    if target.is_file() and not os.access(target, os.W_OK):
+        raise PermissionError(f"{printable(path)} is write-protected")
+    return target
+
+
+def check_writable(path):
+    """Raise ValueError or OSError now if no file can be put at `path` later.
+
+    Returns the temporary_folder beside it.
+    """
+    if path.exists() and not path.is_file():
+        kind = "folder" if path.is_dir() else "device or pipe"
+        raise ValueError(f"{printable(path)} is a {kind}")
+    return temporary_folder(target_of(path))
+
+
 @contextlib.contextmanager
 def atomic_write(path):
     """Yields a temporary path beside `path`, then moves what was written there into place.
@@ -349,9 +368,7 @@ def atomic_write(path):
     same temporary path. A link at `path` stays, and its target is written; so do the permissions
     of an old file. Raises OSError.
     """
-    path = Path(os.path.realpath(path))
-    if path.is_file() and not os.access(path, os.W_OK):
-        raise PermissionError(f"{printable(path)} is write-protected")
+    path = target_of(path)
     with temporary_folder(path) as folder:
         temporary = Path(folder, path.name)
         yield temporary
@@ -377,12 +394,7 @@ def check_output(path, image, animated=False):
     if kind not in (Image.SAVE_ALL if animated else Image.SAVE) or kind in ("ICO", "ICNS"):
         what = "an animation such as x.gif" if animated else "an image file such as x.png"
         raise ValueError(f"{printable(path)} must be {what}")
-    if path.exists() and not path.is_file():
-        kind = "folder" if path.is_dir() else "device or pipe"
-        raise ValueError(f"{printable(path)} is a {kind}")
-    if path.exists() and not os.access(path, os.W_OK):
-        raise PermissionError(f"{printable(path)} is write-protected")
-    with temporary_folder(Path(os.path.realpath(path))) as folder, as_value_error(printable(path)):
+    with check_writable(path) as folder, as_value_error(printable(path)):
         image.save(Path(folder, path.name))
 
 
@@ -540,11 +552,11 @@ def main():
     def blank(n, columns=None):
         return grid(np.zeros((n, height, width, channels), np.uint8), columns)
 
-    columns = len(LAMBDAS) + 2
-    shown = blank(min(args.n, GRID))
     if args.interpolate:
-        shown = blank(columns * len(args.t), columns)
-    check_output(args.out, shown)
+        columns = len(LAMBDAS) + 2
+        check_output(args.out, blank(columns * len(args.t), columns))
+    else:
+        check_output(args.out, blank(min(args.n, GRID)))
     if args.gif:
         check_output(args.gif, blank(min(batch, GRID)), animated=True)
     if args.strip:

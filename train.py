@@ -173,7 +173,7 @@ def on_all_cores(function, paths):
 def have_colour(paths):
     """Whether any of the image files is in colour."""
     for path in paths:
-        with contextlib.suppress(Exception), Image.open(path) as image:  # reads only the header
+        with contextlib.suppress(Exception), Image.open(path) as image:  # reads little of it
             if not sample.is_grey(image):
                 return True
     return False
@@ -243,11 +243,13 @@ def cache_folder(folder, size, channels, out, expected=None):
     data, description = out / "pictures.u8", out / "pictures.json"
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         cache = json.loads(description.read_text())
-        whole = data.stat().st_size == math.prod(cache["shape"])
-        whole &= cache["shape"][2:] == [size, size] and len(cache["shape"]) == 4
-        same = expected is None or expected["digest"] == cache["digest"]
-        same &= channels in (cache["channels"], cache["shape"][1])
-        if whole and same and cache["key"] == key:
+        if (
+            cache["key"] == key
+            and cache["shape"][2:] == [size, size]
+            and channels in (cache["channels"], cache["shape"][1])
+            and data.stat().st_size == math.prod(cache["shape"])
+            and (expected is None or cache["digest"] == expected["digest"])
+        ):
             return
     with atomic_write(data) as temporary:
         with open(temporary, "wb") as file:
@@ -257,8 +259,8 @@ def cache_folder(folder, size, channels, out, expected=None):
             raise ValueError(f"{printable(out)} holds another run, {counts}. {WAY_OUT}")
         description.unlink(missing_ok=True)
     with atomic_write(description) as temporary:
-        description = {"key": key, "digest": digest, "shape": shape, "channels": channels}
-        temporary.write_text(json.dumps(description))
+        cache = {"key": key, "digest": digest, "shape": shape, "channels": channels}
+        temporary.write_text(json.dumps(cache))
 
 
 def open_cache(out):
@@ -311,6 +313,11 @@ class Trained:
         return self.settings["in_channels"], size, size
 
 
+def not_a_checkpoint(path):
+    """Turns any error into a ValueError that says so."""
+    return as_value_error(f"{printable(path)} is not a checkpoint of train.py")
+
+
 def load(path):
     """The Trained in a checkpoint, in the folder of a run, or in published weights.
 
@@ -324,7 +331,7 @@ def load(path):
         return Trained(model, diffusion, settings, 0, f"diffusers, {path.resolve().name}")
     if not path.is_file():
         raise ValueError(f"{printable(path)} does not exist; python train.py writes a checkpoint")
-    with as_value_error(f"{printable(path)} is not a checkpoint of train.py"):
+    with not_a_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         config = checkpoint["config"]
         model = UNet(**config["model"]).eval()
@@ -380,10 +387,8 @@ def evaluate(args):
     beside = path if path.is_dir() else path.parent if path.exists() else "."
     curve = Path(args.out or beside, CURVE)
     for file in (curve, curve.with_suffix(".csv")):  # now, and not after hours
-        if file.is_dir() or (file.exists() and not os.access(file, os.W_OK)):
-            raise ValueError(f"{printable(file)} can't be written")
-    with sample.temporary_folder(curve):
-        pass
+        with as_value_error(f"{printable(file)} can't be written"), sample.check_writable(file):
+            pass
     model = trained.model.to(device)
     diffusion = Diffusion(trained.diffusion.betas, args.variance, args.predicts)
 
@@ -455,22 +460,22 @@ def lock(folder):
         os.close(handle)
 
 
-def move_run(out, aside):
-    """Move what a run writes, but for the decoded images, into another folder."""
-    aside.mkdir(exist_ok=True)
+def move_run(source, target):
+    """Move what a run writes, except for the decoded images, into another folder."""
+    target.mkdir(exist_ok=True)
     names = "log.csv", "loss.png", "preview-*.png", "rate-distortion.*", "checkpoint.pt"
     try:
-        for path in [path for name in names for path in out.glob(name)]:
+        for path in [path for name in names for path in source.glob(name)]:
             if path.is_symlink():  # it may be relative
-                (aside / path.name).symlink_to(os.path.realpath(path))
+                (target / path.name).symlink_to(os.path.realpath(path))
                 path.unlink()
             else:
-                path.rename(aside / path.name)
+                path.rename(target / path.name)
     except OSError:
         with contextlib.suppress(OSError):
-            aside.rmdir()  # if it is empty, because `out` is a file system of its own
+            target.rmdir()  # it is empty if `source` is a file system of its own
         raise
-    print(f"the run in {printable(out)} is now in {printable(aside)}")
+    print(f"the run in {printable(source)} is now in {printable(target)}")
 
 
 def refuse_foreign_files(out):
@@ -511,11 +516,10 @@ def run_folder(out, restart):
 
 def refuse_other_run(old, new, out):
     """Raise ValueError unless two configurations are of the same run, which may train longer."""
-    parts = {name: set(new[name]) for name in ("diffusion", "model", "train")}
     different = [
         f"{key} was {old[part].get(key)}, now {new[part][key]}"
-        for part, keys in parts.items()
-        for key in sorted(keys - {"betas", "warmup", "data"})
+        for part in ("diffusion", "model", "train")
+        for key in sorted(set(new[part]) - {"betas", "warmup", "data"})
         if old[part].get(key) != new[part][key]
     ]
     if old["diffusion"]["betas"] != new["diffusion"]["betas"]:
@@ -700,7 +704,7 @@ def read_run(args, out):
     }
     path, state = out / "checkpoint.pt", None
     if RANK == 0 and path.exists():
-        with as_value_error(f"{printable(path)} is not a checkpoint of train.py"):
+        with not_a_checkpoint(path):
             if not path.is_file():
                 raise ValueError("it is not a file")
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -761,7 +765,7 @@ def train(args, out):
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     if resumes:
-        with as_value_error(f"{printable(path)} is not a checkpoint of train.py"):
+        with not_a_checkpoint(path):
             start = restore(state, model, ema, optimizer)
     del state
     if WORLD > 1:
@@ -770,7 +774,8 @@ def train(args, out):
             weights.update(tensor.detach().cpu().contiguous().numpy())
         flags = {name: getattr(args, name) for name in ("steps", "accumulate", "preview_every")}
         parts = config["model"] | config["diffusion"] | config["train"] | flags
-        parts |= {"data": "", "first step": start, "weights": weights.hexdigest()}
+        parts |= {"first step": start, "weights": weights.hexdigest()}
+        del parts["data"]  # the name of the folder, which may differ
         devices.refuse_differences(parts)
         compiled = network is not model
         network = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -893,8 +898,7 @@ def main():
         if args.eval is not None:
             return evaluate(args)
         out = Path(args.out or "run").resolve()
-        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun --max-restarts
-        restart = args.restart and not again
+        restart = args.restart and not devices.RESTARTED
         if WORLD > 1:
             devices.start_processes(args.device)
         with run_folder(out, restart) if RANK == 0 else contextlib.nullcontext():

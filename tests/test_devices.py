@@ -333,7 +333,7 @@ def test_two_machines_train_as_one_or_say_why_not(tmp_path, run):
         assert rank == 0 or "stopped because of rank 1: " in done[0][1]
     assert checkpoint(a / "run")["step"] == 6
 
-    # A file of the user's on the second machine, and a flag that is wrong there alone.
+    # A file of the user's on the second machine stays.
     (a / "images").rename(b / "images")
     (a / "images").symlink_to(b / "images")
     (b / "mine").mkdir()
@@ -407,7 +407,9 @@ def test_cuda_that_fails_is_not_blamed_on_the_file(where, error, said, cuda, tra
 @pytest.mark.parametrize("where", ["open", "run"])
 def test_full_card_is_not_a_broken_file(where, cuda, trained):
     cuda[where] = RuntimeError("CUDA failure 2: out of memory")
-    with pytest.raises(MemoryError, match="2 images at once do not fit into that of the card"):
+    with pytest.raises(
+        MemoryError, match="2 images at once do not fit into the memory of the card"
+    ):
         sample.Network(trained[0] / "model.onnx", 2)
 
 
