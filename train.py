@@ -282,6 +282,13 @@ DEMO_GLYPHS = [
 DEMO_COLOURS = [(230, 57, 70), (244, 162, 28), (56, 160, 75), (38, 110, 220)]
 
 
+# What --quick stands for: small images after minutes on a laptop CPU. The README has measurements.
+QUICK = dict(
+    base_channels=16, channel_mults=[1, 2, 4, 4], num_res_blocks=1, attention_resolutions=[8],
+    dropout=0.0, predicts="v", batch=64, lr=2e-3, lr_decay=True, steps=1800,
+)  # fmt: skip
+
+
 def demo_pictures():
     """Each glyph in each colour at nine places, on white: uint8 (216, 3, 8, 8)."""
     pictures = []
@@ -586,6 +593,7 @@ def arguments():
     flag("--num-res-blocks", 2, "residual blocks per level", type=between(1, 99))
     flag("--attention-resolutions", [16], "in pixels", type=positive, nargs="*")
     flag("--dropout", 0.1, "probability of dropping an activation", type=share)
+    flag("--quick", False, "a small network and a short run, for a CPU; see the README", **switch)
     flag("--init", None, "start from these weights: a checkpoint, or weights for diffusers")
     flag("--schedule", "linear", "the betas, T = 1000", choices=("linear", "cosine"))
     flag("--variance", "large", "sigma_t^2: beta_t or beta-tilde_t", choices=("large", "small"))
@@ -615,10 +623,17 @@ def arguments():
     known = defaults | {"trained": None, "norm_groups": None}
     if "data" not in given:
         known |= DEMO
+        if "quick" in given:
+            parser.error("--quick is for --data; the demo is short by itself")
+    elif "quick" in given:
+        known |= QUICK
     if "eval" in given and ("init" in given or "schedule" in given):
         parser.error("--eval can't be combined with --init or --schedule")
-    training = "restart steps weighting lr warmup lr_decay ema accumulate dropout no_flip no_amp"
-    unused = set(given) & {*training.split(), "no_compile", "preview_every", "save_minutes"}
+    training = (
+        "quick restart steps weighting lr warmup lr_decay ema accumulate dropout no_flip no_amp "
+        "no_compile preview_every save_minutes"
+    )
+    unused = set(given) & set(training.split())
     if "eval" in given and unused:
         parser.error(f"--{min(unused).replace('_', '-')} is for training, not for --eval")
     if "eval_images" in given and "eval" not in given:
@@ -657,6 +672,17 @@ def arguments():
 
     args.device = devices.choose_device(args.device)
     return args
+
+
+def shown_flags(args, names):
+    """The flags of these names as on a command line, with their values."""
+    words = []
+    for name in names:
+        value = getattr(args, name)
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            words += value if isinstance(value, list) else [value]
+    return " ".join(map(str, words))
 
 
 def network_settings(args):
@@ -824,6 +850,8 @@ def train(args, out):
         others = f" and {WORLD - 1} more" if WORLD > 1 else ""
         dtype = "bfloat16" if args.amp else "float32"
         print(f"images   {len(images):,} of {'x'.join(map(str, images.shape[1:]))}")
+        if args.quick:
+            print(f"--quick  {shown_flags(args, QUICK)}")
         print(f"network  {size:,} parameters on {device}{others}, {dtype}")
         print(
             f"steps    {start:,} to {args.steps:,}, with a preview every {min(every, args.steps):,}"

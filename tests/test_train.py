@@ -6,6 +6,7 @@ import copy
 import errno
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -855,6 +856,8 @@ def test_loss_is_plotted_as_a_curve(tmp_path):
         ("--eval run --eval-images 0", "--eval-images: must be"),
         ("--eval run --steps 5", "--steps is for training, not for --eval"),
         ("--eval-images 5", "--eval-images is for --eval"),
+        ("--quick", "--quick is for --data"),
+        ("--data x --eval run --quick", "--quick is for training, not for --eval"),
         ("--eval run --lr-decay", "--lr-decay is for training, not for --eval"),
         ("--predicts x0", "invalid choice"),
         ("--channels 2", "invalid choice"),
@@ -867,6 +870,18 @@ def test_impossible_flags_are_refused(flags, said, monkeypatch, capsys):
         train.arguments()
     assert refused.value.code == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_quick_is_the_flags_that_it_prints(pictures, tmp_path, run):
+    flags = ["--data", pictures, "--image-size", 8, "--batch", 4, "--steps", 2]
+    said = run("train.py", *flags, "--quick", "--out", "quick", cwd=tmp_path)
+    (shown,) = re.findall("^--quick  (--.*)", said, re.MULTILINE)
+    assert shown.endswith(" --predicts v --batch 4 --lr 0.002 --lr-decay --steps 2")
+    run("train.py", *flags[:4], *shown.split(), "--out", "spelt", cwd=tmp_path)
+    quick, spelt = (checkpoint(tmp_path / name) for name in ("quick", "spelt"))
+    assert quick["config"] == spelt["config"]
+    assert all(torch.equal(w, spelt["ema"][name]) for name, w in quick["ema"].items())
+    run("train.py", *flags, "--quick", "--out", "spelt", cwd=tmp_path)  # the same run: it resumes
 
 
 def test_missing_or_empty_folders_are_one_line(tmp_path, run):
