@@ -1,5 +1,6 @@
 """What the tests of the programs share: ways to run them, a folder of images, and a trained run."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -14,6 +15,8 @@ from PIL import Image
 import export
 import sample
 import train
+from ddpm import Diffusion, UNet, linear_betas
+from test_ddpm import PAPER
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a connection, nor waits for one
 HERE = Path(__file__).parent.parent
@@ -92,6 +95,42 @@ def trained(tmp_path_factory, pictures):
     said.append(python(*warn, "sample.py", "--onnx", "model.onnx", "-n", 5, "--steps", 20,
                        cwd=folder))  # fmt: skip
     return folder, said
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """A network that has learnt a little (random weights quantize worse), in three precisions."""
+    folder = tmp_path_factory.mktemp("files")
+    settings = dict(image_size=8, in_channels=3, base_channels=16, channel_mults=(1, 2),
+                    num_res_blocks=1, attention_resolutions=(4,), dropout=0.0)  # fmt: skip
+    torch.manual_seed(0)
+    model, images = UNet(**settings), train.demo_pictures().float() / 127.5 - 1
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(200):
+        optimizer.zero_grad()
+        PAPER.loss(model, images[torch.randint(len(images), (32,))]).backward()
+        optimizer.step()
+    export_once = export.to_onnx
+    source = train.Trained(model.eval(), Diffusion(linear_betas(), "small"), settings, 7, "a test")
+    said, to_onnx = {}, functools.cache(lambda _, model: export_once(source, model))
+    for kind in (None, "half", "int8"):
+        with pytest.MonkeyPatch.context() as patch:
+            lines = []
+            patch.setattr("builtins.print", lambda *words, lines=lines: lines.append(words[0]))
+            patch.setattr(export, "to_onnx", lambda _, model: to_onnx(None, model))
+            export.write_onnx(source, folder / f"{kind}.onnx", kind)
+        said[kind] = "\n".join(lines)
+    assert len(list(folder.iterdir())) == 3
+    return folder, source, said
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """The README's first commands as they stand there: a folder with the demo's model.onnx."""
+    folder = tmp_path_factory.mktemp("demo")
+    python("train.py", cwd=folder, timeout=1200)
+    python("export.py", cwd=folder)
+    return folder
 
 
 FULL_DISK = """

@@ -1,6 +1,5 @@
 """The promises of export.py: the ONNX file, reduced precision, and weights for diffusers."""
 
-import functools
 import json
 import os
 import shutil
@@ -148,33 +147,6 @@ def test_full_disk_leaves_the_old_model_whole(trained, tmp_path):
 
 
 # -------------------------------------------------------------------------------- reduced precision
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """A network that has learnt a little (random weights quantize worse), in three precisions."""
-    folder = tmp_path_factory.mktemp("files")
-    settings = dict(image_size=8, in_channels=3, base_channels=16, channel_mults=(1, 2),
-                    num_res_blocks=1, attention_resolutions=(4,), dropout=0.0)  # fmt: skip
-    torch.manual_seed(0)
-    model, images = UNet(**settings), train.demo_pictures().float() / 127.5 - 1
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for _ in range(200):
-        optimizer.zero_grad()
-        PAPER.loss(model, images[torch.randint(len(images), (32,))]).backward()
-        optimizer.step()
-    export_once = export.to_onnx
-    source = train.Trained(model.eval(), Diffusion(linear_betas(), "small"), settings, 7, "a test")
-    said, to_onnx = {}, functools.cache(lambda _, model: export_once(source, model))
-    for kind in (None, "half", "int8"):
-        with pytest.MonkeyPatch.context() as patch:
-            lines = []
-            patch.setattr("builtins.print", lambda *words, lines=lines: lines.append(words[0]))
-            patch.setattr(export, "to_onnx", lambda _, model: to_onnx(None, model))
-            export.write_onnx(source, folder / f"{kind}.onnx", kind)
-        said[kind] = "\n".join(lines)
-    assert len(list(folder.iterdir())) == 3
-    return folder, source, said
 
 
 def errors_said(said):

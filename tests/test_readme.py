@@ -82,6 +82,8 @@ def test_flags_files_and_anchors_exist(run, tmp_path):
     titles = re.findall(r"^#+ (.*)", README, re.MULTILINE)
     anchors = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
     assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors
+    linked = re.findall(r'data-readme="([^"]+)"', (HERE / "docs" / "index.html").read_text())
+    assert len(linked) >= 5 and set(linked) <= anchors
 
 
 def test_images_for_fid_are_cut_as_for_training(pictures, tmp_path):
