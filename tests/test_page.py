@@ -371,7 +371,11 @@ def test_other_files_and_then_another_model(page, files, tmp_path):
     page.select_option("#sampler", "ddim")
     page.click("#sample")  # the model before is still there
     assert "10 steps in" in until_idle(page)
+    page.select_option("#steps", "1000")
+    page.click("#sample")  # stops when another model is opened, without a word
     assert "Ready. None.onnx" in choose(page, files[0] / "None.onnx")
+    assert page.get_attribute("#status", "class") == "" and page.is_enabled("#sample")
+    page.select_option("#steps", "10")
     about = page.text_content("#about")
     assert "8\u00d78, colour" in about and "small" in about and "a test" in about
     page.click("#sample")
