@@ -2,7 +2,7 @@
 
     python train.py                       # the built-in demo, a few minutes on a laptop CPU
     python train.py --data ./images       # the paper's CIFAR-10 run, on your images
-    python train.py --data ./images --base-channels 64 --steps 50000    # a smaller network
+    python train.py --data ./images --quick    # a small network, minutes on two CPU cores
     python train.py --data ./images --init google/ddpm-cifar10-32    # fine-tune published weights
     python train.py --data ./images --eval run/checkpoint.pt    # the variational bound, in bits
     torchrun --standalone --nproc_per_node=4 train.py --data ./images   # on four GPUs
@@ -270,6 +270,12 @@ def open_cache(out):
     return torch.from_numpy(pixels), cache["digest"]
 
 
+# What --quick stands for: small images after minutes on a laptop CPU. The README has measurements.
+QUICK = dict(
+    base_channels=16, channel_mults=[1, 2, 4, 4], num_res_blocks=1, attention_resolutions=[8],
+    dropout=0.0, predicts="v", batch=64, lr=2e-3, lr_decay=True, steps=1800,
+)  # fmt: skip
+
 # The demo: images so simple that a test can tell a right sample from a wrong one, and a network and
 # a schedule that learn them on two CPU cores in under four minutes.
 DEMO = dict(
@@ -280,13 +286,6 @@ DEMO_GLYPHS = [
     ".#. ### .#.", "#.# .#. #.#", "### #.# ###", "### .#. .#.", "#.# #.# ###", "#.# ### #.#",
 ]  # fmt: skip
 DEMO_COLOURS = [(230, 57, 70), (244, 162, 28), (56, 160, 75), (38, 110, 220)]
-
-
-# What --quick stands for: small images after minutes on a laptop CPU. The README has measurements.
-QUICK = dict(
-    base_channels=16, channel_mults=[1, 2, 4, 4], num_res_blocks=1, attention_resolutions=[8],
-    dropout=0.0, predicts="v", batch=64, lr=2e-3, lr_decay=True, steps=1800,
-)  # fmt: skip
 
 
 def demo_pictures():
