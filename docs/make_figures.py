@@ -1,19 +1,22 @@
-"""Make the README's pictures again, out of a trained run and the pictures it has not seen.
+"""Make the README's figures from a network and images that it has not seen.
 
-    python docs/make_figures.py --run run --data fashion-mnist/test --out docs
+    python docs/make_figures.py --data fashion-mnist/test                  # the included network
+    python docs/make_figures.py --data ./test --onnx model.onnx --out figures
+    python docs/make_figures.py --data ./test --demo demo.onnx             # also demo.png
 
-needs checkpoint.pt in the folder of the run, and takes some twenty minutes on two cores. Each
-picture has a white ground of its own, so that it can be read on a dark page.
+It takes about ten minutes on two cores. Every figure has a white background, so that it can be read
+on a dark page. Values of t count from 0, as in the code.
 """
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageSequence
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -22,136 +25,294 @@ import sample  # noqa: E402
 import train  # noqa: E402
 from ddpm import Diffusion, cosine_betas, linear_betas  # noqa: E402
 
-SHOWN = (0, 50, 100, 200, 300, 400, 500, 700, 999)  # the t of the forward process
-STEPS = (1000, 250, 50, 20)
+DPI, BATCH = 100, 16
 
 
-def labelled(image, above, beside=(), left=0):
-    """The image on white, with words above it at even distances, and beside it."""
-    font, high = ImageFont.load_default(22), 40
-    page = Image.new("RGB", (image.width + left + 8, image.height + high + 8), "white")
-    page.paste(image, (left, high))
-    draw = ImageDraw.Draw(page)
-    for words, length, vertical in ((above, image.width, False), (beside, image.height, True)):
-        for k, word in enumerate(words):
-            middle = (k + 0.5) * length / len(words)
-            place = (left - 12, high + middle) if vertical else (left + middle, high - 8)
-            draw.text(place, word, "black", font, "rm" if vertical else "md")
-    return page
+def show(axes, images, columns=(), rows=(), frames=()):
+    """Draw images, (rows, columns, C, H, W) in [-1, 1], as one labelled grid.
+
+    frames: the (row, column) of the images to mark.
+    """
+    R, C, channels, h, w = images.shape
+    pixels = sample.to_pixels(images.reshape(-1, channels, h, w))
+    pixels = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+    h, w = h + 2, w + 2
+    pixels = pixels.reshape(R, C, h, w, channels).swapaxes(1, 2).reshape(R * h, C * w, channels)
+    axes.imshow(np.repeat(pixels, 3 // channels, 2), interpolation="nearest")
+    axes.set_xticks((np.arange(len(columns)) + 0.5) * w - 0.5, columns)
+    axes.set_yticks((np.arange(len(rows)) + 0.5) * h - 0.5, rows)
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    for row, column in frames:
+        corner = column * w - 0.5, row * h - 0.5
+        axes.add_patch(Rectangle(corner, w, h, edgecolor="red", facecolor="none", linewidth=2))
 
 
-def grid(x, columns):
-    """Pictures (B, C, H, W) in [-1, 1] in rows of so many."""
-    return sample.grid(sample.to_pixels(np.asarray(x)), columns)
+def save_sheet(path, images, columns=(), rows=(), frames=(), inches=0.85):
+    """A PNG of show()."""
+    R, C = images.shape[:2]
+    figure = Figure(figsize=(inches * C + 0.9 * bool(len(rows)), inches * R + 0.4))
+    figure.set_layout_engine("constrained")
+    show(figure.subplots(), images, columns, rows, frames)
+    figure.savefig(path, dpi=DPI)
 
 
-def forward(diffusion, x0):
-    """x_t of four pictures at growing t: a row for each, its noise the same all along."""
+def save_curves(path, curves, x_label, y_label, size=(6, 3.4), **scales):
+    """A PNG of curves, {name: (x, y)}."""
+    figure = Figure(figsize=size, layout="constrained")
+    plot(figure.subplots(), curves, x_label, y_label, **scales)
+    figure.savefig(path, dpi=DPI)
+
+
+def plot(axes, curves, x_label, y_label, **scales):
+    for name, (x, y) in curves.items():
+        axes.plot(x, y, label=name)
+    axes.set(xlabel=x_label, ylabel=y_label, **scales)
+    axes.grid(alpha=0.3)
+    if len(curves) > 1:
+        axes.legend()
+
+
+# ------------------------------------------------------------------------------- without a network
+
+
+def draw_schedule(path, x0):
+    """abar_t of both schedules, above an image with that much noise."""
+    times = (0, 125, 250, 375, 500, 625, 750, 875, 999)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
-    at = [diffusion.q_sample(x0, torch.full((len(x0),), t), noise) for t in SHOWN]
-    rows = torch.stack([x0, *at], 1).flatten(0, 1).clamp(-1, 1)
-    return labelled(grid(rows, 1 + len(SHOWN)), ["x0", "t = 0", *map(str, SHOWN[1:])])
-
-
-def schedule(path):
-    """The signal-to-noise ratio abar_t / (1 - abar_t) of the two schedules."""
-    curves = {}
+    curves, rows = {}, []
     for name, betas in (("linear", linear_betas()), ("cosine", cosine_betas())):
-        abar = Diffusion(betas).alphas_bar
-        keep = slice(0, 995)  # the cosine's ends at 1e-9
-        curves[name] = range(995), (abar / (1 - abar))[keep].tolist()
-    train.save_plot(path, curves, "t", "signal-to-noise ratio", "y")
+        diffusion = Diffusion(betas)
+        curves[name] = range(diffusion.T), diffusion.alphas_bar
+        rows.append([diffusion.q_sample(x0, torch.tensor([t]), noise)[0] for t in times])
+    figure = Figure(figsize=(8, 5.2), layout="constrained")
+    above, below = figure.subplots(2, 1, height_ratios=(3, 2))
+    plot(above, curves, "t", "$\\bar\\alpha_t$", xlim=(-62.5, 1062.5))
+    images = torch.stack([torch.stack(row) for row in rows]).numpy()
+    show(below, images, [f"t = {t}" for t in times], list(curves))
+    figure.savefig(path, dpi=DPI)
 
 
-def loss_by_t(trained, x0, path):
-    """The mean squared error of the noise at each t, on pictures not seen in training."""
-    times = sorted({int(t) for t in np.geomspace(1, trained.diffusion.T, 40)})
+def draw_weights(path):
+    """The factor of (12) for both variances, and that of L_simple."""
+    curves = {}
+    for variance in ("large", "small"):
+        d = Diffusion(linear_betas(), variance)
+        weights = d.betas**2 / (2 * d.sigma2 * d.alphas * (1 - d.alphas_bar))
+        name = "(12), $\\sigma_t^2 = " + (
+            "\\beta_t$" if variance == "large" else "\\tilde\\beta_t$"
+        )
+        curves[name] = range(d.T), weights
+    curves["$L_{simple}$ (14)"] = range(d.T), np.ones(d.T)
+    save_curves(path, curves, "t", "weight of the squared error", yscale="log")
+
+
+def draw_unet(path):
+    """The U-Net of the CIFAR-10 network: sizes, widths, attention and skip connections."""
+    figure = Figure(figsize=(8.6, 4.6), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlim=(-0.4, 12.9), ylim=(-5.3, 1.55))
+    axes.axis("off")
+    arrow = dict(arrowstyle="-|>", color="0.25")
+
+    def box(x, y, width, text, colour):
+        style = dict(facecolor=colour, edgecolor="0.25")
+        axes.add_patch(Rectangle((x - width / 2, y - 0.31), width, 0.62, **style))
+        axes.text(x, y, text, ha="center", va="center", fontsize=8)
+
+    blue, orange, grey = "#dbe8f8", "#fbdcb8", "0.92"
+    levels = [(32, 128), (16, 256), (8, 256), (4, 256)]
+    for k, (size, width) in enumerate(levels):
+        x, y, colour = 1.9 + 0.9 * k, -1.25 * k, orange if size == 16 else blue
+        with_attention = " + attention" if size == 16 else ""
+        box(x, y, 2.0, f"2 blocks{with_attention}\n{width} x {size} x {size}", colour)
+        box(12.5 - x, y, 2.0, f"3 blocks{with_attention}\n{width} x {size} x {size}", colour)
+        skip = arrow | dict(linestyle="--")
+        axes.annotate("", (11.5 - x, y), (x + 1.0, y), arrowprops=skip)
+        skips = ("skip connections, concatenated", "skip connections", "skip connections", "skip")[
+            k
+        ]
+        axes.text(6.25, y + 0.08, skips, ha="center", fontsize=7, color="0.25")
+        if k < 3:
+            axes.annotate("", (x + 0.9, y - 0.94), (x + 0.25, y - 0.31), arrowprops=arrow)
+            axes.text(x + 0.42, y - 0.66, "stride 2", fontsize=7, ha="right", color="0.25")
+            axes.annotate("", (12.25 - x, y - 0.31), (11.6 - x, y - 0.94), arrowprops=arrow)
+            axes.text(12.1 - x, y - 0.66, "upsample", fontsize=7, color="0.25")
+    box(6.25, -4.95, 4.2, "middle: block + attention, block\n256 x 4 x 4", orange)
+    axes.annotate("", (5.2, -4.64), (4.7, -4.06), arrowprops=arrow)
+    axes.annotate("", (7.8, -4.06), (7.3, -4.64), arrowprops=arrow)
+    box(1.4, 1.2, 2.9, "$x_t$: 3 x 32 x 32, conv to 128", grey)
+    box(11.1, 1.2, 2.9, "norm, SiLU, conv to 3: $\\epsilon_\\theta$", grey)
+    box(6.25, 1.2, 5.0, "t: sinusoids, linear, SiLU, linear: 512, to every block", grey)
+    axes.annotate("", (1.9, 0.31), (1.9, 0.89), arrowprops=arrow)
+    axes.annotate("", (10.6, 0.89), (10.6, 0.31), arrowprops=arrow)
+    figure.savefig(path, dpi=DPI)
+
+
+# ---------------------------------------------------------------------------------- with a network
+
+
+def reverse(network, seed=0, **kwargs):
+    """sample.sample_progressive of a batch from this seed."""
+    noise = sample.noise_of(seed, 0, network.shape)
+    return sample.sample_progressive(network, noise, network.betas, network.variance, **kwargs)
+
+
+def last(chain):
+    for _, _, x0 in chain:
+        image = x0
+    return image
+
+
+def draw_strip(folder, network):
+    """strip.png: x_t and x0_hat of two samples along the chain. reverse.gif: nine samples."""
+    times, states, frames = [999, 850, 700, 600, 500, 400, 300, 200, 100, 0], [], []
+    for t, x, x0 in reverse(network):
+        if t in times:
+            states += [x[:2], x0[:2]]
+        if t % 20 == 0 or t == network.betas.size - 1:
+            frames.append(sample.grid(sample.to_pixels(x[:9]), 3))
+    images = np.stack(states, 1).reshape(2, 10, 2, *network.shape[1:])
+    images = images.swapaxes(1, 2).reshape(4, 10, *network.shape[1:])
+    rows = ["$x_t$", "$\\hat x_0$"] * 2
+    save_sheet(folder / "strip.png", images, [f"t = {t}" for t in times], rows)
+    frames += [sample.grid(sample.to_pixels(x0[:9]), 3)]
+    small = 3 * (network.shape[-1] + 2)  # without the enlargement of sample.grid
+    for size in (small, small * max(1, 306 // small)):
+        frames = [frame.resize((size, size), Image.Resampling.NEAREST) for frame in frames]
+    frames = [frame.quantize(32, dither=Image.Dither.NONE) for frame in frames]
+    duration = [80] * (len(frames) - 1) + [3000]  # milliseconds
+    frames[0].save(
+        folder / "reverse.gif", save_all=True, append_images=frames[1:], duration=duration, loop=0
+    )
+
+
+def draw_ends(path, network):
+    """Figure 7: nine ends of the chain from one shared x_t, for several t."""
+    shared = {t: x[:1].copy() for t, x, _ in reverse(network)}
+    rows, columns = [], 8
+    times = [999, 750, 500, 250]
+    for t in times:
+        x_t = np.repeat(shared[t], network.batch, 0)
+        noise = sample.noise_of(1, 0, network.shape)
+        chain = sample.sample_progressive(
+            network, noise, network.betas[: t + 1], network.variance, x_T=x_t
+        )
+        rows.append(np.concatenate([shared[t], last(chain)[:columns]]))
+    save_sheet(
+        path, np.stack(rows), ["shared $x_t$", *map(str, range(1, columns + 1))],
+        [f"t = {t}" for t in times],
+    )  # fmt: skip
+
+
+def draw_steps(path, network):
+    """The same first noise in fewer and fewer steps, by Algorithm 2 and by DDIM."""
+    counts, figure = (1000, 250, 50, 20), Figure(figsize=(8.4, 4.6), layout="constrained")
+    for axes_row, (name, eta) in zip(
+        figure.subplots(2, 4), (("Algorithm 2", None), ("DDIM", 0.0)), strict=True
+    ):
+        for axes, steps in zip(axes_row, counts, strict=True):
+            images = last(reverse(network, steps=steps, eta=eta))
+            show(axes, images.reshape(4, 4, *images.shape[1:]))
+            axes.set_title(f"{name}, {steps} steps", fontsize=9)
+    figure.savefig(path, dpi=DPI)
+
+
+def draw_interpolation(path, onnx, pair):
+    """Figure 8: mixtures of two images at several t."""
+    network = sample.Network(onnx, len(sample.LAMBDAS), "cpu")
+    times, rows = (125, 250, 500, 750), []
+    for t in times:
+        noise = sample.noise_of(0, 0, (1, *network.shape[1:]))
+        chain = sample.interpolate(network, noise, *pair, t, network.betas, network.variance)
+        rows.append([pair[0], *last(chain)[::2], pair[1]])
+    mixed = [f"$\\lambda$ = {x:.1f}" for x in sample.LAMBDAS[::2]]
+    columns = ["image A", *mixed, "image B"]
+    save_sheet(path, np.array(rows), columns, [f"t = {t}" for t in times], inches=1.0)
+
+
+def draw_loss_and_bound(folder, network, x0):
+    """by-t.png: the loss and L_t against t. rate-distortion.png: Figure 5."""
+
+    def eps(x_t, t):
+        return torch.from_numpy(network(x_t.numpy(), t.numpy()).copy())
+
+    diffusion = Diffusion(network.betas, network.variance)
+    batches = x0.split(network.batch)
+    times = sorted({int(t) - 1 for t in np.geomspace(1, diffusion.T, 40)} | {9, 99, 299})
     random, losses = torch.Generator().manual_seed(0), []
-    for t in times:  # the plot's t is the paper's, from 1
-        noise = torch.randn(x0.shape, generator=random)
-        with torch.no_grad():
-            index = torch.full((len(x0),), t - 1)
-            losses.append(trained.diffusion.loss(trained.model, x0, index, noise).item())
-    for t in (1, 10, 100, 300, 1000):
-        nearest = min(times, key=lambda other, t=t: abs(other - t))
-        print(f"  loss at t = {nearest - 1}: {losses[times.index(nearest)]:.4f}")
-    train.save_plot(path, {"": (times, losses)}, "t, from 1", "squared error of the noise", "xy")
+    for t in times:
+        index = torch.full((network.batch,), t)
+        noises = [torch.randn(x.shape, generator=random) for x in batches]
+        pairs = zip(batches, noises, strict=True)
+        losses.append(np.mean([diffusion.loss(eps, x, index, z).item() for x, z in pairs]))
+        if t in (0, 9, 99, 299, 999):
+            print(f"  loss at t = {t}: {losses[-1]:.6f}")
+    bounds = [diffusion.vlb(eps, x, random) for x in batches]
+    L_T, L_t, total, mse = (torch.cat(terms) for terms in zip(*bounds, strict=True))
+    L_t, rmse, bits = L_t.mean(0), 127.5 * mse.mean(0).sqrt(), total.mean()
+    print(f"  bound {bits:.3f}, rate {bits - L_t[0]:.3f}, distortion {L_t[0]:.3f}, "
+          f"RMSE {rmse[0]:.3f} on {len(x0)} images")  # fmt: skip
+    rate = L_T.mean() + L_t.flip(0).cumsum(0).flip(0) - L_t
+
+    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    ticks = (0, 9, 99, 299, 999)
+    log = dict(xscale="log", yscale="log")
+    plot(left, {"": ([t + 1 for t in times], losses)}, "t", "squared error of the noise", **log)
+    plot(right, {"": (range(1, diffusion.T + 1), L_t)}, "t", "$L_t$, bits per dimension", **log)
+    for axes in (left, right):
+        axes.set_xticks([t + 1 for t in ticks], ticks)
+        axes.minorticks_off()
+    figure.savefig(folder / "by-t.png", dpi=DPI)
+    curve = {"": (rate, rmse)}
+    save_curves(
+        folder / "rate-distortion.png", curve, "rate, bits per dimension",
+        "RMSE of $\\hat x_0$, of 255", (5.2, 3.4),
+    )  # fmt: skip
 
 
-def bound_by_t(csv, path):
-    """L_t in bits per dimension, of the table that train.py --eval leaves."""
-    rows = [line.split(",") for line in csv.read_text().splitlines()[1:]]
-    curve = [int(row[0]) + 1 for row in rows], [float(row[1]) for row in rows]
-    train.save_plot(path, {"": curve}, "t, from 1", "L_t-1, bits per dimension", "xy")
-
-
-def fewer_steps(onnx, folder):
-    """The same noise to pictures in 1000, 250, 50 and 20 steps, by the paper's step and by DDIM."""
-    rows = []
-    for name, eta in (("Algorithm 2", None), ("DDIM", 0.0)):
-        tiles = []
-        for steps in STEPS:
-            print(f"  {name}, {steps} steps")
-            network = sample.Network(onnx, 16, "cpu")
-            noise = sample.noise_of(0, 0, network.shape)
-            chain = sample.sample_progressive(
-                network, noise, network.betas, network.variance, steps, eta
-            )
-            for _, _, x0 in chain:
-                last = x0
-            tile = np.asarray(grid(last, 4).resize((256, 256), Image.Resampling.NEAREST))
-            tiles.append(np.pad(np.atleast_3d(tile), ((6, 6), (6, 6), (0, 0)), constant_values=255))
-        rows.append(np.concatenate(tiles, 1))
-    image = np.concatenate(rows, 0)
-    above = [f"{steps} steps" for steps in STEPS]
-    labelled(sample.to_image(image), above, ["Algorithm 2", "DDIM"], 140).save(folder / "steps.png")
-
-
-def shrink(gif, factor=4):
-    """The enlarged pixels of an animation smaller again: a page loads it faster."""
-    with Image.open(gif) as image:
-        frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
-        duration = [frame.info["duration"] for frame in ImageSequence.Iterator(image)]
-    size = frames[0].width // factor, frames[0].height // factor
-    frames = [frame.resize(size, Image.Resampling.NEAREST) for frame in frames]
-    frames = [frame.convert("P", palette=Image.Palette.ADAPTIVE, colors=32) for frame in frames]
-    frames[0].save(gif, save_all=True, append_images=frames[1:], duration=duration, loop=0)
+def draw_demo(path, onnx):
+    """64 samples of the demo's network; the wrong ones are framed."""
+    network = sample.Network(onnx, 64, "cpu")
+    images = last(reverse(network))
+    allowed = train.demo_pictures().numpy().astype(int)
+    pixels = sample.to_pixels(images).transpose(0, 3, 1, 2).astype(int)
+    wrong = [np.abs(allowed - image).max((1, 2, 3)).min() > 48 for image in pixels]
+    print(f"  {64 - sum(wrong)} of 64 samples of the demo are right")
+    frames = [divmod(k, 16) for k in np.flatnonzero(wrong)]
+    save_sheet(path, images.reshape(4, 16, *images.shape[1:]), frames=frames, inches=0.5)
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", type=Path, default=Path("run"), help="of train.py [run]")
+    parser.add_argument("--data", type=Path, required=True, help="images it has not seen")
     parser.add_argument(
-        "--data", type=Path, required=True, help="a folder of pictures that it has not seen"
+        "--onnx", default=HERE / "fashion-mnist.onnx", help="[the included network]"
     )
-    parser.add_argument("--out", type=Path, default=HERE, help="where to put the pictures [docs]")
+    parser.add_argument("--demo", help="the demo's network")
+    parser.add_argument("--out", type=Path, default=HERE, help="where to put the figures [docs]")
     args = parser.parse_args()
 
-    def program(name, *flags):
-        subprocess.run([sys.executable, HERE.parent / name, *map(str, flags)], check=True)
-
     args.out.mkdir(parents=True, exist_ok=True)
-    trained = train.load(args.run)
-    channels, size, _ = trained.shape
-    x0 = train.read_folder(args.data, size, channels, 64).float() / 127.5 - 1
-    forward(trained.diffusion, x0[:: len(x0) // 4][:4]).save(args.out / "forward.png")
-    schedule(args.out / "schedule.png")
-    loss_by_t(trained, x0, args.out / "loss-by-t.png")
-
-    onnx = args.run / "model.onnx"
-    program("export.py", "--checkpoint", args.run / "checkpoint.pt", "--onnx", onnx)
-    strip = ["--strip", args.out / "strip.png", "--gif", args.out / "reverse.gif"]
-    program("sample.py", "--onnx", onnx, "-n", 4, "--out", args.run / "four.png", *strip)
-    shrink(args.out / "reverse.gif")
-    fewer_steps(onnx, args.out)
-
-    program(
-        "train.py", "--data", args.data, "--eval", args.run / "checkpoint.pt", "--eval-images", 64
+    network = sample.Network(args.onnx, BATCH, "cpu")
+    _, channels, size, _ = network.shape
+    x0 = train.read_folder(args.data, size, channels, 4 * BATCH).float() / 127.5 - 1
+    x0 = x0[: len(x0) // BATCH * BATCH] if len(x0) > BATCH else x0.repeat(BATCH, 1, 1, 1)[:BATCH]
+    draw_schedule(args.out / "schedule.png", x0[:1])
+    draw_weights(args.out / "weights.png")
+    draw_unet(args.out / "unet.png")
+    draw_strip(args.out, network)
+    draw_ends(args.out / "ends.png", network)
+    draw_steps(args.out / "steps.png", network)
+    draw_interpolation(
+        args.out / "interpolation.png", args.onnx, x0[[16 % len(x0), 24 % len(x0)]].numpy()
     )
-    (args.run / "rate-distortion.png").replace(args.out / "rate-distortion.png")
-    bound_by_t(args.run / "rate-distortion.csv", args.out / "bound-by-t.png")
+    draw_loss_and_bound(args.out, network, x0)
+    if args.demo:
+        draw_demo(args.out / "demo.png", args.demo)
 
 
 if __name__ == "__main__":

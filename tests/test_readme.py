@@ -1,22 +1,38 @@
-"""The README: its quotes are the code, its equation numbers and commands exist, its loop works."""
+"""The README and the manual: quotes are the code, listings run, names and commands exist."""
 
 import re
 import shutil
+from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from conftest import HERE, MAINS, python
 from PIL import Image
 
 import sample
+from ddpm import Diffusion, UNet, linear_betas
 
 README = (HERE / "README.md").read_text()
+GUIDE = (HERE / "docs" / "guide.md").read_text()
+TEST_NAMES = "".join(p.read_text() for p in [HERE / "test_ddpm.py", *HERE.glob("tests/*.py")])
 
 
-def blocks(language):
-    """The code blocks of the README."""
-    return [part.split("\n", 1)[1] for part in README.split("```")[1::2]
-            if part.split("\n")[0] == language]  # fmt: skip
+def blocks(page, language):
+    """The code blocks of a page."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    return [code for its_language, code in fenced if its_language == language]
+
+
+def listing(word):
+    """The one Python block of the README with this word in it."""
+    (code,) = (block for block in blocks(README, "python") if word in block)
+    return code
+
+
+def anchors(page):
+    titles = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```$", "", page, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^a-z0-9 _-]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_quotes_are_the_code():
@@ -24,9 +40,10 @@ def test_quotes_are_the_code():
         [line.strip() for line in (HERE / name).read_text().splitlines()]
         for name in ("ddpm.py", "train.py")
     ]
-    method = README.split("## The method")[1].split("\n## ")[0]
-    quotes = [block for block in blocks("python") if block in method]
-    assert len(quotes) >= 9
+    words = "optimizer.step()", "InferenceSession", "reversed(range"
+    listings = [listing(word) for word in words]
+    quotes = [block for block in blocks(README, "python") if block not in listings]
+    assert len(quotes) >= 11
     for quote in quotes:
         for part in quote.strip().split("\n...\n"):
             lines = [line.strip() for line in part.splitlines()]
@@ -38,16 +55,40 @@ def test_quotes_are_the_code():
 
 
 def test_equations_are_in_the_code_with_their_numbers():
+    """All but the definitions (1) and (3), of which no line of code is the equation."""
     numbers = re.findall(r"\\tag\{(\d+)\}", README)
-    assert sorted(map(int, numbers)) == [2, 4, 5, 6, 7, 8, 11, 12, 13, 14, 15]
-    for number in numbers:
+    assert sorted(map(int, numbers)) == [1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 14, 15]
+    for number in set(numbers) - {"1"}:
         assert re.search(rf"\({number}\)", (HERE / "ddpm.py").read_text()), number
 
 
-def test_loop_is_the_sampler(trained, tmp_path, monkeypatch):
+def test_algorithm_1_is_the_loss():
+    """The listing takes the step of Diffusion.loss and Adam."""
+    runs = []
+    for listed in (True, False):
+        torch.manual_seed(0)
+        model = UNet(8, 1, 8, (1,), 1, (), 0.0)
+        optimizer = torch.optim.Adam(model.parameters(), 2e-4)
+        batches = torch.rand(3, 4, 1, 8, 8) * 2 - 1
+        diffusion = Diffusion(linear_betas())
+        abar = (1 - linear_betas()).cumprod(0).float()
+        if listed:
+            names = dict(model=model, optimizer=optimizer, batches=batches, abar=abar, torch=torch)
+            exec(listing("optimizer.step()"), names)
+        else:
+            for x0 in batches:
+                optimizer.zero_grad()
+                diffusion.loss(model, x0).backward()
+                optimizer.step()
+        runs.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*runs, atol=1e-5, rtol=0)
+    assert (1 - linear_betas()).cumprod(0)[0] < 1 and "(1 - linear_betas()).cumprod(0)" in README
+
+
+def test_algorithm_2_is_the_sampler(trained, tmp_path, monkeypatch):
     """The loop to paste draws the images of sample.py from the same noise, in few lines."""
-    (code,) = (block for block in blocks("python") if "InferenceSession" in block)
-    assert len(code.splitlines()) <= 22
+    code = listing("InferenceSession") + listing("reversed(range")
+    assert len(code.splitlines()) <= 28
     shutil.copy(trained[0] / "model.onnx", tmp_path)
     monkeypatch.chdir(tmp_path)
     names = {}
@@ -55,7 +96,7 @@ def test_loop_is_the_sampler(trained, tmp_path, monkeypatch):
     random = np.random.default_rng(0)
     network = sample.Network("model.onnx", 16, "cpu")
     chain = sample.sample_progressive(
-        network, lambda: random.standard_normal(network.shape, np.float32), network.betas
+        network, lambda: random.standard_normal(network.shape).astype(np.float32), network.betas
     )
     for _, _, x0 in chain:
         last = x0
@@ -64,31 +105,86 @@ def test_loop_is_the_sampler(trained, tmp_path, monkeypatch):
     assert np.abs(names["pixels"] - pixels).max() <= 1
 
 
+@pytest.mark.parametrize("page", [README, GUIDE], ids=["README", "guide"])
+def test_page_is_well_formed(page):
+    assert len(re.findall(r"^```", page, re.M)) % 2 == 0
+    assert all('"""' not in code or code.count('"""') % 2 == 0 for code in blocks(page, "python"))
+    for tag in ("details", "summary", "table", "tr", "td"):
+        assert page.count(f"<{tag}>") == page.count(f"</{tag}>"), tag
+    prose = re.sub(r"^```.*?^```$", "", page, flags=re.M | re.S)
+    for paragraph in re.sub(r"`[^`\n]*`", "", prose).split("\n"):
+        assert paragraph.count("$") % 2 == 0, paragraph
+        # GitHub takes a backslash before punctuation for Markdown's escape, also within $...$.
+        for formula in re.findall(r"\$([^$]+)\$", paragraph):
+            assert not re.search(r"\\[,;:!|{}]", formula) and formula == formula.strip(), formula
+    lines = prose.splitlines()
+    for line, below in pairwise(lines):
+        if line.startswith("|") and not below.startswith("| ---"):  # a header may have a corner
+            assert all(cell.strip() for cell in line.strip("|").split("|")), line
+
+
+def test_parameters_by_part():
+    """The table of section 11 is that of the default U-Net, and adds up."""
+    model = UNet()
+
+    def count(*modules):
+        return f"{sum(p.numel() for module in modules for p in module.parameters()):,}"
+
+    for level, (down, up) in enumerate(zip(model.down, reversed(model.up), strict=True)):
+        size = 32 >> level
+        assert re.search(rf"^\| {size}x{size}.* \| {count(down)} \| {count(up)} \|$", README, re.M)
+    edges = count(model.conv_in, model.norm_out, model.conv_out)
+    for number in (count(model.middle), count(model.time_mlp), edges, count(model)):
+        assert number in README.split("### 11.")[1].split("### 12.")[0], number
+
+
+def test_tests_that_the_lesson_names_exist():
+    names = re.findall(r"`(test_\w+)`", README)
+    assert len(names) >= 15
+    for name in names:
+        assert f"def {name}(" in TEST_NAMES, name
+
+
 def test_flags_files_and_anchors_exist(run, tmp_path):
     helps = {name: run(name, "--help", cwd=tmp_path) for name in MAINS}
-    commands = [line for block in blocks("") for line in re.split(r"\n(?! )|&&", block)]
+    pages = {"README.md": README, "docs/guide.md": GUIDE}
     seen = set()
-    for command in commands:
-        for name, its_help in helps.items():
-            if name in command:
-                seen.add(name)
-                flags = re.findall(r"(?<= )--?[a-z][a-z-]*", command.split(name)[1])
-                assert all(re.search(rf"{flag}\b", its_help) for flag in flags), command
+    for path, page in pages.items():
+        for command in (
+            line for block in blocks(page, "") for line in re.split(r"\n(?! )|&&", block)
+        ):
+            for name, its_help in helps.items():
+                if name in command:
+                    seen.add(name)
+                    flags = re.findall(r"(?<= )--?[a-z][a-z-]*", command.split(name)[1])
+                    assert all(re.search(rf"{flag}\b", its_help) for flag in flags), command
+        for flag in re.findall(r"`(--[a-z][a-z0-9-]*)", page):
+            assert any(re.search(rf"{flag}\b", its_help) for its_help in helps.values()), flag
+        for link in re.findall(r"(?:\]\(|src=\")([^)\"]+)", page):
+            if link.startswith("https://"):
+                continue
+            file, _, anchor = link.partition("#")
+            target = ((HERE / path).parent / file).resolve() if file else (HERE / path).resolve()
+            assert target.is_file() or target.is_dir(), link
+            assert not anchor or anchor in anchors(target.read_text()), link
     assert seen == set(helps)
-    for flag in re.findall(r"`(--[a-z][a-z0-9-]*)", README):
-        assert any(re.search(rf"{flag}\b", its_help) for its_help in helps.values()), flag
-    for link in re.findall(r"(?:\]\(|src=\")([^)#\"]+)", README):
-        assert link.startswith("https://") or (HERE / link).is_file(), link
-    titles = re.findall(r"^#+ (.*)", README, re.MULTILINE)
-    anchors = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
-    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors
     linked = re.findall(r'data-readme="([^"]+)"', (HERE / "docs" / "index.html").read_text())
-    assert len(linked) >= 5 and set(linked) <= anchors
+    assert len(linked) >= 5 and set(linked) <= anchors(README)
+
+
+@pytest.mark.parametrize("program", ["train.py", "sample.py"])
+def test_manual_has_every_flag(program, run, tmp_path):
+    flags = set(re.findall(r"^  (--?[a-z][a-z-]*)", run(program, "--help", cwd=tmp_path), re.M))
+    section = GUIDE.split("\n## Training" if program == "train.py" else "\n## Sampling")[1]
+    section = section.split("\n## ")[0]
+    assert len(flags) > 10
+    for flag in flags - {"-h"}:
+        assert re.search(rf"`{flag}\b", section), flag
 
 
 def test_images_for_fid_are_cut_as_for_training(pictures, tmp_path):
-    """The README's line that writes the real images, on a folder named ./images."""
-    (line,) = re.findall(r'python -c "(import sample, train; .*)"\n', README)
+    """The manual's line that writes the real images, on a folder named ./images."""
+    (line,) = re.findall(r'python -c "(import sample, train; .*)"\n', GUIDE)
     shutil.copytree(pictures, tmp_path / "images")
     python("-c", line, cwd=tmp_path, env={"PYTHONPATH": str(HERE)})
     assert len(list((tmp_path / "real").glob("*.png"))) == 12
@@ -96,11 +192,42 @@ def test_images_for_fid_are_cut_as_for_training(pictures, tmp_path):
         assert image.size == (32, 32) and image.mode == "RGB"
 
 
+def test_points_know_their_exact_noise(monkeypatch):
+    """E[eps | x_t] of docs/points.py against an average over 2 million points near x_t."""
+    monkeypatch.syspath_prepend(str(HERE / "docs"))
+    import points
+
+    diffusion, random = Diffusion(linear_betas()), torch.manual_seed(0)
+    for i in (100, 400):
+        x0, noise = points.mixture(2_000_000), torch.randn(2_000_000, 2, 1, 1, generator=random)
+        x_t = diffusion.q_sample(x0, torch.full((len(x0),), i), noise)
+        for place in ([0.3, 0.2], [-0.4, -0.1]):
+            near = (x_t.flatten(1) - torch.tensor(place)).norm(dim=1) < 0.05
+            assert near.sum() > 300
+            centre = x_t[near].mean(0, keepdim=True)
+            exact = points.exact_eps(diffusion, centre, i)
+            error = 5 * noise[near].std(0) / near.sum().sqrt()
+            assert ((noise[near].mean(0) - exact[0]).abs() < error + 0.02).all()
+
+
+def test_energy_distance_is_zero_for_one_distribution_and_the_shift_for_two_points(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "docs"))
+    import points
+
+    torch.manual_seed(0)
+    same = points.energy_distance(points.moons(2000), points.moons(2000))
+    assert same < 0.06 < 0.3 < points.energy_distance(points.moons(2000), points.mixture(2000))
+    at = torch.zeros(50, 2, 1, 1)
+    assert points.energy_distance(at, at + torch.tensor([3.0, 4.0])[:, None, None]) == (
+        pytest.approx(10**0.5)
+    )
+
+
 @pytest.mark.slow
-def test_figures_are_made_from_a_run(trained, pictures, tmp_path):
-    flags = ["--run", trained[0] / "run", "--data", pictures, "--out", tmp_path / "docs"]
-    python(HERE / "docs" / "make_figures.py", *flags, cwd=tmp_path)
-    names = ["bound-by-t", "forward", "loss-by-t", "rate-distortion", "schedule", "steps", "strip"]
+def test_figures_are_made(trained, pictures, tmp_path):
+    flags = ["--onnx", trained[0] / "model.onnx", "--data", pictures, "--out", tmp_path / "docs"]
+    python(HERE / "docs" / "make_figures.py", *flags, cwd=tmp_path, timeout=600)
+    names = """by-t ends interpolation rate-distortion schedule steps strip unet weights""".split()
     made = sorted((tmp_path / "docs").iterdir())
     assert [p.name for p in made] == sorted([*(f"{name}.png" for name in names), "reverse.gif"])
     for path in made:
@@ -108,5 +235,23 @@ def test_figures_are_made_from_a_run(trained, pictures, tmp_path):
             assert np.asarray(image.convert("L")).std() > 10
             assert image.width >= 400 or path.suffix == ".gif"
     with Image.open(tmp_path / "docs" / "reverse.gif") as gif:
-        assert gif.n_frames == sample.FRAMES + 2 and gif.info["loop"] == 0
+        assert gif.n_frames > 50 and gif.info["loop"] == 0
     assert all(f"docs/{path.name}" in README for path in made)
+
+
+@pytest.mark.slow
+def test_points_are_learnt(tmp_path):
+    """docs/points.py in a copy of the repository: what it prints, and its figures."""
+    for name in ("ddpm.py", "docs/points.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(HERE / name, tmp_path / name)
+    said = python(tmp_path / "docs" / "points.py", cwd=tmp_path, timeout=600)
+    distances = {
+        title.strip(): float(value)
+        for title, value in re.findall(r"^(.*?) +energy distance to the data (.*)$", said, re.M)
+    }
+    assert len(distances) == 10
+    for title in ("mixture: Algorithm 2", "moons: Algorithm 2", "moons: DDIM, 50 steps"):
+        assert distances[title] < 0.1, title
+    assert distances["moons: without z"] > 0.1 < distances["moons: T = 100, same betas"]
+    assert {p.name for p in (tmp_path / "docs").glob("*.png")} == {"field.png", "points.png"}

@@ -1,0 +1,165 @@
+"""DDPM on points in the plane: the class of ddpm.py with a small MLP, in about a minute on a CPU.
+
+    python docs/points.py        # trains five networks, draws field.png and points.png
+
+A point is an image of shape (2, 1, 1). This is the place to break things: change a line of main()
+or of ddpm.py, run the program again, and compare the energy distances and the figures.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import nn
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from ddpm import Diffusion, linear_betas, timestep_embedding  # noqa: E402
+
+MEANS = torch.tensor([[-0.6, -0.5], [0.0, 0.6], [0.6, -0.2]])  # of the mixture of Gaussians
+STD = 0.1
+
+
+def mixture(n):
+    """n points of three Gaussians: (n, 2, 1, 1)."""
+    return (MEANS[torch.randint(len(MEANS), (n,))] + STD * torch.randn(n, 2))[..., None, None]
+
+
+def moons(n):
+    """n points on two half circles that reach into each other: (n, 2, 1, 1)."""
+    angle, upper = torch.pi * torch.rand(n), torch.rand(n) < 0.5
+    x = torch.where(upper, angle.cos(), 1 - angle.cos()) - 0.5
+    y = torch.where(upper, angle.sin(), 0.5 - angle.sin()) - 0.25
+    return (0.6 * torch.stack([x, y], 1) + 0.03 * torch.randn(n, 2))[..., None, None]
+
+
+def exact_eps(diffusion, x_t, t):
+    """E[eps | x_t] of the mixture, in closed form: what a perfect network predicts."""
+    abar = diffusion.alphas_bar[t].float()
+    variance = abar * STD**2 + 1 - abar  # of each component at t
+    offsets = x_t.flatten(1)[:, None] - abar.sqrt() * MEANS  # (B, components, 2)
+    weights = (-offsets.square().sum(2) / (2 * variance)).softmax(1)
+    mean = (weights[..., None] * offsets).sum(1) / variance
+    return ((1 - abar).sqrt() * mean)[..., None, None]
+
+
+class MLP(nn.Module):
+    """eps_theta(x_t, t) for points: (B, 2, 1, 1) and (B,) to (B, 2, 1, 1)."""
+
+    def __init__(self, width=128):
+        super().__init__()
+        self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
+        self.point = nn.Linear(2, width)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+        self.out = nn.Linear(width, 2)
+
+    def forward(self, x_t, t):
+        temb, h = self.time(timestep_embedding(t, 64)), self.point(4 * x_t.flatten(1))
+        for layer in self.layers:
+            h = h + layer(F.silu(h + temb))
+        return self.out(F.silu(h))[..., None, None]
+
+
+def fit(diffusion, data, weighting="simple", steps=3000, batch=256):
+    """Algorithm 1, with Adam and a learning rate that falls to 0."""
+    torch.manual_seed(0)
+    model = MLP()
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        diffusion.loss(model, data(batch), weighting=weighting).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+def energy_distance(a, b):
+    """Sqrt of 2 E|a - b| - E|a - a'| - E|b - b'|: 0 if and only if the distributions are equal."""
+    a, b = a.flatten(1), b.flatten(1)
+
+    def within(x):
+        return torch.cdist(x, x).sum() / (len(x) * (len(x) - 1))
+
+    return (2 * torch.cdist(a, b).mean() - within(a) - within(b)).clamp(min=0).sqrt().item()
+
+
+def draw_field(path, diffusion, model):
+    """The learnt eps (red) over the exact one (black), and points x_t (grey), at three t."""
+    ticks = torch.linspace(-1.4, 1.4, 13)
+    grid = torch.cartesian_prod(ticks, ticks)[..., None, None]
+    figure = Figure(figsize=(9, 3.3), layout="constrained")
+    for axes, i in zip(figure.subplots(1, 3), (50, 200, 500), strict=True):
+        t, noise = torch.full((1000,), i), torch.randn(1000, 2, 1, 1)
+        x_t = diffusion.q_sample(mixture(1000), t, noise).flatten(1)
+        axes.scatter(*x_t.T, 2, "0.7")
+        with torch.no_grad():
+            learnt = model(grid, torch.full((len(grid),), i))
+        for eps, colour, width in (
+            (exact_eps(diffusion, grid, i), "black", 0.006),
+            (learnt, "red", 0.003),
+        ):
+            style = dict(scale=60, width=width, color=colour)
+            axes.quiver(*grid.flatten(1).T, *-eps.flatten(1).T, **style)
+        axes.set(title=f"t = {i}", aspect="equal", xlim=(-1.7, 1.7), ylim=(-1.7, 1.7))
+    figure.savefig(path, dpi=100)
+
+
+def main():
+    paper, N = Diffusion(linear_betas()), 1000
+    mean, short = Diffusion(linear_betas(), predicts="mean"), Diffusion(linear_betas(T=100))
+
+    def draw(diffusion, model, **kwargs):
+        """N samples of Algorithm 2, or what else the arguments of Diffusion.sample ask for."""
+        torch.manual_seed(1)
+        return diffusion.sample(model, (N, 2, 1, 1), **kwargs)
+
+    def only_first():
+        """draw_noise() of a sampler without z: the noise of x_T, then zeros."""
+        noises = iter([torch.randn(N, 2, 1, 1)])
+        return lambda: next(noises, torch.zeros(()))
+
+    panels = []
+    for name, data in (("mixture", mixture), ("moons", moons)):
+        model = fit(paper, data)
+        if data is mixture:
+            draw_field(HERE / "field.png", paper, model)
+        torch.manual_seed(1)
+        paths = [x_t for _, x_t, _ in paper.sample_progressive(model, (40, 2, 1, 1))]
+        panels += [
+            (f"{name}: data", data(N)),
+            (f"{name}: 40 paths", torch.stack(paths)),
+            (f"{name}: Algorithm 2", draw(paper, model)),
+            (f"{name}: DDIM, 50 steps", draw(paper, model, steps=50, eta=0)),
+        ]
+    panels += [
+        ("moons: without z", draw(paper, model, draw_noise=only_first())),
+        ("moons: T = 100, same betas", draw(short, fit(short, moons))),
+        ("moons: the mean", draw(mean, fit(mean, moons, "native"))),
+        ("moons: weights of (12)", draw(paper, fit(paper, moons, "vlb"))),
+    ]
+
+    figure = Figure(figsize=(10, 7.8), layout="constrained")
+    for axes, (title, points) in zip(figure.subplots(3, 4).flat, panels, strict=True):
+        if points.ndim == 5:  # paths, from noise to data
+            for x, y in points.flatten(2).permute(1, 2, 0):
+                axes.plot(x, y, linewidth=0.4)
+            axes.scatter(*points[-1].flatten(1).T, 4, "black", zorder=3)
+            limits = -2.6, 2.6
+        else:
+            data = mixture if title.startswith("mixture") else moons
+            distance = energy_distance(points, data(N))
+            print(f"{title:30} energy distance to the data {distance:.3f}")
+            axes.scatter(*points.flatten(1).T, 1)
+            limits = -1.2, 1.2
+        axes.set(aspect="equal", xlim=limits, ylim=limits)
+        axes.set_title(title, fontsize=10)
+    figure.savefig(HERE / "points.png", dpi=85)
+
+
+if __name__ == "__main__":
+    main()
