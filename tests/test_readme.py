@@ -210,17 +210,13 @@ def test_points_know_their_exact_noise(monkeypatch):
             assert ((noise[near].mean(0) - exact[0]).abs() < error + 0.02).all()
 
 
-def test_energy_distance_is_zero_for_one_distribution_and_the_shift_for_two_points(monkeypatch):
+def test_share_off_counts_the_far_points(monkeypatch):
     monkeypatch.syspath_prepend(str(HERE / "docs"))
     import points
 
-    torch.manual_seed(0)
-    same = points.energy_distance(points.moons(2000), points.moons(2000))
-    assert same < 0.06 < 0.3 < points.energy_distance(points.moons(2000), points.mixture(2000))
-    at = torch.zeros(50, 2, 1, 1)
-    assert points.energy_distance(at, at + torch.tensor([3.0, 4.0])[:, None, None]) == (
-        pytest.approx(10**0.5)
-    )
+    data = torch.tensor([[0.0, 0.0], [1.0, 1.0]])[..., None, None]
+    near_and_far = torch.tensor([[0.03, 0.03], [0.04, 0.04], [1.0, 0.96], [0.5, 0.5]])
+    assert points.share_off(near_and_far[..., None, None], data) == 0.5
 
 
 @pytest.mark.slow
@@ -246,12 +242,11 @@ def test_points_are_learnt(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(HERE / name, tmp_path / name)
     said = python(tmp_path / "docs" / "points.py", cwd=tmp_path, timeout=600)
-    distances = {
+    shares = {
         title.strip(): float(value)
-        for title, value in re.findall(r"^(.*?) +energy distance to the data (.*)$", said, re.M)
+        for title, value in re.findall(r"^(.*?) +([0-9.]+)% off the data$", said, re.M)
     }
-    assert len(distances) == 10
-    for title in ("mixture: Algorithm 2", "moons: Algorithm 2", "moons: DDIM, 50 steps"):
-        assert distances[title] < 0.1, title
-    assert distances["moons: without z"] > 0.1 < distances["moons: T = 100, same betas"]
+    assert len(shares) == 10
+    assert shares["mixture: Algorithm 2"] < 5 > shares["moons: Algorithm 2"]
+    assert shares["moons: without z"] > 50 < shares["moons: the mean"]
     assert {p.name for p in (tmp_path / "docs").glob("*.png")} == {"field.png", "points.png"}
