@@ -94,15 +94,10 @@ def draw_schedule(path, x0):
 
 
 def draw_weights(path):
-    """The factor of (12) for both variances, and that of L_simple."""
-    curves = {}
-    for variance in ("large", "small"):
-        d = Diffusion(linear_betas(), variance)
-        weights = d.betas**2 / (2 * d.sigma2 * d.alphas * (1 - d.alphas_bar))
-        name = "(12), $\\sigma_t^2 = " + (
-            "\\beta_t$" if variance == "large" else "\\tilde\\beta_t$"
-        )
-        curves[name] = range(d.T), weights
+    """The factor of (12) with the large variance, and that of L_simple."""
+    d = Diffusion(linear_betas())
+    weights = d.betas**2 / (2 * d.sigma2 * d.alphas * (1 - d.alphas_bar))
+    curves = {"the bound (12)": (range(d.T), weights)}
     curves["$L_{simple}$ (14)"] = range(d.T), np.ones(d.T)
     save_curves(path, curves, "t", "weight of the squared error", yscale="log")
 
@@ -188,7 +183,7 @@ def draw_strip(folder, network):
 
 
 def draw_ends(path, network):
-    """Figure 7: nine ends of the chain from one shared x_t, for several t."""
+    """Figure 7: eight ends of the chain from one shared x_t, for several t."""
     shared = {t: x[:1].copy() for t, x, _ in reverse(network)}
     rows, columns = [], 8
     times = [999, 750, 500, 250]
