@@ -270,7 +270,7 @@ def open_cache(out):
     return torch.from_numpy(pixels), cache["digest"]
 
 
-# What --quick stands for: small images after minutes on a laptop CPU. docs/guide.md has measurements.
+# What --quick stands for: small images after minutes on a CPU. docs/guide.md has measurements.
 QUICK = dict(
     base_channels=16, channel_mults=[1, 2, 4, 4], num_res_blocks=1, attention_resolutions=[8],
     dropout=0.0, predicts="v", batch=64, lr=2e-3, lr_decay=True, steps=1800,
@@ -592,7 +592,7 @@ def arguments():
     flag("--num-res-blocks", 2, "residual blocks per level", type=between(1, 99))
     flag("--attention-resolutions", [16], "in pixels", type=positive, nargs="*")
     flag("--dropout", 0.1, "probability of dropping an activation", type=share)
-    flag("--quick", False, "a small network and a short run, for a CPU; see docs/guide.md", **switch)
+    flag("--quick", False, "a small network and a short run, for a CPU; see the manual", **switch)
     flag("--init", None, "start from these weights: a checkpoint, or weights for diffusers")
     flag("--schedule", "linear", "the betas, T = 1000", choices=("linear", "cosine"))
     flag("--variance", "large", "sigma_t^2: beta_t or beta-tilde_t", choices=("large", "small"))
