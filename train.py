@@ -350,13 +350,8 @@ def load(path):
 # --------------------------------------------------------------------------------------- evaluation
 
 
-def save_plot(path, curves, x_label, y_label, log=""):
-    """Curves, {name: (x, y)}, as a PNG. log: the logarithmic axes: "", "x", "y" or "xy"."""
-    os.environ.pop("MPLBACKEND", None)  # of Jupyter; a Figure needs none
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axes = figure.subplots()
+def draw_curves(axes, curves, x_label, y_label, log=""):
+    """Curves, {name: (x, y)}, on axes of matplotlib. log: the logarithmic axes, such as "xy"."""
     for name, (x, y) in curves.items():
         axes.plot(x, y, label=name)
     axes.set(xlabel=x_label, ylabel=y_label)
@@ -364,6 +359,15 @@ def save_plot(path, curves, x_label, y_label, log=""):
     axes.grid(alpha=0.3)
     if len(curves) > 1:
         axes.legend()
+
+
+def save_plot(path, curves, x_label, y_label, log=""):
+    """The curves of draw_curves as a PNG."""
+    os.environ.pop("MPLBACKEND", None)  # of Jupyter; a Figure needs none
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    draw_curves(figure.subplots(), curves, x_label, y_label, log)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=100)
 
@@ -376,6 +380,17 @@ def save_loss_plot(log, path):
     means = [sum(float(row[1]) for row in part) / len(part) for part in parts]
     if len(parts) > 1:
         save_plot(path, {"": ([int(part[-1][0]) for part in parts], means)}, "step", "loss", "y")
+
+
+def rate_distortion(bound):
+    """The means over the images of a Bound: L_t, the rate and the RMSE of x0_hat, (T,) each.
+
+    The rate is the number of bits per dimension that have been sent when x_t is known: L_T and the
+    terms of all steps s > t. The RMSE is in values of 0..255.
+    """
+    L_t = bound.L_t.mean(0)
+    rate = bound.L_T.mean() + L_t.flip(0).cumsum(0).flip(0) - L_t
+    return L_t, rate, 127.5 * bound.mse.mean(0).sqrt()
 
 
 def evaluate(args):
@@ -415,10 +430,7 @@ def evaluate(args):
             raise
     bar.close()
     bound = Bound(*map(torch.cat, zip(*bounds, strict=True)))
-    n, L_t = len(bound.total), bound.L_t.mean(0)
-    rmse = 127.5 * bound.mse.mean(0).sqrt()  # in values of 0..255
-    # The bits that have been sent when x_t is known: L_T and the terms of all steps s > t.
-    rate = bound.L_T.mean() + L_t.flip(0).cumsum(0).flip(0) - L_t
+    n, (L_t, rate, rmse) = len(bound.total), rate_distortion(bound)
     error = f" +- {bound.total.std() / math.sqrt(n):.4f} (standard error)" if n > 1 else ""
     step = f" (step {trained.step:,})" if trained.step else ""
     data = printable(args.data or "the demo")

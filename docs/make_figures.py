@@ -23,7 +23,8 @@ sys.path.insert(0, str(HERE.parent))
 
 import sample  # noqa: E402
 import train  # noqa: E402
-from ddpm import Diffusion, cosine_betas, linear_betas  # noqa: E402
+from benchmarks.table2 import are_right  # noqa: E402
+from ddpm import Bound, Diffusion, cosine_betas, linear_betas  # noqa: E402
 
 DPI, BATCH = 100, 16
 
@@ -33,19 +34,17 @@ def show(axes, images, columns=(), rows=(), frames=()):
 
     frames: the (row, column) of the images to mark.
     """
-    R, C, channels, h, w = images.shape
-    pixels = sample.to_pixels(images.reshape(-1, channels, h, w))
-    pixels = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
-    h, w = h + 2, w + 2
-    pixels = pixels.reshape(R, C, h, w, channels).swapaxes(1, 2).reshape(R * h, C * w, channels)
-    axes.imshow(np.repeat(pixels, 3 // channels, 2), interpolation="nearest")
-    axes.set_xticks((np.arange(len(columns)) + 0.5) * w - 0.5, columns)
-    axes.set_yticks((np.arange(len(rows)) + 0.5) * h - 0.5, rows)
+    R, C, *shape = images.shape
+    grid = sample.grid(sample.to_pixels(images.reshape(-1, *shape)), C).convert("RGB")
+    axes.imshow(grid, extent=(0, C, R, 0), interpolation="nearest")
+    axes.set_xticks(np.arange(len(columns)) + 0.5, columns)
+    axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
     for row, column in frames:
-        corner = column * w - 0.5, row * h - 0.5
-        axes.add_patch(Rectangle(corner, w, h, edgecolor="red", facecolor="none", linewidth=2))
+        axes.add_patch(
+            Rectangle((column, row), 1, 1, edgecolor="red", facecolor="none", linewidth=2)
+        )
 
 
 def save_sheet(path, images, columns=(), rows=(), frames=(), inches=0.85):
@@ -55,22 +54,6 @@ def save_sheet(path, images, columns=(), rows=(), frames=(), inches=0.85):
     figure.set_layout_engine("constrained")
     show(figure.subplots(), images, columns, rows, frames)
     figure.savefig(path, dpi=DPI)
-
-
-def save_curves(path, curves, x_label, y_label, size=(6, 3.4), **scales):
-    """A PNG of curves, {name: (x, y)}."""
-    figure = Figure(figsize=size, layout="constrained")
-    plot(figure.subplots(), curves, x_label, y_label, **scales)
-    figure.savefig(path, dpi=DPI)
-
-
-def plot(axes, curves, x_label, y_label, **scales):
-    for name, (x, y) in curves.items():
-        axes.plot(x, y, label=name)
-    axes.set(xlabel=x_label, ylabel=y_label, **scales)
-    axes.grid(alpha=0.3)
-    if len(curves) > 1:
-        axes.legend()
 
 
 # ------------------------------------------------------------------------------- without a network
@@ -87,7 +70,8 @@ def draw_schedule(path, x0):
         rows.append([diffusion.q_sample(x0, torch.tensor([t]), noise)[0] for t in times])
     figure = Figure(figsize=(8, 5.2), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=(3, 2))
-    plot(above, curves, "t", "$\\bar\\alpha_t$", xlim=(-62.5, 1062.5))
+    train.draw_curves(above, curves, "t", "$\\bar\\alpha_t$")
+    above.set_xlim(-62.5, 1062.5)  # nine images are as wide as the axes
     images = torch.stack([torch.stack(row) for row in rows]).numpy()
     show(below, images, [f"t = {t}" for t in times], list(curves))
     figure.savefig(path, dpi=DPI)
@@ -95,11 +79,14 @@ def draw_schedule(path, x0):
 
 def draw_weights(path):
     """The factor of (12) with the large variance, and that of L_simple."""
-    d = Diffusion(linear_betas())
-    weights = d.betas**2 / (2 * d.sigma2 * d.alphas * (1 - d.alphas_bar))
-    curves = {"the bound (12)": (range(d.T), weights)}
-    curves["$L_{simple}$ (14)"] = range(d.T), np.ones(d.T)
-    save_curves(path, curves, "t", "weight of the squared error", yscale="log")
+    diffusion, ones, curves = Diffusion(linear_betas()), torch.ones(1, 1, 1, 1), {}
+    for name, weighting in (("the bound (12)", "vlb"), ("$L_{simple}$ (14)", "simple")):
+        losses = [  # of a network whose squared error is 1
+            diffusion.loss(lambda x_t, t: 0 * x_t, ones, torch.tensor([t]), ones, weighting).item()
+            for t in range(diffusion.T)
+        ]
+        curves[name] = range(diffusion.T), losses
+    train.save_plot(path, curves, "t", "weight of the squared error", "y")
 
 
 def draw_unet(path):
@@ -244,38 +231,33 @@ def draw_loss_and_bound(folder, network, x0):
         if t in (0, 9, 99, 299, 999):
             print(f"  loss at t = {t}: {losses[-1]:.6f}")
     bounds = [diffusion.vlb(eps, x, random) for x in batches]
-    L_T, L_t, total, mse = (torch.cat(terms) for terms in zip(*bounds, strict=True))
-    L_t, rmse, bits = L_t.mean(0), 127.5 * mse.mean(0).sqrt(), total.mean()
+    bound = Bound(*map(torch.cat, zip(*bounds, strict=True)))
+    bits, (L_t, rate, rmse) = bound.total.mean(), train.rate_distortion(bound)
     print(f"  bound {bits:.3f}, rate {bits - L_t[0]:.3f}, distortion {L_t[0]:.3f}, "
           f"RMSE {rmse[0]:.3f} on {len(x0)} images")  # fmt: skip
-    rate = L_T.mean() + L_t.flip(0).cumsum(0).flip(0) - L_t
 
     figure = Figure(figsize=(8.4, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     ticks = (0, 9, 99, 299, 999)
-    log = dict(xscale="log", yscale="log")
-    plot(left, {"": ([t + 1 for t in times], losses)}, "t", "squared error of the noise", **log)
-    plot(right, {"": (range(1, diffusion.T + 1), L_t)}, "t", "$L_t$, bits per dimension", **log)
+    losses = {"": ([t + 1 for t in times], losses)}
+    train.draw_curves(left, losses, "t", "squared error of the noise", "xy")
+    terms = {"": (range(1, diffusion.T + 1), L_t)}
+    train.draw_curves(right, terms, "t", "$L_t$, bits per dimension", "xy")
     for axes in (left, right):
         axes.set_xticks([t + 1 for t in ticks], ticks)
         axes.minorticks_off()
     figure.savefig(folder / "by-t.png", dpi=DPI)
-    curve = {"": (rate, rmse)}
-    save_curves(
-        folder / "rate-distortion.png", curve, "rate, bits per dimension",
-        "RMSE of $\\hat x_0$, of 255", (5.2, 3.4),
-    )  # fmt: skip
+    labels = "rate, bits per dimension", "RMSE of $\\hat x_0$, of 255"
+    train.save_plot(folder / "rate-distortion.png", {"": (rate, rmse)}, *labels)
 
 
 def draw_demo(path, onnx):
     """64 samples of the demo's network; the wrong ones are framed."""
     network = sample.Network(onnx, 64, "cpu")
     images = last(reverse(network))
-    allowed = train.demo_pictures().numpy().astype(int)
-    pixels = sample.to_pixels(images).transpose(0, 3, 1, 2).astype(int)
-    wrong = [np.abs(allowed - image).max((1, 2, 3)).min() > 48 for image in pixels]
-    print(f"  {64 - sum(wrong)} of 64 samples of the demo are right")
-    frames = [divmod(k, 16) for k in np.flatnonzero(wrong)]
+    right = are_right(sample.to_pixels(images))
+    print(f"  {right.sum()} of 64 samples of the demo are right")
+    frames = [divmod(k, 16) for k in np.flatnonzero(~right)]
     save_sheet(path, images.reshape(4, 16, *images.shape[1:]), frames=frames, inches=0.5)
 
 

@@ -126,7 +126,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    """The README's first commands as they stand there: a folder with the demo's model.onnx."""
+    """The demo, trained and exported by the README's commands: a folder with its model.onnx."""
     folder = tmp_path_factory.mktemp("demo")
     python("train.py", cwd=folder, timeout=1200)
     python("export.py", cwd=folder)

@@ -416,7 +416,7 @@ def test_without_a_connection(opened):
 
 @pytest.mark.slow
 def test_demo_is_drawn_in_the_page(demo, opened):
-    """The network of the README's first command, judged as in Python."""
+    """The network of the demo, judged as in Python."""
     page = opened()
     assert "Ready. model.onnx" in choose(page, demo / "model.onnx")
     page.select_option("#steps", "50")
