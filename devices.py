@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from sample import is_out_of_memory, one_line
 
@@ -20,7 +21,9 @@ if {"TORCHELASTIC_RUN_ID", *NAMES} <= set(os.environ):
     RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (int(os.environ[name]) for name in NAMES)
 RESTARTED = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun --max-restarts
 patient = None  # the process group whose members wait for each other for hours
-AHEAD = {"cuda": 1}  # how many steps a device may start before the loss of a step is read
+# How many steps a device may start before the loss of a step is read. At most 1: with more, the
+# processes would stop after different steps.
+AHEAD = {"cuda": 1}
 
 # --------------------------------------------------------------------------------------- the device
 
@@ -128,6 +131,14 @@ def from_all_processes(value):
     return values
 
 
+def from_first_process(*values):
+    """The values that the first process passes, as a list, in every process."""
+    values = list(values)
+    if WORLD > 1:
+        dist.broadcast_object_list(values)
+    return values
+
+
 def in_all_processes(function, *args):
     """function(*args), in each process. If it fails in one, an exception is raised in all."""
     result = error = None
@@ -151,3 +162,12 @@ def refuse_differences(values):
             if value != first[name]:
                 what = f"ranks 0 and {rank} would train differently: {name}"
                 raise ValueError(f"{what} is {first[name]} and {value}")
+
+
+def distribute(model, compiled):
+    """The model in a DistributedDataParallel, compiled if asked for."""
+    distributed = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    if not compiled:
+        return distributed
+    torch.compiler.reset()  # compiled again, so that gradients are sent while others are computed
+    return torch.compile(distributed)

@@ -21,6 +21,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -387,6 +388,23 @@ def save_image(path, image, **kwargs):
         image.save(temporary, **kwargs)
 
 
+def save_animation(path, images):
+    """Save Pillow images as an animation that pauses on the last one."""
+    duration = [60] * (len(images) - 1) + [2000]  # milliseconds
+    save_image(path, images[0], save_all=True, append_images=images[1:], duration=duration, loop=0)
+
+
+def strip(frames):
+    """[(x_t, x0_hat)], each uint8 (B, H, W, C), as one image.
+
+    For each of the first four samples, it has a row of x_t above a row of x0_hat.
+    """
+    chosen = [frames[i] for i in np.linspace(0, len(frames) - 1, STRIP).round().astype(int)]
+    rows = np.stack([np.stack(pair) for pair in chosen], 2)  # (2, B, STRIP, H, W, C)
+    rows = rows[:, :4].swapaxes(0, 1)
+    return grid(rows.reshape(-1, *rows.shape[3:]), STRIP)
+
+
 def check_output(path, image, animated=False):
     """Raise ValueError or OSError now if an image of this size can't be saved at `path` later."""
     path, suffix = Path(path), Path(path).suffix.lower()
@@ -596,64 +614,58 @@ def draw_interpolation(network, args):
 
 def draw_samples(network, args):
     """-n samples in batches: the grid, and the folder, the GIF and the strip if asked for."""
-    started, frames, stop = time.monotonic(), [], []
+    started, stop = time.monotonic(), threading.Event()
     starts = range(0, args.n, network.batch)
     _, channels, height, width = network.shape
     shown = np.zeros((min(args.n, GRID), height, width, channels), np.uint8)
+    frames = []  # of the first batch: (x_t, x0_hat) at some of the steps, including the last
+    kept = {-(-k * args.steps // FRAMES) for k in range(FRAMES)} | {args.steps - 1}
     bar = progress(total=len(starts) * args.steps, unit="step")
 
-    def draw(network, starts):
-        for first in starts:  # a constant shape: the last batch may draw more images than it keeps
-            draw_noise = ahead(noise_of(args.seed, first, network.shape))
-            chain = sample_progressive(
-                network, draw_noise, network.betas, network.variance, args.steps, args.eta
-            )
-            for i, (_, x, x0) in enumerate(chain):
-                frame = (
-                    i == args.steps - 1 or i * FRAMES // args.steps > (i - 1) * FRAMES // args.steps
-                )
-                if first == 0 and frame and (args.gif or args.strip):
-                    frames.append((to_pixels(x[:GRID]), to_pixels(x0[:GRID])))
-                bar.update()
-                if stop:
-                    return
-            pixels = to_pixels(x0[: args.n - first])
-            shown[first : first + len(pixels)] = pixels[: max(0, GRID - first)]
-            if args.dir:
-                for k, image in enumerate(pixels, first):
-                    name = f"{k:06d}.png"
-                    with open(Path(args.dir, name), "xb") as file:  # never an existing one
-                        to_image(image).save(file, "PNG")
+    def draw_batch(network, first):
+        draw_noise = ahead(noise_of(args.seed, first, network.shape))
+        chain = sample_progressive(
+            network, draw_noise, network.betas, network.variance, args.steps, args.eta
+        )
+        for i, (_, x, x0) in enumerate(chain):
+            if first == 0 and i in kept and (args.gif or args.strip):
+                frames.append((to_pixels(x[:GRID]), to_pixels(x0[:GRID])))
+            bar.update()
+            if stop.is_set():
+                return
+        pixels = to_pixels(x0[: args.n - first])  # the last batch may draw more
+        shown[first : first + len(pixels)] = pixels[: max(0, GRID - first)]
+        if args.dir:
+            for k, image in enumerate(pixels, first):
+                with open(Path(args.dir, f"{k:06d}.png"), "xb") as file:  # never an existing one
+                    to_image(image).save(file, "PNG")
 
-    def draw_or_stop(network, starts):
+    def draw(network, starts):
         try:
-            draw(network, starts)
+            for first in starts:
+                if stop.is_set():
+                    return
+                draw_batch(network, first)
         except BaseException:  # also Ctrl-C
-            stop.append(True)
+            stop.set()
             raise
 
     lanes = min(LANES.get(network.device, 1), len(starts))
     with bar, ThreadPoolExecutor(lanes) as pool:
         twins = [network.twin() for _ in range(lanes - 1)]
-        others = [
-            pool.submit(draw_or_stop, twin, starts[k::lanes]) for k, twin in enumerate(twins, 1)
-        ]
-        draw_or_stop(network, starts[::lanes])
-        for lane in others:
-            lane.result()
+        try:
+            others = [pool.submit(draw, twin, starts[k::lanes]) for k, twin in enumerate(twins, 1)]
+            draw(network, starts[::lanes])
+            for lane in others:
+                lane.result()
+        finally:
+            stop.set()
 
     save_image(args.out, grid(shown))
     if args.gif:
-        images = [grid(x) for x, _ in frames] + [grid(frames[-1][1])]
-        duration = [60] * (len(images) - 1) + [2000]  # milliseconds
-        save_image(
-            args.gif, images[0], save_all=True, append_images=images[1:], duration=duration, loop=0
-        )
-    if args.strip:  # two rows per image, x_t above x0_hat
-        chosen = [frames[i] for i in np.linspace(0, len(frames) - 1, STRIP).round().astype(int)]
-        rows = np.stack([np.stack(pair) for pair in chosen], 2)  # (2, B, STRIP, H, W, C)
-        rows = rows[:, :4].swapaxes(0, 1)
-        save_image(args.strip, grid(rows.reshape(-1, *rows.shape[3:]), STRIP))
+        save_animation(args.gif, [grid(x) for x, _ in frames] + [grid(frames[-1][1])])
+    if args.strip:
+        save_image(args.strip, strip(frames))
     seconds = time.monotonic() - started
     what = f"{args.n} images" if args.n <= GRID else f"the first {GRID} of {args.n} images"
     print(f"{printable(args.out)}: {what}, {seconds:.1f} s, {seconds / args.n:.2f} s each")

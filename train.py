@@ -35,7 +35,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import devices
@@ -704,7 +703,7 @@ def network_settings(args):
 
 
 def restore(state, model, ema, optimizer):
-    """Load a checkpoint. Returns the number of steps done."""
+    """Load a checkpoint."""
     model.load_state_dict(state["model"])
     ema.load_state_dict(state["ema"])
     optimizer.load_state_dict(state["optimizer"])
@@ -713,7 +712,6 @@ def restore(state, model, ema, optimizer):
             moments[name] = torch.empty_like(parameter).copy_(moments[name])
     if len(optimizer.state) < (state["step"] > 0) * len(list(model.parameters())):
         raise ValueError("the state of the optimizer is missing")
-    return state["step"]
 
 
 def read_run(args, out):
@@ -764,20 +762,65 @@ def decode_once(args, out, state):
         cache_folder(args.data, args.image_size, args.channels, out, expected)
 
 
+def catch_signals():
+    """The times of the signals from now on, in a list that grows.
+
+    A signal more than a second after the first one raises KeyboardInterrupt.
+    """
+    times = []
+
+    def catch(*_):
+        if times and time.monotonic() - times[0] > 1:  # torchrun immediately sends one of its own
+            raise KeyboardInterrupt
+        times.append(time.monotonic())
+
+    sample.on_signals(catch)
+    return times
+
+
+def check_processes_agree(config, start, model, ema, args):
+    """Raise ValueError in every process unless all would train identically."""
+    weights = hashlib.blake2b(digest_size=8)
+    for tensor in [*model.parameters(), *ema.parameters()]:
+        weights.update(tensor.detach().cpu().contiguous().numpy())
+    flags = {name: getattr(args, name) for name in ("steps", "accumulate", "preview_every")}
+    parts = config["model"] | config["diffusion"] | config["train"] | flags
+    parts |= {"first step": start, "weights": weights.hexdigest()}
+    del parts["data"]  # the name of the folder, which may differ
+    devices.refuse_differences(parts)
+
+
+def save_checkpoint(path, config, step, **parts):
+    """Replace the checkpoint, whole or not at all. parts: model, ema and optimizer."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    try:
+        with atomic_write(path) as temporary:
+            torch.save({"config": config, "step": step, **states}, temporary)
+    except (OSError, RuntimeError) as error:  # torch has a RuntimeError for a full disk
+        what = f"{printable(path)} can't be written, and is as it was"
+        raise OSError(f"{what}: {one_line(error)}") from None
+
+
+def save_preview(path, ema, diffusion, shape, args):
+    """Save a grid of images of this shape (C, H, W), drawn with DDIM by the averaged network."""
+    noise = torch.Generator(args.device).manual_seed(args.seed)
+    steps = min(PREVIEW_STEPS, diffusion.T)
+    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
+        x0 = diffusion.sample(ema, (PREVIEW, *shape), steps, 0.0, noise, device=args.device)
+    sample.save_image(path, sample.grid(sample.to_pixels(x0.cpu().numpy())))
+
+
 def train(args, out):
     """Train in the folder `out`, from its checkpoint if there is one."""
-    device, first = args.device, RANK == 0
+    device, first, path = args.device, RANK == 0, out / "checkpoint.pt"
     # The output "mean" must be exact: at t = 0 its error is 100 times as large in eps.
     args.amp = devices.has_bfloat16(device) and not args.no_amp and args.predicts != "mean"
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
 
     # -- the configuration, the checkpoint and the training set
     config, state = devices.in_all_processes(read_run, args, out)
-    path, inode = out / "checkpoint.pt", out.stat().st_ino if first else None
-    if WORLD > 1:
-        shared = [state, args.channels]
-        dist.broadcast_object_list(shared)
-        state, args.channels = shared
+    inode = out.stat().st_ino if first else None
+    state, args.channels = devices.from_first_process(state, args.channels)
     devices.in_all_processes(decode_once, args, out, state)
     images, digest = (demo_pictures(), "demo") if args.data is None else open_cache(out)
     if first and len(images) < 100:
@@ -794,88 +837,51 @@ def train(args, out):
     if args.init:
         with as_value_error(f"--init {printable(args.init)} does not match the other flags"):
             model.load_state_dict(args.trained.model.state_dict())
-    network, start, resumes = model, 0, state is not None
-    steps_left = args.steps - (state["step"] if resumes else 0)
-    if not args.no_compile and devices.is_worth_compiling(device, steps_left):
+    resumes = state is not None
+    network, start = model, state["step"] if resumes else 0
+    if not args.no_compile and devices.is_worth_compiling(device, args.steps - start):
         part = -(-args.batch // (WORLD * args.accumulate))
         network = devices.try_to_compile(model, (part, *images.shape[1:]), args.amp)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     if resumes:
         with not_a_checkpoint(path):
-            start = restore(state, model, ema, optimizer)
+            restore(state, model, ema, optimizer)
     del state
     if WORLD > 1:
-        weights = hashlib.blake2b(digest_size=8)
-        for tensor in [*model.parameters(), *ema.parameters()]:
-            weights.update(tensor.detach().cpu().contiguous().numpy())
-        flags = {name: getattr(args, name) for name in ("steps", "accumulate", "preview_every")}
-        parts = config["model"] | config["diffusion"] | config["train"] | flags
-        parts |= {"first step": start, "weights": weights.hexdigest()}
-        del parts["data"]  # the name of the folder, which may differ
-        devices.refuse_differences(parts)
-        compiled = network is not model
-        network = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        if compiled:  # again, so that gradients are sent while others are computed
-            torch.compiler.reset()
-            network = torch.compile(network)
+        check_processes_agree(config, start, model, ema, args)
+        network = devices.distribute(model, compiled=network is not model)
 
-    def save(step):
-        if not out.is_dir() or out.stat().st_ino != inode:
-            raise OSError(f"{printable(out)} was moved or replaced; step {step} is not saved")
-        parts = {"model": model, "ema": ema, "optimizer": optimizer}
-        parts = {name: part.state_dict() for name, part in parts.items()}
-        try:
-            with atomic_write(path) as temporary:
-                torch.save({"config": config, "step": step, **parts}, temporary)
-        except (OSError, RuntimeError) as error:  # torch has a RuntimeError for a full disk
-            what = f"{printable(path)} can't be written, and is as it was"
-            raise OSError(f"{what}: {one_line(error)}") from None
-
-    def preview(step):
-        shape, steps = (PREVIEW, *images.shape[1:]), min(PREVIEW_STEPS, diffusion.T)
-        noise = torch.Generator(device).manual_seed(args.seed)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            x0 = diffusion.sample(ema, shape, steps, 0.0, noise, device=device)
-        grid = sample.grid(sample.to_pixels(x0.cpu().numpy()))
-        sample.save_image(out / f"preview-{step:07d}.png", grid)
-        save_loss_plot(log.name, out / "loss.png")
-
+    signals = catch_signals()  # the loop saves before it stops
     # A preview costs as much as training on PREVIEW * PREVIEW_STEPS / 3 = 600 images. Draw one when
     # that is 4 % of the time or less.
     every = args.preview_every or max(25 * 600 // args.batch, args.steps // 100, 1)
 
-    stop = []  # the times of signals; the step is finished and saved first
-
-    def ask_to_stop(*_):
-        if stop and time.monotonic() - stop[0] > 1:  # torchrun adds one of its own at once
-            raise KeyboardInterrupt
-        stop.append(time.monotonic())
-
-    sample.on_signals(ask_to_stop)
+    def save(step):
+        if not out.is_dir() or out.stat().st_ino != inode:
+            raise OSError(f"{printable(out)} was moved or replaced; step {step} is not saved")
+        save_checkpoint(path, config, step, model=model, ema=ema, optimizer=optimizer)
 
     if first:
         if not resumes:
             save(0)  # this marks the folder as a run from the start
         size = sum(p.numel() for p in model.parameters())
         others = f" and {WORLD - 1} more" if WORLD > 1 else ""
-        dtype = "bfloat16" if args.amp else "float32"
         print(f"images   {len(images):,} of {'x'.join(map(str, images.shape[1:]))}")
         if args.quick:
             print(f"--quick  {shown_flags(args, QUICK)}")
+        dtype = "bfloat16" if args.amp else "float32"
         print(f"network  {size:,} parameters on {device}{others}, {dtype}")
-        print(
-            f"steps    {start:,} to {args.steps:,}, with a preview every {min(every, args.steps):,}"
-        )
+        previews = f"with a preview every {min(every, args.steps):,}"
+        print(f"steps    {start:,} to {args.steps:,}, {previews}")
 
-    saved, mean_loss, others_stop = time.monotonic(), None, False
     unread = []  # steps whose loss has not been read
+    saved, mean_loss, must_stop = time.monotonic(), None, False
 
     def record(step, lr, read):
         """Wait for a step, and log it."""
-        nonlocal mean_loss, others_stop
-        loss, norm, *flag = read()
-        others_stop = any(flag)
+        nonlocal mean_loss, must_stop
+        loss, norm, must_stop = read()
         if not math.isfinite(loss + norm):
             raise RuntimeError(
                 f"the loss of step {step + 1} is not finite; the checkpoint is as it was. Try a "
@@ -895,26 +901,27 @@ def train(args, out):
     with log, bar:
         for step in range(start, args.steps):
             status = train_step(step, network, ema, optimizer, diffusion, images, args)
+            caught = torch.full((1,), float(len(signals)), device=device)
             if WORLD > 1:  # so that all stop after the same step
-                flag = torch.full((1,), float(bool(stop)), device=device)
-                dist.all_reduce(flag)
-                status = torch.cat([status, flag])
-            unread.append((step, optimizer.param_groups[0]["lr"], devices.read_later(status)))
+                dist.all_reduce(caught)
+            read = devices.read_later(torch.cat([status, caught]))
+            unread.append((step, optimizer.param_groups[0]["lr"], read))
             while len(unread) > devices.AHEAD.get(device.type, 0):
                 record(*unread.pop(0))
-            done, stopping = step + 1, others_stop if WORLD > 1 else bool(stop)
-            due = first and time.monotonic() - saved > 60 * args.save_minutes
+            done, stops_here = step + 1, must_stop  # before rank 0 may read more than the others
             show = done % every == 0 or done == args.steps
-            if stopping or due or show:
+            if stops_here or show or (first and time.monotonic() - saved > 60 * args.save_minutes):
                 while unread:
                     record(*unread.pop(0))
-            if first and (stopping or due or show):  # before the preview, which may fail
-                log.flush()
-                save(done)
-                saved = time.monotonic()
+                if first:  # before the preview, which may fail
+                    log.flush()
+                    save(done)
+                    saved = time.monotonic()
             if first and show:
-                preview(done)
-            if stopping:
+                preview = out / f"preview-{done:07d}.png"
+                save_preview(preview, ema, diffusion, images.shape[1:], args)
+                save_loss_plot(log.name, out / "loss.png")
+            if stops_here:
                 break
 
     sample.on_signals(signal.SIG_IGN)  # all is saved, and there is little left to do

@@ -178,6 +178,26 @@ def test_loss_that_is_not_finite_leaves_the_checkpoint(ahead, pictures, tmp_path
     assert (tmp_path / "run" / "log.csv").read_text().splitlines()[-1].startswith("5,")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_signal_ends_training_after_a_step_that_is_saved(ahead, pictures, tmp_path, monkeypatch,
+                                                         run):  # fmt: skip
+    monkeypatch.setattr(devices, "AHEAD", {"cpu": ahead})
+    step = train.train_step
+
+    def interrupted(k, *args):
+        if k == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(k, *args)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    said = run("train.py", "--data", pictures, *TINY, "--steps", 13, cwd=tmp_path)
+    assert f"stopped at step {6 + ahead}; to resume" in said
+    assert checkpoint(tmp_path / "run")["step"] == 6 + ahead
+    rows = (tmp_path / "run" / "log.csv").read_text().splitlines()
+    assert rows[-1].startswith(f"{6 + ahead},") and len(rows) == 7 + ahead
+
+
 HANGS = """
 import sys, time
 sys.path.insert(0, sys.argv.pop(1))
@@ -237,7 +257,7 @@ def test_state_of_the_optimizer_is_laid_out_like_the_weights():
     model = UNet(8, 3, 8, (1, 2), 1, (4,)).to(memory_format=torch.channels_last)
     ema = copy.deepcopy(model)
     optimizer = torch.optim.Adam(model.parameters())
-    assert train.restore(state, model, ema, optimizer) == 1
+    train.restore(state, model, ema, optimizer)
     model(torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)).sum().backward()
     formats = set()
     for p, average in zip(model.parameters(), ema.parameters(), strict=True):
