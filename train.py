@@ -574,7 +574,8 @@ def open_log(path, start):
 # -------------------------------------------------------------------------------------- the program
 
 
-def arguments():
+def all_flags():
+    """The parser, which returns only the flags that are given, and the defaults of all flags."""
     parser = argparse.ArgumentParser(
         usage="python train.py --data ./images [options]",
         description=__doc__,
@@ -627,6 +628,12 @@ def arguments():
     flag("--save-minutes", 5.0, "minutes between checkpoints", type=between(0, 1e9, float))
     flag("--eval", None, "do not train: compute the bound of these weights on --data")
     flag("--eval-images", None, "number of images for --eval [all]", type=positive)
+    return parser, defaults
+
+
+def arguments():
+    """The arguments of the command line, checked against each other and against the weights."""
+    parser, defaults = all_flags()
     given = vars(parser.parse_args())
 
     # What is not given comes from the weights, else from the demo, else from the paper.
