@@ -21,6 +21,7 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -373,12 +374,11 @@ def save_plot(path, curves, x_label, y_label, log=""):
 
 def save_loss_plot(log, path):
     """The losses of log.csv as a curve, averaged over 200 intervals."""
-    rows = [row.split(",") for row in Path(log).read_text().splitlines()[1:]]
-    length = math.ceil(len(rows) / 200)
-    parts = [rows[k : k + length] for k in range(0, len(rows), length)]
-    means = [sum(float(row[1]) for row in part) / len(part) for part in parts]
-    if len(parts) > 1:
-        save_plot(path, {"": ([int(part[-1][0]) for part in parts], means)}, "step", "loss", "y")
+    rows = np.loadtxt(log, delimiter=",", skiprows=1, ndmin=2)
+    if len(rows) > 1:
+        parts = np.array_split(rows[:, :2], min(len(rows), 200))
+        steps, losses = np.transpose([part.mean(0) for part in parts])
+        save_plot(path, {"": (steps, losses)}, "step", "loss", "y")
 
 
 def rate_distortion(bound):
@@ -395,9 +395,6 @@ def rate_distortion(bound):
 def evaluate(args):
     """--eval: print the bound on the images, and save the rate-distortion curve (figure 5)."""
     trained, device, path = args.trained, args.device, Path(args.eval)
-    if (args.channels, args.image_size) != trained.shape[:2]:
-        shape = "x".join(map(str, trained.shape))
-        raise ValueError(f"{printable(path)} is for images of {shape}")
     if args.data is None:
         images = demo_pictures()
     else:
@@ -454,6 +451,7 @@ def evaluate(args):
 # ----------------------------------------------------------------------------------- the run folder
 
 WAY_OUT = "Use another --out, or --restart, which moves that run aside."
+RUN_FILES = ["log.csv", "loss.png", "preview-*.png", "rate-distortion.*"]  # and checkpoint.pt
 
 
 @contextlib.contextmanager
@@ -480,29 +478,22 @@ def lock(folder):
 def move_run(source, target):
     """Move what a run writes, except for the decoded images, into another folder."""
     target.mkdir(exist_ok=True)
-    names = "log.csv", "loss.png", "preview-*.png", "rate-distortion.*", "checkpoint.pt"
-    try:
-        for path in [path for name in names for path in source.glob(name)]:
-            if path.is_symlink():  # it may be relative
-                (target / path.name).symlink_to(os.path.realpath(path))
-                path.unlink()
-            else:
-                path.rename(target / path.name)
-    except OSError:
-        with contextlib.suppress(OSError):
-            target.rmdir()  # it is empty if `source` is a file system of its own
-        raise
+    for path in [path for name in [*RUN_FILES, "checkpoint.pt"] for path in source.glob(name)]:
+        if path.is_symlink():  # it may be relative
+            (target / path.name).symlink_to(os.path.realpath(path))
+            path.unlink()
+        else:
+            shutil.move(path, target / path.name)  # also to another file system
     print(f"the run in {printable(source)} is now in {printable(target)}")
 
 
 def refuse_foreign_files(out):
     """Raise ValueError if the folder holds files named like those of a run, but no run."""
-    foreign = ["log.csv", "loss.png", "preview-*.png", "rate-distortion.*"]
     try:  # our cache may come before a checkpoint
         ours = {"key", "digest", "shape"} <= set(json.loads((out / "pictures.json").read_text()))
     except (OSError, ValueError, TypeError):
         ours = False
-    for name in foreign if ours else [*foreign, "pictures.u8", "pictures.json"]:
+    for name in RUN_FILES if ours else [*RUN_FILES, "pictures.u8", "pictures.json"]:
         if any(out.glob(name)) and not (out / "checkpoint.pt").exists():
             what = f"{printable(out)} holds {name} but no checkpoint.pt"
             raise ValueError(f"{what}, so it is not a run; use another --out")
@@ -511,40 +502,37 @@ def refuse_foreign_files(out):
 @contextlib.contextmanager
 def run_folder(out, restart):
     """Lock the run folder; move an old run aside if asked to. Raises ValueError for other files."""
-    with lock(out), contextlib.ExitStack() as after:
-        if restart and (out / "checkpoint.pt").exists():
+    checkpoint, aside = out / "checkpoint.pt", None
+    with lock(out):
+        if restart and checkpoint.exists():
             k = 1
             while os.path.lexists(aside := out.with_name(f"{out.name}-{k}")):
                 k += 1
             move_run(out, aside)
-
-            @after.callback
-            def return_it():  # if the new run never began
-                if not (out / "checkpoint.pt").exists():
-                    move_run(aside, out)
-                    aside.rmdir()
-
-        for name in ("checkpoint.pt", "pictures.u8"):  # left by a process that was killed
-            for temporary in out.glob(f".{name}.tmp-????????"):
-                shutil.rmtree(temporary, ignore_errors=True)
-        refuse_foreign_files(out)
-        yield
+        try:
+            for name in ("checkpoint.pt", "pictures.u8"):  # left by a process that was killed
+                for temporary in out.glob(f".{name}.tmp-????????"):
+                    shutil.rmtree(temporary, ignore_errors=True)
+            refuse_foreign_files(out)
+            yield
+        finally:
+            if aside and not checkpoint.exists():  # the new run never began
+                move_run(aside, out)
+                aside.rmdir()
 
 
 def refuse_other_run(old, new, out):
     """Raise ValueError unless two configurations are of the same run, which may train longer."""
+    was, now = (config["diffusion"] | config["model"] | config["train"] for config in (old, new))
     different = [
-        f"{key} was {old[part].get(key)}, now {new[part][key]}"
-        for part in ("diffusion", "model", "train")
-        for key in sorted(set(new[part]) - {"betas", "warmup", "data"})
-        if old[part].get(key) != new[part][key]
+        f"{key} was {was.get(key)}, now {now[key]}"
+        for key in sorted(set(now) - {"betas", "warmup", "data"})
+        if was.get(key) != now[key]
     ]
-    if old["diffusion"]["betas"] != new["diffusion"]["betas"]:
-        different.append("other betas")
-    if (old["train"]["data"] is None) != (new["train"]["data"] is None):
-        different.append("other images")
+    different += ["other betas"] * (was["betas"] != now["betas"])
+    different += ["other images"] * ((was["data"] is None) != (now["data"] is None))
     if different:
-        held = "another run" if old["train"]["data"] else "the demo"
+        held = "another run" if was["data"] else "the demo"
         more = f"; and {len(different) - 4} more" if len(different) > 4 else ""
         differences = "; ".join(different[:4]) + more
         raise ValueError(f"{printable(out)} holds {held}: {differences}. {WAY_OUT}")
@@ -638,19 +626,11 @@ def arguments():
 
     # What is not given comes from the weights, else from the demo, else from the paper.
     known = defaults | {"trained": None, "norm_groups": None}
-    if "data" not in given:
-        known |= DEMO
-        if "quick" in given:
-            parser.error("--quick is for --data; the demo is short by itself")
-    elif "quick" in given:
-        known |= QUICK
-    if "eval" in given and ("init" in given or "schedule" in given):
-        parser.error("--eval can't be combined with --init or --schedule")
-    training = (
-        "quick restart steps weighting lr warmup lr_decay ema accumulate dropout no_flip no_amp "
-        "no_compile preview_every save_minutes"
-    )
-    unused = set(given) & set(training.split())
+    known |= DEMO if "data" not in given else QUICK if "quick" in given else {}
+    if "quick" in given and "data" not in given:
+        parser.error("--quick is for --data; the demo is short by itself")
+    measuring = "eval eval_images data out batch seed device variance predicts"
+    unused = set(given) - set(measuring.split())
     if "eval" in given and unused:
         parser.error(f"--{min(unused).replace('_', '-')} is for training, not for --eval")
     if "eval_images" in given and "eval" not in given:
@@ -691,15 +671,10 @@ def arguments():
     return args
 
 
-def shown_flags(args, names):
-    """The flags of these names as on a command line, with their values."""
-    words = []
-    for name in names:
-        value = getattr(args, name)
-        words.append(f"--{name.replace('_', '-')}")
-        if value is not True:
-            words += value if isinstance(value, list) else [value]
-    return " ".join(map(str, words))
+def quick_flags(args):
+    """What --quick stands for, as on a command line."""
+    flags = " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in QUICK)
+    return re.sub(r"[][,]| True", "", flags)
 
 
 def network_settings(args):
@@ -726,18 +701,12 @@ def read_run(args, out):
 
     Raises ValueError if it is of another run.
     """
-    if args.schedule is None:
-        betas = args.trained.diffusion.betas
-    else:
-        betas = linear_betas() if args.schedule == "linear" else cosine_betas()
+    schedules = {"linear": linear_betas, "cosine": cosine_betas}
+    betas = schedules[args.schedule]() if args.schedule else args.trained.diffusion.betas
     names = "batch lr warmup lr_decay weighting ema no_flip seed"
     config = {  # all that another program, or a resumed run, has to know
         "model": network_settings(args),
-        "diffusion": {
-            "betas": betas.tolist(),
-            "variance": args.variance,
-            "predicts": args.predicts,
-        },
+        "diffusion": dict(betas=betas.tolist(), variance=args.variance, predicts=args.predicts),
         "train": {
             "data": args.data and printable(Path(args.data).resolve().name),
             "init": args.init and printable("/".join(Path(args.init).parts[-2:])),
@@ -876,13 +845,13 @@ def train(args, out):
         others = f" and {WORLD - 1} more" if WORLD > 1 else ""
         print(f"images   {len(images):,} of {'x'.join(map(str, images.shape[1:]))}")
         if args.quick:
-            print(f"--quick  {shown_flags(args, QUICK)}")
+            print(f"--quick  {quick_flags(args)}")
         dtype = "bfloat16" if args.amp else "float32"
         print(f"network  {size:,} parameters on {device}{others}, {dtype}")
         previews = f"with a preview every {min(every, args.steps):,}"
         print(f"steps    {start:,} to {args.steps:,}, {previews}")
 
-    unread = []  # steps whose loss has not been read
+    unread, done = [], start  # unread: the steps whose loss has not been read
     saved, mean_loss, must_stop = time.monotonic(), None, False
 
     def record(step, lr, read):
@@ -901,10 +870,7 @@ def train(args, out):
             bar.update()
 
     log = open_log(out / "log.csv", start) if first else contextlib.nullcontext()
-    bar = progress(
-        total=args.steps, initial=start, unit="step", smoothing=0.05, mininterval=0.5,
-        disable=not first,
-    )  # fmt: skip
+    bar = progress(total=args.steps, initial=start, unit="step", smoothing=0.05, disable=not first)
     with log, bar:
         for step in range(start, args.steps):
             status = train_step(step, network, ema, optimizer, diffusion, images, args)
@@ -935,13 +901,13 @@ def train(args, out):
     if WORLD > 1:
         dist.barrier()
         dist.destroy_process_group()
-    if first and start < args.steps and done < args.steps:
+    if first and done < args.steps:
         command = shlex.join(word for word in sys.argv if word != "--restart")
         program = "torchrun ..." if WORLD > 1 else "python"
         print(f"stopped at step {done:,}; to resume:\n  {program} {printable(command)}")
     elif first:
         shown = os.path.relpath(path)
-        print(f"done, {printable(shown)} of step {max(start, args.steps):,}; next:")
+        print(f"done, {printable(shown)} of step {done:,}; next:")
         print(f"  python export.py --checkpoint {printable(shlex.quote(shown))}")
 
 

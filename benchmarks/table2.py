@@ -104,8 +104,8 @@ def main():
     steps, version = args.steps or train.DEMO["steps"], torch.__version__.split("+")[0]
     lines = [
         "# The paper's Table 2, on the built-in demo\n",
-        f"`python benchmarks/table2.py --jobs {args.jobs}`, {time.strftime('%Y-%m-%d')}, {args.seeds} seeds a row, "
-        f"{steps:,} steps each, torch {version}, "
+        f"`python benchmarks/table2.py --jobs {args.jobs}`, {time.strftime('%Y-%m-%d')}, "
+        f"{args.seeds} seeds a row, {steps:,} steps each, torch {version}, "
         f"Python {platform.python_version()}, {(time.monotonic() - began) / 60:.0f} minutes.\n",
         f"| the network predicts | the loss is weighted | right of {SAMPLES} samples | "
         "bound, bits per dimension |",
