@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -493,3 +494,25 @@ def test_error_in_one_lane_ends_the_others(error, trained, tmp_path, monkeypatch
     run("sample.py", "--onnx", trained[0] / "model.onnx", "-n", 8, "--batch", 2, "--steps", 500,
         cwd=tmp_path, code=1)  # fmt: skip
     assert len(steps) < 30 and not (tmp_path / "samples.png").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_ctrl_c_while_one_lane_waits_for_another_ends_it(trained, tmp_path, monkeypatch, run):
+    steps = []
+
+    def slow_twin(*args):
+        is_twin = threading.current_thread() is not threading.main_thread()
+        for result in chain(*args):
+            if is_twin:
+                steps.append(0)
+                time.sleep(0.1)
+            yield result
+        if not is_twin:
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    chain = sample.sample_progressive
+    monkeypatch.setattr(sample, "sample_progressive", slow_twin)
+    monkeypatch.setattr(sample, "LANES", {"cpu": 2})
+    said = run("sample.py", "--onnx", trained[0] / "model.onnx", "-n", 4, "--batch", 2, "--steps",
+               100, cwd=tmp_path, code=1)  # fmt: skip
+    assert "stopped" in said and len(steps) < 60
