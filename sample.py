@@ -388,9 +388,9 @@ def save_image(path, image, **kwargs):
         image.save(temporary, **kwargs)
 
 
-def save_animation(path, images):
-    """Save Pillow images as an animation that pauses on the last one."""
-    duration = [60] * (len(images) - 1) + [2000]  # milliseconds
+def save_animation(path, images, each=60, last=2000):
+    """Save Pillow images as an animation. each, last: how long to show one, in milliseconds."""
+    duration = [each] * (len(images) - 1) + [last]
     save_image(path, images[0], save_all=True, append_images=images[1:], duration=duration, loop=0)
 
 

@@ -163,10 +163,7 @@ def draw_strip(folder, network):
     for size in (small, small * max(1, 306 // small)):
         frames = [frame.resize((size, size), Image.Resampling.NEAREST) for frame in frames]
     frames = [frame.quantize(32, dither=Image.Dither.NONE) for frame in frames]
-    duration = [80] * (len(frames) - 1) + [3000]  # milliseconds
-    frames[0].save(
-        folder / "reverse.gif", save_all=True, append_images=frames[1:], duration=duration, loop=0
-    )
+    sample.save_animation(folder / "reverse.gif", frames, each=80, last=3000)
 
 
 def draw_ends(path, network):
