@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 
 def linear_betas(T=1000, beta_1=1e-4, beta_T=0.02):
-    """The paper's schedule (section 4): T variances from beta_1 to beta_T. Float64, shape (T,).
+    """Return the paper's schedule (section 4): T variances from beta_1 to beta_T. Float64, (T,).
 
     Change T and the betas together, so that x_T stays close to pure noise. To sample in fewer
     steps, keep T = 1000 and pass `steps=` to the sampler.
@@ -37,7 +37,7 @@ def linear_betas(T=1000, beta_1=1e-4, beta_T=0.02):
 
 
 def cosine_betas(T=1000):
-    """The schedule of Nichol and Dhariwal 2021 (arXiv:2102.09672, eq. 17). Float64, shape (T,)."""
+    """Return the schedule of Nichol and Dhariwal 2021 (arXiv:2102.09672, eq. 17). Float64, (T,)."""
     u = torch.arange(T + 1, dtype=torch.float64) / T
     alphas_bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2).square()
     return (1 - alphas_bar[1:] / alphas_bar[:-1]).clamp(max=0.999)
@@ -87,7 +87,8 @@ class Diffusion:
 
     def __init__(self, betas, variance="large", predicts="eps"):
         betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
-        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
+        inside = (betas < 1) & (1 - betas < 1)  # 1 - betas is 1 if a beta is below 1e-16
+        if betas.ndim != 1 or not len(betas) or not inside.all():
             raise ValueError("betas must be a 1-d list of numbers between 0 and 1")
         if variance not in ("large", "small"):
             raise ValueError(f'variance must be "large" or "small", not {variance!r}')
@@ -119,15 +120,15 @@ class Diffusion:
     # ----------------------------------------------------------------------- q, the forward process
 
     def q_sample(self, x0, t, noise):
-        """x_t ~ q(x_t | x_0) (4): sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise. All (B, C, H, W)."""
+        """Return x_t ~ q(x_t | x_0) (4), (B, C, H, W) as x0 and the noise."""
         return _at(self.alphas_bar.sqrt(), t) * x0 + _at((1 - self.alphas_bar).sqrt(), t) * noise
 
     def predict_x0(self, x_t, t, eps):
-        """(15): (4) solved for x_0, the estimate of the clean image if the noise in x_t is eps."""
+        """Return x_0 by (15), which is (4) solved for x_0: the clean image if the noise is eps."""
         return (x_t - _at((1 - self.alphas_bar).sqrt(), t) * eps) / _at(self.alphas_bar.sqrt(), t)
 
     def q_posterior(self, x0, x_t, t):
-        """q(x_{t-1} | x_t, x_0) (6): its mean (B, C, H, W) and variance (B, 1, 1, 1), by (7)."""
+        """Return mean (B, C, H, W) and variance (B, 1, 1, 1) of q(x_{t-1} | x_t, x_0) (6), (7)."""
         abar, abar_prev = self.alphas_bar, self.alphas_bar_prev
         mean = (
             _at(abar_prev.sqrt() * self.betas / (1 - abar), t) * x0
@@ -136,13 +137,16 @@ class Diffusion:
         return mean, _at(self.posterior_variance, t)
 
     def predict_eps(self, model, x_t, t):
-        """eps_theta(x_t, t): the noise in x_t, whatever the model predicts. (B, C, H, W)."""
-        return _at(self.a, t) * x_t + _at(self.b, t) * model(x_t, t).float()
+        """Return eps_theta(x_t, t), the noise in x_t, whatever the model predicts. (B, C, H, W)."""
+        output = model(x_t, t).float()
+        if self.predicts == "eps":
+            return output
+        return _at(self.a, t) * x_t + _at(self.b, t) * output
 
     # ------------------------------------------------------------------------ training, Algorithm 1
 
     def loss(self, model, x0, t=None, noise=None, weighting="simple"):
-        """L_simple (14): the mean squared error of the predicted noise. A scalar to minimise.
+        """Return L_simple (14), the mean squared error of the predicted noise, a scalar.
 
         It is the mean over the dimensions, where (14) has their sum. t (B,) and noise (B, C, H, W)
         are drawn unless given.
@@ -153,7 +157,11 @@ class Diffusion:
 
         Everything but the network is float32, also under autocast: in bfloat16, abar_t would round
         to 1 for the first ten steps, which leaves no noise.
+
+        Raises ValueError for an unknown weighting, and for an image without its batch dimension.
         """
+        if x0.ndim != 4:
+            raise ValueError(f"x0 must have the shape (B, C, H, W), not {tuple(x0.shape)}")
         if t is None:
             t = torch.randint(self.T, (len(x0),), device=x0.device)
         if noise is None:
@@ -174,10 +182,11 @@ class Diffusion:
 
     @staticmethod
     def decoder_log_likelihood(x0, mean, sigma):
-        """(13): the log-probability that N(mean, sigma^2) gives to the bin of each 8-bit value x0.
+        """Return the log-probability (13) that N(mean, sigma^2) gives to the bin of each value x0.
 
-        Bins are 2/255 wide; the first and the last are open. Probabilities below 1e-12 count as
-        1e-12. The arguments broadcast; the result is float64 on the CPU, in nats.
+        x0 are 8-bit values k / 127.5 - 1. Bins are 2/255 wide; the first and the last are open.
+        Probabilities below 1e-12 count as 1e-12. The arguments broadcast; the result is float64 on
+        the CPU, in nats.
 
         The integral is exact. The authors' code approximates the normal CDF by a tanh. In the mean
         over Gaussian errors the two agree to 0.0001 bits at the paper's root-mean-square error
@@ -190,11 +199,11 @@ class Diffusion:
 
     @torch.no_grad()
     def vlb(self, model, x0, generator=None):
-        """The variational bound (3) on -log p(x_0) by its terms (5), in bits per dimension.
+        """Return the terms (5) of the variational bound (3) on -log p(x_0), in bits per dimension.
 
         x0: 8-bit images k / 127.5 - 1, (B, C, H, W). generator: a torch.Generator on its device.
         Takes T forward passes; call model.eval() first. x0_hat is clipped to [-1, 1], as in
-        sampling. Returns a Bound, float64 on the CPU.
+        sampling. The result is a Bound, float64 on the CPU.
         """
         abar_T, mean_square = self.alphas_bar[-1].item(), x0.square().mean((1, 2, 3))
         # KL(q(x_T | x_0) || N(0, I)):
@@ -225,7 +234,7 @@ class Diffusion:
         self, model, shape, steps=None, eta=None, generator=None, draw_noise=None, x_T=None,
         device=None, clip=True,
     ):  # fmt: skip
-        """Algorithm 2 as a generator: yields (t, x_t, x0_hat) from t = T-1 down to t = 0.
+        """Yield (t, x_t, x0_hat) of Algorithm 2, from t = T-1 down to t = 0.
 
         x_t is the input of the network and x0_hat the current estimate of the clean image; the last
         x0_hat is the sample. Call model.eval() first.
@@ -239,6 +248,8 @@ class Diffusion:
             so Diffusion(betas[: t + 1], ...).sample(..., x_T=x_t) continues from an x_t.
         clip: keep x0_hat in [-1, 1]. Algorithm 2 does not clip; the authors' code does, because the
             error of x0_hat is that of eps times sqrt((1 - abar_t) / abar_t), 157 at t = T-1.
+
+        Raises ValueError for steps or eta out of range.
         """
         chain, tau = (self, range(self.T)) if steps is None else self.respaced(steps)
         if not 0 <= (eta or 0) <= 1:
@@ -268,13 +279,13 @@ class Diffusion:
             x = mean + sigma * draw_noise()
 
     def sample(self, *args, **kwargs):
-        """The last x0_hat of sample_progressive, which has the same arguments: (B, C, H, W)."""
+        """Return the last x0_hat of sample_progressive, with its arguments: (B, C, H, W)."""
         for _, _, x0_hat in self.sample_progressive(*args, **kwargs):
             x0 = x0_hat
         return x0
 
     def ddim_step(self, x0, x_t, t, eta):
-        """DDIM's reverse step: mean (B, C, H, W) and sigma (B, 1, 1, 1).
+        """Return the mean (B, C, H, W) and sigma (B, 1, 1, 1) of DDIM's reverse step.
 
         Song et al. 2021 (arXiv:2010.02502), eq. 12 and 16. eps is recomputed from the clipped x0.
         """
@@ -285,7 +296,7 @@ class Diffusion:
         return mean, _at(sigma2.sqrt(), t)
 
     def respaced(self, steps):
-        """A shorter chain through the same noise levels: (Diffusion with T = steps, tau).
+        """Return a shorter chain through the same noise levels: (Diffusion with T = steps, tau).
 
         tau (steps,) lists the t of the full chain that the shorter one visits: T-1, and also 0 if
         steps > 1. The shorter chain is a DDPM with betas 1 - abar_tau_i / abar_tau_i-1.
@@ -302,7 +313,7 @@ class Diffusion:
 
 
 def timestep_embedding(t, dim):
-    """Sinusoids of t, (B,) -> (B, dim): sines, then cosines, at dim/2 frequencies 1 .. 1/10000."""
+    """Return sines, then cosines, of t (B,) at dim/2 frequencies from 1 to 1/10000: (B, dim)."""
     half = dim // 2
     frequencies = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, device=t.device))
     angles = t.float()[:, None] * frequencies
@@ -384,8 +395,8 @@ class UNet(nn.Module):
     channel_mults: width of each level divided by base_channels; each level has half the resolution
         of the one before.
     num_res_blocks: residual blocks per level; the decoder has one more.
-    attention_resolutions: resolutions in pixels whose blocks end in attention; the middle always
-        has attention.
+    attention_resolutions: sizes in pixels of the levels whose blocks end in attention; the middle
+        always has attention.
     dropout: probability of dropping an activation in a residual block.
     norm_groups: groups of each group norm. The default gcd(32, base_channels / 4) is the paper's 32
         at its 128 channels, and fewer in narrow networks, so that a group has at least 4 channels.
@@ -412,6 +423,12 @@ class UNet(nn.Module):
             raise ValueError(
                 f"image_size must be a multiple of {self.factor}, because the U-Net halves it "
                 f"{len(channel_mults) - 1} times, not {image_size}"
+            )
+        sizes = [image_size >> level for level in range(len(channel_mults))]
+        if not set(attention_resolutions) <= set(sizes):
+            raise ValueError(
+                f"attention_resolutions must be among {sizes}, the sizes of the levels, not "
+                f"{list(attention_resolutions)}"
             )
         groups = math.gcd(32, base_channels // 4) if norm_groups is None else norm_groups
         self.image_size, self.base_channels = image_size, base_channels

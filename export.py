@@ -12,11 +12,14 @@ schedule is in the metadata. The file is compared with torch before it is put in
 """
 
 import argparse
+import ast
 import copy
 import json
 import logging
 import os
 import shlex
+import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -27,9 +30,8 @@ import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from onnxscript import opset20 as op
 
+import checkpoint
 from pretrained import largest_difference, to_diffusers
-from sample import as_value_error, atomic_write, named, printable, run_program
-from train import load
 
 OPSET = 20  # ONNX Runtime has kernels for it on the CPU, on CUDA and in the browser
 TOLERANCE = 1e-4  # the largest difference from torch, in an output that is about N(0, 1)
@@ -41,7 +43,7 @@ REDUCED_TOLERANCE = 0.02  # the largest rms error over rms of eps at a t with re
 
 
 def group_norm(x, num_groups: int, weight, bias, eps: float = 1e-5, cudnn_enabled: bool = True):
-    """Group norm as a layer norm over rows that hold one group each."""
+    """Express group norm as a layer norm over rows that hold one group each."""
     channels, height, width = list(x.shape)[1:]
     row = np.ones(channels // num_groups * height * width, x.dtype.numpy())
     per_channel = op.Constant(value_ints=[channels, 1, 1])
@@ -54,7 +56,7 @@ def group_norm(x, num_groups: int, weight, bias, eps: float = 1e-5, cudnn_enable
 
 def attention(q, k, v, attn_mask=None, dropout_p: float = 0.0, is_causal: bool = False,
               scale=None, enable_gqa: bool = False):  # fmt: skip
-    """softmax(q k^T / sqrt(channels)) v, with the scale as a constant."""
+    """Express softmax(q k^T / sqrt(channels)) v with the scale as a constant."""
     scale = op.CastLike(op.Constant(value_float=float(q.shape[-1]) ** -0.5), q)
     scores = op.MatMul(op.Mul(q, scale), op.Transpose(k, perm=[0, 1, 3, 2]))
     return op.MatMul(op.Softmax(scores, axis=-1), v)
@@ -72,7 +74,7 @@ class Eps(torch.nn.Module):
 
 
 def to_onnx(trained, model):
-    """eps_theta as an onnx.ModelProto with a dynamic batch, and the schedule in its metadata.
+    """Return eps_theta as an onnx.ModelProto with a dynamic batch and the schedule as metadata.
 
     model: the network, or its Half. Nodes are named after their modules, as in
     "down.0.0.conv1/Conv_20". Nothing in the file comes from this machine.
@@ -84,8 +86,7 @@ def to_onnx(trained, model):
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
-            # without nodes for eps = 0 x_t + 1 F
-            model if trained.diffusion.predicts == "eps" else Eps(model, trained.diffusion),
+            Eps(model, trained.diffusion),
             example,
             input_names=["x_t", "t"],
             output_names=["eps"],
@@ -101,9 +102,9 @@ def to_onnx(trained, model):
     proto = program.model_proto
     for k, node in enumerate(proto.graph.node):
         notes = {prop.key: prop.value for prop in node.metadata_props}
-        scopes = json.loads(notes.get("pkg.torch.onnx.name_scopes", "[]").replace("'", '"'))
+        scopes = ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "[]"))
         module = next((name for name in reversed(scopes[:-1]) if name), "")
-        module = module.replace("model.", "")  # of Eps, and of Half
+        module = ".".join(part for part in module.split(".") if part != "model")  # of Eps and Half
         node.name = f"{module}/{node.op_type}_{k}"
         del node.metadata_props[:]  # the source lines that it comes from
         node.doc_string = ""
@@ -119,7 +120,7 @@ def to_onnx(trained, model):
 
 
 def eps_of(path):
-    """eps(x_t, t), torch tensors in and out, of an ONNX file on the CPU."""
+    """Return eps(x_t, t), torch tensors in and out, of an ONNX file on the CPU."""
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def eps(x_t, t):
@@ -190,7 +191,7 @@ def quantize(exact, path, chain):
 
 
 def switch(precise, quick, first):
-    """One ModelProto that runs `quick` if all t of a batch are at least `first`, else `precise`."""
+    """Return a ModelProto that runs `quick` if all t are at least `first`, else `precise`."""
     merged = onnx.ModelProto()
     merged.CopyFrom(precise)
     del merged.graph.node[:], merged.graph.initializer[:], merged.graph.value_info[:]
@@ -212,7 +213,7 @@ def switch(precise, quick, first):
 
 
 def drawn_by(trained):
-    """Eight images that the network draws in 25 steps, and what it saw: (x0, [(x_t, t)])."""
+    """Return eight images that the network draws in 25 steps, and what it saw: [(x_t, t)]."""
     random, steps = torch.Generator().manual_seed(0), min(25, trained.diffusion.T)
     chain = list(
         trained.diffusion.sample_progressive(trained.model, (8, *trained.shape), steps, 0.0, random)
@@ -221,7 +222,7 @@ def drawn_by(trained):
 
 
 def relative_errors(eps, exact, diffusion, x0):
-    """{t: the rms difference of two networks over the rms of eps}, for x_t drawn from x0 by (4)."""
+    """Return {t: the rms difference of two networks over the rms of eps}, for x_t of x0 by (4)."""
     random, errors = torch.Generator().manual_seed(1), {}
     for i in (*(t for t in TIMES if t < diffusion.T - 1), diffusion.T - 1):
         t = torch.full((len(x0),), i)
@@ -236,8 +237,8 @@ def reduce_precision(trained, exact, path, kind):
     """Write a float32 file again at `path`, as "half" or "int8", and print what that costs.
 
     At small t, 8-bit integers cannot resolve the weak noise, so the "int8" file holds the network
-    twice, with float32 up to the last of TIMES at which integers err too much. Raises ValueError if
-    the errors are too large.
+    twice, with float32 up to the last of TIMES at which integers err too much. Exits if the errors
+    are too large.
     """
     x0, chain = drawn_by(trained)
     if kind == "half":
@@ -247,7 +248,7 @@ def reduce_precision(trained, exact, path, kind):
     errors = relative_errors(eps_of(path), eps_of(exact), trained.diffusion, x0)
     bad = [t for t, error in errors.items() if not error < REDUCED_TOLERANCE]
     if bad and (kind == "half" or bad[-1] >= trained.diffusion.T // 4):
-        raise ValueError(f"--{kind} changes eps by {errors[bad[-1]]:.0%} at t = {bad[-1]}")
+        sys.exit(f"--{kind} changes eps by {errors[bad[-1]]:.0%} at t = {bad[-1]}; nothing written")
     if kind == "int8":
         first = next(t for t in errors if not bad or t > bad[-1])
         onnx.save(switch(onnx.load(exact), onnx.load(path), first), path)
@@ -263,24 +264,23 @@ def reduce_precision(trained, exact, path, kind):
 def write_onnx(trained, path, kind=None):
     """Write the network as one file, compared with torch before it is put in place.
 
-    kind: None for float32, "half" or "int8". Raises ValueError if the file differs too much.
+    kind: None for float32, "half" or "int8". Exits if the file differs too much from torch.
     """
-    with atomic_write(path) as temporary:
-        exact = temporary.with_suffix(".exact.onnx")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        exact, reduced = Path(folder, "exact.onnx"), Path(folder, "reduced.onnx")
         onnx.save(to_onnx(trained, trained.model), exact)
         model = Eps(trained.model, trained.diffusion)
         worst = largest_difference(model, eps_of(exact), trained.shape, trained.diffusion.T)
         if not worst < TOLERANCE * max(1, trained.diffusion.b.abs().max()):  # eps = a x_t + b F
-            raise ValueError(f"eps differs from torch's by {worst:.1e}; {path} is not written")
+            sys.exit(f"eps differs from torch's by {worst:.1e}; {path} is not written")
         print(f"largest difference from torch {worst:.1e}, at batches of 1, 2 and 3")
-        if kind is None:
-            exact.rename(temporary)
-        else:
-            reduce_precision(trained, exact, temporary, kind)
+        if kind is not None:
+            reduce_precision(trained, exact, reduced, kind)
+        os.replace(exact if kind is None else reduced, path)
     step = f", step {trained.step:,}" if trained.step else ""
-    shown, size = printable(path), path.stat().st_size / 1e6
-    print(f"{shown}: {size:.1f} MB, from {trained.source}{step}")
-    print(f"next:\n  python sample.py --onnx {shlex.quote(shown)}")
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, from {trained.source}{step}")
+    print(f"next:\n  python sample.py --onnx {shlex.quote(str(path))}")
 
 
 def main():
@@ -289,57 +289,32 @@ def main():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--checkpoint", default="run/checkpoint.pt", type=named, help="[run/checkpoint.pt]"
-    )
-    source.add_argument(
-        "--diffusers",
-        metavar="WEIGHTS",
-        type=named,
-        help="published weights: a folder, or a name on the hub",
-    )
-    parser.add_argument(
-        "--onnx", type=named, help="the file to write, unless --to-diffusers [model.onnx]"
-    )
-    parser.add_argument(
-        "--to-diffusers", metavar="DIR", type=named, help="write a new folder for it"
-    )
-    kind = parser.add_mutually_exclusive_group()
-    for name, text in (
-        ("half", "float16, for CUDA: half the size"),
-        ("int8", "8-bit integers but for small t, for CPUs: a third larger, and faster"),
-    ):
-        kind.add_argument(f"--{name}", dest="kind", action="store_const", const=name, help=text)
+    source, kind = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
+    source.add_argument("--checkpoint", default="run/checkpoint.pt", help="[%(default)s]")
+    source.add_argument("--diffusers", metavar="WEIGHTS",
+                        help="published weights: a folder, or a name on the hub")  # fmt: skip
+    parser.add_argument("--onnx", type=Path,
+                        help="the file to write, unless --to-diffusers [model.onnx]")  # fmt: skip
+    parser.add_argument("--to-diffusers", metavar="DIR", help="write a new folder for it")
+    kind.add_argument("--half", dest="kind", action="store_const", const="half",
+                      help="float16, for CUDA: half the size")  # fmt: skip
+    kind.add_argument("--int8", dest="kind", action="store_const", const="int8",
+                      help="8-bit integers but for small t, for CPUs: faster")  # fmt: skip
     args = parser.parse_args()
-    if args.to_diffusers is None and args.onnx is None:
-        args.onnx = "model.onnx"
-    if args.onnx is not None and not args.onnx.endswith(".onnx"):
+    if args.onnx is None and args.to_diffusers is None:
+        args.onnx = Path("model.onnx")
+    if args.onnx and args.onnx.suffix != ".onnx":
         parser.error("--onnx must be a file such as model.onnx")
-    if args.onnx and Path(args.onnx).resolve() == Path(args.checkpoint).resolve():
-        parser.error("--onnx and --checkpoint must be different files")
-    if args.onnx and os.path.isdir(args.onnx):
-        parser.error(f"--onnx {printable(args.onnx)} is a folder")
     if args.kind and not args.onnx:
         parser.error("--half and --int8 need --onnx")
-    if args.onnx and args.to_diffusers:
-        onnx_file, folder = Path(args.onnx).resolve(), Path(args.to_diffusers).resolve()
-        if onnx_file.is_relative_to(folder) or folder.is_relative_to(onnx_file):
-            parser.error("--onnx and --to-diffusers must be apart")
-    if args.onnx:
-        with as_value_error(f"ONNX Runtime can't open {printable(args.onnx)}"):
-            os.path.realpath(args.onnx).encode()
 
-    if args.diffusers is None and not os.path.exists(args.checkpoint):
-        hint = "python train.py writes a checkpoint"
-        raise ValueError(f"{printable(args.checkpoint)} does not exist; {hint}")
-    trained = load(args.diffusers or args.checkpoint)
-    if args.to_diffusers is not None:
+    trained = checkpoint.load(args.diffusers or args.checkpoint)
+    if args.to_diffusers:
         to_diffusers(trained.model, trained.settings, trained.diffusion, args.to_diffusers)
-        print(f"{printable(args.to_diffusers)}: diffusers.DDPMPipeline.from_pretrained opens it")
+        print(f"{args.to_diffusers}: diffusers.DDPMPipeline.from_pretrained opens it")
     if args.onnx:
-        write_onnx(trained, Path(args.onnx), args.kind)
+        write_onnx(trained, args.onnx, args.kind)
 
 
 if __name__ == "__main__":
-    run_program(main, "export.py")
+    main()

@@ -1,19 +1,18 @@
 """Published weights: a DDPM in the format of the diffusers library, to and from ddpm.py.
 
-from_diffusers serves `train.py --init`, `train.py --eval` and `export.py --diffusers`; to_diffusers
+from_diffusers serves `train.py --init`, evaluate.py and `export.py --diffusers`; to_diffusers
 serves `export.py --to-diffusers`. diffusers itself reads and writes the files, and a comparison of
 eps proves that both networks compute the same.
 """
 
-import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ddpm import Diffusion, UNet, linear_betas
-from sample import as_value_error, atomic_write, one_line, printable
 
 NAMES = (  # regular expressions that turn our names into diffusers', in this order
     (r"^(down|up)\.(\d+)\.\d+\.conv\.", r"\1_blocks.\2.\1samplers.0.conv."),
@@ -40,7 +39,7 @@ SCHEDULER = {  # the settings of a scheduler that ddpm.py can express
 
 
 def diffusers_names(model):
-    """{name of a tensor of the model: its name in diffusers' UNet2DModel}."""
+    """Return {name of a tensor of the model: its name in diffusers' UNet2DModel}."""
     names = {name: name for name in model.state_dict()}
     for pattern, replacement in NAMES:
         names = {ours: re.sub(pattern, replacement, name) for ours, name in names.items()}
@@ -49,9 +48,9 @@ def diffusers_names(model):
 
 @torch.no_grad()
 def largest_difference(model, eps, shape, T):
-    """max |model(x_t, t) - eps(x_t, t)| over batches of 1, 2 and 3, three scales of x_t, and t.
+    """Return max |model(x_t, t) - eps(x_t, t)| over batches of 1, 2 and 3, scales of x_t, and t.
 
-    shape: (C, H, W) of an image.
+    shape: (C, H, W) of an image. The result is NaN if any eps is.
     """
     random, differences = torch.Generator().manual_seed(0), []
     for batch, scale in ((1, 1.0), (2, 0.01), (3, 2.0)):
@@ -59,95 +58,109 @@ def largest_difference(model, eps, shape, T):
         for times in ((0, 1, 2), (T - 1, T // 2, T // 4)):
             t = torch.tensor(times[:batch]).clamp(0, T - 1)
             differences.append((model(x_t, t) - eps(x_t, t)).abs().max())
-    return torch.stack(differences).max().item()  # NaN if any is NaN
+    return torch.stack(differences).max().item()
 
 
-def find_config(cls, source, part):
-    """(config, keyword arguments that find it): in a sub-folder, or, as google/ddpm-*, without."""
-    why = ""
+def import_diffusers(what):
+    """Return the diffusers package, or exit with the command that installs it."""
+    try:
+        import diffusers
+    except ModuleNotFoundError:
+        sys.exit(f"{what}: pip install diffusers")
+    diffusers.logging.set_verbosity_error()
+    return diffusers
+
+
+def read_part(cls, source, part):
+    """Return (config, keyword arguments that find it) of "unet" or "scheduler".
+
+    It is in a sub-folder of that name or, as in google/ddpm-*, without one. Exits if it is neither.
+    """
+    errors = []
     for place in ({"subfolder": part}, {}):
-        path = Path(source, *place.values(), cls.config_name)
-        if path.exists() or not Path(source).exists():
-            try:
-                return cls.load_config(source, **place), place
-            except OSError as error:
-                why = f": {one_line(error)}"
-    raise ValueError(f"there is no readable {cls.config_name}, in a folder or on the hub{why}")
+        try:
+            return cls.load_config(source, **place), place
+        except (OSError, ValueError) as error:
+            errors.append(" ".join(str(error).split()))
+    sys.exit(f"{source}: no {cls.config_name} can be read, in a folder or on the hub: {errors[-1]}")
 
 
 def from_diffusers(source):
-    """(UNet in eval mode, its arguments, Diffusion) of a local folder or a name on the hub.
+    """Return (UNet in eval mode, its arguments, Diffusion) of a folder or a name on the hub.
 
-    No code in the files is executed. Raises ValueError if ddpm.py cannot express the model.
+    No code in the files is executed. Exits if ddpm.py can't express the model.
     """
-    import diffusers
+    diffusers = import_diffusers(f"{source} is no checkpoint; to read published weights")
 
-    diffusers.logging.set_verbosity_error()
-    with as_value_error(f"{printable(source)} is not a DDPM that ddpm.py can express"):
-        config, place = find_config(diffusers.UNet2DModel, source, "unet")
-        if config["_class_name"] != "UNet2DModel":
-            raise ValueError(f"it is a {config['_class_name']}")
+    def refuse(why):
+        sys.exit(f"{source} is not a DDPM that ddpm.py can express: {why}")
+
+    config, place = read_part(diffusers.UNet2DModel, source, "unet")
+    if config.get("_class_name") != "UNet2DModel":
+        refuse(f"it is a {config.get('_class_name')}")
+    try:
         theirs, report = diffusers.UNet2DModel.from_pretrained(
             source, **place, output_loading_info=True
         )
-        c = theirs.eval().float().config
-        if c.in_channels not in (1, 3):
-            raise ValueError(f"in_channels is {c.in_channels}")
-        (size,) = set(np.ravel(c.sample_size).tolist())  # images are square
-        base, attends = c.block_out_channels[0], ["Attn" in name for name in c.down_block_types]
-        settings = {
-            "image_size": size,
-            "in_channels": c.in_channels,
-            "base_channels": base,
-            "channel_mults": [channels // base for channels in c.block_out_channels],
-            "num_res_blocks": c.layers_per_block,
-            "attention_resolutions": [size >> k for k, attend in enumerate(attends) if attend],
-            "dropout": c.dropout,
-            "norm_groups": c.norm_num_groups,
-        }
-        model = UNet(**settings).eval()
-        names, weights = diffusers_names(model), theirs.state_dict()
-        missing = {*report["missing_keys"], *(set(names.values()) - set(weights))}
-        extra = {*report["unexpected_keys"], *(set(weights) - set(names.values()))}
-        if missing or extra:
-            counts = f"{len(missing)} tensors are missing and {len(extra)} left over"
-            raise ValueError(f"{counts}, such as {min(missing | extra)}")
-        model.load_state_dict({ours: weights[name] for ours, name in names.items()})
+    except Exception as error:  # diffusers and safetensors raise many kinds
+        refuse(" ".join(str(error).split()))
+    c = theirs.eval().float().config
+    base, attends = c.block_out_channels[0], ["Attn" in name for name in c.down_block_types]
+    if c.in_channels not in (1, 3) or len(set(np.ravel(c.sample_size).tolist())) > 1:
+        refuse(f"its images have {c.in_channels} channels and the size {c.sample_size}")
+    size = int(np.ravel(c.sample_size)[0])
+    settings = {
+        "image_size": size,
+        "in_channels": c.in_channels,
+        "base_channels": base,
+        "channel_mults": [channels // base for channels in c.block_out_channels],
+        "num_res_blocks": c.layers_per_block,
+        "attention_resolutions": [size >> k for k, attend in enumerate(attends) if attend],
+        "dropout": c.dropout,
+        "norm_groups": c.norm_num_groups,
+    }
+    model = UNet(**settings).eval()
+    names, weights = diffusers_names(model), theirs.state_dict()
+    ours = {(names[name], tuple(w.shape)) for name, w in model.state_dict().items()}
+    different = {name for name, _ in ours ^ {(name, tuple(w.shape)) for name, w in weights.items()}}
+    different |= {*report["missing_keys"], *report["unexpected_keys"]}
+    if different:
+        refuse(f"{len(different)} tensors are missing or left over, such as {min(different)}")
+    model.load_state_dict({ours: weights[name] for ours, name in names.items()})
 
-        config, place = find_config(diffusers.DDPMScheduler, source, "scheduler")
-        if config["_class_name"] not in ("DDPMScheduler", "DDIMScheduler"):
-            raise ValueError(f"its scheduler is a {config['_class_name']}")
-        scheduler = diffusers.DDPMScheduler.from_pretrained(source, **place)
-        c = scheduler.config
-        for key, values in SCHEDULER.items():
-            if c[key] not in values:
-                raise ValueError(f"{key} is {c[key]}, not {' or '.join(map(str, values))}")
-        betas = c.trained_betas or scheduler.betas.tolist()
-        if c.beta_schedule == "linear" and not c.trained_betas:  # theirs are rounded to float32
-            betas = linear_betas(c.num_train_timesteps, c.beta_start, c.beta_end)
-        predicts = next(ours for ours, name in PREDICTS.items() if name == c.prediction_type)
-        diffusion = Diffusion(betas, c.variance_type.removeprefix("fixed_"), predicts)
+    config, place = read_part(diffusers.DDPMScheduler, source, "scheduler")
+    if config.get("_class_name") not in ("DDPMScheduler", "DDIMScheduler"):
+        refuse(f"its scheduler is a {config.get('_class_name')}")
+    scheduler = diffusers.DDPMScheduler.from_pretrained(source, **place)
+    c = scheduler.config
+    for key, values in SCHEDULER.items():
+        if c[key] not in values:
+            refuse(f"{key} is {c[key]}, not {' or '.join(map(str, values))}")
+    betas = c.trained_betas or scheduler.betas.tolist()
+    if c.beta_schedule == "linear" and not c.trained_betas:  # theirs are rounded to float32
+        betas = linear_betas(c.num_train_timesteps, c.beta_start, c.beta_end)
+    predicts = next(ours for ours, name in PREDICTS.items() if name == c.prediction_type)
+    diffusion = Diffusion(betas, c.variance_type.removeprefix("fixed_"), predicts)
 
-        shape = settings["in_channels"], size, size
-        difference = largest_difference(model, lambda x, t: theirs(x, t).sample, shape, diffusion.T)
-        if not difference < 1e-4:
-            raise ValueError(f"eps differs by {difference:.1g} between diffusers and ddpm.py")
-        return model, settings, diffusion
+    shape = settings["in_channels"], size, size
+    difference = largest_difference(model, lambda x, t: theirs(x, t).sample, shape, diffusion.T)
+    if not difference < 1e-4:
+        refuse(f"eps differs by {difference:.1g} between diffusers and ddpm.py")
+    return model, settings, diffusion
 
 
 def to_diffusers(model, settings, diffusion, folder):
-    """Write a new folder that diffusers' DDPMPipeline.from_pretrained opens.
+    """Write a folder, new or empty, that diffusers' DDPMPipeline.from_pretrained opens.
 
-    settings: the arguments of UNet. Raises ValueError if the folder is not new, or if diffusers
-    can't express the model.
+    settings: the arguments of UNet. Exits if the folder is not empty, or if diffusers can't
+    express the model.
     """
-    import diffusers
-
-    folder = Path(os.path.realpath(folder))
+    diffusers = import_diffusers("--to-diffusers")
+    folder = Path(folder)
     if diffusion.predicts not in PREDICTS:
-        raise ValueError(f"diffusers can't express a network that predicts {diffusion.predicts!r}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) or folder.samefile(".")):
-        raise ValueError(f"{printable(folder)} exists: use another name")
+        sys.exit(f"diffusers can't express a network that predicts {diffusion.predicts!r}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        sys.exit(f"--to-diffusers {folder} must be a new or empty folder")
     attends = [
         settings["image_size"] >> level in settings["attention_resolutions"]
         for level in range(len(settings["channel_mults"]))
@@ -180,7 +193,4 @@ def to_diffusers(model, settings, diffusion, folder):
         variance_type=f"fixed_{diffusion.variance}",
         prediction_type=PREDICTS[diffusion.predicts],
     )
-    with atomic_write(folder) as temporary:
-        diffusers.DDPMPipeline(unet, scheduler).save_pretrained(temporary)
-        if folder.is_dir():  # and empty
-            folder.rmdir()
+    diffusers.DDPMPipeline(unet, scheduler).save_pretrained(folder)

@@ -1,0 +1,108 @@
+"""Measure a trained network: the variational bound on images that it has not seen, in bits.
+
+    python evaluate.py --data ./test-images                             # run/checkpoint.pt
+    python evaluate.py --data ./test-images --checkpoint google/ddpm-cifar10-32 --images 256
+
+It prints the terms of the bound in bits per dimension, and saves the rate-distortion curve (the
+paper's figure 5) as rate-distortion.csv and .png. Each image takes T passes of the network.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+from data import demo_images, read_folder
+from ddpm import Bound, Diffusion
+from images import from_pixels, save_plot
+
+
+def rate_distortion(bound):
+    """Return the means over the images of a Bound: L_t, the rate and the RMSE of x0_hat, (T,) each.
+
+    The rate is the number of bits per dimension that have been sent when x_t is known: L_T and the
+    terms of all steps s > t. The RMSE is in values of 0..255.
+    """
+    L_t = bound.L_t.mean(0)
+    rate = bound.L_T.mean() + L_t.flip(0).cumsum(0).flip(0) - L_t
+    return L_t, rate, 127.5 * bound.mse.mean(0).sqrt()
+
+
+def arguments():
+    parser = argparse.ArgumentParser(
+        usage="python evaluate.py --data ./test-images [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    flag = parser.add_argument
+    flag("--data", help="folder of images [the built-in demo]")
+    flag("--checkpoint", default="run/checkpoint.pt",
+         help="of train.py, or published weights in diffusers' format [%(default)s]")  # fmt: skip
+    flag("--images", type=int, help="how many images, evenly spread over the folder [all]")
+    flag("--out", type=Path, help="folder of the curve [that of the checkpoint]")
+    flag("--variance", choices=("large", "small"), help="sigma_t^2 [as in training]")
+    flag("--batch", type=int, default=128, help="images at a time [%(default)s]")
+    flag("--seed", type=int, default=0, help="of the noise [%(default)s]")
+    flag("--device", default="auto", choices=("auto", "cpu"), help="[%(default)s]")
+    return parser.parse_args()
+
+
+def main():
+    args = arguments()
+    trained = checkpoint.load(args.checkpoint)
+    channels, size, _ = trained.shape
+    if args.data is not None:
+        images = read_folder(args.data, size, channels, args.images)
+    elif trained.shape == (3, 8, 8):
+        images = demo_images()
+    else:
+        sys.exit("evaluate.py: --data must be a folder of images that the network has not seen")
+    images = torch.from_numpy(images)
+    random = torch.Generator().manual_seed(args.seed)  # so that the first ones are like the rest
+    images = images[torch.randperm(len(images), generator=random)][: args.images]
+    path = Path(args.checkpoint)
+    out = args.out or (path if path.is_dir() else path.parent if path.exists() else Path())
+    out.mkdir(parents=True, exist_ok=True)
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    device = "cpu" if args.device == "cpu" else accelerator or "cpu"
+    model = trained.model.to(device)
+    variance = args.variance or trained.diffusion.variance
+    diffusion = Diffusion(trained.diffusion.betas, variance, trained.diffusion.predicts)
+    noise, bounds = torch.Generator(device).manual_seed(args.seed), []
+    total = len(images) * diffusion.T
+    with tqdm(total=total, unit=" passes", unit_scale=True, mininterval=1) as bar:
+
+        def network(x_t, t):
+            bar.update(len(x_t))
+            return model(x_t, t)
+
+        for batch in images.split(args.batch):
+            bounds.append(diffusion.vlb(network, from_pixels(batch.to(device)), noise))
+            bar.set_postfix_str(f"{bounds[-1].total.mean():.3f} bits/dim in the last batch")
+
+    bound = Bound(*map(torch.cat, zip(*bounds, strict=True)))
+    n, (L_t, rate, rmse) = len(bound.total), rate_distortion(bound)
+    error = f" +- {bound.total.std() / math.sqrt(n):.4f} (standard error)" if n > 1 else ""
+    step = f" (step {trained.step:,})" if trained.step else ""
+    print(f"{path}{step} on {n:,} images of {args.data or 'the demo'}, bits per dimension")
+    print(f"  L_T                  {bound.L_T.mean():8.6f}")
+    print(f"  L_1 + .. + L_T-1     {L_t[1:].sum():8.4f}    the rate")
+    print(f"  L_0                  {L_t[0]:8.4f}    the distortion")
+    print(f"  total                {bound.total.mean():8.4f}{error}")
+    print(f"  RMSE                 {rmse[0]:8.4f}    of x0_hat at t = 0, in values of 0..255")
+    table = torch.stack([torch.arange(diffusion.T), L_t, rate, rmse], 1).numpy()
+    curve = out / "rate-distortion.csv"
+    np.savetxt(curve, table, "%.9g", ",", header="t,L_t,rate,rmse", comments="")
+    labels = "rate, bits per dimension", "RMSE of x0_hat, of 255"
+    save_plot(curve.with_suffix(".png"), rate.tolist(), rmse.tolist(), *labels)
+    print(f"the curve: {curve} and .png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""One image: read a file, convert its pixels, arrange images in a grid, save them; and plots.
+
+Pixels are uint8, (C, H, W) for one image and (B, C, H, W) for several; C is 1 for grey images and
+3 for colour. The networks work on float32 in [-1, 1].
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+def is_grey(image):
+    """Return whether a Pillow image has no colour, by its mode or its palette."""
+    if image.mode in ("P", "PA"):
+        red, green, blue = np.reshape(image.getpalette("RGB"), (-1, 3)).T
+        return bool((red == green).all() and (green == blue).all())
+    return image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
+
+
+def read_image(path, size, channels=None):
+    """Return the centre square of an image file, resized, upright, and transparency on white.
+
+    channels: 1 for grey, 3 for colour, None for those of the file. The result is uint8
+    (C, size, size). Raises an OSError of Pillow if the file is not an image or is damaged, and
+    ValueError if it does not say the range of its pixels.
+    """
+    with Image.open(path) as image:
+        mode = "L" if (channels or (1 if is_grey(image) else 3)) == 1 else "RGB"
+        deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+        transparent = image.info.get("transparency")
+        image = ImageOps.exif_transpose(image)
+        if deep:  # Pillow would clip 16 bits to 255 instead of scaling them
+            values = np.asarray(image)
+            pixels = (values / 257).round().astype(np.uint8)
+            image = Image.fromarray(np.where(values == transparent, np.uint8(255), pixels))
+        elif image.mode in ("I", "F"):
+            raise ValueError("the file does not say the range of its 32-bit pixels")
+        if image.has_transparency_data:  # transparent pixels have arbitrary colours
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = ImageOps.fit(image.convert(mode), (size, size), Image.Resampling.LANCZOS)
+        return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
+
+
+def from_pixels(pixels):
+    """Return uint8 pixels as float32 in [-1, 1]. An array gives an array, a tensor a tensor."""
+    return pixels / np.float32(127.5) - 1
+
+
+def to_pixels(x):
+    """Return an array with values in [-1, 1] as uint8 pixels, rounded."""
+    return ((x.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
+
+
+def to_image(pixels):
+    """Return uint8 pixels (C, H, W) as a Pillow image."""
+    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+
+
+def grid(pixels, columns=None):
+    """Return uint8 pixels (B, C, H, W) as one Pillow image with rows of `columns` images.
+
+    Without `columns`, the grid is about square. Small images are enlarged.
+    """
+    columns = columns or math.ceil(math.sqrt(len(pixels)))
+    padding = (0, -len(pixels) % columns), (0, 0), (1, 1), (1, 1)
+    pixels = np.pad(pixels, padding, constant_values=255)
+    _, c, h, w = pixels.shape
+    pixels = pixels.reshape(-1, columns, c, h, w).transpose(2, 0, 3, 1, 4)
+    image = to_image(pixels.reshape(c, -1, columns * w))
+    return ImageOps.scale(image, max(1, round(512 / image.width)), Image.Resampling.NEAREST)
+
+
+def save_image(path, image, **options):
+    """Save a Pillow image in the format of the suffix, in a folder that is made if needed."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+
+
+def save_animation(path, images, each=60, last=2000):
+    """Save Pillow images as an animation. each, last: how long one is shown, in milliseconds."""
+    duration = [each] * (len(images) - 1) + [last]
+    save_image(path, images[0], save_all=True, append_images=images[1:], duration=duration, loop=0)
+
+
+def save_plot(path, x, y, x_label, y_label, log=False):
+    """Save a curve as a PNG. log: whether the y axis is logarithmic."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(x, y)
+    axes.set(xlabel=x_label, ylabel=y_label, yscale="log" if log else "linear")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
