@@ -49,19 +49,23 @@ def test_cosine_schedule_is_a_squared_cosine():
     assert cosine_betas().max() == 0.999
 
 
-@pytest.mark.parametrize("betas", [[], [0.1, 1.0], [0.0, 0.1], [[0.1]], [0.1, float("nan")]])
+@pytest.mark.parametrize(
+    "betas", [[], [0.1, 1.0], [0.0, 0.1], [[0.1]], [0.1, float("nan")], [1e-300]]
+)
 def test_impossible_betas_are_refused(betas):
     with pytest.raises(ValueError, match="betas"):
         Diffusion(betas)
 
 
-def test_unknown_words_are_refused():
+def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="variance"):
         Diffusion(linear_betas(), "medium")
     with pytest.raises(ValueError, match="predicts"):
         Diffusion(linear_betas(), predicts="x0")
     with pytest.raises(ValueError, match="weighting"):
         PAPER.loss(lambda x, t: x, torch.zeros(1, 1, 2, 2), weighting="none")
+    with pytest.raises(ValueError, match=r"x0 must have the shape .* not \(3, 8, 8\)"):
+        PAPER.loss(lambda x, t: x, torch.zeros(3, 8, 8))  # an image without its batch dimension
     with pytest.raises(ValueError, match="steps"):
         PAPER.respaced(0)
 
@@ -642,5 +646,7 @@ def test_wrong_sizes_are_named():
         UNet(image_size=28)
     with pytest.raises(ValueError, match="base_channels must be a multiple of 4"):
         UNet(base_channels=30)
+    with pytest.raises(ValueError, match=r"attention_resolutions must be among \[48, 24, 12, 6\]"):
+        UNet(image_size=48)
     with pytest.raises(ValueError, match="multiples of 2"):
         small_unet()(torch.zeros(1, 3, 8, 7), torch.tensor([0]))

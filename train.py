@@ -37,6 +37,7 @@ from images import from_pixels, grid, save_image, save_plot, to_pixels
 # torchrun sets these: the rank of this process, the number of all, and its rank on its machine.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+READ_EVERY = {"cpu": 1}  # steps, else 10: to read a loss is to wait for the device
 
 # -------------------------------------------------------------------------------------- Algorithm 1
 
@@ -75,6 +76,7 @@ def train_step(step, network, ema, optimizer, diffusion, images, args):
     """
     parameters = list(network.parameters())
     device = parameters[0].device
+    is_cuda = device.type == "cuda"
 
     # Every process draws the whole batch, so that the batch does not depend on their number.
     torch.manual_seed(seed_of(args.seed, step))
@@ -93,9 +95,9 @@ def train_step(step, network, ema, optimizer, diffusion, images, args):
         )
         part = slice(first, last)
         x0 = images[index[part]]
-        if x0.device != device:  # too many images for the device: send a batch, without waiting
-            x0 = x0.pin_memory().to(device, non_blocking=True)
-        x0 = from_pixels(x0)
+        if is_cuda and not x0.is_cuda:  # a copy from pinned memory need not be waited for
+            x0 = x0.pin_memory()
+        x0 = from_pixels(x0.to(device, non_blocking=is_cuda))
         x0 = torch.where(flip[part], x0.flip(3), x0)
         is_last = k == args.accumulate - 1
         with contextlib.nullcontext() if WORLD == 1 or is_last else network.no_sync():
@@ -443,7 +445,7 @@ def main():
         return learning_rate(step, args.lr, args.warmup, args.steps if args.lr_decay else None)
 
     done, pending, mean_loss, saved = start, [], None, time.monotonic()
-    read_every = 1 if device.type == "cpu" else 10  # to read a loss is to wait for the device
+    read_every = READ_EVERY.get(device.type, 10)
     bar = tqdm(total=args.steps, initial=start, unit="step", mininterval=1, disable=not first)
     with bar, catch_signals() as stop:
         for step in range(start, args.steps):

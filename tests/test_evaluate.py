@@ -1,0 +1,80 @@
+"""evaluate.py: the bound that it prints, and the rate-distortion curve that it saves."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import read
+from PIL import Image
+
+from data import demo_images, read_folder
+from ddpm import Diffusion, UNet, linear_betas
+from images import from_pixels
+
+
+def printed(said, name):
+    """The number behind a name in what evaluate.py printed."""
+    line = next(line for line in said.splitlines() if line.startswith(f"  {name} "))
+    return float(line.removeprefix(f"  {name} ").split()[0])
+
+
+def test_bound_and_curve_are_those_of_ddpm_py(trained, pictures, tmp_path, run):
+    """The program against Diffusion.vlb, and the curve against the sums that define it."""
+    state = read(trained[0] / "run")
+    d = Diffusion(linear_betas(100, 1e-4, 0.2), "small")
+    state["config"]["diffusion"] = {"betas": d.betas.tolist(), "variance": "small"}
+    torch.save(state, tmp_path / "checkpoint.pt")
+    said = run("evaluate.py", "--data", pictures, "--checkpoint", "checkpoint.pt", "--images", 5,
+               "--batch", 3, "--seed", 2, cwd=tmp_path)  # fmt: skip
+    assert "on 5 images" in said and "500/500" in said  # passes of the network: 5 x T
+    network = UNet(**state["config"]["model"]).eval()
+    network.load_state_dict(state["ema"])
+    x0 = from_pixels(torch.from_numpy(read_folder(pictures, 8, most=5)))
+    x0 = x0[torch.randperm(5, generator=torch.Generator().manual_seed(2))]
+    noise = torch.Generator().manual_seed(2)
+    bounds = [d.vlb(network, part, noise) for part in x0.split(3)]
+    L_T, L_t, total, mse = (torch.cat(part).mean(0) for part in zip(*bounds, strict=True))
+    assert printed(said, "L_T") == pytest.approx(L_T.item(), abs=1e-6)
+    assert printed(said, "L_1 + .. + L_T-1") == pytest.approx(L_t[1:].sum().item(), abs=1e-3)
+    assert printed(said, "L_0") == pytest.approx(L_t[0].item(), abs=1e-3)
+    assert printed(said, "total") == pytest.approx(total.item(), abs=1e-3)
+    rmse = 127.5 * mse.sqrt()
+    assert printed(said, "RMSE") == pytest.approx(rmse[0].item(), abs=1e-2)
+    rows = (tmp_path / "rate-distortion.csv").read_text().split()
+    assert rows[0] == "t,L_t,rate,rmse" and len(rows) == 101
+    table = np.array([row.split(",") for row in rows[1:]], float)
+    assert table[:, 0].tolist() == list(range(100))
+    np.testing.assert_allclose(table[:, 1], L_t, rtol=1e-3, atol=1e-6)
+    for t in (0, 1, 50, 99):  # what is known before the step at t: L_T and the terms above t
+        assert table[t, 2] == pytest.approx(L_T.item() + L_t[t + 1 :].sum().item(), rel=1e-3)
+        assert table[t, 3] == pytest.approx(rmse[t].item(), rel=1e-3)
+    assert Image.open(tmp_path / "rate-distortion.png").size == (640, 440)
+
+
+def test_without_data_it_is_the_demo(trained, tmp_path, run):
+    """The tiny network happens to fit the demo. The folder of a run stands for its checkpoint."""
+    state = read(trained[0] / "run")
+    words = ["--checkpoint", trained[0] / "run", "--images", 1, "--out", tmp_path / "new"]
+    said = run("evaluate.py", *words, "--variance", "small", cwd=tmp_path)
+    assert "(step 12) on 1 images of the demo" in said
+    assert {p.suffix for p in (tmp_path / "new").iterdir()} == {".csv", ".png"}
+    network = UNet(**state["config"]["model"]).eval()
+    network.load_state_dict(state["ema"])
+    x0 = from_pixels(torch.from_numpy(demo_images()))
+    x0 = x0[torch.randperm(216, generator=torch.Generator().manual_seed(0))][:1]
+    small = Diffusion(linear_betas(), "small")
+    total = small.vlb(network, x0, torch.Generator().manual_seed(0)).total.item()
+    assert printed(said, "total") == pytest.approx(total, abs=1e-3)
+
+
+def test_errors_of_the_user_are_one_line(trained, pictures, tmp_path, run):
+    state = read(trained[0] / "run")
+    network = UNet(8, 1, 8, (1, 2), 1, (4,))
+    state["config"]["model"]["in_channels"], state["ema"] = 1, network.state_dict()
+    torch.save(state, tmp_path / "grey.pt")
+    for words, said in (
+        (["--data", pictures], "run/checkpoint.pt does not exist; python train.py writes"),
+        (["--checkpoint", "rnu"], "rnu does not exist"),
+        (["--checkpoint", "grey.pt"], "--data must be a folder of images"),
+        (["--checkpoint", "grey.pt", "--data", "none"], "--data none: there is no such folder"),
+    ):
+        assert said in run("evaluate.py", *words, cwd=tmp_path, code=1)
