@@ -1,10 +1,12 @@
 """The training set: a folder of images as one uint8 array (N, C, size, size), and the demo.
 
     images = data.read_folder("./images", 32)
+    python data.py ./images real 32    # the same as PNG files in the new folder `real`, for FID
 
-It needs no torch: `torch.from_numpy(images)` makes a tensor of the result.
+It needs no torch: torch.from_numpy(images) makes a tensor of the result.
 """
 
+import argparse
 import functools
 import hashlib
 import multiprocessing
@@ -21,7 +23,7 @@ from numpy.lib import format as npy
 from PIL import Image
 from tqdm import tqdm
 
-from images import is_grey, read_image
+from images import is_grey, read_image, to_image
 
 # ------------------------------------------------------------------------------ a folder of images
 
@@ -168,3 +170,22 @@ def demo_images():
         image[top : top + 6, left : left + 6][cells.repeat(2, 0).repeat(2, 1)] = colour
         images.append(image.transpose(2, 0, 1))
     return np.stack(images)
+
+
+# -------------------------------------------------------------------------------------- the program
+
+
+def main():
+    """Write the images of a folder as the network sees them, as PNG files in a new folder."""
+    parser = argparse.ArgumentParser(usage="python data.py ./images NEW_FOLDER 32")
+    parser.add_argument("folder")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("size", type=int)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True)
+    for k, pixels in enumerate(read_folder(args.folder, args.size)):
+        to_image(pixels).save(args.out / f"{k:06d}.png")
+
+
+if __name__ == "__main__":
+    main()

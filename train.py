@@ -86,23 +86,21 @@ def train_step(step, network, ema, optimizer, diffusion, images, args):
     noise = torch.randn(args.batch, *images.shape[1:], device=device)
 
     # Each process computes its share of the batch, in --accumulate parts.
+    index, flip, t, noise = (
+        drawn.tensor_split(WORLD * args.accumulate) for drawn in (index, flip, t, noise)
+    )
     loss = torch.zeros((), device=device)
-    for k in range(args.accumulate):
-        part_number = RANK * args.accumulate + k
-        torch.manual_seed(seed_of(args.seed, step, 1 + part_number))  # dropout differs in each part
-        first, last = (
-            n * args.batch // (WORLD * args.accumulate) for n in (part_number, part_number + 1)
-        )
-        part = slice(first, last)
-        x0 = images[index[part]]
+    for k in range(RANK * args.accumulate, (RANK + 1) * args.accumulate):
+        torch.manual_seed(seed_of(args.seed, step, 1 + k))  # for dropout, different in each part
+        x0 = images[index[k]]
         if is_cuda and not x0.is_cuda:  # a copy from pinned memory need not be waited for
             x0 = x0.pin_memory()
         x0 = from_pixels(x0.to(device, non_blocking=is_cuda))
-        x0 = torch.where(flip[part], x0.flip(3), x0)
-        is_last = k == args.accumulate - 1
+        x0 = torch.where(flip[k], x0.flip(3), x0)
+        is_last = (k + 1) % args.accumulate == 0  # the processes exchange their gradients once
         with contextlib.nullcontext() if WORLD == 1 or is_last else network.no_sync():
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                part_loss = diffusion.loss(network, x0, t[part], noise[part], args.weighting)
+                part_loss = diffusion.loss(network, x0, t[k], noise[k], args.weighting)
             part_loss = part_loss * (len(x0) / args.batch)
             (part_loss * WORLD).backward()  # DistributedDataParallel averages over the processes
         loss += part_loss.detach()
@@ -274,19 +272,21 @@ def config_of(args, weights, channels, images=None):
 
     channels: of the images, None if unknown. images: their fingerprint.
     """
-    network = "image_size base_channels channel_mults num_res_blocks attention_resolutions dropout"
     schedules = {"linear": linear_betas, "cosine": cosine_betas}
     betas = weights.diffusion.betas if weights else schedules[args.schedule]()
-    others = "batch lr warmup lr_decay weighting ema flip seed"
+
+    def flags(names):
+        return {name: getattr(args, name) for name in names.split()}
+
     return {
-        "model": {name: getattr(args, name) for name in [*network.split(), "norm_groups"]}
+        "model": flags("image_size base_channels channel_mults num_res_blocks")
+        | flags("attention_resolutions dropout norm_groups")
         | {"in_channels": channels},
-        "diffusion": dict(betas=betas.tolist(), variance=args.variance, predicts=args.predicts),
-        "train": {name: getattr(args, name) for name in others.split()}
+        "diffusion": flags("variance predicts") | {"betas": betas.tolist()},
+        "train": flags("batch lr warmup lr_decay weighting ema flip seed init")
         | {
-            "steps": args.steps if args.lr_decay else None,  # else a run can be continued
+            "steps": args.steps if args.lr_decay else None,  # else the run can be made longer
             "data": args.data and Path(args.data).resolve().name,
-            "init": args.init,
             "images": images,
         },
     }

@@ -12,7 +12,9 @@ from conftest import HERE, MAINS, python
 from PIL import Image
 
 import sample
+from data import read_folder
 from ddpm import Diffusion, UNet, linear_betas
+from images import to_pixels
 
 README = (HERE / "README.md").read_text()
 GUIDE = (HERE / "docs" / "guide.md").read_text()
@@ -94,15 +96,15 @@ def test_algorithm_2_is_the_sampler(trained, tmp_path, monkeypatch):
     names = {}
     exec(code, names)
     random = np.random.default_rng(0)
-    network = sample.Network("model.onnx", 16, "cpu")
+    network = sample.Network("model.onnx", "cpu")
+    shape = 16, *network.shape
     chain = sample.sample_progressive(
-        network, lambda: random.standard_normal(network.shape).astype(np.float32), network.betas
+        network, lambda: random.standard_normal(shape).astype(np.float32), network.betas
     )
     for _, _, x0 in chain:
         last = x0
-    pixels = sample.to_pixels(last).transpose(0, 3, 1, 2).astype(int)
-    assert names["pixels"].shape == network.shape and names["pixels"].std() > 10
-    assert np.abs(names["pixels"] - pixels).max() <= 1
+    assert names["pixels"].shape == shape and names["pixels"].std() > 10
+    assert np.abs(names["pixels"].astype(int) - to_pixels(last)).max() <= 1
 
 
 @pytest.mark.parametrize("page", [README, GUIDE], ids=["README", "guide"])
@@ -184,13 +186,13 @@ def test_manual_has_every_flag(program, run, tmp_path):
 
 
 def test_images_for_fid_are_cut_as_for_training(pictures, tmp_path):
-    """The manual's line that writes the real images, on a folder named ./images."""
-    (line,) = re.findall(r'python -c "(import sample, train; .*)"\n', GUIDE)
+    """The manual's command that writes the real images, on a folder named ./images."""
+    (words,) = re.findall(r"^python (data.py .*)$", GUIDE, re.M)
     shutil.copytree(pictures, tmp_path / "images")
-    python("-c", line, cwd=tmp_path, env={"PYTHONPATH": str(HERE)})
-    assert len(list((tmp_path / "real").glob("*.png"))) == 12
-    with Image.open(tmp_path / "real" / "0.png") as image:
-        assert image.size == (32, 32) and image.mode == "RGB"
+    python(*words.replace("data.py", str(HERE / "data.py")).split(), cwd=tmp_path)
+    paths = sorted((tmp_path / "real").iterdir())
+    written = [np.asarray(Image.open(path)).transpose(2, 0, 1) for path in paths]
+    assert np.array_equal(written, read_folder(pictures, 32))
 
 
 @pytest.fixture
