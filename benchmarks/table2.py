@@ -1,4 +1,4 @@
-"""The paper's Table 2 on the built-in demo: what is predicted, and how the loss is weighted.
+"""Repeat the paper's Table 2 on the demo: what is predicted, and how the loss is weighted.
 
     python benchmarks/table2.py            # writes benchmarks/TABLE2.md
 
@@ -23,8 +23,10 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-import sample  # noqa: E402
+import checkpoint  # noqa: E402
 import train  # noqa: E402
+from data import demo_images  # noqa: E402
+from images import from_pixels, grid, save_image, to_pixels  # noqa: E402
 
 ROWS = [
     ("mean", "vlb"), ("mean", "native"), ("eps", "vlb"), ("eps", "simple"),
@@ -34,31 +36,32 @@ SAMPLES = 64
 
 
 def are_right(pixels):
-    """Which of uint8 (N, 8, 8, 3) are demo images, to within 48 of 255 in each pixel: bool (N,)."""
-    allowed = train.demo_pictures().permute(0, 2, 3, 1).numpy().astype(int)
+    """Return which of uint8 (N, 3, 8, 8) are demo images, to within 48 of 255 in each value."""
+    allowed = demo_images().astype(int)
     nearest = [np.abs(allowed - image).max((1, 2, 3)).min() for image in pixels.astype(int)]
     return np.array(nearest) <= 48
 
 
 def count_right(pixels):
+    """Return how many of uint8 (N, 3, 8, 8) are demo images."""
     return are_right(pixels).sum()
 
 
 def judge(run):
-    """How many of a run's SAMPLES are right, and its bound in bits per dimension."""
-    trained, images = train.load(run), train.demo_pictures()
+    """Return how many of a run's SAMPLES are right, and its bound in bits per dimension."""
+    trained, images = checkpoint.load(run), torch.from_numpy(demo_images())
     x0 = trained.diffusion.sample(
         trained.model, (SAMPLES, 3, 8, 8), generator=torch.Generator().manual_seed(0)
     )
-    pixels = sample.to_pixels(x0.numpy())
+    pixels = to_pixels(x0.numpy())
     random = torch.Generator().manual_seed(0)
-    bound = trained.diffusion.vlb(trained.model, images.float() / 127.5 - 1, random)
-    sample.save_image(Path(run, "samples.png"), sample.grid(pixels))
+    bound = trained.diffusion.vlb(trained.model, from_pixels(images), random)
+    save_image(Path(run, "samples.png"), grid(pixels))
     return {"right": int(count_right(pixels)), "bits": bound.total.mean().item()}
 
 
 def train_and_judge(predicts, weighting, seed, folder, threads, steps):
-    """One run, in processes of its own. Returns judge's answer, or None if the loss diverged."""
+    """Train in a process of its own. Return judge's answer, or None if the loss diverged."""
     run = Path(folder, f"{predicts}-{weighting}-{seed}")
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     flags = ["--predicts", predicts, "--weighting", weighting, "--seed", seed, "--out", run]

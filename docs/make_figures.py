@@ -22,9 +22,11 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 import sample  # noqa: E402
-import train  # noqa: E402
 from benchmarks.table2 import are_right  # noqa: E402
+from data import read_folder  # noqa: E402
 from ddpm import Bound, Diffusion, cosine_betas, linear_betas  # noqa: E402
+from evaluate import rate_distortion  # noqa: E402
+from images import from_pixels, grid, save_animation, save_plot, to_pixels  # noqa: E402
 
 DPI, BATCH = 100, 16
 
@@ -35,8 +37,8 @@ def show(axes, images, columns=(), rows=(), frames=()):
     frames: the (row, column) of the images to mark.
     """
     R, C, *shape = images.shape
-    grid = sample.grid(sample.to_pixels(images.reshape(-1, *shape)), C).convert("RGB")
-    axes.imshow(grid, extent=(0, C, R, 0), interpolation="nearest")
+    image = grid(to_pixels(images.reshape(-1, *shape)), C).convert("RGB")
+    axes.imshow(image, extent=(0, C, R, 0), interpolation="nearest")
     axes.set_xticks(np.arange(len(columns)) + 0.5, columns)
     axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
@@ -48,7 +50,7 @@ def show(axes, images, columns=(), rows=(), frames=()):
 
 
 def save_sheet(path, images, columns=(), rows=(), frames=(), inches=0.85):
-    """A PNG of show()."""
+    """Save the grid of show() as a PNG."""
     R, C = images.shape[:2]
     figure = Figure(figsize=(inches * C + 0.9 * bool(len(rows)), inches * R + 0.4))
     figure.set_layout_engine("constrained")
@@ -56,11 +58,21 @@ def save_sheet(path, images, columns=(), rows=(), frames=(), inches=0.85):
     figure.savefig(path, dpi=DPI)
 
 
+def plot(axes, curves, x_label, y_label, **scales):
+    """Draw curves, {name: (x, y)}, on axes of matplotlib."""
+    for name, (x, y) in curves.items():
+        axes.plot(x, y, label=name)
+    axes.set(xlabel=x_label, ylabel=y_label, **scales)
+    axes.grid(alpha=0.3)
+    if len(curves) > 1:
+        axes.legend()
+
+
 # ------------------------------------------------------------------------------- without a network
 
 
 def draw_schedule(path, x0):
-    """abar_t of both schedules, above an image with that much noise."""
+    """Plot abar_t of both schedules, above an image with that much noise."""
     times = (0, 125, 250, 375, 500, 625, 750, 875, 999)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     curves, rows = {}, []
@@ -70,7 +82,7 @@ def draw_schedule(path, x0):
         rows.append([diffusion.q_sample(x0, torch.tensor([t]), noise)[0] for t in times])
     figure = Figure(figsize=(8, 5.2), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=(3, 2))
-    train.draw_curves(above, curves, "t", "$\\bar\\alpha_t$")
+    plot(above, curves, "t", "$\\bar\\alpha_t$")
     above.set_xlim(-62.5, 1062.5)  # nine images are as wide as the axes
     images = torch.stack([torch.stack(row) for row in rows]).numpy()
     show(below, images, [f"t = {t}" for t in times], list(curves))
@@ -78,7 +90,7 @@ def draw_schedule(path, x0):
 
 
 def draw_weights(path):
-    """The factor of (12) with the large variance, and that of L_simple."""
+    """Plot the factor of (12) with the large variance, and the factor of L_simple."""
     diffusion, ones, curves = Diffusion(linear_betas()), torch.ones(1, 1, 1, 1), {}
     for name, weighting in (("the bound (12)", "vlb"), ("$L_{simple}$ (14)", "simple")):
         losses = [  # of a network whose squared error is 1
@@ -86,11 +98,13 @@ def draw_weights(path):
             for t in range(diffusion.T)
         ]
         curves[name] = range(diffusion.T), losses
-    train.save_plot(path, curves, "t", "weight of the squared error", "y")
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    plot(figure.subplots(), curves, "t", "weight of the squared error", yscale="log")
+    figure.savefig(path, dpi=DPI)
 
 
 def draw_unet(path):
-    """The U-Net of the CIFAR-10 network: sizes, widths, attention and skip connections."""
+    """Draw the U-Net of the CIFAR-10 network: sizes, widths, attention and skip connections."""
     figure = Figure(figsize=(8.6, 4.6), layout="constrained")
     axes = figure.subplots()
     axes.set(xlim=(-0.4, 12.9), ylim=(-5.3, 1.55))
@@ -104,6 +118,7 @@ def draw_unet(path):
 
     blue, orange, grey = "#dbe8f8", "#fbdcb8", "0.92"
     levels = [(32, 128), (16, 256), (8, 256), (4, 256)]
+    skips = "skip connections, concatenated", "skip connections", "skip connections", "skip"
     for k, (size, width) in enumerate(levels):
         x, y, colour = 1.9 + 0.9 * k, -1.25 * k, orange if size == 16 else blue
         with_attention = " + attention" if size == 16 else ""
@@ -111,10 +126,7 @@ def draw_unet(path):
         box(12.5 - x, y, 2.0, f"3 blocks{with_attention}\n{width} x {size} x {size}", colour)
         skip = arrow | dict(linestyle="--")
         axes.annotate("", (11.5 - x, y), (x + 1.0, y), arrowprops=skip)
-        skips = ("skip connections, concatenated", "skip connections", "skip connections", "skip")[
-            k
-        ]
-        axes.text(6.25, y + 0.08, skips, ha="center", fontsize=7, color="0.25")
+        axes.text(6.25, y + 0.08, skips[k], ha="center", fontsize=7, color="0.25")
         if k < 3:
             axes.annotate("", (x + 0.9, y - 0.94), (x + 0.25, y - 0.31), arrowprops=arrow)
             axes.text(x + 0.42, y - 0.66, "stride 2", fontsize=7, ha="right", color="0.25")
@@ -134,50 +146,51 @@ def draw_unet(path):
 # ---------------------------------------------------------------------------------- with a network
 
 
-def reverse(network, seed=0, **kwargs):
-    """sample.sample_progressive of a batch from this seed."""
-    noise = sample.noise_of(seed, 0, network.shape)
+def reverse(network, seed=0, batch=BATCH, **kwargs):
+    """Draw a batch of images from this seed: the chain of sample.sample_progressive."""
+    noise = sample.noise_of(seed, 0, (batch, *network.shape))
     return sample.sample_progressive(network, noise, network.betas, network.variance, **kwargs)
 
 
 def last(chain):
+    """Return the last x0_hat of a chain: the samples."""
     for _, _, x0 in chain:
         image = x0
     return image
 
 
 def draw_strip(folder, network):
-    """strip.png: x_t and x0_hat of two samples along the chain. reverse.gif: nine samples."""
+    """Save strip.png, x_t and x0_hat of two samples along the chain, and reverse.gif, of nine."""
     times, states, frames = [999, 850, 700, 600, 500, 400, 300, 200, 100, 0], [], []
     for t, x, x0 in reverse(network):
         if t in times:
             states += [x[:2], x0[:2]]
         if t % 20 == 0 or t == network.betas.size - 1:
-            frames.append(sample.grid(sample.to_pixels(x[:9]), 3))
-    images = np.stack(states, 1).reshape(2, 10, 2, *network.shape[1:])
-    images = images.swapaxes(1, 2).reshape(4, 10, *network.shape[1:])
+            frames.append(grid(to_pixels(x[:9]), 3))
+    images = np.stack(states, 1).reshape(2, 10, 2, *network.shape)
+    images = images.swapaxes(1, 2).reshape(4, 10, *network.shape)
     rows = ["$x_t$", "$\\hat x_0$"] * 2
     save_sheet(folder / "strip.png", images, [f"t = {t}" for t in times], rows)
-    frames += [sample.grid(sample.to_pixels(x0[:9]), 3)]
-    small = 3 * (network.shape[-1] + 2)  # without the enlargement of sample.grid
+    frames += [grid(to_pixels(x0[:9]), 3)]
+    small = 3 * (network.shape[-1] + 2)  # without the enlargement of grid()
     for size in (small, small * max(1, 306 // small)):
         frames = [frame.resize((size, size), Image.Resampling.NEAREST) for frame in frames]
     frames = [frame.quantize(32, dither=Image.Dither.NONE) for frame in frames]
-    sample.save_animation(folder / "reverse.gif", frames, each=80, last=3000)
+    save_animation(folder / "reverse.gif", frames, each=80, last=3000)
 
 
 def draw_ends(path, network):
-    """Figure 7: eight ends of the chain from one shared x_t, for several t."""
+    """Draw the paper's figure 7: eight ends of the chain from one shared x_t, for several t."""
     shared = {t: x[:1].copy() for t, x, _ in reverse(network)}
     rows, columns = [], 8
     times = [999, 750, 500, 250]
     for t in times:
-        x_t = np.repeat(shared[t], network.batch, 0)
-        noise = sample.noise_of(1, 0, network.shape)
+        x_t = np.repeat(shared[t], columns, 0)
+        noise = sample.noise_of(1, 0, x_t.shape)
         chain = sample.sample_progressive(
             network, noise, network.betas[: t + 1], network.variance, x_T=x_t
         )
-        rows.append(np.concatenate([shared[t], last(chain)[:columns]]))
+        rows.append(np.concatenate([shared[t], last(chain)]))
     save_sheet(
         path, np.stack(rows), ["shared $x_t$", *map(str, range(1, columns + 1))],
         [f"t = {t}" for t in times],
@@ -185,7 +198,7 @@ def draw_ends(path, network):
 
 
 def draw_steps(path, network):
-    """The same first noise in fewer and fewer steps, by Algorithm 2 and by DDIM."""
+    """Draw from the same first noise in fewer and fewer steps, by Algorithm 2 and by DDIM."""
     counts, figure = (1000, 250, 50, 20), Figure(figsize=(8.4, 4.6), layout="constrained")
     for axes_row, (name, eta) in zip(
         figure.subplots(2, 4), (("Algorithm 2", None), ("DDIM", 0.0)), strict=True
@@ -197,12 +210,11 @@ def draw_steps(path, network):
     figure.savefig(path, dpi=DPI)
 
 
-def draw_interpolation(path, onnx, pair):
-    """Figure 8: mixtures of two images at several t."""
-    network = sample.Network(onnx, len(sample.LAMBDAS), "cpu")
+def draw_interpolation(path, network, pair):
+    """Draw the paper's figure 8: mixtures of two images at several t."""
     times, rows = (125, 250, 500, 750), []
     for t in times:
-        noise = sample.noise_of(0, 0, (1, *network.shape[1:]))
+        noise = sample.noise_of(0, 0, (1, *network.shape))
         chain = sample.interpolate(network, noise, *pair, t, network.betas, network.variance)
         rows.append([pair[0], *last(chain)[::2], pair[1]])
     mixed = [f"$\\lambda$ = {x:.1f}" for x in sample.LAMBDAS[::2]]
@@ -211,48 +223,46 @@ def draw_interpolation(path, onnx, pair):
 
 
 def draw_loss_and_bound(folder, network, x0):
-    """by-t.png: the loss and L_t against t. rate-distortion.png: Figure 5."""
+    """Save by-t.png, the loss and L_t against t, and rate-distortion.png, the paper's figure 5."""
 
     def eps(x_t, t):
-        return torch.from_numpy(network(x_t.numpy(), t.numpy()).copy())
+        return torch.from_numpy(network(x_t.numpy(), t.numpy()))
 
     diffusion = Diffusion(network.betas, network.variance)
-    batches = x0.split(network.batch)
     times = sorted({int(t) - 1 for t in np.geomspace(1, diffusion.T, 40)} | {9, 99, 299})
     random, losses = torch.Generator().manual_seed(0), []
     for t in times:
-        index = torch.full((network.batch,), t)
-        noises = [torch.randn(x.shape, generator=random) for x in batches]
-        pairs = zip(batches, noises, strict=True)
-        losses.append(np.mean([diffusion.loss(eps, x, index, z).item() for x, z in pairs]))
+        index, noise = torch.full((len(x0),), t), torch.randn(x0.shape, generator=random)
+        losses.append(diffusion.loss(eps, x0, index, noise).item())
         if t in (0, 9, 99, 299, 999):
             print(f"  loss at t = {t}: {losses[-1]:.6f}")
-    bounds = [diffusion.vlb(eps, x, random) for x in batches]
+    bounds = [diffusion.vlb(eps, x, random) for x in x0.split(BATCH)]
     bound = Bound(*map(torch.cat, zip(*bounds, strict=True)))
-    bits, (L_t, rate, rmse) = bound.total.mean(), train.rate_distortion(bound)
+    bits, (L_t, rate, rmse) = bound.total.mean(), rate_distortion(bound)
     print(f"  bound {bits:.3f}, rate {bits - L_t[0]:.3f}, distortion {L_t[0]:.3f}, "
           f"RMSE {rmse[0]:.3f} on {len(x0)} images")  # fmt: skip
 
     figure = Figure(figsize=(8.4, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     ticks = (0, 9, 99, 299, 999)
-    losses = {"": ([t + 1 for t in times], losses)}
-    train.draw_curves(left, losses, "t", "squared error of the noise", "xy")
-    terms = {"": (range(1, diffusion.T + 1), L_t)}
-    train.draw_curves(right, terms, "t", "$L_t$, bits per dimension", "xy")
-    for axes in (left, right):
+    losses, terms = ([t + 1 for t in times], losses), (range(1, diffusion.T + 1), L_t)
+    for axes, curve, label in (
+        (left, losses, "squared error of the noise"),
+        (right, terms, "$L_t$, bits per dimension"),
+    ):
+        plot(axes, {"": curve}, "t", label, xscale="log", yscale="log")
         axes.set_xticks([t + 1 for t in ticks], ticks)
         axes.minorticks_off()
     figure.savefig(folder / "by-t.png", dpi=DPI)
     labels = "rate, bits per dimension", "RMSE of $\\hat x_0$, of 255"
-    train.save_plot(folder / "rate-distortion.png", {"": (rate, rmse)}, *labels)
+    save_plot(folder / "rate-distortion.png", rate, rmse, *labels)
 
 
 def draw_demo(path, onnx):
-    """64 samples of the demo's network; the wrong ones are framed."""
-    network = sample.Network(onnx, 64, "cpu")
-    images = last(reverse(network))
-    right = are_right(sample.to_pixels(images))
+    """Draw 64 samples of the demo's network, and mark the wrong ones."""
+    network = sample.Network(onnx, "cpu")
+    images = last(reverse(network, batch=64))
+    right = are_right(to_pixels(images))
     print(f"  {right.sum()} of 64 samples of the demo are right")
     frames = [divmod(k, 16) for k in np.flatnonzero(~right)]
     save_sheet(path, images.reshape(4, 16, *images.shape[1:]), frames=frames, inches=0.5)
@@ -271,19 +281,17 @@ def main():
     args = parser.parse_args()
 
     args.out.mkdir(parents=True, exist_ok=True)
-    network = sample.Network(args.onnx, BATCH, "cpu")
-    _, channels, size, _ = network.shape
-    x0 = train.read_folder(args.data, size, channels, 4 * BATCH).float() / 127.5 - 1
-    x0 = x0[: len(x0) // BATCH * BATCH] if len(x0) > BATCH else x0.repeat(BATCH, 1, 1, 1)[:BATCH]
+    network = sample.Network(args.onnx, "cpu")
+    channels, size, _ = network.shape
+    x0 = from_pixels(torch.from_numpy(read_folder(args.data, size, channels, 4 * BATCH)))
     draw_schedule(args.out / "schedule.png", x0[:1])
     draw_weights(args.out / "weights.png")
     draw_unet(args.out / "unet.png")
     draw_strip(args.out, network)
     draw_ends(args.out / "ends.png", network)
     draw_steps(args.out / "steps.png", network)
-    draw_interpolation(
-        args.out / "interpolation.png", args.onnx, x0[[16 % len(x0), 24 % len(x0)]].numpy()
-    )
+    pair = x0[[16 % len(x0), 24 % len(x0)]].numpy()
+    draw_interpolation(args.out / "interpolation.png", network, pair)
     draw_loss_and_bound(args.out, network, x0)
     if args.demo:
         draw_demo(args.out / "demo.png", args.demo)
