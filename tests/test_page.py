@@ -16,6 +16,7 @@ from conftest import HERE
 
 import sample
 from benchmarks.table2 import count_right
+from images import read_image, save_image, to_image, to_pixels
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the page's tests need playwright")
 BROWSERS = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
@@ -63,7 +64,7 @@ def serve_runtime(route):
 
 @pytest.fixture(scope="module")
 def opened(browser, address):
-    """A function that opens the page in a new tab. Nothing may be said on any console."""
+    """A function that opens the page in a new tab. No console may show an error."""
     said, contexts = [], []
 
     def call(runtime=serve_runtime, wait=True):
@@ -98,7 +99,7 @@ def until_idle(page):
 
 
 def pixels(page, canvas):
-    """The bytes of a canvas, (height, width, 3)."""
+    """The bytes of a canvas, (3, height, width)."""
     width, height, data = page.evaluate(
         """(id) => {
             const {width, height} = document.getElementById(id);
@@ -107,16 +108,16 @@ def pixels(page, canvas):
         }""",
         canvas,
     )
-    return np.array(data).reshape(height, width, 4)[..., :3]
+    return np.array(data).reshape(height, width, 4)[..., :3].transpose(2, 0, 1)
 
 
 def tiles(page, canvas, shape):
-    """The images in a canvas, (B, H, W, 3), without the gaps between them."""
+    """The images in a canvas, (B, 3, H, W), without the gaps between them."""
     grid, (_, height, width) = pixels(page, canvas), shape
-    rows = range(0, grid.shape[0], height + 2)
+    rows = range(0, grid.shape[1], height + 2)
     return np.stack([
-        grid[top : top + height, left : left + width]
-        for top in rows for left in range(0, grid.shape[1], width + 2)
+        grid[:, top : top + height, left : left + width]
+        for top in rows for left in range(0, grid.shape[2], width + 2)
     ])  # fmt: skip
 
 
@@ -273,21 +274,21 @@ def test_shipped_model_draws_what_python_draws(page):
     page.fill("#seed", "3")
     page.click("#sample")
     assert "4 images: 10 steps in" in until_idle(page)
-    network = sample.Network(DOCS / "fashion-mnist.onnx", 4, "cpu")
-    start = first_noise(page, 3, 4, math.prod(network.shape[1:])).reshape(network.shape)
+    network = sample.Network(DOCS / "fashion-mnist.onnx", "cpu")
+    start = first_noise(page, 3, 4, math.prod(network.shape)).reshape(4, *network.shape)
     steps = list(
         sample.sample_progressive(network, lambda: start, network.betas, steps=10, eta=0.0)
     )
     assert page.text_content("#number-t") == "0"
-    theirs = tiles(page, "grid", network.shape[1:])
-    assert np.abs(theirs - sample.to_pixels(steps[-1][2])).max() <= 1
+    theirs = tiles(page, "grid", network.shape)
+    assert np.abs(theirs - to_pixels(steps[-1][2])).max() <= 1
     assert theirs.std() > 40
     # the slider goes back
     page.evaluate("const s = document.getElementById('step'); s.value = 4; s.oninput()")
     t, x, x0 = steps[4]
     assert page.text_content("#number-t") == str(t) and page.text_content("#at") == "5 of 10"
-    assert np.abs(tiles(page, "grid", network.shape[1:]) - sample.to_pixels(x0)).max() <= 1
-    assert np.abs(tiles(page, "noise", network.shape[1:]) - sample.to_pixels(x)).max() <= 1
+    assert np.abs(tiles(page, "grid", network.shape) - to_pixels(x0)).max() <= 1
+    assert np.abs(tiles(page, "noise", network.shape) - to_pixels(x)).max() <= 1
     abar = np.prod(1 - network.betas[: t + 1])
     assert page.text_content("#number-signal") == f"{abar**0.5:.4f}"
 
@@ -320,32 +321,32 @@ def test_denoising_a_drawing(page):
     page.mouse.move(box["x"] + 0.9 * box["width"], box["y"] + 0.8 * box["height"])
     page.mouse.up()
     painted = pixels(page, "draw")
-    changed = (painted != before).any(2)
+    changed = (painted != before).any(0)
     assert changed.any() and changed.nonzero()[0].min() > 16
     page.focus("#draw")
     page.keyboard.press("ArrowUp")
     page.keyboard.press(" ")
     assert (pixels(page, "draw") != painted).any()
-    grey = pixels(page, "draw") @ [0.299, 0.587, 0.114]
+    grey = np.tensordot([0.299, 0.587, 0.114], pixels(page, "draw"), 1)
     set_t(0)
-    assert np.abs(pixels(page, "noised")[..., 0] - grey).max() < 10  # sigma is 1.3 of 255
+    assert np.abs(pixels(page, "noised")[0] - grey).max() < 10  # sigma is 1.3 of 255
     set_t(600)
-    assert np.abs(pixels(page, "noised")[..., 0] - grey).mean() > 50
+    assert np.abs(pixels(page, "noised")[0] - grey).mean() > 50
     set_t(30)
     page.click("#denoise")
     assert "Four ends from t = 30: 31 steps" in until_idle(page)
-    ends = tiles(page, "ends", (1, 32, 32))[..., 0]
+    ends = tiles(page, "ends", (1, 32, 32))[:, 0]
     assert np.abs(ends - grey).mean() < 15 and np.abs(ends[0] - ends[1]).mean() > 0.5
 
 
 def test_an_image_as_the_drawing(page, tmp_path):
-    gradient = np.arange(64 * 96 * 3, dtype=np.uint32).reshape(64, 96, 3) // 73
-    sample.save_image(tmp_path / "wide.png", sample.to_image(gradient.astype(np.uint8)))
+    gradient = np.arange(64 * 96 * 3).reshape(64, 96, 3).transpose(2, 0, 1) // 73
+    save_image(tmp_path / "wide.png", to_image(gradient.astype(np.uint8)))
     page.set_input_files("#picture", tmp_path / "wide.png")
     page.wait_for_function(
         "document.getElementById('status').textContent.includes('wide.png is now')"
     )
-    expected = sample.read_picture(tmp_path / "wide.png", 32, 3).transpose(1, 2, 0)
+    expected = read_image(tmp_path / "wide.png", 32, 3)
     assert np.abs(pixels(page, "draw") - expected.astype(int)).mean() < 8
     (tmp_path / "text.png").write_text("not an image")
     page.set_input_files("#picture", tmp_path / "text.png")
@@ -381,7 +382,7 @@ def test_other_files_and_then_another_model(page, files, tmp_path):
     page.click("#sample")
     assert "10 steps in" in until_idle(page)
     drawn = tiles(page, "grid", (3, 8, 8))
-    assert drawn.shape == (4, 8, 8, 3) and np.ptp(drawn, axis=3).max() > 50  # in colour
+    assert drawn.shape == (4, 3, 8, 8) and np.ptp(drawn, axis=1).max() > 50  # in colour
     page.click("#denoise")
     assert "steps in" in until_idle(page)
 
