@@ -23,6 +23,7 @@ BROWSERS = "chromium", "chromium-browser", "google-chrome", "google-chrome-stabl
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 RUNTIME = HERE / "node_modules" / "onnxruntime-web"
 pytestmark = [
+    pytest.mark.page,
     pytest.mark.skipif(CHROMIUM is None, reason="the page's tests need Chromium"),
     pytest.mark.skipif(not RUNTIME.is_dir(), reason="run: npm install --no-save onnxruntime-web"),
 ]
