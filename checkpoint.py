@@ -42,7 +42,7 @@ def save(path, config, step, model, ema, optimizer):
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
     states = {name: part.state_dict() for name, part in parts.items()}
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         torch.save({"config": config, "step": step, **states}, temporary)
     except RuntimeError as error:  # torch names a line of C++ if the disk is full
@@ -75,7 +75,7 @@ def restore(state, model, ema, optimizer):
 def read_run(out):
     """Return the checkpoint in the folder of a run, or None if the folder is new or empty.
 
-    Exits if it holds anything else than decoded images.
+    Exits if it holds anything but decoded images.
     """
     if (out / "checkpoint.pt").is_file():
         return read(out / "checkpoint.pt")
@@ -84,20 +84,18 @@ def read_run(out):
     return None
 
 
-def refuse_other_run(out, old, new):
-    """Exit with a line that says what differs, unless two configs are of the same run."""
+def differences(old, new, besides):
+    """Return [(name, old value, new value)] of the settings in which two configs differ.
+
+    besides: names of settings that may differ.
+    """
     was, now = (config["model"] | config["diffusion"] | config["train"] for config in (old, new))
-    different = [
-        f"{name} was {was.get(name)}, now {value}"
-        for name, value in now.items()
-        if was.get(name) != value and name not in ("betas", "data", "images")
+    different = [(name, was[name], now[name]) for name in now if was[name] != now[name]]
+    return [
+        (name, "one schedule", "another") if name == "betas" else (name, before, after)
+        for name, before, after in different
+        if name not in besides
     ]
-    different += ["the betas differ"] * (was["betas"] != now["betas"])
-    if different:
-        sys.exit(
-            f"{out} holds a run with other settings: {'; '.join(different)}. Use another --out "
-            f"(--init {out} starts from its weights), or move it aside: mv {out} {out}-old"
-        )
 
 
 def load(path):

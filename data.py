@@ -36,14 +36,14 @@ def image_files(folder, without=None):
     """
     folder = Path(folder)
     if not folder.is_dir():
-        sys.exit(f"--data {folder}: there is no such folder")
+        sys.exit(f"{folder}: there is no such folder")
     suffixes = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     paths = []
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if Path(root, name).resolve() != without]
         paths += [Path(root, name) for name in names]
     named = sorted((path.relative_to(folder).as_posix(), path) for path in paths)
-    paths = [path for name, path in named if "/." not in f"/{name}"]
+    paths = [path for name, path in named if "/." not in f"/{name}" and path.is_file()]
     images = [path for path in paths if path.suffix.lower() in suffixes]
     return images, [path for path in paths if path.suffix.lower() not in suffixes]
 
@@ -78,39 +78,36 @@ def try_to_read(path, size, channels):
 
 
 def decode(paths, others, size, channels, file):
-    """Write the images to an open binary file as a numpy array (N, channels, size, size).
+    """Write the images to an .npy file: uint8 (N, channels, size, size).
 
-    channels: 1 or 3, or None for 3 if any image is in colour. Files that can't be read, and the
-    others, whose suffix is not that of an image, are counted, and the first three are named. Exits
-    if no image is left.
+    channels: 1 or 3, or None for 3 if any image is in colour. Unreadable files, and the `others`
+    without the suffix of an image, are counted, and the first three of each are named. Exits if no
+    image is left.
     """
     if others:
         first = ", ".join(path.name for path in others[:3])
         print(f"ignored {len(others):,} files without the suffix of an image: {first}")
     if channels is None:
         channels = 3 if any(in_processes(has_colour, paths)) else 1
-
-    def write_header(n):  # numpy keeps its length the same for any n
-        header = {"shape": (n, channels, size, size), "fortran_order": False, "descr": "|u1"}
-        npy.write_array_header_1_0(file, header)
-
-    write_header(len(paths))
     read, broken = functools.partial(try_to_read, size=size, channels=channels), []
-    decoded = in_processes(read, paths)
-    bar = tqdm(decoded, "decoding", len(paths), unit=" images", mininterval=1, leave=False)
-    for pixels, error in bar:
-        if error:
-            broken.append(error)
-        else:
-            file.write(pixels.tobytes())
+    header = {"shape": (len(paths), channels, size, size), "fortran_order": False, "descr": "|u1"}
+    with open(file, "wb") as out:
+        npy.write_array_header_1_0(out, header)
+        decoded = in_processes(read, paths)
+        bar = tqdm(decoded, "decoding", len(paths), unit=" images", mininterval=1, leave=False)
+        for pixels, error in bar:
+            if error:
+                broken.append(error)
+            else:
+                out.write(pixels.tobytes())
+        out.seek(0)
+        header["shape"] = len(paths) - len(broken), channels, size, size
+        npy.write_array_header_1_0(out, header)  # numpy keeps its length the same for any N
     if broken:
         print(f"left out {len(broken):,} of {len(paths):,} files, which can't be read:")
         print("\n".join(f"  {line}" for line in broken[:3]))
     if len(broken) == len(paths):
-        sys.exit("--data: there is no image that can be read")
-    file.seek(0)
-    write_header(len(paths) - len(broken))
-    file.seek(0)
+        sys.exit("there is no image that can be read")
 
 
 def read_folder(folder, size, channels=None, most=None):
@@ -121,7 +118,8 @@ def read_folder(folder, size, channels=None, most=None):
     paths, others = image_files(folder)
     if most is not None and most < len(paths):
         paths = [paths[i * len(paths) // most] for i in range(most)]
-    with tempfile.TemporaryFile() as file:
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary, "images.npy")
         decode(paths, others, size, channels, file)
         return np.load(file)
 
@@ -129,27 +127,30 @@ def read_folder(folder, size, channels=None, most=None):
 def cached_folder(folder, size, channels, out):
     """Return read_folder(folder, size, channels), memory-mapped from a file in the folder `out`.
 
-    The file is written once. Its name depends on the names, sizes and times of all images.
+    The images are decoded once. The name of the file depends on the size, and on the names, sizes
+    and times of the image files.
     """
     paths, others = image_files(folder, without=out.resolve())
-    states = [(p.relative_to(folder).as_posix(), p.stat()) for p in paths]
+    states = [(path.relative_to(folder).as_posix(), path.stat()) for path in paths]
     states = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
-    key = repr((size, channels, states)).encode(errors="surrogateescape")
-    path = out / f"images-{hashlib.blake2b(key, digest_size=8).hexdigest()}.npy"
-    if not path.exists():
+    key = repr((size, states)).encode(errors="surrogateescape")
+    file = out / f"images-{hashlib.blake2b(key, digest_size=8).hexdigest()}.npy"
+    of_run = (channels,) if channels else (1, 3)
+    if not file.exists() or np.load(file, mmap_mode="r").shape[1] not in of_run:
         old = list(out.glob("images-*.npy"))
-        with tempfile.NamedTemporaryFile(prefix="images-", dir=out, delete=False) as file:
-            decode(paths, others, size, channels, file)
-        os.replace(file.name, path)
-        for file in old:
-            file.unlink()
-    return np.load(path, mmap_mode="c")
+        with tempfile.TemporaryDirectory(prefix="images-", dir=out) as temporary:
+            decode(paths, others, size, channels, Path(temporary, file.name))
+            os.replace(Path(temporary, file.name), file)
+        for other in set(old) - {file}:
+            other.unlink(missing_ok=True)  # another machine may do the same
+    return np.load(file, mmap_mode="c")
 
 
 def fingerprint(images):
-    """Return a short digest of an array of images, from its shape and about 1000 of them."""
-    some = images[:: -(-len(images) // 1000)]
-    return hashlib.blake2b(repr(images.shape).encode() + some.tobytes(), digest_size=8).hexdigest()
+    """Return a short digest of an array of images."""
+    digest = hashlib.blake2b(repr(images.shape).encode(), digest_size=8)
+    digest.update(np.ascontiguousarray(images))
+    return digest.hexdigest()
 
 
 # ----------------------------------------------------------------------------------------- the demo
@@ -182,6 +183,8 @@ def main():
     parser.add_argument("out", type=Path)
     parser.add_argument("size", type=int)
     args = parser.parse_args()
+    if args.out.exists():
+        parser.error(f"{args.out} exists; choose a new folder")
     args.out.mkdir(parents=True)
     for k, pixels in enumerate(read_folder(args.folder, args.size)):
         to_image(pixels).save(args.out / f"{k:06d}.png")

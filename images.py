@@ -19,15 +19,14 @@ def is_grey(image):
     return image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
 
 
-def read_image(path, size, channels=None):
+def read_image(path, size, channels):
     """Return the centre square of an image file, resized, upright, and transparency on white.
 
-    channels: 1 for grey, 3 for colour, None for those of the file. The result is uint8
-    (C, size, size). Raises an OSError of Pillow if the file is not an image or is damaged, and
-    ValueError if it does not say the range of its pixels.
+    channels: 1 for grey, 3 for colour. The result is uint8 (channels, size, size). Raises what
+    Pillow raises if the file is not an image or is damaged, and ValueError if it does not say the
+    range of its pixels.
     """
     with Image.open(path) as image:
-        mode = "L" if (channels or (1 if is_grey(image) else 3)) == 1 else "RGB"
         deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
         transparent = image.info.get("transparency")
         image = ImageOps.exif_transpose(image)
@@ -40,7 +39,8 @@ def read_image(path, size, channels=None):
         if image.has_transparency_data:  # transparent pixels have arbitrary colours
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = ImageOps.fit(image.convert(mode), (size, size), Image.Resampling.LANCZOS)
+        image = image.convert("L" if channels == 1 else "RGB")
+        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
         return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
 
 

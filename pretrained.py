@@ -106,9 +106,12 @@ def from_diffusers(source):
         refuse(" ".join(str(error).split()))
     c = theirs.eval().float().config
     base, attends = c.block_out_channels[0], ["Attn" in name for name in c.down_block_types]
-    if c.in_channels not in (1, 3) or len(set(np.ravel(c.sample_size).tolist())) > 1:
+    sizes = set(np.ravel(c.sample_size or 0).tolist())
+    size = max(sizes)
+    if c.in_channels not in (1, 3) or len(sizes) > 1 or size % 2 ** (len(attends) - 1) or not size:
         refuse(f"its images have {c.in_channels} channels and the size {c.sample_size}")
-    size = int(np.ravel(c.sample_size)[0])
+    if base % 4:
+        refuse(f"its width is {base}, not a multiple of 4")
     settings = {
         "image_size": size,
         "in_channels": c.in_channels,

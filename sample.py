@@ -273,12 +273,12 @@ def draw_samples(network, args):
                         frames.append((to_pixels(x[:GRID]), to_pixels(x0[:GRID])))
                     bar.update()
                 pixels = to_pixels(x0)
-                shown.extend(pixels[: GRID - len(shown)])
                 for k, image in enumerate(pixels if args.dir else [], first):
                     to_image(image).save(args.dir / f"{k:06d}.png")
+                shown.extend(pixels[: GRID - len(shown)])
                 drawn += len(pixels)
     except KeyboardInterrupt:
-        if not shown:
+        if not drawn:
             sys.exit("sample.py: stopped before an image was finished")
     save_image(args.out, grid(np.stack(shown)))
     if args.gif:

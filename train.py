@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -37,19 +38,21 @@ from images import from_pixels, grid, save_image, save_plot, to_pixels
 # torchrun sets these: the rank of this process, the number of all, and its rank on its machine.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-READ_EVERY = {"cpu": 1}  # steps, else 10: to read a loss is to wait for the device
 
 # -------------------------------------------------------------------------------------- Algorithm 1
 
 
 def learning_rate(step, lr, warmup, decay_steps=None):
-    """Return lr, to which the first `warmup` steps rise; with decay_steps, it falls to 0 there."""
+    """Return the learning rate: it rises linearly to lr over `warmup` steps.
+
+    With decay_steps, it also falls linearly, to 0 at that step.
+    """
     decay = 1 - step / decay_steps if decay_steps else 1.0
     return lr * min(1.0, (step + 1) / max(1, warmup)) * decay
 
 
 def ema_decay(step, decay):
-    """Return the decay of the average: it rises, so that a short run forgets its random start."""
+    """Return the decay of the average, which grows so that the first weights are soon forgotten."""
     return min(decay, (1 + step) / (10 + step))
 
 
@@ -63,16 +66,19 @@ def update_ema(averages, parameters, step, decay):
 
 
 def seed_of(*numbers):
-    """Return a seed for each (seed, step, ...), so that resuming needs no state of a generator."""
+    """Return a seed for each (seed, step, ...).
+
+    Because every step is seeded, a checkpoint need not hold the state of a random generator.
+    """
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def train_step(step, network, ema, optimizer, diffusion, images, args):
     """Take a step of Algorithm 1 on one batch, and update the EMA.
 
-    images: uint8 (N, C, H, W). The result is (2,) on the device: its sum over the processes is the
-    loss and the norm of the gradient. Nothing here waits for CUDA, so that Python can prepare the
-    next step meanwhile.
+    images: uint8 (N, C, H, W). The result is a tensor (2,) on the device; summed over the
+    processes, it is the loss and the norm of the gradient. Nothing here waits for CUDA, so that
+    Python can prepare the next step meanwhile.
     """
     parameters = list(network.parameters())
     device = parameters[0].device
@@ -91,7 +97,7 @@ def train_step(step, network, ema, optimizer, diffusion, images, args):
     )
     loss = torch.zeros((), device=device)
     for k in range(RANK * args.accumulate, (RANK + 1) * args.accumulate):
-        torch.manual_seed(seed_of(args.seed, step, 1 + k))  # for dropout, different in each part
+        torch.manual_seed(seed_of(args.seed, step, 1 + k))  # of dropout; 0 would repeat the above
         x0 = images[index[k]]
         if is_cuda and not x0.is_cuda:  # a copy from pinned memory need not be waited for
             x0 = x0.pin_memory()
@@ -108,7 +114,7 @@ def train_step(step, network, ema, optimizer, diffusion, images, args):
     optimizer.step()
     optimizer.zero_grad()
     update_ema(list(ema.parameters()), parameters, step, args.ema)
-    return torch.stack([loss, norm / WORLD])
+    return torch.stack([loss, norm / WORLD])  # the norm is the same in every process
 
 
 # -------------------------------------------------------------------------------------------- flags
@@ -116,8 +122,8 @@ def train_step(step, network, ema, optimizer, diffusion, images, args):
 # The paper's CIFAR-10 network and run.
 PAPER = dict(
     image_size=32, base_channels=128, channel_mults=[1, 2, 2, 2], num_res_blocks=2,
-    attention_resolutions=[16], dropout=0.1, norm_groups=None, predicts="eps", batch=128, lr=2e-4,
-    lr_decay=False, steps=800_000,
+    attention_resolutions=[16], dropout=0.1, norm_groups=None, schedule="linear", predicts="eps",
+    batch=128, lr=2e-4, lr_decay=False, steps=800_000,
 )  # fmt: skip
 
 # --quick: small images after minutes on a CPU. docs/guide.md has measurements.
@@ -153,7 +159,7 @@ def make_parser():
     flag("--num-res-blocks", type=int, help="residual blocks per level [%(default)s]")
     flag("--attention-resolutions", type=int, nargs="*", help="in pixels [%(default)s]")
     flag("--dropout", type=float, help="share of the activations to drop [%(default)s]")
-    flag("--schedule", default="linear", choices=("linear", "cosine"), help="betas [%(default)s]")
+    flag("--schedule", choices=("linear", "cosine"), help="betas [%(default)s]")
     flag("--variance", default="large", choices=("large", "small"), help="sigma_t^2 [%(default)s]")
     flag("--predicts", choices=("eps", "mean", "v"), help="the network's output [%(default)s]")
     flag("--weighting", default="simple", choices=("simple", "vlb", "native"),
@@ -170,7 +176,7 @@ def make_parser():
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps or xpu [%(default)s]")
     flag("--amp", action=switch, help="bfloat16 [where the device computes in it]")
     flag("--compile", action=switch, help="use torch.compile [on CUDA, from 5,000 steps on]")
-    flag("--preview-every", type=int, help="steps [at most 5 %% of the time]")
+    flag("--preview-every", type=int, help="steps [at most 4 %% of the time]")
     flag("--save-minutes", type=float, default=5.0, help="between checkpoints [%(default)s]")
     parser.set_defaults(**PAPER)
     return parser
@@ -182,38 +188,43 @@ def arguments():
     What is not given comes from the weights, else from the demo or --quick, else from the paper.
     """
     parser = make_parser()
-    args, weights = parser.parse_args(), None
+    args, weights, fixed = parser.parse_args(), None, {}
+    if args.quick and args.data is None:
+        parser.error("--quick needs --data; the demo is quick by itself")
     if args.data is None:
         parser.set_defaults(**DEMO)
     elif not Path(args.data).is_dir():
         parser.error(f"--data {args.data}: there is no such folder")
     elif args.quick:
         parser.set_defaults(attention_resolutions=[args.image_size // 4], **QUICK)
-    if args.init:
-        own = args.out / "checkpoint.pt"  # a resumed run needs the other weights no more
+    if args.init:  # a run that is resumed reads its own weights, and needs the others no longer
+        own = args.out / "checkpoint.pt"
         weights = checkpoint.load(own if own.is_file() else args.init)
-        of_network = {**weights.settings, "channels": weights.settings["in_channels"]}
-        del of_network["in_channels"], of_network["dropout"]
-        of_network["predicts"] = weights.diffusion.predicts
-        parser.set_defaults(**of_network, variance=weights.diffusion.variance)
+        names = "image_size base_channels channel_mults num_res_blocks attention_resolutions"
+        fixed = {name: weights.settings[name] for name in names.split()}
+        fixed |= {"channels": weights.settings["in_channels"], "schedule": "that of the weights"}
+        fixed |= {"predicts": weights.diffusion.predicts}
+        parser.set_defaults(variance=weights.diffusion.variance, **fixed)
+        parser.set_defaults(norm_groups=weights.settings["norm_groups"])
     args = parser.parse_args()
 
-    if args.init:
-        for name, value in of_network.items():
-            if getattr(args, name, value) != value:
-                flag = name.replace("_", "-")
-                parser.error(f"--{flag} must be {value}, as in the weights of {args.init}")
-    elif args.data is None and (args.image_size, args.channels or 3) != (8, 3):
+    for name, value in fixed.items():
+        if getattr(args, name) != value:
+            parser.error(f"--{name.replace('_', '-')} must be {value}, because of --init")
+    if args.data is None and (args.image_size, args.channels or 3) != (8, 3):
         parser.error("without --data the images are those of the demo, 8x8 in colour")
+    if min(args.image_size, args.base_channels, args.batch, args.accumulate, args.steps) < 1:
+        parser.error("sizes and numbers of steps must be at least 1")
     sizes = [args.image_size >> level for level in range(len(args.channel_mults))]
     if args.image_size % 2 ** (len(sizes) - 1):
         parser.error(f"--image-size must be a multiple of {2 ** (len(sizes) - 1)}")
     if not set(args.attention_resolutions) <= set(sizes):
         parser.error(f"--attention-resolutions must be among {' '.join(map(str, sizes))}")
-    if args.base_channels % 4 and not args.init:
+    if args.base_channels % 4:
         parser.error("--base-channels must be a multiple of 4")
     if args.batch < WORLD * args.accumulate:
         parser.error("--batch must have an image for each GPU and each part of --accumulate")
+
     args.device = choose_device(args.device)
     if args.amp is None:  # the output "mean" must be exact: at t = 0, eps errs 100 times as much
         args.amp = has_bfloat16(args.device) and args.predicts != "mean"
@@ -250,6 +261,11 @@ def has_bfloat16(device):
     if device.type == "mps":  # nobody has measured it
         return False
     return torch.get_device_module(device).is_bf16_supported(including_emulation=False)
+
+
+def read_every(device):
+    """Return the number of steps whose losses are read together: to read is to wait for a GPU."""
+    return 1 if device.type == "cpu" else 10
 
 
 def quick_flags(args):
@@ -292,14 +308,25 @@ def config_of(args, weights, channels, images=None):
     }
 
 
-def refuse_differences(settings):
-    """Exit in every process unless all of them have the same settings, {name: value}."""
-    everyone = [None] * WORLD
-    dist.all_gather_object(everyone, settings)
+def refuse_other_run(out, old, new):
+    """Exit unless the config of the checkpoint in the folder `out` has the settings of this run."""
+    different = checkpoint.differences(old, new, besides=("data", "images"))
+    if different:
+        lines = "; ".join(f"{name} was {before}, now {now}" for name, before, now in different)
+        sys.exit(
+            f"{out} holds a run with other settings: {lines}. Use another --out (--init {out} "
+            f"starts from its weights), or move the run aside: mv {out} {out}-old"
+        )
+
+
+def refuse_other_ranks(config, args):
+    """Exit in every process unless all processes have the same settings and images."""
+    parts = {"steps": args.steps, "accumulate": args.accumulate}
+    mine, everyone = config | {"train": config["train"] | parts}, [None] * WORLD
+    dist.all_gather_object(everyone, mine)
     for rank, theirs in enumerate(everyone):
-        for name, value in theirs.items():
-            if value != everyone[0][name]:
-                sys.exit(f"{name} is {everyone[0][name]} in rank 0, and {value} in rank {rank}")
+        for name, first, other in checkpoint.differences(everyone[0], theirs, ("data", "init")):
+            sys.exit(f"{name} is {first} in rank 0, but {other} in rank {rank}")
 
 
 @contextlib.contextmanager
@@ -366,24 +393,24 @@ def save_preview(path, ema, diffusion, shape, args):
 
 def main():
     args, weights = arguments()
-    first, device, out = RANK == 0, args.device, args.out
+    is_main, device, out = RANK == 0, args.device, args.out
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
     if WORLD > 1:
-        dist.init_process_group()
+        dist.init_process_group(timeout=timedelta(hours=4))  # to decode images can take hours
 
     # -- the checkpoint, if this run began before
-    state = checkpoint.read_run(out) if first else None
+    state = checkpoint.read_run(out) if is_main else None
     if WORLD > 1:
         states = [state]
         dist.broadcast_object_list(states)
         (state,) = states
     start, channels = 0, args.channels
-    if args.warmup is None:
+    if args.warmup is None:  # a run that is made longer keeps its warm-up
         args.warmup = state["config"]["train"]["warmup"] if state else min(5000, args.steps // 20)
     if state:
         start, old = state["step"], state["config"]
         channels = channels or old["model"]["in_channels"]
-        checkpoint.refuse_other_run(out, old, config_of(args, weights, channels))
+        refuse_other_run(out, old, config_of(args, weights, channels))
         if start > args.steps:
             sys.exit(f"{out} is at step {start:,} already, so --steps must be larger")
 
@@ -397,12 +424,14 @@ def main():
         images = cached_folder(args.data, args.image_size, channels, out)
     if WORLD > 1 and LOCAL_RANK == 0:
         dist.barrier()
-    images = torch.from_numpy(images)
-    config = config_of(args, weights, images.shape[1], fingerprint(images.numpy()))
-    if first and state and old["train"]["images"] != config["train"]["images"]:
+    config = config_of(args, weights, images.shape[1], fingerprint(images))
+    if WORLD > 1:
+        refuse_other_ranks(config, args)
+    if is_main and state and old["train"]["images"] != config["train"]["images"]:
         print(f"the images have changed since step {start:,}; training continues with them")
-    if first and len(images) < 100:
+    if is_main and len(images) < 100:
         print(f"only {len(images)} images: the network will memorise them")
+    images = torch.from_numpy(images)
     if images.nbytes < 2e9:  # larger sets are moved batch by batch
         images = images.to(device)
 
@@ -413,7 +442,7 @@ def main():
     if weights:
         model.load_state_dict(weights.model.state_dict())
     if args.compile and device.type == "cuda" and not torch.version.hip:
-        model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # faster, except on AMD and without compiling
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     if state:
@@ -421,14 +450,11 @@ def main():
     network = DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD > 1 else model
     network = torch.compile(network) if args.compile else network
 
+    # -- the run folder
     def save(step):
         checkpoint.save(out / "checkpoint.pt", config, step, model, ema, optimizer)
 
-    if WORLD > 1:
-        settings = config["model"] | config["diffusion"] | config["train"]
-        settings |= {"steps": args.steps, "accumulate": args.accumulate}
-        refuse_differences(settings | {"data": None, "init": None})  # names of files may differ
-    if first:
+    if is_main:
         if not state:
             save(0)  # from now on, the folder is that of a run
         cut_log(out / "log.csv", start)
@@ -445,25 +471,24 @@ def main():
         return learning_rate(step, args.lr, args.warmup, args.steps if args.lr_decay else None)
 
     done, pending, mean_loss, saved = start, [], None, time.monotonic()
-    read_every = READ_EVERY.get(device.type, 10)
-    bar = tqdm(total=args.steps, initial=start, unit="step", mininterval=1, disable=not first)
+    bar = tqdm(total=args.steps, initial=start, unit="step", mininterval=1, disable=not is_main)
     with bar, catch_signals() as stop:
         for step in range(start, args.steps):
             optimizer.param_groups[0]["lr"] = lr_at(step)
             pending.append(train_step(step, network, ema, optimizer, diffusion, images, args))
             show = (step + 1) % args.preview_every == 0 or step + 1 == args.steps
-            stops = WORLD == 1 and stop.is_set()  # several processes stop at a step they all read
-            if not (show or stops or (step + 1) % read_every == 0):
+            must_read = show or (step + 1) % read_every(device) == 0
+            if not must_read and not (WORLD == 1 and stop.is_set()):  # processes stop together
                 continue
 
             losses, stops = read_losses(pending, stop)
             done, pending = step + 1, []
             if not np.isfinite(losses).all():
                 sys.exit(
-                    f"the loss is not finite at step {done:,}; the checkpoint is that of an "
+                    f"the loss is not finite at step {done:,}; the checkpoint on disk is from an "
                     "earlier step. Try a lower --lr, a longer --warmup, or --no-amp."
                 )
-            if first:
+            if is_main:
                 write_log(out / "log.csv", done, losses, lr_at)
                 for loss, _ in losses:
                     mean_loss = loss if mean_loss is None else 0.98 * mean_loss + 0.02 * loss
@@ -481,10 +506,10 @@ def main():
 
     if WORLD > 1:
         dist.destroy_process_group()
-    if first and done == args.steps:
-        print(f"done, {out / 'checkpoint.pt'} of step {done:,}; next:")
+    if is_main and done == args.steps:
+        print(f"done: {out / 'checkpoint.pt'} is at step {done:,}; next:")
         print(f"  python export.py --checkpoint {shlex.quote(str(out / 'checkpoint.pt'))}")
-    elif first:
+    elif is_main:
         program = "torchrun ..." if WORLD > 1 else "python"
         print(f"stopped at step {done:,}; to resume:\n  {program} {shlex.join(sys.argv)}")
     if done < args.steps:

@@ -75,6 +75,6 @@ def test_errors_of_the_user_are_one_line(trained, pictures, tmp_path, run):
         (["--data", pictures], "run/checkpoint.pt does not exist; python train.py writes"),
         (["--checkpoint", "rnu"], "rnu does not exist"),
         (["--checkpoint", "grey.pt"], "--data must be a folder of images"),
-        (["--checkpoint", "grey.pt", "--data", "none"], "--data none: there is no such folder"),
+        (["--checkpoint", "grey.pt", "--data", "none"], "none: there is no such folder"),
     ):
         assert said in run("evaluate.py", *words, cwd=tmp_path, code=1)

@@ -5,7 +5,16 @@ import pytest
 import torch
 from PIL import Image
 
-from images import from_pixels, grid, read_image, save_animation, save_image, save_plot, to_pixels
+from images import (
+    from_pixels,
+    grid,
+    is_grey,
+    read_image,
+    save_animation,
+    save_image,
+    save_plot,
+    to_pixels,
+)
 
 
 @pytest.fixture
@@ -14,6 +23,8 @@ def read_saved(tmp_path):
 
     def call(image, name="x.png", size=4, channels=None, **options):
         image.save(tmp_path / name, **options)
+        with Image.open(tmp_path / name) as saved:
+            channels = channels or (1 if is_grey(saved) else 3)
         return read_image(tmp_path / name, size, channels)
 
     return call

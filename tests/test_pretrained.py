@@ -210,6 +210,8 @@ def refusal(folder):
         ("num_class_embeds", 10, "tensors are missing"),
         ("out_channels", 6, "mismatch"),
         ("sample_size", [8, 16], "size"),
+        ("sample_size", None, "size"),
+        ("sample_size", 9, "size"),
         ("down_block_types", ["ResnetDownsampleBlock2D", "AttnDownBlock2D"], "tensors are missing"),
         ("attention_head_dim", 8, "eps differs by"),
         ("freq_shift", 0, "eps differs by"),

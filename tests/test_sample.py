@@ -148,7 +148,7 @@ def test_interpolation_between_two_images(trained, network, pictures, tmp_path, 
     assert image.shape == (2 * 10 * scale, 13 * 10 * scale, 3)
     tiles = image[::scale, ::scale].reshape(2, 10, 13, 10, 3).transpose(0, 2, 4, 1, 3)
     tiles = tiles[..., 1:-1, 1:-1]  # (2, 13, C, H, W)
-    ends = [read_image(file, 8) for file in files]
+    ends = [read_image(file, 8, 3) for file in files]
     x0 = [torch.from_numpy(from_pixels(end))[None] for end in ends]
     for row, t in zip(tiles, (30, 600), strict=True):
         assert np.array_equal(row[0], ends[0]) and np.array_equal(row[12], ends[1])

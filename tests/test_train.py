@@ -163,6 +163,8 @@ def test_bug_is_printed_with_its_line(tmp_path):
         ("--image-size 48 --data .", "--attention-resolutions must be among 48 24 12 6"),
         ("--image-size 16", "without --data the images are those of the demo"),
         ("--data none", "--data none: there is no such folder"),
+        ("--quick", "--quick needs --data"),
+        ("--batch 0", "must be at least 1"),
         ("--base-channels 30", "--base-channels must be a multiple of 4"),
         ("--batch 4 --accumulate 5", "--batch must have an image for each"),
         ("--steps many", "--steps: invalid int value"),
@@ -202,7 +204,7 @@ def test_training_starts_from_the_weights_of_a_checkpoint(trained, pictures, tmp
     run("train.py", *words, "--steps", 2, cwd=tmp_path)  # resumes, and does not start again
     assert read(tmp_path / "run")["step"] == 2
     said = run("train.py", *words, "--base-channels", 16, "--out", "b", cwd=tmp_path, code=2)
-    assert "--base-channels must be 8, as in the weights of" in said
+    assert "--base-channels must be 8, because of --init" in said
 
 
 def test_what_is_predicted_stays_with_the_weights(pictures, tmp_path, run):
@@ -212,7 +214,7 @@ def test_what_is_predicted_stays_with_the_weights(pictures, tmp_path, run):
     assert "predicts was v, now eps" in run("train.py", *words, cwd=tmp_path, code=1)
     words = ["--data", pictures, "--init", "run", "--steps", 1, "--batch", 4, "--out", "b"]
     said = run("train.py", *words, "--predicts", "eps", cwd=tmp_path, code=2)
-    assert "--predicts must be v, as in the weights of run" in said
+    assert "--predicts must be v, because of --init" in said
     run("train.py", *words, cwd=tmp_path)
     assert read(tmp_path / "b")["config"]["diffusion"]["predicts"] == "v"
 
@@ -270,7 +272,7 @@ def test_other_settings_are_refused_in_one_line(trained, pictures, tmp_path, run
     for more, said in (
         (["--base-channels", 12, "--seed", 3], "base_channels was 8, now 12; seed was 0, now 3"),
         (["--channels", 1], "in_channels was 3, now 1"),
-        (["--schedule", "cosine"], "the betas differ"),
+        (["--schedule", "cosine"], "betas was one schedule, now another"),
         (["--steps", 5], "run is at step 12 already, so --steps must be larger"),
     ):
         assert said in run("train.py", *words, *more, cwd=tmp_path, code=1)
@@ -409,7 +411,7 @@ def test_signal_ends_training_after_a_step_that_is_saved(number, pictures, tmp_p
 @pytest.mark.parametrize("every", [1, 10])
 def test_loss_that_is_not_finite_reaches_no_checkpoint(every, pictures, tmp_path, monkeypatch, run):
     step = train.train_step
-    monkeypatch.setattr(train, "READ_EVERY", {"cpu": every})
+    monkeypatch.setattr(train, "read_every", lambda device, n=every: n)
     monkeypatch.setattr(
         train, "train_step", lambda k, *args: step(k, *args) * (float("nan") if k == 5 else 1)
     )
@@ -423,7 +425,7 @@ def test_reading_losses_together_changes_nothing(pictures, tmp_path, monkeypatch
     """As on an accelerator, where ten steps are read at once."""
     words = ["--data", pictures, *TINY, "--save-minutes", 0, "--preview-every", 4]
     for out, every in (("a", 1), ("b", 3)):
-        monkeypatch.setattr(train, "READ_EVERY", {"cpu": every})
+        monkeypatch.setattr(train, "read_every", lambda device, n=every: n)
         run("train.py", *words, "--steps", 7, "--out", out, cwd=tmp_path)
         run("train.py", *words, "--steps", 13, "--out", out, cwd=tmp_path)
     assert_same_run(tmp_path / "a", tmp_path / "b")
@@ -578,7 +580,7 @@ def test_two_processes_and_accumulation_give_the_same_weights(pictures, tmp_path
     run("train.py", *words, "--steps", 9, "--out", "two", cwd=tmp_path)  # resumed by two processes
     said = python(*TORCHRUN, HERE / "train.py", *words, "--steps", 16, "--out", "two",
                   "--accumulate", 2, cwd=tmp_path)  # fmt: skip
-    assert said.count("steps    9 to 16") == said.count("done, two") == 1  # only one of them speaks
+    assert said.count("steps    9 to 16") == said.count("done: two") == 1  # only one of them speaks
     for other in ("parts", "two"):
         assert_same_weights(read(tmp_path / "one"), read(tmp_path / other))
         losses = [np.loadtxt(tmp_path / name / "log.csv", delimiter=",", skiprows=1)
@@ -641,4 +643,4 @@ def test_two_machines_train_as_one_or_say_why_not(tmp_path, run, machines):
     Image.new("RGB", (8, 8), "red").save(b / "images" / "9.png")  # only on the second machine
     done = machines((a, b), [*EXACT, "--steps", 9])
     assert done[0][0] and done[1][0] and read(a / "run")["step"] == 6
-    assert re.search(r"images is \w+ in rank 0, and \w+ in rank 1", done[0][1])
+    assert re.search(r"images is \w+ in rank 0, but \w+ in rank 1", done[0][1])
