@@ -1,6 +1,7 @@
 """What the tests of the programs share: ways to run them, a folder of images, and a trained run."""
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -144,7 +145,10 @@ def files(tmp_path_factory):
         Trained(model.eval(), Diffusion(linear_betas(), "small"), settings, 7, "a test"),
         {},
     )
+    to_onnx = functools.cache(lambda model: export_once(source, model))  # float32 is needed thrice
     with pytest.MonkeyPatch.context() as patch:
+        export_once = export.to_onnx
+        patch.setattr(export, "to_onnx", lambda _, model: to_onnx(model))
         for kind in (None, "half", "int8"):
             lines = []
             patch.setattr("builtins.print", lambda *words, lines=lines: lines.append(words[0]))

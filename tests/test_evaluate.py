@@ -10,6 +10,8 @@ from data import demo_images, read_folder
 from ddpm import Diffusion, UNet, linear_betas
 from images import from_pixels
 
+BETAS = linear_betas(100, 1e-4, 0.2)
+
 
 def printed(said, name):
     """The number behind a name in what evaluate.py printed."""
@@ -17,17 +19,23 @@ def printed(said, name):
     return float(line.removeprefix(f"  {name} ").split()[0])
 
 
-def test_bound_and_curve_are_those_of_ddpm_py(trained, pictures, tmp_path, run):
-    """The program against Diffusion.vlb, and the curve against the sums that define it."""
+@pytest.fixture
+def network(trained, tmp_path):
+    """The averaged network of a run, whose checkpoint is saved with T = 100, which is faster."""
     state = read(trained[0] / "run")
-    d = Diffusion(linear_betas(100, 1e-4, 0.2), "small")
-    state["config"]["diffusion"] = {"betas": d.betas.tolist(), "variance": "small"}
+    state["config"]["diffusion"]["betas"] = BETAS.tolist()
     torch.save(state, tmp_path / "checkpoint.pt")
+    network = UNet(**state["config"]["model"]).eval()
+    network.load_state_dict(state["ema"])
+    return network
+
+
+def test_bound_and_curve_are_those_of_ddpm_py(network, pictures, tmp_path, run):
+    """The program against Diffusion.vlb, and the curve against the sums that define it."""
+    d = Diffusion(BETAS)
     said = run("evaluate.py", "--data", pictures, "--checkpoint", "checkpoint.pt", "--images", 5,
                "--batch", 3, "--seed", 2, cwd=tmp_path)  # fmt: skip
     assert "on 5 images" in said and "500/500" in said  # passes of the network: 5 x T
-    network = UNet(**state["config"]["model"]).eval()
-    network.load_state_dict(state["ema"])
     x0 = from_pixels(torch.from_numpy(read_folder(pictures, 8, most=5)))
     x0 = x0[torch.randperm(5, generator=torch.Generator().manual_seed(2))]
     noise = torch.Generator().manual_seed(2)
@@ -50,18 +58,15 @@ def test_bound_and_curve_are_those_of_ddpm_py(trained, pictures, tmp_path, run):
     assert Image.open(tmp_path / "rate-distortion.png").size == (640, 440)
 
 
-def test_without_data_it_is_the_demo(trained, tmp_path, run):
-    """The tiny network happens to fit the demo. The folder of a run stands for its checkpoint."""
-    state = read(trained[0] / "run")
-    words = ["--checkpoint", trained[0] / "run", "--images", 1, "--out", tmp_path / "new"]
-    said = run("evaluate.py", *words, "--variance", "small", cwd=tmp_path)
+def test_without_data_it_is_the_demo(network, tmp_path, run):
+    """The tiny network happens to fit the demo. A folder with a checkpoint stands for it."""
+    words = ["--checkpoint", ".", "--images", 1, "--out", "new", "--variance", "small"]
+    said = run("evaluate.py", *words, cwd=tmp_path)
     assert "(step 12) on 1 images of the demo" in said
     assert {p.suffix for p in (tmp_path / "new").iterdir()} == {".csv", ".png"}
-    network = UNet(**state["config"]["model"]).eval()
-    network.load_state_dict(state["ema"])
     x0 = from_pixels(torch.from_numpy(demo_images()))
     x0 = x0[torch.randperm(216, generator=torch.Generator().manual_seed(0))][:1]
-    small = Diffusion(linear_betas(), "small")
+    small = Diffusion(BETAS, "small")
     total = small.vlb(network, x0, torch.Generator().manual_seed(0)).total.item()
     assert printed(said, "total") == pytest.approx(total, abs=1e-3)
 

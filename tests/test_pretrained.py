@@ -123,17 +123,17 @@ def test_diffusers_pipeline_draws_what_ddpm_py_draws(variance, betas, tmp_path):
     assert back.diffusion.variance == variance
 
 
-@pytest.mark.parametrize("predicts", ["eps", "mean", "v"])
-def test_file_computes_eps_whatever_is_predicted(predicts, tmp_path):
-    model, diffusion = small_unet(dropout=0.0), Diffusion(linear_betas(), predicts=predicts)
-    trained = checkpoint.Trained(model, diffusion, SMALL, 1, "")
-    export.write_onnx(trained, tmp_path / "x.onnx")
+def test_file_computes_eps_whatever_is_predicted(tmp_path):
+    """Of a network that predicts the mean; the other files of the tests predict eps."""
+    model = small_unet(channel_mults=(1,), attention_resolutions=())  # is exported faster
+    diffusion = Diffusion(linear_betas(), predicts="mean")
+    export.write_onnx(checkpoint.Trained(model, diffusion, SMALL, 1, ""), tmp_path / "x.onnx")
     x, t = randn(3, 3, 8, 8), torch.tensor([5, 500, 999])
     with torch.no_grad():
         expected, raw = diffusion.predict_eps(model, x, t), model(x, t)
     eps = export.eps_of(tmp_path / "x.onnx")(x, t)
     torch.testing.assert_close(eps, expected, rtol=1e-4, atol=1e-4)
-    assert predicts == "eps" or (expected - raw).abs().max() > 0.1
+    assert (expected - raw).abs().max() > 0.1
     names = [node.name for node in onnx.load(tmp_path / "x.onnx").graph.node]
     assert any(name.startswith("conv_in/") for name in names)  # --int8 goes by such names
 
@@ -155,8 +155,9 @@ def test_v_is_diffusers_v(tmp_path):
 def test_published_weights_to_images_and_back(pictures, tmp_path, run):
     """As a user: to model.onnx, to images, fine-tuned, evaluated, and to a folder again."""
     theirs = save_published(tmp_path / "published")
+    change(tmp_path / "published" / "scheduler_config.json", num_train_timesteps=40, beta_end=0.3)
     assert "diffusers, published" in run("export.py", "--diffusers", "published", cwd=tmp_path)
-    x, t = randn(2, 3, 8, 8), torch.tensor([3, 900])
+    x, t = randn(2, 3, 8, 8), torch.tensor([3, 30])
     eps = export.eps_of(tmp_path / "model.onnx")(x, t)
     with torch.no_grad():
         np.testing.assert_allclose(eps, theirs(x, t).sample, rtol=0, atol=1e-5)
