@@ -34,28 +34,27 @@ def image_files(folder, without=None):
     An image file has a suffix that Pillow can read. Hidden files and the folder `without` are left
     out. The order is the same on each machine. Exits if there is no such folder.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         sys.exit(f"{folder}: there is no such folder")
     suffixes = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     paths = []
     for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if Path(root, name).resolve() != without]
-        paths += [Path(root, name) for name in names]
-    named = sorted((path.relative_to(folder).as_posix(), path) for path in paths)
-    paths = [path for name, path in named if "/." not in f"/{name}" and path.is_file()]
-    images = [path for path in paths if path.suffix.lower() in suffixes]
-    return images, [path for path in paths if path.suffix.lower() not in suffixes]
+        shown = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in shown if Path(root, name).resolve() != without]
+        paths += [os.path.join(root, name) for name in names if not name.startswith(".")]
+    paths.sort(key=lambda path: path.replace(os.sep, "/"))
+    images = [path for path in paths if os.path.splitext(path)[1].lower() in suffixes]
+    return images, sorted(set(paths) - set(images))
 
 
-def in_processes(function, paths, start=None):
+def in_processes(function, paths):
     """Yield function(path) for each path in order, computed on all cores."""
     if len(paths) < 256:  # it takes longer to start the processes
         yield from map(function, paths)
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with multiprocessing.Pool(cores, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        yield from pool.imap(function, paths, 32)
+        yield from pool.imap(function, paths, 128)
 
 
 def has_colour(path):
@@ -68,13 +67,11 @@ def has_colour(path):
 
 
 def try_to_read(path, size, channels):
-    """Return (the pixels, None), or (None, the reason why the file can't be read)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return read_image(path, size, channels), None
-        except Exception as error:  # Pillow raises many kinds
-            return None, f"{path}: {error}"
+    """Return (the bytes of the pixels, None), or (None, the reason why they can't be read)."""
+    try:
+        return read_image(path, size, channels).tobytes(), None
+    except Exception as error:  # Pillow raises many kinds
+        return None, f"{path}: {error}"
 
 
 def decode(paths, others, size, channels, file):
@@ -85,8 +82,9 @@ def decode(paths, others, size, channels, file):
     image is left.
     """
     if others:
-        first = ", ".join(path.name for path in others[:3])
+        first = ", ".join(os.path.basename(path) for path in others[:3])
         print(f"ignored {len(others):,} files without the suffix of an image: {first}")
+    warnings.filterwarnings("ignore", module="PIL")  # what can't be read is said below
     if channels is None:
         channels = 3 if any(in_processes(has_colour, paths)) else 1
     read, broken = functools.partial(try_to_read, size=size, channels=channels), []
@@ -99,7 +97,7 @@ def decode(paths, others, size, channels, file):
             if error:
                 broken.append(error)
             else:
-                out.write(pixels.tobytes())
+                out.write(pixels)
         out.seek(0)
         header["shape"] = len(paths) - len(broken), channels, size, size
         npy.write_array_header_1_0(out, header)  # numpy keeps its length the same for any N
@@ -131,7 +129,7 @@ def cached_folder(folder, size, channels, out):
     and times of the image files.
     """
     paths, others = image_files(folder, without=out.resolve())
-    states = [(path.relative_to(folder).as_posix(), path.stat()) for path in paths]
+    states = [(path.removeprefix(str(folder)), os.stat(path)) for path in paths]
     states = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
     key = repr((size, states)).encode(errors="surrogateescape")
     file = out / f"images-{hashlib.blake2b(key, digest_size=8).hexdigest()}.npy"

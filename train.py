@@ -97,7 +97,7 @@ def train_step(step, network, ema, optimizer, diffusion, images, args):
     )
     loss = torch.zeros((), device=device)
     for k in range(RANK * args.accumulate, (RANK + 1) * args.accumulate):
-        torch.manual_seed(seed_of(args.seed, step, 1 + k))  # of dropout; 0 would repeat the above
+        torch.manual_seed(seed_of(args.seed, step, 1 + k))  # for dropout; 0 is like no number
         x0 = images[index[k]]
         if is_cuda and not x0.is_cuda:  # a copy from pinned memory need not be waited for
             x0 = x0.pin_memory()
@@ -213,8 +213,9 @@ def arguments():
             parser.error(f"--{name.replace('_', '-')} must be {value}, because of --init")
     if args.data is None and (args.image_size, args.channels or 3) != (8, 3):
         parser.error("without --data the images are those of the demo, 8x8 in colour")
-    if min(args.image_size, args.base_channels, args.batch, args.accumulate, args.steps) < 1:
-        parser.error("sizes and numbers of steps must be at least 1")
+    numbers = args.image_size, args.base_channels, args.batch, args.accumulate, args.steps
+    if min(numbers) < 1 or args.preview_every == 0 or args.seed < 0:
+        parser.error("sizes and numbers of steps must be at least 1, and --seed at least 0")
     sizes = [args.image_size >> level for level in range(len(args.channel_mults))]
     if args.image_size % 2 ** (len(sizes) - 1):
         parser.error(f"--image-size must be a multiple of {2 ** (len(sizes) - 1)}")
@@ -264,7 +265,7 @@ def has_bfloat16(device):
 
 
 def read_every(device):
-    """Return the number of steps whose losses are read together: to read is to wait for a GPU."""
+    """Return after how many steps losses are read, because a read waits for an accelerator."""
     return 1 if device.type == "cpu" else 10
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,7 +94,7 @@ def test_order_is_that_of_the_names_with_and_without_processes(tmp_path, monkeyp
     for k, name in enumerate(sorted(names)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("L", (4, 4), k % 256).save(tmp_path / name)
-    found = [path.relative_to(tmp_path).as_posix() for path in data.image_files(tmp_path)[0]]
+    found = [Path(path).relative_to(tmp_path).as_posix() for path in data.image_files(tmp_path)[0]]
     assert found == sorted(names)
     expected = [k % 256 for k in range(len(names))]
     assert first_pixels(data.read_folder(tmp_path, 4)) == expected
