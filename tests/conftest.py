@@ -95,9 +95,9 @@ def read(folder):
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
+def image_folder(tmp_path_factory):
     """Twelve images as people have them, nested and of many modes, and files that are none."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("image_folder")
     (folder / "deep" / "er").mkdir(parents=True)
     random = np.random.default_rng(0)
     for k in range(8):
@@ -115,10 +115,10 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, pictures):
+def trained(tmp_path_factory, image_folder):
     """The three commands on a tiny setting, in a folder of their own, and what they printed."""
     folder, warn = tmp_path_factory.mktemp("work"), ["-W", "always::ResourceWarning"]
-    said = [python(*warn, "train.py", "--data", pictures, *TINY, "--steps", 12, cwd=folder)]
+    said = [python(*warn, "train.py", "--data", image_folder, *TINY, "--steps", 12, cwd=folder)]
     said.append(python(*warn, "export.py", cwd=folder))
     said.append(python(*warn, "sample.py", "--onnx", "model.onnx", "-n", 5, "--steps", 20,
                        cwd=folder))  # fmt: skip

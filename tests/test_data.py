@@ -21,16 +21,16 @@ def first_pixels(images):
 # ----------------------------------------------------------------------------- which files are read
 
 
-def test_folder_is_read_with_its_sub_folders(pictures, capsys):
+def test_folder_is_read_with_its_sub_folders(image_folder, capsys):
     """Hidden files do not count; what is left out is counted and named."""
-    images = data.read_folder(pictures, 8)
+    images = data.read_folder(image_folder, 8)
     assert images.shape == (12, 3, 8, 8) and images.dtype == np.uint8
     said = capsys.readouterr().out
     assert "ignored 1 files without the suffix of an image: note.txt" in said
-    assert "left out 1 of 13 files" in said and f"{pictures / 'broken.png'}: " in said
-    np.testing.assert_array_equal(images, data.read_folder(pictures, 8))
-    assert data.read_folder(pictures, 8, channels=1).shape == (12, 1, 8, 8)
-    assert len(data.read_folder(pictures, 8, most=5)) == 5
+    assert "left out 1 of 13 files" in said and f"{image_folder / 'broken.png'}: " in said
+    np.testing.assert_array_equal(images, data.read_folder(image_folder, 8))
+    assert data.read_folder(image_folder, 8, channels=1).shape == (12, 1, 8, 8)
+    assert len(data.read_folder(image_folder, 8, most=5)) == 5
 
 
 def test_the_first_three_that_are_left_out_are_named(tmp_path, capsys):

@@ -30,13 +30,13 @@ def network(trained, tmp_path):
     return network
 
 
-def test_bound_and_curve_are_those_of_ddpm_py(network, pictures, tmp_path, run):
+def test_bound_and_curve_are_those_of_ddpm_py(network, image_folder, tmp_path, run):
     """The program against Diffusion.vlb, and the curve against the sums that define it."""
     d = Diffusion(BETAS)
-    said = run("evaluate.py", "--data", pictures, "--checkpoint", "checkpoint.pt", "--images", 5,
-               "--batch", 3, "--seed", 2, cwd=tmp_path)  # fmt: skip
+    words = ["--data", image_folder, "--checkpoint", "checkpoint.pt", "--images", 5]
+    said = run("evaluate.py", *words, "--batch", 3, "--seed", 2, cwd=tmp_path)
     assert "on 5 images" in said and "500/500" in said  # passes of the network: 5 x T
-    x0 = from_pixels(torch.from_numpy(read_folder(pictures, 8, most=5)))
+    x0 = from_pixels(torch.from_numpy(read_folder(image_folder, 8, most=5)))
     x0 = x0[torch.randperm(5, generator=torch.Generator().manual_seed(2))]
     noise = torch.Generator().manual_seed(2)
     bounds = [d.vlb(network, part, noise) for part in x0.split(3)]
@@ -71,13 +71,13 @@ def test_without_data_it_is_the_demo(network, tmp_path, run):
     assert printed(said, "total") == pytest.approx(total, abs=1e-3)
 
 
-def test_errors_of_the_user_are_one_line(trained, pictures, tmp_path, run):
+def test_errors_of_the_user_are_one_line(trained, image_folder, tmp_path, run):
     state = read(trained[0] / "run")
     network = UNet(8, 1, 8, (1, 2), 1, (4,))
     state["config"]["model"]["in_channels"], state["ema"] = 1, network.state_dict()
     torch.save(state, tmp_path / "grey.pt")
     for words, said in (
-        (["--data", pictures], "run/checkpoint.pt does not exist; python train.py writes"),
+        (["--data", image_folder], "run/checkpoint.pt does not exist; python train.py writes"),
         (["--checkpoint", "rnu"], "rnu does not exist"),
         (["--checkpoint", "grey.pt"], "--data must be a folder of images"),
         (["--checkpoint", "grey.pt", "--data", "none"], "none: there is no such folder"),

@@ -91,7 +91,7 @@ def test_channels_are_those_of_the_file_unless_given(read_saved):
     assert read_saved(green, channels=1)[:, 0, 0].tolist() == [150]
 
 
-# ------------------------------------------------------------------------------ pixels and pictures
+# -------------------------------------------------------------------------------- pixels and images
 
 
 def test_pixels_survive_the_round_trip_and_are_rounded():

@@ -343,14 +343,14 @@ def test_denoising_a_drawing(page):
 def test_an_image_as_the_drawing(page, tmp_path):
     gradient = np.arange(64 * 96 * 3).reshape(64, 96, 3).transpose(2, 0, 1) // 73
     save_image(tmp_path / "wide.png", to_image(gradient.astype(np.uint8)))
-    page.set_input_files("#picture", tmp_path / "wide.png")
+    page.set_input_files("#image-file", tmp_path / "wide.png")
     page.wait_for_function(
         "document.getElementById('status').textContent.includes('wide.png is now')"
     )
     expected = read_image(tmp_path / "wide.png", 32, 3)
     assert np.abs(pixels(page, "draw") - expected.astype(int)).mean() < 8
     (tmp_path / "text.png").write_text("not an image")
-    page.set_input_files("#picture", tmp_path / "text.png")
+    page.set_input_files("#image-file", tmp_path / "text.png")
     page.wait_for_function("document.getElementById('status').textContent.includes('not an image')")
 
 

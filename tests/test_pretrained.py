@@ -152,7 +152,7 @@ def test_v_is_diffusers_v(tmp_path):
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
 
 
-def test_published_weights_to_images_and_back(pictures, tmp_path, run):
+def test_published_weights_to_images_and_back(image_folder, tmp_path, run):
     """As a user: to model.onnx, to images, fine-tuned, evaluated, and to a folder again."""
     theirs = save_published(tmp_path / "published")
     change(tmp_path / "published" / "scheduler_config.json", num_train_timesteps=40, beta_end=0.3)
@@ -162,12 +162,12 @@ def test_published_weights_to_images_and_back(pictures, tmp_path, run):
     with torch.no_grad():
         np.testing.assert_allclose(eps, theirs(x, t).sample, rtol=0, atol=1e-5)
     run("sample.py", "-n", 1, "--steps", 5, cwd=tmp_path)
-    flags = ["--data", pictures, "--init", "published", "--batch", 4]
+    flags = ["--data", image_folder, "--init", "published", "--batch", 4]
     run("train.py", *flags, "--steps", 2, cwd=tmp_path)
     settings = read(tmp_path / "run")["config"]["model"]
     assert settings["norm_groups"] == 2  # of the weights
     assert settings["dropout"] == 0.1  # of the training
-    flags = ["--data", pictures, "--checkpoint", "published", "--images", 1]
+    flags = ["--data", image_folder, "--checkpoint", "published", "--images", 1]
     assert "on 1 images" in run("evaluate.py", *flags, cwd=tmp_path)
     assert (tmp_path / "published" / "rate-distortion.csv").is_file()
     run("export.py", "--to-diffusers", "mine", cwd=tmp_path)

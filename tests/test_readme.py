@@ -185,14 +185,14 @@ def test_manual_has_every_flag(program, run, tmp_path):
         assert re.search(rf"^\| [^|]*`{flag}\b", section, re.M), flag
 
 
-def test_images_for_fid_are_cut_as_for_training(pictures, tmp_path):
+def test_images_for_fid_are_cut_as_for_training(image_folder, tmp_path):
     """The manual's command that writes the real images, on a folder named ./images."""
     (words,) = re.findall(r"^python (data.py .*)$", GUIDE, re.M)
-    shutil.copytree(pictures, tmp_path / "images")
+    shutil.copytree(image_folder, tmp_path / "images")
     python(*words.replace("data.py", str(HERE / "data.py")).split(), cwd=tmp_path)
     paths = sorted((tmp_path / "real").iterdir())
     written = [np.asarray(Image.open(path)).transpose(2, 0, 1) for path in paths]
-    assert np.array_equal(written, read_folder(pictures, 32))
+    assert np.array_equal(written, read_folder(image_folder, 32))
 
 
 @pytest.fixture
@@ -224,8 +224,15 @@ def test_share_off_counts_the_far_points(points):
 
 
 @pytest.mark.slow
-def test_figures_are_made(trained, pictures, tmp_path):
-    flags = ["--onnx", trained[0] / "model.onnx", "--data", pictures, "--out", tmp_path / "docs"]
+def test_figures_are_made(trained, image_folder, tmp_path):
+    flags = [
+        "--onnx",
+        trained[0] / "model.onnx",
+        "--data",
+        image_folder,
+        "--out",
+        tmp_path / "docs",
+    ]
     python(HERE / "docs" / "make_figures.py", *flags, cwd=tmp_path, timeout=600)
     names = """by-t ends interpolation rate-distortion schedule steps strip unet weights""".split()
     made = sorted((tmp_path / "docs").iterdir())

@@ -138,9 +138,9 @@ def test_program_equals_the_torch_sampler(eta, network, draw):
     assert max(np.abs(p - e).max() for p, e in zip(pixels, expected, strict=True)) <= 1
 
 
-def test_interpolation_between_two_images(trained, network, pictures, tmp_path, run):
+def test_interpolation_between_two_images(trained, network, image_folder, tmp_path, run):
     """The grid of the program: the images at its ends, and between them what ddpm.py makes."""
-    files = [pictures / "0.png", pictures / "deep" / "LOUD.JPG"]
+    files = [image_folder / "0.png", image_folder / "deep" / "LOUD.JPG"]
     run("sample.py", "--onnx", trained[0] / "model.onnx", "--interpolate", *files,
         "--t", 30, 600, "--steps", 40, "--out", "i.png", cwd=tmp_path)  # fmt: skip
     image = np.asarray(Image.open(tmp_path / "i.png")).astype(int)
@@ -216,12 +216,12 @@ def test_grid_shows_the_first_256_images(trained, tmp_path, run):
     ],
 )
 def test_impossible_flags_are_refused_before_sampling(
-    flags, code, said, trained, pictures, tmp_path, run, monkeypatch
+    flags, code, said, trained, image_folder, tmp_path, run, monkeypatch
 ):
     monkeypatch.setattr(sample, "sample_progressive", None)  # no step may be taken
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "mine.png").write_text("mine")
-    flags = flags.format(good=pictures / "0.png", broken=pictures / "broken.png").split()
+    flags = flags.format(good=image_folder / "0.png", broken=image_folder / "broken.png").split()
     assert said in run("sample.py", "--onnx", trained[0] / "model.onnx", *flags, cwd=tmp_path,
                        code=code)  # fmt: skip
     assert [path.name for path in tmp_path.rglob("*")] == ["photos", "mine.png"]
