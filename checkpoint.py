@@ -46,7 +46,7 @@ def save(path, config, step, model, ema, optimizer):
     try:
         torch.save({"config": config, "step": step, **states}, temporary)
     except RuntimeError as error:  # torch names a line of C++ if the disk is full
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
         sys.exit(f"{path} can't be written and stays as it was; is the disk full? ({error})")
     os.replace(temporary, path)
 

@@ -44,7 +44,7 @@ def arguments():
     flag("--checkpoint", default="run/checkpoint.pt",
          help="of train.py, or published weights in diffusers' format [%(default)s]")  # fmt: skip
     flag("--images", type=int, help="how many images, evenly spread over the folder [all]")
-    flag("--out", type=Path, help="folder of the curve [that of the checkpoint]")
+    flag("--out", type=Path, help="folder of the curve [the checkpoint's]")
     flag("--variance", choices=("large", "small"), help="sigma_t^2 [as in training]")
     flag("--batch", type=int, default=128, help="images at a time [%(default)s]")
     flag("--seed", type=int, default=0, help="of the noise [%(default)s]")

@@ -97,7 +97,8 @@ def train_step(step, network, ema, optimizer, diffusion, images, args):
     )
     loss = torch.zeros((), device=device)
     for k in range(RANK * args.accumulate, (RANK + 1) * args.accumulate):
-        torch.manual_seed(seed_of(args.seed, step, 1 + k))  # for dropout; 0 is like no number
+        # For dropout. It is 1 + k, because (seed, step, 0) would give the seed above.
+        torch.manual_seed(seed_of(args.seed, step, 1 + k))
         x0 = images[index[k]]
         if is_cuda and not x0.is_cuda:  # a copy from pinned memory need not be waited for
             x0 = x0.pin_memory()
@@ -163,7 +164,7 @@ def make_parser():
     flag("--variance", default="large", choices=("large", "small"), help="sigma_t^2 [%(default)s]")
     flag("--predicts", choices=("eps", "mean", "v"), help="the network's output [%(default)s]")
     flag("--weighting", default="simple", choices=("simple", "vlb", "native"),
-         help="of the loss: (14), (12), or that of the output [%(default)s]")  # fmt: skip
+         help="of the loss: (14), (12), or the error of the output [%(default)s]")  # fmt: skip
     flag("--batch", type=int, help="images per step, over all GPUs [%(default)s]")
     flag("--accumulate", type=int, default=1, help="parts of a batch, to save memory [%(default)s]")
     flag("--lr", type=float, help="learning rate of Adam [%(default)s]")
@@ -202,7 +203,7 @@ def arguments():
         weights = checkpoint.load(own if own.is_file() else args.init)
         names = "image_size base_channels channel_mults num_res_blocks attention_resolutions"
         fixed = {name: weights.settings[name] for name in names.split()}
-        fixed |= {"channels": weights.settings["in_channels"], "schedule": "that of the weights"}
+        fixed |= {"channels": weights.settings["in_channels"], "schedule": "the weights' own"}
         fixed |= {"predicts": weights.diffusion.predicts}
         parser.set_defaults(variance=weights.diffusion.variance, **fixed)
         parser.set_defaults(norm_groups=weights.settings["norm_groups"])
@@ -265,7 +266,7 @@ def has_bfloat16(device):
 
 
 def read_every(device):
-    """Return after how many steps losses are read, because a read waits for an accelerator."""
+    """Return how many steps apart the losses are read. Each read waits for the device."""
     return 1 if device.type == "cpu" else 10
 
 
