@@ -231,17 +231,20 @@ class Diffusion:
 
     @torch.no_grad()
     def sample_progressive(
-        self, model, shape, steps=None, eta=None, generator=None, draw_noise=None, x_T=None,
-        device=None, clip=True,
+        self, model, shape, steps=None, sampler=None, eta=None, generator=None, draw_noise=None,
+        x_T=None, device=None, clip=True,
     ):  # fmt: skip
-        """Yield (t, x_t, x0_hat) of Algorithm 2, from t = T-1 down to t = 0.
+        """Yield (t, x_t, x0_hat) of the reverse process, from t = T-1 down.
 
         x_t is the input of the network and x0_hat the current estimate of the clean image; the last
         x0_hat is the sample. Call model.eval() first.
 
         shape: (B, C, H, W). steps: how many of the T steps to take; all of them if None.
-        eta: None is the paper's ancestral step with the chosen variance. A number is DDIM's eta
-            (see ddim_step): 0 is deterministic, 1 equals the ancestral step with "small" variance.
+        sampler: "ddpm" is Algorithm 2 with the chosen variance, the default with all T steps. "dpm"
+            is DPM-Solver++(2M) of Lu et al. 2022 (arXiv:2211.01095), the default with fewer; it is
+            deterministic. "ddim" is the sampler of Song et al. 2021 (see ddim_step).
+        eta: of "ddim", which it selects: 0 is deterministic and the default, 1 equals "ddpm" with
+            the "small" variance.
         generator: a torch.Generator on `device`. draw_noise: instead, a function that returns the
             next z, of the given shape.
         x_T: the start, if it is not pure noise. The chain of the first t + 1 betas is a DDPM too,
@@ -249,9 +252,14 @@ class Diffusion:
         clip: keep x0_hat in [-1, 1]. Algorithm 2 does not clip; the authors' code does, because the
             error of x0_hat is that of eps times sqrt((1 - abar_t) / abar_t), 157 at t = T-1.
 
-        Raises ValueError for steps or eta out of range.
+        Raises ValueError for an unknown sampler, and for steps or eta out of range.
         """
         chain, tau = (self, range(self.T)) if steps is None else self.respaced(steps)
+        if sampler is None:
+            fewer = "dpm" if chain.T < self.T else "ddpm"
+            sampler = fewer if eta is None else "ddim"
+        if sampler not in ("ddpm", "ddim", "dpm"):
+            raise ValueError(f'sampler must be "ddpm", "ddim" or "dpm", not {sampler!r}')
         if not 0 <= (eta or 0) <= 1:
             raise ValueError(f"eta must be from 0 to 1, not {eta}")
         device = device if x_T is None else x_T.device
@@ -261,6 +269,8 @@ class Diffusion:
                 return torch.randn(shape, generator=generator, device=device)
 
         x = draw_noise() if x_T is None else x_T
+        log_snr = chain.alphas_bar.logit().tolist()  # log(abar / (1 - abar)), twice their lambda
+        x0_before = None
         for i in reversed(range(chain.T)):
             index = torch.full((shape[0],), i, device=x.device)  # t in the tables of this chain
             t = torch.full_like(index, tau[i])  # t that the network was trained on
@@ -271,12 +281,19 @@ class Diffusion:
             yield tau[i], x, x0
             if i == 0:  # the last step adds no noise, and its mean is x0_hat itself
                 return
-            if eta is None:
+            if sampler == "ddpm":
                 mean, _ = chain.q_posterior(x0, x, index)  # equals (11) where x0 is not clipped
-                sigma = _at(chain.sigma2.sqrt(), index)
-            else:
-                mean, sigma = chain.ddim_step(x0, x, index, eta)
-            x = mean + sigma * draw_noise()
+                x = mean + _at(chain.sigma2.sqrt(), index) * draw_noise()
+            elif sampler == "ddim":
+                mean, sigma = chain.ddim_step(x0, x, index, eta or 0)
+                x = mean + sigma * draw_noise() if eta else mean
+            else:  # DDIM's step, with x0_hat extrapolated to the middle of the step in lambda
+                x0_middle = x0
+                if x0_before is not None:
+                    h, h_before = log_snr[i - 1] - log_snr[i], log_snr[i] - log_snr[i + 1]
+                    x0_middle = x0 + h / (2 * h_before) * (x0 - x0_before)
+                x, _ = chain.ddim_step(x0_middle, x, index, 0)
+                x0_before = x0
 
     def sample(self, *args, **kwargs):
         """Return the last x0_hat of sample_progressive, with its arguments: (B, C, H, W)."""
@@ -298,12 +315,12 @@ class Diffusion:
     def respaced(self, steps):
         """Return a shorter chain through the same noise levels: (Diffusion with T = steps, tau).
 
-        tau (steps,) lists the t of the full chain that the shorter one visits: T-1, and also 0 if
-        steps > 1. The shorter chain is a DDPM with betas 1 - abar_tau_i / abar_tau_i-1.
+        tau (steps,) lists the t of the full chain that the shorter one visits, evenly spaced from
+        T / steps - 1 to T-1. The shorter chain is a DDPM with betas 1 - abar_tau_i / abar_tau_i-1.
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps must be 1..{self.T}, not {steps}")
-        tau = (self.T - 1 - torch.arange(steps) * (self.T - 1) // max(1, steps - 1)).flip(0)
+        tau = self.T * torch.arange(1, steps + 1) // steps - 1
         abar = self.alphas_bar[tau]
         betas = 1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])
         return Diffusion(betas, self.variance, self.predicts), tau.tolist()

@@ -1,7 +1,7 @@
 """Sample images from model.onnx with ONNX Runtime, on CUDA or a CPU, without torch.
 
     python sample.py --onnx model.onnx                     # 64 images in samples.png
-    python sample.py --onnx model.onnx --steps 50 --eta 0  # DDIM, 20 times as fast
+    python sample.py --onnx model.onnx --steps 10          # 100 times as fast
     python sample.py --onnx model.onnx -n 10000 --dir out  # one PNG per image
     python sample.py --onnx model.onnx --interpolate a.png b.png  # between two images
 
@@ -27,6 +27,7 @@ from images import from_pixels, grid, read_image, save_animation, save_image, to
 
 GRID = 256  # the largest number of images in one grid
 FRAMES, STRIP = 50, 10  # how many of the steps the GIF and the strip show
+SAMPLERS = "ddpm", "ddim", "dpm"
 INSTALL = (
     "For CUDA, run: pip uninstall -y onnxruntime onnxruntime-gpu, "
     'then: pip install "onnxruntime-gpu[cuda,cudnn]"'
@@ -41,36 +42,46 @@ def respaced(betas, steps):
     T = len(betas)
     if not 1 <= steps <= T:
         raise ValueError(f"steps must be 1..{T}, not {steps}")
-    tau = (T - 1 - np.arange(steps) * (T - 1) // max(1, steps - 1))[::-1]
+    tau = T * np.arange(1, steps + 1) // steps - 1
     alphas_bar = (1 - betas).cumprod()[tau]
     return 1 - alphas_bar / np.append(1.0, alphas_bar[:-1]), tau
 
 
 def sample_progressive(
-    eps_model, draw_noise, betas, variance="large", steps=None, eta=None, x_T=None
+    eps_model, draw_noise, betas, variance="large", steps=None, sampler=None, eta=None, x_T=None
 ):
-    """Yield (t, x_t, x0_hat) of the paper's Algorithm 2, from t = T-1 down to t = 0.
+    """Yield (t, x_t, x0_hat) of the reverse process, from t = T-1 down.
 
     x_t is the input of the network and x0_hat, in [-1, 1], the current estimate of the clean image;
     the last x0_hat is the sample. All are float32 (B, C, H, W).
 
     eps_model(x_t, t) returns eps; t is int64 (B,). draw_noise() returns the next z.
     betas: float64 (T,). variance: sigma_t^2 is beta_t if "large", beta-tilde_t if "small".
-    steps: how many of the T steps to take; all if None. eta: None is the paper's step, a number is
-        DDIM's eta.
+    steps: how many of the T steps to take; all if None.
+    sampler: "ddpm" is the paper's Algorithm 2, the default with all T steps; "dpm" is
+        DPM-Solver++(2M), the default with fewer; "ddim" takes eta, which selects it.
+    eta: of "ddim", 0 unless given. 0 is deterministic, 1 equals "ddpm" with "small" variance.
     x_T: the start, if it is not pure noise. To continue from an x_t, pass betas[: t + 1] with it.
 
-    Raises ValueError for an unknown variance, and for steps or eta out of range.
+    Raises ValueError for an unknown variance or sampler, and for steps or eta out of range.
     """
+    T = len(betas)
+    betas, tau = respaced(betas, T if steps is None else steps)
+    if sampler is None:
+        fewer = "dpm" if len(betas) < T else "ddpm"
+        sampler = fewer if eta is None else "ddim"
     if variance not in ("large", "small") or not 0 <= (eta or 0) <= 1:
         raise ValueError('variance must be "large" or "small", and eta from 0 to 1')
-    betas, tau = respaced(betas, len(betas) if steps is None else steps)
+    if sampler not in SAMPLERS:
+        raise ValueError(f'sampler must be "ddpm", "ddim" or "dpm", not {sampler!r}')
     alphas = 1 - betas
     alphas_bar = alphas.cumprod()
     alphas_bar_prev = np.append(1.0, alphas_bar[:-1])
     posterior_variance = (1 - alphas_bar_prev) / (1 - alphas_bar) * betas  # (7)
     sigma2 = betas if variance == "large" else posterior_variance
+    log_snr = np.log(alphas_bar / (1 - alphas_bar)).tolist()
     x = draw_noise() if x_T is None else x_T
+    x0_before = None
     tables = np.stack([betas, alphas, alphas_bar, alphas_bar_prev], 1).tolist()
     for i in reversed(range(len(betas))):
         beta, alpha, abar, abar_prev = tables[i]  # Python floats, which keep float32 arrays float32
@@ -79,20 +90,27 @@ def sample_progressive(
         yield int(tau[i]), x, x0
         if i == 0:  # the last step adds no noise, and its mean is x0_hat itself
             return
-        if eta is None:
+        if sampler == "ddpm":
             mean = (
                 math.sqrt(abar_prev) * beta / (1 - abar) * x0
                 + math.sqrt(alpha) * (1 - abar_prev) / (1 - abar) * x
             )  # (7)
-            sigma = math.sqrt(sigma2[i])
+            x = mean + math.sqrt(sigma2[i]) * draw_noise()
         else:
-            sigma = eta * math.sqrt(posterior_variance[i])
-            eps = (x - math.sqrt(abar) * x0) / math.sqrt(1 - abar)  # recomputed from the clipped x0
-            mean = math.sqrt(abar_prev) * x0 + math.sqrt(1 - abar_prev - sigma**2) * eps
-        x = mean if sigma == 0 else mean + sigma * draw_noise()
+            x0_middle = x0
+            if sampler == "dpm" and x0_before is not None:
+                h, h_before = log_snr[i - 1] - log_snr[i], log_snr[i] - log_snr[i + 1]
+                x0_middle = x0 + h / (2 * h_before) * (x0 - x0_before)
+            x0_before = x0
+            sigma = (eta or 0) * math.sqrt(posterior_variance[i])
+            eps = (x - math.sqrt(abar) * x0_middle) / math.sqrt(1 - abar)  # of the clipped x0
+            x = math.sqrt(abar_prev) * x0_middle + math.sqrt(1 - abar_prev - sigma**2) * eps
+            x = x + sigma * draw_noise() if eta else x
 
 
-def interpolate(eps_model, draw_noise, x0, x0_b, t, betas, variance="large", steps=None, eta=None):
+def interpolate(
+    eps_model, draw_noise, x0, x0_b, t, betas, variance="large", steps=None, sampler=None, eta=None
+):
     """Diffuse two images to x_t, mix them by each of LAMBDAS, and denoise the mixtures (figure 8).
 
     The result is that of sample_progressive, with a row for each lambda. All rows share the same
@@ -106,7 +124,8 @@ def interpolate(eps_model, draw_noise, x0, x0_b, t, betas, variance="large", ste
     lam = LAMBDAS[:, None, None, None]
     mixed = (1 - lam) * x_t + lam * x_t_b
     steps = None if steps is None else min(steps, t + 1)
-    return sample_progressive(eps_model, draw_noise, betas[: t + 1], variance, steps, eta, mixed)
+    betas = betas[: t + 1]
+    return sample_progressive(eps_model, draw_noise, betas, variance, steps, sampler, eta, mixed)
 
 
 def noise_of(seed, first, shape):
@@ -195,7 +214,8 @@ def arguments():
     flag("--interpolate", nargs=2, metavar="FILE", help="two images, to draw 11 mixtures between")
     flag("--t", type=int, nargs="+", help="t at which to mix, one row each, 0..T-1 [T / 2]")
     flag("--steps", type=int, help="steps of the reverse process, 1..T [T, as in the paper]")
-    flag("--eta", type=float, help="DDIM's eta, 0 to 1 [the paper's step instead]")
+    flag("--sampler", choices=SAMPLERS, help="[ddpm, the paper's, with T steps, dpm with fewer]")
+    flag("--eta", type=float, help="of ddim, which it selects: 0 to 1 [0, which adds no noise]")
     flag("--batch", default=64, type=int, help="images drawn together [%(default)s]")
     flag("--seed", default=0, type=int, help="the same seed, the same images [%(default)s]")
     flag("--device", default="auto", choices=("auto", "cuda", "cpu"), help="[%(default)s]")
@@ -208,6 +228,8 @@ def arguments():
         parser.error(f"--dir {args.dir} must be a new or empty folder")
     if args.eta is not None and not 0 <= args.eta <= 1:
         parser.error("--eta must be from 0 to 1")
+    if args.eta is not None and args.sampler in ("ddpm", "dpm"):
+        parser.error(f"--eta belongs to --sampler ddim, not to {args.sampler}")
     return args
 
 
@@ -241,7 +263,7 @@ def draw_interpolation(network, args):
     for t in args.t:
         chain = interpolate(
             network, noise_of(args.seed, 0, (1, *network.shape)), *map(from_pixels, ends), t,
-            network.betas, network.variance, args.steps, args.eta,
+            network.betas, network.variance, args.steps, args.sampler, args.eta,
         )  # fmt: skip
         for _, _, x0 in tqdm(chain, f"t = {t}", min(args.steps, t + 1), unit="step", mininterval=1):
             mixtures = x0
@@ -266,7 +288,7 @@ def draw_samples(network, args):
                 shape = min(args.batch, args.n - first), *network.shape
                 chain = sample_progressive(
                     network, noise_of(args.seed, first, shape), network.betas, network.variance,
-                    args.steps, args.eta,
+                    args.steps, args.sampler, args.eta,
                 )  # fmt: skip
                 for i, (_, x, x0) in enumerate(chain):
                     if first == 0 and i in kept and (args.gif or args.strip):

@@ -25,14 +25,13 @@ export function qSample(x0, t, noise, betas) {
 export function respaced(betas, steps) {
   const T = betas.length;
   if (!(steps >= 1 && steps <= T)) throw new RangeError(`steps must be 1..${T}, not ${steps}`);
-  const stride = (k) => Math.floor((k * (T - 1)) / Math.max(1, steps - 1));
-  const tau = Array.from({ length: steps }, (_, k) => T - 1 - stride(k)).reverse();
+  const tau = Array.from({ length: steps }, (_, k) => Math.floor((T * (k + 1)) / steps) - 1);
   const abar = alphasBar(betas);
   return { tau, betas: tau.map((t, i) => 1 - abar[t] / (i ? abar[tau[i - 1]] : 1)) };
 }
 
 /**
- * Algorithm 2 as an async generator: yields {t, x, x0, sigma} from t = T-1 down to t = 0.
+ * The reverse process as an async generator: yields {t, x, x0, sigma} from t = T-1 down.
  *
  * x is x_t, the input of the network; x0 is the current estimate of the clean images, clipped to
  * [-1, 1], and the last one is the sample. sigma is the standard deviation of the noise that is
@@ -40,37 +39,48 @@ export function respaced(betas, steps) {
  *
  * epsModel(x, t) returns eps, or a promise of it. drawNoise() returns the next z.
  * variance: sigma_t^2 is beta_t if "large", the posterior variance (7) if "small".
- * steps: how many of the T steps to take. eta: null is the paper's step, a number is DDIM's eta.
+ * steps: how many of the T steps to take.
+ * sampler: "ddpm" is the paper's Algorithm 2, the default with all T steps; "dpm" is
+ * DPM-Solver++(2M), the default with fewer; "ddim" takes eta, which selects it.
+ * eta: of "ddim", 0 unless given. 0 is deterministic, 1 equals "ddpm" with "small" variance.
  * xT: the start, if it is not pure noise. To continue from an x_t, pass betas.slice(0, t + 1) too.
  */
 export async function* sampleProgressive(
-  epsModel, drawNoise, betas, { variance = "large", steps = betas.length, eta = null, xT } = {},
+  epsModel, drawNoise, betas,
+  { variance = "large", steps = betas.length, sampler = null, eta = null, xT } = {},
 ) {
   const chain = respaced(betas, steps), abars = alphasBar(chain.betas);
-  let x = xT ?? drawNoise();
+  sampler ??= eta !== null ? "ddim" : steps < betas.length ? "dpm" : "ddpm";
+  if (!["ddpm", "ddim", "dpm"].includes(sampler)) throw new RangeError(`no sampler ${sampler}`);
+  const logSNR = abars.map((abar) => Math.log(abar / (1 - abar)));
+  let x = xT ?? drawNoise(), x0Before = null;
   for (let i = steps - 1; i >= 0; i--) {
     const beta = chain.betas[i], abar = abars[i], abarPrev = i ? abars[i - 1] : 1;
-    const posteriorVariance = ((1 - abarPrev) / (1 - abar)) * beta; // (7)
-    const sigma = Math.sqrt(
-      eta !== null ? eta ** 2 * posteriorVariance
-        : i && variance === "large" ? beta
-          : posteriorVariance, // 0 in the last step, which adds no noise
-    );
+    const posteriorVariance = ((1 - abarPrev) / (1 - abar)) * beta; // (7), 0 in the last step
+    const large = i && variance === "large"; // the last step adds no noise
+    const sigma = sampler === "ddpm" ? Math.sqrt(large ? beta : posteriorVariance)
+      : (eta ?? 0) * Math.sqrt(posteriorVariance);
     const eps = await epsModel(x, chain.tau[i]);
     const toX0 = (value, k) => (value - Math.sqrt(1 - abar) * eps[k]) / Math.sqrt(abar); // (15)
     const x0 = x.map((value, k) => Math.min(1, Math.max(-1, toX0(value, k))));
     yield { t: chain.tau[i], x, x0, sigma };
     if (i === 0) return;
     let fromX0, fromX; // the mean is fromX0 x_0 + fromX x_t
-    if (eta === null) { // (7)
+    if (sampler === "ddpm") { // (7)
       fromX0 = (Math.sqrt(abarPrev) * beta) / (1 - abar);
       fromX = (Math.sqrt(1 - beta) * (1 - abarPrev)) / (1 - abar);
     } else { // DDIM, with eps recomputed from the clipped x_0
       fromX = Math.sqrt((1 - abarPrev - sigma ** 2) / (1 - abar));
       fromX0 = Math.sqrt(abarPrev) - Math.sqrt(abar) * fromX;
     }
+    let x0Middle = x0; // "dpm" extrapolates x0_hat to the middle of the step in lambda
+    if (sampler === "dpm" && x0Before) {
+      const h = logSNR[i - 1] - logSNR[i], hBefore = logSNR[i] - logSNR[i + 1];
+      x0Middle = x0.map((value, k) => value + (h / (2 * hBefore)) * (value - x0Before[k]));
+    }
+    x0Before = x0;
     const z = sigma ? drawNoise() : null;
-    x = x.map((value, k) => fromX0 * x0[k] + fromX * value + (z ? sigma * z[k] : 0));
+    x = x.map((value, k) => fromX0 * x0Middle[k] + fromX * value + (z ? sigma * z[k] : 0));
   }
 }
 
