@@ -214,10 +214,12 @@ def switch(precise, quick, first):
 
 def drawn_by(trained):
     """Return eight images that the network draws in 25 steps, and what it saw: [(x_t, t)]."""
-    random, steps = torch.Generator().manual_seed(0), min(25, trained.diffusion.T)
     chain = list(
-        trained.diffusion.sample_progressive(trained.model, (8, *trained.shape), steps, 0.0, random)
-    )
+        trained.diffusion.sample_progressive(
+            trained.model, (8, *trained.shape), min(25, trained.diffusion.T), "dpm",
+            generator=torch.Generator().manual_seed(0),
+        )
+    )  # fmt: skip
     return chain[-1][2], [(x_t, torch.full((8,), t)) for t, x_t, _ in chain]
 
 

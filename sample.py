@@ -304,7 +304,8 @@ def draw_samples(network, args):
             sys.exit("sample.py: stopped before an image was finished")
     save_image(args.out, grid(np.stack(shown)))
     if args.gif:
-        save_animation(args.gif, [grid(x) for x, _ in frames] + [grid(frames[-1][1])])
+        images = [grid(x) for x, _ in frames] + [grid(frames[-1][1])]
+        save_animation(args.gif, images, each=3000 // len(frames))
     if args.strip:
         save_image(args.strip, strip(frames))
     seconds = time.monotonic() - began
@@ -319,10 +320,11 @@ def strip(frames):
 
     For each of the first four samples, it has a row of x_t above a row of x0_hat.
     """
-    chosen = [frames[i] for i in np.linspace(0, len(frames) - 1, STRIP).round().astype(int)]
-    rows = np.stack([np.stack(pair) for pair in chosen], 2)  # (2, B, STRIP, C, H, W)
+    columns = min(STRIP, len(frames))
+    chosen = [frames[i] for i in np.linspace(0, len(frames) - 1, columns).round().astype(int)]
+    rows = np.stack([np.stack(pair) for pair in chosen], 2)  # (2, B, columns, C, H, W)
     rows = rows[:, :4].swapaxes(0, 1)
-    return grid(rows.reshape(-1, *rows.shape[3:]), STRIP)
+    return grid(rows.reshape(-1, *rows.shape[3:]), columns)
 
 
 if __name__ == "__main__":

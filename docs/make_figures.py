@@ -198,15 +198,15 @@ def draw_ends(path, network):
 
 
 def draw_steps(path, network):
-    """Draw from the same first noise in fewer and fewer steps, by Algorithm 2 and by DDIM."""
-    counts, figure = (1000, 250, 50, 20), Figure(figsize=(8.4, 4.6), layout="constrained")
-    for axes_row, (name, eta) in zip(
-        figure.subplots(2, 4), (("Algorithm 2", None), ("DDIM", 0.0)), strict=True
-    ):
+    """Draw sixteen samples from the same first noise, by each sampler and in more and more steps."""
+    counts, figure = (5, 10, 20, 50, network.betas.size), Figure(figsize=(9.6, 6.2))
+    figure.set_layout_engine("constrained")
+    names = {"ddpm": "Algorithm 2", "ddim": "DDIM", "dpm": "DPM-Solver++"}
+    for axes_row, sampler in zip(figure.subplots(len(names), len(counts)), names, strict=True):
         for axes, steps in zip(axes_row, counts, strict=True):
-            images = last(reverse(network, steps=steps, eta=eta))
+            images = last(reverse(network, steps=steps, sampler=sampler))
             show(axes, images.reshape(4, 4, *images.shape[1:]))
-            axes.set_title(f"{name}, {steps} steps", fontsize=9)
+            axes.set_title(f"{names[sampler]}, {steps} steps", fontsize=9)
     figure.savefig(path, dpi=DPI)
 
 

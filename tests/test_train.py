@@ -472,8 +472,8 @@ def test_ddpm_needs_no_float64_on_the_device_and_mixes_none(weighting):
         model, x0 = UNet(8, 3, 8, (1, 2), 1, (4,)), torch.zeros(2, 3, 8, 8)
     with StandIn() as device:
         diffusion.loss(model, x0, weighting=weighting).backward()
-        for steps, eta in ((None, None), (4, None), (4, 0.0), (4, 1.0)):
-            out = diffusion.sample(model, x0.shape, steps, eta, device="meta")
+        for steps, sampler, eta in ((None, "ddpm", None), (4, "dpm", None), (4, "ddim", 1.0)):
+            out = diffusion.sample(model, x0.shape, steps, sampler, eta, device="meta")
             assert out.is_meta and out.shape == x0.shape
         assert device.reads == 0
         bound = diffusion.vlb(model, x0)
