@@ -496,8 +496,8 @@ def test_sampler_equals_the_recursion(variance, steps, eta):
     assert (x0[:-1] - x0[-1]).norm().item() == pytest.approx(deviation, rel=1e-4)
 
 
-# Without noise, samplers solve an ODE. For x_0 ~ N(m, s^2) its exact solution keeps the standardised
-# x_t constant, so the error of each sampler is known.
+# Without noise, samplers solve an ODE. For x_0 ~ N(m, s^2), its exact solution keeps the
+# standardised x_t constant, so the error of each sampler is known.
 
 
 def ode_of(diffusion, m, s):
@@ -548,8 +548,10 @@ def test_dpm_is_twice_as_exact_as_ddim_on_the_default_steps(steps):
 def test_dpm_and_ddim_agree_in_all_steps():
     x_T = randn(64, 1, 1, 1)
     eps, _ = ode_of(PAPER, 0.3, 0.5)
-    ddim, dpm = (PAPER.sample(eps, x_T.shape, None, s, x_T=x_T) for s in ("ddim", "dpm"))
-    torch.testing.assert_close(dpm, ddim, rtol=0, atol=0.01)
+    ddim, dpm = (
+        PAPER.sample(eps, x_T.shape, None, s, x_T=x_T, clip=False) for s in ("ddim", "dpm")
+    )
+    torch.testing.assert_close(dpm, ddim, rtol=0, atol=0.006)
 
 
 @pytest.mark.parametrize("predicts", ["mean", "v"])

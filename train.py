@@ -384,7 +384,7 @@ def save_loss_plot(log, path):
 
 
 def save_preview(path, ema, diffusion, shape, args):
-    """Save a grid of 36 images of this shape (C, H, W), drawn in 20 steps by the averaged network."""
+    """Save a grid of 36 images of this shape (C, H, W), drawn by the averaged network."""
     noise = torch.Generator(args.device).manual_seed(args.seed)
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
         x0 = diffusion.sample(

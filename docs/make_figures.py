@@ -198,7 +198,7 @@ def draw_ends(path, network):
 
 
 def draw_steps(path, network):
-    """Draw sixteen samples from the same first noise, by each sampler and in more and more steps."""
+    """Draw sixteen samples from the same first noise, by each sampler and number of steps."""
     counts, figure = (5, 10, 20, 50, network.betas.size), Figure(figsize=(9.6, 6.2))
     figure.set_layout_engine("constrained")
     names = {"ddpm": "Algorithm 2", "ddim": "DDIM", "dpm": "DPM-Solver++"}
