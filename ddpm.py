@@ -321,8 +321,8 @@ class Diffusion:
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps must be 1..{self.T}, not {steps}")
         # "Trailing" steps end at t = T / steps - 1, whose x0_hat is the sample. Steps that go on to
-        # t = 0 are longer and spend a pass on noise that is too weak to see. By the README's distance,
-        # all samplers are worse with them in up to 20 steps, and as good in 50.
+        # t = 0 are longer and spend a pass on noise that is too weak to see. Measured by the
+        # README's distance, all samplers are worse with them in up to 20 steps, and as good in 50.
         tau = self.T * torch.arange(1, steps + 1) // steps - 1
         abar = self.alphas_bar[tau]
         betas = 1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])
