@@ -67,9 +67,6 @@ def restore(state, model, ema, optimizer):
     model.load_state_dict(state["model"])
     ema.load_state_dict(state["ema"])
     optimizer.load_state_dict(state["optimizer"])
-    for parameter, moments in optimizer.state.items():  # in the memory format of the parameters
-        for name in ("exp_avg", "exp_avg_sq"):
-            moments[name] = torch.empty_like(parameter).copy_(moments[name])
 
 
 def read_run(out):

@@ -185,7 +185,7 @@ def to_diffusers(model, settings, diffusion, folder):
         flip_sin_to_cos=False,
     )
     names = diffusers_names(model)
-    unet.load_state_dict({names[name]: w.contiguous() for name, w in model.state_dict().items()})
+    unet.load_state_dict({names[name]: w for name, w in model.state_dict().items()})
     betas = diffusion.betas
     T, first, last = len(betas), betas[0].item(), betas[-1].item()
     scheduler = diffusers.DDPMScheduler(

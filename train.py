@@ -16,6 +16,7 @@ import contextlib
 import copy
 import os
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -73,19 +74,26 @@ def seed_of(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def train_step(step, network, ema, optimizer, diffusion, images, args):
-    """Take a step of Algorithm 1 on one batch, and update the EMA.
+def set_seed(number, device):
+    """Seed the generators of the CPU and of one device; torch.manual_seed visits every device."""
+    torch.default_generator.manual_seed(number)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(number)
 
-    images: uint8 (N, C, H, W). The result is a tensor (2,) on the device; summed over the
-    processes, it is the loss and the norm of the gradient. Nothing here waits for CUDA, so that
-    Python can prepare the next step meanwhile.
+
+def train_step(step, network, averages, optimizer, diffusion, images, args):
+    """Take a step of Algorithm 1 on one batch, and update the averages of the parameters.
+
+    averages: a list of tensors like the optimizer's parameters. images: uint8 (N, C, H, W). The
+    result is a tensor (2,) on the device; summed over the processes, it is the loss and the norm of
+    the gradient. Nothing here waits for CUDA, so that Python can prepare the next step meanwhile.
     """
-    parameters = list(network.parameters())
+    parameters = optimizer.param_groups[0]["params"]
     device = parameters[0].device
     is_cuda = device.type == "cuda"
 
     # Every process draws the whole batch, so that the batch does not depend on their number.
-    torch.manual_seed(seed_of(args.seed, step))
+    set_seed(seed_of(args.seed, step), device)
     index = torch.randint(len(images), (args.batch,), device=images.device)
     flip = torch.rand(args.batch, 1, 1, 1, device=device) < (0.5 if args.flip else 0)
     t = torch.randint(diffusion.T, (args.batch,), device=device)
@@ -98,7 +106,7 @@ def train_step(step, network, ema, optimizer, diffusion, images, args):
     loss = torch.zeros((), device=device)
     for k in range(RANK * args.accumulate, (RANK + 1) * args.accumulate):
         # For dropout. It is 1 + k, because (seed, step, 0) would give the seed above.
-        torch.manual_seed(seed_of(args.seed, step, 1 + k))
+        set_seed(seed_of(args.seed, step, 1 + k), device)
         x0 = images[index[k]]
         if is_cuda and not x0.is_cuda:  # a copy from pinned memory need not be waited for
             x0 = x0.pin_memory()
@@ -114,7 +122,7 @@ def train_step(step, network, ema, optimizer, diffusion, images, args):
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    update_ema(list(ema.parameters()), parameters, step, args.ema)
+    update_ema(averages, parameters, step, args.ema)
     return torch.stack([loss, norm / WORLD])  # the norm is the same in every process
 
 
@@ -246,10 +254,16 @@ def choose_device(name):
     found = torch.accelerator.current_accelerator(check_available=True)
     kind, _, index = name.partition(":")
     if kind == "cpu" or (kind == "auto" and not found):
+        if kind == "auto" and RANK == 0 and shutil.which("nvidia-smi"):
+            cuda = torch.version.cuda
+            why = f"the driver is too old for CUDA {cuda}" if cuda else "this torch is a CPU build"
+            print(f"torch can't use the NVIDIA GPU: {why}; see Accelerators in docs/guide.md")
         return torch.device("cpu")
     if not found or kind not in ("auto", found.type):
         sys.exit(f"--device {name}: torch sees {found.type if found else 'only a CPU'} here")
     index, count = LOCAL_RANK if WORLD > 1 else int(index or 0), torch.accelerator.device_count()
+    if count == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):
+        index = 0  # some launchers show each process one card
     if index >= count:
         sys.exit(f"device {found.type}:{index} is not there: torch sees {count} of them")
     torch.accelerator.set_device_index(index)
@@ -443,9 +457,8 @@ def main():
     model = UNet(**config["model"]).to(device)
     if weights:
         model.load_state_dict(weights.model.state_dict())
-    if args.compile and device.type == "cuda" and not torch.version.hip:
-        model.to(memory_format=torch.channels_last)  # faster, except on AMD and without compiling
     ema = copy.deepcopy(model).requires_grad_(False).eval()
+    averages = list(ema.parameters())
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     if state:
         checkpoint.restore(state, model, ema, optimizer)
@@ -477,7 +490,7 @@ def main():
     with bar, catch_signals() as stop:
         for step in range(start, args.steps):
             optimizer.param_groups[0]["lr"] = lr_at(step)
-            pending.append(train_step(step, network, ema, optimizer, diffusion, images, args))
+            pending.append(train_step(step, network, averages, optimizer, diffusion, images, args))
             show = (step + 1) % args.preview_every == 0 or step + 1 == args.steps
             must_read = show or (step + 1) % read_every(device) == 0
             if not must_read and not (WORLD == 1 and stop.is_set()):  # processes stop together

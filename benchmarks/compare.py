@@ -173,8 +173,9 @@ def train_py(images, batch):
     model, diffusion, images = UNet().to(DEVICE), Diffusion(linear_betas()), images.to(DEVICE)
     network = model
     if DEVICE.type == "cuda" and find_spec("triton") is not None:
-        network = torch.compile(model.to(memory_format=torch.channels_last))
-    ema = copy.deepcopy(model).requires_grad_(False)
+        torch.compiler.reset()
+        network = torch.compile(model, dynamic=False)
+    averages = list(copy.deepcopy(model).requires_grad_(False).parameters())
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     steps = itertools.count()
 
@@ -182,7 +183,7 @@ def train_py(images, batch):
         torch.set_float32_matmul_precision("high")  # as train.py does
         k = next(steps)
         optimizer.param_groups[0]["lr"] = train.learning_rate(k, args.lr, 5000)
-        train.train_step(k, network, ema, optimizer, diffusion, images, args)
+        train.train_step(k, network, averages, optimizer, diffusion, images, args)
         torch.set_float32_matmul_precision("highest")  # torch's default, for the peers
 
     return step

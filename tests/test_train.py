@@ -24,7 +24,7 @@ import train
 from data import demo_images
 from ddpm import Diffusion, UNet, linear_betas
 from images import from_pixels
-from test_ddpm import PAPER, close, randn
+from test_ddpm import PAPER, close
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals or torchrun")
 EXACT = ["--dropout", 0, "--no-amp", "--warmup", 0]  # one and two processes differ by rounding
@@ -73,7 +73,8 @@ def test_step_is_algorithm_1(weighting, flip):
     start, ema = copy.deepcopy(model), copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
     args = flags(flip=flip, weighting=weighting)
-    loss, norm = train.train_step(0, model, ema, optimizer, PAPER, images, args)
+    averages = list(ema.parameters())
+    loss, norm = train.train_step(0, model, averages, optimizer, PAPER, images, args)
 
     torch.manual_seed(train.seed_of(0, 0))
     x0 = from_pixels(images[torch.randint(len(images), (8,))])
@@ -483,14 +484,15 @@ def test_ddpm_needs_no_float64_on_the_device_and_mixes_none(weighting):
 
 def test_step_never_waits_for_the_device(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # no meta
+    monkeypatch.setattr(torch, "get_device_module", lambda _: torch)
     with torch.device("meta"):
         model, images = UNet(8, 3, 8, (1, 2), 1, (4,)), torch.zeros(20, 3, 8, 8, dtype=torch.uint8)
-    ema = copy.deepcopy(model).requires_grad_(False)
+    averages = list(copy.deepcopy(model).requires_grad_(False).parameters())
     optimizer = torch.optim.Adam(model.parameters())
     args = flags(accumulate=2)
     with StandIn() as device:
         for step in range(2):
-            status = train.train_step(step, model, ema, optimizer, PAPER, images, args)
+            status = train.train_step(step, model, averages, optimizer, PAPER, images, args)
     assert device.reads == 0 and status.is_meta and status.shape == (2,)
     with pytest.raises(RuntimeError), StandIn():
         status.sum().item()  # so that a read would not have passed
@@ -538,6 +540,23 @@ def test_devices_that_are_not_there_are_refused(machine):
             train.choose_device(name)
 
 
+def test_launcher_may_show_each_process_one_card(machine, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    machine("cuda", 1, rank=2, world=4)
+    assert train.choose_device("auto") == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("cuda, said", [("13.0", "too old for CUDA 13.0"), (None, "a CPU build")])
+def test_why_torch_can_not_use_the_gpu_is_one_line(cuda, said, machine, monkeypatch, capsys):
+    machine(None, 0)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    for program, lines in (("/usr/bin/nvidia-smi", 1), (None, 0)):
+        monkeypatch.setattr(train.shutil, "which", lambda name, program=program: program)
+        assert train.choose_device("auto") == torch.device("cpu")
+        printed = capsys.readouterr().out
+        assert printed.count("\n") == lines and (said in printed or not lines)
+
+
 def test_bfloat16_is_asked_of_the_device(monkeypatch):
     for answer in (True, False):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda a=answer: {"amx_bf16": not a})
@@ -549,25 +568,6 @@ def test_bfloat16_is_asked_of_the_device(monkeypatch):
         assert train.has_bfloat16(torch.device("cuda", 1)) is answer
         assert train.has_bfloat16(torch.device("xpu")) is answer
     assert not train.has_bfloat16(torch.device("mps"))
-
-
-def test_moments_are_restored_in_the_memory_format_of_the_weights():
-    """A checkpoint of contiguous tensors, resumed on CUDA, where the weights are channels_last."""
-    parts = []
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        model = UNet(8, 3, 8, (1, 2), 1, (4,)).to(memory_format=memory_format)
-        parts.append([model, copy.deepcopy(model), torch.optim.Adam(model.parameters())])
-    model, _, optimizer = parts[0]
-    PAPER.loss(model, randn(2, 3, 8, 8)).backward()
-    optimizer.step()
-    names = ("model", "ema", "optimizer")
-    state = {name: part.state_dict() for name, part in zip(names, parts[0], strict=True)}
-    checkpoint.restore(copy.deepcopy(state), *parts[1])
-    model, ema, restored = parts[1]
-    for p, q, average in zip(*(m.parameters() for m in (model, parts[0][0], ema)), strict=True):
-        for name in ("exp_avg", "exp_avg_sq"):
-            assert torch.equal(restored.state[p][name], optimizer.state[q][name])
-            assert restored.state[p][name].stride() == p.stride() == average.stride()
 
 
 # -------------------------------------------------------------------------------- several processes
