@@ -11,10 +11,12 @@ onnxruntime (or onnxruntime-gpu[cuda,cudnn]). The reverse process repeats that o
 
 import argparse
 import contextlib
+import importlib.metadata
 import json
 import math
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,10 +30,6 @@ from images import from_pixels, grid, read_image, save_animation, save_image, to
 GRID = 256  # the largest number of images in one grid
 FRAMES, STRIP = 50, 10  # how many of the steps the GIF and the strip show
 SAMPLERS = "ddpm", "ddim", "dpm"
-INSTALL = (
-    "For CUDA, run: pip uninstall -y onnxruntime onnxruntime-gpu, "
-    'then: pip install "onnxruntime-gpu[cuda,cudnn]"'
-)
 LAMBDAS = np.linspace(0, 1, 11, dtype=np.float32)  # the mixtures of an interpolation
 
 # ------------------------------------------------------------------------------ the reverse process
@@ -140,6 +138,30 @@ def noise_of(seed, first, shape):
 # -------------------------------------------------------------------------------------- the network
 
 
+def why_no_cuda():
+    """Return why ONNX Runtime can't use CUDA on this machine, or the commands that may help."""
+    query = "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+    said = subprocess.run(query, capture_output=True, text=True).stdout if has_nvidia() else ""
+    driver = said.partition(".")[0]
+    if driver.isdigit() and int(driver) < 580:
+        return f"onnxruntime-gpu needs CUDA 13 and a driver of 580 or newer, not {driver}"
+    if any(package.name == "nvidia-cudnn-cu12" for package in importlib.metadata.distributions()):
+        where = (
+            "In a new environment, because the cuDNN of a torch for CUDA 12 would be overwritten"
+        )
+    else:
+        where = "In this environment"
+    return (
+        f"{where}, run these commands:\n  pip uninstall -y onnxruntime onnxruntime-gpu\n"
+        '  pip install "onnxruntime-gpu[cuda,cudnn]"'
+    )
+
+
+def has_nvidia():
+    """Return whether NVIDIA's driver is installed."""
+    return shutil.which("nvidia-smi") is not None
+
+
 class Network:
     """eps_theta(x_t, t) from a model.onnx: float32 (B, C, H, W) and int64 (B,) to eps, for any B.
 
@@ -168,7 +190,7 @@ class Network:
             raise ValueError(f"{path} can't be opened by ONNX Runtime: {error}") from None
         self.provider = self.session.get_providers()[0]  # silently the CPU if CUDA does not load
         if device == "cuda" and self.provider != "CUDAExecutionProvider":
-            raise ValueError(f"ONNX Runtime can't use CUDA. {INSTALL}")
+            raise ValueError(f"ONNX Runtime can't use CUDA. {why_no_cuda()}")
         metadata = self.session.get_modelmeta().custom_metadata_map
         missing = {"ddpm.betas", "ddpm.variance", "ddpm.image_shape"} - metadata.keys()
         if missing:
@@ -246,8 +268,8 @@ def main():
         sys.exit(f"sample.py: this model has T = {T}: --steps must be 1..{T}, --t 0..{T - 1}")
     name = network.provider.removesuffix("ExecutionProvider")
     print(f"{args.onnx} on {name}")
-    if name == "CPU" and args.device == "auto" and shutil.which("nvidia-smi"):
-        print(f"ONNX Runtime can't use the GPU of this machine. {INSTALL}")
+    if name == "CPU" and args.device == "auto" and has_nvidia():
+        print(f"ONNX Runtime can't use the GPU of this machine. {why_no_cuda()}")
     (draw_interpolation if args.interpolate else draw_samples)(network, args)
 
 

@@ -181,3 +181,22 @@ def test_demo_has_each_glyph_in_each_colour_at_nine_places():
 def test_decoding_needs_no_torch():
     code = "import sys, data; print({'torch', 'matplotlib'} & set(sys.modules))"
     assert python("-c", code, cwd=HERE).strip() == "set()"
+
+
+SPAWN = """
+import multiprocessing, sys, torch
+import data, probe
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    print(set(data.in_processes(probe.modules, range(256))))
+"""
+
+
+def test_processes_that_decode_do_not_import_torch(tmp_path):
+    """Also where they are spawned, as on Windows, by a program that imports torch."""
+    (tmp_path / "main.py").write_text(SPAWN)
+    (tmp_path / "probe.py").write_text(
+        "import sys\ndef modules(_): return 'torch' in sys.modules, 'numpy' in sys.modules"
+    )
+    env = os.environ | {"PYTHONPATH": str(HERE)}
+    assert python(tmp_path / "main.py", cwd=tmp_path, env=env).strip() == "{(False, True)}"

@@ -245,7 +245,7 @@ def test_reduced_precision_draws_the_same_images(kind, most, files, tmp_path, ru
     assert difference.mean() < most and (difference.max() <= 1 or kind == "int8")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["None", "half"])
 def test_all_of_the_network_runs_on_cuda(kind, files):
     ort.preload_dlls()

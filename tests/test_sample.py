@@ -2,8 +2,10 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -68,13 +70,34 @@ def test_missing_onnxruntime_is_one_line(trained, run, monkeypatch):
     assert "pip install onnxruntime" in run("sample.py", cwd=trained[0], code=1)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
 def test_requiring_cuda_without_a_gpu_names_the_command_that_helps(trained, run):
     said = run("sample.py", "--device", "cuda", cwd=trained[0], code=1)
     assert 'pip install "onnxruntime-gpu[cuda,cudnn]"' in said
     network = sample.Network(trained[0] / "model.onnx")
     assert network.provider == "CPUExecutionProvider" and network.shape == (3, 8, 8)
     np.testing.assert_array_equal(network.betas, linear_betas())  # to the bit
+
+
+@pytest.mark.parametrize(
+    "driver, package, said",
+    [
+        ("570.133.20", "torch", "needs CUDA 13 and a driver of 580 or newer, not 570"),
+        ("580.65.06", "torch", "In this environment, run these commands:\n  pip uninstall"),
+        ("580.65.06", "nvidia-cudnn-cu12", "In a new environment"),
+    ],
+)
+def test_why_onnxruntime_can_not_use_cuda(driver, package, said, trained, run, monkeypatch):
+    """On a machine with nvidia-smi, whose ONNX Runtime finds no CUDA."""
+    monkeypatch.setattr(sample, "has_nvidia", lambda: True)
+    answer = subprocess.CompletedProcess([], 0, f"{driver}\n")
+    monkeypatch.setattr(sample.subprocess, "run", lambda *_, **__: answer)
+    packages = [SimpleNamespace(name=package)]
+    monkeypatch.setattr(sample.importlib.metadata, "distributions", lambda: packages)
+    flags = ["-n", 1, "--steps", 1]
+    assert f"can't use the GPU of this machine. {sample.why_no_cuda()}" in run(
+        "sample.py", *flags, cwd=trained[0]
+    )
+    assert said in run("sample.py", *flags, "--device", "cuda", cwd=trained[0], code=1)
 
 
 NO_TORCH = """
