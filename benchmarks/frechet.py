@@ -1,0 +1,121 @@
+"""Measure the Frechet distance of samples to Fashion-MNIST, in the features of a small classifier.
+
+    python sample.py --onnx docs/fashion-mnist.onnx -n 1000 --steps 10 --dir samples
+    python benchmarks/frechet.py samples --data fashion-mnist
+
+--data has the folders train and test, with the class in each name (INDEX_LABEL_CLASS.png). The
+classifier trains for some minutes the first time, and is then kept in that folder. FID is the same
+distance in the features of the Inception network, which was trained on photographs in colour.
+
+Distances are comparable at the same number of samples only. The classifier is seeded, but differs
+by rounding from one processor to another.
+"""
+
+import argparse
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from data import image_files, read_folder
+from images import from_pixels
+
+SIZE = 32
+
+
+class Classifier(nn.Module):
+    """Ten classes from 128 features of grey 32x32 images, (B, 1, 32, 32)."""
+
+    def __init__(self):
+        super().__init__()
+        layers, widths = [], (1, 32, 64, 128, 128)
+        for k, (before, after) in enumerate(pairwise(widths)):
+            layers += [nn.Conv2d(before, after, 3, stride=2 if k else 1, padding=1), nn.ReLU()]
+        layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(512, 128), nn.ReLU()]
+        self.features, self.head = nn.Sequential(*layers), nn.Linear(128, 10)
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def train_classifier(images, labels):
+    """Return a Classifier after three epochs. images: uint8 (N, 1, 32, 32). labels: int64 (N,)."""
+    torch.manual_seed(0)
+    model = Classifier()
+    optimizer = torch.optim.Adam(model.parameters())
+    for rate in (2e-3, 1e-3, 3e-4):
+        optimizer.param_groups[0]["lr"] = rate
+        for index in tqdm(torch.randperm(len(images)).split(128), "classifier", mininterval=1):
+            optimizer.zero_grad()
+            F.cross_entropy(model(from_pixels(images[index])), labels[index]).backward()
+            optimizer.step()
+    return model.eval()
+
+
+def statistics(model, images):
+    """Return the mean (128,) and the covariance (128, 128) of the features, in float64."""
+    with torch.no_grad():
+        parts = [model.features(from_pixels(part)) for part in images.split(500)]
+    features = torch.cat(parts).double().numpy()
+    return features.mean(0), np.cov(features, rowvar=False)
+
+
+def frechet_distance(first, second):
+    """Return |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two pairs of mean m and covariance S.
+
+    The trace of the root is the sum of the roots of the eigenvalues of S1 S2, which are real and
+    not negative up to rounding.
+    """
+    (m1, S1), (m2, S2) = first, second
+    roots = np.sqrt(np.linalg.eigvals(S1 @ S2).real.clip(0))
+    return ((m1 - m2) ** 2).sum() + np.trace(S1) + np.trace(S2) - 2 * roots.sum()
+
+
+def read(folder):
+    """Return the images of a folder as grey 32x32, cut as train.py cuts them."""
+    return torch.from_numpy(read_folder(folder, SIZE, 1))
+
+
+def reference(data):
+    """Return the classifier, and its statistics of the test set and of 1,000 training images."""
+    kept = data / f"frechet-{SIZE}.pt"
+    if not kept.exists():
+        images, (paths, _) = read(data / "train"), image_files(data / "train")
+        labels = torch.tensor([int(Path(path).name.split("_")[1]) for path in paths])
+        model = train_classifier(images, labels)
+        some = images[
+            torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:1000]
+        ]
+        pairs = [statistics(model, read(data / "test")), statistics(model, some)]
+        pairs = [tuple(map(torch.from_numpy, pair)) for pair in pairs]
+        torch.save({"model": model.state_dict(), "test": pairs[0], "train": pairs[1]}, kept)
+    state, model = torch.load(kept, weights_only=True), Classifier().eval()
+    model.load_state_dict(state["model"])
+    test, train = ([part.numpy() for part in state[name]] for name in ("test", "train"))
+    return model, test, train
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("samples", type=Path, nargs="+", help="folders of samples")
+    parser.add_argument("--data", type=Path, required=True, help="folder with train and test")
+    args = parser.parse_args()
+    model, test, train = reference(args.data)
+    print(f"1,000 training images: {frechet_distance(train, test):.2f}")
+    for folder in args.samples:
+        images = read(folder)
+        print(f"{folder}, {len(images):,} samples: "
+              f"{frechet_distance(statistics(model, images), test):.2f}", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
