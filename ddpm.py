@@ -260,8 +260,8 @@ class Diffusion:
             sampler = fewer if eta is None else "ddim"
         if sampler not in ("ddpm", "ddim", "dpm"):
             raise ValueError(f'sampler must be "ddpm", "ddim" or "dpm", not {sampler!r}')
-        if not 0 <= (eta or 0) <= 1:
-            raise ValueError(f"eta must be from 0 to 1, not {eta}")
+        if eta is not None and (sampler != "ddim" or not 0 <= eta <= 1):
+            raise ValueError(f'eta must be from 0 to 1, and is for "ddim" alone, not {eta}')
         device = device if x_T is None else x_T.device
         if draw_noise is None:
 

@@ -68,10 +68,12 @@ def sample_progressive(
     if sampler is None:
         fewer = "dpm" if len(betas) < T else "ddpm"
         sampler = fewer if eta is None else "ddim"
-    if variance not in ("large", "small") or not 0 <= (eta or 0) <= 1:
-        raise ValueError('variance must be "large" or "small", and eta from 0 to 1')
+    if variance not in ("large", "small"):
+        raise ValueError(f'variance must be "large" or "small", not {variance!r}')
     if sampler not in SAMPLERS:
         raise ValueError(f'sampler must be "ddpm", "ddim" or "dpm", not {sampler!r}')
+    if eta is not None and (sampler != "ddim" or not 0 <= eta <= 1):
+        raise ValueError(f'eta must be from 0 to 1, and is for "ddim" alone, not {eta}')
     alphas = 1 - betas
     alphas_bar = alphas.cumprod()
     alphas_bar_prev = np.append(1.0, alphas_bar[:-1])
@@ -95,13 +97,13 @@ def sample_progressive(
             )  # (7)
             x = mean + math.sqrt(sigma2[i]) * draw_noise()
         else:
-            x0_middle = x0
+            x0_middle = x0  # "dpm" extrapolates it to the middle of the step in lambda
             if sampler == "dpm" and x0_before is not None:
                 h, h_before = log_snr[i - 1] - log_snr[i], log_snr[i] - log_snr[i + 1]
                 x0_middle = x0 + h / (2 * h_before) * (x0 - x0_before)
             x0_before = x0
             sigma = (eta or 0) * math.sqrt(posterior_variance[i])
-            eps = (x - math.sqrt(abar) * x0_middle) / math.sqrt(1 - abar)  # of the clipped x0
+            eps = (x - math.sqrt(abar) * x0_middle) / math.sqrt(1 - abar)  # that fits this x0
             x = math.sqrt(abar_prev) * x0_middle + math.sqrt(1 - abar_prev - sigma**2) * eps
             x = x + sigma * draw_noise() if eta else x
 

@@ -52,6 +52,7 @@ export async function* sampleProgressive(
   const chain = respaced(betas, steps), abars = alphasBar(chain.betas);
   sampler ??= eta !== null ? "ddim" : steps < betas.length ? "dpm" : "ddpm";
   if (!["ddpm", "ddim", "dpm"].includes(sampler)) throw new RangeError(`no sampler ${sampler}`);
+  if (eta !== null && sampler !== "ddim") throw new RangeError("eta is for ddim alone");
   const logSNR = abars.map((abar) => Math.log(abar / (1 - abar)));
   let x = xT ?? drawNoise(), x0Before = null;
   for (let i = steps - 1; i >= 0; i--) {

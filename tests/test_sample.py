@@ -81,9 +81,13 @@ def test_requiring_cuda_without_a_gpu_names_the_command_that_helps(trained, run)
 @pytest.mark.parametrize(
     "driver, package, said",
     [
-        ("570.133.20", "torch", "needs CUDA 13 and a driver of 580 or newer, not 570"),
-        ("580.65.06", "torch", "In this environment, run these commands:\n  pip uninstall"),
-        ("580.65.06", "nvidia-cudnn-cu12", "In a new environment"),
+        ("570.133.20", "torch", "a driver of 580 or newer; this one is 570"),
+        ("580.65.06", "torch", "Run these commands:\n  pip uninstall"),
+        (
+            "580.65.06",
+            "nvidia-cudnn-cu12",
+            "environment without torch, and run there:\n  pip install numpy",
+        ),
     ],
 )
 def test_why_onnxruntime_can_not_use_cuda(driver, package, said, trained, run, monkeypatch):
