@@ -240,14 +240,14 @@ class Diffusion:
         x0_hat is the sample. Call model.eval() first.
 
         shape: (B, C, H, W). steps: how many of the T steps to take; all of them if None.
-        sampler: "ddpm" is Algorithm 2 with the chosen variance, the default with all T steps. "dpm"
-            is DPM-Solver++(2M) of Lu et al. 2022 (arXiv:2211.01095), the default with fewer; it is
-            deterministic. "ddim" is the sampler of Song et al. 2021 (see ddim_step).
-        eta: of "ddim", which it selects: 0 is deterministic and the default, 1 equals "ddpm" with
-            the "small" variance.
-        generator: a torch.Generator on `device`. draw_noise: instead, a function that returns the
-            next z, of the given shape.
-        x_T: the start, if it is not pure noise. The chain of the first t + 1 betas is a DDPM too,
+        sampler: "ddpm" is Algorithm 2 with the variance of this Diffusion, the default with all T
+            steps. "dpm" is DPM-Solver++(2M) of Lu et al. 2022 (arXiv:2211.01095), the default with
+            fewer; it is deterministic. "ddim" is the sampler of Song et al. 2021 (see ddim_step).
+        eta: for "ddim" alone, and selects it. 0, the default, is deterministic; 1 equals "ddpm"
+            with the "small" variance.
+        generator: a torch.Generator on `device`. draw_noise: replaces it; a function that returns
+            the next z, of the given shape.
+        x_T: where to start; pure noise if None. The chain of the first t + 1 betas is a DDPM too,
             so Diffusion(betas[: t + 1], ...).sample(..., x_T=x_t) continues from an x_t.
         clip: keep x0_hat in [-1, 1]. Algorithm 2 does not clip; the authors' code does, because the
             error of x0_hat is that of eps times sqrt((1 - abar_t) / abar_t), 157 at t = T-1.
@@ -313,10 +313,11 @@ class Diffusion:
         return mean, _at(sigma2.sqrt(), t)
 
     def respaced(self, steps):
-        """Return a shorter chain through the same noise levels: (Diffusion with T = steps, tau).
+        """Return a chain through some of the noise levels: (Diffusion with T = steps, tau).
 
-        tau (steps,) lists the t of the full chain that the shorter one visits, evenly spaced from
-        T / steps - 1 to T-1. The shorter chain is a DDPM with betas 1 - abar_tau_i / abar_tau_i-1.
+        tau (steps,) lists the t of the full chain that the shorter one visits, as evenly as
+        integers allow, up to T-1. The shorter chain is a DDPM with betas 1 - abar_t / abar_s,
+        where s precedes t in tau.
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps must be 1..{self.T}, not {steps}")

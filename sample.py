@@ -36,7 +36,7 @@ LAMBDAS = np.linspace(0, 1, 11, dtype=np.float32)  # the mixtures of an interpol
 
 
 def respaced(betas, steps):
-    """Return a shorter chain through the same noise levels: its betas and its t, both (steps,)."""
+    """Return a chain through some of the noise levels: its betas and its t, both (steps,)."""
     T = len(betas)
     if not 1 <= steps <= T:
         raise ValueError(f"steps must be 1..{T}, not {steps}")
@@ -57,9 +57,10 @@ def sample_progressive(
     betas: float64 (T,). variance: sigma_t^2 is beta_t if "large", beta-tilde_t if "small".
     steps: how many of the T steps to take; all if None.
     sampler: "ddpm" is the paper's Algorithm 2, the default with all T steps; "dpm" is
-        DPM-Solver++(2M), the default with fewer; "ddim" takes eta, which selects it.
-    eta: of "ddim", 0 unless given. 0 is deterministic, 1 equals "ddpm" with "small" variance.
-    x_T: the start, if it is not pure noise. To continue from an x_t, pass betas[: t + 1] with it.
+        DPM-Solver++(2M), the default with fewer; "ddim" is DDIM.
+    eta: for "ddim" alone, and selects it. 0, the default, is deterministic; 1 equals "ddpm" with
+        "small" variance.
+    x_T: where to start; pure noise if None. To continue from an x_t, pass betas[: t + 1] with it.
 
     Raises ValueError for an unknown variance or sampler, and for steps or eta out of range.
     """
@@ -141,22 +142,17 @@ def noise_of(seed, first, shape):
 
 
 def why_no_cuda():
-    """Return why ONNX Runtime can't use CUDA on this machine, or the commands that may help."""
+    """Return a likely reason why ONNX Runtime can't use CUDA, or the commands that may help."""
     query = "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
     said = subprocess.run(query, capture_output=True, text=True).stdout if has_nvidia() else ""
     driver = said.partition(".")[0]
     if driver.isdigit() and int(driver) < 580:
-        return f"onnxruntime-gpu needs CUDA 13 and a driver of 580 or newer, not {driver}"
+        return f"onnxruntime-gpu needs CUDA 13 and a driver of 580 or newer; this one is {driver}"
+    where, first = "Run these commands", "pip uninstall -y onnxruntime onnxruntime-gpu"
     if any(package.name == "nvidia-cudnn-cu12" for package in importlib.metadata.distributions()):
-        where = (
-            "In a new environment, because the cuDNN of a torch for CUDA 12 would be overwritten"
-        )
-    else:
-        where = "In this environment"
-    return (
-        f"{where}, run these commands:\n  pip uninstall -y onnxruntime onnxruntime-gpu\n"
-        '  pip install "onnxruntime-gpu[cuda,cudnn]"'
-    )
+        where = "Beside a torch for CUDA 12, its cuDNN would be overwritten; use a new environment"
+        first = "pip install numpy Pillow tqdm"
+    return f'{where}:\n  {first}\n  pip install "onnxruntime-gpu[cuda,cudnn]"'
 
 
 def has_nvidia():
@@ -239,7 +235,7 @@ def arguments():
     flag("--t", type=int, nargs="+", help="t at which to mix, one row each, 0..T-1 [T / 2]")
     flag("--steps", type=int, help="steps of the reverse process, 1..T [T, as in the paper]")
     flag("--sampler", choices=SAMPLERS, help="[ddpm, the paper's, with T steps, dpm with fewer]")
-    flag("--eta", type=float, help="of ddim, which it selects: 0 to 1 [0, which adds no noise]")
+    flag("--eta", type=float, help="for ddim alone, and selects it: 0 to 1 [0, without noise]")
     flag("--batch", default=64, type=int, help="images drawn together [%(default)s]")
     flag("--seed", default=0, type=int, help="the same seed, the same images [%(default)s]")
     flag("--device", default="auto", choices=("auto", "cuda", "cpu"), help="[%(default)s]")

@@ -3,12 +3,12 @@
     python sample.py --onnx docs/fashion-mnist.onnx -n 1000 --steps 10 --dir samples
     python benchmarks/frechet.py samples --data fashion-mnist
 
---data has the folders train and test, with the class in each name (INDEX_LABEL_CLASS.png). The
-classifier trains for some minutes the first time, and is then kept in that folder. FID is the same
-distance in the features of the Inception network, which was trained on photographs in colour.
+--data has two folders of images, train and test, with the class in each name: 00000_9_boot.png is
+of class 9. The classifier trains for some minutes the first time, and is then kept in that folder.
+FID is the same distance in the features of the Inception network, which was trained on photographs.
 
-Distances are comparable at the same number of samples only. The classifier is seeded, but differs
-by rounding from one processor to another.
+Compare only distances of equally many samples, measured with the same classifier: it is seeded, but
+rounding makes it differ from one processor to another.
 """
 
 import argparse

@@ -1,12 +1,12 @@
 """Try this project on a GPU, and print a report to paste into an issue.
 
-It is meant to take about 20 minutes. So far it has run on CPUs only, with --tiny.
+Expect about 20 minutes, which is an estimate: so far it has run only on CPUs, with --tiny.
 
     pip install -r requirements.txt
-    python benchmarks/gpu.py            # writes gpu-report/, with the images that were drawn
-    python benchmarks/gpu.py --tiny     # every part of it within a minute, also on a CPU
+    python benchmarks/gpu.py | tee report.txt    # writes gpu-report/ with the images drawn
+    python benchmarks/gpu.py --tiny              # every part with a tiny network, also on a CPU
 
-A part that fails prints its traceback, and the next part begins.
+If a part fails, its traceback is printed and the next part runs.
 """
 
 import argparse
@@ -181,7 +181,7 @@ def sampling(args):
         where = ["--onnx", path, "--device", DEVICE.type]
         where += ["--out", args.out / f"samples-{kind}.png"]
         program("sample.py", *where, "--steps", 10 if args.tiny else 250)
-    print("| one eps | ms |\n| --- | --- |")
+    print("| one forward pass | ms |\n| --- | --- |")
     for kind, batch in itertools.product(("float32", "float16"), (64, 256)):
         path = args.out / f"{kind}.onnx"
         ways = {"session.run": None}
@@ -232,6 +232,8 @@ def main():
     parser.add_argument("--tiny", action="store_true", help="a tiny network, on any machine")
     parser.add_argument("--out", type=Path, default="gpu-report", help="a new folder [%(default)s]")
     args = parser.parse_args()
+    if not IS_CUDA and not args.tiny:
+        parser.error("torch finds no CUDA here; --tiny tries every part on a CPU")
     if args.out.exists():
         parser.error(f"{args.out} exists; choose a new folder")
     args.out.mkdir(parents=True)

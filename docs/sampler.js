@@ -19,7 +19,7 @@ export function qSample(x0, t, noise, betas) {
 }
 
 /**
- * A shorter chain through the same noise levels: {betas, tau}, both of length `steps`. tau lists the
+ * A chain through some of the noise levels: {betas, tau}, both of length `steps`. tau lists the
  * t of the full chain that the shorter one visits. Throws a RangeError if steps is not 1..T.
  */
 export function respaced(betas, steps) {
@@ -39,11 +39,12 @@ export function respaced(betas, steps) {
  *
  * epsModel(x, t) returns eps, or a promise of it. drawNoise() returns the next z.
  * variance: sigma_t^2 is beta_t if "large", the posterior variance (7) if "small".
- * steps: how many of the T steps to take.
+ * steps: how many of the T steps to take; all by default.
  * sampler: "ddpm" is the paper's Algorithm 2, the default with all T steps; "dpm" is
- * DPM-Solver++(2M), the default with fewer; "ddim" takes eta, which selects it.
- * eta: of "ddim", 0 unless given. 0 is deterministic, 1 equals "ddpm" with "small" variance.
- * xT: the start, if it is not pure noise. To continue from an x_t, pass betas.slice(0, t + 1) too.
+ * DPM-Solver++(2M), the default with fewer; "ddim" is DDIM.
+ * eta: for "ddim" alone, and selects it. 0, the default, is deterministic; 1 equals "ddpm" with
+ * "small" variance.
+ * xT: where to start; pure noise by default. To continue from an x_t, pass betas.slice(0, t + 1) too.
  */
 export async function* sampleProgressive(
   epsModel, drawNoise, betas,

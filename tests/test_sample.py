@@ -86,7 +86,7 @@ def test_requiring_cuda_without_a_gpu_names_the_command_that_helps(trained, run)
         (
             "580.65.06",
             "nvidia-cudnn-cu12",
-            "environment without torch, and run there:\n  pip install numpy",
+            "use a new environment:\n  pip install numpy",
         ),
     ],
 )
