@@ -1,9 +1,9 @@
-"""benchmarks/frechet.py: the distance against closed forms, and the program on a small data set."""
+"""benchmarks/frechet.py against closed forms, and with speedrun.py on a small data set."""
 
 import re
 
 import numpy as np
-import torch
+import pytest
 from conftest import HERE, python
 from PIL import Image
 
@@ -33,31 +33,43 @@ def test_distance_is_that_of_the_root_of_the_product():
     assert abs(frechet_distance((m, S1), (m, S1))) < 1e-9
 
 
-def test_program_ranks_noise_behind_images(tmp_path):
-    """Ten classes of stripes: other stripes are near, noise is far, and it trains only once."""
-    random = np.random.default_rng(0)
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A data set of ten classes of stripes, and a folder of other stripes and one of noise."""
+    random, root = np.random.default_rng(0), tmp_path_factory.mktemp("frechet")
 
     def save(folder, images):
-        folder.mkdir(parents=True)
+        (root / folder).mkdir(parents=True)
         for k, (label, pixels) in enumerate(images):
-            Image.fromarray(pixels).save(folder / f"{k:05d}_{label}_x.png")
+            Image.fromarray(pixels).save(root / folder / f"{k:05d}_{label}_x.png")
 
     def stripes(count):
         for k in range(count):
             wave = np.sin(np.arange(28) * (k % 10 + 1) / 3 + random.uniform(0, 6))
             yield k % 10, np.tile((wave * 100 + 128).astype(np.uint8), (28, 1))
 
-    def noise(count):
-        return ((0, random.integers(0, 256, (28, 28), dtype=np.uint8)) for _ in range(count))
+    save("data/train", stripes(1200))
+    save("data/test", stripes(300))
+    save("same", stripes(200))
+    save("noise", ((0, random.integers(0, 256, (28, 28), dtype=np.uint8)) for _ in range(200)))
+    return root
 
-    for name, images in (
-        ("data/train", stripes(1200)), ("data/test", stripes(300)),
-        ("same", stripes(200)), ("noise", noise(200)),
-    ):  # fmt: skip
-        save(tmp_path / name, images)
+
+def test_program_ranks_noise_behind_images(data):
+    """Other stripes are near, noise is far, and the classifier is trained only once."""
     words = [HERE / "benchmarks" / "frechet.py", "same", "noise", "--data", "data"]
-    said = [python(*words, cwd=tmp_path) for _ in range(2)]
+    said = [python(*words, cwd=data) for _ in range(2)]
     real, same, other = map(float, re.findall(r": ([\d.]+)$", said[0], re.M))
     assert max(real, same) < 1 < other
     assert "classifier" in said[0] and "classifier" not in said[1]
-    assert torch.load(tmp_path / "data" / "frechet-32.pt", weights_only=True)
+
+
+@pytest.mark.slow
+def test_speedrun_prints_a_row(data):
+    """Of a tiny network, whose samples are noise."""
+    small = "--base-channels 8 --channel-mults 1 1 --attention-resolutions --steps 9 --batch 8"
+    words = ["--data", "data", "--samples", 100, *small.split()]
+    said = python(HERE / "benchmarks" / "speedrun.py", *words, cwd=data, timeout=600)
+    head, row = (line.strip("| ").split(" | ") for line in said.splitlines()[-2:])
+    assert len(head) == len(row) == 10
+    assert row[2] == "9" and min(float(row[1]), float(row[3]), float(row[4])) > 1
