@@ -53,8 +53,8 @@ def in_processes(function, paths):
         yield from map(function, paths)
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # A process that is spawned imports the main module. That is this one meanwhile, because
-    # train.py would import torch in each process, with all of CUDA's libraries.
+    # A spawned process imports the main module. This module takes its place meanwhile, because
+    # train.py would load torch, with all of CUDA's libraries, in each process.
     main, sys.modules["__main__"] = sys.modules["__main__"], sys.modules[__name__]
     pool = multiprocessing.Pool(cores, signal.signal, (signal.SIGINT, signal.SIG_IGN))
     sys.modules["__main__"] = main

@@ -256,8 +256,7 @@ class Diffusion:
         """
         chain, tau = (self, range(self.T)) if steps is None else self.respaced(steps)
         if sampler is None:
-            fewer = "dpm" if chain.T < self.T else "ddpm"
-            sampler = fewer if eta is None else "ddim"
+            sampler = "ddim" if eta is not None else "dpm" if chain.T < self.T else "ddpm"
         if sampler not in ("ddpm", "ddim", "dpm"):
             raise ValueError(f'sampler must be "ddpm", "ddim" or "dpm", not {sampler!r}')
         if eta is not None and (sampler != "ddim" or not 0 <= eta <= 1):
@@ -269,7 +268,7 @@ class Diffusion:
                 return torch.randn(shape, generator=generator, device=device)
 
         x = draw_noise() if x_T is None else x_T
-        log_snr = chain.alphas_bar.logit().tolist()  # log(abar / (1 - abar)), twice their lambda
+        log_snr = chain.alphas_bar.logit().tolist()  # log(abar / (1 - abar)), 2 lambda of Lu et al.
         x0_before = None
         for i in reversed(range(chain.T)):
             index = torch.full((shape[0],), i, device=x.device)  # t in the tables of this chain

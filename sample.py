@@ -67,8 +67,7 @@ def sample_progressive(
     T = len(betas)
     betas, tau = respaced(betas, T if steps is None else steps)
     if sampler is None:
-        fewer = "dpm" if len(betas) < T else "ddpm"
-        sampler = fewer if eta is None else "ddim"
+        sampler = "ddim" if eta is not None else "dpm" if len(betas) < T else "ddpm"
     if variance not in ("large", "small"):
         raise ValueError(f'variance must be "large" or "small", not {variance!r}')
     if sampler not in SAMPLERS:

@@ -256,13 +256,13 @@ def choose_device(name):
     if kind == "cpu" or (kind == "auto" and not found):
         if kind == "auto" and RANK == 0 and shutil.which("nvidia-smi"):
             cuda = torch.version.cuda
-            why = f"the driver is too old for CUDA {cuda}" if cuda else "this torch is a CPU build"
+            why = f"its driver may be too old for CUDA {cuda}" if cuda else "torch is a CPU build"
             print(f"torch can't use the NVIDIA GPU: {why}; see Accelerators in docs/guide.md")
         return torch.device("cpu")
     if not found or kind not in ("auto", found.type):
         sys.exit(f"--device {name}: torch sees {found.type if found else 'only a CPU'} here")
     index, count = LOCAL_RANK if WORLD > 1 else int(index or 0), torch.accelerator.device_count()
-    if count == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):
+    if WORLD > 1 and count == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):
         index = 0  # some launchers show each process one card
     if index >= count:
         sys.exit(f"device {found.type}:{index} is not there: torch sees {count} of them")

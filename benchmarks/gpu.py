@@ -174,7 +174,7 @@ def training(args):
 
 
 def sampling(args):
-    """Export the network, and draw with ONNX Runtime in three ways."""
+    """Export the network, draw with sample.py, and time one forward pass of ONNX Runtime."""
     for kind, flag in (("float32", []), ("float16", ["--half"])):
         path = args.out / f"{kind}.onnx"
         program("export.py", "--checkpoint", args.out / "run", "--onnx", path, *flag)

@@ -225,14 +225,8 @@ def test_share_off_counts_the_far_points(points):
 
 @pytest.mark.slow
 def test_figures_are_made(trained, image_folder, tmp_path):
-    flags = [
-        "--onnx",
-        trained[0] / "model.onnx",
-        "--data",
-        image_folder,
-        "--out",
-        tmp_path / "docs",
-    ]
+    flags = ["--onnx", trained[0] / "model.onnx", "--data", image_folder]
+    flags += ["--out", tmp_path / "docs"]
     python(HERE / "docs" / "make_figures.py", *flags, cwd=tmp_path, timeout=600)
     names = """by-t ends interpolation rate-distortion schedule steps strip unet weights""".split()
     made = sorted((tmp_path / "docs").iterdir())

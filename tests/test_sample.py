@@ -83,11 +83,7 @@ def test_requiring_cuda_without_a_gpu_names_the_command_that_helps(trained, run)
     [
         ("570.133.20", "torch", "a driver of 580 or newer; this one is 570"),
         ("580.65.06", "torch", "Run these commands:\n  pip uninstall"),
-        (
-            "580.65.06",
-            "nvidia-cudnn-cu12",
-            "use a new environment:\n  pip install numpy",
-        ),
+        ("580.65.06", "nvidia-cudnn-cu12", "use a new environment:\n  pip install numpy"),
     ],
 )
 def test_why_onnxruntime_can_not_use_cuda(driver, package, said, trained, run, monkeypatch):

@@ -144,17 +144,8 @@ def test_bug_in_the_network_keeps_its_traceback(error, image_folder, tmp_path, r
     for method in ("forward", "_initialize"):
         with monkeypatch.context() as patch, pytest.raises(type(error)):
             patch.setattr(UNet, method, fail)
-            run(
-                "train.py",
-                "--data",
-                image_folder,
-                *TINY,
-                "--steps",
-                1,
-                "--out",
-                method,
-                cwd=tmp_path,
-            )
+            words = ["--data", image_folder, *TINY, "--steps", 1, "--out", method]
+            run("train.py", *words, cwd=tmp_path)
 
 
 def test_bug_is_printed_with_its_line(tmp_path):
@@ -544,6 +535,9 @@ def test_launcher_may_show_each_process_one_card(machine, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
     machine("cuda", 1, rank=2, world=4)
     assert train.choose_device("auto") == torch.device("cuda", 0)
+    machine("cuda", 1)  # one process, which asks for a card that is hidden
+    with pytest.raises(SystemExit, match="cuda:1 is not there"):
+        train.choose_device("cuda:1")
 
 
 @pytest.mark.parametrize("cuda, said", [("13.0", "too old for CUDA 13.0"), (None, "a CPU build")])
