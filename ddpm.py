@@ -153,7 +153,10 @@ class Diffusion:
         weighting: "simple" is (14), the error of the noise, whatever the model predicts. "vlb"
             keeps the weight that (12) gives each term and (14) drops. Up to a constant, it is then
             L_t in nats per dimension for t > 0; at t = 0 the density of the decoder stands for its
-            probability. "native" is the error of what the model predicts.
+            probability. "min-snr" is that of Hang et al. 2023 (arXiv:2303.09556), which limits the
+            weight of weak noise: with SNR = abar_t / (1 - abar_t), (14) gives the error of x0_hat
+            the weight SNR, and min-snr gives it min(SNR, 5). "native" is the error of what the
+            model predicts.
 
         Everything but the network is float32, also under autocast: in bfloat16, abar_t would round
         to 1 for the first ten steps, which leaves no noise.
@@ -172,10 +175,15 @@ class Diffusion:
             # (12):
             weights = self.betas**2 / (2 * self.sigma2 * self.alphas * (1 - self.alphas_bar))
             error = error * _at(weights, t).flatten()
+        elif weighting == "min-snr":  # the error of x0_hat is that of eps divided by SNR
+            snr = self.alphas_bar / (1 - self.alphas_bar)
+            error = error * _at((5 / snr).clamp(max=1), t).flatten()
         elif weighting == "native":
             error = error / _at(self.b**2, t).flatten()
         elif weighting != "simple":
-            raise ValueError(f'weighting must be "simple", "vlb" or "native", not {weighting!r}')
+            raise ValueError(
+                f'weighting must be "simple", "vlb", "min-snr" or "native", not {weighting!r}'
+            )
         return error.mean()
 
     # ------------------------------------------------------------------------ the variational bound

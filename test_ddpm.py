@@ -183,9 +183,27 @@ def test_native_loss_is_the_error_of_the_output(predicts):
     native = d.loss(lambda x, t: guess, x0, t, noise, "native")
     torch.testing.assert_close(native.double(), errors, rtol=1e-3, atol=0)
     eps = d.predict_eps(lambda x, t: guess, x_t, t)
-    for weighting in ("simple", "vlb"):  # are those of the noise that follows
+    for weighting in ("simple", "vlb", "min-snr"):  # are those of the noise that follows
         loss = d.loss(lambda x, t: guess, x0, t, noise, weighting)
         close(loss, PAPER.loss(lambda x, t: eps, x0, t, noise, weighting))
+
+
+def test_min_snr_weights_are_those_of_hang_et_al():
+    """min(SNR, 5) for the error of x_0, which is min(SNR, 5) / (SNR + 1) for that of v."""
+    v = Diffusion(linear_betas(), predicts="v")
+    x0, noise = randn(1, 1, 4, 4), randn(1, 1, 4, 4, seed=1)
+    for t in (0, 50, 126, 140, 500, 999):
+        at = torch.tensor([t])
+        snr = (PAPER.alphas_bar[t] / (1 - PAPER.alphas_bar[t])).item()
+        x_t = PAPER.q_sample(x0, at, noise)
+        x0_hat = PAPER.predict_x0(x_t, at, 0.9 * noise)
+        expected = min(snr, 5) * (x0_hat - x0).square().mean()
+        loss = PAPER.loss(lambda x, t: 0.9 * noise, x0, at, noise, "min-snr")
+        torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
+        guess = 0.9 * output_of(noise, x_t, at, "v")
+        error = (guess - output_of(noise, x_t, at, "v")).square().mean()
+        loss = v.loss(lambda x, t, guess=guess: guess, x0, at, noise, "min-snr")
+        close(loss / error * (snr + 1) / min(snr, 5), 1, 1e-3)
 
 
 def test_vlb_weights_have_the_papers_numbers():

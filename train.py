@@ -35,6 +35,7 @@ import checkpoint
 from data import cached_folder, demo_images, fingerprint
 from ddpm import Diffusion, UNet, cosine_betas, linear_betas
 from images import from_pixels, grid, save_image, save_plot, to_pixels
+from muon import Muon
 
 # torchrun sets these: the rank of this process, the number of all, and its rank on its machine.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -132,13 +133,14 @@ def train_step(step, network, averages, optimizer, diffusion, images, args):
 PAPER = dict(
     image_size=32, base_channels=128, channel_mults=[1, 2, 2, 2], num_res_blocks=2,
     attention_resolutions=[16], dropout=0.1, norm_groups=None, schedule="linear", predicts="eps",
-    batch=128, lr=2e-4, lr_decay=False, steps=800_000,
+    weighting="simple", optimizer="adam", batch=128, lr=2e-4, lr_decay=False, steps=800_000,
 )  # fmt: skip
 
 # --quick: small images after minutes on a CPU. docs/guide.md has measurements.
 QUICK = dict(
-    base_channels=16, channel_mults=[1, 2, 4, 4], num_res_blocks=1, dropout=0.0, predicts="v",
-    batch=64, lr=2e-3, lr_decay=True, steps=1800,
+    base_channels=16, channel_mults=[1, 2, 4, 4], num_res_blocks=1, attention_resolutions=[],
+    dropout=0.0, predicts="v", weighting="min-snr", optimizer="muon", batch=64, lr=4e-3,
+    lr_decay=True, steps=1300,
 )  # fmt: skip
 
 # The demo: a network and a schedule that learn it on two CPU cores in under four minutes.
@@ -171,11 +173,12 @@ def make_parser():
     flag("--schedule", choices=("linear", "cosine"), help="betas [%(default)s]")
     flag("--variance", default="large", choices=("large", "small"), help="sigma_t^2 [%(default)s]")
     flag("--predicts", choices=("eps", "mean", "v"), help="the network's output [%(default)s]")
-    flag("--weighting", default="simple", choices=("simple", "vlb", "native"),
-         help="of the loss: (14), (12), or the error of the output [%(default)s]")  # fmt: skip
+    flag("--weighting", choices=("simple", "vlb", "min-snr", "native"),
+         help="of the loss: (14), (12), and others; see the manual [%(default)s]")  # fmt: skip
     flag("--batch", type=int, help="images per step, over all GPUs [%(default)s]")
     flag("--accumulate", type=int, default=1, help="parts of a batch, to save memory [%(default)s]")
-    flag("--lr", type=float, help="learning rate of Adam [%(default)s]")
+    flag("--optimizer", choices=("adam", "muon"), help="muon learns faster [%(default)s]")
+    flag("--lr", type=float, help="learning rate [%(default)s]")
     flag("--warmup", type=int, help="steps until --lr is reached [min(5000, steps / 20)]")
     flag("--lr-decay", action=switch, help="let --lr fall to 0 at --steps, for short runs")
     flag("--steps", type=int, help="length of the training [%(default)s]")
@@ -205,7 +208,7 @@ def arguments():
     elif not Path(args.data).is_dir():
         parser.error(f"--data {args.data}: there is no such folder")
     elif args.quick:
-        parser.set_defaults(attention_resolutions=[args.image_size // 4], **QUICK)
+        parser.set_defaults(**QUICK)
     if args.init:  # a run that is resumed reads its own weights, and needs the others no longer
         own = args.out / "checkpoint.pt"
         weights = checkpoint.load(own if own.is_file() else args.init)
@@ -287,7 +290,7 @@ def read_every(device):
 def quick_flags(args):
     """Return what --quick stands for, as on a command line."""
     words = []
-    for name in [*QUICK, "attention_resolutions"]:
+    for name in QUICK:
         value, flag = getattr(args, name), name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
@@ -315,7 +318,7 @@ def config_of(args, weights, channels, images=None):
         | flags("attention_resolutions dropout norm_groups")
         | {"in_channels": channels},
         "diffusion": flags("variance predicts") | {"betas": betas.tolist()},
-        "train": flags("batch lr warmup lr_decay weighting ema flip seed init")
+        "train": flags("optimizer batch lr warmup lr_decay weighting ema flip seed init")
         | {
             "steps": args.steps if args.lr_decay else None,  # else the run can be made longer
             "data": args.data and Path(args.data).resolve().name,
@@ -459,7 +462,10 @@ def main():
         model.load_state_dict(weights.model.state_dict())
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     averages = list(ema.parameters())
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+    if args.optimizer == "muon":
+        optimizer = Muon(model, args.lr)
+    else:
+        optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
     if state:
         checkpoint.restore(state, model, ema, optimizer)
     network = DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD > 1 else model

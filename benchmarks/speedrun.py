@@ -2,9 +2,14 @@
 
     python benchmarks/speedrun.py --data fashion-mnist                      # --quick --no-flip
     python benchmarks/speedrun.py --data fashion-mnist --seed 1 --lr 3e-3   # with flags of train.py
+    python benchmarks/speedrun.py --data fashion-mnist --peer diffusers     # another project
 
 --data is that of frechet.py. The time is that of the whole command train.py, with the start, the
 decoding and the previews. A copy of the checkpoint each minute shows when a distance was reached.
+
+A peer trains for 480 s, without start and decoding, with its own defaults (optimizer, rate,
+loss, average) and a network of its own that is about as large as that of --quick. Its samples come
+from the same sampler. The peers need `pip install -r benchmarks/requirements.txt`.
 """
 
 import argparse
@@ -28,9 +33,11 @@ import frechet  # noqa: E402
 import checkpoint  # noqa: E402
 import export  # noqa: E402
 import sample  # noqa: E402
-from images import to_pixels  # noqa: E402
+from ddpm import Diffusion, linear_betas  # noqa: E402
+from images import from_pixels, to_pixels  # noqa: E402
 
 GOALS = 30, 10  # the distances of which the table says when they were reached
+SECONDS = 480  # of a peer's training
 
 
 def train(data, flags, folder):
@@ -48,6 +55,79 @@ def train(data, flags, folder):
     if process.returncode:
         sys.exit(process.returncode)
     return [*copies, (time.perf_counter() - began, folder / "run" / "checkpoint.pt")]
+
+
+def diffusers_peer():
+    """Return diffusers' training example: (network, Diffusion, loss, optimizer, its average).
+
+    loss takes x0. The average is a pair of functions: one follows a step, one puts it in place.
+    """
+    from diffusers import UNet2DModel
+    from diffusers.training_utils import EMAModel
+
+    unet, diffusion = UNet2DModel(
+        sample_size=32, in_channels=1, out_channels=1, layers_per_block=1,
+        block_out_channels=(32, 64, 64),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    ), Diffusion(linear_betas())  # fmt: skip
+    weights = list(unet.parameters())
+    optimizer = torch.optim.AdamW(weights, 1e-4, betas=(0.95, 0.999), weight_decay=1e-6)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 500, 1, 500)
+    ema = EMAModel(weights, 0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+
+    def network(x, t):
+        return unet(x, t).sample
+
+    def update():
+        warmup.step()
+        ema.step(weights)
+
+    return (
+        network, diffusion, lambda x0: diffusion.loss(network, x0), optimizer,
+        (update, lambda: ema.copy_to(weights)),
+    )  # fmt: skip
+
+
+def lucidrains_peer():
+    """Return the like of denoising-diffusion-pytorch."""
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+    from ema_pytorch import EMA
+
+    process = GaussianDiffusion(Unet(dim=32, dim_mults=(1, 2, 2), channels=1), image_size=32)
+    optimizer = torch.optim.Adam(process.parameters(), 8e-5, betas=(0.9, 0.99))
+    ema = EMA(process, beta=0.995, update_every=10)
+    return (
+        process.model, Diffusion(process.betas, predicts="v"), lambda x0: process((x0 + 1) / 2),
+        optimizer, (ema.update, lambda: process.load_state_dict(ema.ema_model.state_dict())),
+    )  # fmt: skip
+
+
+def train_peer(peer, images):
+    """Train a peer for SECONDS; returns the network, its Diffusion and the number of steps."""
+    torch.manual_seed(0)
+    network, diffusion, loss, optimizer, (update, use_average) = peer()
+    began, steps = time.perf_counter(), 0
+    while time.perf_counter() - began < SECONDS:
+        loss(from_pixels(images[torch.randint(len(images), (64,))])).backward()
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        update()
+        steps += 1
+    use_average()
+    return network, diffusion, steps
+
+
+def peer_distance(network, diffusion, reference, steps, count):
+    """Return the Frechet distance of samples of a peer."""
+    generator, pixels = torch.Generator().manual_seed(0), []
+    for first in range(0, count, 50):
+        shape = min(50, count - first), 1, frechet.SIZE, frechet.SIZE
+        x0 = diffusion.sample(network, shape, steps, "dpm", generator=generator)
+        pixels.append(torch.from_numpy(to_pixels(x0.numpy())))
+    model, test, _ = reference
+    return frechet.frechet_distance(frechet.statistics(model, torch.cat(pixels)), test)
 
 
 def distance(path, reference, steps, count):
@@ -75,15 +155,25 @@ def main():
     )
     parser.add_argument("--data", type=Path, required=True, help="folder with train and test")
     parser.add_argument("--samples", type=int, default=1000, help="[%(default)s]")
+    parser.add_argument("--peer", choices=("diffusers", "lucidrains"), help="train another project")
     args, flags = parser.parse_known_args()
     reference = frechet.reference(args.data)
-    with tempfile.TemporaryDirectory() as folder:
-        copies = train(args.data, ["--quick", "--no-flip", *flags], Path(folder))
-        seconds, last = copies[-1]
-        ten, fifty = (distance(last, reference, steps, args.samples) for steps in (10, 50))
-        curve = [(at, distance(path, reference, 10, args.samples)) for at, path in copies[:-1]]
-        curve.append((seconds, ten))
-        step = checkpoint.read(last)["step"]
+    if args.peer:
+        peer = {"diffusers": diffusers_peer, "lucidrains": lucidrains_peer}[args.peer]
+        network, diffusion, step = train_peer(peer, frechet.read(args.data / "train"))
+        seconds, flags = SECONDS, [args.peer]
+        ten, fifty = (
+            peer_distance(network, diffusion, reference, steps, args.samples) for steps in (10, 50)
+        )
+        curve = [(seconds, ten)]
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            copies = train(args.data, ["--quick", "--no-flip", *flags], Path(folder))
+            seconds, last = copies[-1]
+            ten, fifty = (distance(last, reference, steps, args.samples) for steps in (10, 50))
+            curve = [(at, distance(path, reference, 10, args.samples)) for at, path in copies[:-1]]
+            curve.append((seconds, ten))
+            step = checkpoint.read(last)["step"]
     reached = [next((f"{at:.0f} s" for at, d in curve if d <= goal), "-") for goal in GOALS]
     print("distance in 10 steps, by time:", *(f"{at:.0f} s: {d:.1f}," for at, d in curve))
     commit = subprocess.run(
