@@ -139,8 +139,8 @@ PAPER = dict(
 # --quick: small images after minutes on a CPU. docs/guide.md has measurements.
 QUICK = dict(
     base_channels=16, channel_mults=[1, 2, 4, 4], num_res_blocks=1, attention_resolutions=[],
-    dropout=0.0, predicts="v", weighting="min-snr", optimizer="muon", batch=64, lr=4e-3,
-    lr_decay=True, steps=1300,
+    dropout=0.0, predicts="v", weighting="min-snr", optimizer="muon", batch=64, lr=6e-3,
+    lr_decay=True, steps=1500,
 )  # fmt: skip
 
 # The demo: a network and a schedule that learn it on two CPU cores in under four minutes.
