@@ -87,7 +87,6 @@ def differences(old, new, besides):
     besides: names of settings that may differ.
     """
     was, now = (config["model"] | config["diffusion"] | config["train"] for config in (old, new))
-    was = {"optimizer": "adam"} | was  # older checkpoints do not say so
     different = [(name, was[name], now[name]) for name in now if was[name] != now[name]]
     return [
         (name, "one schedule", "another") if name == "betas" else (name, before, after)

@@ -1,6 +1,6 @@
 """The optimizer of train.py --quick: Muon for the hidden weights, Adam for all other parameters.
 
-    optimizer = Muon(model, lr=4e-3)   # in place of torch.optim.Adam(model.parameters(), lr=2e-3)
+    optimizer = Muon(model, lr=6e-3)   # in place of torch.optim.Adam(model.parameters(), lr=2e-3)
 
 Adam divides the step of each entry of a weight by the size of that entry's gradients. Muon (Jordan
 et al. 2024, kellerjordan.github.io/posts/muon) treats the weight as a matrix, and sets all singular
@@ -16,8 +16,8 @@ import torch
 def orthogonalize(G):
     """Return about U V^T for each matrix G = U S V^T of shape (..., m, n).
 
-    Each iteration applies p(s) = 3.4445 s - 4.775 s^3 + 2.0315 s^5 to the singular values, which
-    brings those from 0.01 to 1 to between 0.7 and 1.2 in five of them.
+    Each of the five iterations applies p(s) = 3.4445 s - 4.775 s^3 + 2.0315 s^5 to the singular
+    values. Together they take all s from 0.002 to 1 to between 0.68 and 1.21.
     """
     X = G / (G.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):

@@ -242,18 +242,6 @@ def test_resumed_run_equals_the_uninterrupted_run(trained, image_folder, tmp_pat
     assert "done" in said and read(tmp_path / "run")["step"] == 12
 
 
-def test_run_of_an_earlier_version_goes_on(trained, image_folder, tmp_path, run):
-    state = read(trained[0] / "run")
-    del state["config"]["train"]["optimizer"]  # it was always Adam
-    (tmp_path / "run").mkdir()
-    torch.save(state, tmp_path / "run" / "checkpoint.pt")
-    words = ["train.py", "--data", image_folder, *TINY, "--steps", 14]
-    said = run(*words, "--optimizer", "muon", cwd=tmp_path, code=1)
-    assert "optimizer was adam, now muon" in said
-    run(*words, cwd=tmp_path)
-    assert read(tmp_path / "run")["step"] == 14
-
-
 @posix
 def test_killed_repeatedly_it_ends_in_the_same_weights(image_folder, tmp_path, run, start):
     """kill -9 at random moments, with a checkpoint at each step: mostly while one is written."""
