@@ -33,7 +33,7 @@ class Muon(torch.optim.Adam):
     root mean square of 0.2 lr, which is about that of Adam's, so one learning rate fits both.
     """
 
-    def __init__(self, model, lr, momentum=0.95):
+    def __init__(self, model, lr, momentum=0.9):
         super().__init__(model.parameters(), lr, fused=True)
         self.momentum = momentum
         equal = defaultdict(list)  # weights of equal shape are stacked, because they are small

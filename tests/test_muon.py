@@ -66,7 +66,7 @@ def test_steps_are_those_of_torch():
     hidden = [p for name, p in model.named_parameters() if is_hidden(name, p)]
     matrices = [torch.nn.Parameter(p.detach().flatten(1).clone()) for p in hidden]
     ours = Muon(model, 1e-3)
-    theirs = torch.optim.Muon(matrices, 1e-3, weight_decay=0, adjust_lr_fn="match_rms_adamw")
+    theirs = torch.optim.Muon(matrices, 1e-3, 0, ours.momentum, adjust_lr_fn="match_rms_adamw")
     for lr in (1e-3, 5e-4, 2e-3):
         before = [p.detach().flatten(1).clone() for p in hidden]
         for p in model.parameters():
