@@ -4,8 +4,8 @@
 
 Adam divides the step of each entry of a weight by the size of that entry's gradients. Muon (Jordan
 et al. 2024, kellerjordan.github.io/posts/muon) treats the weight as a matrix, and sets all singular
-values of its averaged gradient to about 1. So the directions in which gradients are small learn as
-fast as the others, and short runs get further.
+values of its averaged gradient to about 1. Directions with small gradients therefore learn as fast
+as the others, and a short run gets further.
 """
 
 from collections import defaultdict
@@ -29,24 +29,25 @@ def orthogonalize(G):
 class Muon(torch.optim.Adam):
     """Apply Muon to the weights between conv_in and conv_out, and Adam to the other parameters.
 
-    The weight of a convolution counts as a matrix (out, in * height * width). Steps are scaled to a
-    root mean square of 0.2 lr, which is about that of Adam's, so one learning rate fits both.
+    The weight of a convolution counts as a matrix (out, in * height * width). As in Liu et al. 2025
+    (arXiv:2502.16982), steps have a root mean square of about 0.2 lr, which is typical of Adam, so
+    both can share one learning rate.
     """
 
     def __init__(self, model, lr, momentum=0.9):
         super().__init__(model.parameters(), lr, fused=True)
         self.momentum = momentum
-        equal = defaultdict(list)  # weights of equal shape are stacked, because they are small
+        equal = defaultdict(list)  # weights of equal shape are multiplied together, as a stack
         for name, weight in model.named_parameters():
             if weight.ndim > 1 and name not in ("conv_in.weight", "conv_out.weight"):
                 equal[weight.flatten(1).shape].append(weight)
         self.stacks = list(equal.values())
-        self.averages = [w[0].new_zeros(len(w), *shape) for shape, w in equal.items()]
+        self.momenta = [w[0].new_zeros(len(w), *shape) for shape, w in equal.items()]
 
     @torch.no_grad()
     def step(self):
         lr = self.param_groups[0]["lr"]
-        for weights, average in zip(self.stacks, self.averages, strict=True):
+        for weights, average in zip(self.stacks, self.momenta, strict=True):
             gradient = torch.stack([weight.grad.flatten(1) for weight in weights])
             average.lerp_(gradient, 1 - self.momentum)
             steps = orthogonalize(gradient.lerp(average, self.momentum))
@@ -57,9 +58,9 @@ class Muon(torch.optim.Adam):
         super().step()
 
     def state_dict(self):
-        return super().state_dict() | {"muon": self.averages}
+        return super().state_dict() | {"muon": self.momenta}
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        for average, saved in zip(self.averages, state["muon"], strict=True):
+        for average, saved in zip(self.momenta, state["muon"], strict=True):
             average.copy_(saved)

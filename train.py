@@ -136,7 +136,7 @@ PAPER = dict(
     weighting="simple", optimizer="adam", batch=128, lr=2e-4, lr_decay=False, steps=800_000,
 )  # fmt: skip
 
-# --quick: small images after minutes on a CPU. docs/guide.md has measurements.
+# --quick: small images after minutes on a CPU. benchmarks/speedrun.md has measurements.
 QUICK = dict(
     base_channels=16, channel_mults=[1, 2, 4, 4], num_res_blocks=1, attention_resolutions=[],
     dropout=0.0, predicts="v", weighting="min-snr", optimizer="muon", batch=64, lr=6e-3,
@@ -177,7 +177,7 @@ def make_parser():
          help="of the loss: (14), (12), and others; see the manual [%(default)s]")  # fmt: skip
     flag("--batch", type=int, help="images per step, over all GPUs [%(default)s]")
     flag("--accumulate", type=int, default=1, help="parts of a batch, to save memory [%(default)s]")
-    flag("--optimizer", choices=("adam", "muon"), help="muon learns faster [%(default)s]")
+    flag("--optimizer", choices=("adam", "muon"), help="muon suits short runs [%(default)s]")
     flag("--lr", type=float, help="learning rate [%(default)s]")
     flag("--warmup", type=int, help="steps until --lr is reached [min(5000, steps / 20)]")
     flag("--lr-decay", action=switch, help="let --lr fall to 0 at --steps, for short runs")
