@@ -90,7 +90,7 @@ def diffusers_peer():
 
 
 def lucidrains_peer():
-    """Return the like of denoising-diffusion-pytorch."""
+    """Return the same of denoising-diffusion-pytorch, with the settings of its Trainer."""
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
     from ema_pytorch import EMA
 
@@ -119,19 +119,18 @@ def train_peer(peer, images):
     return network, diffusion, steps
 
 
-def peer_distance(network, diffusion, reference, steps, count):
-    """Return the Frechet distance of samples of a peer."""
+def peer_samples(network, diffusion, steps, count):
+    """Return `count` samples of a peer, uint8 (count, 1, 32, 32)."""
     generator, pixels = torch.Generator().manual_seed(0), []
     for first in range(0, count, 50):
         shape = min(50, count - first), 1, frechet.SIZE, frechet.SIZE
         x0 = diffusion.sample(network, shape, steps, "dpm", generator=generator)
         pixels.append(torch.from_numpy(to_pixels(x0.numpy())))
-    model, test, _ = reference
-    return frechet.frechet_distance(frechet.statistics(model, torch.cat(pixels)), test)
+    return torch.cat(pixels)
 
 
-def distance(path, reference, steps, count):
-    """Return the Frechet distance of samples of a checkpoint. reference: of frechet.reference."""
+def samples(path, steps, count):
+    """Return `count` samples of a checkpoint, drawn as sample.py draws, uint8 (count, C, H, W)."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         export.write_onnx(checkpoint.load(path), Path(folder, "model.onnx"))
         network = sample.Network(Path(folder, "model.onnx"), "cpu")
@@ -143,8 +142,7 @@ def distance(path, reference, steps, count):
         ):
             images = to_pixels(x0)
         pixels.append(torch.from_numpy(images))
-    model, test, _ = reference
-    return frechet.frechet_distance(frechet.statistics(model, torch.cat(pixels)), test)
+    return torch.cat(pixels)
 
 
 def main():
@@ -157,21 +155,25 @@ def main():
     parser.add_argument("--samples", type=int, default=1000, help="[%(default)s]")
     parser.add_argument("--peer", choices=("diffusers", "lucidrains"), help="train another project")
     args, flags = parser.parse_known_args()
-    reference = frechet.reference(args.data)
+    classifier, test, _ = frechet.reference(args.data)
+
+    def distance(pixels):
+        return frechet.frechet_distance(frechet.statistics(classifier, pixels), test)
+
     if args.peer:
         peer = {"diffusers": diffusers_peer, "lucidrains": lucidrains_peer}[args.peer]
         network, diffusion, step = train_peer(peer, frechet.read(args.data / "train"))
         seconds, flags = SECONDS, [args.peer]
         ten, fifty = (
-            peer_distance(network, diffusion, reference, steps, args.samples) for steps in (10, 50)
+            distance(peer_samples(network, diffusion, steps, args.samples)) for steps in (10, 50)
         )
         curve = [(seconds, ten)]
     else:
         with tempfile.TemporaryDirectory() as folder:
             copies = train(args.data, ["--quick", "--no-flip", *flags], Path(folder))
             seconds, last = copies[-1]
-            ten, fifty = (distance(last, reference, steps, args.samples) for steps in (10, 50))
-            curve = [(at, distance(path, reference, 10, args.samples)) for at, path in copies[:-1]]
+            ten, fifty = (distance(samples(last, steps, args.samples)) for steps in (10, 50))
+            curve = [(at, distance(samples(path, 10, args.samples))) for at, path in copies[:-1]]
             curve.append((seconds, ten))
             step = checkpoint.read(last)["step"]
     reached = [next((f"{at:.0f} s" for at, d in curve if d <= goal), "-") for goal in GOALS]
