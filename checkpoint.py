@@ -29,6 +29,7 @@ class Trained:
     settings: dict  # the arguments of UNet
     step: int  # the length of the training, 0 if unknown
     source: str  # where the weights come from
+    classes: list  # the names of the classes; empty if the network has none
 
     @property
     def shape(self):
@@ -87,11 +88,12 @@ def differences(old, new, besides):
     besides: names of settings that may differ.
     """
     was, now = (config["model"] | config["diffusion"] | config["train"] for config in (old, new))
-    different = [(name, was[name], now[name]) for name in now if was[name] != now[name]]
+    names = was | now  # a run without classes lacks some
+    different = [(name, was.get(name), now.get(name)) for name in names]
     return [
         (name, "one schedule", "another") if name == "betas" else (name, before, after)
         for name, before, after in different
-        if name not in besides
+        if before != after and name not in besides
     ]
 
 
@@ -109,11 +111,11 @@ def load(path):
         model = UNet(**config["model"]).eval()
         model.load_state_dict(state["ema"])
         source = f"train.py, {config['train']['data'] or 'the demo'}"
-        diffusion = Diffusion(**config["diffusion"])
-        return Trained(model, diffusion, config["model"], state["step"], source)
+        diffusion, classes = Diffusion(**config["diffusion"]), config["train"].get("classes", [])
+        return Trained(model, diffusion, config["model"], state["step"], source, classes)
     if path.is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?<!\.pt)", str(path)):
         from pretrained import from_diffusers
 
         model, settings, diffusion = from_diffusers(path.as_posix())
-        return Trained(model, diffusion, settings, 0, f"diffusers, {path.name}")
+        return Trained(model, diffusion, settings, 0, f"diffusers, {path.name}", [])
     sys.exit(f"{path} does not exist; python train.py writes a checkpoint")
