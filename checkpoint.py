@@ -29,7 +29,7 @@ class Trained:
     settings: dict  # the arguments of UNet
     step: int  # the length of the training, 0 if unknown
     source: str  # where the weights come from
-    classes: list  # the names of the classes; empty if the network has none
+    classes: list | tuple = ()  # the names of the classes, if the network has some
 
     @property
     def shape(self):
@@ -88,8 +88,8 @@ def differences(old, new, besides):
     besides: names of settings that may differ.
     """
     was, now = (config["model"] | config["diffusion"] | config["train"] for config in (old, new))
-    names = was | now  # a run without classes lacks some
-    different = [(name, was.get(name), now.get(name)) for name in names]
+    names = (was | now).keys() - {"num_classes"}  # a run without classes lacks their names
+    different = [(name, was.get(name), now.get(name)) for name in sorted(names)]
     return [
         (name, "one schedule", "another") if name == "betas" else (name, before, after)
         for name, before, after in different
@@ -117,5 +117,5 @@ def load(path):
         from pretrained import from_diffusers
 
         model, settings, diffusion = from_diffusers(path.as_posix())
-        return Trained(model, diffusion, settings, 0, f"diffusers, {path.name}", [])
+        return Trained(model, diffusion, settings, 0, f"diffusers, {path.name}")
     sys.exit(f"{path} does not exist; python train.py writes a checkpoint")

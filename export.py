@@ -8,8 +8,9 @@
     python export.py --to-diffusers my-ddpm         # run/checkpoint.pt for diffusers' DDPMPipeline
 
 Inputs x_t float32 (batch, C, H, W) and t int64 (batch,), output eps float32 (batch, C, H, W); the
-schedule is in the metadata. With classes, a third input is y int64 (batch,), and the metadata has
-their names; the index after the last one stands for "no class". The file is compared with torch before it is put in place.
+schedule is in the metadata. With classes, y int64 (batch,) is a third input, in which the index
+after the last class stands for "no class", and the metadata has their names. The file is compared
+with torch before it is put in place.
 """
 
 import argparse

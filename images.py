@@ -62,10 +62,10 @@ def to_image(pixels):
 def grid(pixels, columns=None, rows=None):
     """Return uint8 pixels (B, C, H, W) as one Pillow image with rows of `columns` images.
 
-    With `rows`, the images fill the grid column by column instead, so that image k is in row
-    k % rows. Without either, the grid is about square. Small images are enlarged.
+    With `rows`, between 1 and B, image k is in row k % rows instead. Without either, the grid is
+    about square. Small images are enlarged.
     """
-    if rows:
+    if rows and 1 < rows < len(pixels):
         columns = math.ceil(len(pixels) / rows)
         missing = (0, rows * columns - len(pixels)), (0, 0), (0, 0), (0, 0)
         pixels = np.pad(pixels, missing, constant_values=255)

@@ -332,22 +332,21 @@ def draw_samples(network, args):
     With classes, they take turns: image k is of the class k % their number, and each has a row in
     the grid. Ctrl-C keeps the batches that are finished.
     """
-    names = args.classes or network.classes
+    names = args.classes or network.classes or [""]
     n = args.n or (min(8 * len(names), GRID) if len(names) > 1 else 64)
-    rows = len(names) if 1 < len(names) < n else None
     began, drawn = time.monotonic(), 0
     shown, frames = [], []  # frames: (x_t, x0_hat) of the first batch at some of the steps
     kept = {-(-k * args.steps // FRAMES) for k in range(FRAMES)} | {args.steps - 1}
     if args.dir:
-        for name in names or [""]:
+        for name in names:
             (args.dir / name).mkdir(parents=True, exist_ok=True)
     try:
         with tqdm(total=-(-n // args.batch) * args.steps, unit="step", mininterval=1) as bar:
             for first in range(0, n, args.batch):
                 shape, model = (min(args.batch, n - first), *network.shape), network
-                if names:
-                    y = [network.classes.index(names[k % len(names)]) for k in range(n)]
-                    y = np.array(y[first : first + args.batch])
+                of_image = [names[k % len(names)] for k in range(first, first + shape[0])]
+                if network.classes:
+                    y = np.array([network.classes.index(name) for name in of_image])
                     model = guided(network, y, args.guidance or 0)
                 chain = sample_progressive(
                     model, noise_of(args.seed, first, shape), network.betas, network.variance,
@@ -358,17 +357,18 @@ def draw_samples(network, args):
                         frames.append((to_pixels(x[:GRID]), to_pixels(x0[:GRID])))
                     bar.update()
                 pixels = to_pixels(x0)
-                for k, image in enumerate(pixels if args.dir else [], first):
-                    name = names[k % len(names)] if names else ""
-                    to_image(image).save(args.dir / name / f"{k:06d}.png")
+                for k, image in enumerate(pixels if args.dir else []):
+                    path = args.dir / of_image[k] / f"{first + k:06d}.png"
+                    to_image(image).save(path)
                 shown.extend(pixels[: GRID - len(shown)])
                 drawn += len(pixels)
     except KeyboardInterrupt:
         if not drawn:
             sys.exit("sample.py: stopped before an image was finished")
-    save_image(args.out, grid(np.stack(shown), rows=rows))
+    save_image(args.out, grid(np.stack(shown), rows=len(names)))
     if args.gif:
-        images = [grid(x, rows=rows) for x in [*(x for x, _ in frames), frames[-1][1]]]
+        shown = [x for x, _ in frames] + [frames[-1][1]]
+        images = [grid(x, rows=len(names)) for x in shown]
         save_animation(args.gif, images, each=3000 // len(frames))
     if args.strip:
         save_image(args.strip, strip(frames))

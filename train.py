@@ -422,8 +422,7 @@ def save_preview(path, ema, diffusion, shape, args):
 
     With classes, each has a row.
     """
-    noise = torch.Generator(args.device).manual_seed(args.seed)
-    rows = len(args.classes) or None
+    noise, rows = torch.Generator(args.device).manual_seed(args.seed), len(args.classes)
     y = torch.arange(36, device=args.device) % rows if rows else None
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
         x0 = diffusion.sample(

@@ -1,52 +1,24 @@
 """Classes and guidance: from sub-folders to samples of a class, by the programs."""
 
 import json
+import re
+import sys
 import types
 
 import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import TINY, read
+from conftest import COLOURS, HERE, TINY, read
 from PIL import Image
 
 import checkpoint
+import data
 import export
 import sample
 import train
 from ddpm import Diffusion, UNet, guided
 from images import read_image
-
-COLOURS = {"blue": (40, 60, 220), "green": (40, 180, 60), "red": (220, 50, 40)}
-SMALL = "--classes --image-size 8 --base-channels 16 --channel-mults 1 2 --num-res-blocks 1".split()
-SMALL += "--attention-resolutions 4 --dropout 0 --batch 32 --lr 4e-3 --lr-decay".split()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Twenty images in each of three sub-folders, of the colour that the folder names."""
-    folder, random = tmp_path_factory.mktemp("classes"), np.random.default_rng(0)
-    for name, colour in COLOURS.items():
-        (folder / name / "deeper").mkdir(parents=True)
-        for k in range(20):
-            pixels = np.array(colour) + random.integers(-30, 31, (8, 8, 3))
-            place = folder / name / ("deeper" if k % 2 else "")
-            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(place / f"{k}.png")
-    (folder / "green" / "broken.png").write_bytes(b"no image")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def coloured(folder, tmp_path_factory):
-    """The run folder of a network that has learnt the three classes, with its model.onnx."""
-    out = tmp_path_factory.mktemp("coloured") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        words = ["train.py", "--data", folder, "--out", out, *SMALL, "--steps", 300]
-        patch.setattr("sys.argv", [*map(str, words)])
-        train.main()
-    export.write_onnx(checkpoint.load(out), out / "model.onnx")
-    return out
-
 
 def cells(path, rows):
     """The names of the colours in a grid of `rows` rows: a list for each row, None if empty."""
@@ -96,8 +68,8 @@ def test_one_class_fills_a_square(coloured, tmp_path, run):
     assert cells(tmp_path / "samples.png", 3) == [["green"] * 3] * 3
 
 
-def test_interpolation_within_a_class(coloured, folder, tmp_path, run):
-    ends = folder / "red" / "0.png", folder / "blue" / "0.png"
+def test_interpolation_within_a_class(coloured, class_folder, tmp_path, run):
+    ends = class_folder / "red" / "0.png", class_folder / "blue" / "0.png"
     flags = ["--class", "green", "--guidance", 3, "--t", 990, "--interpolate", *ends]
     run("sample.py", "--onnx", coloured / "model.onnx", *flags, cwd=tmp_path)
     assert cells(tmp_path / "samples.png", 1) == [["red", *["green"] * 11, "blue"]]
@@ -129,16 +101,16 @@ def test_file_has_a_third_input(kind, coloured, tmp_path, capsys):
     assert json.loads(names) == list(COLOURS)
 
 
-def test_bound_is_given_the_class(coloured, folder, tmp_path, run):
+def test_bound_is_given_the_class(coloured, class_folder, tmp_path, run):
     trained = checkpoint.load(coloured)
-    said = run("evaluate.py", "--data", folder, "--checkpoint", coloured, "--images", 6,
+    said = run("evaluate.py", "--data", class_folder, "--checkpoint", coloured, "--images", 6,
                "--out", "curve", cwd=tmp_path)  # fmt: skip
     bits = float(said.split("total")[1].split()[0])
     assert "given their classes" in said
     trained.classes, load = [], checkpoint.load  # the same without classes is worse
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "load", lambda path: trained if path else load(path))
-        said = run("evaluate.py", "--data", folder, "--checkpoint", coloured, "--images", 6,
+        said = run("evaluate.py", "--data", class_folder, "--checkpoint", coloured, "--images", 6,
                    "--out", "curve", cwd=tmp_path)  # fmt: skip
     assert float(said.split("total")[1].split()[0]) > bits + 0.01
 
@@ -209,8 +181,8 @@ def test_a_tenth_of_the_labels_is_dropped(monkeypatch):
     assert torch.equal(torch.cat(seen), whole[:200])
 
 
-def test_resumed_run_equals_the_uninterrupted_run(folder, tmp_path, run):
-    flags = ["--data", folder, *TINY, "--classes"]
+def test_resumed_run_equals_the_uninterrupted_run(class_folder, tmp_path, run):
+    flags = ["--data", class_folder, *TINY, "--classes"]
     run("train.py", *flags, "--steps", 12, "--out", "whole", cwd=tmp_path)
     run("train.py", *flags, "--steps", 5, "--warmup", 1, "--out", "parts", cwd=tmp_path)
     run("train.py", *flags, "--steps", 12, "--out", "parts", cwd=tmp_path)
@@ -218,14 +190,14 @@ def test_resumed_run_equals_the_uninterrupted_run(folder, tmp_path, run):
     parts, other = read(tmp_path / "parts"), read(tmp_path / "other")
     assert all(torch.equal(parts["ema"][name], other["ema"][name]) for name in other["ema"])
     assert other["config"]["train"]["classes"] == list(COLOURS)
-    said = run("train.py", "--data", folder, *TINY, "--steps", 12, "--out", "whole", cwd=tmp_path,
+    said = run("train.py", "--data", class_folder, *TINY, "--steps", 12, "--out", "whole", cwd=tmp_path,
                code=1)  # fmt: skip
-    assert "num_classes was 3, now None" in said
+    assert "classes was ['blue', 'green', 'red'], now None" in said
 
 
-def test_weights_without_classes_learn_some(folder, tmp_path, run):
+def test_weights_without_classes_learn_some(class_folder, tmp_path, run):
     """They begin as they are; classes of the same names continue with their own rows."""
-    flags = ["--data", folder, *TINY]
+    flags = ["--data", class_folder, *TINY]
     run("train.py", *flags, "--steps", 3, "--out", "plain", cwd=tmp_path)
     said = run("train.py", *flags, "--classes", "--init", "plain", "--steps", 1, "--lr", 0,
                "--out", "classes", cwd=tmp_path)  # fmt: skip
@@ -240,8 +212,8 @@ def test_weights_without_classes_learn_some(folder, tmp_path, run):
     assert "--classes is needed" in said
 
 
-def test_folders_that_are_no_classes_are_one_line(folder, image_folder, tmp_path, run):
-    for path, said in ((image_folder, "outside of its sub-folders"), (folder / "red", "outside of")):
+def test_folders_that_are_no_classes_are_one_line(class_folder, image_folder, tmp_path, run):
+    for path, said in ((image_folder, "outside of its sub-folders"), (class_folder / "red", "outside of")):
         assert said in run("train.py", "--data", path, "--classes", cwd=tmp_path, code=1)
     (tmp_path / "one" / "red").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "one" / "red" / "0.png")
@@ -264,3 +236,25 @@ def test_names_that_are_no_classes_are_one_line(coloured, trained, image_folder,
         assert "has no classes" in said
     said = run("evaluate.py", "--data", image_folder, "--checkpoint", coloured, cwd=tmp_path, code=1)
     assert "is not a class of the network" in said
+
+
+def test_lines_for_torchvision_make_a_folder_of_classes(tmp_path, monkeypatch):
+    """The manual's lines, on a data set with the interface of torchvision's."""
+
+    class Fake(list):
+        classes = ["T-shirt/top", "bag"]
+
+        def __init__(self, root, train, download):
+            super().__init__((Image.new("L", (28, 28), k), k % 2) for k in range(5))
+
+    lines = re.search(r"```python\n(from pathlib.*?)```", (HERE / "docs/guide.md").read_text(), re.S)
+    fake = types.ModuleType("torchvision.datasets")
+    fake.CIFAR10 = Fake
+    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", fake)
+    monkeypatch.chdir(tmp_path)
+    exec(lines.group(1), {})
+    classes = data.class_names("cifar10")
+    assert classes == ["T-shirt or top", "bag"]
+    images, labels = data.read_labelled("cifar10", 8, None, None, classes)
+    assert labels.tolist() == [0, 0, 0, 1, 1] and images[:, 0, 0, 0].tolist() == [0, 2, 4, 1, 3]
