@@ -265,7 +265,7 @@ def arguments():
     flag("--guidance", type=float, help="w: makes images more typical of their class [0]")
     flag("--device", default="auto", choices=("auto", "cuda", "cpu"), help="[%(default)s]")
     args = parser.parse_args()
-    if min(args.n or 1, args.batch) < 1 or args.seed < 0:
+    if min(args.batch, 1 if args.n is None else args.n) < 1 or args.seed < 0:
         parser.error("-n and --batch must be at least 1, and --seed at least 0")
     if (args.n or 1) > GRID and not args.dir and not args.interpolate:
         parser.error(f"-n {args.n} needs --dir, because --out shows at most {GRID} images")

@@ -654,19 +654,19 @@ def test_generator_fixes_the_samples():
 
 # ------------------------------------------------------------------------------------- the guidance
 
-# Two classes in one dimension: class k has the share SHARES[k] and is N(M[k], S[k]^2).
-SHARES, M, S = torch.tensor([[0.3, 0.7], [-0.4, 0.5], [0.2, 0.1]], dtype=torch.float64)
+# Two classes in one dimension: class k has the share SHARES[k] and is N(MEANS[k], STDS[k]^2).
+SHARES, MEANS, STDS = torch.tensor([[0.3, 0.7], [-0.4, 0.5], [0.2, 0.1]], dtype=torch.float64)
 
 
 def log_joint(x, abar):
     """log p_t(x, y) for each class y, (..., 2)."""
-    normal = torch.distributions.Normal(abar.sqrt() * M, (abar * S**2 + 1 - abar).sqrt())
+    normal = torch.distributions.Normal(abar.sqrt() * MEANS, (abar * STDS**2 + 1 - abar).sqrt())
     return SHARES.log() + normal.log_prob(x[..., None])
 
 
 def exact_eps_at(x, abar, y=None):
     """E[eps | x_t = x], given the class y or without one, in closed form. Shaped like x."""
-    eps = (1 - abar).sqrt() * (x[..., None] - abar.sqrt() * M) / (abar * S**2 + 1 - abar)
+    eps = (1 - abar).sqrt() * (x[..., None] - abar.sqrt() * MEANS) / (abar * STDS**2 + 1 - abar)
     weights = log_joint(x, abar).softmax(-1)
     if y is not None:
         weights = torch.nn.functional.one_hot(y, 2)[:, None, None, None]
@@ -707,7 +707,8 @@ def test_guided_samples_are_those_of_a_fine_solution(sampler, error):
         return eps * log_sigma.exp()
 
     ends = -PAPER.alphas_bar[[-1, 0]].logit() / 2
-    grid, x = torch.linspace(*ends.tolist(), 1001, dtype=torch.float64), x_T / PAPER.alphas_bar[-1].sqrt()
+    grid = torch.linspace(*ends.tolist(), 1001, dtype=torch.float64)
+    x = x_T / PAPER.alphas_bar[-1].sqrt()
     h = grid[1] - grid[0]
     for u in grid[:-1]:
         k1 = slope(x, u)

@@ -123,21 +123,23 @@ def draw_field(path, diffusion, model):
 
 
 def draw_guidance(path, diffusion, model):
-    """Save guidance.png: eps with and without a class, and guided samples of both classes.
+    """Save the direction of guidance at one t, and guided samples of both moons.
 
-    Prints how many samples are off their own moon, and how wide its spread is.
+    Prints how many samples are off their own moon, and the root of the trace of their covariance.
     """
     figure = Figure(figsize=(10, 2.9), layout="constrained")
     field, *panels = figure.subplots(1, 4)
     ticks, i = torch.linspace(-1.1, 1.1, 12), 200
     grid = torch.cartesian_prod(ticks, ticks)[..., None, None]
-    t, y = torch.full((len(grid),), i), torch.ones(len(grid), dtype=torch.int64)
+    t, upper = torch.full((len(grid),), i), torch.ones(len(grid), dtype=torch.int64)
     with torch.no_grad():
-        none, upper = model(grid, t), model(grid, t, y)
-    field.scatter(*diffusion.q_sample(moons(500), torch.full((500,), i), torch.randn(500, 2, 1, 1)).flatten(1).T, 2, "0.8")
-    for eps, colour in ((none, "0.4"), (upper, "tab:orange")):
-        field.quiver(*grid.flatten(1).T, *-eps.flatten(1).T, scale=20, width=0.006, color=colour)
-    field.set_title(f"-eps at t = {i}", fontsize=10)
+        arrows = (model(grid, t) - model(grid, t, upper)).flatten(1)
+    x0, y = labelled_moons(1000)
+    x_t = diffusion.q_sample(x0, torch.full((1000,), i), torch.randn(1000, 2, 1, 1)).flatten(1)
+    for k, colour in ((1, "tab:orange"), (0, "tab:blue")):
+        field.scatter(*x_t[y == k].T, 2, color=colour, alpha=0.3)
+    field.quiver(*grid.flatten(1).T, *arrows.T, scale=12, width=0.007)
+    field.set_title(f"the difference at t = {i}", fontsize=10)
     y = torch.arange(1000) % 2
     for axes, w in zip(panels, (0, 1, 4), strict=True):
         torch.manual_seed(1)

@@ -32,7 +32,8 @@ TINY = "--image-size 8 --base-channels 8 --channel-mults 1 2 --num-res-blocks 1 
 TINY += ["--attention-resolutions", "4"]
 COLOURS = {"blue": (40, 60, 220), "green": (40, 180, 60), "red": (220, 50, 40)}
 CLASSES = "--classes --image-size 8 --base-channels 16 --channel-mults 1 2 --num-res-blocks 1".split()
-CLASSES += "--attention-resolutions 4 --dropout 0 --batch 32 --lr 4e-3 --lr-decay".split()
+CLASSES += "--attention-resolutions 4 --dropout 0 --batch 32 --lr-decay --no-flip".split()
+CLASSES += "--predicts v --weighting min-snr --optimizer muon --lr 6e-3".split()
 MAINS = {f"{module.__name__}.py": module.main for module in (train, evaluate, export, sample)}
 
 
@@ -192,7 +193,7 @@ def coloured(class_folder, tmp_path_factory):
     """The run folder of a network that has learnt the three classes, with its model.onnx."""
     out = tmp_path_factory.mktemp("coloured") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        words = ["train.py", "--data", class_folder, "--out", out, *CLASSES, "--steps", 300]
+        words = ["train.py", "--data", class_folder, "--out", out, *CLASSES, "--steps", 500]
         patch.setattr("sys.argv", [*map(str, words)])
         train.main()
     export.write_onnx(checkpoint.load(out), out / "model.onnx")
