@@ -29,6 +29,7 @@ class Trained:
     settings: dict  # the arguments of UNet
     step: int  # the length of the training, 0 if unknown
     source: str  # where the weights come from
+    classes: list | tuple = ()  # the names of the classes, if the network has some
 
     @property
     def shape(self):
@@ -87,11 +88,12 @@ def differences(old, new, besides):
     besides: names of settings that may differ.
     """
     was, now = (config["model"] | config["diffusion"] | config["train"] for config in (old, new))
-    different = [(name, was[name], now[name]) for name in now if was[name] != now[name]]
+    names = (was | now).keys() - {"num_classes"}  # a run without classes lacks their names
+    different = [(name, was.get(name), now.get(name)) for name in sorted(names)]
     return [
         (name, "one schedule", "another") if name == "betas" else (name, before, after)
         for name, before, after in different
-        if name not in besides
+        if before != after and name not in besides
     ]
 
 
@@ -109,8 +111,8 @@ def load(path):
         model = UNet(**config["model"]).eval()
         model.load_state_dict(state["ema"])
         source = f"train.py, {config['train']['data'] or 'the demo'}"
-        diffusion = Diffusion(**config["diffusion"])
-        return Trained(model, diffusion, config["model"], state["step"], source)
+        diffusion, classes = Diffusion(**config["diffusion"]), config["train"].get("classes", [])
+        return Trained(model, diffusion, config["model"], state["step"], source, classes)
     if path.is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?<!\.pt)", str(path)):
         from pretrained import from_diffusers
 

@@ -47,6 +47,26 @@ def image_files(folder, without=None):
     return images, sorted(set(paths) - set(images))
 
 
+def class_of(path, folder):
+    """Return the name of the sub-folder of `folder` that the file is in, "" if it is in none."""
+    parts = Path(path).relative_to(folder).parts
+    return parts[0] if len(parts) > 1 else ""
+
+
+def class_names(folder, without=None):
+    """Return the names of the classes, sorted: the sub-folders that have images in them.
+
+    Exits if there are images outside of the sub-folders, or fewer than two classes.
+    """
+    paths, _ = image_files(folder, without)
+    names = sorted({class_of(path, folder) for path in paths})
+    if "" in names:
+        sys.exit(f"--classes: {folder} has images outside of its sub-folders, which are the classes")
+    if len(names) < 2:
+        sys.exit(f"--classes: {folder} needs two sub-folders with images or more, one for each class")
+    return names
+
+
 def in_processes(function, paths):
     """Yield function(path) for each path in order, computed on all cores."""
     if len(paths) < 256:  # it takes longer to start the processes
@@ -80,7 +100,7 @@ def try_to_read(path, size, channels):
 
 
 def decode(paths, others, size, channels, file):
-    """Write the images to an .npy file: uint8 (N, channels, size, size).
+    """Write the images to an .npy file: uint8 (N, channels, size, size). Returns the paths of them.
 
     channels: 1 or 3, or None for 3 if any image is in colour. Unreadable files, and the `others`
     without the suffix of an image, are counted, and the first three of each are named. Exits if no
@@ -92,25 +112,36 @@ def decode(paths, others, size, channels, file):
     warnings.filterwarnings("ignore", module="PIL")  # what can't be read is said below
     if channels is None:
         channels = 3 if any(in_processes(has_colour, paths)) else 1
-    read, broken = functools.partial(try_to_read, size=size, channels=channels), []
+    read, good, broken = functools.partial(try_to_read, size=size, channels=channels), [], []
     header = {"shape": (len(paths), channels, size, size), "fortran_order": False, "descr": "|u1"}
     with open(file, "wb") as out:
         npy.write_array_header_1_0(out, header)
         decoded = in_processes(read, paths)
         bar = tqdm(decoded, "decoding", len(paths), unit=" images", mininterval=1, leave=False)
-        for pixels, error in bar:
+        for path, (pixels, error) in zip(paths, bar, strict=True):
             if error:
                 broken.append(error)
             else:
+                good.append(path)
                 out.write(pixels)
         out.seek(0)
-        header["shape"] = len(paths) - len(broken), channels, size, size
+        header["shape"] = len(good), channels, size, size
         npy.write_array_header_1_0(out, header)  # numpy keeps its length the same for any N
     if broken:
         print(f"left out {len(broken):,} of {len(paths):,} files, which can't be read:")
         print("\n".join(f"  {line}" for line in broken[:3]))
-    if len(broken) == len(paths):
+    if not good:
         sys.exit("there is no image that can be read")
+    return good
+
+
+def labels_of(paths, folder, classes):
+    """Return the index of each file's class in a list of names, int64 (N,). Exits if it has none."""
+    index = {name: k for k, name in enumerate(classes)}
+    names = [class_of(path, folder) for path in paths]
+    if unknown := sorted(set(names) - index.keys()):
+        sys.exit(f"{folder}: {unknown[0] or 'no sub-folder'} is not a class of the network")
+    return np.array([index[name] for name in names])
 
 
 def read_folder(folder, size, channels=None, most=None):
@@ -118,17 +149,25 @@ def read_folder(folder, size, channels=None, most=None):
 
     channels: C, 1 or 3, or None for 3 if any image is in colour. Exits if no image can be read.
     """
+    return read_labelled(folder, size, channels, most, None)[0]
+
+
+def read_labelled(folder, size, channels, most, classes):
+    """Return the same as read_folder and, for a list of class names, the labels, int64 (N,).
+
+    A label is the index of the sub-folder in the list. Exits if an image is in none of them.
+    """
     paths, others = image_files(folder)
     if most is not None and most < len(paths):
         paths = [paths[i * len(paths) // most] for i in range(most)]
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary, "images.npy")
-        decode(paths, others, size, channels, file)
-        return np.load(file)
+        good = decode(paths, others, size, channels, file)
+        return np.load(file), labels_of(good, folder, classes) if classes else None
 
 
-def cached_folder(folder, size, channels, out):
-    """Return read_folder(folder, size, channels), memory-mapped from a file in the folder `out`.
+def cached_folder(folder, size, channels, out, classes=None):
+    """Return the same as read_labelled, with the images memory-mapped from a file in `out`.
 
     The images are decoded once. The name of the file depends on the size, and on the names, sizes
     and times of the image files.
@@ -139,14 +178,20 @@ def cached_folder(folder, size, channels, out):
     key = repr((size, states)).encode(errors="surrogateescape")
     file = out / f"images-{hashlib.blake2b(key, digest_size=8).hexdigest()}.npy"
     of_run = (channels,) if channels else (1, 3)
-    if not file.exists() or np.load(file, mmap_mode="r").shape[1] not in of_run:
-        old = list(out.glob("images-*.npy"))
+    labels = file.with_suffix(".labels.npy")
+    files = [labels, file] if classes else [file]
+    exist = all(map(Path.exists, files))
+    if not exist or np.load(file, mmap_mode="r").shape[1] not in of_run:
+        old = set(out.glob("images-*.npy"))
         with tempfile.TemporaryDirectory(prefix="images-", dir=out) as temporary:
-            decode(paths, others, size, channels, Path(temporary, file.name))
-            os.replace(Path(temporary, file.name), file)
-        for other in set(old) - {file}:
+            good = decode(paths, others, size, channels, Path(temporary, file.name))
+            if classes:
+                np.save(Path(temporary, labels.name), labels_of(good, folder, classes))
+            for new in files:
+                os.replace(Path(temporary, new.name), new)
+        for other in old - set(files):
             other.unlink(missing_ok=True)  # another machine may do the same
-    return np.load(file, mmap_mode="c")
+    return np.load(file, mmap_mode="c"), np.load(labels) if classes else None
 
 
 def fingerprint(images):

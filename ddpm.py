@@ -5,6 +5,7 @@ It presents the method in this order:
     linear_betas, cosine_betas   how much noise each of the T steps adds
     Diffusion                    q, its posterior, the loss, the variational bound, the samplers
     UNet                         eps_theta(x_t, t), the paper's network
+    guided                       classifier-free guidance, for a network with classes
 
     diffusion, model = Diffusion(linear_betas()), UNet()
     diffusion.loss(model, x0).backward()                 # Algorithm 1, one step
@@ -426,6 +427,7 @@ class UNet(nn.Module):
     attention_resolutions: sizes in pixels of the levels whose blocks end in attention; the middle
         always has attention.
     dropout: probability of dropping an activation in a residual block.
+    num_classes: with classes, the network takes a third argument; the paper's network has none.
     norm_groups: groups of each group norm. The default gcd(32, base_channels / 4) is the paper's 32
         at its 128 channels, and fewer in narrow networks, so that a group has at least 4 channels.
 
@@ -442,6 +444,7 @@ class UNet(nn.Module):
         attention_resolutions=(16,),
         dropout=0.1,
         norm_groups=None,
+        num_classes=0,
     ):
         super().__init__()
         self.factor = 2 ** (len(channel_mults) - 1)
@@ -460,6 +463,7 @@ class UNet(nn.Module):
             )
         groups = math.gcd(32, base_channels // 4) if norm_groups is None else norm_groups
         self.image_size, self.base_channels = image_size, base_channels
+        self.num_classes = num_classes
         time_channels = 4 * base_channels
 
         def res_block(in_channels, out_channels, attention):
@@ -469,8 +473,10 @@ class UNet(nn.Module):
             nn.Linear(base_channels, time_channels),
             nn.SiLU(),
             nn.Linear(time_channels, time_channels),
-            nn.SiLU(),  # every residual block applies it to the embedding; done once, here
         )
+        if num_classes:  # the last row means "no class"
+            self.class_embedding = nn.Embedding(num_classes + 1, time_channels)
+            nn.init.zeros_(self.class_embedding.weight)
         self.conv_in = nn.Conv2d(in_channels, base_channels, 3, padding=1)
 
         ch, size = base_channels, image_size
@@ -518,12 +524,20 @@ class UNet(nn.Module):
                 nn.init.xavier_uniform_(module.out.weight, gain=1e-5)
         nn.init.xavier_uniform_(self.conv_out.weight, gain=1e-5)
 
-    def forward(self, x_t, t):
-        """Predict the noise in x_t (B, C, H, W) at t (B,), int64. The result is shaped like x_t."""
+    def forward(self, x_t, t, y=None):
+        """Predict the noise in x_t (B, C, H, W) at t (B,), int64. The result is shaped like x_t.
+
+        y: for a network with classes, their indices (B,), int64. num_classes stands for "no class",
+            and so does None.
+        """
         height, width = x_t.shape[2:]
         if height % self.factor or width % self.factor:
             raise ValueError(f"{height}x{width}: both must be multiples of {self.factor}")
         temb = self.time_mlp(timestep_embedding(t, self.base_channels))
+        if self.num_classes:
+            y = torch.full_like(t, self.num_classes) if y is None else y
+            temb = temb + self.class_embedding(y)
+        temb = F.silu(temb)  # every residual block applies it to the embedding; done once, here
         h = self.conv_in(x_t)
         skips = [h]
         for level in self.down:
@@ -537,3 +551,19 @@ class UNet(nn.Module):
                 h = block(torch.cat([h, skips.pop()], 1), temb)
             h = upsample(h)
         return self.conv_out(F.silu(self.norm_out(h)))
+
+
+def guided(model, y, w):
+    """Return (1 + w) model(x_t, t, y) - w model(x_t, t), as a function of (x_t, t).
+
+    Classifier-free guidance of Ho and Salimans 2022 (arXiv:2207.12598, eq. 6). y: classes (B,).
+    w: 0 samples the class as it is, and larger values sample what is more typical of it. Others
+    count the scale s = 1 + w, as diffusers' guidance_scale does, so that no guidance is s = 1.
+    """
+
+    def guided_model(x_t, t):
+        # Whatever the model predicts, eps = a_t x_t + b_t output. The weights add up to 1, so the
+        # same combination of eps has the same a_t x_t.
+        return (1 + w) * model(x_t, t, y) - w * model(x_t, t)
+
+    return guided_model

@@ -10,6 +10,7 @@ paper's figure 5) as rate-distortion.csv and .png. Each image takes T passes of 
 import argparse
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
-from data import demo_images, read_folder
+from data import demo_images, read_labelled
 from ddpm import Bound, Diffusion
 from images import from_pixels, save_plot
 
@@ -57,14 +58,14 @@ def main():
     trained = checkpoint.load(args.checkpoint)
     channels, size, _ = trained.shape
     if args.data is not None:
-        images = read_folder(args.data, size, channels, args.images)
+        images, labels = read_labelled(args.data, size, channels, args.images, trained.classes)
     elif trained.shape == (3, 8, 8):
-        images = demo_images()
+        images, labels = demo_images(), None
     else:
         sys.exit("evaluate.py: --data must be a folder of images that the network has not seen")
     images = torch.from_numpy(images)
     random = torch.Generator().manual_seed(args.seed)  # so that the first ones are like the rest
-    images = images[torch.randperm(len(images), generator=random)][: args.images]
+    order = torch.randperm(len(images), generator=random)[: args.images]
     path = Path(args.checkpoint)
     out = args.out or (path if path.is_dir() else path.parent if path.exists() else Path())
     out.mkdir(parents=True, exist_ok=True)
@@ -75,22 +76,25 @@ def main():
     variance = args.variance or trained.diffusion.variance
     diffusion = Diffusion(trained.diffusion.betas, variance, trained.diffusion.predicts)
     noise, bounds = torch.Generator(device).manual_seed(args.seed), []
-    total = len(images) * diffusion.T
+    total = len(order) * diffusion.T
     with tqdm(total=total, unit=" passes", unit_scale=True, mininterval=1) as bar:
 
-        def network(x_t, t):
+        def network(x_t, t, y):
             bar.update(len(x_t))
-            return model(x_t, t)
+            return model(x_t, t, y)
 
-        for batch in images.split(args.batch):
-            bounds.append(diffusion.vlb(network, from_pixels(batch.to(device)), noise))
+        for part in order.split(args.batch):
+            y = None if labels is None else torch.from_numpy(labels)[part].to(device)
+            x0 = from_pixels(images[part].to(device))
+            bounds.append(diffusion.vlb(partial(network, y=y), x0, noise))
             bar.set_postfix_str(f"{bounds[-1].total.mean():.3f} bits/dim in the last batch")
 
     bound = Bound(*map(torch.cat, zip(*bounds, strict=True)))
     n, (L_t, rate, rmse) = len(bound.total), rate_distortion(bound)
     error = f" +- {bound.total.std() / math.sqrt(n):.4f} (standard error)" if n > 1 else ""
     step = f" (step {trained.step:,})" if trained.step else ""
-    print(f"{path}{step} on {n:,} images of {args.data or 'the demo'}, bits per dimension")
+    given = ", given their classes" if trained.classes else ""
+    print(f"{path}{step} on {n:,} images of {args.data or 'the demo'}{given}, bits per dimension")
     print(f"  L_T                  {bound.L_T.mean():8.6f}")
     print(f"  L_1 + .. + L_T-1     {L_t[1:].sum():8.4f}    the rate")
     print(f"  L_0                  {L_t[0]:8.4f}    the distortion")

@@ -8,7 +8,9 @@
     python export.py --to-diffusers my-ddpm         # run/checkpoint.pt for diffusers' DDPMPipeline
 
 Inputs x_t float32 (batch, C, H, W) and t int64 (batch,), output eps float32 (batch, C, H, W); the
-schedule is in the metadata. The file is compared with torch before it is put in place.
+schedule is in the metadata. With classes, y int64 (batch,) is a third input, in which the index
+after the last class stands for "no class", and the metadata has their names. The file is compared
+with torch before it is put in place.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import shlex
 import sys
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -69,8 +72,8 @@ class Eps(torch.nn.Module):
         super().__init__()
         self.model, self.diffusion = model, diffusion
 
-    def forward(self, x_t, t):
-        return self.diffusion.predict_eps(self.model, x_t, t)
+    def forward(self, x_t, t, y=None):
+        return self.diffusion.predict_eps(partial(self.model, y=y), x_t, t)
 
 
 def to_onnx(trained, model):
@@ -80,17 +83,17 @@ def to_onnx(trained, model):
     "down.0.0.conv1/Conv_20". Nothing in the file comes from this machine.
     """
     # The example has a batch of two: the exporter would take 1 for a constant.
-    example = (torch.zeros(2, *trained.shape), torch.zeros(2, dtype=torch.int64))
-    batch = torch.export.Dim("batch")
+    example = torch.zeros(2, *trained.shape), torch.zeros(2, dtype=torch.int64), *labels(trained, 2)
+    names, batch = ["x_t", "t", "y"][: len(example)], torch.export.Dim("batch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
             Eps(model, trained.diffusion),
             example,
-            input_names=["x_t", "t"],
+            input_names=names,
             output_names=["eps"],
-            dynamic_shapes={"x_t": {0: batch}, "t": {0: batch}},
+            dynamic_shapes=[{0: batch} for _ in names],
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
@@ -115,16 +118,24 @@ def to_onnx(trained, model):
         "ddpm.step": str(trained.step),
         "ddpm.source": trained.source,
     }
+    if trained.classes:
+        metadata["ddpm.classes"] = json.dumps(trained.classes)
     onnx.helper.set_model_props(proto, metadata)
     return proto
 
 
+def labels(trained, batch):
+    """Return (y,) with the classes in turns, "no class" among them, or () without classes."""
+    return (torch.arange(batch) % (len(trained.classes) + 1),) if trained.classes else ()
+
+
 def eps_of(path):
-    """Return eps(x_t, t), torch tensors in and out, of an ONNX file on the CPU."""
+    """Return eps(x_t, t) or eps(x_t, t, y), on torch tensors, of an ONNX file on the CPU."""
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
 
-    def eps(x_t, t):
-        return torch.from_numpy(session.run(["eps"], {"x_t": x_t.numpy(), "t": t.numpy()})[0])
+    def eps(*inputs):
+        feeds = zip(("x_t", "t", "y"), (tensor.numpy() for tensor in inputs), strict=False)
+        return torch.from_numpy(session.run(["eps"], dict(feeds))[0])
 
     return eps
 
@@ -152,14 +163,14 @@ class Half(torch.nn.Module):
         first.register_forward_hook(lambda module, args, h: h.half())
         last.register_forward_pre_hook(lambda module, args: (args[0].half(), args[1]))
 
-    def forward(self, x_t, t):
-        return self.model(x_t, t).float()
+    def forward(self, x_t, t, y=None):
+        return self.model(x_t, t, y).float()
 
 
 def quantize(exact, path, chain):
     """Write a float32 file again with 8-bit integers in most of its convolutions and products.
 
-    chain: [(x_t, t)], what the network sees while it samples; the ranges of the activations are
+    chain: [(x_t, t) or (x_t, t, y)], what the network sees while it samples; the ranges of the activations are
     calibrated on it. The first and the last layer, the first block and the shortcuts stay float32:
     they take little of the time and cause most of the error.
     """
@@ -175,7 +186,10 @@ def quantize(exact, path, chain):
     ]
 
     class Reader(CalibrationDataReader):
-        feeds = iter([{"x_t": x.numpy(), "t": t.numpy()} for x, t in chain])
+        feeds = iter([
+            {name: tensor.numpy() for name, tensor in zip(("x_t", "t", "y"), inputs, strict=False)}
+            for inputs in chain
+        ])  # fmt: skip
 
         def get_next(self):
             return next(self.feeds, None)
@@ -195,7 +209,7 @@ def switch(precise, quick, first):
     merged = onnx.ModelProto()
     merged.CopyFrom(precise)
     del merged.graph.node[:], merged.graph.initializer[:], merged.graph.value_info[:]
-    branches = []  # of an If; they see the inputs x_t and t by name
+    branches = []  # of an If; they see the inputs by name
     for model in (precise, quick):
         branch = onnx.GraphProto()
         branch.CopyFrom(model.graph)
@@ -213,24 +227,25 @@ def switch(precise, quick, first):
 
 
 def drawn_by(trained):
-    """Return eight images that the network draws in 25 steps, and what it saw: [(x_t, t)]."""
+    """Return eight images that the network draws in 25 steps, and all its inputs meanwhile."""
+    y = labels(trained, 8)
     chain = list(
         trained.diffusion.sample_progressive(
-            trained.model, (8, *trained.shape), min(25, trained.diffusion.T), "dpm",
-            generator=torch.Generator().manual_seed(0),
+            lambda x_t, t: trained.model(x_t, t, *y), (8, *trained.shape),
+            min(25, trained.diffusion.T), "dpm", generator=torch.Generator().manual_seed(0),
         )
     )  # fmt: skip
-    return chain[-1][2], [(x_t, torch.full((8,), t)) for t, x_t, _ in chain]
+    return chain[-1][2], [(x_t, torch.full((8,), t), *y) for t, x_t, _ in chain]
 
 
-def relative_errors(eps, exact, diffusion, x0):
+def relative_errors(eps, exact, diffusion, x0, *y):
     """Return {t: the rms difference of two networks over the rms of eps}, for x_t of x0 by (4)."""
     random, errors = torch.Generator().manual_seed(1), {}
     for i in (*(t for t in TIMES if t < diffusion.T - 1), diffusion.T - 1):
         t = torch.full((len(x0),), i)
         x_t = diffusion.q_sample(x0, t, torch.randn(x0.shape, generator=random))
-        expected = exact(x_t, t)
-        error = (eps(x_t, t) - expected).square().mean() / expected.square().mean()
+        expected = exact(x_t, t, *y)
+        error = (eps(x_t, t, *y) - expected).square().mean() / expected.square().mean()
         errors[i] = error.sqrt().item()
     return errors
 
@@ -247,7 +262,8 @@ def reduce_precision(trained, exact, path, kind):
         onnx.save(to_onnx(trained, Half(trained.model)), path)
     else:
         quantize(exact, path, chain)
-    errors = relative_errors(eps_of(path), eps_of(exact), trained.diffusion, x0)
+    y = labels(trained, len(x0))
+    errors = relative_errors(eps_of(path), eps_of(exact), trained.diffusion, x0, *y)
     bad = [t for t, error in errors.items() if not error < REDUCED_TOLERANCE]
     if bad and (kind == "half" or bad[-1] >= trained.diffusion.T // 4):
         sys.exit(f"--{kind} changes eps by {errors[bad[-1]]:.0%} at t = {bad[-1]}; nothing written")
@@ -273,7 +289,8 @@ def write_onnx(trained, path, kind=None):
         exact, reduced = Path(folder, "exact.onnx"), Path(folder, "reduced.onnx")
         onnx.save(to_onnx(trained, trained.model), exact)
         model = Eps(trained.model, trained.diffusion)
-        worst = largest_difference(model, eps_of(exact), trained.shape, trained.diffusion.T)
+        T, classes = trained.diffusion.T, len(trained.classes)
+        worst = largest_difference(model, eps_of(exact), trained.shape, T, classes)
         if not worst < TOLERANCE * max(1, trained.diffusion.b.abs().max()):  # eps = a x_t + b F
             sys.exit(f"eps differs from torch's by {worst:.1e}; {path} is not written")
         print(f"largest difference from torch {worst:.1e}, at batches of 1, 2 and 3")
@@ -313,7 +330,10 @@ def main():
     trained = checkpoint.load(args.diffusers or args.checkpoint)
     if args.to_diffusers:
         to_diffusers(trained.model, trained.settings, trained.diffusion, args.to_diffusers)
-        print(f"{args.to_diffusers}: diffusers.DDPMPipeline.from_pretrained opens it")
+        opens = "DDPMPipeline.from_pretrained opens it"
+        if trained.classes:  # the pipeline has no argument for a class
+            opens = 'UNet2DModel.from_pretrained(..., subfolder="unet") opens it; pass class_labels'
+        print(f"{args.to_diffusers}: diffusers.{opens}")
     if args.onnx:
         write_onnx(trained, args.onnx, args.kind)
 

@@ -59,11 +59,18 @@ def to_image(pixels):
     return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
 
 
-def grid(pixels, columns=None):
+def grid(pixels, columns=None, rows=None):
     """Return uint8 pixels (B, C, H, W) as one Pillow image with rows of `columns` images.
 
-    Without `columns`, the grid is about square. Small images are enlarged.
+    With `rows`, between 1 and B, image k is in row k % rows instead. Without either, the grid is
+    about square. Small images are enlarged.
     """
+    if rows and 1 < rows < len(pixels):
+        columns = math.ceil(len(pixels) / rows)
+        missing = (0, rows * columns - len(pixels)), (0, 0), (0, 0), (0, 0)
+        pixels = np.pad(pixels, missing, constant_values=255)
+        pixels = pixels.reshape(columns, rows, *pixels.shape[1:]).swapaxes(0, 1)
+        pixels = pixels.reshape(-1, *pixels.shape[2:])
     columns = columns or math.ceil(math.sqrt(len(pixels)))
     padding = (0, -len(pixels) % columns), (0, 0), (1, 1), (1, 1)
     pixels = np.pad(pixels, padding, constant_values=255)

@@ -39,7 +39,7 @@ class Muon(torch.optim.Adam):
         self.momentum = momentum
         equal = defaultdict(list)  # weights of equal shape are multiplied together, as a stack
         for name, weight in model.named_parameters():
-            if weight.ndim > 1 and name not in ("conv_in.weight", "conv_out.weight"):
+            if weight.ndim > 1 and not name.startswith(("conv_in", "conv_out", "class_embedding")):
                 equal[weight.flatten(1).shape].append(weight)
         self.stacks = list(equal.values())
         self.momenta = [w[0].new_zeros(len(w), *shape) for shape, w in equal.items()]

@@ -47,17 +47,19 @@ def diffusers_names(model):
 
 
 @torch.no_grad()
-def largest_difference(model, eps, shape, T):
+def largest_difference(model, eps, shape, T, num_classes=0):
     """Return max |model(x_t, t) - eps(x_t, t)| over batches of 1, 2 and 3, scales of x_t, and t.
 
-    shape: (C, H, W) of an image. The result is NaN if any eps is.
+    shape: (C, H, W) of an image. num_classes: with classes, both functions take (x_t, t, y). The
+    result is NaN if any eps is.
     """
     random, differences = torch.Generator().manual_seed(0), []
     for batch, scale in ((1, 1.0), (2, 0.01), (3, 2.0)):
         x_t = scale * torch.randn(batch, *shape, generator=random)
         for times in ((0, 1, 2), (T - 1, T // 2, T // 4)):
             t = torch.tensor(times[:batch]).clamp(0, T - 1)
-            differences.append((model(x_t, t) - eps(x_t, t)).abs().max())
+            inputs = (x_t, t, num_classes - torch.arange(batch))[: 3 if num_classes else 2]
+            differences.append((model(*inputs) - eps(*inputs)).abs().max())
     return torch.stack(differences).max().item()
 
 
@@ -181,6 +183,7 @@ def to_diffusers(model, settings, diffusion, folder):
         dropout=settings["dropout"],
         attention_head_dim=None,  # one head
         downsample_padding=0,  # right and below
+        num_class_embeds=model.num_classes + 1 if model.num_classes else None,
         freq_shift=1,
         flip_sin_to_cos=False,
     )

@@ -4,6 +4,7 @@
     python sample.py --onnx model.onnx --steps 10          # 100 times as fast
     python sample.py --onnx model.onnx -n 10000 --dir out  # one PNG per image
     python sample.py --onnx model.onnx --interpolate a.png b.png  # between two images
+    python sample.py --onnx model.onnx --class boot bag --guidance 2  # if it has classes
 
 A machine that serves images needs this file, images.py, a model.onnx, numpy, Pillow, tqdm and
 onnxruntime (or onnxruntime-gpu[cuda,cudnn]). The reverse process repeats that of ddpm.py in numpy.
@@ -128,6 +129,24 @@ def interpolate(
     return sample_progressive(eps_model, draw_noise, betas, variance, steps, sampler, eta, mixed)
 
 
+def guided(network, y, w):
+    """Return eps_model(x_t, t) of classifier-free guidance: (1 + w) eps given y, minus w eps.
+
+    network: a Network with classes. y: their indices, int64 (B,). w: 0 is no guidance. Others count
+    the scale s = 1 + w.
+    """
+    none = np.full_like(y, len(network.classes))
+
+    def eps_model(x_t, t):
+        if w == 0:
+            return network(x_t, t, y)
+        both = network(np.tile(x_t, (2, 1, 1, 1)), np.tile(t, 2), np.append(y, none))
+        eps_y, eps = np.split(both, 2)
+        return (1 + w) * eps_y - w * eps
+
+    return eps_model
+
+
 def noise_of(seed, first, shape):
     """Return a draw_noise() for images first, first + 1, ...: standard normal, (B, C, H, W).
 
@@ -165,7 +184,8 @@ class Network:
     device: "auto" prefers CUDA, "cuda" requires it, "cpu" avoids it.
 
     Attributes: betas, float64 (T,), and variance are those of the file, shape is (C, H, W) of an
-    image, and provider is the part of ONNX Runtime that computes.
+    image, classes are their names, if any, and provider is the part of ONNX Runtime that computes.
+    A network with classes takes a third argument y, int64 (B,); None stands for "no class".
 
     Raises ValueError if the file is not one of export.py, or if CUDA is required and not there.
     """
@@ -195,9 +215,13 @@ class Network:
         self.betas = np.array(json.loads(metadata["ddpm.betas"]))
         self.variance = metadata["ddpm.variance"]
         self.shape = tuple(json.loads(metadata["ddpm.image_shape"]))
+        self.classes = json.loads(metadata.get("ddpm.classes", "[]"))
 
-    def __call__(self, x_t, t):
-        return self.session.run(["eps"], {"x_t": x_t, "t": t})[0]
+    def __call__(self, x_t, t, y=None):
+        feeds = {"x_t": x_t, "t": t}
+        if self.classes:
+            feeds["y"] = np.full(len(t), len(self.classes)) if y is None else y
+        return self.session.run(["eps"], feeds)[0]
 
 
 # -------------------------------------------------------------------------------------- the program
@@ -225,7 +249,7 @@ def arguments():
     )
     flag = parser.add_argument
     flag("--onnx", default="model.onnx", help="from export.py [%(default)s]")
-    flag("-n", default=64, type=int, help="number of images [%(default)s]")
+    flag("-n", type=int, help="number of images [64, or 8 of each class]")
     flag("--out", default="samples.png", type=image_file, help="a grid of images [%(default)s]")
     flag("--dir", type=Path, help=f"a new folder, one PNG per image; needed if -n is above {GRID}")
     flag("--gif", type=animation_file, help="an animation of the reverse process, first batch only")
@@ -237,11 +261,13 @@ def arguments():
     flag("--eta", type=float, help="for ddim alone, and selects it: 0 to 1 [0, without noise]")
     flag("--batch", default=64, type=int, help="images drawn together [%(default)s]")
     flag("--seed", default=0, type=int, help="the same seed, the same images [%(default)s]")
+    flag("--class", dest="classes", nargs="+", metavar="NAME", help="classes to draw [all]")
+    flag("--guidance", type=float, help="w: makes images more typical of their class [0]")
     flag("--device", default="auto", choices=("auto", "cuda", "cpu"), help="[%(default)s]")
     args = parser.parse_args()
-    if min(args.n, args.batch) < 1 or args.seed < 0:
+    if min(args.batch, 1 if args.n is None else args.n) < 1 or args.seed < 0:
         parser.error("-n and --batch must be at least 1, and --seed at least 0")
-    if args.n > GRID and not args.dir and not args.interpolate:
+    if (args.n or 1) > GRID and not args.dir and not args.interpolate:
         parser.error(f"-n {args.n} needs --dir, because --out shows at most {GRID} images")
     if args.dir and args.dir.exists() and (not args.dir.is_dir() or any(args.dir.iterdir())):
         parser.error(f"--dir {args.dir} must be a new or empty folder")
@@ -263,6 +289,12 @@ def main():
     args.t = args.t or [T // 2]
     if not 1 <= args.steps <= T or not all(0 <= t < T for t in args.t):
         sys.exit(f"sample.py: this model has T = {T}: --steps must be 1..{T}, --t 0..{T - 1}")
+    if not network.classes and (args.classes or args.guidance is not None):
+        sys.exit(f"sample.py: {args.onnx} has no classes")
+    if unknown := sorted({*(args.classes or [])} - {*network.classes}):
+        sys.exit(f"sample.py: no class {unknown[0]}; there are {', '.join(network.classes)}")
+    if args.interpolate and len(args.classes or []) > 1:
+        sys.exit("sample.py: --interpolate takes one class at most")
     name = network.provider.removesuffix("ExecutionProvider")
     print(f"{args.onnx} on {name}")
     if name == "CPU" and args.device == "auto" and has_nvidia():
@@ -272,7 +304,10 @@ def main():
 
 def draw_interpolation(network, args):
     """Save a grid with a row for each --t: the two images, and between them the mixtures."""
-    ends = []
+    ends, model = [], network
+    if args.classes:
+        y = np.full(len(LAMBDAS), network.classes.index(args.classes[0]))
+        model = guided(network, y, args.guidance or 0)
     for path in args.interpolate:
         try:
             ends.append(read_image(path, network.shape[-1], network.shape[0]))
@@ -281,7 +316,7 @@ def draw_interpolation(network, args):
     rows = []
     for t in args.t:
         chain = interpolate(
-            network, noise_of(args.seed, 0, (1, *network.shape)), *map(from_pixels, ends), t,
+            model, noise_of(args.seed, 0, (1, *network.shape)), *map(from_pixels, ends), t,
             network.betas, network.variance, args.steps, args.sampler, args.eta,
         )  # fmt: skip
         for _, _, x0 in tqdm(chain, f"t = {t}", min(args.steps, t + 1), unit="step", mininterval=1):
@@ -294,19 +329,27 @@ def draw_interpolation(network, args):
 def draw_samples(network, args):
     """Save -n samples: the grid, and the folder, the GIF and the strip if asked for.
 
-    Ctrl-C keeps the batches that are finished.
+    With classes, they take turns: image k is of the class k % their number, and each has a row in
+    the grid. Ctrl-C keeps the batches that are finished.
     """
+    names = args.classes or network.classes or [""]
+    n = args.n or (min(8 * len(names), GRID) if len(names) > 1 else 64)
     began, drawn = time.monotonic(), 0
     shown, frames = [], []  # frames: (x_t, x0_hat) of the first batch at some of the steps
     kept = {-(-k * args.steps // FRAMES) for k in range(FRAMES)} | {args.steps - 1}
     if args.dir:
-        args.dir.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            (args.dir / name).mkdir(parents=True, exist_ok=True)
     try:
-        with tqdm(total=-(-args.n // args.batch) * args.steps, unit="step", mininterval=1) as bar:
-            for first in range(0, args.n, args.batch):
-                shape = min(args.batch, args.n - first), *network.shape
+        with tqdm(total=-(-n // args.batch) * args.steps, unit="step", mininterval=1) as bar:
+            for first in range(0, n, args.batch):
+                shape, model = (min(args.batch, n - first), *network.shape), network
+                of_image = [names[k % len(names)] for k in range(first, first + shape[0])]
+                if network.classes:
+                    y = np.array([network.classes.index(name) for name in of_image])
+                    model = guided(network, y, args.guidance or 0)
                 chain = sample_progressive(
-                    network, noise_of(args.seed, first, shape), network.betas, network.variance,
+                    model, noise_of(args.seed, first, shape), network.betas, network.variance,
                     args.steps, args.sampler, args.eta,
                 )  # fmt: skip
                 for i, (_, x, x0) in enumerate(chain):
@@ -314,24 +357,26 @@ def draw_samples(network, args):
                         frames.append((to_pixels(x[:GRID]), to_pixels(x0[:GRID])))
                     bar.update()
                 pixels = to_pixels(x0)
-                for k, image in enumerate(pixels if args.dir else [], first):
-                    to_image(image).save(args.dir / f"{k:06d}.png")
+                for k, image in enumerate(pixels if args.dir else []):
+                    path = args.dir / of_image[k] / f"{first + k:06d}.png"
+                    to_image(image).save(path)
                 shown.extend(pixels[: GRID - len(shown)])
                 drawn += len(pixels)
     except KeyboardInterrupt:
         if not drawn:
             sys.exit("sample.py: stopped before an image was finished")
-    save_image(args.out, grid(np.stack(shown)))
+    save_image(args.out, grid(np.stack(shown), rows=len(names)))
     if args.gif:
-        images = [grid(x) for x, _ in frames] + [grid(frames[-1][1])]
+        shown = [x for x, _ in frames] + [frames[-1][1]]
+        images = [grid(x, rows=len(names)) for x in shown]
         save_animation(args.gif, images, each=3000 // len(frames))
     if args.strip:
         save_image(args.strip, strip(frames))
     seconds = time.monotonic() - began
     what = f"{drawn} images" if drawn <= GRID else f"the first {GRID} of {drawn:,} images"
     print(f"{args.out}: {what}, {seconds:.1f} s, {seconds / drawn:.2f} s each")
-    if drawn < args.n:
-        sys.exit(f"sample.py: stopped after {drawn:,} of {args.n:,} images")
+    if drawn < n:
+        sys.exit(f"sample.py: stopped after {drawn:,} of {n:,} images")
 
 
 def strip(frames):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sample
-from ddpm import Diffusion, UNet, cosine_betas, linear_betas, timestep_embedding
+from ddpm import Diffusion, UNet, cosine_betas, guided, linear_betas, timestep_embedding
 
 PAPER = Diffusion(linear_betas())
 VARIANCES = ("large", "small")
@@ -652,6 +652,75 @@ def test_generator_fixes_the_samples():
     assert torch.equal(a, b)
 
 
+# ------------------------------------------------------------------------------------- the guidance
+
+# Two classes in one dimension: class k has the share SHARES[k] and is N(MEANS[k], STDS[k]^2).
+SHARES, MEANS, STDS = torch.tensor([[0.3, 0.7], [-0.4, 0.5], [0.2, 0.1]], dtype=torch.float64)
+
+
+def log_joint(x, abar):
+    """log p_t(x, y) for each class y, (..., 2)."""
+    normal = torch.distributions.Normal(abar.sqrt() * MEANS, (abar * STDS**2 + 1 - abar).sqrt())
+    return SHARES.log() + normal.log_prob(x[..., None])
+
+
+def exact_eps_at(x, abar, y=None):
+    """E[eps | x_t = x], given the class y or without one, in closed form. Shaped like x."""
+    eps = (1 - abar).sqrt() * (x[..., None] - abar.sqrt() * MEANS) / (abar * STDS**2 + 1 - abar)
+    weights = log_joint(x, abar).softmax(-1)
+    if y is not None:
+        weights = torch.nn.functional.one_hot(y, 2)[:, None, None, None]
+    return (weights * eps).sum(-1)
+
+
+def exact_model(x_t, t, y=None):
+    return exact_eps_at(x_t.double(), PAPER.alphas_bar[t[0]], y)
+
+
+@pytest.mark.parametrize("w", [0, 2])
+@pytest.mark.parametrize("t", [0, 100, 500])
+def test_guidance_is_the_score_of_the_class_raised_to_a_power(t, w):
+    """-eps / sqrt(1 - abar) is the gradient of log p_t(x) + (1 + w) log p_t(y | x)."""
+    abar = PAPER.alphas_bar[t]
+    x = (abar.sqrt() * torch.linspace(-1, 1, 9)).double().view(9, 1, 1, 1).requires_grad_()
+    for y in (0, 1):
+        joint = log_joint(x, abar)
+        density = joint.logsumexp(-1) + (1 + w) * joint.log_softmax(-1)[..., y]
+        (score,) = torch.autograd.grad(density.sum(), x)
+        index = torch.full((9,), t)
+        eps = guided(exact_model, torch.full((9,), y), w)(x, index)
+        close(-eps / (1 - abar).sqrt(), score, 1e-9)
+
+
+@pytest.mark.parametrize("sampler, error", [("ddim", 0.02), ("dpm", 0.002)])
+def test_guided_samples_are_those_of_a_fine_solution(sampler, error):
+    """The classical Runge-Kutta method solves dx/d sigma = eps, where x = x_t / sqrt(abar_t)."""
+    x_T, y, w = randn(32, 1, 1, 1).double(), torch.arange(32) % 2, 2
+    chain = list(PAPER.sample_progressive(
+        guided(exact_model, y, w), x_T.shape, None, sampler, x_T=x_T, clip=False
+    ))  # fmt: skip
+
+    def slope(x, log_sigma):
+        abar = torch.sigmoid(-2 * log_sigma)
+        x_t = x * abar.sqrt()
+        eps = (1 + w) * exact_eps_at(x_t, abar, y) - w * exact_eps_at(x_t, abar)
+        return eps * log_sigma.exp()
+
+    ends = -PAPER.alphas_bar[[-1, 0]].logit() / 2
+    grid = torch.linspace(*ends.tolist(), 1001, dtype=torch.float64)
+    x = x_T / PAPER.alphas_bar[-1].sqrt()
+    h = grid[1] - grid[0]
+    for u in grid[:-1]:
+        k1 = slope(x, u)
+        k2 = slope(x + h / 2 * k1, u + h / 2)
+        k3 = slope(x + h / 2 * k2, u + h / 2)
+        k4 = slope(x + h * k3, u + h)
+        x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    difference = chain[-1][1] - x * PAPER.alphas_bar[0].sqrt()
+    assert difference.abs().max() < error
+    assert (x[y == 0] < -0.3).all() and (x[y == 1] > 0.4).all()
+
+
 # -------------------------------------------------------------------------------------- the network
 
 
@@ -738,6 +807,22 @@ def test_initialization_is_glorot_and_near_zero_where_residual_branches_end():
     attentions = sum(type(m).__name__ == "Attention" for m in model.modules())
     assert len(near_zero) == blocks + attentions + 1
     assert all(not m.bias.any() for m in near_zero)
+
+
+def test_classes_are_a_row_each_beside_the_time_embedding():
+    """They begin without effect; then each row counts for its class, the last for "no class"."""
+    plain, model = small_unet(), small_unet(0, num_classes=3)
+    model.load_state_dict(model.state_dict() | plain.state_dict())
+    x, t = randn(4, 3, 8, 8), torch.tensor([0, 5, 500, 999])
+    assert torch.equal(model(x, t, torch.tensor([0, 1, 2, 3])), plain(x, t))
+    assert model.class_embedding.weight.shape == (4, 32)
+    assert set(model.state_dict()) - set(plain.state_dict()) == {"class_embedding.weight"}
+    for y in range(4):
+        torch.nn.init.zeros_(model.class_embedding.weight)
+        model.class_embedding.weight.data[y] = randn(32)
+        moved = [not torch.equal(model(x, t, torch.full((4,), k)), plain(x, t)) for k in range(4)]
+        assert moved == [k == y for k in range(4)]
+        assert torch.equal(model(x, t), model(x, t, torch.full((4,), 3)))
 
 
 def test_dropout_is_off_in_eval_and_on_in_training():

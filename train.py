@@ -3,6 +3,7 @@
     python train.py                       # the built-in demo, a few minutes on a laptop CPU
     python train.py --data ./images       # the paper's CIFAR-10 run, on your images
     python train.py --data ./images --quick    # a small network, minutes on two CPU cores
+    python train.py --data ./images --classes  # the sub-folders are classes, to sample by name
     python train.py --data ./images --init google/ddpm-cifar10-32    # fine-tune published weights
     torchrun --standalone --nproc_per_node=4 train.py --data ./images   # on four GPUs
 
@@ -22,6 +23,7 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
-from data import cached_folder, demo_images, fingerprint
+from data import cached_folder, class_names, demo_images, fingerprint
 from ddpm import Diffusion, UNet, cosine_betas, linear_betas
 from images import from_pixels, grid, save_image, save_plot, to_pixels
 from muon import Muon
@@ -82,16 +84,22 @@ def set_seed(number, device):
         torch.get_device_module(device).manual_seed(number)
 
 
-def train_step(step, network, averages, optimizer, diffusion, images, args):
+def train_step(step, network, averages, optimizer, diffusion, images, args, labels=None):
     """Take a step of Algorithm 1 on one batch, and update the averages of the parameters.
 
-    averages: a list of tensors like the optimizer's parameters. images: uint8 (N, C, H, W). The
-    result is a tensor (2,) on the device; summed over the processes, it is the loss and the norm of
-    the gradient. Nothing here waits for CUDA, so that Python can prepare the next step meanwhile.
+    averages: a list of tensors like the optimizer's parameters. images: uint8 (N, C, H, W). labels:
+    int64 (N,), or None without classes. The result is a tensor (2,) on the device; summed over the
+    processes, it is the loss and the norm of the gradient. Nothing here waits for CUDA, so that
+    Python can prepare the next step meanwhile.
     """
     parameters = optimizer.param_groups[0]["params"]
     device = parameters[0].device
-    is_cuda = device.type == "cuda"
+    is_cuda, parts = device.type == "cuda", WORLD * args.accumulate
+
+    def to_device(x):
+        if is_cuda and not x.is_cuda:  # a copy from pinned memory need not be waited for
+            x = x.pin_memory()
+        return x.to(device, non_blocking=is_cuda)
 
     # Every process draws the whole batch, so that the batch does not depend on their number.
     set_seed(seed_of(args.seed, step), device)
@@ -102,23 +110,24 @@ def train_step(step, network, averages, optimizer, diffusion, images, args):
         t = (torch.sigmoid(torch.randn(args.batch, device=device)) * diffusion.T).long()
     noise = torch.randn(args.batch, *images.shape[1:], device=device)
 
+    y = [None] * parts
+    if labels is not None:  # a tenth is dropped, because guidance needs eps without a class too
+        drop = torch.rand(args.batch, device=images.device) < 0.1
+        y = labels[index].masked_fill(drop, len(args.classes)).tensor_split(parts)
+
     # Each process computes its share of the batch, in --accumulate parts.
-    index, flip, t, noise = (
-        drawn.tensor_split(WORLD * args.accumulate) for drawn in (index, flip, t, noise)
-    )
+    index, flip, t, noise = (drawn.tensor_split(parts) for drawn in (index, flip, t, noise))
     loss = torch.zeros((), device=device)
     for k in range(RANK * args.accumulate, (RANK + 1) * args.accumulate):
         # For dropout. It is 1 + k, because (seed, step, 0) would give the seed above.
         set_seed(seed_of(args.seed, step, 1 + k), device)
-        x0 = images[index[k]]
-        if is_cuda and not x0.is_cuda:  # a copy from pinned memory need not be waited for
-            x0 = x0.pin_memory()
-        x0 = from_pixels(x0.to(device, non_blocking=is_cuda))
+        x0 = from_pixels(to_device(images[index[k]]))
         x0 = torch.where(flip[k], x0.flip(3), x0)
+        eps_model = network if labels is None else partial(network, y=to_device(y[k]))
         is_last = (k + 1) % args.accumulate == 0  # the processes exchange their gradients once
         with contextlib.nullcontext() if WORLD == 1 or is_last else network.no_sync():
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                part_loss = diffusion.loss(network, x0, t[k], noise[k], args.weighting)
+                part_loss = diffusion.loss(eps_model, x0, t[k], noise[k], args.weighting)
             part_loss = part_loss * (len(x0) / args.batch)
             (part_loss * WORLD).backward()  # DistributedDataParallel averages over the processes
         loss += part_loss.detach()
@@ -163,6 +172,7 @@ def make_parser():
     )
     flag, switch = parser.add_argument, argparse.BooleanOptionalAction
     flag("--data", help="folder of images, including its sub-folders [the built-in demo]")
+    flag("--classes", action="store_true", help="the sub-folders of --data are classes")
     flag("--out", type=Path, default="run", help="folder of the run [%(default)s]")
     flag("--quick", action="store_true", help="a small network and a short run; see the manual")
     flag("--init", help="start from these weights: a checkpoint, or weights for diffusers")
@@ -228,6 +238,11 @@ def arguments():
     for name, value in fixed.items():
         if getattr(args, name) != value:
             parser.error(f"--{name.replace('_', '-')} must be {value}, because of --init")
+    if args.classes and args.data is None:
+        parser.error("--classes needs --data")
+    args.classes = class_names(args.data, args.out.resolve()) if args.classes else []
+    if weights and weights.classes and not args.classes:
+        parser.error("--init is a network with classes, so --classes is needed")
     if args.data is None and (args.image_size, args.channels or 3) != (8, 3):
         parser.error("without --data the images are those of the demo, 8x8 in colour")
     numbers = args.image_size, args.base_channels, args.batch, args.accumulate, args.steps
@@ -321,14 +336,16 @@ def config_of(args, weights, channels, images=None):
     return {
         "model": flags("image_size base_channels channel_mults num_res_blocks")
         | flags("attention_resolutions dropout norm_groups")
-        | {"in_channels": channels},
+        | {"in_channels": channels}
+        | ({"num_classes": len(args.classes)} if args.classes else {}),
         "diffusion": flags("variance predicts") | {"betas": betas.tolist()},
         "train": flags("optimizer batch lr warmup lr_decay weighting timesteps ema flip seed init")
         | {
             "steps": args.steps if args.lr_decay else None,  # else the run can be made longer
             "data": args.data and Path(args.data).resolve().name,
             "images": images,
-        },
+        }
+        | flags("classes" if args.classes else ""),
     }
 
 
@@ -406,13 +423,18 @@ def save_loss_plot(log, path):
 
 
 def save_preview(path, ema, diffusion, shape, args):
-    """Save a grid of 36 images of this shape (C, H, W), drawn by the averaged network."""
-    noise = torch.Generator(args.device).manual_seed(args.seed)
+    """Save a grid of 36 images of this shape (C, H, W), drawn by the averaged network.
+
+    With classes, each has a row.
+    """
+    noise, rows = torch.Generator(args.device).manual_seed(args.seed), len(args.classes)
+    y = torch.arange(36, device=args.device) % rows if rows else None
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
         x0 = diffusion.sample(
-            ema, (36, *shape), min(20, diffusion.T), "dpm", generator=noise, device=args.device
-        )
-    save_image(path, grid(to_pixels(x0.cpu().numpy())))
+            partial(ema, y=y), (36, *shape), min(20, diffusion.T), "dpm",
+            generator=noise, device=args.device,
+        )  # fmt: skip
+    save_image(path, grid(to_pixels(x0.cpu().numpy()), rows=rows))
 
 
 def main():
@@ -443,9 +465,9 @@ def main():
     if WORLD > 1 and LOCAL_RANK > 0:
         dist.barrier()  # the first process of each machine decodes the images
     if args.data is None:
-        images = demo_images()
+        images, labels = demo_images(), None
     else:
-        images = cached_folder(args.data, args.image_size, channels, out)
+        images, labels = cached_folder(args.data, args.image_size, channels, out, args.classes)
     if WORLD > 1 and LOCAL_RANK == 0:
         dist.barrier()
     config = config_of(args, weights, images.shape[1], fingerprint(images))
@@ -458,13 +480,20 @@ def main():
     images = torch.from_numpy(images)
     if images.nbytes < 2e9:  # larger sets are moved batch by batch
         images = images.to(device)
+    if labels is not None:
+        labels = torch.from_numpy(labels).to(images.device)
 
     # -- the network, its average and the optimizer, as they start or as they were saved
     torch.manual_seed(args.seed)
     diffusion = Diffusion(**config["diffusion"])
     model = UNet(**config["model"]).to(device)
     if weights:
-        model.load_state_dict(weights.model.state_dict())
+        old = weights.model.state_dict()
+        if args.classes and weights.classes != args.classes:
+            old.pop("class_embedding.weight", None)
+            if is_main:
+                print("the classes are new to the weights of --init: they begin without effect")
+        model.load_state_dict(model.state_dict() | old)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     averages = list(ema.parameters())
     if args.optimizer == "muon":
@@ -486,6 +515,9 @@ def main():
         cut_log(out / "log.csv", start)
         size = sum(p.numel() for p in model.parameters())
         print(f"images   {len(images):,} of {'x'.join(map(str, images.shape[1:]))}")
+        if args.classes:
+            each, some = len(images) // len(args.classes), ", ".join(args.classes[:3])
+            print(f"classes  {len(args.classes):,}, about {each:,} images each: {some}, ...")
         if args.quick:
             print(f"--quick  {quick_flags(args)}")
         where = f"{device}, {'bfloat16' if args.amp else 'float32'}" + ", compiled" * args.compile
@@ -501,7 +533,9 @@ def main():
     with bar, catch_signals() as stop:
         for step in range(start, args.steps):
             optimizer.param_groups[0]["lr"] = lr_at(step)
-            pending.append(train_step(step, network, averages, optimizer, diffusion, images, args))
+            pending.append(
+                train_step(step, network, averages, optimizer, diffusion, images, args, labels)
+            )
             show = (step + 1) % args.preview_every == 0 or step + 1 == args.steps
             must_read = show or (step + 1) % read_every(device) == 0
             if not must_read and not (WORLD == 1 and stop.is_set()):  # processes stop together

@@ -5,6 +5,8 @@
 
 --data has two folders of images, train and test, with the class in each name: 00000_9_boot.png is
 of class 9. The classifier trains for some minutes the first time, and is then kept in that folder.
+If the samples are in sub-folders of the names of the classes, as sample.py --dir puts them, the
+program also prints how many of them the classifier recognises.
 FID is the same distance in the features of the Inception network, which was trained on photographs.
 
 Compare only distances of equally many samples, measured with the same classifier: it is seeded, but
@@ -24,7 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import image_files, read_folder
+from data import class_of, image_files, read_folder, read_labelled
 from images import from_pixels
 
 SIZE = 32
@@ -67,6 +69,13 @@ def statistics(model, images):
     return features.mean(0), np.cov(features, rowvar=False)
 
 
+def share_recognised(model, images, labels):
+    """Return the share of the images to which the classifier gives their labels, int64 (N,)."""
+    with torch.no_grad():
+        found = torch.cat([model(from_pixels(part)).argmax(1) for part in images.split(500)])
+    return (found == torch.as_tensor(labels)).float().mean().item()
+
+
 def frechet_distance(first, second):
     """Return |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two pairs of mean m and covariance S.
 
@@ -83,12 +92,18 @@ def read(folder):
     return torch.from_numpy(read_folder(folder, SIZE, 1))
 
 
+def labels_and_names(folder):
+    """Return the labels of the images in a folder, int64 (N,), and the name of each label."""
+    words = [Path(path).stem.split("_") for path in image_files(folder)[0]]
+    names = {int(label): name for _, label, name in words}
+    return torch.tensor([int(label) for _, label, _ in words]), [names[k] for k in sorted(names)]
+
+
 def reference(data):
     """Return the classifier, and its statistics of the test set and of 1,000 training images."""
     kept = data / f"frechet-{SIZE}.pt"
     if not kept.exists():
-        images, (paths, _) = read(data / "train"), image_files(data / "train")
-        labels = torch.tensor([int(Path(path).name.split("_")[1]) for path in paths])
+        images, (labels, _) = read(data / "train"), labels_and_names(data / "train")
         model = train_classifier(images, labels)
         some = images[
             torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:1000]
@@ -111,10 +126,16 @@ def main():
     args = parser.parse_args()
     model, test, train = reference(args.data)
     print(f"1,000 training images: {frechet_distance(train, test):.2f}")
+    labels, names = labels_and_names(args.data / "test")
+    share = share_recognised(model, read(args.data / "test"), labels)
+    print(f"test images: {share:.1%} recognised")
     for folder in args.samples:
-        images = read(folder)
+        images, said = read(folder), ""
+        if {class_of(path, folder) for path in image_files(folder)[0]} <= set(names):
+            images, labels = read_labelled(folder, SIZE, 1, None, names)
+            said = f", {share_recognised(model, images, labels):.1%} recognised"
         print(f"{folder}, {len(images):,} samples: "
-              f"{frechet_distance(statistics(model, images), test):.2f}", flush=True)  # fmt: skip
+              f"{frechet_distance(statistics(model, images), test):.2f}{said}", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 HERE = Path(__file__).parent
@@ -134,11 +135,14 @@ def samples(path, steps, count):
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         export.write_onnx(checkpoint.load(path), Path(folder, "model.onnx"))
         network = sample.Network(Path(folder, "model.onnx"), "cpu")
-    pixels = []
+    pixels, model = [], network
     for first in range(0, count, 50):
         noise = sample.noise_of(0, first, (min(50, count - first), *network.shape))
+        if network.classes:
+            y = np.arange(first, min(first + 50, count)) % len(network.classes)
+            model = sample.guided(network, y, 0)
         for _, _, x0 in sample.sample_progressive(
-            network, noise, network.betas, network.variance, steps, "dpm"
+            model, noise, network.betas, network.variance, steps, "dpm"
         ):
             images = to_pixels(x0)
         pixels.append(torch.from_numpy(images))

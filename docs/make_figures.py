@@ -10,6 +10,7 @@ on a dark page. Values of t count from 0, as in the code.
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import sample  # noqa: E402
 from benchmarks.table2 import are_right  # noqa: E402
-from data import read_folder  # noqa: E402
+from data import read_labelled  # noqa: E402
 from ddpm import Bound, Diffusion, cosine_betas, linear_betas  # noqa: E402
 from evaluate import rate_distortion  # noqa: E402
 from images import from_pixels, grid, save_animation, save_plot, to_pixels  # noqa: E402
@@ -146,10 +147,15 @@ def draw_unet(path):
 # ---------------------------------------------------------------------------------- with a network
 
 
-def reverse(network, seed=0, batch=BATCH, **kwargs):
-    """Draw a batch of images from this seed: the chain of sample.sample_progressive."""
-    noise = sample.noise_of(seed, 0, (batch, *network.shape))
-    return sample.sample_progressive(network, noise, network.betas, network.variance, **kwargs)
+def reverse(network, seed=0, batch=BATCH, w=0, **kwargs):
+    """Draw a batch of images from this seed: the chain of sample.sample_progressive.
+
+    With classes, the images are of each in turn, with guidance w.
+    """
+    noise, model = sample.noise_of(seed, 0, (batch, *network.shape)), network
+    if network.classes:
+        model = sample.guided(network, np.arange(batch) % len(network.classes), w)
+    return sample.sample_progressive(model, noise, network.betas, network.variance, **kwargs)
 
 
 def last(chain):
@@ -187,8 +193,9 @@ def draw_ends(path, network):
     for t in times:
         x_t = np.repeat(shared[t], columns, 0)
         noise = sample.noise_of(1, 0, x_t.shape)
+        model = sample.guided(network, np.zeros(columns, int), 0) if network.classes else network
         chain = sample.sample_progressive(
-            network, noise, network.betas[: t + 1], network.variance, x_T=x_t
+            model, noise, network.betas[: t + 1], network.variance, x_T=x_t
         )
         rows.append(np.concatenate([shared[t], last(chain)]))
     save_sheet(
@@ -210,6 +217,18 @@ def draw_steps(path, network):
     figure.savefig(path, dpi=DPI)
 
 
+def draw_classes(path, network):
+    """Draw four samples of each class from the same first noise, for several guidance weights."""
+    weights, classes = (0, 1, 2, 4), len(network.classes)
+    figure = Figure(figsize=(9.6, 0.57 * classes + 0.4), layout="constrained")
+    for axes, w in zip(figure.subplots(1, len(weights)), weights, strict=True):
+        images = last(reverse(network, batch=4 * classes, w=w, steps=20))
+        images = images.reshape(4, classes, *network.shape).swapaxes(0, 1)
+        show(axes, images, rows=network.classes if w == 0 else ())
+        axes.set_title(f"w = {w}", fontsize=10)
+    figure.savefig(path, dpi=DPI)
+
+
 def draw_interpolation(path, network, pair):
     """Draw the paper's figure 8: mixtures of two images at several t."""
     times, rows = (125, 250, 500, 750), []
@@ -222,11 +241,14 @@ def draw_interpolation(path, network, pair):
     save_sheet(path, np.array(rows), columns, [f"t = {t}" for t in times], inches=1.0)
 
 
-def draw_loss_and_bound(folder, network, x0):
-    """Save by-t.png, the loss and L_t against t, and rate-distortion.png, the paper's figure 5."""
+def draw_loss_and_bound(folder, network, x0, labels):
+    """Save by-t.png, the loss and L_t against t, and rate-distortion.png, the paper's figure 5.
 
-    def eps(x_t, t):
-        return torch.from_numpy(network(x_t.numpy(), t.numpy()))
+    With classes, both are given the labels (N,) of the images.
+    """
+
+    def eps(x_t, t, y=labels):
+        return torch.from_numpy(network(x_t.numpy(), t.numpy(), y))
 
     diffusion = Diffusion(network.betas, network.variance)
     times = sorted({int(t) - 1 for t in np.geomspace(1, diffusion.T, 40)} | {9, 99, 299})
@@ -236,7 +258,10 @@ def draw_loss_and_bound(folder, network, x0):
         losses.append(diffusion.loss(eps, x0, index, noise).item())
         if t in (0, 9, 99, 299, 999):
             print(f"  loss at t = {t}: {losses[-1]:.6f}")
-    bounds = [diffusion.vlb(eps, x, random) for x in x0.split(BATCH)]
+    bounds = []
+    for part in torch.arange(len(x0)).split(BATCH):
+        y = None if labels is None else labels[part]
+        bounds.append(diffusion.vlb(partial(eps, y=y), x0[part], random))
     bound = Bound(*map(torch.cat, zip(*bounds, strict=True)))
     bits, (L_t, rate, rmse) = bound.total.mean(), rate_distortion(bound)
     print(f"  bound {bits:.3f}, rate {bits - L_t[0]:.3f}, distortion {L_t[0]:.3f}, "
@@ -283,16 +308,19 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     network = sample.Network(args.onnx, "cpu")
     channels, size, _ = network.shape
-    x0 = from_pixels(torch.from_numpy(read_folder(args.data, size, channels, 4 * BATCH)))
+    images, labels = read_labelled(args.data, size, channels, 4 * BATCH, network.classes)
+    x0 = from_pixels(torch.from_numpy(images))
     draw_schedule(args.out / "schedule.png", x0[:1])
     draw_weights(args.out / "weights.png")
     draw_unet(args.out / "unet.png")
     draw_strip(args.out, network)
     draw_ends(args.out / "ends.png", network)
     draw_steps(args.out / "steps.png", network)
+    if network.classes:
+        draw_classes(args.out / "classes.png", network)
     pair = x0[[16 % len(x0), 24 % len(x0)]].numpy()
     draw_interpolation(args.out / "interpolation.png", network, pair)
-    draw_loss_and_bound(args.out, network, x0)
+    draw_loss_and_bound(args.out, network, x0, labels)
     if args.demo:
         draw_demo(args.out / "demo.png", args.demo)
 

@@ -1,12 +1,13 @@
 """DDPM on points in the plane: the class of ddpm.py with a small MLP, in about a minute on a CPU.
 
-    python docs/points.py        # trains five networks, draws field.png and points.png
+    python docs/points.py        # trains six networks, draws field.png, points.png, guidance.png
 
 A point is an image of shape (2, 1, 1). This is the place to break things: change a line of main()
 or of ddpm.py, run the program again, and compare the shares and the figures.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from ddpm import Diffusion, linear_betas, timestep_embedding  # noqa: E402
+from ddpm import Diffusion, guided, linear_betas, timestep_embedding  # noqa: E402
 
 MEANS = torch.tensor([[-0.6, -0.5], [0.0, 0.6], [0.6, -0.2]])  # of the mixture of Gaussians
 STD = 0.1
@@ -28,12 +29,18 @@ def mixture(n):
     return (MEANS[torch.randint(len(MEANS), (n,))] + STD * torch.randn(n, 2))[..., None, None]
 
 
-def moons(n):
-    """n points on two half circles that reach into each other: (n, 2, 1, 1)."""
-    angle, upper = torch.pi * torch.rand(n), torch.rand(n) < 0.5
+def moons(n, upper=None):
+    """n points on two half circles that reach into each other: (n, 2, 1, 1). upper: bool (n,)."""
+    angle, upper = torch.pi * torch.rand(n), torch.rand(n) < 0.5 if upper is None else upper
     x = torch.where(upper, angle.cos(), 1 - angle.cos()) - 0.5
     y = torch.where(upper, angle.sin(), 0.5 - angle.sin()) - 0.25
     return (0.6 * torch.stack([x, y], 1) + 0.03 * torch.randn(n, 2))[..., None, None]
+
+
+def labelled_moons(n):
+    """Points of the moons, and their classes (n,): 1 for the upper moon."""
+    y = torch.randint(2, (n,))
+    return moons(n, y == 1), y
 
 
 def exact_eps(diffusion, x_t, t):
@@ -47,17 +54,25 @@ def exact_eps(diffusion, x_t, t):
 
 
 class MLP(nn.Module):
-    """eps_theta(x_t, t) for points: (B, 2, 1, 1) and (B,) to (B, 2, 1, 1)."""
+    """eps_theta(x_t, t) or eps_theta(x_t, t, y) for points: (B, 2, 1, 1) and (B,) to (B, 2, 1, 1).
 
-    def __init__(self, width=128):
+    y: classes (B,), as in UNet.
+    """
+
+    def __init__(self, width=128, num_classes=0):
         super().__init__()
+        self.num_classes = num_classes
+        if num_classes:
+            self.classes = nn.Embedding(num_classes + 1, width, _weight=torch.zeros(num_classes + 1, width))
         self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
         self.point = nn.Linear(2, width)
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
         self.out = nn.Linear(width, 2)
 
-    def forward(self, x_t, t):
+    def forward(self, x_t, t, y=None):
         temb, h = self.time(timestep_embedding(t, 64)), self.point(4 * x_t.flatten(1))
+        if self.num_classes:
+            temb = temb + self.classes(torch.full_like(t, self.num_classes) if y is None else y)
         for layer in self.layers:
             h = h + layer(F.silu(h + temb))
         return self.out(F.silu(h))[..., None, None]
@@ -66,12 +81,16 @@ class MLP(nn.Module):
 def fit(diffusion, data, weighting="simple", steps=3000, batch=256):
     """Algorithm 1, with Adam and a learning rate that falls to 0."""
     torch.manual_seed(0)
-    model = MLP()
+    model = MLP(num_classes=2 if data is labelled_moons else 0)
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
     for _ in range(steps):
+        network, x0 = model, data(batch)
+        if model.num_classes:  # a tenth of the classes is dropped, as in train.py
+            x0, y = x0
+            network = partial(model, y=y.masked_fill(torch.rand(batch) < 0.1, 2))
         optimizer.zero_grad()
-        diffusion.loss(model, data(batch), weighting=weighting).backward()
+        diffusion.loss(network, x0, weighting=weighting).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -103,6 +122,40 @@ def draw_field(path, diffusion, model):
     figure.savefig(path, dpi=100)
 
 
+def draw_guidance(path, diffusion, model):
+    """Save the direction of guidance at one t, and guided samples of both moons.
+
+    Prints how many samples are off their own moon, and the root of the trace of their covariance.
+    """
+    figure = Figure(figsize=(10, 2.9), layout="constrained")
+    field, *panels = figure.subplots(1, 4)
+    ticks, i = torch.linspace(-1.1, 1.1, 12), 200
+    grid = torch.cartesian_prod(ticks, ticks)[..., None, None]
+    t, upper = torch.full((len(grid),), i), torch.ones(len(grid), dtype=torch.int64)
+    with torch.no_grad():
+        arrows = (model(grid, t) - model(grid, t, upper)).flatten(1)
+    x0, y = labelled_moons(1000)
+    x_t = diffusion.q_sample(x0, torch.full((1000,), i), torch.randn(1000, 2, 1, 1)).flatten(1)
+    for k, colour in ((1, "tab:orange"), (0, "tab:blue")):
+        field.scatter(*x_t[y == k].T, 2, color=colour, alpha=0.3)
+    field.quiver(*grid.flatten(1).T, *arrows.T, scale=12, width=0.007)
+    field.set_title(f"the difference at t = {i}", fontsize=10)
+    y = torch.arange(1000) % 2
+    for axes, w in zip(panels, (0, 1, 4), strict=True):
+        torch.manual_seed(1)
+        points = diffusion.sample(guided(model, y, w), (1000, 2, 1, 1))
+        for k, colour in ((1, "tab:orange"), (0, "tab:blue")):
+            own = points[y == k]
+            off = share_off(own, moons(1000, torch.full((1000,), k == 1)))
+            print(f"moons: class {k}, w = {w}          {off:6.1%} off their moon, deviation "
+                  f"{own.flatten(1).std(0).square().sum().sqrt():.3f}")  # fmt: skip
+            axes.scatter(*own.flatten(1).T, 1, color=colour)
+        axes.set_title(f"samples, w = {w}", fontsize=10)
+    for axes in (field, *panels):
+        axes.set(aspect="equal", xlim=(-1.2, 1.2), ylim=(-1.2, 1.2))
+    figure.savefig(path, dpi=100)
+
+
 def main():
     paper, N = Diffusion(linear_betas()), 1000
     mean, short = Diffusion(linear_betas(), predicts="mean"), Diffusion(linear_betas(T=100))
@@ -117,6 +170,7 @@ def main():
         noises = iter([torch.randn(N, 2, 1, 1)])
         return lambda: next(noises, torch.zeros(()))
 
+    draw_guidance(HERE / "guidance.png", paper, fit(paper, labelled_moons))
     panels = []
     for name, data in (("mixture", mixture), ("moons", moons)):
         model = fit(paper, data)

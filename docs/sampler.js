@@ -87,6 +87,24 @@ export async function* sampleProgressive(
 }
 
 /**
+ * An epsModel(x, t) of classifier-free guidance: (1 + w) eps given the classes y, minus w eps.
+ *
+ * y has the index of the class of each image; classes.length stands for "no class". w = 0 is no
+ * guidance.
+ */
+export function guided(network, y, w) {
+  const none = y.map(() => network.classes.length);
+  return async (x, t) => {
+    if (w === 0) return network.eps(x, t, y);
+    const twice = new Float32Array(2 * x.length);
+    twice.set(x);
+    twice.set(x, x.length);
+    const eps = await network.eps(twice, t, [...y, ...none]);
+    return x.map((_, k) => (1 + w) * eps[k] - w * eps[k + x.length]);
+  };
+}
+
+/**
  * A drawNoise() for `batch` images of `size` numbers each: standard normal. The noise of image k
  * depends on (seed, k) alone.
  */
@@ -167,7 +185,8 @@ function* fields(bytes) {
  *     const network = await Network.open(bytes, "https://.../ort.webgpu.bundle.min.mjs");
  *     const eps = await network.eps(x, t); // for any whole number of images
  *
- * betas, variance and shape ([C, H, W]) are the file's; metadata is all that it says about itself.
+ * betas, variance, shape ([C, H, W]) and classes (their names, [] if there are none) are the file's;
+ * metadata is all that it says about itself.
  * device says what the network runs on, and noWebGPU why that is not WebGPU, if it is not.
  * Errors are thrown as an Error whose message is a sentence for the user.
  */
@@ -182,7 +201,8 @@ export class Network {
       network.#answer({ error: event.message ?? "the worker did not start" });
     };
     try {
-      const { device, noWebGPU } = await network.#ask({ bytes, runtime, shape: network.shape });
+      const { shape, classes } = network;
+      const { device, noWebGPU } = await network.#ask({ bytes, runtime, shape, classes });
       return Object.assign(network, { device, noWebGPU });
     } catch (error) {
       network.close();
@@ -200,6 +220,7 @@ export class Network {
     if (missing.length) throw new Error(`its metadata lacks ${missing.join(", ")}`);
     [this.betas, this.shape] = [JSON.parse(this.metadata[names[0]]), JSON.parse(this.metadata[names[2]])];
     this.variance = this.metadata[names[1]];
+    this.classes = JSON.parse(this.metadata["ddpm.classes"] ?? "[]");
     const valid = Array.isArray(this.betas) && this.betas.length &&
       this.betas.every((beta) => beta > 0 && beta < 1) &&
       ["large", "small"].includes(this.variance) &&
@@ -222,9 +243,12 @@ export class Network {
     else resolve?.(data);
   }
 
-  /** x: Float32Array of B images. t: an integer. The result is shaped like x. */
-  async eps(x, t) {
-    const { eps } = await this.#ask({ x, t });
+  /**
+   * x: Float32Array of B images. t: an integer. y: B classes, by default "no class"; a network
+   * without classes ignores them. The result is shaped like x.
+   */
+  async eps(x, t, y) {
+    const { eps } = await this.#ask({ x, t, y });
     return eps;
   }
 
@@ -238,11 +262,11 @@ export class Network {
 
 // ------------------------------------------------------------------------------------- in the worker
 
-let ort, session, shape;
+let ort, session, shape, classes;
 
-async function start({ bytes, runtime, shape: imageShape }) {
+async function start({ bytes, runtime, ...file }) {
   ort = await import(runtime);
-  shape = imageShape;
+  ({ shape, classes } = file);
   ort.env.wasm.numThreads = self.crossOriginIsolated ? navigator.hardwareConcurrency : 1;
   const create = (provider) => ort.InferenceSession.create(bytes, {
     executionProviders: [provider], logSeverityLevel: 4, // the errors are thrown
@@ -264,12 +288,14 @@ async function start({ bytes, runtime, shape: imageShape }) {
   return { device: `WebAssembly, ${threads} thread${threads > 1 ? "s" : ""}`, noWebGPU };
 }
 
-async function eps({ x, t }) {
+async function eps({ x, t, y }) {
   const batch = x.length / (shape[0] * shape[1] * shape[2]);
+  const integers = (values) => new ort.Tensor("int64", BigInt64Array.from(values, BigInt), [batch]);
   const feeds = {
     x_t: new ort.Tensor("float32", x, [batch, ...shape]),
-    t: new ort.Tensor("int64", new BigInt64Array(batch).fill(BigInt(t)), [batch]),
+    t: integers(Array(batch).fill(t)),
   };
+  if (classes.length) feeds.y = integers(y ?? Array(batch).fill(classes.length));
   const results = await session.run(feeds);
   const result = await results.eps.getData();
   if (!result.every(Number.isFinite)) throw new Error(`eps is not finite at t = ${t}`);

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoint
 import evaluate
 import export
 import sample
@@ -29,6 +30,10 @@ if "gpu" not in sys.argv:  # all tests but those of `pytest -m gpu` expect the n
 HERE = Path(__file__).parent.parent
 TINY = "--image-size 8 --base-channels 8 --channel-mults 1 2 --num-res-blocks 1 --batch 8".split()
 TINY += ["--attention-resolutions", "4"]
+COLOURS = {"blue": (40, 60, 220), "green": (40, 180, 60), "red": (220, 50, 40)}
+CLASSES = "--classes --image-size 8 --base-channels 16 --channel-mults 1 2 --num-res-blocks 1".split()
+CLASSES += "--attention-resolutions 4 --dropout 0 --batch 32 --lr-decay --no-flip".split()
+CLASSES += "--predicts v --weighting min-snr --optimizer muon --lr 6e-3".split()
 MAINS = {f"{module.__name__}.py": module.main for module in (train, evaluate, export, sample)}
 
 
@@ -167,3 +172,29 @@ def demo(tmp_path_factory):
     python("train.py", cwd=folder, timeout=1200)
     python("export.py", cwd=folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def class_folder(tmp_path_factory):
+    """Twenty images in each of three sub-folders, of the colour that the folder names."""
+    folder, random = tmp_path_factory.mktemp("classes"), np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        (folder / name / "deeper").mkdir(parents=True)
+        for k in range(20):
+            pixels = np.array(colour) + random.integers(-30, 31, (8, 8, 3))
+            place = folder / name / ("deeper" if k % 2 else "")
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(place / f"{k}.png")
+    (folder / "green" / "broken.png").write_bytes(b"no image")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def coloured(class_folder, tmp_path_factory):
+    """The run folder of a network that has learnt the three classes, with its model.onnx."""
+    out = tmp_path_factory.mktemp("coloured") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        words = ["train.py", "--data", class_folder, "--out", out, *CLASSES, "--steps", 500]
+        patch.setattr("sys.argv", [*map(str, words)])
+        train.main()
+    export.write_onnx(checkpoint.load(out), out / "model.onnx")
+    return out

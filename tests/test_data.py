@@ -133,7 +133,7 @@ def test_images_are_decoded_once(tmp_path, monkeypatch, capsys):
 
     def read(channels=None):
         """The first pixel of each image, and how often the folder has been decoded."""
-        images = data.cached_folder(folder, 4, channels, out)
+        images, _ = data.cached_folder(folder, 4, channels, out)
         assert isinstance(images, np.memmap)
         (array,) = out.glob("images-*")  # the old one is removed
         assert array.stat().st_size == 128 + images.size  # uint8, and numpy's header

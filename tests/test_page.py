@@ -12,7 +12,7 @@ import threading
 import numpy as np
 import onnxruntime as ort
 import pytest
-from conftest import HERE
+from conftest import COLOURS, HERE
 
 import sample
 from benchmarks.table2 import count_right
@@ -390,6 +390,43 @@ def test_other_files_and_then_another_model(page, files, tmp_path):
     assert drawn.shape == (4, 3, 8, 8) and np.ptp(drawn, axis=1).max() > 50  # in colour
     page.click("#denoise")
     assert "steps in" in until_idle(page)
+
+
+def test_classes_and_guidance(coloured, page):
+    assert page.locator("#class").is_hidden() and page.locator("#w").is_hidden()
+    assert "Ready. model.onnx" in choose(page, coloured / "model.onnx")
+    page.select_option("#steps", "10")
+    page.select_option("#sampler", "dpm")
+    page.select_option("#count", "4")
+    page.fill("#seed", "3")
+    page.select_option("#class", label="red")
+    page.click("#sample")
+    assert "4 images: 10 steps in" in until_idle(page)
+    network = sample.Network(coloured / "model.onnx", "cpu")
+    start = first_noise(page, 3, 4, math.prod(network.shape)).reshape(4, *network.shape)
+
+    def drawn(y, w):
+        eps = sample.guided(network, np.array(y), w)
+        (*_, (_, _, x0)) = sample.sample_progressive(eps, lambda: start, network.betas, steps=10)
+        return to_pixels(x0)
+
+    assert np.abs(tiles(page, "grid", network.shape) - drawn([2] * 4, 0)).max() <= 1
+    # both controls sample again, from the same noise
+    page.evaluate("const w = document.getElementById('w'); w.value = 2; w.onchange()")
+    page.wait_for_function("document.getElementById('status').textContent.includes('10 steps')")
+    until_idle(page)
+    assert page.text_content("#w-value") == "2"
+    assert np.abs(tiles(page, "grid", network.shape) - drawn([2] * 4, 2)).max() <= 1
+    for label, y in (("all in turn", [0, 1, 2, 0]), ("no class", [3] * 4)):
+        page.select_option("#class", label=label)
+        until_idle(page)
+        assert np.abs(tiles(page, "grid", network.shape) - drawn(y, 2)).max() <= 1
+    page.evaluate("const t = document.getElementById('t'); t.value = 990; t.oninput()")
+    page.select_option("#end-class", label="blue")
+    page.click("#denoise")
+    assert "Four ends" in until_idle(page)
+    ends = tiles(page, "ends", network.shape).mean((2, 3))
+    assert np.abs(ends - COLOURS["blue"]).max() < 40
 
 
 def test_a_seed_that_is_none(page):

@@ -1,0 +1,261 @@
+"""Classes and guidance: from sub-folders to samples of a class, by the programs."""
+
+import json
+import re
+import sys
+import types
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from conftest import COLOURS, HERE, TINY, read
+from PIL import Image
+
+import checkpoint
+import data
+import export
+import sample
+import train
+from ddpm import Diffusion, UNet, guided
+from images import read_image
+
+def cells(path, rows):
+    """The names of the colours in a grid of `rows` rows: a list for each row, None if empty."""
+    image = np.asarray(Image.open(path)).astype(float)
+    side = image.shape[0] / rows
+    columns = round(image.shape[1] / side)
+    names = []
+    for r in range(rows):
+        row = []
+        for c in range(columns):
+            middle = image[int((r + 0.5) * side), int((c + 0.25) * side) : int((c + 0.75) * side)]
+            colour = middle.mean(0)
+            far = {name: np.abs(colour - target).max() for name, target in COLOURS.items()}
+            nearest = min(far, key=far.get)
+            row.append(nearest if far[nearest] < 60 else None)
+        names.append(row)
+    return names
+
+
+def test_each_class_has_a_row(coloured, tmp_path, run):
+    run("sample.py", "--onnx", coloured / "model.onnx", "--steps", 10, cwd=tmp_path)
+    for name, row in zip(COLOURS, cells(tmp_path / "samples.png", 3), strict=True):
+        assert len(row) == 8 and row.count(name) >= 7
+
+
+def test_classes_are_chosen_by_name(coloured, tmp_path, run):
+    """Image k is of the k-th class in turn, and the folder has a sub-folder for each."""
+    flags = ["--class", "red", "blue", "--guidance", 2, "--steps", 10, "-n", 5]
+    flags += ["--dir", "out", "--gif", "x.gif", "--strip", "x.png"]
+    run("sample.py", "--onnx", coloured / "model.onnx", *flags, cwd=tmp_path)
+    files = sorted(str(path.relative_to(tmp_path / "out")) for path in tmp_path.glob("out/*/*"))
+    assert files == ["blue/000001.png", "blue/000003.png", "red/000000.png", "red/000002.png",
+                     "red/000004.png"]  # fmt: skip
+    assert cells(tmp_path / "samples.png", 2) == [["red"] * 3, ["blue", "blue", None]]
+    with Image.open(tmp_path / "x.gif") as gif:
+        assert gif.size == Image.open(tmp_path / "samples.png").size and gif.n_frames > 5
+    # the first images are those of a larger number
+    before = read_image(tmp_path / "out" / "blue" / "000003.png", 8, 3)
+    flags = ["--class", "red", "blue", "--guidance", 2, "--steps", 10, "-n", 9, "--dir", "more"]
+    run("sample.py", "--onnx", coloured / "model.onnx", *flags, "--batch", 4, cwd=tmp_path)
+    after = read_image(tmp_path / "more" / "blue" / "000003.png", 8, 3)
+    assert np.abs(before.astype(int) - after).max() <= 1
+
+
+def test_one_class_fills_a_square(coloured, tmp_path, run):
+    flags = ["--class", "green", "--steps", 5, "-n", 9]
+    run("sample.py", "--onnx", coloured / "model.onnx", *flags, cwd=tmp_path)
+    assert cells(tmp_path / "samples.png", 3) == [["green"] * 3] * 3
+
+
+def test_interpolation_within_a_class(coloured, class_folder, tmp_path, run):
+    ends = class_folder / "red" / "0.png", class_folder / "blue" / "0.png"
+    flags = ["--class", "green", "--guidance", 3, "--t", 990, "--interpolate", *ends]
+    run("sample.py", "--onnx", coloured / "model.onnx", *flags, cwd=tmp_path)
+    assert cells(tmp_path / "samples.png", 1) == [["red", *["green"] * 11, "blue"]]
+
+
+def test_guidance_in_numpy_is_that_of_ddpm_py(coloured):
+    trained, network = checkpoint.load(coloured), sample.Network(coloured / "model.onnx", "cpu")
+    x = np.random.default_rng(0).standard_normal((4, 3, 8, 8), np.float32)
+    t, y = np.array([0, 10, 500, 999]), np.array([0, 1, 2, 0])
+    assert network.classes == list(COLOURS)
+    for w in (0, 1.5, -1):
+        model = guided(trained.model, torch.from_numpy(y), w)  # of v
+        with torch.no_grad():
+            expected = trained.diffusion.predict_eps(model, *map(torch.from_numpy, (x, t))).numpy()
+        eps = sample.guided(network, y, w)(x, t)
+        assert eps.dtype == np.float32
+        np.testing.assert_allclose(eps, expected, atol=1e-4)
+    np.testing.assert_array_equal(network(x, t), network(x, t, np.full(4, 3)))  # no class
+
+
+@pytest.mark.parametrize("kind", [None, "half", "int8"])
+def test_file_has_a_third_input(kind, coloured, tmp_path, capsys):
+    export.write_onnx(checkpoint.load(coloured), tmp_path / "model.onnx", kind)
+    session = ort.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    inputs = {i.name: (i.type, len(i.shape)) for i in session.get_inputs()}
+    assert inputs == {"x_t": ("tensor(float)", 4), "t": ("tensor(int64)", 1),
+                      "y": ("tensor(int64)", 1)}  # fmt: skip
+    names = session.get_modelmeta().custom_metadata_map["ddpm.classes"]
+    assert json.loads(names) == list(COLOURS)
+
+
+def test_bound_is_given_the_class(coloured, class_folder, tmp_path, run):
+    trained = checkpoint.load(coloured)
+    said = run("evaluate.py", "--data", class_folder, "--checkpoint", coloured, "--images", 6,
+               "--out", "curve", cwd=tmp_path)  # fmt: skip
+    bits = float(said.split("total")[1].split()[0])
+    assert "given their classes" in said
+    trained.classes, load = [], checkpoint.load  # the same without classes is worse
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "load", lambda path: trained if path else load(path))
+        said = run("evaluate.py", "--data", class_folder, "--checkpoint", coloured, "--images", 6,
+                   "--out", "curve", cwd=tmp_path)  # fmt: skip
+    assert float(said.split("total")[1].split()[0]) > bits + 0.01
+
+
+def test_diffusers_has_the_same_network(coloured, tmp_path, run):
+    diffusers = pytest.importorskip("diffusers")
+    said = run("export.py", "--checkpoint", coloured / "checkpoint.pt", "--to-diffusers", "theirs",
+               cwd=tmp_path)  # fmt: skip
+    assert "class_labels" in said
+    theirs = diffusers.UNet2DModel.from_pretrained(tmp_path / "theirs", subfolder="unet").eval()
+    ours, x = checkpoint.load(coloured).model, torch.randn(4, 3, 8, 8)
+    t, y = torch.tensor([0, 10, 500, 999]), torch.tensor([0, 1, 2, 3])
+    with torch.no_grad():
+        expected = theirs(x, t, class_labels=y).sample
+        torch.testing.assert_close(ours(x, t, y), expected, rtol=0, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------- the training
+
+
+def test_a_tenth_of_the_labels_is_dropped(monkeypatch):
+    """The labels belong to their images, and do not depend on the number of processes."""
+    seen, images = [], torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 1, 4, 4)
+    labels = torch.tensor([2, 0, 1, 2, 0])
+    model = UNet(4, 1, 8, (1,), 1, (), num_classes=3)
+
+    def network(x_t, t, y):
+        seen.append(y)
+        return model(x_t, t, y)
+
+    diffusion = Diffusion([1e-12])  # x_t is x_0
+    monkeypatch.setattr(
+        diffusion, "loss", lambda net, x0, *rest: Diffusion.loss(diffusion, lambda x_t, t: check(
+            net, x0, x_t, t), x0, *rest)
+    )  # fmt: skip
+    right = []
+
+    def check(net, x0, x_t, t):
+        eps = net(x_t, t)
+        k = ((x0[:, 0, 0, 0] + 1) * 127.5).round().long()
+        right.append(((seen[-1] == labels[k]) | (seen[-1] == 3)).all())
+        return eps
+
+    args = types.SimpleNamespace(seed=0, batch=200, flip=False, accumulate=1, amp=False, ema=0.9,
+                                 weighting="simple", classes=["a", "b", "c"])  # fmt: skip
+    averages = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+
+    def steps(n):
+        for step in range(n):
+            train.train_step(step, network, averages, optimizer, diffusion, images, args, labels)
+
+    steps(10)
+    whole = torch.cat(seen)
+    assert all(right) and len(right) == 10
+    assert abs((whole == 3).float().mean() - 0.1) < 0.02
+    seen.clear()
+    args.accumulate = 3
+    steps(10)
+    assert torch.equal(torch.cat(seen), whole)
+    seen.clear()
+    args.accumulate = 1
+    network.no_sync = lambda: None
+    monkeypatch.setattr(train, "WORLD", 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(train, "RANK", rank)
+        steps(1)
+    assert torch.equal(torch.cat(seen), whole[:200])
+
+
+def test_resumed_run_equals_the_uninterrupted_run(class_folder, tmp_path, run):
+    flags = ["--data", class_folder, *TINY, "--classes"]
+    run("train.py", *flags, "--steps", 12, "--out", "whole", cwd=tmp_path)
+    run("train.py", *flags, "--steps", 5, "--warmup", 1, "--out", "parts", cwd=tmp_path)
+    run("train.py", *flags, "--steps", 12, "--out", "parts", cwd=tmp_path)
+    run("train.py", *flags, "--steps", 12, "--warmup", 1, "--out", "other", cwd=tmp_path)
+    parts, other = read(tmp_path / "parts"), read(tmp_path / "other")
+    assert all(torch.equal(parts["ema"][name], other["ema"][name]) for name in other["ema"])
+    assert other["config"]["train"]["classes"] == list(COLOURS)
+    said = run("train.py", "--data", class_folder, *TINY, "--steps", 12, "--out", "whole", cwd=tmp_path,
+               code=1)  # fmt: skip
+    assert "classes was ['blue', 'green', 'red'], now None" in said
+
+
+def test_weights_without_classes_learn_some(class_folder, tmp_path, run):
+    """They begin as they are; classes of the same names continue with their own rows."""
+    flags = ["--data", class_folder, *TINY]
+    run("train.py", *flags, "--steps", 3, "--out", "plain", cwd=tmp_path)
+    said = run("train.py", *flags, "--classes", "--init", "plain", "--steps", 1, "--lr", 0,
+               "--out", "classes", cwd=tmp_path)  # fmt: skip
+    assert "the classes are new to the weights" in said
+    plain, classes = read(tmp_path / "plain")["ema"], read(tmp_path / "classes")["model"]
+    assert not classes.pop("class_embedding.weight").any()
+    assert all(torch.equal(plain[name], classes[name]) for name in classes)
+    said = run("train.py", *flags, "--classes", "--init", "classes", "--steps", 1,
+               "--out", "again", cwd=tmp_path)  # fmt: skip
+    assert "new" not in said
+    said = run("train.py", *flags, "--init", "classes", "--out", "x", cwd=tmp_path, code=2)
+    assert "--classes is needed" in said
+
+
+def test_folders_that_are_no_classes_are_one_line(class_folder, image_folder, tmp_path, run):
+    for path, said in ((image_folder, "outside of its sub-folders"), (class_folder / "red", "outside of")):
+        assert said in run("train.py", "--data", path, "--classes", cwd=tmp_path, code=1)
+    (tmp_path / "one" / "red").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "one" / "red" / "0.png")
+    said = run("train.py", "--data", "one", "--classes", cwd=tmp_path, code=1)
+    assert "needs two sub-folders" in said
+    assert "needs --data" in run("train.py", "--classes", cwd=tmp_path, code=2)
+
+
+def test_names_that_are_no_classes_are_one_line(coloured, trained, image_folder, tmp_path, run):
+    onnx = coloured / "model.onnx"
+    said = run("sample.py", "--onnx", onnx, "--class", "red", "pink", cwd=tmp_path, code=1)
+    assert "no class pink; there are blue, green, red" in said
+    ends = [image_folder / "0.png", image_folder / "1.png"]
+    said = run("sample.py", "--onnx", onnx, "--class", "red", "blue", "--interpolate", *ends,
+               cwd=tmp_path, code=1)  # fmt: skip
+    assert "one class at most" in said
+    for flags in (["--class", "red"], ["--guidance", 1]):
+        plain = trained[0] / "model.onnx"
+        said = run("sample.py", "--onnx", plain, *flags, cwd=tmp_path, code=1)
+        assert "has no classes" in said
+    said = run("evaluate.py", "--data", image_folder, "--checkpoint", coloured, cwd=tmp_path, code=1)
+    assert "is not a class of the network" in said
+
+
+def test_lines_for_torchvision_make_a_folder_of_classes(tmp_path, monkeypatch):
+    """The manual's lines, on a data set with the interface of torchvision's."""
+
+    class Fake(list):
+        classes = ["T-shirt/top", "bag"]
+
+        def __init__(self, root, train, download):
+            super().__init__((Image.new("L", (28, 28), k), k % 2) for k in range(5))
+
+    lines = re.search(r"```python\n(from pathlib.*?)```", (HERE / "docs/guide.md").read_text(), re.S)
+    fake = types.ModuleType("torchvision.datasets")
+    fake.CIFAR10 = Fake
+    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", fake)
+    monkeypatch.chdir(tmp_path)
+    exec(lines.group(1), {})
+    classes = data.class_names("cifar10")
+    assert classes == ["T-shirt or top", "bag"]
+    images, labels = data.read_labelled("cifar10", 8, None, None, classes)
+    assert labels.tolist() == [0, 0, 0, 1, 1] and images[:, 0, 0, 0].tolist() == [0, 2, 4, 1, 3]
