@@ -61,9 +61,13 @@ def class_names(folder, without=None):
     paths, _ = image_files(folder, without)
     names = sorted({class_of(path, folder) for path in paths})
     if "" in names:
-        sys.exit(f"--classes: {folder} has images outside of its sub-folders, which are the classes")
+        sys.exit(
+            f"--classes: {folder} has images outside of its sub-folders, which are the classes"
+        )
     if len(names) < 2:
-        sys.exit(f"--classes: {folder} needs two sub-folders with images or more, one for each class")
+        sys.exit(
+            f"--classes: {folder} needs two sub-folders with images or more, one for each class"
+        )
     return names
 
 
@@ -136,7 +140,10 @@ def decode(paths, others, size, channels, file):
 
 
 def labels_of(paths, folder, classes):
-    """Return the index of each file's class in a list of names, int64 (N,). Exits if it has none."""
+    """Return the index of each file's class in a list of names, int64 (N,).
+
+    Exits if a file is in none of them.
+    """
     index = {name: k for k, name in enumerate(classes)}
     names = [class_of(path, folder) for path in paths]
     if unknown := sorted(set(names) - index.keys()):

@@ -129,13 +129,17 @@ def labels(trained, batch):
     return (torch.arange(batch) % (len(trained.classes) + 1),) if trained.classes else ()
 
 
+def feed(inputs):
+    """Return (x_t, t) or (x_t, t, y) as what ONNX Runtime takes."""
+    return dict(zip(("x_t", "t", "y"), (tensor.numpy() for tensor in inputs), strict=False))
+
+
 def eps_of(path):
     """Return eps(x_t, t) or eps(x_t, t, y), on torch tensors, of an ONNX file on the CPU."""
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def eps(*inputs):
-        feeds = zip(("x_t", "t", "y"), (tensor.numpy() for tensor in inputs), strict=False)
-        return torch.from_numpy(session.run(["eps"], dict(feeds))[0])
+        return torch.from_numpy(session.run(["eps"], feed(inputs))[0])
 
     return eps
 
@@ -170,9 +174,9 @@ class Half(torch.nn.Module):
 def quantize(exact, path, chain):
     """Write a float32 file again with 8-bit integers in most of its convolutions and products.
 
-    chain: [(x_t, t) or (x_t, t, y)], what the network sees while it samples; the ranges of the activations are
-    calibrated on it. The first and the last layer, the first block and the shortcuts stay float32:
-    they take little of the time and cause most of the error.
+    chain: [(x_t, t) or (x_t, t, y)], what the network sees while it samples; the ranges of the
+    activations are calibrated on it. The first and the last layer, the first block and the
+    shortcuts stay float32: they take little of the time and cause most of the error.
     """
     graph = onnx.load(exact).graph
     weights = {tensor.name for tensor in graph.initializer}
@@ -186,10 +190,7 @@ def quantize(exact, path, chain):
     ]
 
     class Reader(CalibrationDataReader):
-        feeds = iter([
-            {name: tensor.numpy() for name, tensor in zip(("x_t", "t", "y"), inputs, strict=False)}
-            for inputs in chain
-        ])  # fmt: skip
+        feeds = map(feed, chain)
 
         def get_next(self):
             return next(self.feeds, None)

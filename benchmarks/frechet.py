@@ -134,8 +134,8 @@ def main():
         if {class_of(path, folder) for path in image_files(folder)[0]} <= set(names):
             images, labels = read_labelled(folder, SIZE, 1, None, names)
             said = f", {share_recognised(model, images, labels):.1%} recognised"
-        print(f"{folder}, {len(images):,} samples: "
-              f"{frechet_distance(statistics(model, images), test):.2f}{said}", flush=True)  # fmt: skip
+        distance = frechet_distance(statistics(model, images), test)
+        print(f"{folder}, {len(images):,} samples: {distance:.2f}{said}", flush=True)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,9 @@ class MLP(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         if num_classes:
-            self.classes = nn.Embedding(num_classes + 1, width, _weight=torch.zeros(num_classes + 1, width))
+            self.classes = nn.Embedding(
+                num_classes + 1, width, _weight=torch.zeros(num_classes + 1, width)
+            )
         self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
         self.point = nn.Linear(2, width)
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(3))

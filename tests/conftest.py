@@ -31,7 +31,9 @@ HERE = Path(__file__).parent.parent
 TINY = "--image-size 8 --base-channels 8 --channel-mults 1 2 --num-res-blocks 1 --batch 8".split()
 TINY += ["--attention-resolutions", "4"]
 COLOURS = {"blue": (40, 60, 220), "green": (40, 180, 60), "red": (220, 50, 40)}
-CLASSES = "--classes --image-size 8 --base-channels 16 --channel-mults 1 2 --num-res-blocks 1".split()
+CLASSES = (
+    "--classes --image-size 8 --base-channels 16 --channel-mults 1 2 --num-res-blocks 1".split()
+)
 CLASSES += "--attention-resolutions 4 --dropout 0 --batch 32 --lr-decay --no-flip".split()
 CLASSES += "--predicts v --weighting min-snr --optimizer muon --lr 6e-3".split()
 MAINS = {f"{module.__name__}.py": module.main for module in (train, evaluate, export, sample)}

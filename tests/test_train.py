@@ -63,7 +63,7 @@ def flags(**changes):
     values = dict(
         seed=0, batch=8, accumulate=1, flip=True, weighting="simple", timesteps="uniform",
         amp=False, ema=0.9999,
-    )
+    )  # fmt: skip
     return argparse.Namespace(**(values | changes))
 
 
