@@ -412,7 +412,7 @@ def test_classes_and_guidance(coloured, page):
 
     assert np.abs(tiles(page, "grid", network.shape) - drawn([2] * 4, 0)).max() <= 1
     # both controls sample again, from the same noise
-    page.evaluate("const w = document.getElementById('w'); w.value = 2; w.onchange()")
+    page.evaluate("const w = document.getElementById('w'); w.value = 2; w.oninput(); w.onchange()")
     page.wait_for_function("document.getElementById('status').textContent.includes('10 steps')")
     until_idle(page)
     assert page.text_content("#w-value") == "2"
