@@ -106,8 +106,6 @@ def train_step(step, network, averages, optimizer, diffusion, images, args, labe
     index = torch.randint(len(images), (args.batch,), device=images.device)
     flip = torch.rand(args.batch, 1, 1, 1, device=device) < (0.5 if args.flip else 0)
     t = torch.randint(diffusion.T, (args.batch,), device=device)
-    if args.timesteps == "logit-normal":  # more of the t at which the image takes shape
-        t = (torch.sigmoid(torch.randn(args.batch, device=device)) * diffusion.T).long()
     noise = torch.randn(args.batch, *images.shape[1:], device=device)
 
     y = [None] * parts
@@ -144,15 +142,14 @@ def train_step(step, network, averages, optimizer, diffusion, images, args, labe
 PAPER = dict(
     image_size=32, base_channels=128, channel_mults=[1, 2, 2, 2], num_res_blocks=2,
     attention_resolutions=[16], dropout=0.1, norm_groups=None, schedule="linear", predicts="eps",
-    weighting="simple", timesteps="uniform", optimizer="adam", batch=128, lr=2e-4, lr_decay=False,
-    steps=800_000,
+    weighting="simple", optimizer="adam", batch=128, lr=2e-4, lr_decay=False, steps=800_000,
 )  # fmt: skip
 
 # --quick: small images after minutes on a CPU. benchmarks/speedrun.md has measurements.
 QUICK = dict(
     base_channels=16, channel_mults=[1, 2, 4, 4], num_res_blocks=1, attention_resolutions=[],
-    dropout=0.0, predicts="v", weighting="min-snr", timesteps="logit-normal", optimizer="muon",
-    batch=64, lr=6e-3, lr_decay=True, steps=1500,
+    dropout=0.0, predicts="v", weighting="min-snr", optimizer="muon", batch=64, lr=6e-3,
+    lr_decay=True, steps=1500,
 )  # fmt: skip
 
 # The demo: a network and a schedule that learn it on two CPU cores in under four minutes.
@@ -188,8 +185,6 @@ def make_parser():
     flag("--predicts", choices=("eps", "mean", "v"), help="the network's output [%(default)s]")
     flag("--weighting", choices=("simple", "vlb", "min-snr", "native"),
          help="of the loss: (14), (12), and others; see the manual [%(default)s]")  # fmt: skip
-    flag("--timesteps", choices=("uniform", "logit-normal"),
-         help="how t is drawn; logit-normal suits short runs [%(default)s]")  # fmt: skip
     flag("--batch", type=int, help="images per step, over all GPUs [%(default)s]")
     flag("--accumulate", type=int, default=1, help="parts of a batch, to save memory [%(default)s]")
     flag("--optimizer", choices=("adam", "muon"), help="muon suits short runs [%(default)s]")
@@ -339,7 +334,7 @@ def config_of(args, weights, channels, images=None):
         | {"in_channels": channels}
         | ({"num_classes": len(args.classes)} if args.classes else {}),
         "diffusion": flags("variance predicts") | {"betas": betas.tolist()},
-        "train": flags("optimizer batch lr warmup lr_decay weighting timesteps ema flip seed init")
+        "train": flags("optimizer batch lr warmup lr_decay weighting ema flip seed init")
         | {
             "steps": args.steps if args.lr_decay else None,  # else the run can be made longer
             "data": args.data and Path(args.data).resolve().name,

@@ -160,7 +160,7 @@ def test_a_tenth_of_the_labels_is_dropped(monkeypatch):
     diffusion = types.SimpleNamespace(T=1000, loss=loss)
     args = types.SimpleNamespace(
         seed=0, batch=200, flip=False, accumulate=1, amp=False, ema=0.9, weighting="simple",
-        timesteps="uniform", classes="abc",
+        classes="abc",
     )  # fmt: skip
     true, given = whole = drawn()
     assert ((given == true) | (given == 3)).all()

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import copy
-import math
 import os
 import re
 import shutil
@@ -11,7 +10,6 @@ import signal
 import socket
 import sys
 import time
-from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -61,9 +59,8 @@ def test_seeds_differ_for_every_seed_and_step_and_part():
 def flags(**changes):
     """What train_step reads of the command line."""
     values = dict(
-        seed=0, batch=8, accumulate=1, flip=True, weighting="simple", timesteps="uniform",
-        amp=False, ema=0.9999,
-    )  # fmt: skip
+        seed=0, batch=8, accumulate=1, flip=True, weighting="simple", amp=False, ema=0.9999
+    )
     return argparse.Namespace(**(values | changes))
 
 
@@ -100,19 +97,6 @@ def test_step_is_algorithm_1(weighting, flip):
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
         close(average, 0.1 * before + 0.9 * ours, 1e-6)  # the EMA's decay begins at 0.1
-
-
-def test_timesteps_are_logit_normal():
-    """log(t / (T - t)) is standard normal."""
-    model, seen = UNet(4, 3, 4, (1,), 1, ()), []
-    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
-    args = flags(batch=4000, timesteps="logit-normal")
-    optimizer, images = torch.optim.Adam(model.parameters()), torch.zeros(9, 3, 4, 4).byte()
-    averages = [p.detach().clone() for p in model.parameters()]
-    train.train_step(0, model, averages, optimizer, PAPER, images, args)
-    for t in (100, 300, 500, 900):
-        share = NormalDist().cdf(math.log(t / (1000 - t)))
-        assert (seen[0] < t).float().mean().item() == pytest.approx(share, abs=0.03)
 
 
 # -------------------------------------------------------------------------------------- one command
