@@ -176,6 +176,18 @@ def test_a_tenth_of_the_labels_is_dropped(monkeypatch):
     assert torch.equal(torch.cat(halves, 1), whole[:, :200])
 
 
+def test_labels_are_those_of_the_images_that_can_be_read(class_folder, tmp_path):
+    names = list(COLOURS)
+    for images, labels in (
+        data.read_labelled(class_folder, 8, None, None, names),
+        data.cached_folder(class_folder, 8, None, tmp_path, names),  # decodes
+        data.cached_folder(class_folder, 8, None, tmp_path, names),
+    ):
+        assert labels.tolist() == [0] * 20 + [1] * 20 + [2] * 20
+        expected = np.array([COLOURS[names[label]] for label in labels])
+        assert np.abs(images.mean((2, 3)) - expected).max() < 20
+
+
 def test_resumed_run_equals_the_uninterrupted_run(class_folder, tmp_path, run):
     flags = ["--data", class_folder, *TINY, "--classes"]
     run("train.py", *flags, "--steps", 12, "--out", "whole", cwd=tmp_path)
