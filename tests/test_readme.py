@@ -254,4 +254,8 @@ def test_points_are_learnt(tmp_path):
     assert len(shares) == 10
     assert shares["mixture: Algorithm 2"] < 5 > shares["moons: Algorithm 2"]
     assert shares["moons: without z"] > 25 < shares["moons: the mean"]
-    assert {p.name for p in (tmp_path / "docs").glob("*.png")} == {"field.png", "guidance.png", "points.png"}
+    assert {p.name for p in (tmp_path / "docs").glob("*.png")} == {
+        "field.png",
+        "guidance.png",
+        "points.png",
+    }
