@@ -88,12 +88,12 @@ def differences(old, new, besides):
     besides: names of settings that may differ.
     """
     was, now = (config["model"] | config["diffusion"] | config["train"] for config in (old, new))
-    names = (was | now).keys() - {"num_classes"}  # a run without classes lacks their names
+    names = (was | now).keys() - {"num_classes", *besides}  # "classes", their names, say more
     different = [(name, was.get(name), now.get(name)) for name in sorted(names)]
     return [
         (name, "one schedule", "another") if name == "betas" else (name, before, after)
         for name, before, after in different
-        if before != after and name not in besides
+        if before != after
     ]
 
 

@@ -62,7 +62,7 @@ def class_names(folder, without=None):
     names = sorted({class_of(path, folder) for path in paths})
     if "" in names:
         sys.exit(
-            f"--classes: {folder} has images outside of its sub-folders, which are the classes"
+            f"--classes: {folder} has images outside of its sub-folders; each must be in a class"
         )
     if len(names) < 2:
         sys.exit(
@@ -104,7 +104,7 @@ def try_to_read(path, size, channels):
 
 
 def decode(paths, others, size, channels, file):
-    """Write the images to an .npy file: uint8 (N, channels, size, size). Returns the paths of them.
+    """Write images to an .npy file, uint8 (N, channels, size, size), and return their paths.
 
     channels: 1 or 3, or None for 3 if any image is in colour. Unreadable files, and the `others`
     without the suffix of an image, are counted, and the first three of each are named. Exits if no
@@ -147,7 +147,7 @@ def labels_of(paths, folder, classes):
     index = {name: k for k, name in enumerate(classes)}
     names = [class_of(path, folder) for path in paths]
     if unknown := sorted(set(names) - index.keys()):
-        sys.exit(f"{folder}: {unknown[0] or 'no sub-folder'} is not a class of the network")
+        sys.exit(f"{Path(folder, unknown[0])} is not a class of the network")
     return np.array([index[name] for name in names])
 
 

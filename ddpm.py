@@ -427,9 +427,9 @@ class UNet(nn.Module):
     attention_resolutions: sizes in pixels of the levels whose blocks end in attention; the middle
         always has attention.
     dropout: probability of dropping an activation in a residual block.
-    num_classes: with classes, the network takes a third argument; the paper's network has none.
     norm_groups: groups of each group norm. The default gcd(32, base_channels / 4) is the paper's 32
         at its 128 channels, and fewer in narrow networks, so that a group has at least 4 channels.
+    num_classes: how many classes y there are in forward; 0 for none, as in the paper.
 
     Raises ValueError for sizes that do not fit together.
     """
@@ -474,7 +474,7 @@ class UNet(nn.Module):
             nn.SiLU(),
             nn.Linear(time_channels, time_channels),
         )
-        if num_classes:  # the last row means "no class"
+        if num_classes:  # the last row means "no class"; at first, none has an effect
             self.class_embedding = nn.Embedding(num_classes + 1, time_channels)
             nn.init.zeros_(self.class_embedding.weight)
         self.conv_in = nn.Conv2d(in_channels, base_channels, 3, padding=1)
@@ -527,8 +527,8 @@ class UNet(nn.Module):
     def forward(self, x_t, t, y=None):
         """Predict the noise in x_t (B, C, H, W) at t (B,), int64. The result is shaped like x_t.
 
-        y: for a network with classes, their indices (B,), int64. num_classes stands for "no class",
-            and so does None.
+        y: the classes (B,), int64, of a network with classes. num_classes stands for "no class", as
+            does None.
         """
         height, width = x_t.shape[2:]
         if height % self.factor or width % self.factor:
@@ -562,8 +562,8 @@ def guided(model, y, w):
     """
 
     def guided_model(x_t, t):
-        # Whatever the model predicts, eps = a_t x_t + b_t output. The weights add up to 1, so the
-        # same combination of eps has the same a_t x_t.
+        # The output may be eps, the mean or v. In each case, eps = a_t x_t + b_t output, and since
+        # the weights add up to 1, the same combination of eps has a_t x_t unchanged.
         return (1 + w) * model(x_t, t, y) - w * model(x_t, t)
 
     return guided_model

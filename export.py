@@ -34,6 +34,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_
 from onnxscript import opset20 as op
 
 import checkpoint
+from ddpm import ResBlock
 from pretrained import largest_difference, to_diffusers
 
 OPSET = 20  # ONNX Runtime has kernels for it on the CPU, on CUDA and in the browser
@@ -83,7 +84,11 @@ def to_onnx(trained, model):
     "down.0.0.conv1/Conv_20". Nothing in the file comes from this machine.
     """
     # The example has a batch of two: the exporter would take 1 for a constant.
-    example = torch.zeros(2, *trained.shape), torch.zeros(2, dtype=torch.int64), *labels(trained, 2)
+    example = (
+        torch.zeros(2, *trained.shape),
+        torch.zeros(2, dtype=torch.int64),
+        *third_input(trained, 2),
+    )
     names, batch = ["x_t", "t", "y"][: len(example)], torch.export.Dim("batch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -124,8 +129,8 @@ def to_onnx(trained, model):
     return proto
 
 
-def labels(trained, batch):
-    """Return (y,) with the classes in turns, "no class" among them, or () without classes."""
+def third_input(trained, batch):
+    """Return (y,), the classes in turn with "no class" among them, or () without classes."""
     return (torch.arange(batch) % (len(trained.classes) + 1),) if trained.classes else ()
 
 
@@ -150,20 +155,23 @@ def eps_of(path):
 class Half(torch.nn.Module):
     """The U-Net in float16, except where more precision is needed.
 
-    The time MLP, the first layer and the first block stay float32: at small t they must separate
-    weak noise from the image. So do the statistics of the norms, by the definition of the ONNX
-    operator. (ONNX Runtime's convert_float_to_float16 passes every tensor between two float32 nodes
-    through float16, which costs 0.38 % of eps at t = 0 instead of 0.26 %.)
+    The embeddings of t and y, the first layer and the first block stay float32: at small t they
+    must separate weak noise from the image. So do the statistics of the norms, by the definition of
+    the ONNX operator. (ONNX Runtime's convert_float_to_float16 passes every tensor between two
+    float32 nodes through float16, which costs 0.38 % of eps at t = 0 instead of 0.26 %.)
     """
 
     def __init__(self, model):
         super().__init__()
         self.model = copy.deepcopy(model).half()
         first, last = self.model.down[0][0], self.model.up[-1][-2]
-        for module in (self.model.time_mlp, self.model.conv_in, first):
-            module.float()
-        self.model.time_mlp.register_forward_hook(lambda module, args, temb: temb.half())
-        first.register_forward_pre_hook(lambda module, args: (args[0], args[1].float()))
+        for name, module in self.model.named_children():
+            if name in ("time_mlp", "class_embedding", "conv_in"):
+                module.float()
+        first.float()
+        for block in self.model.modules():
+            if isinstance(block, ResBlock) and block is not first:
+                block.time_proj.register_forward_pre_hook(lambda module, args: args[0].half())
         first.register_forward_hook(lambda module, args, h: h.half())
         last.register_forward_pre_hook(lambda module, args: (args[0].half(), args[1]))
 
@@ -229,7 +237,7 @@ def switch(precise, quick, first):
 
 def drawn_by(trained):
     """Return eight images that the network draws in 25 steps, and all its inputs meanwhile."""
-    y = labels(trained, 8)
+    y = third_input(trained, 8)
     chain = list(
         trained.diffusion.sample_progressive(
             lambda x_t, t: trained.model(x_t, t, *y), (8, *trained.shape),
@@ -263,7 +271,7 @@ def reduce_precision(trained, exact, path, kind):
         onnx.save(to_onnx(trained, Half(trained.model)), path)
     else:
         quantize(exact, path, chain)
-    y = labels(trained, len(x0))
+    y = third_input(trained, len(x0))
     errors = relative_errors(eps_of(path), eps_of(exact), trained.diffusion, x0, *y)
     bad = [t for t, error in errors.items() if not error < REDUCED_TOLERANCE]
     if bad and (kind == "half" or bad[-1] >= trained.diffusion.T // 4):

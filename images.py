@@ -62,8 +62,8 @@ def to_image(pixels):
 def grid(pixels, columns=None, rows=None):
     """Return uint8 pixels (B, C, H, W) as one Pillow image with rows of `columns` images.
 
-    With `rows`, between 1 and B, image k is in row k % rows instead. Without either, the grid is
-    about square. Small images are enlarged.
+    With `rows`, and more than one column of images, image k is in row k % rows instead. Without
+    either, the grid is about square. Small images are enlarged.
     """
     if rows and 1 < rows < len(pixels):
         columns = math.ceil(len(pixels) / rows)

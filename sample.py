@@ -132,8 +132,7 @@ def interpolate(
 def guided(network, y, w):
     """Return eps_model(x_t, t) of classifier-free guidance: (1 + w) eps given y, minus w eps.
 
-    network: a Network with classes. y: their indices, int64 (B,). w: 0 is no guidance. Others count
-    the scale s = 1 + w.
+    y: classes of the Network, int64 (B,). w: 0 is no guidance. Others count the scale s = 1 + w.
     """
     none = np.full_like(y, len(network.classes))
 
@@ -184,8 +183,9 @@ class Network:
     device: "auto" prefers CUDA, "cuda" requires it, "cpu" avoids it.
 
     Attributes: betas, float64 (T,), and variance are those of the file, shape is (C, H, W) of an
-    image, classes are their names, if any, and provider is the part of ONNX Runtime that computes.
-    A network with classes takes a third argument y, int64 (B,); None stands for "no class".
+    image, classes has the names of the classes, if any, and provider is the part of ONNX Runtime
+    that computes. A third argument y, int64 (B,), has the class of each image; None stands for "no
+    class", and a network without classes ignores it.
 
     Raises ValueError if the file is not one of export.py, or if CUDA is required and not there.
     """
@@ -367,8 +367,8 @@ def draw_samples(network, args):
             sys.exit("sample.py: stopped before an image was finished")
     save_image(args.out, grid(np.stack(shown), rows=len(names)))
     if args.gif:
-        shown = [x for x, _ in frames] + [frames[-1][1]]
-        images = [grid(x, rows=len(names)) for x in shown]
+        states = [x for x, _ in frames] + [frames[-1][1]]
+        images = [grid(x, rows=len(names)) for x in states]
         save_animation(args.gif, images, each=3000 // len(frames))
     if args.strip:
         save_image(args.strip, strip(frames))

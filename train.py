@@ -108,7 +108,6 @@ def train_step(step, network, averages, optimizer, diffusion, images, args, labe
     t = torch.randint(diffusion.T, (args.batch,), device=device)
     noise = torch.randn(args.batch, *images.shape[1:], device=device)
 
-    y = [None] * parts
     if labels is not None:  # a tenth is dropped, because guidance needs eps without a class too
         drop = torch.rand(args.batch, device=images.device) < 0.1
         y = labels[index].masked_fill(drop, len(args.classes)).tensor_split(parts)
@@ -328,20 +327,22 @@ def config_of(args, weights, channels, images=None):
     def flags(names):
         return {name: getattr(args, name) for name in names.split()}
 
-    return {
+    config = {
         "model": flags("image_size base_channels channel_mults num_res_blocks")
         | flags("attention_resolutions dropout norm_groups")
-        | {"in_channels": channels}
-        | ({"num_classes": len(args.classes)} if args.classes else {}),
+        | {"in_channels": channels},
         "diffusion": flags("variance predicts") | {"betas": betas.tolist()},
         "train": flags("optimizer batch lr warmup lr_decay weighting ema flip seed init")
         | {
             "steps": args.steps if args.lr_decay else None,  # else the run can be made longer
             "data": args.data and Path(args.data).resolve().name,
             "images": images,
-        }
-        | flags("classes" if args.classes else ""),
+        },
     }
+    if args.classes:
+        config["model"]["num_classes"] = len(args.classes)
+        config["train"]["classes"] = args.classes
+    return config
 
 
 def refuse_other_run(out, old, new):

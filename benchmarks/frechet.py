@@ -5,9 +5,10 @@
 
 --data has two folders of images, train and test, with the class in each name: 00000_9_boot.png is
 of class 9. The classifier trains for some minutes the first time, and is then kept in that folder.
-If the samples are in sub-folders of the names of the classes, as sample.py --dir puts them, the
-program also prints how many of them the classifier recognises.
 FID is the same distance in the features of the Inception network, which was trained on photographs.
+
+If the samples are in sub-folders named after the classes, as sample.py --dir writes them, the
+program also prints what share of them, and of the test images, the classifier recognises.
 
 Compare only distances of equally many samples, measured with the same classifier: it is seeded, but
 rounding makes it differ from one processor to another.
@@ -126,16 +127,17 @@ def main():
     args = parser.parse_args()
     model, test, train = reference(args.data)
     print(f"1,000 training images: {frechet_distance(train, test):.2f}")
-    labels, names = labels_and_names(args.data / "test")
-    share = share_recognised(model, read(args.data / "test"), labels)
-    print(f"test images: {share:.1%} recognised")
+    test_labels, names = labels_and_names(args.data / "test")
     for folder in args.samples:
-        images, said = read(folder), ""
-        if {class_of(path, folder) for path in image_files(folder)[0]} <= set(names):
-            images, labels = read_labelled(folder, SIZE, 1, None, names)
-            said = f", {share_recognised(model, images, labels):.1%} recognised"
+        has_classes = {class_of(path, folder) for path in image_files(folder)[0]} <= {*names}
+        images, labels = read_labelled(folder, SIZE, 1, None, names if has_classes else None)
+        images = torch.from_numpy(images)
         distance = frechet_distance(statistics(model, images), test)
-        print(f"{folder}, {len(images):,} samples: {distance:.2f}{said}", flush=True)
+        print(f"{folder}, {len(images):,} samples: {distance:.2f}", flush=True)
+        if has_classes:
+            share = share_recognised(model, images, labels)
+            real = share_recognised(model, read(args.data / "test"), test_labels)
+            print(f"  {share:.1%} recognised, and {real:.1%} of the test images", flush=True)
 
 
 if __name__ == "__main__":

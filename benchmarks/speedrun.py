@@ -135,14 +135,12 @@ def samples(path, steps, count):
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         export.write_onnx(checkpoint.load(path), Path(folder, "model.onnx"))
         network = sample.Network(Path(folder, "model.onnx"), "cpu")
-    pixels, model = [], network
+    pixels = []
     for first in range(0, count, 50):
         noise = sample.noise_of(0, first, (min(50, count - first), *network.shape))
-        if network.classes:
-            y = np.arange(first, min(first + 50, count)) % len(network.classes)
-            model = sample.guided(network, y, 0)
+        y = np.arange(first, min(first + 50, count)) % max(1, len(network.classes))
         for _, _, x0 in sample.sample_progressive(
-            model, noise, network.betas, network.variance, steps, "dpm"
+            sample.guided(network, y, 0), noise, network.betas, network.variance, steps, "dpm"
         ):
             images = to_pixels(x0)
         pixels.append(torch.from_numpy(images))

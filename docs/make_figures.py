@@ -152,9 +152,8 @@ def reverse(network, seed=0, batch=BATCH, w=0, **kwargs):
 
     With classes, the images are of each in turn, with guidance w.
     """
-    noise, model = sample.noise_of(seed, 0, (batch, *network.shape)), network
-    if network.classes:
-        model = sample.guided(network, np.arange(batch) % len(network.classes), w)
+    noise = sample.noise_of(seed, 0, (batch, *network.shape))
+    model = sample.guided(network, np.arange(batch) % max(1, len(network.classes)), w)
     return sample.sample_progressive(model, noise, network.betas, network.variance, **kwargs)
 
 
@@ -193,7 +192,7 @@ def draw_ends(path, network):
     for t in times:
         x_t = np.repeat(shared[t], columns, 0)
         noise = sample.noise_of(1, 0, x_t.shape)
-        model = sample.guided(network, np.zeros(columns, int), 0) if network.classes else network
+        model = sample.guided(network, np.zeros(columns, int), 0)
         chain = sample.sample_progressive(
             model, noise, network.betas[: t + 1], network.variance, x_T=x_t
         )

@@ -1,6 +1,6 @@
-"""DDPM on points in the plane: the class of ddpm.py with a small MLP, in about a minute on a CPU.
+"""DDPM on points in the plane: the class of ddpm.py with a small MLP, in two minutes on a CPU.
 
-    python docs/points.py        # trains six networks, draws field.png, points.png, guidance.png
+    python docs/points.py        # trains six networks, draws field.png, guidance.png and points.png
 
 A point is an image of shape (2, 1, 1). This is the place to break things: change a line of main()
 or of ddpm.py, run the program again, and compare the shares and the figures.
