@@ -4,6 +4,7 @@
     python sample.py --onnx model.onnx --steps 10          # 100 times as fast
     python sample.py --onnx model.onnx -n 10000 --dir out  # one PNG per image
     python sample.py --onnx model.onnx --interpolate a.png b.png  # between two images
+    python sample.py --onnx model.onnx --inpaint image.png mask.png  # redraw the white of the mask
     python sample.py --onnx model.onnx --class boot bag --guidance 2  # if it has classes
 
 A machine that serves images needs this file, images.py, a model.onnx, numpy, Pillow, tqdm and
@@ -47,8 +48,9 @@ def respaced(betas, steps):
 
 
 def sample_progressive(
-    eps_model, draw_noise, betas, variance="large", steps=None, sampler=None, eta=None, x_T=None
-):
+    eps_model, draw_noise, betas, variance="large", steps=None, sampler=None, eta=None, x_T=None,
+    known=None,
+):  # fmt: skip
     """Yield (t, x_t, x0_hat) of the reverse process, from t = T-1 down.
 
     x_t is the input of the network and x0_hat, in [-1, 1], the current estimate of the clean image;
@@ -62,6 +64,8 @@ def sample_progressive(
     eta: for "ddim" alone, and selects it. 0, the default, is deterministic; 1 equals "ddpm" with
         "small" variance.
     x_T: where to start; pure noise if None. To continue from an x_t, pass betas[: t + 1] with it.
+    known: for inpainting, (image, mask), which broadcast to x_t. Where the mask is False, x_t is
+        drawn from q(x_t | x_0) of the image (4) in each step, and x0_hat is the image.
 
     Raises ValueError for an unknown variance or sampler, and for steps or eta out of range.
     """
@@ -86,8 +90,13 @@ def sample_progressive(
     tables = np.stack([betas, alphas, alphas_bar, alphas_bar_prev], 1).tolist()
     for i in reversed(range(len(betas))):
         beta, alpha, abar, abar_prev = tables[i]  # Python floats, which keep float32 arrays float32
+        if known:
+            image, mask = known
+            x_t = math.sqrt(abar) * image + math.sqrt(1 - abar) * draw_noise()  # (4)
+            x = np.where(mask, x, x_t)
         eps = eps_model(x, np.full(len(x), tau[i]))
         x0 = ((x - math.sqrt(1 - abar) * eps) / math.sqrt(abar)).clip(-1, 1)  # (15)
+        x0 = np.where(mask, x0, image) if known else x0
         yield int(tau[i]), x, x0
         if i == 0:  # the last step adds no noise, and its mean is x0_hat itself
             return
@@ -254,6 +263,7 @@ def arguments():
     flag("--dir", type=Path, help=f"a new folder, one PNG per image; needed if -n is above {GRID}")
     flag("--gif", type=animation_file, help="an animation of the reverse process, first batch only")
     flag("--strip", type=image_file, help="x_t and x0_hat along the chain, first four images only")
+    flag("--inpaint", nargs=2, metavar=("IMAGE", "MASK"), help="redraw what is white in the mask")
     flag("--interpolate", nargs=2, metavar="FILE", help="two images, to draw 11 mixtures between")
     flag("--t", type=int, nargs="+", help="t at which to mix, one row each, 0..T-1 [T / 2]")
     flag("--steps", type=int, help="steps of the reverse process, 1..T [T, as in the paper]")
@@ -271,6 +281,8 @@ def arguments():
         parser.error(f"-n {args.n} needs --dir, because --out shows at most {GRID} images")
     if args.dir and args.dir.exists() and (not args.dir.is_dir() or any(args.dir.iterdir())):
         parser.error(f"--dir {args.dir} must be a new or empty folder")
+    if args.inpaint and args.interpolate:
+        parser.error("choose --inpaint or --interpolate")
     if args.eta is not None and not 0 <= args.eta <= 1:
         parser.error("--eta must be from 0 to 1")
     if args.eta is not None and args.sampler in ("ddpm", "dpm"):
@@ -302,17 +314,20 @@ def main():
     (draw_interpolation if args.interpolate else draw_samples)(network, args)
 
 
+def read(path, shape):
+    """Return an image file as uint8 of this shape (C, H, W)."""
+    try:
+        return read_image(path, shape[-1], shape[0])
+    except Exception as error:  # Pillow raises many kinds
+        sys.exit(f"sample.py: {path} can't be read: {error}")
+
+
 def draw_interpolation(network, args):
     """Save a grid with a row for each --t: the two images, and between them the mixtures."""
-    ends, model = [], network
+    model, ends = network, [read(path, network.shape) for path in args.interpolate]
     if args.classes:
         y = np.full(len(LAMBDAS), network.classes.index(args.classes[0]))
         model = guided(network, y, args.guidance or 0)
-    for path in args.interpolate:
-        try:
-            ends.append(read_image(path, network.shape[-1], network.shape[0]))
-        except Exception as error:  # Pillow raises many kinds
-            sys.exit(f"sample.py: {path} can't be read: {error}")
     rows = []
     for t in args.t:
         chain = interpolate(
@@ -334,7 +349,11 @@ def draw_samples(network, args):
     """
     names = args.classes or network.classes or [""]
     n = args.n or (min(8 * len(names), GRID) if len(names) > 1 else 64)
-    began, drawn = time.monotonic(), 0
+    known, began, drawn = None, time.monotonic(), 0
+    if args.inpaint:
+        image, mask = args.inpaint
+        mask = read(mask, (1, *network.shape[1:])) > 127
+        known = from_pixels(read(image, network.shape)), mask
     shown, frames = [], []  # frames: (x_t, x0_hat) of the first batch at some of the steps
     kept = {-(-k * args.steps // FRAMES) for k in range(FRAMES)} | {args.steps - 1}
     if args.dir:
@@ -350,7 +369,7 @@ def draw_samples(network, args):
                     model = guided(network, y, args.guidance or 0)
                 chain = sample_progressive(
                     model, noise_of(args.seed, first, shape), network.betas, network.variance,
-                    args.steps, args.sampler, args.eta,
+                    args.steps, args.sampler, args.eta, known=known,
                 )  # fmt: skip
                 for i, (_, x, x0) in enumerate(chain):
                     if first == 0 and i in kept and (args.gif or args.strip):

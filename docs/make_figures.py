@@ -184,6 +184,39 @@ def draw_strip(folder, network):
     save_animation(folder / "reverse.gif", frames, each=80, last=3000)
 
 
+def page_noise(seed, k, count):
+    """Return the first `count` numbers that noiseOf of docs/sampler.js draws for image k."""
+    mask = 2**32 - 1
+    a, b, c, counter = seed & mask, k, seed >> 32, 1
+
+    def uniform():
+        nonlocal a, b, c, counter
+        total, counter = (a + b + counter) & mask, (counter + 1) & mask
+        a, b, c = b ^ (b >> 9), (c + (c << 3)) & mask, ((c << 21 | c >> 11) + total) & mask
+        return total / 2**32
+
+    for _ in range(15):
+        uniform()
+    z = []
+    while len(z) < count:
+        radius, angle = np.sqrt(-2 * np.log(1 - uniform())), 2 * np.pi * uniform()
+        z += [radius * np.cos(angle), radius * np.sin(angle)]
+    return z[:count]
+
+
+def draw_recorded(path, network):
+    """Save what docs/page.js shows before its network is loaded: 16 x_t and x0_hat of Algorithm 2.
+
+    The chain begins with the page's noise of seed 0. Each row is one of 26 levels of t.
+    """
+    size, rows = int(np.prod(network.shape)), []
+    x_T = np.array([page_noise(0, k, size) for k in range(16)], np.float32)
+    for t, x, x0 in reverse(network, batch=16, x_T=x_T.reshape(16, *network.shape)):
+        if t % 40 == 39 or t == 0:
+            rows.append(np.concatenate(list(to_pixels(np.concatenate([x, x0]))), -1))
+    Image.fromarray(np.concatenate(rows, 1)[0]).save(path, optimize=True)
+
+
 def draw_ends(path, network):
     """Draw the paper's figure 7: eight ends of the chain from one shared x_t, for several t."""
     shared = {t: x[:1].copy() for t, x, _ in reverse(network)}
@@ -313,6 +346,8 @@ def main():
     draw_weights(args.out / "weights.png")
     draw_unet(args.out / "unet.png")
     draw_strip(args.out, network)
+    if network.shape == (1, 32, 32):  # the included network's
+        draw_recorded(args.out / "recorded.png", network)
     draw_ends(args.out / "ends.png", network)
     draw_steps(args.out / "steps.png", network)
     if network.classes:

@@ -1,9 +1,14 @@
-// The reverse process of ddpm.py in JavaScript, and eps_theta(x_t, t) from a model.onnx in a worker.
+// The diffusion process of ddpm.py in JavaScript: the forward process, the samplers, guidance.
 //
 // Numbers in brackets are equations of the paper, arXiv:2006.11239. t counts 0..T-1, as in ddpm.py.
 // Images are Float32Array in [-1, 1], in the order (B, C, H, W).
 
 // ---------------------------------------------------------------------------- the diffusion process
+
+/** The paper's betas: T numbers from beta_1 to beta_T. */
+export function linearBetas(T = 1000, beta1 = 1e-4, betaT = 0.02) {
+  return Array.from({ length: T }, (_, t) => beta1 + ((betaT - beta1) * t) / Math.max(1, T - 1));
+}
 
 /** The running products abar_t of alpha_t = 1 - beta_t. */
 export function alphasBar(betas) {
@@ -45,11 +50,15 @@ export function respaced(betas, steps) {
  * eta: for "ddim" alone, and selects it. 0, the default, is deterministic; 1 equals "ddpm" with
  * "small" variance.
  * xT: where to start; pure noise by default. To continue from an x_t, pass betas.slice(0, t + 1) too.
+ * clip: whether x0 is clipped to [-1, 1].
+ * known: for inpainting, {x0, mask}, shaped like x. Where the mask is 0, x_t is drawn from
+ * q(x_t | x_0) (4) in each step, and x0 is the given one.
  */
 export async function* sampleProgressive(
   epsModel, drawNoise, betas,
-  { variance = "large", steps = betas.length, sampler = null, eta = null, xT } = {},
+  { variance = "large", steps = betas.length, sampler = null, eta = null, xT, clip = true, known } = {},
 ) {
+  const fill = (x, given) => (known ? x.map((value, k) => (known.mask[k] ? value : given[k])) : x);
   const chain = respaced(betas, steps), abars = alphasBar(chain.betas);
   sampler ??= eta !== null ? "ddim" : steps < betas.length ? "dpm" : "ddpm";
   if (!["ddpm", "ddim", "dpm"].includes(sampler)) throw new RangeError(`no sampler ${sampler}`);
@@ -62,9 +71,11 @@ export async function* sampleProgressive(
     const large = i && variance === "large"; // the last step adds no noise
     const sigma = sampler === "ddpm" ? Math.sqrt(large ? beta : posteriorVariance)
       : (eta ?? 0) * Math.sqrt(posteriorVariance);
+    if (known) x = fill(x, qSample(known.x0, chain.tau[i], drawNoise(), betas));
     const eps = await epsModel(x, chain.tau[i]);
-    const toX0 = (value, k) => (value - Math.sqrt(1 - abar) * eps[k]) / Math.sqrt(abar); // (15)
-    const x0 = x.map((value, k) => Math.min(1, Math.max(-1, toX0(value, k))));
+    let x0 = x.map((value, k) => (value - Math.sqrt(1 - abar) * eps[k]) / Math.sqrt(abar)); // (15)
+    if (clip) x0 = x0.map((value) => Math.min(1, Math.max(-1, value)));
+    x0 = fill(x0, known?.x0);
     yield { t: chain.tau[i], x, x0, sigma };
     if (i === 0) return;
     let fromX0, fromX; // the mean is fromX0 x_0 + fromX x_t
@@ -84,6 +95,39 @@ export async function* sampleProgressive(
     const z = sigma ? drawNoise() : null;
     x = x.map((value, k) => fromX0 * x0Middle[k] + fromX * value + (z ? sigma * z[k] : 0));
   }
+}
+
+/**
+ * sampleProgressive, broken on purpose, as the exercises of the README do. t counts the levels of
+ * `betas`, as before.
+ *
+ * withoutZ: no noise is added to the mean of p.
+ * short: a tenth of the T steps, with betas from the first to the last of the given ones.
+ * lastNoise: the last step adds noise as well.
+ */
+export async function* sampleChanged(
+  epsModel, drawNoise, betas, { withoutZ, short, lastNoise, steps = betas.length, xT, ...options },
+) {
+  const abar = alphasBar(betas), T = short ? Math.ceil(betas.length / 10) : betas.length;
+  const chain = short ? linearBetas(T, betas[0], betas.at(-1)) : betas;
+  const level = alphasBar(chain).map((value) => closest(abar, value));
+  const noise = xT ?? drawNoise(), zeros = noise.map(() => 0);
+  options = { ...options, steps: Math.min(steps, T), xT: noise };
+  const drawZ = withoutZ ? () => zeros : drawNoise;
+  let done = 0;
+  for await (const step of sampleProgressive((x, t) => epsModel(x, level[t]), drawZ, chain, options)) {
+    const t = level[step.t];
+    if (++done === options.steps && lastNoise) {
+      const z = drawNoise(), sigma = Math.sqrt(1 - abar[t]); // of the shorter chain, beta_1 = 1 - abar_1
+      yield { ...step, t, sigma, x0: step.x0.map((value, k) => value + sigma * z[k]) };
+    } else yield { ...step, t };
+  }
+}
+
+/** The index of the number that is closest to `value`. */
+function closest(numbers, value) {
+  const distances = numbers.map((number) => Math.abs(number - value));
+  return distances.indexOf(Math.min(...distances));
 }
 
 /**
@@ -123,8 +167,8 @@ export function noiseOf(seed, batch, size) {
   };
 }
 
-/** Uniform numbers in [0, 1) by the generator sfc32 of PractRand, seeded with two integers. */
-function uniform(seed, stream) {
+/** A function that draws uniform numbers in [0, 1) by the generator sfc32 of PractRand, seeded with two integers. */
+export function uniform(seed, stream) {
   let a = seed >>> 0, b = stream >>> 0, c = Math.floor(seed / 2 ** 32), counter = 1;
   const next = () => {
     const sum = (a + b + counter) | 0;
@@ -136,178 +180,4 @@ function uniform(seed, stream) {
   };
   for (let k = 0; k < 15; k++) next(); // until the seed has reached all bits
   return next;
-}
-
-// -------------------------------------------------------------------------------------- the network
-
-/** The metadata_props of a ModelProto (its field 14) as an object of strings. */
-export function readMetadata(bytes) {
-  const props = {}, text = new TextDecoder();
-  for (const [field, prop] of fields(bytes)) {
-    if (field !== 14) continue;
-    const { 1: key, 2: value } = Object.fromEntries(fields(prop));
-    props[text.decode(key)] = text.decode(value ?? new Uint8Array());
-  }
-  return props;
-}
-
-/** The fields of a protobuf message: [number, bytes], bytes being undefined for a plain number. */
-function* fields(bytes) {
-  let at = 0;
-  const varint = () => {
-    let value = 0, scale = 1;
-    for (;;) {
-      if (at >= bytes.length || scale > 2 ** 63) throw new Error("it is not an ONNX file");
-      const byte = bytes[at++];
-      value += (byte & 127) * scale; // a shift would overflow 32 bits
-      scale *= 128;
-      if (byte < 128) return value;
-    }
-  };
-  while (at < bytes.length) {
-    const tag = varint(), type = tag % 8;
-    let content;
-    if (type === 0) varint();
-    else if (type === 1) at += 8;
-    else if (type === 5) at += 4;
-    else if (type === 2) {
-      const length = varint();
-      content = bytes.subarray(at, (at += length));
-    } else throw new Error("it is not an ONNX file");
-    if (at > bytes.length) throw new Error("it is cut off");
-    yield [Math.floor(tag / 8), content];
-  }
-}
-
-/**
- * eps_theta(x_t, t) from the bytes of a model.onnx, computed in a worker.
- *
- *     const network = await Network.open(bytes, "https://.../ort.webgpu.bundle.min.mjs");
- *     const eps = await network.eps(x, t); // for any whole number of images
- *
- * betas, variance, shape ([C, H, W]) and classes (their names, [] if there are none) are the file's;
- * metadata is all that it says about itself.
- * device says what the network runs on, and noWebGPU why that is not WebGPU, if it is not.
- * Errors are thrown as an Error whose message is a sentence for the user.
- */
-export class Network {
-  static async open(bytes, runtime) {
-    const network = new Network();
-    network.#read(bytes);
-    network.#worker = new Worker(import.meta.url, { type: "module" });
-    network.#worker.onmessage = ({ data }) => network.#answer(data);
-    network.#worker.onerror = (event) => {
-      event.preventDefault();
-      network.#answer({ error: event.message ?? "the worker did not start" });
-    };
-    try {
-      const { shape, classes } = network;
-      const { device, noWebGPU } = await network.#ask({ bytes, runtime, shape, classes });
-      return Object.assign(network, { device, noWebGPU });
-    } catch (error) {
-      network.close();
-      throw error;
-    }
-  }
-
-  #worker;
-  #waiting = []; // [resolve, reject] of each question, in order
-
-  #read(bytes) {
-    this.metadata = readMetadata(bytes);
-    const names = ["ddpm.betas", "ddpm.variance", "ddpm.image_shape"];
-    const missing = names.filter((name) => !(name in this.metadata));
-    if (missing.length) throw new Error(`its metadata lacks ${missing.join(", ")}`);
-    [this.betas, this.shape] = [JSON.parse(this.metadata[names[0]]), JSON.parse(this.metadata[names[2]])];
-    this.variance = this.metadata[names[1]];
-    this.classes = JSON.parse(this.metadata["ddpm.classes"] ?? "[]");
-    const valid = Array.isArray(this.betas) && this.betas.length &&
-      this.betas.every((beta) => beta > 0 && beta < 1) &&
-      ["large", "small"].includes(this.variance) &&
-      this.shape?.length === 3 && [1, 3].includes(this.shape[0]);
-    if (!valid) throw new Error("its metadata makes no sense");
-    this.size = this.shape[0] * this.shape[1] * this.shape[2];
-  }
-
-  #ask(question) {
-    return new Promise((...callbacks) => {
-      if (!this.#worker) throw new Error("the network was closed");
-      this.#waiting.push(callbacks);
-      this.#worker.postMessage(question);
-    });
-  }
-
-  #answer(data) {
-    const [resolve, reject] = this.#waiting.shift() ?? [];
-    if (data.error) reject?.(new Error(data.error));
-    else resolve?.(data);
-  }
-
-  /**
-   * x: Float32Array of B images. t: an integer. y: B classes, by default "no class"; a network
-   * without classes ignores them. The result is shaped like x.
-   */
-  async eps(x, t, y) {
-    const { eps } = await this.#ask({ x, t, y });
-    return eps;
-  }
-
-  /** Free the memory; calls that wait for an answer fail. */
-  close() {
-    this.#worker?.terminate();
-    this.#worker = null;
-    while (this.#waiting.length) this.#answer({ error: "the network was closed" });
-  }
-}
-
-// ------------------------------------------------------------------------------------- in the worker
-
-let ort, session, shape, classes;
-
-async function start({ bytes, runtime, ...file }) {
-  ort = await import(runtime);
-  ({ shape, classes } = file);
-  ort.env.wasm.numThreads = self.crossOriginIsolated ? navigator.hardwareConcurrency : 1;
-  const create = (provider) => ort.InferenceSession.create(bytes, {
-    executionProviders: [provider], logSeverityLevel: 4, // the errors are thrown
-  });
-  const zeros = new Float32Array(shape[0] * shape[1] * shape[2]);
-  let noWebGPU = "this browser has no WebGPU";
-  if (await navigator.gpu?.requestAdapter().catch(() => null)) {
-    try {
-      session = await create("webgpu");
-      await eps({ x: zeros, t: 0 });
-      return { device: "WebGPU" };
-    } catch (error) {
-      noWebGPU = `WebGPU fails: ${error.message}`;
-    }
-  } else if (navigator.gpu) noWebGPU = "WebGPU finds no device";
-  session = await create("wasm");
-  await eps({ x: zeros, t: 0 });
-  const threads = ort.env.wasm.numThreads;
-  return { device: `WebAssembly, ${threads} thread${threads > 1 ? "s" : ""}`, noWebGPU };
-}
-
-async function eps({ x, t, y }) {
-  const batch = x.length / (shape[0] * shape[1] * shape[2]);
-  const integers = (values) => new ort.Tensor("int64", BigInt64Array.from(values, BigInt), [batch]);
-  const feeds = {
-    x_t: new ort.Tensor("float32", x, [batch, ...shape]),
-    t: integers(Array(batch).fill(t)),
-  };
-  if (classes.length) feeds.y = integers(y ?? Array(batch).fill(classes.length));
-  const results = await session.run(feeds);
-  const result = await results.eps.getData();
-  if (!result.every(Number.isFinite)) throw new Error(`eps is not finite at t = ${t}`);
-  return { eps: result.slice() }; // a copy, because the runtime may use its memory again
-}
-
-if (typeof WorkerGlobalScope !== "undefined" && self instanceof WorkerGlobalScope) {
-  self.onmessage = async ({ data }) => {
-    try {
-      self.postMessage(await (data.bytes ? start(data) : eps(data)));
-    } catch (error) {
-      self.postMessage({ error: String(error?.message ?? error) });
-    }
-  };
 }

@@ -12,10 +12,14 @@ import threading
 import numpy as np
 import onnxruntime as ort
 import pytest
+import torch
 from conftest import COLOURS, HERE
 
 import sample
 from benchmarks.table2 import count_right
+from ddpm import Diffusion, linear_betas
+from docs.make_figures import page_noise
+from docs.points import MEANS, STD, exact_eps
 from export import REDUCED_TOLERANCE
 from images import read_image, save_image, to_image, to_pixels
 
@@ -79,6 +83,7 @@ def opened(browser, address):
             page.on("console", lambda m: said.append(m.text) if m.type == "error" else None)
             page.on("pageerror", lambda error: said.append(str(error)))
         page.goto(address)
+        page.evaluate("window.recorded")
         if wait:
             assert page.evaluate("window.ready"), page.text_content("#status")
         return page
@@ -164,19 +169,42 @@ def test_q_sample_is_equation_4(page):
         np.testing.assert_allclose(theirs, abar**0.5 * x0 + (1 - abar) ** 0.5 * noise, atol=1e-6)
 
 
-SAMPLE = """async ([noises, betas, options]) => {
-    const {alphasBar, sampleProgressive} = await import('./sampler.js');
+SAMPLE = """async ([noises, betas, {name, ...options}]) => {
+    const {alphasBar, ...sampler} = await import('./sampler.js');
     // the exact eps of images ~ N(0, 0.3^2), made uneven by a sine
     const abar = alphasBar(betas), steps = [];
     const eps = (x, t) => x.map((value) =>
         Math.sqrt(1 - abar[t]) * (value + 0.1 * Math.sin(3 * value)) / (1 - 0.91 * abar[t]));
     const drawNoise = () => Float32Array.from(noises.shift());
     if (options.xT) options.xT = Float32Array.from(options.xT);
-    for await (const {t, x, x0} of sampleProgressive(eps, drawNoise, betas, options)) {
+    const {known} = options;
+    if (known) known.x0 = Float32Array.from(known.x0);
+    for await (const {t, x, x0} of sampler[name](eps, drawNoise, betas, options)) {
         steps.push([t, Array.from(x), Array.from(x0)]);
     }
     return [steps, noises.length];
 }"""
+
+
+SHAPE, BETAS = (2, 1, 3, 3), np.linspace(1e-3, 0.2, 40)
+NOISES = np.random.default_rng(0).standard_normal((82, *SHAPE)).astype(np.float32)
+
+
+def smooth_eps(x, t):
+    """The eps of SAMPLE."""
+    a = (1 - BETAS).cumprod()[t[0]]
+    return (np.sqrt(1 - a) * (x + 0.1 * np.sin(3 * x)) / (1 - 0.91 * a)).astype(np.float32)
+
+
+def assert_steps_equal(page, options, expected, left):
+    """Compare (t, x_t, x0_hat) of each step; `left` is what Python did not use of the noise."""
+    flat = NOISES.reshape(len(NOISES), -1).tolist()
+    theirs, unused = page.evaluate(SAMPLE, [flat, BETAS.tolist(), options])
+    assert unused == len(list(left)) and len(theirs) == len(expected)
+    for (t, x, x0), (their_t, their_x, their_x0) in zip(expected, theirs, strict=True):
+        assert t == their_t
+        np.testing.assert_allclose(their_x, x.ravel(), atol=1e-5)
+        np.testing.assert_allclose(their_x0, x0.ravel(), atol=1e-5)
 
 
 @pytest.mark.parametrize("variance", ["large", "small"])
@@ -187,28 +215,55 @@ SAMPLE = """async ([noises, betas, options]) => {
 )
 @pytest.mark.parametrize("continues", [False, True])
 def test_reverse_process_is_that_of_sample_py(variance, steps, sampler, eta, continues, page):
-    shape, betas = (2, 1, 3, 3), np.linspace(1e-3, 0.2, 40)
-    noises = np.random.default_rng(0).standard_normal((42, *shape)).astype(np.float32)
-    abar, left = (1 - betas).cumprod(), iter(noises)
-
-    def eps(x, t):
-        a = abar[t[0]]
-        return (np.sqrt(1 - a) * (x + 0.1 * np.sin(3 * x)) / (1 - 0.91 * a)).astype(np.float32)
-
-    x_T = noises[-1] if continues else None
+    left, x_T = iter(NOISES), NOISES[-1] if continues else None
     expected = list(sample.sample_progressive(
-        eps, lambda: next(left), betas, variance, steps, sampler, eta, x_T
+        smooth_eps, lambda: next(left), BETAS, variance, steps, sampler, eta, x_T
     ))  # fmt: skip
-    options = {"variance": variance, "sampler": sampler, "eta": eta}
+    options = {"name": "sampleProgressive", "variance": variance, "sampler": sampler, "eta": eta}
     options |= {} if steps is None else {"steps": steps}
     options |= {"xT": x_T.ravel().tolist()} if continues else {}
-    flat = noises.reshape(len(noises), -1).tolist()
-    theirs, unused = page.evaluate(SAMPLE, [flat, betas.tolist(), options])
-    assert unused == len(list(left)) and len(theirs) == len(expected)
-    for (t, x, x0), (their_t, their_x, their_x0) in zip(expected, theirs, strict=True):
-        assert t == their_t
-        np.testing.assert_allclose(their_x, x.ravel(), atol=1e-5)
-        np.testing.assert_allclose(their_x0, x0.ravel(), atol=1e-5)
+    assert_steps_equal(page, options, expected, left)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm"])
+@pytest.mark.parametrize("steps", [7, 40])
+def test_inpainting_is_that_of_sample_py(sampler, steps, page):
+    left, mask = iter(NOISES), np.arange(18).reshape(SHAPE) % 3 == 0
+    known = 0.3 * NOISES[-1], mask
+    expected = list(sample.sample_progressive(
+        smooth_eps, lambda: next(left), BETAS, "large", steps, sampler, known=known
+    ))  # fmt: skip
+    options = {"name": "sampleProgressive", "steps": steps, "sampler": sampler}
+    options["known"] = {"x0": known[0].ravel().tolist(), "mask": mask.ravel().astype(int).tolist()}
+    assert_steps_equal(page, options, expected, left)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm"])
+@pytest.mark.parametrize("change", ["none", "withoutZ", "clip", "short", "lastNoise"])
+def test_changes_of_the_method(change, sampler, page):
+    """Each change of the page, made in Python."""
+    left, steps, abar = iter(NOISES), 8, (1 - BETAS).cumprod()
+    betas, level = BETAS, np.arange(40)
+    draw = torch.from_numpy
+    noise = lambda: draw(next(left))  # noqa: E731
+    if change == "short":
+        betas, steps = np.linspace(1e-3, 0.2, 4), 4
+        level = np.abs(abar - (1 - betas).cumprod()[:, None]).argmin(1)
+        assert level[-1] < 39
+    if change == "withoutZ":
+        x_T = noise()
+        noise = iter([x_T] + 40 * [torch.zeros(SHAPE)]).__next__
+    chain = Diffusion(torch.from_numpy(betas)).sample_progressive(
+        lambda x, t: draw(smooth_eps(x.numpy(), level[t])),
+        SHAPE, steps, sampler, draw_noise=noise, clip=change != "clip",
+    )  # fmt: skip
+    expected = [(level[t], x.numpy(), x0.numpy()) for t, x, x0 in chain]
+    if change == "lastNoise":
+        t, x, x0 = expected[-1]
+        expected[-1] = t, x, x0 + (1 - abar[t]) ** 0.5 * next(left)
+    options = {"name": "sampleChanged", "steps": 8, "sampler": sampler}
+    options |= {"clip": False} if change == "clip" else {change: True}
+    assert_steps_equal(page, options, expected, left)
 
 
 def test_noise_is_normal_and_of_one_image_each(page):
@@ -231,7 +286,7 @@ def test_noise_is_normal_and_of_one_image_each(page):
 
 
 EPS = """async ([runtime, content, x, times]) => {
-    const {Network} = await import('./sampler.js');
+    const {Network} = await import('./network.js');
     const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
     const network = await Network.open(bytes, runtime), eps = [];
     const {betas, variance, shape, metadata} = network;
@@ -267,6 +322,28 @@ def test_eps_is_pythons(kind, page, files):
     assert theirs["late"] == "the network was closed"
 
 
+@pytest.mark.parametrize("t", [0, 50, 500, 999])
+def test_closed_forms_of_points(t, page):
+    """The field against docs/points.py, and the density against a sum of Gaussians."""
+    diffusion, x = Diffusion(linear_betas()), np.random.default_rng(0).uniform(-2, 2, (50, 2))
+    abar = diffusion.alphas_bar[t].item()
+    eps, q = page.evaluate(
+        """async ([x, abar, centres, std]) => {
+            const {density, exactEps} = await import('./points.js');
+            return [Array.from(exactEps(Float32Array.from(x), abar, centres, std)),
+                    Array.from(density(24, abar, centres, std))];
+        }""",
+        [x.ravel().tolist(), abar, MEANS.ravel().tolist(), STD],
+    )
+    expected = exact_eps(diffusion, torch.from_numpy(x).float()[..., None, None], t)
+    np.testing.assert_allclose(eps, expected.ravel(), rtol=1e-4, atol=1e-5)
+    ticks = 2.3 * (2 * (np.arange(24) + 0.5) / 24 - 1)
+    places = np.stack(np.meshgrid(ticks, -ticks), -1)  # from the top left
+    offsets = places[:, :, None] - abar**0.5 * MEANS.numpy()
+    gaussians = np.exp(-(offsets**2).sum(-1) / (2 * (abar * STD**2 + 1 - abar)))
+    np.testing.assert_allclose(q, gaussians.sum(-1).ravel(), rtol=1e-4, atol=1e-12)
+
+
 # ------------------------------------------------------------------------------------- its promises
 
 
@@ -296,6 +373,121 @@ def test_shipped_model_draws_what_python_draws(page):
     assert np.abs(tiles(page, "noise", network.shape) - to_pixels(x)).max() <= 1
     abar = np.prod(1 - network.betas[: t + 1])
     assert page.text_content("#number-signal") == f"{abar**0.5:.4f}"
+
+
+def set_value(page, name, value):
+    """Move a slider, or tick a box, as a reader would."""
+    key = "checked" if isinstance(value, bool) else "value"
+    page.evaluate(
+        """([name, key, value]) => {
+            const element = document.getElementById(name);
+            element[key] = value;
+            for (const event of ["input", "change"]) element.dispatchEvent(new Event(event));
+        }""",
+        [name, key, value],
+    )
+
+
+def result(page):
+    """What the section of the points says about the result of the chain."""
+    set_value(page, "plane-t", -1)
+    page.wait_for_function("/reached/.test(document.getElementById('plane-status').textContent)")
+    said = page.text_content("#plane-status")
+    return [int(number) for number in re.findall(r"(\d+) (?:of|step)", said)]
+
+
+def test_points_in_the_plane(page):
+    page.wait_for_function("document.getElementById('plane-play').textContent == 'Play'")
+    steps, off, reached = result(page)
+    assert steps == 50 and off < 20 and reached > 100
+    page.select_option("#plane-steps", "10")
+    assert result(page)[0] == 10 and result(page)[1] > 100
+    # without z, Algorithm 2 ends at very few of the data; T = 100 shifts the shares
+    page.select_option("#plane-sampler", "ddpm")
+    page.select_option("#plane-steps", "200")
+    assert result(page)[2] > 100
+    set_value(page, "withoutZ", True)
+    assert result(page)[2] < 30 and "Without z" in page.text_content("#plane-change")
+    set_value(page, "withoutZ", False)
+    set_value(page, "short", True)
+    assert result(page)[0] == 100
+    set_value(page, "short", False)
+    # the buttons go through the states, and back
+    set_value(page, "plane-t", 999)
+    page.click("#plane-next")
+    assert page.text_content("#plane-at") == "t = 994"
+    page.click("#plane-back")
+    assert page.text_content("#plane-at") == "t = 999"
+    before = pixels(page, "plane")
+    page.click("#plane-play")
+    page.wait_for_function("document.getElementById('plane-t').value < 500")
+    page.click("#plane-play")
+    assert re.fullmatch(r"Stopped at t = \d+\.", page.text_content("#plane-status"))
+    assert (pixels(page, "plane") != before).mean() > 0.1
+
+
+def test_points_that_are_drawn(page):
+    page.locator("#plane").scroll_into_view_if_needed()
+    page.select_option("#plane-data", "own")
+    assert page.input_value("#plane-mode") == "data"
+    box = page.locator("#plane").bounding_box()
+    centre = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(*centre)
+    page.mouse.down()
+    page.mouse.move(centre[0] + 40, centre[1], steps=3)
+    page.mouse.up()
+    page.focus("#plane")
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press(" ")
+    set_value(page, "plane-t", -1)
+    page.wait_for_function("/5 data/.test(document.getElementById('plane-status').textContent)")
+    # a path of its own begins where the reader clicks
+    page.select_option("#plane-mode", "start")
+    page.select_option("#plane-sampler", "ddim")
+    page.mouse.click(centre[0] - 150, centre[1] + 100)
+    page.wait_for_function("document.getElementById('plane-play').textContent == 'Play'")
+    colours = pixels(page, "plane").reshape(3, -1).T.tolist()
+    assert [11, 114, 133] in colours  # the second colour of the paths
+    page.select_option("#plane-data", "two moons")
+
+
+def test_recording_is_algorithm_2_from_the_noise_of_the_page(opened, page):
+    """Before anybody clicks, the page shows the end of the recording."""
+    fresh, network = opened(), sample.Network(DOCS / "fashion-mnist.onnx", "cpu")
+    assert fresh.text_content("#at") == "26 of 26" and fresh.text_content("#number-t") == "0"
+    size = math.prod(network.shape)
+    for seed in (0, 5 * 2**32 + 7):
+        theirs = first_noise(page, seed, 2, size).reshape(2, size)
+        np.testing.assert_allclose(theirs[1], page_noise(seed, 1, size), atol=1e-6)
+    assert tiles(fresh, "grid", network.shape).std() > 40
+    set_value(fresh, "step", 0)
+    x = first_noise(page, 0, 16, size).reshape(16, *network.shape)
+    assert np.abs(tiles(fresh, "noise", network.shape) - to_pixels(x)).max() <= 1
+    model = sample.guided(network, np.arange(16) % max(1, len(network.classes)), 0)
+    _, _, x0 = next(sample.sample_progressive(model, lambda: x, network.betas))
+    assert np.abs(tiles(fresh, "grid", network.shape) - to_pixels(x0)).max() <= 1
+
+
+def test_runs_side_by_side(opened):
+    """A run is compared with the recording, then with the one before, at the same t."""
+    page = opened()
+    page.click("#sample")
+    assert "16 images: 10 steps in" in until_idle(page)
+    assert "recorded), at t = 0" in page.text_content("#other-at")  # both results
+    set_value(page, "step", 3)
+    assert "recorded), at t = 719" in page.text_content("#other-at")  # closest to 699
+    set_value(page, "step", 9)
+    shape = (1, 32, 32)
+    own, other = (tiles(page, name, shape).astype(int) for name in ("grid", "other-grid"))
+    assert np.abs(tiles(page, "difference", shape) - (128 + (own - other) / 2)).max() <= 1
+    assert np.abs(own - other).mean() > 2
+    set_value(page, "image-lastNoise", True)  # samples again
+    page.wait_for_function("document.getElementById('status').textContent.includes('10 steps in')")
+    until_idle(page)
+    page.select_option("#other", label="DPM-Solver++, 10 steps")
+    noise = tiles(page, "grid", shape).astype(int) - tiles(page, "other-grid", shape)
+    inner = (own > 90) & (own < 165)  # where the noise of 0.32 is not cut
+    assert 25 < noise[inner].std() < 50 and "grain" in page.text_content("#image-change")
 
 
 def test_stop_in_the_middle_and_again(page):
@@ -342,6 +534,24 @@ def test_denoising_a_drawing(page):
     assert "Four ends from t = 30: 31 steps" in until_idle(page)
     ends = tiles(page, "ends", (1, 32, 32))[:, 0]
     assert np.abs(ends - grey).mean() < 15 and np.abs(ends[0] - ends[1]).mean() > 0.5
+
+
+def test_marked_part_of_a_drawing_is_redrawn(page):
+    page.select_option("#brush", "mask")
+    assert page.text_content("#t-value") == page.get_attribute("#t", "max")
+    box = page.locator("#draw").bounding_box()
+    page.mouse.move(box["x"] + 0.1 * box["width"], box["y"] + 0.2 * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.9 * box["width"], box["y"] + 0.2 * box["height"])
+    page.mouse.up()
+    page.click("#denoise")
+    assert "Four fillings from t = 999: 50 steps" in until_idle(page)
+    drawn, ends = pixels(page, "draw")[0], tiles(page, "ends", (1, 32, 32))[:, 0]
+    grey = np.tensordot([0.299, 0.587, 0.114], pixels(page, "draw"), 1)
+    changed = (np.abs(ends - grey) > 1).any(0)
+    assert 40 < changed.sum() < 200 and changed.nonzero()[0].max() < 12, drawn
+    page.click("#unmark")
+    page.select_option("#brush", "draw")
 
 
 def test_an_image_as_the_drawing(page, tmp_path):

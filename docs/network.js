@@ -1,0 +1,175 @@
+// eps_theta(x_t, t) from a model.onnx of export.py, computed by ONNX Runtime in a worker.
+//
+// Images are Float32Array, in the order (B, C, H, W).
+
+/** The metadata_props of a ModelProto (its field 14) as an object of strings. */
+export function readMetadata(bytes) {
+  const props = {}, text = new TextDecoder();
+  for (const [field, prop] of fields(bytes)) {
+    if (field !== 14) continue;
+    const { 1: key, 2: value } = Object.fromEntries(fields(prop));
+    props[text.decode(key)] = text.decode(value ?? new Uint8Array());
+  }
+  return props;
+}
+
+/** The fields of a protobuf message: [number, bytes], bytes being undefined for a plain number. */
+function* fields(bytes) {
+  let at = 0;
+  const varint = () => {
+    let value = 0, scale = 1;
+    for (;;) {
+      if (at >= bytes.length || scale > 2 ** 63) throw new Error("it is not an ONNX file");
+      const byte = bytes[at++];
+      value += (byte & 127) * scale; // a shift would overflow 32 bits
+      scale *= 128;
+      if (byte < 128) return value;
+    }
+  };
+  while (at < bytes.length) {
+    const tag = varint(), type = tag % 8;
+    let content;
+    if (type === 0) varint();
+    else if (type === 1) at += 8;
+    else if (type === 5) at += 4;
+    else if (type === 2) {
+      const length = varint();
+      content = bytes.subarray(at, (at += length));
+    } else throw new Error("it is not an ONNX file");
+    if (at > bytes.length) throw new Error("it is cut off");
+    yield [Math.floor(tag / 8), content];
+  }
+}
+
+/**
+ * eps_theta(x_t, t) from the bytes of a model.onnx, computed in a worker.
+ *
+ *     const network = await Network.open(bytes, "https://.../ort.webgpu.bundle.min.mjs");
+ *     const eps = await network.eps(x, t); // for any whole number of images
+ *
+ * betas, variance, shape ([C, H, W]) and classes (their names, [] if there are none) are the file's;
+ * metadata is all that it says about itself.
+ * device says what the network runs on, and noWebGPU why that is not WebGPU, if it is not.
+ * Errors are thrown as an Error whose message is a sentence for the user.
+ */
+export class Network {
+  static async open(bytes, runtime) {
+    const network = new Network();
+    network.#read(bytes);
+    network.#worker = new Worker(import.meta.url, { type: "module" });
+    network.#worker.onmessage = ({ data }) => network.#answer(data);
+    network.#worker.onerror = (event) => {
+      event.preventDefault();
+      network.#answer({ error: event.message ?? "the worker did not start" });
+    };
+    try {
+      const { shape, classes } = network;
+      const { device, noWebGPU } = await network.#ask({ bytes, runtime, shape, classes });
+      return Object.assign(network, { device, noWebGPU });
+    } catch (error) {
+      network.close();
+      throw error;
+    }
+  }
+
+  #worker;
+  #waiting = []; // [resolve, reject] of each question, in order
+
+  #read(bytes) {
+    this.metadata = readMetadata(bytes);
+    const names = ["ddpm.betas", "ddpm.variance", "ddpm.image_shape"];
+    const missing = names.filter((name) => !(name in this.metadata));
+    if (missing.length) throw new Error(`its metadata lacks ${missing.join(", ")}`);
+    [this.betas, this.shape] = [JSON.parse(this.metadata[names[0]]), JSON.parse(this.metadata[names[2]])];
+    this.variance = this.metadata[names[1]];
+    this.classes = JSON.parse(this.metadata["ddpm.classes"] ?? "[]");
+    const valid = Array.isArray(this.betas) && this.betas.length &&
+      this.betas.every((beta) => beta > 0 && beta < 1) &&
+      ["large", "small"].includes(this.variance) &&
+      this.shape?.length === 3 && [1, 3].includes(this.shape[0]);
+    if (!valid) throw new Error("its metadata makes no sense");
+    this.size = this.shape[0] * this.shape[1] * this.shape[2];
+  }
+
+  #ask(question) {
+    return new Promise((...callbacks) => {
+      if (!this.#worker) throw new Error("the network was closed");
+      this.#waiting.push(callbacks);
+      this.#worker.postMessage(question);
+    });
+  }
+
+  #answer(data) {
+    const [resolve, reject] = this.#waiting.shift() ?? [];
+    if (data.error) reject?.(new Error(data.error));
+    else resolve?.(data);
+  }
+
+  /**
+   * x: Float32Array of B images. t: an integer. y: B classes, by default "no class"; a network
+   * without classes ignores them. The result is shaped like x.
+   */
+  async eps(x, t, y) {
+    const { eps } = await this.#ask({ x, t, y });
+    return eps;
+  }
+
+  /** Free the memory; calls that wait for an answer fail. */
+  close() {
+    this.#worker?.terminate();
+    this.#worker = null;
+    while (this.#waiting.length) this.#answer({ error: "the network was closed" });
+  }
+}
+
+// ----------------------------------------------------------------------------------- in the worker
+
+let ort, session, shape, classes;
+
+async function start({ bytes, runtime, ...file }) {
+  ort = await import(runtime);
+  ({ shape, classes } = file);
+  ort.env.wasm.numThreads = self.crossOriginIsolated ? navigator.hardwareConcurrency : 1;
+  const create = (provider) => ort.InferenceSession.create(bytes, {
+    executionProviders: [provider], logSeverityLevel: 4, // the errors are thrown
+  });
+  const zeros = new Float32Array(shape[0] * shape[1] * shape[2]);
+  let noWebGPU = "this browser has no WebGPU";
+  if (await navigator.gpu?.requestAdapter().catch(() => null)) {
+    try {
+      session = await create("webgpu");
+      await eps({ x: zeros, t: 0 });
+      return { device: "WebGPU" };
+    } catch (error) {
+      noWebGPU = `WebGPU fails: ${error.message}`;
+    }
+  } else if (navigator.gpu) noWebGPU = "WebGPU finds no device";
+  session = await create("wasm");
+  await eps({ x: zeros, t: 0 });
+  const threads = ort.env.wasm.numThreads;
+  return { device: `WebAssembly, ${threads} thread${threads > 1 ? "s" : ""}`, noWebGPU };
+}
+
+async function eps({ x, t, y }) {
+  const batch = x.length / (shape[0] * shape[1] * shape[2]);
+  const integers = (values) => new ort.Tensor("int64", BigInt64Array.from(values, BigInt), [batch]);
+  const feeds = {
+    x_t: new ort.Tensor("float32", x, [batch, ...shape]),
+    t: integers(Array(batch).fill(t)),
+  };
+  if (classes.length) feeds.y = integers(y ?? Array(batch).fill(classes.length));
+  const results = await session.run(feeds);
+  const result = await results.eps.getData();
+  if (!result.every(Number.isFinite)) throw new Error(`eps is not finite at t = ${t}`);
+  return { eps: result.slice() }; // a copy, because the runtime may use its memory again
+}
+
+if (typeof WorkerGlobalScope !== "undefined" && self instanceof WorkerGlobalScope) {
+  self.onmessage = async ({ data }) => {
+    try {
+      self.postMessage(await (data.bytes ? start(data) : eps(data)));
+    } catch (error) {
+      self.postMessage({ error: String(error?.message ?? error) });
+    }
+  };
+}
