@@ -53,7 +53,7 @@ export function density(n, abar, centres, std) {
 }
 
 /** {off, reached}: how many points are farther than three deviations from each centre, and how many
- * centres are the nearest one of some point. */
+ * centres are the nearest one of some of the others. */
 export function judged(points, centres, std) {
   const reached = new Set();
   let off = 0;
@@ -63,8 +63,8 @@ export function judged(points, centres, std) {
       const distance = Math.hypot(points[k] - centres[m], points[k + 1] - centres[m + 1]);
       if (distance < nearest) [nearest, which] = [distance, m];
     }
-    off += nearest > 3 * std;
-    reached.add(which);
+    if (nearest > 3 * std) off++;
+    else reached.add(which);
   }
   return { off, reached: reached.size };
 }
@@ -108,10 +108,10 @@ const CLOUDS = {
 // -------------------------------------------------------------------------------------- the section
 
 const CHANGES = {
-  withoutZ: "Without z, a step of Algorithm 2 is only the mean of what x_t can become. The points still end on the data, but they crowd: watch how few of the data are reached. DDIM and DPM-Solver++ add no noise anyway, and keep the spread in another way.",
-  noClip: "Without the clip, x̂₀ may leave the square from −1 to 1. Here it never does, because it is an average of the data; the output of a network is less reliable while t is large.",
-  short: "With T = 100 and the same betas, x_T would still contain 60 % of the data (√ᾱ = 0.6), but the chain begins with pure noise, whose mean is 0. Choose the data “three to one”: more than a quarter of the points end at the lower left.",
-  lastNoise: "With noise in the last step, the result is x_0 with grain. In 1000 steps you can hardly see it. In 10 steps, the last step is large, and so is its noise.",
+  withoutZ: "Without z, each step of Algorithm 2 goes to the mean of all that can come next, and a mean of many is close to the middle. The points still end on the data, but bunched together on very few of them. DDIM and DPM-Solver++ never add z; their steps keep the spread in another way.",
+  noClip: "Without the clip, x̂₀ may leave the square from −1 to 1. Here it never does, because it is an average of the data. The output of a network is less reliable while t is large.",
+  short: "With 100 levels and the same betas, the last level still contains 60 % of x₀ (√ᾱ = 0.6), but sampling begins with pure noise, whose mean is 0. Choose the data “three to one”: more than a quarter of the points end at the lower left.",
+  lastNoise: "With noise in the last step, the result is x₀ with grain. In 1000 steps you can hardly see it. In 10 steps, the last step is large, and so is its noise.",
 };
 
 const $ = (id) => document.getElementById(id);
@@ -192,7 +192,8 @@ function draw() {
     context.stroke();
   }
   $("plane-at").textContent = t < 0 ? "the result" : `t = ${t}`;
-  $("plane-numbers").textContent = t < 0 ? "x_0" : `x_t = ${Math.sqrt(abar).toFixed(3)} x_0 + ${Math.sqrt(1 - abar).toFixed(3)} ε`;
+  $("plane-signal").textContent = Math.sqrt(abar).toFixed(3);
+  $("plane-noise").textContent = Math.sqrt(1 - abar).toFixed(3);
 }
 
 function drawDensity(context, size, abar, dark) {
@@ -237,7 +238,7 @@ function drawPath(context, at, dot, until, k, colour, size) {
   }
   context.stroke();
   const { x, x0 } = until;
-  dot(x[2 * k], x[2 * k + 1], 0.011 * size);
+  dot(x[2 * k], x[2 * k + 1], (until.t < 0 ? 0.006 : 0.011) * size);
   context.fill();
   context.setLineDash([4, 4]);
   context.beginPath();
@@ -278,10 +279,10 @@ function stop() {
 /** Say what the reader sees; for those who do not see it, too. */
 function report() {
   const t = Number($("plane-t").value), last = frames.at(-1);
-  if (t >= 0 || last.t >= 0) return announce(t < 0 ? "Computing …" : `Stopped at t = ${t}.`);
+  if (t >= 0 || !(last?.t < 0)) return announce(t < 0 ? "Computing …" : `Stopped at t = ${t}.`);
   const { off, reached } = judged(last.x.subarray(0, 2 * N), centres, STD), steps = frames.length - 1;
   const how = `${$("plane-sampler").selectedOptions[0].text}, ${steps} step${steps > 1 ? "s" : ""}`;
-  announce(`${how}: ${off} of ${N} points end farther than ${3 * STD} from the data; ${reached} of the ${centres.length / 2} data points are reached.`);
+  announce(`${how}: ${off} of ${N} points end farther than ${3 * STD} from the data; the others reach ${reached} of the ${centres.length / 2} data points.`);
 }
 
 /** Go to the next state of the chain that is lower (1) or higher (-1) than the one shown. */

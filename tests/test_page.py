@@ -391,7 +391,7 @@ def set_value(page, name, value):
 def result(page):
     """What the section of the points says about the result of the chain."""
     set_value(page, "plane-t", -1)
-    page.wait_for_function("/reached/.test(document.getElementById('plane-status').textContent)")
+    page.wait_for_function("/others reach/.test(document.getElementById('plane-status').textContent)")
     said = page.text_content("#plane-status")
     return [int(number) for number in re.findall(r"(\d+) (?:of|step)", said)]
 
