@@ -80,7 +80,7 @@ class Diffusion:
         x_0 ~ N(0, I); "small" is the posterior variance beta-tilde_t, which is optimal if x_0 is a
         single point. The paper's CIFAR-10 samples use "large", its 256x256 samples "small".
     predicts: what the network returns. "eps" is the noise, the paper's choice. "mean" is the mean
-        of q(x_{t-1} | x_t, x_0), its alternative. "v" is sqrt(abar_t) eps - sqrt(1 - abar_t) x_0,
+        of q(x_{t-1} | x_t, x_0) and "x0" the image, its alternatives. "v" is sqrt(abar_t) eps - sqrt(1 - abar_t) x_0,
         from Salimans and Ho 2022 (arXiv:2202.00512).
 
     Raises ValueError if betas, variance or predicts is invalid.
@@ -93,8 +93,8 @@ class Diffusion:
             raise ValueError("betas must be a 1-d list of numbers between 0 and 1")
         if variance not in ("large", "small"):
             raise ValueError(f'variance must be "large" or "small", not {variance!r}')
-        if predicts not in ("eps", "mean", "v"):
-            raise ValueError(f'predicts must be "eps", "mean" or "v", not {predicts!r}')
+        if predicts not in ("eps", "mean", "x0", "v"):
+            raise ValueError(f'predicts must be "eps", "mean", "x0" or "v", not {predicts!r}')
         self.T = len(betas)
         self.variance, self.predicts = variance, predicts
         self.betas = betas  # of q(x_t | x_t-1) = N(sqrt(1 - beta_t) x_t-1, beta_t I) (2)
@@ -115,6 +115,7 @@ class Diffusion:
                 (1 - abar).sqrt() / betas,
                 -(self.alphas * (1 - abar)).sqrt() / betas,
             ),
+            "x0": (1 / (1 - abar).sqrt(), -(abar / (1 - abar)).sqrt()),  # (15)
             "v": ((1 - abar).sqrt(), abar.sqrt()),
         }[predicts]
 

@@ -27,7 +27,7 @@ NAMES = (  # regular expressions that turn our names into diffusers', in this or
     (r"time_mlp\.2", r"time_embedding.linear_2"),
     (r"norm_out", r"conv_norm_out"),
 )
-PREDICTS = {"eps": "epsilon", "v": "v_prediction"}  # ours, and diffusers'
+PREDICTS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}  # ours, and diffusers'
 SCHEDULER = {  # the settings of a scheduler that ddpm.py can express
     "prediction_type": list(PREDICTS.values()),
     "variance_type": ["fixed_large", "fixed_small"],

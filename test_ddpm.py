@@ -61,7 +61,7 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="variance"):
         Diffusion(linear_betas(), "medium")
     with pytest.raises(ValueError, match="predicts"):
-        Diffusion(linear_betas(), predicts="x0")
+        Diffusion(linear_betas(), predicts="score")
     with pytest.raises(ValueError, match="weighting"):
         PAPER.loss(lambda x, t: x, torch.zeros(1, 1, 2, 2), weighting="none")
     with pytest.raises(ValueError, match=r"x0 must have the shape .* not \(3, 8, 8\)"):
@@ -149,7 +149,7 @@ def test_loss_draws_every_t_and_unit_noise():
     assert x_t[t == 3].var() == pytest.approx(1 - d.alphas_bar[3].item(), rel=0.1)
 
 
-OUTPUTS = ["eps", "mean", "v"]
+OUTPUTS = ["eps", "mean", "x0", "v"]
 
 
 def output_of(eps, x_t, t, predicts):
@@ -158,7 +158,8 @@ def output_of(eps, x_t, t, predicts):
     eps, x_t = eps.double(), x_t.double()
     x0 = (x_t - (1 - abar).sqrt() * eps) / abar.sqrt()
     mean = (x_t - beta / (1 - abar).sqrt() * eps) / (1 - beta).sqrt()  # (11)
-    return {"eps": eps, "mean": mean, "v": abar.sqrt() * eps - (1 - abar).sqrt() * x0}[predicts]
+    v = abar.sqrt() * eps - (1 - abar).sqrt() * x0
+    return {"eps": eps, "mean": mean, "x0": x0, "v": v}[predicts]
 
 
 @pytest.mark.parametrize("predicts", OUTPUTS)
@@ -573,7 +574,7 @@ def test_dpm_and_ddim_agree_in_all_steps():
     torch.testing.assert_close(dpm, ddim, rtol=0, atol=0.006)
 
 
-@pytest.mark.parametrize("predicts", ["mean", "v"])
+@pytest.mark.parametrize("predicts", OUTPUTS[1:])
 def test_samples_and_bound_do_not_depend_on_what_is_predicted(predicts):
     """The same eps in another form draws the same Gaussian, and has the same bound."""
 

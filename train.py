@@ -181,7 +181,7 @@ def make_parser():
     flag("--dropout", type=float, help="share of the activations to drop [%(default)s]")
     flag("--schedule", choices=("linear", "cosine"), help="betas [%(default)s]")
     flag("--variance", default="large", choices=("large", "small"), help="sigma_t^2 [%(default)s]")
-    flag("--predicts", choices=("eps", "mean", "v"), help="the network's output [%(default)s]")
+    flag("--predicts", choices=("eps", "mean", "x0", "v"), help="the network's output [%(default)s]")
     flag("--weighting", choices=("simple", "vlb", "min-snr", "native"),
          help="of the loss: (14), (12), and others; see the manual [%(default)s]")  # fmt: skip
     flag("--batch", type=int, help="images per step, over all GPUs [%(default)s]")
@@ -253,8 +253,8 @@ def arguments():
         parser.error("--batch must have an image for each GPU and each part of --accumulate")
 
     args.device = choose_device(args.device)
-    if args.amp is None:  # the output "mean" must be exact: at t = 0, eps errs 100 times as much
-        args.amp = has_bfloat16(args.device) and args.predicts != "mean"
+    if args.amp is None:  # these outputs must be exact: at t = 0, eps errs 100 times as much
+        args.amp = has_bfloat16(args.device) and args.predicts not in ("mean", "x0")
     if args.compile is None:  # it takes a minute or more
         is_cuda = args.device.type == "cuda"
         args.compile = is_cuda and args.steps >= 5000 and find_spec("triton") is not None

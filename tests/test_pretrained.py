@@ -138,12 +138,13 @@ def test_file_computes_eps_whatever_is_predicted(tmp_path):
     assert any(name.startswith("conv_in/") for name in names)  # --int8 goes by such names
 
 
-def test_v_is_diffusers_v(tmp_path):
+@pytest.mark.parametrize("predicts", ["x0", "v"])
+def test_outputs_are_those_of_diffusers(predicts, tmp_path):
     from diffusers import DDPMScheduler
 
-    model, diffusion = small_unet(dropout=0.0), Diffusion(linear_betas(), predicts="v")
+    model, diffusion = small_unet(dropout=0.0), Diffusion(linear_betas(), predicts=predicts)
     pretrained.to_diffusers(model, SMALL, diffusion, tmp_path)
-    assert checkpoint.load(tmp_path).diffusion.predicts == "v"
+    assert checkpoint.load(tmp_path).diffusion.predicts == predicts
     scheduler = DDPMScheduler.from_pretrained(tmp_path / "scheduler")
     x, t = randn(1, 3, 8, 8), torch.tensor([500])
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The README and the manual: quotes are the code, listings run, names and commands exist."""
+"""README, notes and manual: quotes are the code, listings run, names and commands exist."""
 
 import importlib
 import re
@@ -17,7 +17,9 @@ from ddpm import Diffusion, UNet, linear_betas
 from images import to_pixels
 
 README = (HERE / "README.md").read_text()
-GUIDE = (HERE / "docs" / "guide.md").read_text()
+GUIDE, NOTES, FORMULAS = (
+    (HERE / "docs" / f"{name}.md").read_text() for name in ("guide", "notes", "formulas")
+)
 TEST_NAMES = "".join(p.read_text() for p in [HERE / "test_ddpm.py", *HERE.glob("tests/*.py")])
 
 
@@ -28,8 +30,8 @@ def blocks(page, language):
 
 
 def listing(word):
-    """The one Python block of the README with this word in it."""
-    (code,) = (block for block in blocks(README, "python") if word in block)
+    """The one Python block of the README or the notes with this word in it."""
+    (code,) = (block for block in blocks(README + NOTES, "python") if word in block)
     return code
 
 
@@ -107,7 +109,7 @@ def test_algorithm_2_is_the_sampler(trained, tmp_path, monkeypatch):
     assert np.abs(names["pixels"].astype(int) - to_pixels(last)).max() <= 1
 
 
-@pytest.mark.parametrize("page", [README, GUIDE], ids=["README", "guide"])
+@pytest.mark.parametrize("page", [README, GUIDE, NOTES, FORMULAS])
 def test_page_is_well_formed(page):
     assert len(re.findall(r"^```", page, re.M)) % 2 == 0
     assert all('"""' not in code or code.count('"""') % 2 == 0 for code in blocks(page, "python"))
@@ -126,7 +128,7 @@ def test_page_is_well_formed(page):
 
 
 def test_parameters_by_part():
-    """The table of section 11 is that of the default U-Net, and adds up."""
+    """The table of the notes is that of the default U-Net, and adds up."""
     model = UNet()
 
     def count(*modules):
@@ -134,14 +136,15 @@ def test_parameters_by_part():
 
     for level, (down, up) in enumerate(zip(model.down, reversed(model.up), strict=True)):
         size = 32 >> level
-        assert re.search(rf"^\| {size}x{size}.* \| {count(down)} \| {count(up)} \|$", README, re.M)
+        assert re.search(rf"^\| {size}x{size}.* \| {count(down)} \| {count(up)} \|$", NOTES, re.M)
     edges = count(model.conv_in, model.norm_out, model.conv_out)
     for number in (count(model.middle), count(model.time_mlp), edges, count(model)):
-        assert number in README.split("### 11.")[1].split("### 12.")[0], number
+        assert number in NOTES.split("## The parameters")[1].split("\n## ")[0], number
+    assert count(model) in README
 
 
 def test_tests_that_the_lesson_names_exist():
-    names = re.findall(r"`(test_\w+)`", README)
+    names = re.findall(r"`(test_\w+)`", README + NOTES)
     assert len(names) >= 15
     for name in names:
         assert f"def {name}(" in TEST_NAMES, name
@@ -150,6 +153,7 @@ def test_tests_that_the_lesson_names_exist():
 def test_flags_files_and_anchors_exist(run, tmp_path):
     helps = {name: run(name, "--help", cwd=tmp_path) for name in MAINS}
     pages = {"README.md": README, "docs/guide.md": GUIDE}
+    pages |= {"docs/notes.md": NOTES, "docs/formulas.md": FORMULAS}
     seen = set()
     for path, page in pages.items():
         for command in (

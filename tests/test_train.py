@@ -170,7 +170,7 @@ def test_bug_is_printed_with_its_line(tmp_path):
         ("--base-channels 30", "--base-channels must be a multiple of 4"),
         ("--batch 4 --accumulate 5", "--batch must have an image for each"),
         ("--steps many", "--steps: invalid int value"),
-        ("--predicts x0", "invalid choice"),
+        ("--predicts score", "invalid choice"),
         ("--device quantum", "--device quantum: torch sees"),
         ("--init none.pt", "none.pt does not exist"),
     ],
