@@ -10,10 +10,10 @@ const RECORDED = { file: "recorded.png", frames: 26, betas: linearBetas(), shape
 const ENDS = 4, END_STEPS = 50; // images drawn from one x_t, and the steps to draw them in
 const KEPT = 60; // frames of each earlier run
 const CHANGES = {
-  withoutZ: "Algorithm 2 without z goes to a mean in each step: look for smooth, empty shapes, all alike.",
+  withoutZ: "Without z, each step of Algorithm 2 moves to the mean of the possible next images, so the results are smooth shapes without detail that all look alike.",
   noClip: "Without the clip, x̂₀ may leave the range of pixels while t is large.",
   short: "With a tenth of the levels and the same betas, sampling begins with more noise than the last level had in training.",
-  lastNoise: "With noise in the last step, the images have grain: the fewer the steps, the more.",
+  lastNoise: "With noise in the last step, the images have grain, and there is more of it with fewer steps.",
 };
 const $ = (id) => document.getElementById(id);
 

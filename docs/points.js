@@ -108,10 +108,10 @@ const CLOUDS = {
 // -------------------------------------------------------------------------------------- the section
 
 const CHANGES = {
-  withoutZ: "Without z, each step of Algorithm 2 goes to the mean of all that can come next, and a mean of many is close to the middle. The points still end on the data, but bunched together on very few of them. DDIM and DPM-Solver++ never add z; their steps keep the spread in another way.",
+  withoutZ: "Without z, each step of Algorithm 2 moves a point to the mean of its possible next positions, which draws the points towards the middle of the data. They still end on the data, but they gather on very few of the data points. DDIM and DPM-Solver++ never add z; their steps keep the spread in another way.",
   noClip: "Without the clip, x̂₀ may leave the square from −1 to 1. Here it never does, because it is an average of the data. The output of a network is less reliable while t is large.",
   short: "With 100 levels and the same betas, the last level still contains 60 % of x₀ (√ᾱ = 0.6), but sampling begins with pure noise, whose mean is 0. Choose the data “three to one”: more than a quarter of the points end at the lower left.",
-  lastNoise: "With noise in the last step, the result is x₀ with grain. In 1000 steps you can hardly see it. In 10 steps, the last step is large, and so is its noise.",
+  lastNoise: "With noise in the last step, the result is x₀ with grain. With 1000 steps, you can hardly see the grain. With 10 steps, the last step is large, so it adds much more noise.",
 };
 
 const $ = (id) => document.getElementById(id);

@@ -179,10 +179,10 @@ def main():
         if data is mixture:
             draw_field(HERE / "field.png", paper, model)
         torch.manual_seed(1)
-        paths = [x_t for _, x_t, _ in paper.sample_progressive(model, (20, 2, 1, 1))]
+        paths = [x_t for _, x_t, _ in paper.sample_progressive(model, (6, 2, 1, 1), 200, eta=0)]
         panels += [
             (f"{name}: data", data(N)),
-            (f"{name}: 20 paths", torch.stack(paths[::20] + paths[-1:])),
+            (f"{name}: 6 paths of DDIM", torch.stack(paths)),
             (f"{name}: Algorithm 2", draw(paper, model)),
             (f"{name}: DDIM, 50 steps", draw(paper, model, steps=50, eta=0)),
         ]
@@ -197,8 +197,7 @@ def main():
     for axes, (title, points) in zip(figure.subplots(3, 4).flat, panels, strict=True):
         if points.ndim == 5:  # paths, from noise to data
             for x, y in points.flatten(2).permute(1, 2, 0):
-                axes.plot(x, y, linewidth=0.6)
-            axes.scatter(*points[-1].flatten(1).T, 4, "black", zorder=3)
+                axes.scatter(x, y, 2, range(len(x)), cmap="plasma_r")  # light at T, dark at the end
             limits = -2.4, 2.4
         else:
             data = mixture if title.startswith("mixture") else moons
