@@ -80,8 +80,8 @@ class Diffusion:
         x_0 ~ N(0, I); "small" is the posterior variance beta-tilde_t, which is optimal if x_0 is a
         single point. The paper's CIFAR-10 samples use "large", its 256x256 samples "small".
     predicts: what the network returns. "eps" is the noise, the paper's choice. "mean" is the mean
-        of q(x_{t-1} | x_t, x_0) and "x0" the image, its alternatives. "v" is sqrt(abar_t) eps - sqrt(1 - abar_t) x_0,
-        from Salimans and Ho 2022 (arXiv:2202.00512).
+        of q(x_{t-1} | x_t, x_0) and "x0" the image, its alternatives. "v" is
+        sqrt(abar_t) eps - sqrt(1 - abar_t) x_0, from Salimans and Ho 2022 (arXiv:2202.00512).
 
     Raises ValueError if betas, variance or predicts is invalid.
     """

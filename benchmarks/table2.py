@@ -30,7 +30,8 @@ from images import from_pixels, grid, save_image, to_pixels  # noqa: E402
 
 ROWS = [
     ("mean", "vlb"), ("mean", "native"), ("eps", "vlb"), ("eps", "simple"),
-    ("x0", "vlb"), ("x0", "simple"), ("x0", "native"), ("v", "vlb"), ("v", "simple"), ("v", "native"),
+    ("x0", "vlb"), ("x0", "simple"), ("x0", "native"),
+    ("v", "vlb"), ("v", "simple"), ("v", "native"),
 ]  # fmt: skip
 SAMPLES = 64
 

@@ -173,16 +173,17 @@ def main():
         return lambda: next(noises, torch.zeros(()))
 
     draw_guidance(HERE / "guidance.png", paper, fit(paper, labelled_moons))
-    panels = []
+    angles, panels = torch.arange(8) * torch.pi / 4, []
+    circle = 1.8 * torch.stack([angles.cos(), angles.sin()], 1)[..., None, None]
     for name, data in (("mixture", mixture), ("moons", moons)):
         model = fit(paper, data)
         if data is mixture:
             draw_field(HERE / "field.png", paper, model)
-        torch.manual_seed(1)
-        paths = [x_t for _, x_t, _ in paper.sample_progressive(model, (6, 2, 1, 1), 200, eta=0)]
+        chain = paper.sample_progressive(model, (8, 2, 1, 1), steps=200, eta=0, x_T=circle)
+        paths = [x_t for _, x_t, _ in chain]
         panels += [
             (f"{name}: data", data(N)),
-            (f"{name}: 6 paths of DDIM", torch.stack(paths)),
+            (f"{name}: paths of DDIM", torch.stack(paths)),
             (f"{name}: Algorithm 2", draw(paper, model)),
             (f"{name}: DDIM, 50 steps", draw(paper, model, steps=50, eta=0)),
         ]
@@ -195,12 +196,13 @@ def main():
 
     figure = Figure(figsize=(10, 7.8), layout="constrained")
     for axes, (title, points) in zip(figure.subplots(3, 4).flat, panels, strict=True):
+        data = mixture if title.startswith("mixture") else moons
         if points.ndim == 5:  # paths, from noise to data
+            axes.scatter(*data(N).flatten(1).T, 1, "0.8")
             for x, y in points.flatten(2).permute(1, 2, 0):
-                axes.scatter(x, y, 2, range(len(x)), cmap="plasma_r")  # light at T, dark at the end
-            limits = -2.4, 2.4
+                axes.scatter(x, y, 2, range(len(x)), cmap="viridis_r")  # light at T, dark at 0
+            limits = -2.1, 2.1
         else:
-            data = mixture if title.startswith("mixture") else moons
             print(f"{title:30} {share_off(points, data(N)):6.1%} off the data")
             axes.scatter(*points.flatten(1).T, 1)
             limits = -1.2, 1.2
