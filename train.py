@@ -181,9 +181,7 @@ def make_parser():
     flag("--dropout", type=float, help="share of the activations to drop [%(default)s]")
     flag("--schedule", choices=("linear", "cosine"), help="betas [%(default)s]")
     flag("--variance", default="large", choices=("large", "small"), help="sigma_t^2 [%(default)s]")
-    flag(
-        "--predicts", choices=("eps", "mean", "x0", "v"), help="the network's output [%(default)s]"
-    )
+    flag("--predicts", choices=("eps", "mean", "x0", "v"), help="network's output [%(default)s]")
     flag("--weighting", choices=("simple", "vlb", "min-snr", "native"),
          help="of the loss: (14), (12), and others; see the manual [%(default)s]")  # fmt: skip
     flag("--batch", type=int, help="images per step, over all GPUs [%(default)s]")

@@ -218,16 +218,20 @@ def draw_recorded(path, network):
 
 
 def draw_ends(path, network):
-    """Draw the paper's figure 7: eight ends of the chain from one shared x_t, for several t."""
-    shared = {t: x[:1].copy() for t, x, _ in reverse(network)}
+    """Draw the paper's figure 7: eight ends of the chain from one shared x_t, for several t.
+
+    A network with classes is given none.
+    """
+    noise = sample.noise_of(0, 0, (1, *network.shape))
+    chain = sample.sample_progressive(network, noise, network.betas, network.variance)
+    shared = {t: x for t, x, _ in chain}
     rows, columns = [], 8
     times = [999, 750, 500, 250]
     for t in times:
         x_t = np.repeat(shared[t], columns, 0)
         noise = sample.noise_of(1, 0, x_t.shape)
-        model = sample.guided(network, np.zeros(columns, int), 0)
         chain = sample.sample_progressive(
-            model, noise, network.betas[: t + 1], network.variance, x_T=x_t
+            network, noise, network.betas[: t + 1], network.variance, x_T=x_t
         )
         rows.append(np.concatenate([shared[t], last(chain)]))
     save_sheet(
