@@ -232,7 +232,7 @@ def test_other_networks_are_refused(key, value, said, copy):
     "key, value, said",
     [
         ("_class_name", "FlowMatchEulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"),
-        ("prediction_type", "sample", "prediction_type is sample"),
+        ("prediction_type", "score", "prediction_type is score"),
         ("variance_type", "learned_range", "variance_type is learned_range"),
         ("clip_sample", False, "clip_sample is False"),
         ("clip_sample_range", 2.0, "clip_sample_range is 2.0"),

@@ -218,7 +218,7 @@ def test_inpainting_keeps_the_image_outside_the_mask(trained, network, image_fol
 
 
 def test_bug_keeps_its_traceback(trained, run, monkeypatch, tmp_path):
-    def broken(*args):
+    def broken(*args, **kwargs):
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(sample, "sample_progressive", broken)
@@ -324,7 +324,7 @@ def test_signal_saves_the_batches_that_are_finished(number, trained, tmp_path, s
 
 
 def test_interrupt_before_the_first_image_saves_nothing(trained, tmp_path, run, monkeypatch):
-    def interrupt(*args):
+    def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sample, "sample_progressive", interrupt)
