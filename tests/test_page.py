@@ -203,8 +203,8 @@ def assert_steps_equal(page, options, expected, left):
     assert unused == len(list(left)) and len(theirs) == len(expected)
     for (t, x, x0), (their_t, their_x, their_x0) in zip(expected, theirs, strict=True):
         assert t == their_t
-        np.testing.assert_allclose(their_x, x.ravel(), atol=1e-5)
-        np.testing.assert_allclose(their_x0, x0.ravel(), atol=1e-5)
+        np.testing.assert_allclose(their_x, x.ravel(), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(their_x0, x0.ravel(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("variance", ["large", "small"])
@@ -243,7 +243,9 @@ def test_inpainting_is_that_of_sample_py(sampler, steps, page):
 def test_changes_of_the_method(change, sampler, page):
     """Each change of the page, made in Python."""
     left, steps, abar = iter(NOISES), 8, (1 - BETAS).cumprod()
-    betas, level = BETAS, np.arange(40)
+    betas, level, x_T = BETAS, np.arange(40), None
+    if change == "clip":  # from far away, so that x0_hat leaves [-1, 1]
+        x_T = 20 * NOISES[-1]
     draw = torch.from_numpy
     noise = lambda: draw(next(left))  # noqa: E731
     if change == "short":
@@ -251,18 +253,22 @@ def test_changes_of_the_method(change, sampler, page):
         level = np.abs(abar - (1 - betas).cumprod()[:, None]).argmin(1)
         assert level[-1] < 39
     if change == "withoutZ":
-        x_T = noise()
-        noise = iter([x_T] + 40 * [torch.zeros(SHAPE)]).__next__
+        noise = iter([noise()] + 40 * [torch.zeros(SHAPE)]).__next__
     chain = Diffusion(torch.from_numpy(betas)).sample_progressive(
         lambda x, t: draw(smooth_eps(x.numpy(), level[t])),
         SHAPE, steps, sampler, draw_noise=noise, clip=change != "clip",
+        x_T=None if x_T is None else draw(x_T),
     )  # fmt: skip
     expected = [(level[t], x.numpy(), x0.numpy()) for t, x, x0 in chain]
     if change == "lastNoise":
         t, x, x0 = expected[-1]
         expected[-1] = t, x, x0 + (1 - abar[t]) ** 0.5 * next(left)
     options = {"name": "sampleChanged", "steps": 8, "sampler": sampler}
-    options |= {"clip": False} if change == "clip" else {change: True}
+    if change == "clip":
+        assert max(np.abs(x0).max() for _, _, x0 in expected) > 1.1
+        options |= {"clip": False, "xT": x_T.ravel().tolist()}
+    else:
+        options[change] = True
     assert_steps_equal(page, options, expected, left)
 
 
