@@ -195,14 +195,15 @@ def main():
     ]
 
     figure = Figure(figsize=(10, 7.8), layout="constrained")
-    for axes, (title, points) in zip(figure.subplots(3, 4).flat, panels, strict=True):
-        data = mixture if title.startswith("mixture") else moons
+    for k, axes in enumerate(figure.subplots(3, 4).flat):
+        title, points = panels[k]
         if points.ndim == 5:  # paths, from noise to data
-            axes.scatter(*data(N).flatten(1).T, 1, "0.8")
+            axes.scatter(*panels[k - 1][1].flatten(1).T, 1, "0.8")  # the data
             for x, y in points.flatten(2).permute(1, 2, 0):
                 axes.scatter(x, y, 2, range(len(x)), cmap="viridis_r")  # light at T, dark at 0
             limits = -2.1, 2.1
         else:
+            data = mixture if title.startswith("mixture") else moons
             print(f"{title:30} {share_off(points, data(N)):6.1%} off the data")
             axes.scatter(*points.flatten(1).T, 1)
             limits = -1.2, 1.2
