@@ -172,8 +172,12 @@ async function sample() {
   const noise = noiseOf(seed, count, network.size), w = Number($("w").value);
   const options = { ...changes, clip: !changes.noClip, sampler: $("sampler").value, steps, variance };
   const images = `${count} images`, model = modelOf($("class").value, count, w);
-  const names = Object.keys(changes).filter((name) => changes[name]).map((name) => $(`image-${name}`).parentElement.textContent.trim());
-  if (w) names.unshift(`w = ${w}`);
+  const words = [`${$("sampler").selectedOptions[0].text}, ${steps} steps`];
+  if (network.classes.length) words.push($("class").selectedOptions[0].text);
+  if (w) words.push(`w = ${w}`);
+  for (const change in changes) {
+    if (changes[change]) words.push($(`image-${change}`).parentElement.textContent.trim());
+  }
   offerRuns(seed, count);
   await reverse(images, model, noise, betas, options, (step, milliseconds) => {
     const { t, x, x0, sigma } = step;
@@ -184,10 +188,12 @@ async function sample() {
     showFrame();
   });
   if (frames.length < steps) return;
-  const each = Math.ceil(steps / KEPT), name = [`${$("sampler").selectedOptions[0].text}, ${steps} steps`, ...names].join(", ");
+  showFrame(); // now beside the result of the other run
+  const each = Math.ceil(steps / KEPT), name = words.join(", ");
   const kept = frames.filter((_, k) => k % each === 0 || k === steps - 1);
-  showFrame();
-  runs = [...runs.filter((other) => other.name !== name || other.seed !== seed), { name, seed, count, frames: kept }].slice(-8);
+  runs = runs.filter((other) => other.name !== name || other.seed !== seed || other.count !== count);
+  runs.push({ name, seed, count, frames: kept });
+  if (runs.length > 12) runs.splice(1, 1); // the recording stays
 }
 
 /** Offer the runs that began with the same noise, to be compared with the next one. */
@@ -421,7 +427,7 @@ async function loadRecording() {
   });
   if (frames.length || run || opening && network) return; // somebody was faster
   frames = recorded;
-  runs = [{ name: "Algorithm 2, 1000 steps (recorded)", seed: 0, count: 16, frames }];
+  runs = [{ name: "Algorithm 2, 1000 steps, all in turn (recorded)", seed: 0, count: 16, frames }];
   $("step").max = frames.length - 1;
   $("step").value = frames.length - 1;
   updateControls();

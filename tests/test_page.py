@@ -493,7 +493,7 @@ def test_runs_side_by_side(opened):
     set_value(page, "image-lastNoise", True)  # samples again
     page.wait_for_function("document.getElementById('status').textContent.includes('10 steps in')")
     until_idle(page)
-    page.select_option("#other", label="DPM-Solver++, 10 steps")
+    page.select_option("#other", label="DPM-Solver++, 10 steps, all in turn")
     noise = tiles(page, "grid", shape).astype(int) - tiles(page, "other-grid", shape)
     inner = (own > 90) & (own < 165)  # where the noise of 0.32 is not cut
     assert 25 < noise[inner].std() < 50 and "grain" in page.text_content("#image-change")
