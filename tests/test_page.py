@@ -673,6 +673,16 @@ def test_layout(width, scheme, page):
     assert page.evaluate(f"{unnamed}.length") == 0
 
 
+def test_nothing_moves_where_the_reader_prefers_so(opened):
+    page = opened(wait=False)
+    page.emulate_media(reduced_motion="reduce")
+    page.reload()
+    page.evaluate("window.recorded")
+    assert page.input_value("#plane-t") == "999"
+    assert page.text_content("#plane-play") == "Play"
+    assert np.array_equal(pixels(page, "hero"), pixels(page, "grid"))  # the end of the recording
+
+
 def test_without_a_connection(opened):
     page = opened(runtime=lambda route: route.abort(), wait=False)
     assert page.evaluate("window.ready") is False
