@@ -563,8 +563,8 @@ def guided(model, y, w):
     """
 
     def guided_model(x_t, t):
-        # The output may be eps, the mean or v. In each case, eps = a_t x_t + b_t output, and since
-        # the weights add up to 1, the same combination of eps has a_t x_t unchanged.
+        # Whatever the model predicts, eps = a_t x_t + b_t output. Since the weights add up to 1,
+        # the same combination of eps has a_t x_t unchanged.
         return (1 + w) * model(x_t, t, y) - w * model(x_t, t)
 
     return guided_model

@@ -128,6 +128,7 @@ def main():
     model, test, train = reference(args.data)
     print(f"1,000 training images: {frechet_distance(train, test):.2f}")
     test_labels, names = labels_and_names(args.data / "test")
+    real = None  # the share of the test images, measured once, if it is needed
     for folder in args.samples:
         has_classes = {class_of(path, folder) for path in image_files(folder)[0]} <= {*names}
         images, labels = read_labelled(folder, SIZE, 1, None, names if has_classes else None)
@@ -136,7 +137,8 @@ def main():
         print(f"{folder}, {len(images):,} samples: {distance:.2f}", flush=True)
         if has_classes:
             share = share_recognised(model, images, labels)
-            real = share_recognised(model, read(args.data / "test"), test_labels)
+            if real is None:
+                real = share_recognised(model, read(args.data / "test"), test_labels)
             print(f"  {share:.1%} recognised, and {real:.1%} of the test images", flush=True)
 
 

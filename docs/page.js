@@ -1,7 +1,7 @@
 // The sections of the page that use a network: samples, a drawing, and the choice of the network.
 
 import { Network } from "./network.js";
-import { startPlane } from "./points.js";
+import { CHANGES, offerChanges, startPlane } from "./points.js";
 import { alphasBar, guided, linearBetas, noiseOf, qSample, sampleChanged } from "./sampler.js";
 
 const SHIPPED = "fashion-mnist.onnx";
@@ -9,7 +9,7 @@ const SHIPPED = "fashion-mnist.onnx";
 const RECORDED = { file: "recorded.png", frames: 26, betas: linearBetas(), shape: [1, 32, 32], size: 1024 };
 const ENDS = 4, END_STEPS = 50; // images drawn from one x_t, and the steps to draw them in
 const KEPT = 60; // frames of each earlier run
-const CHANGES = {
+const TEXTS = { // of the changes
   withoutZ: "Without z, each step of Algorithm 2 moves to the mean of the possible next images, so the results are smooth shapes without detail that all look alike.",
   noClip: "Without the clip, x̂₀ may leave the range of pixels while t is large.",
   short: "With a tenth of the levels and the same betas, sampling begins with more noise than the last level had in training.",
@@ -161,7 +161,7 @@ async function sampleAgain() {
 
 async function sample() {
   const count = Number($("count").value), seed = Number($("seed").value), { betas, variance } = network;
-  const changes = Object.fromEntries(Object.keys(CHANGES).map((name) => [name, $(`image-${name}`).checked]));
+  const changes = changesOf();
   const T = changes.short ? Math.ceil(betas.length / 10) : betas.length;
   const steps = Math.min(Number($("steps").value), T);
   if (!Number.isInteger(seed) || seed < 0 || seed > 2 ** 32 - 1) {
@@ -176,7 +176,7 @@ async function sample() {
   if (network.classes.length) words.push($("class").selectedOptions[0].text);
   if (w) words.push(`w = ${w}`);
   for (const change in changes) {
-    if (changes[change]) words.push($(`image-${change}`).parentElement.textContent.trim());
+    if (changes[change]) words.push(CHANGES[change]);
   }
   offerRuns(seed, count);
   await reverse(images, model, noise, betas, options, (step, milliseconds) => {
@@ -450,13 +450,7 @@ async function playOnce(recorded) {
 $("sample").onclick = sample;
 $("class").onchange = $("w").onchange = sampleAgain;
 $("other").onchange = showFrame;
-for (const name of Object.keys(CHANGES)) {
-  $(`image-${name}`).onchange = () => {
-    $("image-change").textContent = Object.keys(CHANGES).filter((other) => $(`image-${other}`).checked)
-      .map((other) => CHANGES[other]).join(" ");
-    sampleAgain();
-  };
-}
+const changesOf = offerChanges($("image-changes"), "image-", TEXTS, sampleAgain);
 $("w").oninput = () => { $("w-value").textContent = $("w").value; };
 $("stop").onclick = stop;
 $("step").oninput = showFrame;

@@ -107,7 +107,37 @@ const CLOUDS = {
 
 // -------------------------------------------------------------------------------------- the section
 
-const CHANGES = {
+/** What a reader may change in the method, by its name in sampleChanged; noClip is clip: false. */
+export const CHANGES = {
+  withoutZ: "leave out the noise z in every step",
+  noClip: "do not clip x̂₀ to −1 … 1",
+  short: "have only T = 100 levels, with the same betas",
+  lastNoise: "add noise in the last step",
+};
+
+/**
+ * Fill a fieldset with a box for each change. The paragraph after it says what the ticked ones do.
+ *
+ * prefix: of the ids of the boxes. texts: what to say, by the name of the change. Returns a function
+ * that returns {name: ticked}.
+ */
+export function offerChanges(fieldset, prefix, texts, onchange) {
+  const boxes = {}, names = Object.keys(CHANGES);
+  for (const name of names) {
+    const label = fieldset.appendChild(document.createElement("label"));
+    boxes[name] = label.appendChild(document.createElement("input"));
+    label.append(` ${CHANGES[name]}`);
+    Object.assign(boxes[name], { type: "checkbox", id: prefix + name });
+    boxes[name].onchange = () => {
+      const said = names.filter((other) => boxes[other].checked).map((other) => texts[other]);
+      fieldset.nextElementSibling.textContent = said.join(" ");
+      onchange();
+    };
+  }
+  return () => Object.fromEntries(names.map((name) => [name, boxes[name].checked]));
+}
+
+const TEXTS = {
   withoutZ: "Without z, each step of Algorithm 2 moves a point to the mean of its possible next positions, which draws the points towards the middle of the data. They still end on the data, but they gather on very few of the data points. DDIM and DPM-Solver++ never add z; their steps keep the spread in another way.",
   noClip: "Without the clip, x̂₀ may leave the square from −1 to 1. Here it never does, because it is an average of the data. The output of a network is less reliable while t is large.",
   short: "With 100 levels and the same betas, the last level still contains 60 % of x₀ (√ᾱ = 0.6), but sampling begins with pure noise, whose mean is 0. Choose the data “three to one”: more than a quarter of the points end at the lower left.",
@@ -118,7 +148,8 @@ const $ = (id) => document.getElementById(id);
 const COLOURS = ["#d9480f", "#0b7285", "#9c36b5", "#2b8a3e"];
 
 let centres = CLOUDS["two moons"]();
-let starts = [[-1.3, 1.5]]; // the x_T of the paths of their own, the last four that were chosen
+let changesOf; // a function that returns what the reader changes
+let starts = [[-1.3, 1.5]]; // x_T of the coloured paths: the last four that the reader chose
 let frames = []; // of the chain: {t, x, x0}, from T-1 down, and the result as {t: -1, x: x0}
 let chain = 0; // the number of the chain that is computed
 let playing = false;
@@ -132,7 +163,7 @@ async function compute() {
   const number = ++chain, drawNoise = noiseOf(0, N + starts.length, 2), xT = drawNoise();
   starts.flat().forEach((value, k) => { xT[2 * N + k] = value; });
   const model = (x, t) => exactEps(x, ABAR[t], centres, STD);
-  const changes = Object.fromEntries(Object.keys(CHANGES).map((name) => [name, $(name).checked]));
+  const changes = changesOf();
   const [sampler, steps] = [$("plane-sampler").value, Number($("plane-steps").value)];
   const options = { ...changes, clip: !changes.noClip, sampler, steps, xT };
   frames = [];
@@ -334,13 +365,7 @@ export function startPlane() {
     else useData(CLOUDS[target.value]());
   };
   for (const name of ["plane-sampler", "plane-steps"]) $(name).onchange = compute;
-  for (const name of Object.keys(CHANGES)) {
-    $(name).onchange = () => {
-      const texts = Object.keys(CHANGES).filter((other) => $(other).checked).map((other) => CHANGES[other]);
-      $("plane-change").textContent = texts.join(" ");
-      compute();
-    };
-  }
+  changesOf = offerChanges($("plane-changes"), "", TEXTS, compute);
   for (const name of ["density", "field", "points"]) $(`show-${name}`).onchange = draw;
   $("plane-t").oninput = () => {
     if (playing) stop();
