@@ -91,16 +91,16 @@ def draw_schedule(path, x0):
 
 
 def draw_weights(path):
-    """Plot the factor of (12) with the large variance, and the factor of L_simple."""
+    """Plot the weights of (12), with the large variance, and of L_simple, both with mean 1."""
     diffusion, ones, curves = Diffusion(linear_betas()), torch.ones(1, 1, 1, 1), {}
     for name, weighting in (("the bound (12)", "vlb"), ("$L_{simple}$ (14)", "simple")):
         losses = [  # of a network whose squared error is 1
             diffusion.loss(lambda x_t, t: 0 * x_t, ones, torch.tensor([t]), ones, weighting).item()
             for t in range(diffusion.T)
         ]
-        curves[name] = range(diffusion.T), losses
+        curves[name] = range(diffusion.T), np.array(losses) / np.mean(losses)
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    plot(figure.subplots(), curves, "t", "weight of the squared error", yscale="log")
+    plot(figure.subplots(), curves, "t", "weight, divided by its mean", yscale="log")
     figure.savefig(path, dpi=DPI)
 
 
@@ -165,23 +165,30 @@ def last(chain):
 
 
 def draw_strip(folder, network):
-    """Save strip.png, x_t and x0_hat of two samples along the chain, and reverse.gif, of nine."""
+    """Save strip.png, two samples along the chain, and reverse.gif, nine: x_t beside x0_hat."""
     times, states, frames = [999, 850, 700, 600, 500, 400, 300, 200, 100, 0], [], []
     for t, x, x0 in reverse(network):
         if t in times:
             states += [x[:2], x0[:2]]
         if t % 20 == 0 or t == network.betas.size - 1:
-            frames.append(grid(to_pixels(x[:9]), 3))
+            frames.append(beside(x, x0))
     images = np.stack(states, 1).reshape(2, 10, 2, *network.shape)
     images = images.swapaxes(1, 2).reshape(4, 10, *network.shape)
     rows = ["$x_t$", "$\\hat x_0$"] * 2
     save_sheet(folder / "strip.png", images, [f"t = {t}" for t in times], rows)
-    frames += [grid(to_pixels(x0[:9]), 3)]
-    small = 3 * (network.shape[-1] + 2)  # without the enlargement of grid()
-    for size in (small, small * max(1, 306 // small)):
-        frames = [frame.resize((size, size), Image.Resampling.NEAREST) for frame in frames]
+    frames.append(beside(x0, x0))
+    size = 6 * (network.shape[-1] + 2)  # without the enlargement of grid()
+    for scale in (1, max(1, 408 // size)):
+        sizes = size * scale, size * scale // 2
+        frames = [frame.resize(sizes, Image.Resampling.NEAREST) for frame in frames]
     frames = [frame.quantize(32, dither=Image.Dither.NONE) for frame in frames]
     save_animation(folder / "reverse.gif", frames, each=80, last=3000)
+
+
+def beside(x, x0):
+    """Return the first nine x_t as three columns, and three columns of x0_hat beside them."""
+    left, right = (images[:9].reshape(3, 3, *images.shape[1:]) for images in (x, x0))
+    return grid(to_pixels(np.concatenate([left, right], 1).reshape(18, *x.shape[1:])), 6)
 
 
 def page_noise(seed, k, count):

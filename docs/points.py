@@ -80,17 +80,20 @@ class MLP(nn.Module):
         return self.out(F.silu(h))[..., None, None]
 
 
-def fit(diffusion, data, weighting="simple", steps=3000, batch=256):
-    """Algorithm 1, with Adam and a learning rate that falls to 0."""
+def fit(diffusion, data, weighting="simple", steps=3000, batch=256, drop=0.1):
+    """Algorithm 1, with Adam and a learning rate that falls to 0.
+
+    drop: the share of the labels of labelled_moons that is replaced by "no class", as in train.py.
+    """
     torch.manual_seed(0)
     model = MLP(num_classes=2 if data is labelled_moons else 0)
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
     for _ in range(steps):
         network, x0 = model, data(batch)
-        if model.num_classes:  # a tenth of the classes is dropped, as in train.py
+        if model.num_classes:
             x0, y = x0
-            network = partial(model, y=y.masked_fill(torch.rand(batch) < 0.1, 2))
+            network = partial(model, y=y.masked_fill(torch.rand(batch) < drop, 2))
         optimizer.zero_grad()
         diffusion.loss(network, x0, weighting=weighting).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -105,22 +108,24 @@ def share_off(points, data):
 
 
 def draw_field(path, diffusion, model):
-    """The learnt eps (red) over the exact one (black), and points x_t (grey), at three t."""
-    ticks = torch.linspace(-1.4, 1.4, 13)
+    """Save the exact eps of the mixture and the learnt one at three t, with x_t in the background.
+
+    The sign is reversed. Both panels of a column have the same scale.
+    """
+    ticks, times = torch.linspace(-1.4, 1.4, 13), (50, 200, 500)
     grid = torch.cartesian_prod(ticks, ticks)[..., None, None]
-    figure = Figure(figsize=(9, 3.3), layout="constrained")
-    for axes, i in zip(figure.subplots(1, 3), (50, 200, 500), strict=True):
-        t, noise = torch.full((1000,), i), torch.randn(1000, 2, 1, 1)
-        x_t = diffusion.q_sample(mixture(1000), t, noise).flatten(1)
-        axes.scatter(*x_t.T, 2, "0.7")
+    figure = Figure(figsize=(9, 6.2), layout="constrained")
+    for column, i in zip(figure.subplots(2, 3).T, times, strict=True):
+        x_t = diffusion.q_sample(mixture(1000), torch.full((1000,), i), torch.randn(1000, 2, 1, 1))
         with torch.no_grad():
             learnt = model(grid, torch.full((len(grid),), i))
         exact = exact_eps(diffusion, grid, i)
-        for eps, colour, width in ((exact, "black", 0.008), (learnt, "red", 0.003)):
-            arrows = -eps.flatten(1).T  # they point to where the noise came from
-            scale = 8 * exact.abs().max().item()
-            axes.quiver(*grid.flatten(1).T, *arrows, scale=scale, width=width, color=colour)
-        axes.set(title=f"t = {i}", aspect="equal", xlim=(-1.7, 1.7), ylim=(-1.7, 1.7))
+        scale = 8 * exact.abs().max().item()
+        for axes, name, eps in zip(column, ("exact", "learnt"), (exact, learnt), strict=True):
+            axes.scatter(*x_t.flatten(1).T, 2, "0.7")
+            axes.quiver(*grid.flatten(1).T, *-eps.flatten(1).T, scale=scale, width=0.005)
+            axes.set(aspect="equal", xlim=(-1.7, 1.7), ylim=(-1.7, 1.7))
+            axes.set_title(f"{name}, t = {i}", fontsize=10)
     figure.savefig(path, dpi=100)
 
 
