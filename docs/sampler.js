@@ -98,7 +98,7 @@ export async function* sampleProgressive(
 }
 
 /**
- * sampleProgressive, broken on purpose, as the exercises of the README do. t counts the levels of
+ * sampleProgressive, broken on purpose, as the exercises of ddpm.ipynb do. t counts the levels of
  * `betas`, as before.
  *
  * withoutZ: no noise is added to the mean of p.

@@ -1,14 +1,16 @@
-"""README, notes and manual: quotes are the code, listings run, names and commands exist."""
+"""The pages: quotes are the code, listings and notebook run, names and commands exist."""
 
 import importlib
 import re
 import shutil
 from itertools import pairwise
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 from conftest import HERE, MAINS, python
+from nbclient import NotebookClient
 from PIL import Image
 
 import sample
@@ -17,9 +19,11 @@ from ddpm import Diffusion, UNet, linear_betas
 from images import to_pixels
 
 README = (HERE / "README.md").read_text()
-GUIDE, NOTES, FORMULAS = (
-    (HERE / "docs" / f"{name}.md").read_text() for name in ("guide", "notes", "formulas")
+BEYOND, FORMULAS, GUIDE, NOTES = (
+    (HERE / "docs" / f"{name}.md").read_text() for name in ("beyond", "formulas", "guide", "notes")
 )
+PAGES = {"README.md": README, "docs/beyond.md": BEYOND, "docs/formulas.md": FORMULAS}
+PAGES |= {"docs/guide.md": GUIDE, "docs/notes.md": NOTES}
 TEST_NAMES = "".join(p.read_text() for p in [HERE / "test_ddpm.py", *HERE.glob("tests/*.py")])
 
 
@@ -41,22 +45,14 @@ def anchors(page):
 
 
 def test_quotes_are_the_code():
-    sources = [
-        [line.strip() for line in (HERE / name).read_text().splitlines()]
-        for name in ("ddpm.py", "train.py")
-    ]
+    source = [line.strip() for line in (HERE / "ddpm.py").read_text().splitlines()]
     words = "optimizer.step()", "InferenceSession", "reversed(range"
     listings = [listing(word) for word in words]
-    quotes = [block for block in blocks(README, "python") if block not in listings]
+    quotes = [block for block in blocks(README + BEYOND, "python") if block not in listings]
     assert len(quotes) >= 11
     for quote in quotes:
-        for part in quote.strip().split("\n...\n"):
-            lines = [line.strip() for line in part.splitlines()]
-            assert any(
-                lines == source[k : k + len(lines)]
-                for source in sources
-                for k in range(len(source))
-            ), part
+        lines = [line.strip() for line in quote.splitlines()]
+        assert any(lines == source[k : k + len(lines)] for k in range(len(source))), quote
 
 
 def test_equations_are_in_the_code_with_their_numbers():
@@ -109,7 +105,7 @@ def test_algorithm_2_is_the_sampler(trained, tmp_path, monkeypatch):
     assert np.abs(names["pixels"].astype(int) - to_pixels(last)).max() <= 1
 
 
-@pytest.mark.parametrize("page", [README, GUIDE, NOTES, FORMULAS])
+@pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
 def test_page_is_well_formed(page):
     assert len(re.findall(r"^```", page, re.M)) % 2 == 0
     assert all('"""' not in code or code.count('"""') % 2 == 0 for code in blocks(page, "python"))
@@ -144,7 +140,7 @@ def test_parameters_by_part():
 
 
 def test_tests_that_the_lesson_names_exist():
-    names = re.findall(r"`(test_\w+)`", README + NOTES)
+    names = re.findall(r"`(test_\w+)`", README + BEYOND + NOTES)
     assert len(names) >= 15
     for name in names:
         assert f"def {name}(" in TEST_NAMES, name
@@ -152,10 +148,8 @@ def test_tests_that_the_lesson_names_exist():
 
 def test_flags_files_and_anchors_exist(run, tmp_path):
     helps = {name: run(name, "--help", cwd=tmp_path) for name in MAINS}
-    pages = {"README.md": README, "docs/guide.md": GUIDE}
-    pages |= {"docs/notes.md": NOTES, "docs/formulas.md": FORMULAS}
     seen = set()
-    for path, page in pages.items():
+    for path, page in PAGES.items():
         for command in (
             line for block in blocks(page, "") for line in re.split(r"\n(?! )|&&", block)
         ):
@@ -241,7 +235,8 @@ def test_figures_are_made(trained, image_folder, tmp_path):
             assert image.width >= 400 or path.suffix == ".gif"
     with Image.open(tmp_path / "docs" / "reverse.gif") as gif:
         assert gif.n_frames > 50 and gif.info["loop"] == 0
-    assert all(f"docs/{path.name}" in README for path in made)
+    pages = "".join(PAGES.values())
+    assert all(path.name in pages for path in made)
 
 
 @pytest.mark.slow
@@ -263,3 +258,34 @@ def test_points_are_learnt(tmp_path):
         "guidance.png",
         "points.png",
     }
+
+
+def said_in(notebook):
+    """What the code cells of a notebook print, each of which must print or draw something."""
+    outputs = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
+    assert len(outputs) >= 15 and all(outputs)
+    return "".join(output.get("text", "") for cell in outputs for output in cell)
+
+
+def test_notebook_has_its_outputs():
+    said = said_in(nbformat.read(HERE / "docs" / "ddpm.ipynb", 4))
+    correct, different = map(
+        int, re.search(r"(\d+) of 256 samples are correct, and show (\d+)", said).groups()
+    )
+    assert correct > 230 and different > 100
+    assert float(re.search(r"T = 100: .* ([0-9.]+)% of the samples", said)[1]) > 30
+
+
+@pytest.mark.slow
+def test_notebook_runs():
+    """From top to bottom, with fewer steps."""
+    notebook = nbformat.read(HERE / "docs" / "ddpm.ipynb", 4)
+    (setup,) = (cell for cell in notebook.cells if "DEMO_STEPS, SAMPLES =" in cell.source)
+    setup.source, count = re.subn(r"= 3000, 2400, 256\b", "= 30, 30, 64", setup.source)
+    assert count == 1
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []
+    here = {"metadata": {"path": str(HERE / "docs")}}
+    NotebookClient(notebook, timeout=600, resources=here).execute()
+    assert "of 64 samples are correct" in said_in(notebook)
