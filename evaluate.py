@@ -96,7 +96,7 @@ def main():
     given = ", given their classes" if trained.classes else ""
     print(f"{path}{step} on {n:,} images of {args.data or 'the demo'}{given}, bits per dimension")
     print(f"  L_T                  {bound.L_T.mean():8.6f}")
-    print(f"  L_1 + .. + L_T-1     {L_t[1:].sum():8.4f}    the rate")
+    print(f"  L_1 + .. + L_T-1     {L_t[1:].sum():8.4f}    with L_T, the rate")
     print(f"  L_0                  {L_t[0]:8.4f}    the distortion")
     print(f"  total                {bound.total.mean():8.4f}{error}")
     print(f"  RMSE                 {rmse[0]:8.4f}    of x0_hat at t = 0, in values of 0..255")
