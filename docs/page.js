@@ -12,7 +12,7 @@ const KEPT = 60; // frames of each earlier run
 const TEXTS = { // of the changes
   withoutZ: "Without z, each step of Algorithm 2 moves to the mean of the possible next images, so the results are smooth shapes without detail that all look alike.",
   noClip: "Without the clip, x̂₀ may leave the range of pixels while t is large.",
-  short: "With a tenth of the levels and the same betas, sampling begins with more noise than the last level had in training.",
+  short: "With a tenth of the levels and the same range of betas, sampling begins with more noise than the last level had in training.",
   lastNoise: "With noise in the last step, the images have grain, and there is more of it with fewer steps.",
 };
 const $ = (id) => document.getElementById(id);

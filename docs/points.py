@@ -194,7 +194,7 @@ def main():
         ]
     panels += [
         ("moons: without z", draw(paper, model, draw_noise=only_first())),
-        ("moons: T = 100, same betas", draw(short, fit(short, moons))),
+        ("moons: T = 100, same range", draw(short, fit(short, moons))),
         ("moons: the mean", draw(mean, fit(mean, moons, "native"))),
         ("moons: weights of (12)", draw(paper, fit(paper, moons, "vlb"))),
     ]
