@@ -109,6 +109,31 @@ def test_posterior_is_bayes_rule():
         close(mean[b], weighted / (likelihood + prior), 1e-5)
 
 
+@pytest.mark.parametrize("t", [1, 9, 99, 499])
+def test_variance_of_the_reverse_step_lies_between_the_two_of_the_paper(t):
+    """For the data +1 and -1: by integration, and by (7) with E[x_0 | x_t], which is a tanh."""
+    alpha, beta, abar = PAPER.alphas[t], PAPER.betas[t], PAPER.alphas_bar[t]
+    abar_prev, small = PAPER.alphas_bar_prev[t], PAPER.posterior_variance[t]
+    before = torch.linspace(-5, 5, 2501, dtype=torch.float64)  # x_{t-1}
+    x_t = before[:, None]
+
+    def density(x, abar):
+        """q(x_t), up to a constant."""
+        first, second = ((-((x - m * abar.sqrt()) ** 2) / (2 - 2 * abar)).exp() for m in (1, -1))
+        return first + second
+
+    joint = (-((x_t - alpha.sqrt() * before) ** 2) / (2 * beta)).exp() * density(before, abar_prev)
+    weights = joint / joint.sum(1, keepdim=True)
+    mean = (weights * before).sum(1)
+    variance = (weights * before**2).sum(1) - mean**2
+    mean_x0 = (abar.sqrt() * before / (1 - abar)).tanh()
+    closed = small + abar_prev * (beta / (1 - abar)) ** 2 * (1 - mean_x0**2)
+    likely = (density(before, abar) > 1e-6) & (before.abs() < 4)  # not near the ends of the grid
+    close(variance[likely] / beta, closed[likely] / beta, 1e-5)
+    share = density(before, abar) / density(before, abar).sum()
+    assert small * (1 - 1e-9) < (share * closed).sum() < beta
+
+
 def test_algorithm_2_takes_the_posterior_mean_of_the_unclipped_x0():
     t = torch.tensor([0, 1, 10, 500, 999])
     x_t, eps = randn(5, 3, 4, 4), randn(5, 3, 4, 4, seed=1)
