@@ -495,9 +495,12 @@ def mean_and_deviation(variance, steps=1000, eta=None):
     return mean, math.sqrt(var)
 
 
-@pytest.mark.parametrize("variance, gap", [("large", 0.131), ("small", 0.718)])
+@pytest.mark.parametrize("variance, gap", [("large", 0.142), ("small", 0.731)])
 def test_bound_is_above_the_exact_likelihood(variance, gap):
-    """For Gaussian data and the best eps, p(x_0) is a Gaussian integrated over the bin of x_0."""
+    """For Gaussian data and the best eps, p(x_0) is a Gaussian integrated over the bin of x_0.
+
+    The gaps are those of these 65,536 values; 2.4 million have 0.131 and 0.718.
+    """
     d = Diffusion(linear_betas(), variance)
     x0 = ((M + S * randn(256, 1, 16, 16) + 1) * 127.5).round() / 127.5 - 1
     bound = d.vlb(best_eps, x0, torch.Generator().manual_seed(1)).total.mean().item()
@@ -510,7 +513,7 @@ def test_bound_is_above_the_exact_likelihood(variance, gap):
 
     exact = bits(mean, deviation**2 + d.sigma2[0])
     assert bits(M, S**2) <= exact < bound
-    assert bound - exact == pytest.approx(gap, abs=0.02)  # 65,536 values have errors of 0.007
+    assert bound - exact == pytest.approx(gap, abs=0.01)
 
 
 @pytest.mark.parametrize(
