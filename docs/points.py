@@ -43,11 +43,11 @@ def labelled_moons(n):
     return moons(n, y == 1), y
 
 
-def exact_eps(diffusion, x_t, t):
-    """E[eps | x_t] of the mixture, in closed form: what a perfect network predicts."""
+def exact_eps(diffusion, x_t, t, means=MEANS, std=STD):
+    """E[eps | x_t] of a mixture of Gaussians, in closed form: what a perfect network predicts."""
     abar = diffusion.alphas_bar[t].float()
-    variance = abar * STD**2 + 1 - abar  # of each component at t
-    offsets = x_t.flatten(1)[:, None] - abar.sqrt() * MEANS  # (B, components, 2)
+    variance = abar * std**2 + 1 - abar  # of each component at t
+    offsets = x_t.flatten(1)[:, None] - abar.sqrt() * means  # (B, components, 2)
     weights = (-offsets.square().sum(2) / (2 * variance)).softmax(1)
     mean = (weights[..., None] * offsets).sum(1) / variance
     return ((1 - abar).sqrt() * mean)[..., None, None]
@@ -100,6 +100,12 @@ def fit(diffusion, data, weighting="simple", steps=3000, batch=256, drop=0.1):
         optimizer.step()
         schedule.step()
     return model.eval()
+
+
+def only_first(x_T):
+    """Return draw_noise() of a sampler without z: the noise x_T of the start, then zeros."""
+    noises = iter([x_T])
+    return lambda: next(noises, torch.zeros_like(x_T))
 
 
 def share_off(points, data):
@@ -172,11 +178,6 @@ def main():
         torch.manual_seed(1)
         return diffusion.sample(model, (N, 2, 1, 1), **kwargs)
 
-    def only_first():
-        """draw_noise() of a sampler without z: the noise of x_T, then zeros."""
-        noises = iter([torch.randn(N, 2, 1, 1)])
-        return lambda: next(noises, torch.zeros(()))
-
     draw_guidance(HERE / "guidance.png", paper, fit(paper, labelled_moons))
     angles, panels = torch.arange(8) * torch.pi / 4, []
     circle = 1.8 * torch.stack([angles.cos(), angles.sin()], 1)[..., None, None]
@@ -193,7 +194,7 @@ def main():
             (f"{name}: DDIM, 50 steps", draw(paper, model, steps=50, eta=0)),
         ]
     panels += [
-        ("moons: without z", draw(paper, model, draw_noise=only_first())),
+        ("moons: without z", draw(paper, model, draw_noise=only_first(torch.randn(N, 2, 1, 1)))),
         ("moons: T = 100, same range", draw(short, fit(short, moons))),
         ("moons: the mean", draw(mean, fit(mean, moons, "native"))),
         ("moons: weights of (12)", draw(paper, fit(paper, moons, "vlb"))),
