@@ -19,6 +19,7 @@ noise. The network receives the same 0..T-1, as in the authors' code.
 """
 
 import math
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -48,21 +49,20 @@ def cosine_betas(T=1000):
 
 
 def _at(table, t):
-    """Look up a float64 table (T,) at t (B,): float32 (B, 1, 1, 1), to broadcast over images.
+    """Look up a table (T,) at t (B,): float32 (B, 1, 1, 1), to broadcast over images."""
+    if t.device.type != "cpu":
+        table = _copy(table, t.device)
+    return table[t].float()[:, None, None, None]
 
-    The tables are on the CPU, because not every device has float64; the result is where t is.
-    """
-    table = table.float()
-    if t.is_cuda:  # the host does not wait for a copy from pinned memory
-        table = table.pin_memory()
-    return table.to(t.device, non_blocking=t.is_cuda)[t][:, None, None, None]
+
+@lru_cache(maxsize=256)
+def _copy(table, device):
+    """Return a table on a device in float32, because not every device has float64, copied once."""
+    return table.to(device, torch.float32)
 
 
 class Bound(NamedTuple):
-    """The terms (5) of the variational bound for a batch, in bits per dimension.
-
-    Each term is exact given its x_t, of which one is drawn per image and t.
-    """
+    """The terms (5) of the bound in bits per dimension, exact given one x_t per image and t."""
 
     L_T: Tensor  # (B,) KL(q(x_T | x_0) || N(0, I)): how much of x_0 is left in x_T
     L_t: Tensor  # (B, T) column t is the paper's L_t, so column 0 is the discretised decoder L_0
@@ -73,14 +73,15 @@ class Bound(NamedTuple):
 class Diffusion:
     """The tables of a schedule, each float64 of shape (T,) on the CPU, and the paper's equations.
 
-    The methods work on the device of their arguments.
+    The methods work on the device of their arguments. tau, int64 (T,), is the t at which the
+    network is asked: 0..T-1, unless the chain is a shorter one of `respaced`.
 
     betas: (T,) numbers in (0, 1).
-    variance: sigma_t^2 of the reverse step (section 3.2). "large" is beta_t, which is optimal if
-        x_0 ~ N(0, I); "small" is the posterior variance beta-tilde_t, which is optimal if x_0 is a
-        single point. The paper's CIFAR-10 samples use "large", its 256x256 samples "small".
-    predicts: what the network returns. "eps" is the noise, the paper's choice. "mean" is the mean
-        of q(x_{t-1} | x_t, x_0) and "x0" the image, its alternatives. "v" is
+    variance: sigma_t^2 of the reverse step (section 3.2). "large" is beta_t, optimal if
+        x_0 ~ N(0, I); "small" is the posterior variance beta-tilde_t, optimal if x_0 is a single
+        point. The authors' code uses "large" for CIFAR-10 and "small" for 256x256 images.
+    predicts: what the network returns. "eps" is the noise, the paper's choice. "mean", the mean of
+        q(x_{t-1} | x_t, x_0), and "x0", the image, are its alternatives. "v" is
         sqrt(abar_t) eps - sqrt(1 - abar_t) x_0, from Salimans and Ho 2022 (arXiv:2202.00512).
 
     Raises ValueError if betas, variance or predicts is invalid.
@@ -95,52 +96,56 @@ class Diffusion:
             raise ValueError(f'variance must be "large" or "small", not {variance!r}')
         if predicts not in ("eps", "mean", "x0", "v"):
             raise ValueError(f'predicts must be "eps", "mean", "x0" or "v", not {predicts!r}')
-        self.T = len(betas)
+        self.T, self.tau = len(betas), torch.arange(len(betas))
         self.variance, self.predicts = variance, predicts
         self.betas = betas  # of q(x_t | x_t-1) = N(sqrt(1 - beta_t) x_t-1, beta_t I) (2)
-        self.alphas = 1 - betas
-        self.alphas_bar = self.alphas.cumprod(0)
-        self.alphas_bar_prev = torch.cat([betas.new_ones(1), self.alphas_bar[:-1]])
-        self.posterior_variance = (1 - self.alphas_bar_prev) / (1 - self.alphas_bar) * betas  # (7)
-        # sigma_t^2. Sampling never uses the first entry, because the last step adds no noise. The
-        # decoder L_0 does, and needs a positive variance: like the authors' code, we use the
-        # posterior variance of the next step.
+        self.alphas = alphas = 1 - betas
+        self.alphas_bar = abar = alphas.cumprod(0)
+        self.alphas_bar_prev = abar_prev = torch.cat([betas.new_ones(1), abar[:-1]])
+        # q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I) (4)
+        self.sqrt_alphas_bar = abar.sqrt()
+        self.sqrt_one_minus_alphas_bar = (1 - abar).sqrt()
+        # q(x_{t-1} | x_t, x_0): the factors of x_0 and x_t in its mean, and its variance (7)
+        self.posterior_x0 = abar_prev.sqrt() * betas / (1 - abar)
+        self.posterior_x_t = alphas.sqrt() * (1 - abar_prev) / (1 - abar)
+        self.posterior_variance = (1 - abar_prev) / (1 - abar) * betas
+        # sigma_t^2 of the reverse step. Its first entry is that of the decoder L_0, which must be
+        # positive: the posterior variance of the next step, as in the authors' code.
         self.sigma2 = (betas if variance == "large" else self.posterior_variance).clone()
         self.sigma2[0] = self.posterior_variance[1] if self.T > 1 else betas[0]
         # The noise in x_t is linear in the network's output F: eps = a_t x_t + b_t F.
-        abar = self.alphas_bar
         self.a, self.b = {
             "eps": (torch.zeros_like(abar), torch.ones_like(abar)),
-            "mean": (  # (11)
-                (1 - abar).sqrt() / betas,
-                -(self.alphas * (1 - abar)).sqrt() / betas,
-            ),
+            "mean": ((1 - abar).sqrt() / betas, -(alphas * (1 - abar)).sqrt() / betas),  # (11)
             "x0": (1 / (1 - abar).sqrt(), -(abar / (1 - abar)).sqrt()),  # (15)
             "v": ((1 - abar).sqrt(), abar.sqrt()),
         }[predicts]
+        # The weights of the squared error of eps in the loss. SNR = abar / (1 - abar).
+        self.weights = {
+            "simple": torch.ones_like(abar),  # (14)
+            "vlb": betas**2 / (2 * self.sigma2 * alphas * (1 - abar)),  # (12)
+            "min-snr": (5 * (1 - abar) / abar).clamp(max=1),
+            "native": 1 / self.b**2,
+        }
 
     # ----------------------------------------------------------------------- q, the forward process
 
     def q_sample(self, x0, t, noise):
         """Return x_t ~ q(x_t | x_0) (4), (B, C, H, W) as x0 and the noise."""
-        return _at(self.alphas_bar.sqrt(), t) * x0 + _at((1 - self.alphas_bar).sqrt(), t) * noise
+        return _at(self.sqrt_alphas_bar, t) * x0 + _at(self.sqrt_one_minus_alphas_bar, t) * noise
 
     def predict_x0(self, x_t, t, eps):
         """Return x_0 by (15), which is (4) solved for x_0: the clean image if the noise is eps."""
-        return (x_t - _at((1 - self.alphas_bar).sqrt(), t) * eps) / _at(self.alphas_bar.sqrt(), t)
+        return (x_t - _at(self.sqrt_one_minus_alphas_bar, t) * eps) / _at(self.sqrt_alphas_bar, t)
 
     def q_posterior(self, x0, x_t, t):
         """Return mean (B, C, H, W) and variance (B, 1, 1, 1) of q(x_{t-1} | x_t, x_0) (6), (7)."""
-        abar, abar_prev = self.alphas_bar, self.alphas_bar_prev
-        mean = (
-            _at(abar_prev.sqrt() * self.betas / (1 - abar), t) * x0
-            + _at(self.alphas.sqrt() * (1 - abar_prev) / (1 - abar), t) * x_t
-        )
+        mean = _at(self.posterior_x0, t) * x0 + _at(self.posterior_x_t, t) * x_t
         return mean, _at(self.posterior_variance, t)
 
     def predict_eps(self, model, x_t, t):
         """Return eps_theta(x_t, t), the noise in x_t, whatever the model predicts. (B, C, H, W)."""
-        output = model(x_t, t).float()
+        output = model(x_t, _at(self.tau, t).flatten().to(t)).float()
         if self.predicts == "eps":
             return output
         return _at(self.a, t) * x_t + _at(self.b, t) * output
@@ -151,42 +156,26 @@ class Diffusion:
         """Return L_simple (14), the mean squared error of the predicted noise, a scalar.
 
         It is the mean over the dimensions, where (14) has their sum. t (B,) and noise (B, C, H, W)
-        are drawn unless given.
-        weighting: "simple" is (14), the error of the noise, whatever the model predicts. "vlb"
-            keeps the weight that (12) gives each term and (14) drops. Up to a constant, it is then
-            L_t in nats per dimension for t > 0; at t = 0 the density of the decoder stands for its
-            probability. "min-snr" is that of Hang et al. 2023 (arXiv:2303.09556), which limits the
-            weight of weak noise: with SNR = abar_t / (1 - abar_t), (14) gives the error of x0_hat
-            the weight SNR, and min-snr gives it min(SNR, 5). "native" is the error of what the
-            model predicts.
+        are drawn unless given. Everything but the network is float32, also under autocast: in
+        bfloat16, abar_t would round to 1 for the first ten steps, which leaves no noise.
 
-        Everything but the network is float32, also under autocast: in bfloat16, abar_t would round
-        to 1 for the first ten steps, which leaves no noise.
+        weighting: "simple" is (14), whatever the model predicts. "vlb" keeps the weight that (12)
+            gives each term: up to a constant, it is then L_t in nats per dimension for t > 0; at
+            t = 0 the density of the decoder stands for its probability. "min-snr" (Hang et al.
+            2023, arXiv:2303.09556) gives the error of x0_hat the weight min(SNR, 5), where (14)
+            gives it SNR. "native" is the error of what the model predicts.
 
         Raises ValueError for an unknown weighting, and for an image without its batch dimension.
         """
+        if weighting not in self.weights:
+            raise ValueError(f"weighting must be in {[*self.weights]}, not {weighting!r}")
         if x0.ndim != 4:
             raise ValueError(f"x0 must have the shape (B, C, H, W), not {tuple(x0.shape)}")
-        if t is None:
-            t = torch.randint(self.T, (len(x0),), device=x0.device)
-        if noise is None:
-            noise = torch.randn_like(x0)
-        eps = self.predict_eps(model, self.q_sample(x0, t, noise), t)
-        error = (noise - eps).square().mean((1, 2, 3))
-        if weighting == "vlb":
-            # (12):
-            weights = self.betas**2 / (2 * self.sigma2 * self.alphas * (1 - self.alphas_bar))
-            error = error * _at(weights, t).flatten()
-        elif weighting == "min-snr":  # the error of x0_hat is that of eps divided by SNR
-            snr = self.alphas_bar / (1 - self.alphas_bar)
-            error = error * _at((5 / snr).clamp(max=1), t).flatten()
-        elif weighting == "native":
-            error = error / _at(self.b**2, t).flatten()
-        elif weighting != "simple":
-            raise ValueError(
-                f'weighting must be "simple", "vlb", "min-snr" or "native", not {weighting!r}'
-            )
-        return error.mean()
+        t = torch.randint(self.T, (len(x0),), device=x0.device) if t is None else t
+        noise = torch.randn_like(x0) if noise is None else noise
+        x_t = self.q_sample(x0, t, noise)
+        error = (noise - self.predict_eps(model, x_t, t)).square()
+        return (_at(self.weights[weighting], t) * error).mean()
 
     # ------------------------------------------------------------------------ the variational bound
 
@@ -196,11 +185,7 @@ class Diffusion:
 
         x0 are 8-bit values k / 127.5 - 1. Bins are 2/255 wide; the first and the last are open.
         Probabilities below 1e-12 count as 1e-12. The arguments broadcast; the result is float64 on
-        the CPU, in nats.
-
-        The integral is exact. The authors' code approximates the normal CDF by a tanh. In the mean
-        over Gaussian errors the two agree to 0.0001 bits at the paper's root-mean-square error
-        (0.95 of 255), and the tanh gives 0.1 bits less at one of 2.
+        the CPU, in nats. The integral is exact, where the authors' code approximates it by a tanh.
         """
         x0, mean, sigma = x0.cpu().double(), mean.cpu().double(), sigma.cpu().double()
         cdf_above = torch.special.ndtr((x0 + 1 / 255 - mean) / sigma).where(x0 < 0.999, 1.0)
@@ -242,67 +227,57 @@ class Diffusion:
     @torch.no_grad()
     def sample_progressive(
         self, model, shape, steps=None, sampler=None, eta=None, generator=None, draw_noise=None,
-        x_T=None, device=None, clip=True,
+        x_T=None, device=None, clip=True, known=None,
     ):  # fmt: skip
         """Yield (t, x_t, x0_hat) of the reverse process, from t = T-1 down.
 
         x_t is the input of the network and x0_hat the current estimate of the clean image; the last
         x0_hat is the sample. Call model.eval() first.
 
-        shape: (B, C, H, W). steps: how many of the T steps to take; all of them if None.
-        sampler: "ddpm" is Algorithm 2 with the variance of this Diffusion, the default with all T
-            steps. "dpm" is DPM-Solver++(2M) of Lu et al. 2022 (arXiv:2211.01095), the default with
-            fewer; it is deterministic. "ddim" is the sampler of Song et al. 2021 (see ddim_step).
+        shape: (B, C, H, W). steps: how many of the T steps to take; all if None.
+        sampler: "ddpm" is Algorithm 2, the default with all T steps. "dpm" is DPM-Solver++(2M), the
+            default with fewer. "ddim" is DDIM. Each has a method, because they differ in one step.
         eta: for "ddim" alone, and selects it. 0, the default, is deterministic; 1 equals "ddpm"
             with the "small" variance.
-        generator: a torch.Generator on `device`. draw_noise: replaces it; a function that returns
-            the next z, of the given shape.
-        x_T: where to start; pure noise if None. The chain of the first t + 1 betas is a DDPM too,
-            so Diffusion(betas[: t + 1], ...).sample(..., x_T=x_t) continues from an x_t.
+        generator: a torch.Generator on `device`. draw_noise: replaces it, and returns the next z.
+        x_T: where to start; pure noise if None. Diffusion(betas[: t + 1], ...) is a DDPM too, which
+            continues from an x_t.
         clip: keep x0_hat in [-1, 1]. Algorithm 2 does not clip; the authors' code does, because the
             error of x0_hat is that of eps times sqrt((1 - abar_t) / abar_t), 157 at t = T-1.
+        known: for inpainting, (image, mask), which broadcast to x_t. Where the mask is False, x_t
+            is drawn from q(x_t | x_0) of the image (4) in each step, and x0_hat is the image.
 
         Raises ValueError for an unknown sampler, and for steps or eta out of range.
         """
-        chain, tau = (self, range(self.T)) if steps is None else self.respaced(steps)
+        chain = self if steps is None else self.respaced(steps)
         if sampler is None:
             sampler = "ddim" if eta is not None else "dpm" if chain.T < self.T else "ddpm"
         if sampler not in ("ddpm", "ddim", "dpm"):
             raise ValueError(f'sampler must be "ddpm", "ddim" or "dpm", not {sampler!r}')
         if eta is not None and (sampler != "ddim" or not 0 <= eta <= 1):
             raise ValueError(f'eta must be from 0 to 1, and is for "ddim" alone, not {eta}')
-        device = device if x_T is None else x_T.device
+        ddim_step = partial(chain.ddim_step, eta=eta or 0)
+        step = {"ddpm": chain.ddpm_step, "ddim": ddim_step, "dpm": chain.dpm_step()}[sampler]
+        is_random = sampler == "ddpm" or bool(eta)
         if draw_noise is None:
-
-            def draw_noise():
-                return torch.randn(shape, generator=generator, device=device)
+            device = device if x_T is None else x_T.device
+            draw_noise = partial(torch.randn, shape, generator=generator, device=device)
+        low, high = (-1.0, 1.0) if clip else (-math.inf, math.inf)
+        if known:
+            image, mask = known
+            low, high = torch.where(mask, low, image), torch.where(mask, high, image)
 
         x = draw_noise() if x_T is None else x_T
-        log_snr = chain.alphas_bar.logit().tolist()  # log(abar / (1 - abar)), 2 lambda of Lu et al.
-        x0_before = None
         for i in reversed(range(chain.T)):
-            index = torch.full((shape[0],), i, device=x.device)  # t in the tables of this chain
-            t = torch.full_like(index, tau[i])  # t that the network was trained on
-            eps = self.predict_eps(model, x, t)
-            x0 = chain.predict_x0(x, index, eps)
-            if clip:
-                x0 = x0.clamp(-1, 1)
-            yield tau[i], x, x0
-            if i == 0:  # the last step adds no noise, and its mean is x0_hat itself
-                return
-            if sampler == "ddpm":
-                mean, _ = chain.q_posterior(x0, x, index)  # equals (11) where x0 is not clipped
-                x = mean + _at(chain.sigma2.sqrt(), index) * draw_noise()
-            elif sampler == "ddim":
-                mean, sigma = chain.ddim_step(x0, x, index, eta or 0)
-                x = mean + sigma * draw_noise() if eta else mean
-            else:  # DDIM's step, with x0_hat extrapolated to the middle of the step in lambda
-                x0_middle = x0
-                if x0_before is not None:
-                    h, h_before = log_snr[i - 1] - log_snr[i], log_snr[i] - log_snr[i + 1]
-                    x0_middle = x0 + h / (2 * h_before) * (x0 - x0_before)
-                x, _ = chain.ddim_step(x0_middle, x, index, 0)
-                x0_before = x0
+            t = torch.full((len(x),), i, device=x.device)
+            if known:
+                x = torch.where(mask, x, chain.q_sample(image, t, draw_noise()))
+            eps = chain.predict_eps(model, x, t)
+            x0 = chain.predict_x0(x, t, eps).clamp(low, high)
+            yield chain.tau[i].item(), x, x0
+            mean, sigma = step(x0, x, t)
+            z = draw_noise() if is_random and i > 0 else 0
+            x = mean + sigma * z
 
     def sample(self, *args, **kwargs):
         """Return the last x0_hat of sample_progressive, with its arguments: (B, C, H, W)."""
@@ -310,33 +285,65 @@ class Diffusion:
             x0 = x0_hat
         return x0
 
+    def ddpm_step(self, x0, x_t, t):
+        """Return the mean (B, C, H, W) and sigma_t (B, 1, 1, 1) of p(x_{t-1} | x_t).
+
+        x0 is the x0_hat of x_t. Unless it was clipped, the mean is (11).
+        """
+        mean, _ = self.q_posterior(x0, x_t, t)
+        return mean, _at(self.sigma2.sqrt(), t)
+
+    # ------------------------------------------------------------------------ sampling, fewer steps
+
+    def respaced(self, steps):
+        """Return the chain through `steps` of the noise levels, a Diffusion for the same network.
+
+        Its tau lists the t that it visits, as evenly as integers allow, up to T-1. It is a DDPM
+        with betas 1 - abar_t / abar_s, where s precedes t in tau. Raises ValueError if steps is
+        not 1..T.
+        """
+        if not 1 <= steps <= self.T:
+            raise ValueError(f"steps must be 1..{self.T}, not {steps}")
+        # "Trailing" steps end at t = T / steps - 1, whose x0_hat is the sample. With steps that go
+        # on to t = 0, the README's distance is larger in up to 20 steps, and equal in 50.
+        visited = self.T * torch.arange(1, steps + 1) // steps - 1
+        abar = self.alphas_bar[visited]
+        betas = 1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])
+        chain = Diffusion(betas, self.variance, self.predicts)
+        # What the network returns at an x_t does not depend on the chain that led there.
+        chain.tau, chain.a, chain.b = self.tau[visited], self.a[visited], self.b[visited]
+        chain.weights["native"] = self.weights["native"][visited]
+        return chain
+
     def ddim_step(self, x0, x_t, t, eta):
         """Return the mean (B, C, H, W) and sigma (B, 1, 1, 1) of DDIM's reverse step.
 
         Song et al. 2021 (arXiv:2010.02502), eq. 12 and 16. eps is recomputed from the clipped x0.
         """
-        abar, abar_prev = self.alphas_bar, self.alphas_bar_prev
         sigma2 = eta**2 * self.posterior_variance
-        eps = (x_t - _at(abar.sqrt(), t) * x0) / _at((1 - abar).sqrt(), t)
+        eps = (x_t - _at(self.sqrt_alphas_bar, t) * x0) / _at(self.sqrt_one_minus_alphas_bar, t)
+        abar_prev = self.alphas_bar_prev
         mean = _at(abar_prev.sqrt(), t) * x0 + _at((1 - abar_prev - sigma2).sqrt(), t) * eps
         return mean, _at(sigma2.sqrt(), t)
 
-    def respaced(self, steps):
-        """Return a chain through some of the noise levels: (Diffusion with T = steps, tau).
+    def dpm_step(self):
+        """Return the step of DPM-Solver++(2M), as a function of (x0, x_t, t) that remembers x0.
 
-        tau (steps,) lists the t of the full chain that the shorter one visits, as evenly as
-        integers allow, up to T-1. The shorter chain is a DDPM with betas 1 - abar_t / abar_s,
-        where s precedes t in tau.
+        Lu et al. 2022 (arXiv:2211.01095), algorithm 2: DDIM's step, with x0_hat extrapolated to the
+        middle of the step in lambda = log sqrt(abar / (1 - abar)), half the log of the SNR.
         """
-        if not 1 <= steps <= self.T:
-            raise ValueError(f"steps must be 1..{self.T}, not {steps}")
-        # "Trailing" steps end at t = T / steps - 1, whose x0_hat is the sample. Steps that go on to
-        # t = 0 are longer and spend a pass on noise that is too weak to see. Measured by the
-        # README's distance, all samplers are worse with them in up to 20 steps, and as good in 50.
-        tau = self.T * torch.arange(1, steps + 1) // steps - 1
-        abar = self.alphas_bar[tau]
-        betas = 1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])
-        return Diffusion(betas, self.variance, self.predicts), tau.tolist()
+        h = -self.alphas_bar.logit().diff() / 2  # from t to t-1, for t = 1..T-1
+        ratio = torch.zeros_like(self.alphas_bar)
+        ratio[1:-1] = h[:-1] / (2 * h[1:])
+        x0_before = None
+
+        def step(x0, x_t, t):
+            nonlocal x0_before
+            change = 0 if x0_before is None else x0 - x0_before
+            x0_before = x0
+            return self.ddim_step(x0 + _at(ratio, t) * change, x_t, t, 0)
+
+        return step
 
 
 # -------------------------------------------------------------------------------------- the network
@@ -389,16 +396,13 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves H and W: a convolution of stride 2, padded right and below like TensorFlow's "same".
-
-    It ignores the time embedding, which it accepts so that every layer is called in the same way.
-    """
+    """Halves H and W: a convolution of stride 2, padded right and below, as in TensorFlow."""
 
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x, temb):
+    def forward(self, x, temb):  # called like a ResBlock, without using the time embedding
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -422,46 +426,30 @@ class UNet(nn.Module):
     image_size: height and width in pixels, a multiple of 2^(number of levels - 1).
     in_channels: 1 for grey images, 3 for colour.
     base_channels: width of the first level, a multiple of 4.
-    channel_mults: width of each level divided by base_channels; each level has half the resolution
-        of the one before.
+    channel_mults: width of each level divided by base_channels; each level halves the resolution.
     num_res_blocks: residual blocks per level; the decoder has one more.
-    attention_resolutions: sizes in pixels of the levels whose blocks end in attention; the middle
-        always has attention.
+    attention_resolutions: sizes in pixels of the levels whose blocks end in attention, which the
+        middle always has.
     dropout: probability of dropping an activation in a residual block.
-    norm_groups: groups of each group norm. The default gcd(32, base_channels / 4) is the paper's 32
-        at its 128 channels, and fewer in narrow networks, so that a group has at least 4 channels.
+    norm_groups: of each group norm. By default gcd(32, base_channels / 4), the paper's 32 at 128.
     num_classes: how many classes y there are in forward; 0 for none, as in the paper.
 
     Raises ValueError for sizes that do not fit together.
     """
 
     def __init__(
-        self,
-        image_size=32,
-        in_channels=3,
-        base_channels=128,
-        channel_mults=(1, 2, 2, 2),
-        num_res_blocks=2,
-        attention_resolutions=(16,),
-        dropout=0.1,
-        norm_groups=None,
-        num_classes=0,
-    ):
+        self, image_size=32, in_channels=3, base_channels=128, channel_mults=(1, 2, 2, 2),
+        num_res_blocks=2, attention_resolutions=(16,), dropout=0.1, norm_groups=None, num_classes=0,
+    ):  # fmt: skip
         super().__init__()
         self.factor = 2 ** (len(channel_mults) - 1)
         if base_channels < 4 or base_channels % 4:
             raise ValueError(f"base_channels must be a multiple of 4, not {base_channels}")
         if image_size < self.factor or image_size % self.factor:
-            raise ValueError(
-                f"image_size must be a multiple of {self.factor}, because the U-Net halves it "
-                f"{len(channel_mults) - 1} times, not {image_size}"
-            )
+            raise ValueError(f"image_size must be a multiple of {self.factor}, not {image_size}")
         sizes = [image_size >> level for level in range(len(channel_mults))]
         if not set(attention_resolutions) <= set(sizes):
-            raise ValueError(
-                f"attention_resolutions must be among {sizes}, the sizes of the levels, not "
-                f"{list(attention_resolutions)}"
-            )
+            raise ValueError(f"attention_resolutions must be among {sizes}, the sizes of levels")
         groups = math.gcd(32, base_channels // 4) if norm_groups is None else norm_groups
         self.image_size, self.base_channels = image_size, base_channels
         self.num_classes = num_classes
@@ -480,37 +468,44 @@ class UNet(nn.Module):
             nn.init.zeros_(self.class_embedding.weight)
         self.conv_in = nn.Conv2d(in_channels, base_channels, 3, padding=1)
 
-        ch, size = base_channels, image_size
-        skips = [ch]  # widths of the skip connections
+        widths = [base_channels * mult for mult in channel_mults]
+        levels = list(zip(widths, [size in attention_resolutions for size in sizes], strict=True))
+        ch, skips = base_channels, [base_channels]  # skips: widths of the skip connections
         self.down = nn.ModuleList()  # every level but the last ends in a Downsample
-        for level, mult in enumerate(channel_mults):
+        for width, attends in levels:
             layers = nn.ModuleList()
             for _ in range(num_res_blocks):
-                layers.append(res_block(ch, base_channels * mult, size in attention_resolutions))
-                ch = base_channels * mult
+                layers.append(res_block(ch, width, attends))
+                ch = width
                 skips.append(ch)
-            if level < len(channel_mults) - 1:
+            if len(self.down) < len(levels) - 1:
                 layers.append(Downsample(ch))
                 skips.append(ch)
-                size //= 2
             self.down.append(layers)
 
         self.middle = nn.ModuleList([res_block(ch, ch, True), res_block(ch, ch, False)])
 
         self.up = nn.ModuleList()  # every level ends in an Upsample, the last in an Identity
-        for level, mult in reversed(list(enumerate(channel_mults))):
+        for width, attends in reversed(levels):
             layers = nn.ModuleList()
             for _ in range(num_res_blocks + 1):
-                in_ch = ch + skips.pop()
-                ch = base_channels * mult
-                layers.append(res_block(in_ch, ch, size in attention_resolutions))
-            layers.append(Upsample(ch) if level > 0 else nn.Identity())
-            size *= 2
+                layers.append(res_block(ch + skips.pop(), width, attends))
+                ch = width
+            layers.append(Upsample(ch) if skips else nn.Identity())
             self.up.append(layers)
 
         self.norm_out = nn.GroupNorm(groups, ch, eps=1e-6)
         self.conv_out = nn.Conv2d(ch, in_channels, 3, padding=1)
         self._initialize()
+
+    def hidden_weights(self):
+        """Return the weights of all layers but those that read x_t or y, or return eps."""
+        outer = "conv_in", "conv_out", "class_embedding"
+        return [w for n, w in self.named_parameters() if w.ndim > 1 and not n.startswith(outer)]
+
+    def float32_modules(self):
+        """Return the names of the modules that separate weak noise from the image at small t."""
+        return ["time_mlp", "class_embedding", "conv_in", "down.0.0", "conv_out"]
 
     def _initialize(self):
         """Glorot-uniform weights, near 0 in the last layer of each residual branch; biases 0."""
@@ -528,8 +523,7 @@ class UNet(nn.Module):
     def forward(self, x_t, t, y=None):
         """Predict the noise in x_t (B, C, H, W) at t (B,), int64. The result is shaped like x_t.
 
-        y: the classes (B,), int64, of a network with classes. num_classes stands for "no class", as
-            does None.
+        y: the classes (B,), int64, if there are some; num_classes, like None, means "no class".
         """
         height, width = x_t.shape[2:]
         if height % self.factor or width % self.factor:
@@ -561,10 +555,6 @@ def guided(model, y, w):
     w: 0 samples the class as it is, and larger values sample what is more typical of it. Others
     count the scale s = 1 + w, as diffusers' guidance_scale does, so that no guidance is s = 1.
     """
-
-    def guided_model(x_t, t):
-        # Whatever the model predicts, eps = a_t x_t + b_t output. Since the weights add up to 1,
-        # the same combination of eps has a_t x_t unchanged.
-        return (1 + w) * model(x_t, t, y) - w * model(x_t, t)
-
-    return guided_model
+    # Whatever the model predicts, eps = a_t x_t + b_t output. Since the weights add up to 1, the
+    # same combination of eps has a_t x_t unchanged.
+    return lambda x_t, t: (1 + w) * model(x_t, t, y) - w * model(x_t, t)

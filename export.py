@@ -15,7 +15,6 @@ with torch before it is put in place.
 
 import argparse
 import ast
-import copy
 import json
 import logging
 import os
@@ -23,24 +22,19 @@ import shlex
 import sys
 import tempfile
 import warnings
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
-from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from onnxscript import opset20 as op
 
 import checkpoint
-from ddpm import ResBlock
 from pretrained import largest_difference, to_diffusers
+from reduced import Half, eps_of, example_labels, reduce_precision
 
 OPSET = 20  # ONNX Runtime has kernels for it on the CPU, on CUDA and in the browser
 TOLERANCE = 1e-4  # the largest difference from torch, in an output that is about N(0, 1)
-TIMES = (0, 1, 2, 5, 10, 20, 35, 50, 75, 100, 150, 200, 500)  # t for errors, besides T - 1
-REDUCED_TOLERANCE = 0.02  # the largest rms error over rms of eps at a t with reduced precision
 
 # The exporter's own translations of these two contain nodes that the CUDA provider of ONNX Runtime
 # leaves to the CPU: GroupNormalization, and a Shape from which attention derives its scale.
@@ -74,7 +68,7 @@ class Eps(torch.nn.Module):
         self.model, self.diffusion = model, diffusion
 
     def forward(self, x_t, t, y=None):
-        return self.diffusion.predict_eps(partial(self.model, y=y), x_t, t)
+        return self.diffusion.predict_eps(lambda x_t, t: self.model(x_t, t, y), x_t, t)
 
 
 def to_onnx(trained, model):
@@ -87,7 +81,7 @@ def to_onnx(trained, model):
     example = (
         torch.zeros(2, *trained.shape),
         torch.zeros(2, dtype=torch.int64),
-        *third_input(trained, 2),
+        *example_labels(trained, 2),
     )
     names, batch = ["x_t", "t", "y"][: len(example)], torch.export.Dim("batch")
     with warnings.catch_warnings():
@@ -129,162 +123,6 @@ def to_onnx(trained, model):
     return proto
 
 
-def third_input(trained, batch):
-    """Return (y,), the classes in turn with "no class" among them, or () without classes."""
-    return (torch.arange(batch) % (len(trained.classes) + 1),) if trained.classes else ()
-
-
-def feed(inputs):
-    """Return (x_t, t) or (x_t, t, y) as what ONNX Runtime takes."""
-    return dict(zip(("x_t", "t", "y"), (tensor.numpy() for tensor in inputs), strict=False))
-
-
-def eps_of(path):
-    """Return eps(x_t, t) or eps(x_t, t, y), on torch tensors, of an ONNX file on the CPU."""
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-
-    def eps(*inputs):
-        return torch.from_numpy(session.run(["eps"], feed(inputs))[0])
-
-    return eps
-
-
-# ------------------------------------------------------------------------------- reduced precision
-
-
-class Half(torch.nn.Module):
-    """The U-Net in float16, except where more precision is needed.
-
-    The embeddings of t and y, the first layer and the first block stay float32: at small t they
-    must separate weak noise from the image. So do the statistics of the norms, by the definition of
-    the ONNX operator. (ONNX Runtime's convert_float_to_float16 passes every tensor between two
-    float32 nodes through float16, which costs 0.38 % of eps at t = 0 instead of 0.26 %.)
-    """
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = copy.deepcopy(model).half()
-        first, last = self.model.down[0][0], self.model.up[-1][-2]
-        for name, module in self.model.named_children():
-            if name in ("time_mlp", "class_embedding", "conv_in"):
-                module.float()
-        first.float()
-        for block in self.model.modules():
-            if isinstance(block, ResBlock) and block is not first:
-                block.time_proj.register_forward_pre_hook(lambda module, args: args[0].half())
-        first.register_forward_hook(lambda module, args, h: h.half())
-        last.register_forward_pre_hook(lambda module, args: (args[0].half(), args[1]))
-
-    def forward(self, x_t, t, y=None):
-        return self.model(x_t, t, y).float()
-
-
-def quantize(exact, path, chain):
-    """Write a float32 file again with 8-bit integers in most of its convolutions and products.
-
-    chain: [(x_t, t) or (x_t, t, y)], what the network sees while it samples; the ranges of the
-    activations are calibrated on it. The first and the last layer, the first block and the
-    shortcuts stay float32: they take little of the time and cause most of the error.
-    """
-    graph = onnx.load(exact).graph
-    weights = {tensor.name for tensor in graph.initializer}
-    nodes = [
-        node.name
-        for node in graph.node
-        if node.op_type in ("Conv", "MatMul")
-        and node.input[1] in weights
-        and not node.name.startswith(("conv_in/", "conv_out/", "down.0.0."))
-        and ".shortcut/" not in node.name
-    ]
-
-    class Reader(CalibrationDataReader):
-        feeds = map(feed, chain)
-
-        def get_next(self):
-            return next(self.feeds, None)
-
-    logging.disable(logging.WARNING)
-    try:
-        quantize_static(
-            exact, path, Reader(), per_channel=True, nodes_to_quantize=nodes,
-            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-        )  # fmt: skip
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def switch(precise, quick, first):
-    """Return a ModelProto that runs `quick` if all t are at least `first`, else `precise`."""
-    merged = onnx.ModelProto()
-    merged.CopyFrom(precise)
-    del merged.graph.node[:], merged.graph.initializer[:], merged.graph.value_info[:]
-    branches = []  # of an If; they see the inputs by name
-    for model in (precise, quick):
-        branch = onnx.GraphProto()
-        branch.CopyFrom(model.graph)
-        del branch.input[:], branch.value_info[:]
-        branches.append(branch)
-    limit = onnx.numpy_helper.from_array(np.array(first), "first_t_of_quick")
-    merged.graph.initializer.append(limit)
-    node = onnx.helper.make_node
-    merged.graph.node.extend([
-        node("ReduceMin", ["t"], ["least_t"], keepdims=0),
-        node("Less", ["least_t", limit.name], ["is_precise"]),
-        node("If", ["is_precise"], ["eps"], then_branch=branches[0], else_branch=branches[1]),
-    ])  # fmt: skip
-    return merged
-
-
-def drawn_by(trained):
-    """Return eight images that the network draws in 25 steps, and all its inputs meanwhile."""
-    y = third_input(trained, 8)
-    chain = list(
-        trained.diffusion.sample_progressive(
-            lambda x_t, t: trained.model(x_t, t, *y), (8, *trained.shape),
-            min(25, trained.diffusion.T), "dpm", generator=torch.Generator().manual_seed(0),
-        )
-    )  # fmt: skip
-    return chain[-1][2], [(x_t, torch.full((8,), t), *y) for t, x_t, _ in chain]
-
-
-def relative_errors(eps, exact, diffusion, x0, *y):
-    """Return {t: the rms difference of two networks over the rms of eps}, for x_t of x0 by (4)."""
-    random, errors = torch.Generator().manual_seed(1), {}
-    for i in (*(t for t in TIMES if t < diffusion.T - 1), diffusion.T - 1):
-        t = torch.full((len(x0),), i)
-        x_t = diffusion.q_sample(x0, t, torch.randn(x0.shape, generator=random))
-        expected = exact(x_t, t, *y)
-        error = (eps(x_t, t, *y) - expected).square().mean() / expected.square().mean()
-        errors[i] = error.sqrt().item()
-    return errors
-
-
-def reduce_precision(trained, exact, path, kind):
-    """Write a float32 file again at `path`, as "half" or "int8", and print what that costs.
-
-    At small t, 8-bit integers cannot resolve the weak noise, so the "int8" file holds the network
-    twice, with float32 up to the last of TIMES at which integers err too much. Exits if the errors
-    are too large.
-    """
-    x0, chain = drawn_by(trained)
-    if kind == "half":
-        onnx.save(to_onnx(trained, Half(trained.model)), path)
-    else:
-        quantize(exact, path, chain)
-    y = third_input(trained, len(x0))
-    errors = relative_errors(eps_of(path), eps_of(exact), trained.diffusion, x0, *y)
-    bad = [t for t, error in errors.items() if not error < REDUCED_TOLERANCE]
-    if bad and (kind == "half" or bad[-1] >= trained.diffusion.T // 4):
-        sys.exit(f"--{kind} changes eps by {errors[bad[-1]]:.0%} at t = {bad[-1]}; nothing written")
-    if kind == "int8":
-        first = next(t for t in errors if not bad or t > bad[-1])
-        onnx.save(switch(onnx.load(exact), onnx.load(path), first), path)
-        print(f"float32 below t = {first}, 8-bit integers from there on")
-        errors = {t: error for t, error in errors.items() if t >= first}
-    print("  t       " + "".join(f"{t:6}" for t in errors))
-    print("  error, %" + "".join(f"{100 * error:6.2f}" for error in errors.values()))
-
-
 # -------------------------------------------------------------------------------------- the program
 
 
@@ -304,7 +142,8 @@ def write_onnx(trained, path, kind=None):
             sys.exit(f"eps differs from torch's by {worst:.1e}; {path} is not written")
         print(f"largest difference from torch {worst:.1e}, at batches of 1, 2 and 3")
         if kind is not None:
-            reduce_precision(trained, exact, reduced, kind)
+            half = to_onnx(trained, Half(trained.model)) if kind == "half" else None
+            reduce_precision(trained, exact, reduced, half)
         os.replace(exact if kind is None else reduced, path)
     step = f", step {trained.step:,}" if trained.step else ""
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, from {trained.source}{step}")

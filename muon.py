@@ -27,7 +27,7 @@ def orthogonalize(G):
 
 
 class Muon(torch.optim.Adam):
-    """Apply Muon to the weights between conv_in and conv_out, and Adam to the other parameters.
+    """Apply Muon to model.hidden_weights(), and Adam to the other parameters.
 
     The weight of a convolution counts as a matrix (out, in * height * width). As in Liu et al. 2025
     (arXiv:2502.16982), steps have a root mean square of about 0.2 lr, which is typical of Adam, so
@@ -38,9 +38,8 @@ class Muon(torch.optim.Adam):
         super().__init__(model.parameters(), lr, fused=True)
         self.momentum = momentum
         equal = defaultdict(list)  # weights of equal shape are multiplied together, as a stack
-        for name, weight in model.named_parameters():
-            if weight.ndim > 1 and not name.startswith(("conv_in", "conv_out", "class_embedding")):
-                equal[weight.flatten(1).shape].append(weight)
+        for weight in model.hidden_weights():
+            equal[weight.flatten(1).shape].append(weight)
         self.stacks = list(equal.values())
         self.momenta = [w[0].new_zeros(len(w), *shape) for shape, w in equal.items()]
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-import sample
+import ddpm_numpy
 from ddpm import Diffusion, UNet, cosine_betas, guided, linear_betas, timestep_embedding
 
 PAPER = Diffusion(linear_betas())
@@ -376,7 +376,7 @@ def test_numpy_sampler_is_the_torch_sampler(variance, steps, sampler, eta):
     torch_chain = Diffusion(betas, variance).sample_progressive(
         wobbly, shape, steps, sampler, eta, draw_noise=lambda: next(ours)
     )
-    numpy_chain = sample.sample_progressive(
+    numpy_chain = ddpm_numpy.sample_progressive(
         wobbly, lambda: next(theirs).numpy(), betas.numpy(), variance, steps, sampler, eta
     )
     n = 0
@@ -410,26 +410,26 @@ def test_samplers_refuse_wrong_names_and_numbers(kwargs):
         with pytest.raises(ValueError, match=word):
             PAPER.sample(wobbly, (1, 1, 4, 4), **kwargs)
     with pytest.raises(ValueError, match=word):
-        next(sample.sample_progressive(wobbly, None, linear_betas().numpy(), **kwargs))
+        next(ddpm_numpy.sample_progressive(wobbly, None, linear_betas().numpy(), **kwargs))
 
 
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_shorter_chain_of_all_steps_is_the_plain_chain(variance):
     d = Diffusion(linear_betas(), variance)
-    chain, tau = d.respaced(1000)
-    assert tau == list(range(1000))
-    for name in ("betas", "alphas_bar", "posterior_variance", "sigma2"):
+    chain = d.respaced(1000)
+    for name in ("tau", "betas", "alphas_bar", "posterior_variance", "sigma2"):
         torch.testing.assert_close(getattr(chain, name), getattr(d, name), rtol=1e-9, atol=1e-15)
 
 
 def test_shorter_chain_passes_the_same_noise_levels():
-    chain, tau = PAPER.respaced(10)
-    assert tau == [99, 199, 299, 399, 499, 599, 699, 799, 899, 999]
-    close(chain.alphas_bar, PAPER.alphas_bar[tau], 1e-14)
+    chain = PAPER.respaced(10)
+    assert chain.tau.tolist() == [99, 199, 299, 399, 499, 599, 699, 799, 899, 999]
+    close(chain.alphas_bar, PAPER.alphas_bar[chain.tau], 1e-14)
+    assert chain.respaced(5).tau.tolist() == [199, 399, 599, 799, 999]
     for steps in range(1, 1001):
-        tau = PAPER.respaced(steps)[1]
+        tau = PAPER.respaced(steps).tau.tolist()
         assert tau[-1] == 999 and len(set(tau)) == steps and tau == sorted(tau)
-        assert tau == sample.respaced(linear_betas().numpy(), steps)[1].tolist()
+        assert tau == ddpm_numpy.respaced(linear_betas().numpy(), steps)[1].tolist()
 
 
 def test_ddim_with_eta_1_is_the_small_ancestral_step():
@@ -602,6 +602,24 @@ def test_dpm_and_ddim_agree_in_all_steps():
     torch.testing.assert_close(dpm, ddim, rtol=0, atol=0.006)
 
 
+@pytest.mark.parametrize("predicts", OUTPUTS)
+def test_shorter_chain_asks_the_same_network(predicts):
+    """Its loss and its noise at t are those of the whole chain at tau[t]."""
+    d = Diffusion(linear_betas(), predicts=predicts)
+    chain, t = d.respaced(7), torch.tensor([0, 3, 6])
+    x0, noise, tau = randn(3, 1, 4, 4), randn(3, 1, 4, 4, seed=1), chain.tau[t]
+
+    def model(x_t, t):
+        return output_of(best_eps(x_t, t), x_t, t, predicts)
+
+    x_t = d.q_sample(x0, tau, noise)
+    close(chain.q_sample(x0, t, noise), x_t)
+    close(chain.predict_eps(model, x_t, t), best_eps(x_t, tau), 1e-4)
+    for weighting in ("simple", "min-snr", "native"):
+        close(chain.loss(model, x0, t, noise, weighting), d.loss(model, x0, tau, noise, weighting),
+              1e-4)  # fmt: skip
+
+
 @pytest.mark.parametrize("predicts", OUTPUTS[1:])
 def test_samples_and_bound_do_not_depend_on_what_is_predicted(predicts):
     """The same eps in another form draws the same Gaussian, and has the same bound."""
@@ -647,7 +665,7 @@ def test_interpolation_starts_at_the_t_of_its_noise(t, steps, sampler):
     a, b = (torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(k)) * 2 - 1 for k in (0, 1))
     drawn = randn(400, 1, 3, 4, 4)
     z = iter(drawn.numpy())
-    chain = list(sample.interpolate(wobbly, lambda: next(z), a.numpy(), b.numpy(), t,
+    chain = list(ddpm_numpy.interpolate(wobbly, lambda: next(z), a.numpy(), b.numpy(), t,
                                     linear_betas().numpy(), "large", steps, sampler))  # fmt: skip
     steps = t + 1 if steps is None else min(steps, t + 1)
     assert chain[0][0] == t and chain[-1][0] == (t + 1) // steps - 1 and len(chain) == steps

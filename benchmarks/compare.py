@@ -33,8 +33,8 @@ from torch.utils.flop_counter import FlopCounterMode
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
+import ddpm_numpy  # noqa: E402
 import export  # noqa: E402
-import sample  # noqa: E402
 import train  # noqa: E402
 from checkpoint import Trained  # noqa: E402
 from data import read_folder  # noqa: E402
@@ -259,7 +259,7 @@ def torch_step(network, *args):
 
 def on_cuda(path, x, t):
     """Return a function that runs the file on CUDA with inputs and output that stay there."""
-    session = sample.Network(path, "cuda").session
+    session = ddpm_numpy.Network(path, "cuda").session
     binding = session.io_binding()
     binding.bind_ortvalue_input("x_t", ort.OrtValue.ortvalue_from_numpy(x, "cuda", 0))
     binding.bind_ortvalue_input("t", ort.OrtValue.ortvalue_from_numpy(t, "cuda", 0))
@@ -292,7 +292,7 @@ def network_table(model, paths, rounds, floor):
             steps["torch.compile, float32"] = torch_step(compiled, *on_device)
             steps["torch.compile, bfloat16"] = torch_step(half, x_half, on_device[1])
         for name, path in paths.items():
-            network = sample.Network(path, DEVICE.type)
+            network = ddpm_numpy.Network(path, DEVICE.type)
             steps[f"ONNX Runtime, {name}"] = lambda n=network, x=x, t=t: n(x, t)
             if DEVICE.type == "cuda":
                 steps[f"ONNX Runtime, {name}, IO binding"] = on_cuda(path, x, t)
@@ -307,7 +307,7 @@ def network_table(model, paths, rounds, floor):
 
 def loop_line(path, batch=16, steps=6):
     """Return a sentence on how much longer the loop of sample.py takes than the network in it."""
-    network, inside = sample.Network(path), []
+    network, inside = ddpm_numpy.Network(path), []
 
     def timed(x, t):
         began = time.perf_counter()
@@ -315,12 +315,14 @@ def loop_line(path, batch=16, steps=6):
         inside.append(time.perf_counter() - began)
         return eps
 
-    draw_noise = sample.noise_of(0, 0, (batch, *network.shape))
+    draw_noise = ddpm_numpy.noise_of(0, 0, (batch, *network.shape))
     whole = []
     for _ in range(3):
         inside.clear()
         began = time.perf_counter()
-        chain = sample.sample_progressive(timed, draw_noise, network.betas, network.variance, steps)
+        chain = ddpm_numpy.sample_progressive(
+            timed, draw_noise, network.betas, network.variance, steps
+        )
         for _ in chain:
             pass
         whole.append((time.perf_counter() - began) / sum(inside))
@@ -341,7 +343,7 @@ def growth_table(rounds):
             trained = Trained(model, Diffusion(linear_betas()), settings, 0, "random")
             with contextlib.redirect_stdout(io.StringIO()):
                 export.write_onnx(trained, path)
-            network = sample.Network(path)
+            network = ddpm_numpy.Network(path)
             for batch in batches:
                 x, t = np.zeros((batch, *network.shape), np.float32), np.zeros(batch, np.int64)
                 s = in_turn({"": lambda n=network, x=x, t=t: n(x, t)}, rounds)[""] / batch

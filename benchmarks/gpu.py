@@ -29,7 +29,7 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-import sample  # noqa: E402
+import ddpm_numpy  # noqa: E402
 import train  # noqa: E402
 from data import demo_images  # noqa: E402
 from ddpm import Diffusion, UNet, linear_betas  # noqa: E402
@@ -201,7 +201,7 @@ def sampling(args):
 
 def eps_of(path, batch, options):
     """Return a function that computes eps once. options: of CUDA; None is what sample.py does."""
-    opened = sample.Network(path, DEVICE.type)
+    opened = ddpm_numpy.Network(path, DEVICE.type)
     x, t = np.zeros((batch, *opened.shape), np.float32), np.full(batch, 500)
     if options is None:
         return lambda: opened(x, t)

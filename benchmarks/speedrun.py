@@ -32,8 +32,8 @@ import compare  # noqa: E402
 import frechet  # noqa: E402
 
 import checkpoint  # noqa: E402
+import ddpm_numpy  # noqa: E402
 import export  # noqa: E402
-import sample  # noqa: E402
 from ddpm import Diffusion, linear_betas  # noqa: E402
 from images import from_pixels, to_pixels  # noqa: E402
 
@@ -134,13 +134,13 @@ def samples(path, steps, count):
     """Return `count` samples of a checkpoint, drawn as sample.py draws, uint8 (count, C, H, W)."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         export.write_onnx(checkpoint.load(path), Path(folder, "model.onnx"))
-        network = sample.Network(Path(folder, "model.onnx"), "cpu")
+        network = ddpm_numpy.Network(Path(folder, "model.onnx"), "cpu")
     pixels = []
     for first in range(0, count, 50):
-        noise = sample.noise_of(0, first, (min(50, count - first), *network.shape))
+        noise = ddpm_numpy.noise_of(0, first, (min(50, count - first), *network.shape))
         y = np.arange(first, min(first + 50, count)) % max(1, len(network.classes))
-        for _, _, x0 in sample.sample_progressive(
-            sample.guided(network, y, 0), noise, network.betas, network.variance, steps, "dpm"
+        for _, _, x0 in ddpm_numpy.sample_progressive(
+            ddpm_numpy.guided(network, y, 0), noise, network.betas, network.variance, steps, "dpm"
         ):
             images = to_pixels(x0)
         pixels.append(torch.from_numpy(images))

@@ -22,7 +22,7 @@ from PIL import Image
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-import sample  # noqa: E402
+import ddpm_numpy  # noqa: E402
 from benchmarks.table2 import are_right  # noqa: E402
 from data import read_labelled  # noqa: E402
 from ddpm import Bound, Diffusion, cosine_betas, linear_betas  # noqa: E402
@@ -148,13 +148,13 @@ def draw_unet(path):
 
 
 def reverse(network, seed=0, batch=BATCH, w=0, **kwargs):
-    """Draw a batch of images from this seed: the chain of sample.sample_progressive.
+    """Draw a batch of images from this seed: the chain of ddpm_numpy.sample_progressive.
 
     With classes, the images are of each in turn, with guidance w.
     """
-    noise = sample.noise_of(seed, 0, (batch, *network.shape))
-    model = sample.guided(network, np.arange(batch) % max(1, len(network.classes)), w)
-    return sample.sample_progressive(model, noise, network.betas, network.variance, **kwargs)
+    noise = ddpm_numpy.noise_of(seed, 0, (batch, *network.shape))
+    model = ddpm_numpy.guided(network, np.arange(batch) % max(1, len(network.classes)), w)
+    return ddpm_numpy.sample_progressive(model, noise, network.betas, network.variance, **kwargs)
 
 
 def last(chain):
@@ -229,15 +229,15 @@ def draw_ends(path, network):
 
     A network with classes is given none.
     """
-    noise = sample.noise_of(0, 0, (1, *network.shape))
-    chain = sample.sample_progressive(network, noise, network.betas, network.variance)
+    noise = ddpm_numpy.noise_of(0, 0, (1, *network.shape))
+    chain = ddpm_numpy.sample_progressive(network, noise, network.betas, network.variance)
     shared = {t: x for t, x, _ in chain}
     rows, columns = [], 8
     times = [999, 750, 500, 250]
     for t in times:
         x_t = np.repeat(shared[t], columns, 0)
-        noise = sample.noise_of(1, 0, x_t.shape)
-        chain = sample.sample_progressive(
+        noise = ddpm_numpy.noise_of(1, 0, x_t.shape)
+        chain = ddpm_numpy.sample_progressive(
             network, noise, network.betas[: t + 1], network.variance, x_T=x_t
         )
         rows.append(np.concatenate([shared[t], last(chain)]))
@@ -276,10 +276,10 @@ def draw_interpolation(path, network, pair):
     """Draw the paper's figure 8: mixtures of two images at several t."""
     times, rows = (125, 250, 500, 750), []
     for t in times:
-        noise = sample.noise_of(0, 0, (1, *network.shape))
-        chain = sample.interpolate(network, noise, *pair, t, network.betas, network.variance)
+        noise = ddpm_numpy.noise_of(0, 0, (1, *network.shape))
+        chain = ddpm_numpy.interpolate(network, noise, *pair, t, network.betas, network.variance)
         rows.append([pair[0], *last(chain)[::2], pair[1]])
-    mixed = [f"$\\lambda$ = {x:.1f}" for x in sample.LAMBDAS[::2]]
+    mixed = [f"$\\lambda$ = {x:.1f}" for x in ddpm_numpy.LAMBDAS[::2]]
     columns = ["image A", *mixed, "image B"]
     save_sheet(path, np.array(rows), columns, [f"t = {t}" for t in times], inches=1.0)
 
@@ -328,7 +328,7 @@ def draw_loss_and_bound(folder, network, x0, labels):
 
 def draw_demo(path, onnx):
     """Draw 64 samples of the demo's network, and mark the wrong ones."""
-    network = sample.Network(onnx, "cpu")
+    network = ddpm_numpy.Network(onnx, "cpu")
     images = last(reverse(network, batch=64))
     right = are_right(to_pixels(images))
     print(f"  {right.sum()} of 64 samples of the demo are right")
@@ -349,7 +349,7 @@ def main():
     args = parser.parse_args()
 
     args.out.mkdir(parents=True, exist_ok=True)
-    network = sample.Network(args.onnx, "cpu")
+    network = ddpm_numpy.Network(args.onnx, "cpu")
     channels, size, _ = network.shape
     images, labels = read_labelled(args.data, size, channels, 4 * BATCH, network.classes)
     x0 = from_pixels(torch.from_numpy(images))

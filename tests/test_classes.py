@@ -16,8 +16,8 @@ from PIL import Image
 
 import checkpoint
 import data
+import ddpm_numpy
 import export
-import sample
 import train
 from ddpm import guided
 from images import from_pixels, read_image
@@ -80,7 +80,7 @@ def test_interpolation_within_a_class(coloured, class_folder, tmp_path, run):
 
 
 def test_guidance_in_numpy_is_that_of_ddpm_py(coloured):
-    trained, network = checkpoint.load(coloured), sample.Network(coloured / "model.onnx", "cpu")
+    trained, network = checkpoint.load(coloured), ddpm_numpy.Network(coloured / "model.onnx", "cpu")
     x = np.random.default_rng(0).standard_normal((4, 3, 8, 8), np.float32)
     t, y = np.array([0, 10, 500, 999]), np.array([0, 1, 2, 0])
     assert network.classes == list(COLOURS)
@@ -88,7 +88,7 @@ def test_guidance_in_numpy_is_that_of_ddpm_py(coloured):
         model = guided(trained.model, torch.from_numpy(y), w)  # of v
         with torch.no_grad():
             expected = trained.diffusion.predict_eps(model, *map(torch.from_numpy, (x, t))).numpy()
-        eps = sample.guided(network, y, w)(x, t)
+        eps = ddpm_numpy.guided(network, y, w)(x, t)
         assert eps.dtype == np.float32
         np.testing.assert_allclose(eps, expected, atol=1e-4)
     np.testing.assert_array_equal(network(x, t), network(x, t, np.full(4, 3)))  # no class

@@ -13,6 +13,7 @@ from PIL import Image
 
 import checkpoint
 import export
+import reduced
 from data import demo_images
 from ddpm import UNet, linear_betas
 from images import from_pixels
@@ -73,7 +74,7 @@ def test_onnx_file_is_the_averaged_network(trained):
     state = read(folder / "run")
     network = UNet(**state["config"]["model"]).eval()
     x, t = randn(5, 3, 8, 8), torch.tensor([0, 1, 2, 500, 999])
-    eps = export.eps_of(folder / "model.onnx")(x, t)
+    eps = reduced.eps_of(folder / "model.onnx")(x, t)
     with torch.no_grad():
         network.load_state_dict(state["ema"])
         np.testing.assert_allclose(eps, network(x, t), rtol=0, atol=1e-5)
@@ -83,7 +84,7 @@ def test_onnx_file_is_the_averaged_network(trained):
 
 def test_file_that_differs_from_torch_is_not_written(trained, tmp_path, monkeypatch):
     folder, _ = trained
-    source, eps = checkpoint.load(folder / "run"), export.eps_of(folder / "model.onnx")
+    source, eps = checkpoint.load(folder / "run"), reduced.eps_of(folder / "model.onnx")
     assert largest_difference(source.model, eps, (3, 8, 8), 1000) < 1e-5
     (tmp_path / "model.onnx").write_text("of before")
     monkeypatch.setattr(export, "to_onnx", lambda *_: onnx.load(folder / "model.onnx"))
@@ -145,16 +146,16 @@ def errors_said(said):
 
 @pytest.mark.parametrize("kind", ["half", "int8"])
 def test_reduced_precision_keeps_the_contract(kind, files):
-    exact, reduced = onnx.load(files[0] / "None.onnx"), onnx.load(files[0] / f"{kind}.onnx")
-    onnx.checker.check_model(reduced)
+    exact, less = onnx.load(files[0] / "None.onnx"), onnx.load(files[0] / f"{kind}.onnx")
+    onnx.checker.check_model(less)
     for one, other in (
-        (exact.graph.input, reduced.graph.input),
-        (exact.graph.output, reduced.graph.output),
+        (exact.graph.input, less.graph.input),
+        (exact.graph.output, less.graph.output),
     ):
         assert [(v.name, v.type) for v in one] == [(v.name, v.type) for v in other]
-    assert exact.metadata_props == reduced.metadata_props and len(reduced.metadata_props) == 5
-    assert not {"Shape", "Gather", "Slice"} & {node.op_type for node in reduced.graph.node}
-    eps = export.eps_of(files[0] / f"{kind}.onnx")
+    assert exact.metadata_props == less.metadata_props and len(less.metadata_props) == 5
+    assert not {"Shape", "Gather", "Slice"} & {node.op_type for node in less.graph.node}
+    eps = reduced.eps_of(files[0] / f"{kind}.onnx")
     for batch in (1, 2, 3):
         out = eps(randn(batch, 3, 8, 8), torch.full((batch,), 500))
         assert out.dtype == torch.float32 and out.shape == (batch, 3, 8, 8)
@@ -164,11 +165,11 @@ def test_reduced_precision_keeps_the_contract(kind, files):
 def test_reduced_precision_is_as_exact_as_promised(kind, most, files):
     """Against torch, on the images that export.py drew, with other noise; and on real ones."""
     folder, source, said = files
-    eps, errors = export.eps_of(folder / f"{kind}.onnx"), errors_said(said[kind])
-    every = [*export.TIMES, 999]
+    eps, errors = reduced.eps_of(folder / f"{kind}.onnx"), errors_said(said[kind])
+    every = [*reduced.TIMES, 999]
     assert {200, 500, 999} <= set(errors) and list(errors) == every[-len(errors) :]
     assert kind == "int8" or list(errors) == every
-    drawn, real = export.drawn_by(source)[0], from_pixels(torch.from_numpy(demo_images()[::3]))
+    drawn, real = reduced.draw_images(source)[0], from_pixels(torch.from_numpy(demo_images()[::3]))
     for t in every:
         for x0 in (drawn, real):
             times = torch.full((len(x0),), t)
@@ -185,7 +186,9 @@ def test_half_is_float16_except_where_that_costs_too_much(files):
     graph = onnx.load(files[0] / "half.onnx").graph
     types = {w.name.replace("model.", ""): w.data_type for w in graph.initializer}
     single = {name for name in types if name.endswith("weight") and types[name] == FLOAT}
-    assert all(name.startswith(("conv_in.", "time_mlp.", "down.0.0.")) for name in single), single
+    assert all(
+        name.startswith(("conv_in.", "conv_out.", "time_mlp.", "down.0.0.")) for name in single
+    )
     assert {"time_mlp.0.weight", "time_mlp.2.weight", "conv_in.weight"} <= single
     assert types["up.0.0.conv1.weight"] == FLOAT16
     for node in graph.node:
@@ -214,7 +217,7 @@ def test_integers_are_used_from_a_t_on_and_not_below(files):
     assert list(made[scale].dims) == [32]  # a scale for each output channel
 
     assert first > 0  # integers cannot resolve the weak noise at t = 0
-    eps, x = export.eps_of(folder / "int8.onnx"), randn(2, 3, 8, 8)
+    eps, x = reduced.eps_of(folder / "int8.onnx"), randn(2, 3, 8, 8)
     for times in ((first, first), (first - 1, 999), (0, 0)):
         t = torch.tensor(times)
         with torch.no_grad():
@@ -224,7 +227,7 @@ def test_integers_are_used_from_a_t_on_and_not_below(files):
 
 @pytest.mark.parametrize("kind", ["half", "int8"])
 def test_too_large_errors_are_refused(kind, files, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "REDUCED_TOLERANCE", 1e-6)
+    monkeypatch.setattr(reduced, "TOLERANCE", 1e-6)
     protos = [onnx.load(files[0] / f"{name}.onnx") for name in (kind, "None")]
     monkeypatch.setattr(export, "to_onnx", lambda *_: protos.pop())
     (tmp_path / "model.onnx").write_text("of before")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import HERE
 
-import sample
+import ddpm_numpy
 from benchmarks.table2 import count_right
 from ddpm import Diffusion, linear_betas
 from docs.make_figures import page_noise
@@ -151,7 +151,7 @@ def test_respaced(steps, page):
         "async ([betas, steps]) => (await import('./sampler.js')).respaced(betas, steps)",
         [betas.tolist(), steps],
     )
-    expected, tau = sample.respaced(betas, steps)
+    expected, tau = ddpm_numpy.respaced(betas, steps)
     np.testing.assert_array_equal(theirs["tau"], tau)
     np.testing.assert_allclose(theirs["betas"], expected, rtol=1e-9)
 
@@ -216,7 +216,7 @@ def assert_steps_equal(page, options, expected, left, atol=1e-5):
 @pytest.mark.parametrize("continues", [False, True])
 def test_reverse_process_is_that_of_sample_py(variance, steps, sampler, eta, continues, page):
     left, x_T = iter(NOISES), NOISES[-1] if continues else None
-    expected = list(sample.sample_progressive(
+    expected = list(ddpm_numpy.sample_progressive(
         smooth_eps, lambda: next(left), BETAS, variance, steps, sampler, eta, x_T
     ))  # fmt: skip
     options = {"name": "sampleProgressive", "variance": variance, "sampler": sampler, "eta": eta}
@@ -230,7 +230,7 @@ def test_reverse_process_is_that_of_sample_py(variance, steps, sampler, eta, con
 def test_inpainting_is_that_of_sample_py(sampler, steps, page):
     left, mask = iter(NOISES), np.arange(18).reshape(SHAPE) % 3 == 0
     known = 0.3 * NOISES[-1], mask
-    expected = list(sample.sample_progressive(
+    expected = list(ddpm_numpy.sample_progressive(
         smooth_eps, lambda: next(left), BETAS, "large", steps, sampler, known=known
     ))  # fmt: skip
     options = {"name": "sampleProgressive", "steps": steps, "sampler": sampler}
@@ -365,10 +365,10 @@ def test_shipped_model_draws_what_python_draws(page):
     page.fill("#seed", "3")
     page.click("#sample")
     assert "4 images: 10 steps in" in until_idle(page)
-    network = sample.Network(DOCS / "fashion-mnist.onnx", "cpu")
+    network = ddpm_numpy.Network(DOCS / "fashion-mnist.onnx", "cpu")
     start = first_noise(page, 3, 4, math.prod(network.shape)).reshape(4, *network.shape)
-    model = sample.guided(network, np.arange(4), 0)  # the classes in turn
-    steps = list(sample.sample_progressive(model, lambda: start, network.betas, steps=10))
+    model = ddpm_numpy.guided(network, np.arange(4), 0)  # the classes in turn
+    steps = list(ddpm_numpy.sample_progressive(model, lambda: start, network.betas, steps=10))
     assert page.text_content("#number-t") == "99"
     theirs = tiles(page, "grid", network.shape)
     assert np.abs(theirs - to_pixels(steps[-1][2])).max() <= 1
@@ -462,7 +462,7 @@ def test_points_that_are_drawn(page):
 
 def test_recording_is_algorithm_2_from_the_noise_of_the_page(opened, page):
     """Before anybody clicks, the page shows the end of the recording."""
-    fresh, network = opened(), sample.Network(DOCS / "fashion-mnist.onnx", "cpu")
+    fresh, network = opened(), ddpm_numpy.Network(DOCS / "fashion-mnist.onnx", "cpu")
     assert fresh.text_content("#at") == "26 of 26" and fresh.text_content("#number-t") == "0"
     size = math.prod(network.shape)
     for seed in (0, 5 * 2**32 + 7):
@@ -472,8 +472,8 @@ def test_recording_is_algorithm_2_from_the_noise_of_the_page(opened, page):
     set_value(fresh, "step", 0)
     x = first_noise(page, 0, 16, size).reshape(16, *network.shape)
     assert np.abs(tiles(fresh, "noise", network.shape) - to_pixels(x)).max() <= 1
-    model = sample.guided(network, np.arange(16) % max(1, len(network.classes)), 0)
-    _, _, x0 = next(sample.sample_progressive(model, lambda: x, network.betas))
+    model = ddpm_numpy.guided(network, np.arange(16) % max(1, len(network.classes)), 0)
+    _, _, x0 = next(ddpm_numpy.sample_progressive(model, lambda: x, network.betas))
     assert np.abs(tiles(fresh, "grid", network.shape) - to_pixels(x0)).max() <= 1
 
 
@@ -623,13 +623,15 @@ def test_classes_and_guidance(files, page):
     page.select_option("#class", label="trouser")
     page.click("#sample")
     assert "4 images: 10 steps in" in until_idle(page)
-    network = sample.Network(DOCS / "fashion-mnist.onnx", "cpu")
+    network = ddpm_numpy.Network(DOCS / "fashion-mnist.onnx", "cpu")
     trouser, n = network.classes.index("trouser"), len(network.classes)
     start = first_noise(page, 3, 4, math.prod(network.shape)).reshape(4, *network.shape)
 
     def drawn(y, w):
-        eps = sample.guided(network, np.array(y), w)
-        (*_, (_, _, x0)) = sample.sample_progressive(eps, lambda: start, network.betas, steps=10)
+        eps = ddpm_numpy.guided(network, np.array(y), w)
+        (*_, (_, _, x0)) = ddpm_numpy.sample_progressive(
+            eps, lambda: start, network.betas, steps=10
+        )
         return to_pixels(x0)
 
     assert np.abs(tiles(page, "grid", network.shape) - drawn([trouser] * 4, 0)).max() <= 1

@@ -14,6 +14,7 @@ from test_export import RunsCode
 import checkpoint
 import export
 import pretrained
+import reduced
 from ddpm import Diffusion, cosine_betas, linear_betas
 from test_ddpm import VARIANCES, randn, small_unet
 
@@ -131,7 +132,7 @@ def test_file_computes_eps_whatever_is_predicted(tmp_path):
     x, t = randn(3, 3, 8, 8), torch.tensor([5, 500, 999])
     with torch.no_grad():
         expected, raw = diffusion.predict_eps(model, x, t), model(x, t)
-    eps = export.eps_of(tmp_path / "x.onnx")(x, t)
+    eps = reduced.eps_of(tmp_path / "x.onnx")(x, t)
     torch.testing.assert_close(eps, expected, rtol=1e-4, atol=1e-4)
     assert (expected - raw).abs().max() > 0.1
     names = [node.name for node in onnx.load(tmp_path / "x.onnx").graph.node]
@@ -159,7 +160,7 @@ def test_published_weights_to_images_and_back(image_folder, tmp_path, run):
     change(tmp_path / "published" / "scheduler_config.json", num_train_timesteps=40, beta_end=0.3)
     assert "diffusers, published" in run("export.py", "--diffusers", "published", cwd=tmp_path)
     x, t = randn(2, 3, 8, 8), torch.tensor([3, 30])
-    eps = export.eps_of(tmp_path / "model.onnx")(x, t)
+    eps = reduced.eps_of(tmp_path / "model.onnx")(x, t)
     with torch.no_grad():
         np.testing.assert_allclose(eps, theirs(x, t).sample, rtol=0, atol=1e-5)
     run("sample.py", "-n", 1, "--steps", 5, cwd=tmp_path)

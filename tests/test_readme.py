@@ -13,7 +13,7 @@ from conftest import HERE, MAINS, python
 from nbclient import NotebookClient
 from PIL import Image
 
-import sample
+import ddpm_numpy
 from data import read_folder
 from ddpm import Diffusion, UNet, linear_betas
 from images import to_pixels
@@ -94,9 +94,9 @@ def test_algorithm_2_is_the_sampler(trained, tmp_path, monkeypatch):
     names = {}
     exec(code, names)
     random = np.random.default_rng(0)
-    network = sample.Network("model.onnx", "cpu")
+    network = ddpm_numpy.Network("model.onnx", "cpu")
     shape = 16, *network.shape
-    chain = sample.sample_progressive(
+    chain = ddpm_numpy.sample_progressive(
         network, lambda: random.standard_normal(shape).astype(np.float32), network.betas
     )
     for _, _, x0 in chain:

@@ -14,6 +14,7 @@ import torch
 from conftest import HERE, python, read
 from PIL import Image
 
+import ddpm_numpy
 import sample
 from benchmarks.table2 import count_right
 from data import demo_images
@@ -55,13 +56,13 @@ def test_foreign_and_missing_models_are_one_line(trained, tmp_path, run):
     for content in (whole[: len(whole) // 2], b"garbage", b""):
         (tmp_path / "model.onnx").write_bytes(content)
         with pytest.raises(ValueError, match="can't be opened by ONNX Runtime"):
-            sample.Network(tmp_path / "model.onnx")
+            ddpm_numpy.Network(tmp_path / "model.onnx")
         assert "can't be opened" in run("sample.py", cwd=tmp_path, code=1)
     proto = onnx.load_from_string(whole)
     del proto.metadata_props[:]
     onnx.save(proto, tmp_path / "model.onnx")
     with pytest.raises(ValueError, match="is not a file of export"):
-        sample.Network(tmp_path / "model.onnx")
+        ddpm_numpy.Network(tmp_path / "model.onnx")
     assert "it lacks ddpm.betas" in run("sample.py", cwd=tmp_path, code=1)
 
 
@@ -73,7 +74,7 @@ def test_missing_onnxruntime_is_one_line(trained, run, monkeypatch):
 def test_requiring_cuda_without_a_gpu_names_the_command_that_helps(trained, run):
     said = run("sample.py", "--device", "cuda", cwd=trained[0], code=1)
     assert 'pip install "onnxruntime-gpu[cuda,cudnn]"' in said
-    network = sample.Network(trained[0] / "model.onnx")
+    network = ddpm_numpy.Network(trained[0] / "model.onnx")
     assert network.provider == "CPUExecutionProvider" and network.shape == (3, 8, 8)
     np.testing.assert_array_equal(network.betas, linear_betas())  # to the bit
 
@@ -125,7 +126,7 @@ def test_sampling_needs_no_torch_and_importing_it_no_onnxruntime(trained, tmp_pa
 
 
 def test_noise_is_standard_normal():
-    draw_noise = sample.noise_of(0, 0, (100, 1, 10, 10))
+    draw_noise = ddpm_numpy.noise_of(0, 0, (100, 1, 10, 10))
     first, second = draw_noise(), draw_noise()
     assert first.dtype == np.float32 and not np.array_equal(first, second)
     assert abs(first.mean()) < 0.05 and abs(first.std() - 1) < 0.05
@@ -152,7 +153,7 @@ def test_seed_fixes_each_image_at_any_batch_and_n(draw):
 def test_program_equals_the_torch_sampler(flags, sampler, eta, network, draw):
     """From the seed to the pixels: sample.py against ddpm.py with the EMA weights."""
     pixels = draw("a", "-n", 2, *flags.split())
-    draw_noise = sample.noise_of(0, 0, (2, 3, 8, 8))
+    draw_noise = ddpm_numpy.noise_of(0, 0, (2, 3, 8, 8))
     x0 = PAPER.sample(network, (2, 3, 8, 8), 5, sampler, eta,
                       draw_noise=lambda: torch.from_numpy(draw_noise()))  # fmt: skip
     expected = ((x0 + 1) * 127.5).round().numpy()
@@ -173,7 +174,7 @@ def test_interpolation_between_two_images(trained, network, image_folder, tmp_pa
     x0 = [torch.from_numpy(from_pixels(end))[None] for end in ends]
     for row, t in zip(tiles, (30, 600), strict=True):
         assert np.array_equal(row[0], ends[0]) and np.array_equal(row[12], ends[1])
-        z = sample.noise_of(0, 0, (1, 3, 8, 8))
+        z = ddpm_numpy.noise_of(0, 0, (1, 3, 8, 8))
         x_t = [PAPER.q_sample(x, torch.tensor([t]), torch.from_numpy(z())) for x in x0]
         x_t = torch.cat([torch.lerp(x_t[0], x_t[1], k / 10) for k in range(11)])
         chain = Diffusion(linear_betas()[: t + 1])
@@ -192,8 +193,8 @@ def test_inpainting_keeps_the_image_outside_the_mask(trained, network, image_fol
         "--steps", 20, "--dir", "out", cwd=tmp_path)  # fmt: skip
     drawn = np.stack([read_image(path, 8, 3) for path in sorted((tmp_path / "out").iterdir())])
     image, free = torch.from_numpy(from_pixels(read_image(file, 8, 3))), torch.from_numpy(mask > 0)
-    z = sample.noise_of(0, 0, (2, 3, 8, 8))
-    draw, tau = lambda: torch.from_numpy(z()), sample.respaced(PAPER.betas.numpy(), 20)[1]
+    z = ddpm_numpy.noise_of(0, 0, (2, 3, 8, 8))
+    draw, tau = lambda: torch.from_numpy(z()), ddpm_numpy.respaced(PAPER.betas.numpy(), 20)[1]
     x, levels = draw(), [*tau[::-1]]
     x0_before = None
     for i, t in enumerate(levels):

@@ -1,0 +1,257 @@
+"""The reverse process of ddpm.py in numpy, and a network that ONNX Runtime runs: no torch.
+
+    network = Network("model.onnx")                    # a file of export.py
+    x0 = sample(network, 16, steps=10)                 # float32 in [-1, 1], (16, C, H, W)
+    x0 = sample(network, 16, ["boot", "bag"], guidance=2, steps=10)    # if it has classes
+
+A service needs this file, a model.onnx, numpy and onnxruntime (or onnxruntime-gpu[cuda,cudnn]). One
+Network may be used from several threads.
+
+Numbers in brackets are equations of the paper, arXiv:2006.11239. t counts 0..T-1, as in ddpm.py.
+"""
+
+import contextlib
+import ctypes
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+SAMPLERS = "ddpm", "ddim", "dpm"
+LAMBDAS = np.linspace(0, 1, 11, dtype=np.float32)  # the mixtures of an interpolation
+
+# ------------------------------------------------------------------------------ the reverse process
+
+
+def respaced(betas, steps):
+    """Return a chain through some of the noise levels: its betas and its tau, both (steps,)."""
+    T = len(betas)
+    if not 1 <= steps <= T:
+        raise ValueError(f"steps must be 1..{T}, not {steps}")
+    tau = T * np.arange(1, steps + 1) // steps - 1
+    alphas_bar = (1 - betas).cumprod()[tau]
+    return 1 - alphas_bar / np.append(1.0, alphas_bar[:-1]), tau
+
+
+def sample_progressive(
+    eps_model, draw_noise, betas, variance="large", steps=None, sampler=None, eta=None, x_T=None,
+    clip=True, known=None,
+):  # fmt: skip
+    """Yield (t, x_t, x0_hat) of the reverse process, from t = T-1 down.
+
+    x_t is the input of the network and x0_hat the current estimate of the clean image; the last
+    x0_hat is the sample. All are float32 (B, C, H, W).
+
+    eps_model(x_t, t) returns eps; t is int64 (B,). draw_noise() returns the next z.
+    betas: float64 (T,). variance: sigma_t^2 is beta_t if "large", beta-tilde_t if "small".
+    steps: how many of the T steps to take; all if None.
+    sampler: "ddpm" is the paper's Algorithm 2, the default with all T steps; "dpm" is
+        DPM-Solver++(2M), the default with fewer; "ddim" is DDIM.
+    eta: for "ddim" alone, and selects it. 0, the default, is deterministic; 1 equals "ddpm" with
+        "small" variance.
+    x_T: where to start; pure noise if None. To continue from an x_t, pass betas[: t + 1] with it.
+    clip: keep x0_hat in [-1, 1].
+    known: for inpainting, (image, mask), which broadcast to x_t. Where the mask is False, x_t is
+        drawn from q(x_t | x_0) of the image (4) in each step, and x0_hat is the image.
+
+    Raises ValueError for an unknown variance or sampler, and for steps or eta out of range.
+    """
+    T = len(betas)
+    betas, tau = respaced(betas, T if steps is None else steps)
+    if sampler is None:
+        sampler = "ddim" if eta is not None else "dpm" if len(betas) < T else "ddpm"
+    if variance not in ("large", "small"):
+        raise ValueError(f'variance must be "large" or "small", not {variance!r}')
+    if sampler not in SAMPLERS:
+        raise ValueError(f'sampler must be "ddpm", "ddim" or "dpm", not {sampler!r}')
+    if eta is not None and (sampler != "ddim" or not 0 <= eta <= 1):
+        raise ValueError(f'eta must be from 0 to 1, and is for "ddim" alone, not {eta}')
+    alphas = 1 - betas
+    alphas_bar = alphas.cumprod()
+    alphas_bar_prev = np.append(1.0, alphas_bar[:-1])
+    posterior_variance = (1 - alphas_bar_prev) / (1 - alphas_bar) * betas  # (7)
+    sigma2 = betas if variance == "large" else posterior_variance
+    if sampler != "ddpm":
+        sigma2 = (eta or 0) ** 2 * posterior_variance
+    log_snr = np.log(alphas_bar / (1 - alphas_bar)).tolist()
+    # Rows of Python floats, which keep float32 arrays float32.
+    tables = np.stack([betas, alphas, alphas_bar, alphas_bar_prev, np.sqrt(sigma2)], 1).tolist()
+
+    x = draw_noise() if x_T is None else x_T
+    x0_before = None
+    for i in reversed(range(len(betas))):
+        beta, alpha, abar, abar_prev, sigma = tables[i]
+        if known:
+            image, mask = known
+            x = np.where(
+                mask, x, math.sqrt(abar) * image + math.sqrt(1 - abar) * draw_noise()
+            )  # (4)
+        eps = eps_model(x, np.full(len(x), tau[i]))
+        x0 = (x - math.sqrt(1 - abar) * eps) / math.sqrt(abar)  # (15)
+        x0 = x0.clip(-1, 1) if clip else x0
+        x0 = np.where(mask, x0, image) if known else x0
+        yield int(tau[i]), x, x0
+        if i == 0:  # the last step adds no noise, and its mean is x0_hat itself
+            return
+        if sampler == "ddpm":
+            mean = (
+                math.sqrt(abar_prev) * beta / (1 - abar) * x0
+                + math.sqrt(alpha) * (1 - abar_prev) / (1 - abar) * x
+            )  # (7)
+        else:
+            x0_middle = x0  # "dpm" extrapolates it to the middle of the step in lambda
+            if sampler == "dpm" and x0_before is not None:
+                h, h_before = log_snr[i - 1] - log_snr[i], log_snr[i] - log_snr[i + 1]
+                x0_middle = x0 + h / (2 * h_before) * (x0 - x0_before)
+            x0_before = x0
+            eps = (x - math.sqrt(abar) * x0_middle) / math.sqrt(1 - abar)  # the noise that fits it
+            mean = math.sqrt(abar_prev) * x0_middle + math.sqrt(1 - abar_prev - sigma**2) * eps
+        x = mean + sigma * draw_noise() if sigma else mean
+
+
+def interpolate(
+    eps_model, draw_noise, x0, x0_b, t, betas, variance="large", steps=None, sampler=None, eta=None
+):
+    """Diffuse two images to x_t, mix them by each of LAMBDAS, and denoise the mixtures (figure 8).
+
+    The result is that of sample_progressive, with a row for each lambda. All rows share the same
+    noise, so that only lambda differs.
+
+    draw_noise() returns the next z, (1, C, H, W). x0, x0_b: images in [-1, 1], (C, H, W).
+    t: 0..T-1; the larger it is, the more the network has to invent.
+    """
+    abar = float((1 - betas).cumprod()[t])
+    x_t, x_t_b = (math.sqrt(abar) * x + math.sqrt(1 - abar) * draw_noise() for x in (x0, x0_b))
+    lam = LAMBDAS[:, None, None, None]
+    mixed = (1 - lam) * x_t + lam * x_t_b
+    steps = None if steps is None else min(steps, t + 1)
+    betas = betas[: t + 1]
+    return sample_progressive(eps_model, draw_noise, betas, variance, steps, sampler, eta, mixed)
+
+
+def guided(network, y, w):
+    """Return eps_model(x_t, t) of classifier-free guidance: (1 + w) eps given y, minus w eps.
+
+    y: classes of the Network, int64 (B,). w: 0 is no guidance. Others count the scale s = 1 + w.
+    """
+    none = np.full_like(y, len(network.classes))
+
+    def eps_model(x_t, t):
+        if w == 0:
+            return network(x_t, t, y)
+        both = network(np.tile(x_t, (2, 1, 1, 1)), np.tile(t, 2), np.append(y, none))
+        eps_y, eps = np.split(both, 2)
+        return (1 + w) * eps_y - w * eps
+
+    return eps_model
+
+
+def noise_of(seed, first, shape):
+    """Return a draw_noise() for images first, first + 1, ...: standard normal, (B, C, H, W).
+
+    The noise of image k depends on (seed, k) alone, so the number of images changes none of them.
+    """
+    streams = [np.random.default_rng((seed, first + k)) for k in range(shape[0])]
+    return lambda: np.stack([s.standard_normal(shape[1:], dtype=np.float32) for s in streams])
+
+
+def sample(network, n, classes=None, guidance=0, steps=10, seed=0, **options):
+    """Return n images that a Network draws, all at once: float32 in [-1, 1], (n, C, H, W).
+
+    classes: names, which the images take in turn; all classes if None. guidance: the w of `guided`.
+    steps: 1..T. seed: image k depends on (seed, k) alone. options: those of sample_progressive.
+
+    Raises ValueError for an unknown class, for guidance without classes, and as sample_progressive.
+    """
+    y = network.labels(classes, n)
+    if y is None and guidance:
+        raise ValueError("guidance needs a network with classes")
+    model, draw_noise = network, noise_of(seed, 0, (n, *network.shape))
+    if y is not None:
+        model = guided(network, y, guidance)
+    for _, _, x0_hat in sample_progressive(
+        model, draw_noise, network.betas, network.variance, steps, **options
+    ):
+        x0 = x0_hat
+    return x0
+
+
+# -------------------------------------------------------------------------------------- the network
+
+
+def has_nvidia_driver():
+    """Return whether there is a driver for CUDA. Without one, ONNX Runtime would log an error."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+class Network:
+    """eps_theta(x_t, t) from a model.onnx: float32 (B, C, H, W) and int64 (B,) to eps, for any B.
+
+    device: "auto" prefers CUDA, "cuda" requires it, "cpu" avoids it.
+    options: onnxruntime.SessionOptions, for example the number of threads.
+
+    Attributes: betas, float64 (T,), and variance are those of the file, shape is (C, H, W) of an
+    image, classes has the names of the classes, if any, and provider is the part of ONNX Runtime
+    that computes. A third argument y, int64 (B,), has the class of each image; None stands for "no
+    class", and a network without classes ignores it.
+
+    Raises ValueError if the file is missing or not one of export.py, if CUDA is required and not
+    there, and if y is not what the network expects.
+    """
+
+    def __init__(self, path, device="auto", options=None):
+        try:
+            import onnxruntime as ort
+        except ModuleNotFoundError:
+            raise ValueError("ONNX Runtime is missing: pip install onnxruntime") from None
+        if not Path(path).is_file():
+            raise ValueError(f"{path} does not exist; python export.py writes it")
+        providers = ["CPUExecutionProvider"]
+        has_cuda = "CUDAExecutionProvider" in ort.get_available_providers()
+        if device != "cpu" and has_cuda and has_nvidia_driver():
+            with contextlib.redirect_stdout(None):  # it prints what is missing
+                ort.preload_dlls()  # the CUDA libraries that pip installed
+            providers.insert(0, ("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC"}))
+        try:
+            self.session = ort.InferenceSession(path, options, providers=providers)
+        except Exception as error:  # ONNX Runtime raises many kinds
+            raise ValueError(f"{path} can't be opened by ONNX Runtime: {error}") from None
+        self.provider = self.session.get_providers()[0]  # the CPU if CUDA does not load
+        if device == "cuda" and self.provider != "CUDAExecutionProvider":
+            raise ValueError("ONNX Runtime can't use CUDA; see Accelerators in docs/guide.md")
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        missing = {"ddpm.betas", "ddpm.variance", "ddpm.image_shape"} - metadata.keys()
+        if missing:
+            raise ValueError(f"{path} is not a file of export.py: it lacks {min(missing)}")
+        self.betas = np.array(json.loads(metadata["ddpm.betas"]))
+        self.variance = metadata["ddpm.variance"]
+        self.shape = tuple(json.loads(metadata["ddpm.image_shape"]))
+        self.classes = json.loads(metadata.get("ddpm.classes", "[]"))
+
+    def __call__(self, x_t, t, y=None):
+        feeds, K = {"x_t": x_t, "t": t}, len(self.classes)
+        if K:
+            feeds["y"] = np.full(len(t), K) if y is None else y
+            if feeds["y"].shape != t.shape or not ((feeds["y"] >= 0) & (feeds["y"] <= K)).all():
+                raise ValueError(f"y must have the shape {t.shape} and values 0..{K}, not {y}")
+        return self.session.run(["eps"], feeds)[0]
+
+    def labels(self, names, n):
+        """Return the classes of n images that take these names in turn, int64 (n,).
+
+        names: all classes if None. The result is None for a network without classes. Raises
+        ValueError for a name that is not one of the classes.
+        """
+        unknown = sorted({*(names or [])} - {*self.classes})
+        if unknown and not self.classes:
+            raise ValueError("the network has no classes")
+        if unknown:
+            raise ValueError(f"no class {unknown[0]}; there are {', '.join(self.classes)}")
+        index = [self.classes.index(name) for name in names or self.classes]
+        return np.resize(index, n) if index else None
