@@ -1,4 +1,4 @@
-"""A checkpoint of train.py: save it, read it, compare it, and load the trained network.
+"""A run of train.py: its settings, and what it leaves behind; and the trained network in it.
 
 run/checkpoint.pt holds
 
@@ -9,15 +9,245 @@ run/checkpoint.pt holds
 Samples use "ema", the averaged weights. torch.load(path, weights_only=True) opens the file.
 """
 
+import hashlib
 import os
 import re
 import sys
+import time
+from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from ddpm import Diffusion, UNet
+from ddpm import Diffusion, UNet, cosine_betas, linear_betas
+from device import RANK
+from images import grid, save_image, save_plot, to_pixels
+
+DEMO = "train.py, the demo"  # the source of its weights
+SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
+SHAPE = (  # the flags of the network's shape
+    "image_size", "base_channels", "channel_mults", "num_res_blocks", "attention_resolutions",
+    "norm_groups",
+)  # fmt: skip
+TRAINING = "optimizer", "batch", "lr", "warmup", "lr_decay", "weighting", "ema", "flip", "seed"
+
+# ------------------------------------------------------------------------------------ the settings
+
+
+def digest_of(path):
+    """Return a digest of a path, which tells it from others without containing it."""
+    path = Path(path)
+    path = path / "checkpoint.pt" if (path / "checkpoint.pt").is_file() else path
+    text = str(path.resolve() if path.exists() else path)  # a name on the hub is no path
+    return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).hexdigest()
+
+
+def settings(args, weights, images=None):
+    """Return the "config" of a checkpoint from the arguments of train.py.
+
+    weights: the Trained of --init, or None. images: a fingerprint of the training set.
+    """
+    betas = weights.diffusion.betas if weights else SCHEDULES[args.schedule]()
+    model = {name: getattr(args, name) for name in (*SHAPE, "dropout")}
+    diffusion = {"variance": args.variance, "predicts": args.predicts, "betas": betas.tolist()}
+    training = {name: getattr(args, name) for name in TRAINING}
+    training |= {
+        "steps": args.steps if args.lr_decay else None,  # else the run can be made longer
+        "init": args.init and digest_of(args.init),
+        "data": args.data and Path(args.data).resolve().name,
+        "folder": args.data and digest_of(args.data),
+        "images": images,
+    }
+    if args.classes:
+        model["num_classes"], training["classes"] = len(args.classes), args.classes
+    model["in_channels"] = args.channels
+    return {"model": model, "diffusion": diffusion, "train": training}
+
+
+def unlike(defaults, args):
+    """Return ", but" and the flags of what differs from these defaults, "" if nothing does."""
+    words = []
+    for name, default in defaults.items():
+        value = getattr(args, name)
+        flag = ("--no-" if value is False else "--") + name.replace("_", "-")
+        values = [] if isinstance(value, bool) else value if isinstance(value, list) else [value]
+        words += [flag, *map(str, values)] if value != default else []
+    return f", but {' '.join(words)}" if words else ""
+
+
+def complete(args, state):
+    """Take what the command leaves open from the checkpoint of the run, if there is one."""
+    if state:
+        args.channels = args.channels or state["config"]["model"]["in_channels"]
+    if args.warmup is None:  # a run that is made longer keeps its warm-up
+        args.warmup = min(5000, args.steps // 20)
+        if state:
+            args.warmup = state["config"]["train"]["warmup"]
+
+
+def differences(old, new, besides):
+    """Return [(name, old value, new value)] of the settings in which two configs differ.
+
+    besides: names of settings that may differ.
+    """
+    was, now = (config["model"] | config["diffusion"] | config["train"] for config in (old, new))
+    names = (was | now).keys() - {"num_classes", *besides}  # "classes", their names, say more
+    different = [(name, was.get(name), now.get(name)) for name in sorted(names)]
+    opaque = {"betas": "schedule", "init": "file", "folder": "folder", "images": "set"}
+    return [
+        (name, f"one {opaque[name]}", "another") if name in opaque else (name, before, after)
+        for name, before, after in different
+        if before != after
+    ]
+
+
+def refuse_other_run(out, state, config, steps):
+    """Exit unless the checkpoint in the folder `out` belongs to a run with these settings.
+
+    Other images in the same folder are used, and the same images may be in another folder.
+    """
+    if state is None:
+        return
+    old, new, step = state["config"]["train"], config["train"], state["step"]
+    besides = ["data"] if new["init"] else ["data", "init"]  # the run has its weights
+    if new["images"] in (None, old["images"]) or new["folder"] == old["folder"]:
+        besides += ["images", "folder"]
+    if different := differences(state["config"], config, besides):
+        fixed = {*SHAPE, "in_channels", "predicts", "betas"} & {name for name, *_ in different}
+        hint = "" if fixed else f" (--init {out} starts from its weights)"
+        lines = "; ".join(f"{name} was {before}, now {now}" for name, before, now in different)
+        sys.exit(
+            f"{out} holds a run with other settings: {lines}. Use another --out{hint}, or move the "
+            f"run aside: mv {out} {out}-old"
+        )
+    if step > steps:
+        sys.exit(f"{out} is at step {step:,} already, so --steps must be larger")
+    if new["images"] not in (None, old["images"]) and step < steps and RANK == 0:
+        print(f"the images have changed since step {step:,}; training continues with them")
+
+
+def refuse_other_ranks(configs):
+    """Exit unless all processes have the same settings and images. configs: one of each."""
+    for rank, config in enumerate(configs):
+        for name, first, other in differences(configs[0], config, ("data", "folder", "init")):
+            sys.exit(f"{name} is {first} in rank 0, but {other} in rank {rank}")
+
+
+# --------------------------------------------------------------------------------------- the folder
+
+
+class Run:
+    """The folder of a run: it writes the checkpoint, the log, previews and the curve of the loss.
+
+    step: the number of steps taken so far. lr_at(k): the learning rate of step k, counted from 0.
+    """
+
+    def __init__(self, out, step, lr_at):
+        self.out, self.lr_at, self.saved = out, lr_at, time.monotonic()
+        self.recent = deque(maxlen=100)  # losses
+        if (out / "log.csv").exists():  # its rows may be newer than the checkpoint
+            head, *rows = (out / "log.csv").read_text().splitlines(keepends=True)
+            rows = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step]
+            (out / "log.csv").write_text("".join([head, *rows]))
+            self.recent.extend(float(row.split(",")[1]) for row in rows[-100:])
+
+    def log(self, step, losses):
+        """Append the steps before `step` to log.csv, and return the mean of the last 100 losses.
+
+        losses: [(loss, norm of the gradient)].
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        text = "" if (self.out / "log.csv").exists() else "step,loss,grad_norm,lr\n"
+        for k, (loss, norm) in enumerate(losses, step - len(losses)):
+            text += f"{k + 1},{loss:.6g},{norm:.6g},{self.lr_at(k):.6g}\n"
+            self.recent.append(loss)
+        with open(self.out / "log.csv", "a") as file:
+            file.write(text)
+        return np.mean(self.recent)
+
+    def save(self, config, step, model, ema, optimizer):
+        """Write a checkpoint to a temporary file, then put it in place."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        path, temporary = self.out / "checkpoint.pt", self.out / ".checkpoint.pt.tmp"
+        parts = {"model": model, "ema": ema, "optimizer": optimizer}
+        states = {name: part.state_dict() for name, part in parts.items()}
+        try:
+            torch.save({"config": config, "step": step, **states}, temporary)
+        except RuntimeError as error:  # torch names a line of C++ if the disk is full
+            temporary.unlink(missing_ok=True)
+            sys.exit(f"{path} can't be written and stays as it was; is the disk full? ({error})")
+        os.replace(temporary, path)
+        self.saved = time.monotonic()
+
+    def seconds_since_save(self):
+        return time.monotonic() - self.saved
+
+    def preview(self, step, ema, diffusion, shape, args):
+        """Save 36 images of this shape (C, H, W) that the averaged network draws, and loss.png.
+
+        Each class has a row. The curve is averaged over up to 200 intervals of equal length.
+        """
+        noise, rows = torch.Generator(args.device).manual_seed(args.seed), len(args.classes)
+        y = torch.arange(36, device=args.device) % rows if rows else None
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
+            x0 = diffusion.sample(
+                partial(ema, y=y), (36, *shape), min(20, diffusion.T), "dpm",
+                generator=noise, device=args.device,
+            )  # fmt: skip
+        image = grid(to_pixels(x0.cpu().numpy()), rows=rows)
+        save_image(self.out / f"preview-{step:07d}.png", image)
+        table = np.loadtxt(self.out / "log.csv", delimiter=",", skiprows=1, ndmin=2)[:, :2]
+        length = -(-len(table) // 200)
+        parts = [table[k : k + length].mean(0) for k in range(0, len(table) - length + 1, length)]
+        save_plot(self.out / "loss.png", *np.transpose(parts), "step", "loss", log=True)
+
+
+def open_checkpoint(path):
+    """Return the dict of a checkpoint. Exits if the file is not one. No code in it is executed."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # torch raises many kinds
+        state = None
+    if not isinstance(state, dict) or not {"config", "step", "ema"} <= state.keys():
+        sys.exit(f"{path} is damaged, or not a checkpoint of train.py")
+    return state
+
+
+def find_run(out):
+    """Return the checkpoint in the folder of a run, or None if there is none yet.
+
+    Exits if the folder holds files of other programs instead.
+    """
+    if (out / "checkpoint.pt").is_file():
+        return open_checkpoint(out / "checkpoint.pt")
+    left = (
+        r"\..*|images-.*|log\.csv"  # what is left of a run that ended before its first checkpoint
+    )
+    if out.is_dir() and not all(re.fullmatch(left, path.name) for path in out.iterdir()):
+        sys.exit(f"--out {out} holds files but no checkpoint.pt; use a new or empty folder")
+    return None
+
+
+def restore(state, model, ema, optimizer):
+    """Load the three parts of a checkpoint."""
+    model.load_state_dict(state["model"])
+    ema.load_state_dict(state["ema"])
+    optimizer.load_state_dict(state["optimizer"])
+
+
+def start_from(weights, model, classes):
+    """Load the weights of --init into the model. Classes of other names start without effect."""
+    state = weights.model.state_dict()
+    if weights.classes and weights.classes != classes:  # then all images are of "no class"
+        no_class = state.pop("class_embedding.weight")[-1]
+        state["time_mlp.2.bias"] = state["time_mlp.2.bias"] + no_class
+    model.load_state_dict(model.state_dict() | state)
+
+
+# ------------------------------------------------------------------------------ the trained network
 
 
 @dataclass
@@ -38,65 +268,6 @@ class Trained:
         return self.settings["in_channels"], size, size
 
 
-def save(path, config, step, model, ema, optimizer):
-    """Write a checkpoint to a temporary file beside `path`, then put it in place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    parts = {"model": model, "ema": ema, "optimizer": optimizer}
-    states = {name: part.state_dict() for name, part in parts.items()}
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        torch.save({"config": config, "step": step, **states}, temporary)
-    except RuntimeError as error:  # torch names a line of C++ if the disk is full
-        temporary.unlink(missing_ok=True)
-        sys.exit(f"{path} can't be written and stays as it was; is the disk full? ({error})")
-    os.replace(temporary, path)
-
-
-def read(path):
-    """Return the dict of a checkpoint. Exits if the file is not one. No code in it is executed."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch raises many kinds
-        state = None
-    if not isinstance(state, dict) or not {"config", "step", "ema"} <= state.keys():
-        sys.exit(f"{path} is damaged, or not a checkpoint of train.py")
-    return state
-
-
-def restore(state, model, ema, optimizer):
-    """Load the three parts of a checkpoint."""
-    model.load_state_dict(state["model"])
-    ema.load_state_dict(state["ema"])
-    optimizer.load_state_dict(state["optimizer"])
-
-
-def read_run(out):
-    """Return the checkpoint in the folder of a run, or None if the folder is new or empty.
-
-    Exits if it holds anything but decoded images.
-    """
-    if (out / "checkpoint.pt").is_file():
-        return read(out / "checkpoint.pt")
-    if out.is_dir() and any(not path.name.startswith((".", "images-")) for path in out.iterdir()):
-        sys.exit(f"--out {out} holds files but no checkpoint.pt; use a new or empty folder")
-    return None
-
-
-def differences(old, new, besides):
-    """Return [(name, old value, new value)] of the settings in which two configs differ.
-
-    besides: names of settings that may differ.
-    """
-    was, now = (config["model"] | config["diffusion"] | config["train"] for config in (old, new))
-    names = (was | now).keys() - {"num_classes", *besides}  # "classes", their names, say more
-    different = [(name, was.get(name), now.get(name)) for name in sorted(names)]
-    return [
-        (name, "one schedule", "another") if name == "betas" else (name, before, after)
-        for name, before, after in different
-        if before != after
-    ]
-
-
 def load(path):
     """Return the Trained of a checkpoint, of the folder of a run, or of published weights.
 
@@ -106,14 +277,14 @@ def load(path):
     if (path / "checkpoint.pt").is_file():
         path /= "checkpoint.pt"
     if path.is_file():
-        state = read(path)
+        state = open_checkpoint(path)
         config = state["config"]
         model = UNet(**config["model"]).eval()
         model.load_state_dict(state["ema"])
-        source = f"train.py, {config['train']['data'] or 'the demo'}"
+        source = f"train.py, {data}" if (data := config["train"]["data"]) else DEMO
         diffusion, classes = Diffusion(**config["diffusion"]), config["train"].get("classes", [])
         return Trained(model, diffusion, config["model"], state["step"], source, classes)
-    if path.is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?<!\.pt)", str(path)):
+    if path.is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?<!\.pt)", path.as_posix()):
         from pretrained import from_diffusers
 
         model, settings, diffusion = from_diffusers(path.as_posix())

@@ -1,21 +1,22 @@
 """The training set: a folder of images as one uint8 array (N, C, size, size), and the demo.
 
-    images = data.read_folder("./images", 32)
+    images, labels = data.read_folder("./images", 32)
     python data.py ./images real 32    # the same as PNG files in the new folder `real`, for FID
 
 It needs no torch: torch.from_numpy(images) makes a tensor of the result.
 """
 
 import argparse
-import functools
 import hashlib
-import multiprocessing
+import json
 import os
-import signal
 import sys
 import tempfile
+import traceback
 import warnings
+from functools import partial
 from itertools import product
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -25,22 +26,30 @@ from tqdm import tqdm
 
 from images import is_grey, read_image, to_image
 
+LARGE = 16_384  # the size of an image file, in bytes, from which on threads read faster
+
 # ------------------------------------------------------------------------------ a folder of images
 
 
-def image_files(folder, without=None):
+def image_files(folder):
     """Return (image files, other files) of a folder and its sub-folders, as lists of paths.
 
-    An image file has a suffix that Pillow can read. Hidden files and the folder `without` are left
-    out. The order is the same on each machine. Exits if there is no such folder.
+    An image file has a suffix that Pillow can read. Hidden files are left out, and so are folders
+    that hold a checkpoint.pt. The order is the same on each machine. Exits if there is no such
+    folder.
     """
     if not os.path.isdir(folder):
-        sys.exit(f"{folder}: there is no such folder")
+        why = (
+            "this is a file, not a folder" if os.path.exists(folder) else "there is no such folder"
+        )
+        sys.exit(f"{folder}: {why}")
     suffixes = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     paths = []
     for root, folders, names in os.walk(folder):
-        shown = [name for name in folders if not name.startswith(".")]
-        folders[:] = [name for name in shown if Path(root, name).resolve() != without]
+        if "checkpoint.pt" in names:  # a run, with its previews
+            folders.clear()
+            continue
+        folders[:] = [name for name in folders if not name.startswith(".")]
         paths += [os.path.join(root, name) for name in names if not name.startswith(".")]
     paths.sort(key=lambda path: path.replace(os.sep, "/"))
     images = [path for path in paths if os.path.splitext(path)[1].lower() in suffixes]
@@ -53,90 +62,19 @@ def class_of(path, folder):
     return parts[0] if len(parts) > 1 else ""
 
 
-def class_names(folder, without=None):
+def class_names(folder):
     """Return the names of the classes, sorted: the sub-folders that have images in them.
 
     Exits if there are images outside of the sub-folders, or fewer than two classes.
     """
-    paths, _ = image_files(folder, without)
-    names = sorted({class_of(path, folder) for path in paths})
+    names = sorted({class_of(path, folder) for path in image_files(folder)[0]})
     if "" in names:
         sys.exit(
-            f"--classes: {folder} has images outside of its sub-folders; each must be in a class"
+            f"--classes: {folder} has images outside of its sub-folders, which are the classes"
         )
     if len(names) < 2:
-        sys.exit(
-            f"--classes: {folder} needs two sub-folders with images or more, one for each class"
-        )
+        sys.exit(f"--classes: {folder} needs images in two sub-folders or more, one for each class")
     return names
-
-
-def in_processes(function, paths):
-    """Yield function(path) for each path in order, computed on all cores."""
-    if len(paths) < 256:  # it takes longer to start the processes
-        yield from map(function, paths)
-        return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # A spawned process imports the main module. This module takes its place meanwhile, because
-    # train.py would load torch, with all of CUDA's libraries, in each process.
-    main, sys.modules["__main__"] = sys.modules["__main__"], sys.modules[__name__]
-    pool = multiprocessing.Pool(cores, signal.signal, (signal.SIGINT, signal.SIG_IGN))
-    sys.modules["__main__"] = main
-    with pool:
-        yield from pool.imap(function, paths, 128)
-
-
-def has_colour(path):
-    """Return whether an image file is in colour. It reads little more than the header."""
-    try:
-        with Image.open(path) as image:
-            return not is_grey(image)
-    except Exception:  # Pillow raises many kinds; decoding reports them
-        return False
-
-
-def try_to_read(path, size, channels):
-    """Return (the bytes of the pixels, None), or (None, the reason why they can't be read)."""
-    try:
-        return read_image(path, size, channels).tobytes(), None
-    except Exception as error:  # Pillow raises many kinds
-        return None, f"{path}: {error}"
-
-
-def decode(paths, others, size, channels, file):
-    """Write images to an .npy file, uint8 (N, channels, size, size), and return their paths.
-
-    channels: 1 or 3, or None for 3 if any image is in colour. Unreadable files, and the `others`
-    without the suffix of an image, are counted, and the first three of each are named. Exits if no
-    image is left.
-    """
-    if others:
-        first = ", ".join(os.path.basename(path) for path in others[:3])
-        print(f"ignored {len(others):,} files without the suffix of an image: {first}")
-    warnings.filterwarnings("ignore", module="PIL")  # what can't be read is said below
-    if channels is None:
-        channels = 3 if any(in_processes(has_colour, paths)) else 1
-    read, good, broken = functools.partial(try_to_read, size=size, channels=channels), [], []
-    header = {"shape": (len(paths), channels, size, size), "fortran_order": False, "descr": "|u1"}
-    with open(file, "wb") as out:
-        npy.write_array_header_1_0(out, header)
-        decoded = in_processes(read, paths)
-        bar = tqdm(decoded, "decoding", len(paths), unit=" images", mininterval=1, leave=False)
-        for path, (pixels, error) in zip(paths, bar, strict=True):
-            if error:
-                broken.append(error)
-            else:
-                good.append(path)
-                out.write(pixels)
-        out.seek(0)
-        header["shape"] = len(good), channels, size, size
-        npy.write_array_header_1_0(out, header)  # numpy keeps its length the same for any N
-    if broken:
-        print(f"left out {len(broken):,} of {len(paths):,} files, which can't be read:")
-        print("\n".join(f"  {line}" for line in broken[:3]))
-    if not good:
-        sys.exit("there is no image that can be read")
-    return good
 
 
 def labels_of(paths, folder, classes):
@@ -151,54 +89,116 @@ def labels_of(paths, folder, classes):
     return np.array([index[name] for name in names])
 
 
-def read_folder(folder, size, channels=None, most=None):
-    """Return the images in a folder, or `most` of them evenly spaced: uint8 (N, C, size, size).
+def has_colour(path):
+    """Return whether an image file is in colour. It reads little more than the header."""
+    try:
+        with Image.open(path) as image:
+            return not is_grey(image)
+    except Exception:  # Pillow raises many kinds; decoding reports them
+        return False
 
-    channels: C, 1 or 3, or None for 3 if any image is in colour. Exits if no image can be read.
+
+def try_to_read(path, size, channels):
+    """Return (the pixels, None), or (None, the exception that reading the file raises)."""
+    try:
+        return read_image(path, size, channels), None
+    except Exception as error:  # Pillow raises many kinds
+        return None, error
+
+
+def map_files(function, paths):
+    """Yield function(path) for each path in order, computed in threads if the files are large.
+
+    Pillow decodes outside of Python's lock. With small files, threads spend longer waiting for it.
     """
-    return read_labelled(folder, size, channels, most, None)[0]
+    if np.mean([os.path.getsize(path) for path in paths[:64]]) < LARGE:
+        yield from map(function, paths)
+        return
+    with ThreadPool(min(16, os.cpu_count() or 1)) as pool:
+        yield from pool.imap(function, paths)
 
 
-def read_labelled(folder, size, channels, most, classes):
-    """Return the same as read_folder and, for a list of class names, the labels, int64 (N,).
+def decode(paths, size, channels, file):
+    """Write images to an .npy file, uint8 (N, C, size, size).
 
-    A label is the index of the sub-folder in the list. Exits if an image is in none of them.
+    channels: C, 1 or 3, or None for 3 if any image is in colour. Returns [(index, why)] of the
+    paths that can't be read. Exits if none can.
     """
+    warnings.filterwarnings("ignore", module="PIL")  # what can't be read is said
+    if channels is None:
+        channels = 3 if any(map(has_colour, paths)) else 1
+    shape, broken = (channels, size, size), []
+    header = {"shape": (len(paths), *shape), "fortran_order": False, "descr": "|u1"}
+    with open(file, "wb") as out:
+        npy.write_array_header_1_0(out, header)
+        decoded = map_files(partial(try_to_read, size=size, channels=channels), paths)
+        bar = tqdm(decoded, "decoding", len(paths), unit=" images", mininterval=1, leave=False)
+        for index, (pixels, error) in enumerate(bar):
+            if error:
+                broken.append((index, error))
+                continue
+            if pixels.shape != shape:
+                raise ValueError(f"read_image returned the shape {pixels.shape}, not {shape}")
+            out.write(pixels.tobytes())
+        out.seek(0)
+        header["shape"] = len(paths) - len(broken), *shape
+        npy.write_array_header_1_0(out, header)  # numpy keeps its length the same for any N
+    if len(broken) == len(paths):
+        traceback.print_exception(broken[0][1])  # which may be a bug in read_image
+        sys.exit("there is no image that can be read")
+    return [(index, str(error)) for index, error in broken]
+
+
+def read_folder(folder, size, channels=None, most=None, classes=None, cache=None):
+    """Return the images in a folder, uint8 (N, C, size, size), and their labels, int64 (N,).
+
+    channels: C, 1 or 3, or None for 3 if any image is in colour.
+    most: take so many images, evenly spaced; all if None.
+    classes: names of sub-folders. The label of an image is the index of its sub-folder in this
+        list. Without such a list, the labels are None.
+    cache: a folder in which the decoded images stay until a file changes; they are memory-mapped.
+
+    Counts and names the files that are left out. Exits if no image is left, or if one is in none of
+    the classes.
+    """
+    if cache is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            images, labels = read_folder(folder, size, channels, most, classes, Path(temporary))
+            images = np.array(images)  # in memory
+        return images, labels
     paths, others = image_files(folder)
+    if others:
+        first = ", ".join(os.path.basename(path) for path in others[:3])
+        files = "1 file" if len(others) == 1 else f"{len(others):,} files"
+        print(f"ignored {files} with a suffix that Pillow does not read: {first}")
+    if not paths:
+        sys.exit(f"{folder}: there is no image that can be read")
     if most is not None and most < len(paths):
         paths = [paths[i * len(paths) // most] for i in range(most)]
-    with tempfile.TemporaryDirectory() as temporary:
-        file = Path(temporary, "images.npy")
-        good = decode(paths, others, size, channels, file)
-        return np.load(file), labels_of(good, folder, classes) if classes else None
-
-
-def cached_folder(folder, size, channels, out, classes=None):
-    """Return the same as read_labelled, with the images memory-mapped from a file in `out`.
-
-    The images are decoded once. The name of the file depends on the size, and on the names, sizes
-    and times of the image files.
-    """
-    paths, others = image_files(folder, without=out.resolve())
-    states = [(path.removeprefix(str(folder)), os.stat(path)) for path in paths]
+    states = [(os.path.relpath(path, folder), os.stat(path)) for path in paths]
     states = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
     key = repr((size, states)).encode(errors="surrogateescape")
-    file = out / f"images-{hashlib.blake2b(key, digest_size=8).hexdigest()}.npy"
-    of_run = (channels,) if channels else (1, 3)
-    labels = file.with_suffix(".labels.npy")
-    files = [labels, file] if classes else [file]
-    exist = all(map(Path.exists, files))
-    if not exist or np.load(file, mmap_mode="r").shape[1] not in of_run:
-        old = set(out.glob("images-*.npy"))
-        with tempfile.TemporaryDirectory(prefix="images-", dir=out) as temporary:
-            good = decode(paths, others, size, channels, Path(temporary, file.name))
-            if classes:
-                np.save(Path(temporary, labels.name), labels_of(good, folder, classes))
-            for new in files:
-                os.replace(Path(temporary, new.name), new)
-        for other in old - set(files):
+    file = cache / f"images-{hashlib.blake2b(key, digest_size=8).hexdigest()}.npy"
+    left_out = file.with_suffix(".json")
+    if file.exists() and channels in (None, np.load(file, mmap_mode="r").shape[1]):
+        broken = json.loads(left_out.read_text())
+    else:
+        cache.mkdir(parents=True, exist_ok=True)
+        old = {*cache.glob("images-*.npy"), *cache.glob("images-*.json")} - {file, left_out}
+        with tempfile.TemporaryDirectory(prefix="images-", dir=cache) as temporary:
+            new = Path(temporary, file.name)
+            broken = decode(paths, size, channels, new)
+            left_out.write_text(json.dumps(broken))
+            os.replace(new, file)
+        for other in old:
             other.unlink(missing_ok=True)  # another machine may do the same
-    return np.load(file, mmap_mode="c"), np.load(labels) if classes else None
+    if broken:
+        print(f"left out {len(broken):,} of {len(paths):,} files, which can't be read:")
+        print("\n".join(f"  {paths[index]}: {why}" for index, why in broken[:3]))
+        for index, _ in reversed(broken):
+            del paths[index]
+    labels = labels_of(paths, folder, classes) if classes else None
+    return np.load(file, mmap_mode="c"), labels
 
 
 def fingerprint(images):
@@ -238,11 +238,13 @@ def main():
     parser.add_argument("out", type=Path)
     parser.add_argument("size", type=int)
     args = parser.parse_args()
-    if args.out.exists():
-        parser.error(f"{args.out} exists; choose a new folder")
-    args.out.mkdir(parents=True)
-    for k, pixels in enumerate(read_folder(args.folder, args.size)):
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        parser.error(f"{args.out} must be a new or empty folder")
+    images, _ = read_folder(args.folder, args.size)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for k, pixels in enumerate(images):
         to_image(pixels).save(args.out / f"{k:06d}.png")
+    print(f"{args.out}: {len(images):,} images")
 
 
 if __name__ == "__main__":

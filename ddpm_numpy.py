@@ -157,20 +157,21 @@ def noise_of(seed, first, shape):
     return lambda: np.stack([s.standard_normal(shape[1:], dtype=np.float32) for s in streams])
 
 
-def sample(network, n, classes=None, guidance=0, steps=10, seed=0, **options):
-    """Return n images that a Network draws, all at once: float32 in [-1, 1], (n, C, H, W).
+def sample(network, n, classes=None, guidance=0, steps=10, seed=0, first=0, **options):
+    """Return n images that a Network draws together: float32 in [-1, 1], (n, C, H, W).
 
     classes: names, which the images take in turn; all classes if None. guidance: the w of `guided`.
-    steps: 1..T. seed: image k depends on (seed, k) alone. options: those of sample_progressive.
+    steps: 1..T. seed, first: the images are those with the numbers first, first + 1, ... of this
+    seed. options: those of sample_progressive.
 
     Raises ValueError for an unknown class, for guidance without classes, and as sample_progressive.
     """
-    y = network.labels(classes, n)
-    if y is None and guidance:
-        raise ValueError("guidance needs a network with classes")
-    model, draw_noise = network, noise_of(seed, 0, (n, *network.shape))
+    model, draw_noise = network, noise_of(seed, first, (n, *network.shape))
+    y = network.labels(classes, first + n)
     if y is not None:
-        model = guided(network, y, guidance)
+        model = guided(network, y[first:], guidance)
+    elif guidance:
+        raise ValueError("guidance needs a network with classes")
     for _, _, x0_hat in sample_progressive(
         model, draw_noise, network.betas, network.variance, steps, **options
     ):

@@ -4,7 +4,7 @@
     python evaluate.py --data ./test-images --checkpoint google/ddpm-cifar10-32 --images 256
 
 It prints the terms of the bound in bits per dimension, and saves the rate-distortion curve (the
-paper's figure 5) as rate-distortion.csv and .png. Each image takes T passes of the network.
+paper's figure 5) as rate-distortion.csv and .png. Each image takes T passes through the network.
 """
 
 import argparse
@@ -18,8 +18,9 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
-from data import demo_images, read_labelled
+from data import demo_images, read_folder
 from ddpm import Bound, Diffusion
+from device import choose_device
 from images import from_pixels, save_plot
 
 
@@ -43,14 +44,17 @@ def arguments():
     flag = parser.add_argument
     flag("--data", help="folder of images [the built-in demo]")
     flag("--checkpoint", default="run/checkpoint.pt",
-         help="of train.py, or published weights in diffusers' format [%(default)s]")  # fmt: skip
+         help="checkpoint of train.py, or weights for diffusers [%(default)s]")  # fmt: skip
     flag("--images", type=int, help="how many images, evenly spread over the folder [all]")
     flag("--out", type=Path, help="folder of the curve [the checkpoint's]")
     flag("--variance", choices=("large", "small"), help="sigma_t^2 [as in training]")
     flag("--batch", type=int, default=128, help="images at a time [%(default)s]")
-    flag("--seed", type=int, default=0, help="of the noise [%(default)s]")
-    flag("--device", default="auto", choices=("auto", "cpu"), help="[%(default)s]")
-    return parser.parse_args()
+    flag("--seed", type=int, default=0, help="seed of the noise [%(default)s]")
+    flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps or xpu [%(default)s]")
+    args = parser.parse_args()
+    if min(args.batch, 1 if args.images is None else args.images) < 1:
+        parser.error("--batch and --images must be at least 1")
+    return args
 
 
 def main():
@@ -58,8 +62,8 @@ def main():
     trained = checkpoint.load(args.checkpoint)
     channels, size, _ = trained.shape
     if args.data is not None:
-        images, labels = read_labelled(args.data, size, channels, args.images, trained.classes)
-    elif trained.shape == (3, 8, 8):
+        images, labels = read_folder(args.data, size, channels, args.images, trained.classes)
+    elif trained.source == checkpoint.DEMO:
         images, labels = demo_images(), None
     else:
         sys.exit("evaluate.py: --data must be a folder of images that the network has not seen")
@@ -70,8 +74,7 @@ def main():
     out = args.out or (path if path.is_dir() else path.parent if path.exists() else Path())
     out.mkdir(parents=True, exist_ok=True)
 
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    device = "cpu" if args.device == "cpu" else accelerator or "cpu"
+    device = choose_device(args.device)
     model = trained.model.to(device)
     variance = args.variance or trained.diffusion.variance
     diffusion = Diffusion(trained.diffusion.betas, variance, trained.diffusion.predicts)
@@ -94,7 +97,8 @@ def main():
     error = f" +- {bound.total.std() / math.sqrt(n):.4f} (standard error)" if n > 1 else ""
     step = f" (step {trained.step:,})" if trained.step else ""
     given = ", given their classes" if trained.classes else ""
-    print(f"{path}{step} on {n:,} images of {args.data or 'the demo'}{given}, bits per dimension")
+    of = f"{n:,} image{'s' * (n > 1)} of {args.data or 'the demo'}"
+    print(f"{path}{step} on {of}{given}, bits per dimension")
     print(f"  L_T                  {bound.L_T.mean():8.6f}")
     print(f"  L_1 + .. + L_T-1     {L_t[1:].sum():8.4f}    with L_T, the rate")
     print(f"  L_0                  {L_t[0]:8.4f}    the distortion")

@@ -196,7 +196,7 @@ def main():
     if not 1 <= args.steps <= T or not all(0 <= t < T for t in args.t):
         sys.exit(f"sample.py: this model has T = {T}: --steps must be 1..{T}, --t 0..{T - 1}")
     if args.guidance is not None and y is None:
-        sys.exit("sample.py: --guidance needs a network with classes")
+        sys.exit("sample.py: the network has no classes to guide to")
     if args.interpolate and len(args.classes or []) > 1:
         sys.exit("sample.py: --interpolate takes one class at most")
     args.guidance = args.guidance or 0

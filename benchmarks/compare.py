@@ -39,6 +39,7 @@ import train  # noqa: E402
 from checkpoint import Trained  # noqa: E402
 from data import read_folder  # noqa: E402
 from ddpm import Diffusion, UNet, linear_betas  # noqa: E402
+from device import has_bfloat16  # noqa: E402
 from images import from_pixels  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -171,13 +172,13 @@ def train_py(images, batch):
     The network is compiled where train.py would compile it. images: uint8 (N, 3, 32, 32).
     """
     args = train.make_parser().parse_args(["--batch", str(batch)])
-    args.amp = train.has_bfloat16(DEVICE)
+    args.device, args.amp = DEVICE, has_bfloat16(DEVICE)
     model, diffusion, images = UNet().to(DEVICE), Diffusion(linear_betas()), images.to(DEVICE)
     network = model
     if DEVICE.type == "cuda" and find_spec("triton") is not None:
         torch.compiler.reset()
         network = torch.compile(model, dynamic=False)
-    averages = list(copy.deepcopy(model).requires_grad_(False).parameters())
+    ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     steps = itertools.count()
 
@@ -185,7 +186,8 @@ def train_py(images, batch):
         torch.set_float32_matmul_precision("high")  # as train.py does
         k = next(steps)
         optimizer.param_groups[0]["lr"] = train.learning_rate(k, args.lr, 5000)
-        train.train_step(k, network, averages, optimizer, diffusion, images, args)
+        batch = train.draw_batch(k, images, None, diffusion.T, args)
+        train.train_step(batch, network, ema, optimizer, diffusion, k, args)
         torch.set_float32_matmul_precision("highest")  # torch's default, for the peers
 
     return step
@@ -200,7 +202,7 @@ def peak_memory(which, folder, batch):
 
 def print_memory(which, folder, batch):
     """Take three training steps, and print the peak memory of this process in GB."""
-    images = torch.from_numpy(read_folder(folder, 32))
+    images = torch.from_numpy(read_folder(folder, 32)[0])
     if which == "train.py":
         step = train_py(images, batch)
     else:
@@ -225,7 +227,7 @@ def table(head, rows):
 
 def training_table(folder, batch, rounds, floor):
     """Time and memory of a training step. floor: the least seconds that an image can take."""
-    images = torch.from_numpy(read_folder(folder, 32))
+    images = torch.from_numpy(read_folder(folder, 32)[0])
     lucidrains, size, larger = lucidrains_loop(folder, batch)
     steps = {
         "train.py": train_py(images, batch),

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import class_of, image_files, read_folder, read_labelled
+from data import class_of, image_files, read_folder
 from images import from_pixels
 
 SIZE = 32
@@ -90,7 +90,7 @@ def frechet_distance(first, second):
 
 def read(folder):
     """Return the images of a folder as grey 32x32, cut as train.py cuts them."""
-    return torch.from_numpy(read_folder(folder, SIZE, 1))
+    return torch.from_numpy(read_folder(folder, SIZE, 1)[0])
 
 
 def labels_and_names(folder):
@@ -131,7 +131,7 @@ def main():
     real = None  # the share of the test images, measured once, if it is needed
     for folder in args.samples:
         has_classes = {class_of(path, folder) for path in image_files(folder)[0]} <= {*names}
-        images, labels = read_labelled(folder, SIZE, 1, None, names if has_classes else None)
+        images, labels = read_folder(folder, SIZE, 1, classes=names if has_classes else None)
         images = torch.from_numpy(images)
         distance = frechet_distance(statistics(model, images), test)
         print(f"{folder}, {len(images):,} samples: {distance:.2f}", flush=True)

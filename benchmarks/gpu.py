@@ -119,21 +119,24 @@ def steps(args):
     for batch, compiled, memory_format in itertools.product((128, 16), (False, True), formats):
         torch.compiler.reset()
         model = network(args.tiny).to(DEVICE, memory_format=memory_format)
-        averages = list(copy.deepcopy(model).requires_grad_(False).parameters())
+        ema = copy.deepcopy(model).requires_grad_(False)
         optimizer = torch.optim.Adam(model.parameters(), 1e-5, fused=True)
         flags = train.make_parser().parse_args(["--batch", str(batch), "--amp"])
+        flags.device = DEVICE
         if compiled and not args.tiny:
             model = torch.compile(model, dynamic=False)
         torch.set_float32_matmul_precision("high")  # as train.py does
         number = itertools.count()
 
-        def take(steps, model=model, averages=averages, optimizer=optimizer, flags=flags,
-                 number=number):  # fmt: skip
+        def step(model=model, ema=ema, optimizer=optimizer, flags=flags, number=number):
+            k = next(number)
+            drawn = train.draw_batch(k, images, None, DIFFUSION.T, flags)
+            return train.train_step(drawn, model, ema, optimizer, DIFFUSION, k, flags)
+
+        def take(steps, step=step):
             began = time.perf_counter()
             for _ in range(steps):
-                status = train.train_step(
-                    next(number), model, averages, optimizer, DIFFUSION, images, flags
-                )
+                status = step()
             assert status.isfinite().all()  # waits for the device
             return time.perf_counter() - began
 
@@ -141,7 +144,7 @@ def steps(args):
         if IS_CUDA:
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.set_sync_debug_mode("error")  # no step may wait for the device
-            train.train_step(99, model, averages, optimizer, DIFFUSION, images, flags)
+            step()
             torch.cuda.set_sync_debug_mode("default")
         ms, busy, memory = take(count) / count * 1000, "", ""
         if IS_CUDA:

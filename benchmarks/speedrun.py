@@ -22,7 +22,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 HERE = Path(__file__).parent
@@ -137,13 +136,9 @@ def samples(path, steps, count):
         network = ddpm_numpy.Network(Path(folder, "model.onnx"), "cpu")
     pixels = []
     for first in range(0, count, 50):
-        noise = ddpm_numpy.noise_of(0, first, (min(50, count - first), *network.shape))
-        y = np.arange(first, min(first + 50, count)) % max(1, len(network.classes))
-        for _, _, x0 in ddpm_numpy.sample_progressive(
-            ddpm_numpy.guided(network, y, 0), noise, network.betas, network.variance, steps, "dpm"
-        ):
-            images = to_pixels(x0)
-        pixels.append(torch.from_numpy(images))
+        n = min(50, count - first)
+        x0 = ddpm_numpy.sample(network, n, steps=steps, sampler="dpm", first=first)
+        pixels.append(torch.from_numpy(to_pixels(x0)))
     return torch.cat(pixels)
 
 
@@ -177,7 +172,7 @@ def main():
             ten, fifty = (distance(samples(last, steps, args.samples)) for steps in (10, 50))
             curve = [(at, distance(samples(path, 10, args.samples))) for at, path in copies[:-1]]
             curve.append((seconds, ten))
-            step = checkpoint.read(last)["step"]
+            step = checkpoint.open_checkpoint(last)["step"]
     reached = [next((f"{at:.0f} s" for at, d in curve if d <= goal), "-") for goal in GOALS]
     print("distance in 10 steps, by time:", *(f"{at:.0f} s: {d:.1f}," for at, d in curve))
     commit = subprocess.run(

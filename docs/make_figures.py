@@ -24,7 +24,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import ddpm_numpy  # noqa: E402
 from benchmarks.table2 import are_right  # noqa: E402
-from data import read_labelled  # noqa: E402
+from data import read_folder  # noqa: E402
 from ddpm import Bound, Diffusion, cosine_betas, linear_betas  # noqa: E402
 from evaluate import rate_distortion  # noqa: E402
 from images import from_pixels, grid, save_animation, save_plot, to_pixels  # noqa: E402
@@ -351,7 +351,7 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     network = ddpm_numpy.Network(args.onnx, "cpu")
     channels, size, _ = network.shape
-    images, labels = read_labelled(args.data, size, channels, 4 * BATCH, network.classes)
+    images, labels = read_folder(args.data, size, channels, 4 * BATCH, network.classes)
     x0 = from_pixels(torch.from_numpy(images))
     draw_schedule(args.out / "schedule.png", x0[:1])
     draw_weights(args.out / "weights.png")

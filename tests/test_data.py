@@ -1,8 +1,7 @@
 """The promises of data.py: which files of a folder are read, in which order, and how often."""
 
 import os
-import signal
-import sys
+import threading
 import zlib
 from pathlib import Path
 
@@ -18,19 +17,26 @@ def first_pixels(images):
     return images[:, 0, 0, 0].tolist()
 
 
+def read(*args, **kwargs):
+    """The images of data.read_folder, without labels."""
+    images, labels = data.read_folder(*args, **kwargs)
+    assert labels is None
+    return images
+
+
 # ----------------------------------------------------------------------------- which files are read
 
 
 def test_folder_is_read_with_its_sub_folders(image_folder, capsys):
     """Hidden files do not count; what is left out is counted and named."""
-    images = data.read_folder(image_folder, 8)
+    images = read(image_folder, 8)
     assert images.shape == (12, 3, 8, 8) and images.dtype == np.uint8
     said = capsys.readouterr().out
-    assert "ignored 1 files without the suffix of an image: note.txt" in said
+    assert "ignored 1 file with a suffix that Pillow does not read: note.txt" in said
     assert "left out 1 of 13 files" in said and f"{image_folder / 'broken.png'}: " in said
-    np.testing.assert_array_equal(images, data.read_folder(image_folder, 8))
-    assert data.read_folder(image_folder, 8, channels=1).shape == (12, 1, 8, 8)
-    assert len(data.read_folder(image_folder, 8, most=5)) == 5
+    np.testing.assert_array_equal(images, read(image_folder, 8))
+    assert read(image_folder, 8, channels=1).shape == (12, 1, 8, 8)
+    assert len(read(image_folder, 8, most=5)) == 5
 
 
 def test_the_first_three_that_are_left_out_are_named(tmp_path, capsys):
@@ -38,7 +44,7 @@ def test_the_first_three_that_are_left_out_are_named(tmp_path, capsys):
     for k in range(5):
         (tmp_path / f"bad-{k}.png").write_text("not an image")
         (tmp_path / f"table-{k}.csv").write_text("not an image")
-    assert len(data.read_folder(tmp_path, 4)) == 1
+    assert len(read(tmp_path, 4)) == 1
     said = capsys.readouterr().out
     assert "ignored 5 files" in said and "left out 5 of 6 files" in said
     for k in range(5):
@@ -49,11 +55,11 @@ def test_folder_is_grey_only_if_every_image_is(tmp_path):
     Image.new("L", (28, 28), 9).save(tmp_path / "a.png")
     Image.new("1", (28, 28), 1).save(tmp_path / "b.png")
     Image.new("F", (28, 28)).save(tmp_path / "c.tif")  # left out, but grey
-    assert data.read_folder(tmp_path, 4)[:, :, 0, 0].tolist() == [[9], [255]]
+    assert read(tmp_path, 4)[:, :, 0, 0].tolist() == [[9], [255]]
     Image.new("RGB", (4, 4), (0, 255, 0)).save(tmp_path / "d.png")
-    images = data.read_folder(tmp_path, 4)
+    images = read(tmp_path, 4)
     assert images[:, :, 0, 0].tolist() == [[9, 9, 9], [255, 255, 255], [0, 255, 0]]
-    images = data.read_folder(tmp_path, 4, channels=1)
+    images = read(tmp_path, 4, channels=1)
     assert images[:, :, 0, 0].tolist() == [[9], [255], [150]]
 
 
@@ -73,7 +79,7 @@ def test_awkward_files_are_read_or_left_out(tmp_path, capsys):
     bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
     (tmp_path / "bomb.png").write_bytes(bomb)
     Image.new("F", (4, 4)).save(tmp_path / "f.tif")
-    images = data.read_folder(tmp_path, 8, channels=1)
+    images = read(tmp_path, 8, channels=1)
     assert images.mean((1, 2, 3)).tolist() == [100, 100, 100, 100, 100, 255]
     said = capsys.readouterr().out
     assert "left out 3 of 9" in said and "exceeds limit" in said
@@ -81,41 +87,56 @@ def test_awkward_files_are_read_or_left_out(tmp_path, capsys):
 
 def test_folder_without_images_is_one_line(tmp_path):
     with pytest.raises(SystemExit, match="nowhere: there is no such folder"):
-        data.read_folder(tmp_path / "nowhere", 4)
+        read(tmp_path / "nowhere", 4)
+    with pytest.raises(SystemExit, match="this is a file, not a folder"):
+        read(__file__, 4)
     for name in ("note.txt", "broken.png"):
         (tmp_path / name).write_text("not an image")
         with pytest.raises(SystemExit, match="there is no image that can be read"):
-            data.read_folder(tmp_path, 4)
+            read(tmp_path, 4)
 
 
-def test_order_is_that_of_the_names_with_and_without_processes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_large", [False, True])
+def test_order_is_that_of_the_names_with_and_without_threads(is_large, tmp_path, monkeypatch):
     names = ["b/1.png", "a.png", "B.png", "a/z.png", "a/10.png", "a/9.png", "a-.png"]
-    names += [f"many/{k:03d}.png" for k in range(270)]  # enough for the pool
+    names += [f"many/{k:03d}.png" for k in range(50)]
     for k, name in enumerate(sorted(names)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.new("L", (4, 4), k % 256).save(tmp_path / name)
+        Image.new("L", (4, 4), k).save(tmp_path / name)
     found = [Path(path).relative_to(tmp_path).as_posix() for path in data.image_files(tmp_path)[0]]
     assert found == sorted(names)
-    expected = [k % 256 for k in range(len(names))]
-    assert first_pixels(data.read_folder(tmp_path, 4)) == expected
-    monkeypatch.setattr(data, "in_processes", map)
-    assert first_pixels(data.read_folder(tmp_path, 4)) == expected
+    threads, read_image = set(), data.read_image
+
+    def watched(*args):
+        threads.add(threading.get_ident())
+        return read_image(*args)
+
+    monkeypatch.setattr(data, "read_image", watched)
+    monkeypatch.setattr(data, "LARGE", 0 if is_large else 10**6)
+    assert first_pixels(read(tmp_path, 4)) == list(range(len(names)))
+    assert (threads == {threading.get_ident()}) is not is_large
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no process groups")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_no_process_outlives_decoding(number, start):
-    """A worker holds the pipe of the output, which therefore ends with the last of them."""
-    code = "import signal, time, data; signal.signal(2, signal.default_int_handler)\n"
-    code += "for _ in data.in_processes(time.sleep, [0.01] * 10**5): print('decoding', flush=True)"
-    process = start("-c", code, cwd=HERE)
-    assert process.stdout.readline() == "decoding\n"
-    if number == signal.SIGKILL:
-        process.kill()
-    else:
-        os.killpg(process.pid, number)  # the terminal sends Ctrl-C to all
-    said, _ = process.communicate(timeout=30)
-    assert number == signal.SIGKILL or "PoolWorker" not in said  # a traceback of each
+def test_bug_in_read_image_is_not_taken_for_broken_images(tmp_path, monkeypatch, capsys):
+    """As when a reader edits images.py: another shape, or an exception for every file."""
+    for k in range(3):
+        Image.new("L", (4, 4)).save(tmp_path / f"{k}.png")
+    monkeypatch.setattr(data, "read_image", lambda *_: np.zeros((1, 8, 4), np.uint8))
+    with pytest.raises(ValueError, match=r"the shape \(1, 8, 4\), not \(1, 4, 4\)"):
+        read(tmp_path, 4)
+    monkeypatch.setattr(data, "read_image", lambda *_: misspelt)  # noqa: F821
+    with pytest.raises(SystemExit, match="no image that can be read"):
+        read(tmp_path, 4)
+    assert "NameError: name 'misspelt' is not defined" in capsys.readouterr().err
+
+
+def test_runs_are_no_training_images(tmp_path):
+    """A folder that holds a checkpoint.pt is left out, with what is in it."""
+    for name in ("images/0.png", "old-run/preview.png", "old-run/deep/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4)).save(tmp_path / name)
+    (tmp_path / "old-run" / "checkpoint.pt").touch()
+    assert len(read(tmp_path, 4)) == 1
 
 
 # --------------------------------------------------------------------------------------- the cache
@@ -123,35 +144,44 @@ def test_no_process_outlives_decoding(number, start):
 
 def test_images_are_decoded_once(tmp_path, monkeypatch, capsys):
     """One memory-mapped file, used again until an image is added, renamed, changed or removed."""
-    folder, out = tmp_path / "data", tmp_path / "data" / "run"
-    out.mkdir(parents=True)
+    folder, out = tmp_path / "data", tmp_path / "run"
+    folder.mkdir()
+    out.mkdir()
     for k in range(3):
         Image.new("L", (4, 4), k).save(folder / f"{k}.png")
-    Image.new("L", (4, 4), 99).save(out / "preview.png")  # no part of the training set
     decoded, decode = [], data.decode
     monkeypatch.setattr(data, "decode", lambda *args: decoded.append(1) or decode(*args))
 
-    def read(channels=None):
+    def cached(channels=None, folder=folder):
         """The first pixel of each image, and how often the folder has been decoded."""
-        images, _ = data.cached_folder(folder, 4, channels, out)
+        images = read(folder, 4, channels, cache=out)
         assert isinstance(images, np.memmap)
-        (array,) = out.glob("images-*")  # the old one is removed
+        (array,) = out.glob("images-*.npy")  # the old one is removed
         assert array.stat().st_size == 128 + images.size  # uint8, and numpy's header
         return first_pixels(images), len(decoded)
 
-    assert read() == read() == ([0, 1, 2], 1)
-    assert read(channels=3) == ([0, 1, 2], 2)
+    assert cached() == cached() == cached(folder=f"{folder}/") == ([0, 1, 2], 1)
+    assert cached(channels=3) == ([0, 1, 2], 2)
     Image.new("L", (4, 4), 7).save(folder / "3.png")
-    assert read() == ([0, 1, 2, 7], 3)
+    assert cached() == ([0, 1, 2, 7], 3)
     (folder / "3.png").rename(folder / "-.png")
-    assert read() == ([7, 0, 1, 2], 4)
+    assert cached() == ([7, 0, 1, 2], 4)
     Image.new("L", (4, 4), 8).save(folder / "1.png")
-    assert read() == ([7, 0, 8, 2], 5)
+    assert cached() == ([7, 0, 8, 2], 5)
     (folder / "2.png").unlink()
-    assert read() == ([7, 0, 8], 6)
+    assert cached() == ([7, 0, 8], 6)
     os.utime(folder / "0.png", ns=(1, 1))
-    assert read() == ([7, 0, 8], 7)
+    assert cached() == ([7, 0, 8], 7)
     assert not capsys.readouterr().out
+
+
+def test_what_can_not_be_read_is_said_each_time(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    Image.new("L", (4, 4), 5).save(tmp_path / "good.png")
+    (tmp_path / "broken.png").write_text("not an image")
+    for _ in range(2):  # decodes, then reads the cache
+        assert first_pixels(read(tmp_path, 4, cache=tmp_path / "out")) == [5]
+        assert "left out 1 of 2 files" in capsys.readouterr().out
 
 
 def test_fingerprint_changes_with_the_images(tmp_path):
@@ -183,20 +213,14 @@ def test_decoding_needs_no_torch():
     assert python("-c", code, cwd=HERE).strip() == "set()"
 
 
-SPAWN = """
-import multiprocessing, sys, torch
-import data, probe
-if __name__ == "__main__":
-    multiprocessing.set_start_method("spawn")
-    print(set(data.in_processes(probe.modules, range(256))))
-"""
-
-
-def test_processes_that_decode_do_not_import_torch(tmp_path):
-    """Also where they are spawned, as on Windows, by a program that imports torch."""
-    (tmp_path / "main.py").write_text(SPAWN)
-    (tmp_path / "probe.py").write_text(
-        "import sys\ndef modules(_): return 'torch' in sys.modules, 'numpy' in sys.modules"
-    )
-    env = os.environ | {"PYTHONPATH": str(HERE)}
-    assert python(tmp_path / "main.py", cwd=tmp_path, env=env).strip() == "{(False, True)}"
+def test_program_writes_the_images_as_the_network_sees_them(image_folder, tmp_path):
+    """The folder may exist if it is empty. Nothing is made before the input has been read."""
+    (tmp_path / "real").mkdir()
+    words = ["data.py", image_folder, "real", 8]
+    said = python(HERE / "data.py", "nowhere", "new", 8, cwd=tmp_path, code=1)
+    assert "no such folder" in said and not (tmp_path / "new").exists()
+    assert "real: 12 images" in python(HERE / words[0], *words[1:], cwd=tmp_path)
+    paths = sorted((tmp_path / "real").iterdir())
+    written = [np.asarray(Image.open(path)).transpose(2, 0, 1) for path in paths]
+    assert np.array_equal(written, read(image_folder, 8))
+    assert "a new or empty" in python(HERE / words[0], *words[1:], cwd=tmp_path, code=2)

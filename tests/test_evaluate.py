@@ -1,5 +1,7 @@
 """evaluate.py: the bound that it prints, and the rate-distortion curve that it saves."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -36,7 +38,7 @@ def test_bound_and_curve_are_those_of_ddpm_py(network, image_folder, tmp_path, r
     words = ["--data", image_folder, "--checkpoint", "checkpoint.pt", "--images", 5]
     said = run("evaluate.py", *words, "--batch", 3, "--seed", 2, cwd=tmp_path)
     assert "on 5 images" in said and "500/500" in said  # passes of the network: 5 x T
-    x0 = from_pixels(torch.from_numpy(read_folder(image_folder, 8, most=5)))
+    x0 = from_pixels(torch.from_numpy(read_folder(image_folder, 8, most=5)[0]))
     x0 = x0[torch.randperm(5, generator=torch.Generator().manual_seed(2))]
     noise = torch.Generator().manual_seed(2)
     bounds = [d.vlb(network, part, noise) for part in x0.split(3)]
@@ -59,10 +61,13 @@ def test_bound_and_curve_are_those_of_ddpm_py(network, image_folder, tmp_path, r
 
 
 def test_without_data_it_is_the_demo(network, tmp_path, run):
-    """The tiny network happens to fit the demo. A folder with a checkpoint stands for it."""
+    """For a network that was trained on it. A folder with a checkpoint stands for it."""
+    state = read(tmp_path)
+    state["config"]["train"]["data"] = None
+    torch.save(state, tmp_path / "checkpoint.pt")
     words = ["--checkpoint", ".", "--images", 1, "--out", "new", "--variance", "small"]
     said = run("evaluate.py", *words, cwd=tmp_path)
-    assert "(step 12) on 1 images of the demo" in said
+    assert "(step 12) on 1 image of the demo" in said
     assert {p.suffix for p in (tmp_path / "new").iterdir()} == {".csv", ".png"}
     x0 = from_pixels(torch.from_numpy(demo_images()))
     x0 = x0[torch.randperm(216, generator=torch.Generator().manual_seed(0))][:1]
@@ -72,14 +77,12 @@ def test_without_data_it_is_the_demo(network, tmp_path, run):
 
 
 def test_errors_of_the_user_are_one_line(trained, image_folder, tmp_path, run):
-    state = read(trained[0] / "run")
-    network = UNet(8, 1, 8, (1, 2), 1, (4,))
-    state["config"]["model"]["in_channels"], state["ema"] = 1, network.state_dict()
-    torch.save(state, tmp_path / "grey.pt")
+    shutil.copy(trained[0] / "run" / "checkpoint.pt", tmp_path / "other.pt")
     for words, said in (
         (["--data", image_folder], "run/checkpoint.pt does not exist; python train.py writes"),
         (["--checkpoint", "rnu"], "rnu does not exist"),
-        (["--checkpoint", "grey.pt"], "--data must be a folder of images"),
-        (["--checkpoint", "grey.pt", "--data", "none"], "none: there is no such folder"),
+        (["--checkpoint", "other.pt"], "--data must be a folder of images"),
+        (["--checkpoint", "other.pt", "--data", "none"], "none: there is no such folder"),
     ):
         assert said in run("evaluate.py", *words, cwd=tmp_path, code=1)
+    assert "must be at least 1" in run("evaluate.py", "--batch", 0, cwd=tmp_path, code=2)

@@ -8,7 +8,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import HERE, read
+from conftest import HERE, PAPER, RunsCode, randn, read
 from PIL import Image
 
 import checkpoint
@@ -18,20 +18,9 @@ from data import demo_images
 from ddpm import UNet, linear_betas
 from images import from_pixels
 from pretrained import largest_difference
-from test_ddpm import PAPER, randn
 
 FLOAT, FLOAT16 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 INT8, INT64 = onnx.TensorProto.INT8, onnx.TensorProto.INT64
-
-
-class RunsCode:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 # ------------------------------------------------------------------------------------ the ONNX file

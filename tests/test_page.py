@@ -20,8 +20,8 @@ from benchmarks.table2 import count_right
 from ddpm import Diffusion, linear_betas
 from docs.make_figures import page_noise
 from docs.points import MEANS, STD, exact_eps
-from export import REDUCED_TOLERANCE
 from images import read_image, save_image, to_image, to_pixels
+from reduced import TOLERANCE
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the page's tests need playwright")
 BROWSERS = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
@@ -319,7 +319,7 @@ def test_eps_is_pythons(kind, page, files):
         (eps,) = session.run(["eps"], {"x_t": x, "t": np.full(3, t)} | no_class)
         if kind == "int8" and t:  # integer kernels round in another order, and some saturate
             error = np.square(their_eps - eps.ravel()).mean() / np.square(eps).mean()
-            assert error**0.5 < REDUCED_TOLERANCE
+            assert error**0.5 < TOLERANCE
         else:
             np.testing.assert_allclose(their_eps, eps.ravel(), atol=1e-4)
     np.testing.assert_allclose(theirs["alone"], theirs["eps"][0][: len(theirs["alone"])], atol=1e-4)

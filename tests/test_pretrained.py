@@ -7,16 +7,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import HERE, python, read
+from conftest import HERE, VARIANCES, RunsCode, python, randn, read, small_unet
 from safetensors.torch import load_file, save_file
-from test_export import RunsCode
 
 import checkpoint
 import export
 import pretrained
 import reduced
 from ddpm import Diffusion, cosine_betas, linear_betas
-from test_ddpm import VARIANCES, randn, small_unet
 
 SHAPES = {  # size, base, mults, attention, groups
     "CIFAR-10": (32, 128, (1, 2, 2, 2), 16, 32),
@@ -170,7 +168,7 @@ def test_published_weights_to_images_and_back(image_folder, tmp_path, run):
     assert settings["norm_groups"] == 2  # of the weights
     assert settings["dropout"] == 0.1  # of the training
     flags = ["--data", image_folder, "--checkpoint", "published", "--images", 1]
-    assert "on 1 images" in run("evaluate.py", *flags, cwd=tmp_path)
+    assert "on 1 image" in run("evaluate.py", *flags, cwd=tmp_path)
     assert (tmp_path / "published" / "rate-distortion.csv").is_file()
     run("export.py", "--to-diffusers", "mine", cwd=tmp_path)
     mine, ema = checkpoint.load(tmp_path / "mine").model.state_dict(), read(tmp_path / "run")["ema"]

@@ -14,7 +14,6 @@ from nbclient import NotebookClient
 from PIL import Image
 
 import ddpm_numpy
-from data import read_folder
 from ddpm import Diffusion, UNet, linear_betas
 from images import to_pixels
 
@@ -181,16 +180,6 @@ def test_manual_has_every_flag(program, run, tmp_path):
     assert len(flags) > 10
     for flag in flags - {"-h"}:
         assert re.search(rf"^\| [^|]*`{flag}\b", section, re.M), flag
-
-
-def test_images_for_fid_are_cut_as_for_training(image_folder, tmp_path):
-    """The manual's command that writes the real images, on a folder named ./images."""
-    (words,) = re.findall(r"^python (data.py .*)$", GUIDE, re.M)
-    shutil.copytree(image_folder, tmp_path / "images")
-    python(*words.replace("data.py", str(HERE / "data.py")).split(), cwd=tmp_path)
-    paths = sorted((tmp_path / "real").iterdir())
-    written = [np.asarray(Image.open(path)).transpose(2, 0, 1) for path in paths]
-    assert np.array_equal(written, read_folder(image_folder, 32))
 
 
 @pytest.fixture

@@ -8,75 +8,90 @@ import re
 import shutil
 import signal
 import socket
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, TINY, python, read
+from conftest import HERE, PAPER, TINY, close, posix, python, read
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import checkpoint
+import device
 import train
 from data import demo_images
 from ddpm import Diffusion, UNet, linear_betas
 from images import from_pixels
-from test_ddpm import PAPER, close
 
-posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals or torchrun")
+CPU = torch.device("cpu")
 EXACT = ["--dropout", 0, "--no-amp", "--warmup", 0]  # one and two processes differ by rounding
 
 # ----------------------------------------------------------------------------------------- the step
 
 
-def test_learning_rate_and_ema_ramp():
+def test_learning_rate_ramps():
     assert [train.learning_rate(s, 2e-4, 4) for s in (0, 1, 3, 9)] == [5e-5, 1e-4, 2e-4, 2e-4]
     assert train.learning_rate(0, 1.0, 0) == 1.0
     falling = [train.learning_rate(s, 1.0, 2, 10) for s in (0, 1, 5, 9)]
     assert falling == pytest.approx([0.5, 0.9, 0.5, 0.1])
-    assert train.ema_decay(0, 0.9999) == 0.1 and train.ema_decay(90, 0.9999) == 0.91
-    assert train.ema_decay(10**6, 0.9999) == 0.9999
 
 
-def test_ema_update_is_an_average_without_a_graph():
-    averages, parameters = [torch.zeros(3)], [torch.nn.Parameter(torch.ones(3))]
-    for step in range(2):
-        train.update_ema(averages, parameters, step, 0.15)
-    close(averages[0], torch.full((3,), 0.15 * 0.9 + 0.85))  # decays 0.1, then 0.15 (not 2 / 11)
-    assert not averages[0].requires_grad
+@pytest.mark.parametrize(
+    "step, decay, expected", [(0, 0.9999, 0.1), (90, 0.9999, 0.91), (10**6, 0.9999, 0.9999)]
+)
+def test_ema_forgets_the_first_weights(step, decay, expected):
+    model = torch.nn.Linear(3, 2)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    before = ema.weight.clone()
+    torch.nn.init.ones_(model.weight)
+    train.update_ema(ema, model, step, decay)
+    close(ema.weight, expected * before + 1 - expected)
+    assert not ema.weight.requires_grad
 
 
 def test_seeds_differ_for_every_seed_and_step_and_part():
-    places = [
-        (seed, step, *k) for seed in range(3) for step in range(999) for k in ((), (1,), (2,))
-    ]
-    assert len({train.seed_of(*place) for place in places}) == len(places)
+    seen = []
+    for seed in range(3):
+        for step in range(999):
+            for part in ((), (1,), (2,)):
+                train.set_seed(CPU, seed, step, *part)
+                seen.append(torch.initial_seed())
+    assert len(set(seen)) == 3 * 999 * 3
+    assert max(seen) > 2**63  # all 64 bits: of 32, some seeds of a long run would be equal
 
 
 def flags(**changes):
-    """What train_step reads of the command line."""
+    """What draw_batch and train_step read of the command line."""
     values = dict(
-        seed=0, batch=8, accumulate=1, flip=True, weighting="simple", amp=False, ema=0.9999
-    )
+        seed=0, batch=8, accumulate=1, flip=True, weighting="simple", amp=False, ema=0.9999,
+        device=CPU,
+    )  # fmt: skip
     return argparse.Namespace(**(values | changes))
+
+
+def take_step(model, ema, optimizer, images, args, step=0):
+    batch = train.draw_batch(step, images, None, PAPER.T, args)
+    return train.train_step(batch, model, ema, optimizer, PAPER, step, args)
 
 
 @pytest.mark.parametrize("weighting, flip", [("simple", True), ("simple", False), ("vlb", True)])
 def test_step_is_algorithm_1(weighting, flip):
-    """The loss, the norm of the gradient, Adam's step and the EMA, from (seed, step) by hand."""
+    """The loss, the norm of the gradient, Adam's step and the EMA, from (seed, step) by hand.
+
+    The optimizer has two groups, and one of them another order than the model.
+    """
     images = torch.from_numpy(demo_images()[::9].copy())
     torch.manual_seed(0)
     model = UNet(8, 3, 8, (1, 2), 1, (), dropout=0.0)
     start, ema = copy.deepcopy(model), copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
+    first, *others = model.parameters()
+    groups = [{"params": others[::-1]}, {"params": [first]}]
     args = flags(flip=flip, weighting=weighting)
-    averages = list(ema.parameters())
-    loss, norm = train.train_step(0, model, averages, optimizer, PAPER, images, args)
+    loss, norm = take_step(model, ema, torch.optim.Adam(groups, 1e-3, fused=True), images, args)
 
-    torch.manual_seed(train.seed_of(0, 0))
+    train.set_seed(CPU, 0, 0)
     x0 = from_pixels(images[torch.randint(len(images), (8,))])
     mirrored = torch.rand(8, 1, 1, 1) < 0.5
     assert mirrored.any() and not mirrored.all()
@@ -99,18 +114,61 @@ def test_step_is_algorithm_1(weighting, flip):
         close(average, 0.1 * before + 0.9 * ours, 1e-6)  # the EMA's decay begins at 0.1
 
 
+def test_every_group_of_the_optimizer_is_warmed_up(image_folder, tmp_path, run, monkeypatch):
+    """As for somebody who adds a group, with a learning rate that must not stay as it is."""
+    rates = []
+
+    class Grouped(torch.optim.Adam):
+        def __init__(self, parameters, lr, fused):
+            first, *others = parameters
+            super().__init__([{"params": [first]}, {"params": others}], lr, fused=fused)
+
+        def step(self):
+            rates.append([group["lr"] for group in self.param_groups])
+            super().step()
+
+    monkeypatch.setattr(torch.optim, "Adam", Grouped)
+    words = ["--data", image_folder, *TINY, "--steps", 2, "--warmup", 2, "--lr", 1e-3]
+    run("train.py", *words, cwd=tmp_path)
+    assert rates == [[5e-4, 5e-4], [1e-3, 1e-3]]
+
+
+@pytest.mark.parametrize("amp", [True, False])
+def test_amp_computes_the_network_in_bfloat16(amp, image_folder, tmp_path, run, monkeypatch):
+    """Also on a processor that has no bfloat16. The loss and the weights stay float32."""
+    seen, forward = set(), torch.nn.Conv2d.forward
+
+    def watched(self, x):
+        seen.add(forward(self, x).dtype)
+        return forward(self, x)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", watched)
+    words = ["--data", image_folder, *TINY, "--steps", 1, "--amp" if amp else "--no-amp"]
+    said = run("train.py", *words, cwd=tmp_path)
+    kind = "bfloat16" if amp else "float32"
+    assert seen == {getattr(torch, kind)} and f"cpu, {kind}" in said
+    assert all(w.dtype == torch.float32 for w in read(tmp_path / "run")["model"].values())
+
+
+def test_network_compiles_as_one_graph():
+    model, x, t = UNet(8, 3, 8, (1, 2), 1, (4,), 0.0).eval(), torch.randn(2, 3, 8, 8), torch.ones(2)
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    torch.testing.assert_close(compiled(x, t.long()), model(x, t.long()))
+
+
 # -------------------------------------------------------------------------------------- one command
 
 
 def test_three_commands_from_folder_to_images(trained):
     folder, (train_said, export_said, sample_said) = trained
-    assert "only 12 images: the network will memorise them" in train_said
+    assert "images   12 of 3x8x8, which the network will memorise" in train_said
     assert train_said.rstrip().endswith("python export.py --checkpoint run/checkpoint.pt")
     assert export_said.rstrip().endswith("python sample.py --onnx model.onnx")
     assert "ResourceWarning" not in train_said + export_said + sample_said
     assert {p.name for p in folder.iterdir()} == {"run", "model.onnx", "samples.png"}
-    names = {re.sub("images-.*npy", "images.npy", p.name) for p in (folder / "run").iterdir()}
-    assert names == {"checkpoint.pt", "log.csv", "loss.png", "images.npy", "preview-0000012.png"}
+    names = {re.sub(r"images-.*\.", "images.", p.name) for p in (folder / "run").iterdir()}
+    names -= {"images.npy", "images.json"}
+    assert names == {"checkpoint.pt", "log.csv", "loss.png", "preview-0000012.png"}
     image = np.asarray(Image.open(folder / "samples.png"))
     assert image.ndim == 3 and image.std() > 10
     log = (folder / "run" / "log.csv").read_text().splitlines()
@@ -141,11 +199,9 @@ def test_bug_in_the_network_keeps_its_traceback(error, image_folder, tmp_path, r
     def fail(*_, **__):
         raise error
 
-    for method in ("forward", "_initialize"):
-        with monkeypatch.context() as patch, pytest.raises(type(error)):
-            patch.setattr(UNet, method, fail)
-            words = ["--data", image_folder, *TINY, "--steps", 1, "--out", method]
-            run("train.py", *words, cwd=tmp_path)
+    monkeypatch.setattr(UNet, "forward", fail)
+    with pytest.raises(type(error)):
+        run("train.py", "--data", image_folder, *TINY, "--steps", 1, cwd=tmp_path)
 
 
 def test_bug_is_printed_with_its_line(tmp_path):
@@ -161,22 +217,23 @@ def test_bug_is_printed_with_its_line(tmp_path):
 @pytest.mark.parametrize(
     "words, said",
     [
-        ("--image-size 28 --data .", "--image-size must be a multiple of 8"),
-        ("--image-size 48 --data .", "--attention-resolutions must be among 48 24 12 6"),
+        ("--image-size 28 --data .", "image_size must be a multiple of 8"),
+        ("--image-size 48 --data .", "attention_resolutions must be among [48, 24, 12, 6]"),
+        ("--dropout 2 --data .", "dropout probability has to be between 0 and 1"),
         ("--image-size 16", "without --data the images are those of the demo"),
-        ("--data none", "--data none: there is no such folder"),
-        ("--quick", "--quick needs --data"),
-        ("--batch 0", "must be at least 1"),
-        ("--base-channels 30", "--base-channels must be a multiple of 4"),
+        ("--data none", "none: there is no such folder"),
+        ("--quick", "--quick and --classes need --data"),
+        ("--batch 0", "--batch must have an image for each"),
+        ("--base-channels 30", "base_channels must be a multiple of 4"),
         ("--batch 4 --accumulate 5", "--batch must have an image for each"),
         ("--steps many", "--steps: invalid int value"),
         ("--predicts score", "invalid choice"),
-        ("--device quantum", "--device quantum: torch sees"),
+        ("--device quantum", "--device quantum: Expected one of cpu, cuda"),
         ("--init none.pt", "none.pt does not exist"),
     ],
 )
 def test_impossible_flags_are_one_line(words, said, tmp_path, run):
-    code = 1 if "quantum" in words or "none.pt" in words else 2
+    code = 1 if "quantum" in words or "none" in words else 2
     assert said in run("train.py", *words.split(), cwd=tmp_path, code=code)
     assert not list(tmp_path.iterdir())
 
@@ -184,9 +241,9 @@ def test_impossible_flags_are_one_line(words, said, tmp_path, run):
 def test_quick_is_the_flags_that_it_prints(image_folder, tmp_path, run):
     words = ["--data", image_folder, "--image-size", 16, "--batch", 4, "--steps", 2]
     said = run("train.py", *words, "--quick", "--out", "quick", cwd=tmp_path)
-    (shown,) = re.findall("^--quick  (--.*)", said, re.MULTILINE)
+    (shown,) = re.findall("^settings the paper's, but (--.*)", said, re.MULTILINE)
     assert shown.endswith(" --lr-decay --steps 2")
-    run("train.py", *words[:4], *shown.split(), "--out", "spelt", cwd=tmp_path)
+    run("train.py", *words[:2], *shown.split(), "--out", "spelt", cwd=tmp_path)
     quick, spelt = (read(tmp_path / name) for name in ("quick", "spelt"))
     assert quick["config"] == spelt["config"]
     assert all(torch.equal(w, spelt["ema"][name]) for name, w in quick["ema"].items())
@@ -203,18 +260,26 @@ def test_training_starts_from_the_weights_of_a_checkpoint(trained, image_folder,
             close(value, start["ema"][name], 1e-7)
     run("train.py", *words, "--steps", 2, cwd=tmp_path)  # resumes, and does not start again
     assert read(tmp_path / "run")["step"] == 2
-    said = run("train.py", *words, "--base-channels", 16, "--out", "b", cwd=tmp_path, code=2)
-    assert "--base-channels must be 8, because of --init" in said
+    words[3] = f"{trained[0]}/run/checkpoint.pt"  # the same weights
+    run("train.py", *words, "--steps", 3, cwd=tmp_path)
+    run("train.py", *words[:2], *TINY, "--batch", 4, "--lr", 1e-12, "--steps", 4, cwd=tmp_path)
+    words[3] = "run"
+    said = run("train.py", *words, "--steps", 5, cwd=tmp_path, code=1)
+    assert "init was one file, now another" in said
+    words += ["--base-channels", 16, "--schedule", "cosine", "--quick"]  # the weights decide
+    run("train.py", *words, "--steps", 1, "--out", "b", cwd=tmp_path)
+    config = read(tmp_path / "b")["config"]
+    assert config["model"] == start["config"]["model"] | {"dropout": 0.0}
+    assert config["diffusion"] == start["config"]["diffusion"]
 
 
 def test_what_is_predicted_stays_with_the_weights(image_folder, tmp_path, run):
     words = ["--data", image_folder, *TINY, "--steps", 2, "--weighting", "native"]
     run("train.py", *words, "--predicts", "v", cwd=tmp_path)
     assert checkpoint.load(tmp_path / "run").diffusion.predicts == "v"
-    assert "predicts was v, now eps" in run("train.py", *words, cwd=tmp_path, code=1)
+    said = run("train.py", *words, cwd=tmp_path, code=1)
+    assert "predicts was v, now eps" in said and "--init" not in said
     words = ["--data", image_folder, "--init", "run", "--steps", 1, "--batch", 4, "--out", "b"]
-    said = run("train.py", *words, "--predicts", "eps", cwd=tmp_path, code=2)
-    assert "--predicts must be v, because of --init" in said
     run("train.py", *words, cwd=tmp_path)
     assert read(tmp_path / "b")["config"]["diffusion"]["predicts"] == "v"
 
@@ -238,8 +303,58 @@ def test_resumed_run_equals_the_uninterrupted_run(trained, image_folder, tmp_pat
         log.write("6,0,0,0\n7,0,0,0\n1")  # what a killed run may log after its checkpoint
     run(*words, "--steps", 12, cwd=tmp_path)
     assert_same_run(trained[0] / "run", tmp_path / "run")
+    before = (tmp_path / "run" / "checkpoint.pt").stat()
     said = run(*words, "--steps", 12, cwd=tmp_path)
-    assert "done" in said and read(tmp_path / "run")["step"] == 12
+    assert "no step was taken: to train again after a change of the code, use another --out" in said
+    assert "done: run/checkpoint.pt is at step 12" in said
+    assert (tmp_path / "run" / "checkpoint.pt").stat() == before
+
+
+@pytest.mark.parametrize("left", ["", "step,loss,grad_norm,lr\n1,0.5,0.5,0.1\n"])
+def test_run_without_a_step_blocks_nobody(left, image_folder, tmp_path, run, monkeypatch):
+    """It failed before its first checkpoint, and the command is corrected."""
+    words = ["--data", image_folder, *TINY, "--steps", 3]
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(train, "train_step", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        run("train.py", *words, cwd=tmp_path)
+    if left:
+        (tmp_path / "run" / "log.csv").write_text(left)
+    run("train.py", *words, "--lr", 1e-4, cwd=tmp_path)
+    assert len((tmp_path / "run" / "log.csv").read_text().splitlines()) == 4
+
+
+def test_shown_loss_continues_and_the_curve_has_equal_parts(tmp_path, monkeypatch):
+    run = checkpoint.Run(tmp_path, 0, lambda k: 0.1)
+    assert run.log(450, [(k / 450, 1.0) for k in range(450)]) == pytest.approx(399.5 / 450)
+    curves = []
+    monkeypatch.setattr(checkpoint, "save_plot", lambda path, x, y, *_, **__: curves.append((x, y)))
+    monkeypatch.setattr(checkpoint, "save_image", lambda *_: None)
+    run = checkpoint.Run(tmp_path, 440, lambda k: 0.1)  # resumed from an older checkpoint
+    assert run.log(441, [(439.5 / 450, 1.0)]) == pytest.approx(390.495 / 450)
+    args = argparse.Namespace(device=CPU, seed=0, classes=[], amp=False)
+    run.preview(441, lambda x, t, y: x, PAPER, (1, 4, 4), args)
+    ((steps, losses),) = curves
+    assert len(steps) == 147 and {*np.diff(steps)} == {3.0}
+    assert losses == pytest.approx((steps - 1) / 450, abs=1e-3)
+
+
+def test_other_images_of_another_folder_are_refused(image_folder, tmp_path, run):
+    """The same images may move, and those of the same folder may change."""
+    for name, colour in (("a", "red"), ("b", "blue")):
+        (tmp_path / name / "images").mkdir(parents=True)
+        Image.new("RGB", (8, 8), colour).save(tmp_path / name / "images" / "0.png")
+    words = [*TINY, "--steps"]
+    run("train.py", "--data", "a/images", *words, 2, cwd=tmp_path)
+    for steps in (2, 3):
+        said = run("train.py", "--data", "b/images", *words, steps, cwd=tmp_path, code=1)
+        assert "folder was one folder, now another; images was one set, now another" in said
+    (tmp_path / "a").rename(tmp_path / "moved")
+    assert "changed" not in run("train.py", "--data", "moved/images", *words, 3, cwd=tmp_path)
+    Image.new("RGB", (8, 8), "green").save(tmp_path / "moved" / "images" / "1.png")
+    said = run("train.py", "--data", "moved/images", *words, 4, cwd=tmp_path)
+    assert "the images have changed since step 3; training continues" in said
+    Image.new("RGB", (8, 8), "grey").save(tmp_path / "moved" / "images" / "1.png")
+    assert "changed" not in run("train.py", "--data", "moved/images", *words, 4, cwd=tmp_path)
 
 
 @posix
@@ -304,20 +419,6 @@ def test_folder_of_other_files_is_refused(image_folder, tmp_path, run):
     assert os.listdir(tmp_path / "run") == ["thesis.txt"]
 
 
-def test_changed_images_are_said_and_used(image_folder, tmp_path, run):
-    shutil.copytree(image_folder, tmp_path / "data")
-    words = ["--data", "data", *TINY, "--steps"]
-    run("train.py", *words, 2, cwd=tmp_path)
-    (tmp_path / "data").rename(tmp_path / "moved")  # the same images in another place
-    words[1] = "moved"
-    assert "changed" not in run("train.py", *words, 3, cwd=tmp_path)
-    Image.new("RGB", (12, 9)).save(tmp_path / "moved" / "new.png")
-    said = run("train.py", *words, 4, cwd=tmp_path)
-    assert "the images have changed since step 3" in said and "images   13 of" in said
-    assert len(list((tmp_path / "run").glob("images-*"))) == 1
-    assert "changed" not in run("train.py", *words, 5, cwd=tmp_path)
-
-
 def test_run_inside_the_data_is_not_trained_on(image_folder, tmp_path, run):
     shutil.copytree(image_folder, tmp_path / "data")
     words = ["--data", ".", *TINY, "--steps"]
@@ -360,20 +461,6 @@ def test_full_disk_is_one_line_and_leaves_the_checkpoint_whole(image_folder, tmp
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
 
 
-def test_deleted_run_folder_is_made_again(tmp_path, run, monkeypatch):
-    step = train.train_step
-
-    def delete(k, *args):
-        if k == 3:
-            shutil.rmtree("run")
-        return step(k, *args)
-
-    monkeypatch.setattr(train, "train_step", delete)
-    run("train.py", "--steps", 6, cwd=tmp_path)
-    assert read(tmp_path / "run")["step"] == 6
-    assert (tmp_path / "run" / "log.csv").read_text().splitlines()[1].startswith("4,")
-
-
 # ------------------------------------------------------------------------------- signals and losses
 
 
@@ -382,28 +469,21 @@ def test_deleted_run_folder_is_made_again(tmp_path, run, monkeypatch):
 def test_signal_ends_training_after_a_step_that_is_saved(
     number, image_folder, tmp_path, monkeypatch, run
 ):
-    step, handlers = train.train_step, (signal.SIG_IGN, signal.default_int_handler)
+    draw = train.draw_batch
 
     def interrupted(k, *args):
         if k == 5:
             os.kill(os.getpid(), number)
-        return step(k, *args)
+        return draw(k, *args)
 
-    monkeypatch.setattr(train, "train_step", interrupted)
-    old = signal.getsignal(number)
-    try:
-        for handler in handlers:  # that of the program before is put back, also in a notebook
-            signal.signal(number, handler)
-            out = f"run-{handlers.index(handler)}"
-            words = ["--data", image_folder, *TINY, "--steps", 13, "--out", out]
-            said = run("train.py", *words, cwd=tmp_path, code=1)
-            assert signal.getsignal(number) is handler
-            assert "stopped at step 6; to resume:\n  python train.py --data" in said
-            assert read(tmp_path / out)["step"] == 6
-            rows = (tmp_path / out / "log.csv").read_text().splitlines()
-            assert rows[-1].startswith("6,") and len(rows) == 7
-    finally:
-        signal.signal(number, old)
+    monkeypatch.setattr(train, "draw_batch", interrupted)
+    signal.signal(number, signal.SIG_IGN)  # as in a script's background job
+    words = ["--data", image_folder, *TINY, "--steps", 13]
+    said = run("train.py", *words, cwd=tmp_path, code=1)
+    assert "stopped at step 6; to resume:\n  python train.py --data" in said
+    assert read(tmp_path / "run")["step"] == 6
+    rows = (tmp_path / "run" / "log.csv").read_text().splitlines()
+    assert rows[-1].startswith("6,") and len(rows) == 7
 
 
 @pytest.mark.parametrize("every", [1, 10])
@@ -411,21 +491,24 @@ def test_loss_that_is_not_finite_reaches_no_checkpoint(
     every, image_folder, tmp_path, monkeypatch, run
 ):
     step = train.train_step
-    monkeypatch.setattr(train, "read_every", lambda device, n=every: n)
+    monkeypatch.setitem(train.LOG_TOGETHER, "cpu", every)
     monkeypatch.setattr(
-        train, "train_step", lambda k, *args: step(k, *args) * (float("nan") if k == 5 else 1)
+        train, "train_step", lambda *args: step(*args) * (float("nan") if args[5] == 5 else 1)
     )
     words = ["--data", image_folder, *TINY, "--save-minutes", 0, "--steps", 9]
     said = run("train.py", *words, cwd=tmp_path, code=1)
     assert "the loss is not finite" in said and "Try a lower --lr" in said
-    assert read(tmp_path / "run")["step"] == (5 if every == 1 else 0)
+    if every == 1:
+        assert read(tmp_path / "run")["step"] == 5
+    else:
+        assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 def test_reading_losses_together_changes_nothing(image_folder, tmp_path, monkeypatch, run):
     """As on an accelerator, where ten steps are read at once."""
     words = ["--data", image_folder, *TINY, "--save-minutes", 0, "--preview-every", 9]
     for out, every in (("a", 1), ("b", 3)):
-        monkeypatch.setattr(train, "read_every", lambda device, n=every: n)
+        monkeypatch.setitem(train.LOG_TOGETHER, "cpu", every)
         run("train.py", *words, "--steps", 7, "--out", out, cwd=tmp_path)
         run("train.py", *words, "--steps", 13, "--out", out, cwd=tmp_path)
     assert_same_run(tmp_path / "a", tmp_path / "b")
@@ -474,15 +557,15 @@ def test_ddpm_needs_no_float64_on_the_device_and_mixes_none(weighting):
 
 def test_step_never_waits_for_the_device(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # no meta
-    monkeypatch.setattr(torch, "get_device_module", lambda _: torch)
+    monkeypatch.setattr(train, "set_seed", lambda *_: None)
     with torch.device("meta"):
         model, images = UNet(8, 3, 8, (1, 2), 1, (4,)), torch.zeros(20, 3, 8, 8, dtype=torch.uint8)
-    averages = list(copy.deepcopy(model).requires_grad_(False).parameters())
+    ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters())
-    args = flags(accumulate=2)
+    args = flags(accumulate=2, device=torch.device("meta"))
     with StandIn() as device:
         for step in range(2):
-            status = train.train_step(step, model, averages, optimizer, PAPER, images, args)
+            status = take_step(model, ema, optimizer, images, args, step)
     assert device.reads == 0 and status.is_meta and status.shape == (2,)
     with pytest.raises(RuntimeError), StandIn():
         status.sum().item()  # so that a read would not have passed
@@ -493,12 +576,13 @@ def machine(monkeypatch):
     """Pretend that torch sees accelerators. Returns a list of the indices that are set."""
 
     def pretend(kind, count, rank=0, world=1):
-        indices, device = [], kind and torch.device(kind)
-        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: device)
+        indices, found = [], kind and torch.device(kind)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: found)
         monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
         monkeypatch.setattr(torch.accelerator, "set_device_index", indices.append)
-        monkeypatch.setattr(train, "LOCAL_RANK", rank)
-        monkeypatch.setattr(train, "WORLD", world)
+        monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+        monkeypatch.setattr(device, "LOCAL_RANK", rank)
+        monkeypatch.setattr(device, "WORLD", world)
         return indices
 
     return pretend
@@ -508,46 +592,22 @@ def machine(monkeypatch):
 def test_auto_is_the_accelerator_of_the_machine(kind, machine):
     machine(kind, 1)
     for name in ("auto", kind, f"{kind}:0"):
-        assert train.choose_device(name) == torch.device(kind, 0)
-    assert train.choose_device("cpu") == torch.device("cpu")
+        assert device.choose_device(name) == torch.device(kind, 0)
+    assert device.choose_device("cpu") == CPU
     indices = machine(kind, 4)
-    assert train.choose_device(f"{kind}:3") == torch.device(kind, 3) and indices == [3]
+    assert device.choose_device(f"{kind}:3") == torch.device(kind, 3) and indices == [3]
     indices = machine(kind, 4, rank=2, world=4)
-    assert train.choose_device("auto") == torch.device(kind, 2) and indices == [2]
+    assert device.choose_device("auto") == torch.device(kind, 2) and indices == [2]
+    machine(kind, 1, rank=2, world=4)  # a launcher that shows each process one card
+    assert device.choose_device("auto") == torch.device(kind, 0)
 
 
-def test_devices_that_are_not_there_are_refused(machine):
-    machine(None, 0)
-    assert train.choose_device("auto") == torch.device("cpu")
-    for kind, count, rank, world, name, said in (
-        (None, 0, 0, 1, "cuda", "torch sees only a CPU here"),
-        ("mps", 1, 0, 1, "cuda", "torch sees mps here"),
-        ("cuda", 2, 0, 1, "cuda:2", "cuda:2 is not there: torch sees 2"),
-        ("cuda", 2, 2, 3, "auto", "cuda:2 is not there: torch sees 2"),
-    ):
-        machine(kind, count, rank, world)
-        with pytest.raises(SystemExit, match=said):
-            train.choose_device(name)
-
-
-def test_launcher_may_show_each_process_one_card(machine, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
-    machine("cuda", 1, rank=2, world=4)
-    assert train.choose_device("auto") == torch.device("cuda", 0)
-    machine("cuda", 1)  # one process, which asks for a card that is hidden
-    with pytest.raises(SystemExit, match="cuda:1 is not there"):
-        train.choose_device("cuda:1")
-
-
-@pytest.mark.parametrize("cuda, said", [("13.0", "too old for CUDA 13.0"), (None, "a CPU build")])
-def test_why_torch_can_not_use_the_gpu_is_one_line(cuda, said, machine, monkeypatch, capsys):
-    machine(None, 0)
-    monkeypatch.setattr(torch.version, "cuda", cuda)
-    for program, lines in (("/usr/bin/nvidia-smi", 1), (None, 0)):
-        monkeypatch.setattr(train.shutil, "which", lambda name, program=program: program)
-        assert train.choose_device("auto") == torch.device("cpu")
-        printed = capsys.readouterr().out
-        assert printed.count("\n") == lines and (said in printed or not lines)
+def test_devices_that_are_not_there_are_refused(capsys):
+    assert device.choose_device("auto") == CPU
+    assert capsys.readouterr().out.startswith("no accelerator is used; for a GPU, see Accelerators")
+    for name in ("cuda", "xpu:1", "mps", "quantum"):
+        with pytest.raises(SystemExit, match=rf"^--device {name}: .*[a-z]"):
+            device.choose_device(name)
 
 
 def test_bfloat16_is_asked_of_the_device(monkeypatch):
@@ -557,10 +617,10 @@ def test_bfloat16_is_asked_of_the_device(monkeypatch):
             monkeypatch.setattr(
                 module, "is_bf16_supported", lambda including_emulation, a=answer: a
             )
-        assert train.has_bfloat16(torch.device("cpu")) is not answer
-        assert train.has_bfloat16(torch.device("cuda", 1)) is answer
-        assert train.has_bfloat16(torch.device("xpu")) is answer
-    assert not train.has_bfloat16(torch.device("mps"))
+        assert device.has_bfloat16(torch.device("cpu")) is not answer
+        assert device.has_bfloat16(torch.device("cuda", 1)) is answer
+        assert device.has_bfloat16(torch.device("xpu")) is answer
+    assert not device.has_bfloat16(torch.device("mps"))
 
 
 # -------------------------------------------------------------------------------- several processes
@@ -574,15 +634,40 @@ def assert_same_weights(a, b, rtol=1e-5, atol=1e-6):
             torch.testing.assert_close(b[part][name], value, rtol=rtol, atol=atol)
 
 
+@pytest.fixture
+def two(start):
+    """Train with two processes, as torchrun starts them: [(exit status, what it printed)].
+
+    folders: where each runs; in different folders, they are on two machines.
+    """
+
+    def call(folders, *words):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        env = os.environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        env |= {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        runs = [
+            start("train.py", *words, cwd=folder,
+                  env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank * (len({*folders}) == 1))})
+            for rank, folder in enumerate(folders)
+        ]  # fmt: skip
+        said = [process.communicate(timeout=120)[0] for process in runs]
+        return [(process.returncode, text) for process, text in zip(runs, said, strict=True)]
+
+    return call
+
+
 @posix
-def test_two_processes_and_accumulation_give_the_same_weights(image_folder, tmp_path, run):
+def test_two_processes_and_accumulation_give_the_same_weights(image_folder, tmp_path, run, two):
     words = ["--data", image_folder, *TINY, *EXACT]
     run("train.py", *words, "--steps", 16, "--out", "one", cwd=tmp_path)
     run("train.py", *words, "--steps", 16, "--out", "parts", "--accumulate", 3, cwd=tmp_path)
     run("train.py", *words, "--steps", 9, "--out", "two", cwd=tmp_path)  # resumed by two processes
-    said = python(*TORCHRUN, HERE / "train.py", *words, "--steps", 16, "--out", "two",
-                  "--accumulate", 2, cwd=tmp_path)  # fmt: skip
-    assert said.count("steps    9 to 16") == said.count("done: two") == 1  # only one of them speaks
+    words += ["--steps", 16, "--out", "two", "--accumulate", 2]
+    (one, said), (other, silent) = two([tmp_path, tmp_path], *words)
+    assert one == other == 0, said + silent
+    assert "steps    9 to 16" in said and "done: two" in said and "steps" not in silent
     for other in ("parts", "two"):
         assert_same_weights(read(tmp_path / "one"), read(tmp_path / other))
         losses = [np.loadtxt(tmp_path / name / "log.csv", delimiter=",", skiprows=1)
@@ -591,7 +676,7 @@ def test_two_processes_and_accumulation_give_the_same_weights(image_folder, tmp_
 
 
 @posix
-def test_two_processes_stop_together(image_folder, tmp_path, start):
+def test_torchrun_stops_all_processes_together(image_folder, tmp_path, start):
     words = ["--data", image_folder, *TINY, "--steps", 100_000, "--preview-every", 5]
     process = start(*TORCHRUN, HERE / "train.py", *words, cwd=tmp_path)
     deadline = time.time() + 60
@@ -604,28 +689,8 @@ def test_two_processes_stop_together(image_folder, tmp_path, start):
     assert (tmp_path / "run" / "log.csv").read_text().splitlines()[-1].startswith(f"{step},")
 
 
-@pytest.fixture
-def machines(start):
-    """torchrun as on two machines, one in each folder: [(exit status, what it printed)]."""
-
-    def call(folders, words):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        runs = [
-            start("-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={rank}",
-                  "--nproc_per_node=1", "--master_addr=localhost", f"--master_port={port}",
-                  HERE / "train.py", "--data", "images", *TINY, *words, cwd=folder)
-            for rank, folder in enumerate(folders)
-        ]  # fmt: skip
-        said = [process.communicate(timeout=120)[0] for process in runs]
-        return [(process.returncode, text) for process, text in zip(runs, said, strict=True)]
-
-    return call
-
-
 @posix
-def test_two_machines_train_as_one_or_say_why_not(tmp_path, run, machines):
+def test_two_machines_train_as_one(tmp_path, run, two):
     a, b = tmp_path / "a", tmp_path / "b"
     for folder in (a, b):
         (folder / "images").mkdir(parents=True)
@@ -636,13 +701,19 @@ def test_two_machines_train_as_one_or_say_why_not(tmp_path, run, machines):
     run("train.py", *words, 3, cwd=a)  # which the two resume
     run("train.py", *words, 1, "--seed", 5, cwd=b)  # a stale run, which is left alone
     stale = (b / "run" / "checkpoint.pt").read_bytes()
-    (one, said), (other, silent) = machines((a, b), [*EXACT, "--steps", 6])
+    (one, said), (other, silent) = two((a, b), *words, 6)
     assert one == other == 0, said + silent
     assert "steps    3 to 6" in said and "steps" not in silent
     assert (b / "run" / "checkpoint.pt").read_bytes() == stale
     assert_same_weights(read(a / "alone"), read(a / "run"), 1e-3, 1e-5)
 
-    Image.new("RGB", (8, 8), "red").save(b / "images" / "9.png")  # only on the second machine
-    done = machines((a, b), [*EXACT, "--steps", 9])
-    assert done[0][0] and done[1][0] and read(a / "run")["step"] == 6
-    assert re.search(r"images is \w+ in rank 0, but \w+ in rank 1", done[0][1])
+
+def test_processes_with_other_images_or_settings_are_refused():
+    mine = {"model": {}, "diffusion": {}, "train": {"images": "a", "data": "x", "steps": 9}}
+    for other, said in (
+        ({"images": "b"}, "images was one set in rank 0, but another in rank 1"),
+        ({"steps": 8}, "steps is 9 in rank 0, but 8 in rank 1"),
+    ):
+        with pytest.raises(SystemExit, match=said.replace("was", "is")):
+            checkpoint.refuse_other_ranks([mine, mine | {"train": mine["train"] | other}])
+    checkpoint.refuse_other_ranks([mine, mine | {"train": mine["train"] | {"data": "y"}}])

@@ -1,0 +1,49 @@
+"""The device that a process computes on, and its place among the processes of torchrun."""
+
+import os
+import sys
+
+import torch
+
+# torchrun sets these: the rank of this process, the number of all, and its rank on its machine.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+
+
+def choose_device(name):
+    """Return the torch.device that --device names; "auto" is the accelerator, if there is one.
+
+    Under torchrun, each process of a machine has an accelerator of its own. Exits with what torch
+    says if the device is not there.
+    """
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto" and not found and RANK == 0:
+        print("no accelerator is used; for a GPU, see Accelerators in docs/guide.md")
+    try:
+        device = torch.device((found or "cpu") if name == "auto" else name)
+        if device.type != "cpu":
+            index = device.index or 0
+            if WORLD > 1:  # some launchers show each process one card alone
+                index = LOCAL_RANK % torch.accelerator.device_count()
+            torch.accelerator.set_device_index(index)
+            device = torch.device(device.type, index)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        sys.exit(f"--device {name}: {str(error).splitlines()[0]}")
+    return device
+
+
+def has_bfloat16(device):
+    """Return whether the device computes in bfloat16; emulating it would only cost time."""
+    if device.type == "cpu":
+        return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    if device.type == "mps":  # nobody has measured it
+        return False
+    return torch.get_device_module(device).is_bf16_supported(including_emulation=False)
+
+
+def to_device(x, device):
+    """Return a tensor on the device. CUDA need not be waited for if the memory is pinned."""
+    if device.type == "cuda" and not x.is_cuda:
+        x = x.pin_memory()
+    return x.to(device, non_blocking=device.type == "cuda")
