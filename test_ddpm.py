@@ -389,6 +389,34 @@ def test_numpy_sampler_is_the_torch_sampler(variance, steps, sampler, eta):
     assert len(list(ours)) == len(list(theirs))
 
 
+@pytest.mark.parametrize("sampler, eta", [("ddpm", None), ("ddim", 0.7), ("dpm", None)])
+@pytest.mark.parametrize("option", ["clip", "known", "x_T"])
+def test_samplers_have_the_same_options(option, sampler, eta):
+    """In torch and numpy, with the same noise; tests/test_page.py compares numpy and JavaScript."""
+    shape = 2, 3, 4, 4
+    mask = torch.eye(4).bool()
+    value = {"clip": False, "known": (randn(3, 4, 4).clamp(-1, 1), mask), "x_T": randn(*shape)}
+    value = value[option]
+    array = value.numpy() if option == "x_T" else value
+    array = tuple(part.numpy() for part in value) if option == "known" else array
+    ours, theirs = noises(99, shape), noises(99, shape)
+    d = Diffusion(linear_betas(50))
+    kwargs = dict(steps=20, sampler=sampler, eta=eta)
+    torch_chain = list(d.sample_progressive(
+        wobbly, shape, draw_noise=lambda: next(ours), **kwargs, **{option: value}
+    ))  # fmt: skip
+    numpy_chain = ddpm_numpy.sample_progressive(
+        wobbly, lambda: next(theirs).numpy(), linear_betas(50).numpy(), **kwargs, **{option: array}
+    )
+    for (_, x, x0), (_, x_, x0_) in zip(torch_chain, numpy_chain, strict=True):
+        np.testing.assert_allclose(x_, x, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(x0_, x0, rtol=0, atol=1e-4)
+        if option == "known":
+            assert torch.equal(x0[..., ~mask], value[0][..., ~mask].expand(2, -1, -1))
+    assert len(list(ours)) == len(list(theirs))
+    assert option != "clip" or torch.stack([x0 for *_, x0 in torch_chain]).abs().max() > 1
+
+
 def test_default_sampler_is_the_papers_with_all_steps():
     def draw(steps, sampler=None, eta=None):
         noise = noises(50, (1, 1, 4, 4))

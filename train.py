@@ -73,14 +73,13 @@ def train_step(batch, network, ema, optimizer, diffusion, step, args):
     The result is a tensor (2,) on the device; summed over the processes, it is the loss and the
     norm of the gradient. Nothing here waits for CUDA, so that Python can prepare the next step.
     """
+    autocast = torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp)
     batch_loss = torch.zeros((), device=args.device)
     for part, (x0, y, t, noise) in enumerate(batch, 1):
-        model = network if y is None else partial(network, y=y)
-        is_last = part == args.accumulate  # the processes exchange their gradients once
-        with contextlib.nullcontext() if WORLD == 1 or is_last else network.no_sync():
-            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-                loss = diffusion.loss(model, x0, t, noise, args.weighting)
-            loss = loss * len(x0) / args.batch
+        model = autocast(partial(network, y=y))
+        keep = WORLD > 1 and part < args.accumulate  # gradients are exchanged after the last part
+        with network.no_sync() if keep else contextlib.nullcontext():
+            loss = diffusion.loss(model, x0, t, noise, args.weighting) * len(x0) / args.batch
             (loss * WORLD).backward()  # DistributedDataParallel averages over the processes
         batch_loss += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)

@@ -13,9 +13,7 @@ from conftest import HERE, MAINS, python
 from nbclient import NotebookClient
 from PIL import Image
 
-import ddpm_numpy
 from ddpm import Diffusion, UNet, linear_betas
-from images import to_pixels
 
 README = (HERE / "README.md").read_text()
 BEYOND, FORMULAS, GUIDE, NOTES = (
@@ -32,26 +30,21 @@ def blocks(page, language):
     return [code for its_language, code in fenced if its_language == language]
 
 
-def listing(word):
-    """The one Python block of the README or the notes with this word in it."""
-    (code,) = (block for block in blocks(README + NOTES, "python") if word in block)
-    return code
-
-
 def anchors(page):
     titles = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```$", "", page, flags=re.M | re.S), re.M)
     return {re.sub(r"[^a-z0-9 _-]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_quotes_are_the_code():
-    source = [line.strip() for line in (HERE / "ddpm.py").read_text().splitlines()]
-    words = "optimizer.step()", "InferenceSession", "reversed(range"
-    listings = [listing(word) for word in words]
-    quotes = [block for block in blocks(README + BEYOND, "python") if block not in listings]
-    assert len(quotes) >= 11
+    """Every block of Python in the README and in beyond.md stands in a program, line by line."""
+    texts = [(HERE / name).read_text().splitlines() for name in ("ddpm.py", "train.py")]
+    programs = [[line.strip() for line in text] for text in texts]
+    quotes = blocks(README + BEYOND, "python")
+    assert len(quotes) >= 20
     for quote in quotes:
         lines = [line.strip() for line in quote.splitlines()]
-        assert any(lines == source[k : k + len(lines)] for k in range(len(source))), quote
+        found = (lines == p[k : k + len(lines)] for p in programs for k in range(len(p)))
+        assert any(found), quote
 
 
 def test_equations_are_in_the_code_with_their_numbers():
@@ -60,48 +53,6 @@ def test_equations_are_in_the_code_with_their_numbers():
     assert sorted(map(int, numbers)) == [1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 14, 15]
     for number in set(numbers) - {"1"}:
         assert re.search(rf"\({number}\)", (HERE / "ddpm.py").read_text()), number
-
-
-def test_algorithm_1_is_the_loss():
-    """The listing takes the step of Diffusion.loss and Adam."""
-    runs = []
-    for listed in (True, False):
-        torch.manual_seed(0)
-        model = UNet(8, 1, 8, (1,), 1, (), 0.0)
-        optimizer = torch.optim.Adam(model.parameters(), 2e-4)
-        batches = torch.rand(3, 4, 1, 8, 8) * 2 - 1
-        diffusion = Diffusion(linear_betas())
-        abar = eval(re.search(r"`abar` is `([^`]+)`", README)[1])
-        if listed:
-            names = dict(model=model, optimizer=optimizer, batches=batches, abar=abar, torch=torch)
-            exec(listing("optimizer.step()"), names)
-        else:
-            for x0 in batches:
-                optimizer.zero_grad()
-                diffusion.loss(model, x0).backward()
-                optimizer.step()
-        runs.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    torch.testing.assert_close(*runs, atol=1e-5, rtol=0)
-
-
-def test_algorithm_2_is_the_sampler(trained, tmp_path, monkeypatch):
-    """The loop to paste draws the images of sample.py from the same noise, in few lines."""
-    code = listing("InferenceSession") + listing("reversed(range")
-    assert len(code.splitlines()) <= 30
-    shutil.copy(trained[0] / "model.onnx", tmp_path)
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(code, names)
-    random = np.random.default_rng(0)
-    network = ddpm_numpy.Network("model.onnx", "cpu")
-    shape = 16, *network.shape
-    chain = ddpm_numpy.sample_progressive(
-        network, lambda: random.standard_normal(shape).astype(np.float32), network.betas
-    )
-    for _, _, x0 in chain:
-        last = x0
-    assert names["pixels"].shape == shape and names["pixels"].std() > 10
-    assert np.abs(names["pixels"].astype(int) - to_pixels(last)).max() <= 1
 
 
 @pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)

@@ -1,7 +1,6 @@
 """The promises of train.py: the step, the flags, resuming, signals, accelerators and processes."""
 
 import argparse
-import contextlib
 import copy
 import os
 import re
@@ -556,7 +555,7 @@ def test_ddpm_needs_no_float64_on_the_device_and_mixes_none(weighting):
 
 
 def test_step_never_waits_for_the_device(monkeypatch):
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # no meta
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: lambda function: function)  # no meta
     monkeypatch.setattr(train, "set_seed", lambda *_: None)
     with torch.device("meta"):
         model, images = UNet(8, 3, 8, (1, 2), 1, (4,)), torch.zeros(20, 3, 8, 8, dtype=torch.uint8)

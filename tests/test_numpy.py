@@ -1,0 +1,114 @@
+"""The promises of ddpm_numpy.py, the library: the same samples as the programs, from any thread."""
+
+import re
+import shutil
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from conftest import COLOURS, HERE
+from PIL import Image
+
+import ddpm_numpy
+from ddpm import linear_betas
+from images import read_image, to_pixels
+
+
+def test_sample_draws_the_images_of_the_program(coloured, tmp_path, run):
+    """With the classes in turn, guidance, and the variance of the file."""
+    path = tmp_path / "small.onnx"
+    proto = onnx.load(coloured / "model.onnx")
+    next(p for p in proto.metadata_props if p.key == "ddpm.variance").value = "small"
+    onnx.save(proto, path)
+    network = ddpm_numpy.Network(path, "cpu")
+    flags = ["--class", "red", "blue", "--guidance", 1, "--sampler", "ddpm", "--steps", 10]
+    run("sample.py", "--onnx", path, *flags, "-n", 5, "--dir", "out", cwd=tmp_path)
+    kwargs = dict(classes=["red", "blue"], guidance=1, sampler="ddpm")
+    x0 = np.concatenate([
+        ddpm_numpy.sample(network, 3, **kwargs), ddpm_numpy.sample(network, 2, first=3, **kwargs)
+    ])  # fmt: skip
+    assert x0.dtype == np.float32 and x0.shape == (5, 3, 8, 8)
+    for k, pixels in enumerate(to_pixels(x0).astype(int)):
+        path = tmp_path / "out" / ("red", "blue")[k % 2] / f"{k:06d}.png"
+        assert np.abs(pixels - read_image(path, 8, 3)).max() <= 1
+    network.variance = "large"
+    assert np.abs(ddpm_numpy.sample(network, 5, **kwargs) - x0).max() > 0.1
+
+
+def test_one_network_serves_several_threads(coloured):
+    network = ddpm_numpy.Network(coloured / "model.onnx", "cpu")
+
+    def draw(seed):
+        return ddpm_numpy.sample(network, 3, ["green"], 1, 5, seed).tobytes()
+
+    expected = [draw(seed) for seed in range(12)]
+    assert len(set(expected)) == 12
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(draw, range(12))) == expected
+
+
+def test_options_are_those_of_the_session(coloured):
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    network = ddpm_numpy.Network(coloured / "model.onnx", "cpu", options)
+    assert network.session.get_session_options().intra_op_num_threads == 1
+    assert network.provider == "CPUExecutionProvider" and network.shape == (3, 8, 8)
+    assert network.classes == list(COLOURS)
+    np.testing.assert_array_equal(network.betas, linear_betas())  # to the bit
+
+
+def test_mistakes_are_value_errors(coloured, trained, tmp_path):
+    with pytest.raises(ValueError, match=r"x.onnx does not exist; python export.py writes it"):
+        ddpm_numpy.Network(tmp_path / "x.onnx")
+    network = ddpm_numpy.Network(coloured / "model.onnx", "cpu")
+    plain = ddpm_numpy.Network(trained[0] / "model.onnx", "cpu")
+    x, t = np.zeros((2, 3, 8, 8), np.float32), np.zeros(2, np.int64)
+    for y in (np.array([0]), np.array([0, 4]), np.array([-1, 0]), np.zeros((2, 1), np.int64)):
+        with pytest.raises(ValueError, match=r"y must have the shape \(2,\) and values 0..3"):
+            network(x, t, y)
+    for wrong, said in (
+        (lambda: ddpm_numpy.sample(network, 2, ["pink"]), "no class pink; there are blue, green"),
+        (lambda: ddpm_numpy.sample(plain, 2, ["red"]), "has no classes"),
+        (lambda: ddpm_numpy.sample(plain, 2, guidance=1), "guidance needs a network with classes"),
+        (lambda: ddpm_numpy.sample(plain, 2, steps=0), "steps must be"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            wrong()
+
+
+def test_service_of_the_manual_answers_with_images(coloured, tmp_path, start):
+    """Beside the files that the manual names, and no others."""
+    guide = (HERE / "docs" / "guide.md").read_text()
+    (code,) = re.findall(r"```python\n(import io\n.*?)```", guide, re.S)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "serve.py").write_text(code.replace("8001", str(port)))
+    for path in (HERE / "ddpm_numpy.py", HERE / "images.py", coloured / "model.onnx"):
+        shutil.copy(path, tmp_path)
+    process, url = start(tmp_path / "serve.py", cwd=tmp_path), f"http://localhost:{port}/?class="
+
+    def ask(name):
+        return Image.open(BytesIO(urlopen(url + name, timeout=20).read()))
+
+    for _ in range(300):
+        time.sleep(0.1)
+        assert process.poll() is None
+        with socket.socket() as client:
+            if not client.connect_ex(("localhost", port)):
+                break
+    names = [*COLOURS] * 2
+    with ThreadPoolExecutor(4) as pool:
+        images = list(pool.map(ask, names))
+    for name, image in zip(names, images, strict=True):
+        colour = np.asarray(image).mean((0, 1))
+        assert min(COLOURS, key=lambda c: np.abs(colour - COLOURS[c]).max()) == name
+    with pytest.raises(HTTPError, match="no class pink"):
+        ask("pink")
