@@ -231,13 +231,6 @@ def find_run(out):
     return None
 
 
-def restore(state, model, ema, optimizer):
-    """Load the three parts of a checkpoint."""
-    model.load_state_dict(state["model"])
-    ema.load_state_dict(state["ema"])
-    optimizer.load_state_dict(state["optimizer"])
-
-
 def start_from(weights, model, classes):
     """Load the weights of --init into the model. Classes of other names start without effect."""
     state = weights.model.state_dict()

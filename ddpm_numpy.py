@@ -111,24 +111,16 @@ def sample_progressive(
         x = mean + sigma * draw_noise() if sigma else mean
 
 
-def interpolate(
-    eps_model, draw_noise, x0, x0_b, t, betas, variance="large", steps=None, sampler=None, eta=None
-):
-    """Diffuse two images to x_t, mix them by each of LAMBDAS, and denoise the mixtures (figure 8).
+def mix(x0, x0_b, t, betas, draw_noise):
+    """Diffuse two images to x_t and mix them by each of LAMBDAS (figure 8): (11, C, H, W).
 
-    The result is that of sample_progressive, with a row for each lambda. All rows share the same
-    noise, so that only lambda differs.
-
-    draw_noise() returns the next z, (1, C, H, W). x0, x0_b: images in [-1, 1], (C, H, W).
-    t: 0..T-1; the larger it is, the more the network has to invent.
+    x0, x0_b: in [-1, 1], (C, H, W). t: 0..T-1; the larger it is, the more the network invents when
+    it continues with betas[: t + 1]. draw_noise() returns the next z, (1, C, H, W).
     """
     abar = float((1 - betas).cumprod()[t])
     x_t, x_t_b = (math.sqrt(abar) * x + math.sqrt(1 - abar) * draw_noise() for x in (x0, x0_b))
     lam = LAMBDAS[:, None, None, None]
-    mixed = (1 - lam) * x_t + lam * x_t_b
-    steps = None if steps is None else min(steps, t + 1)
-    betas = betas[: t + 1]
-    return sample_progressive(eps_model, draw_noise, betas, variance, steps, sampler, eta, mixed)
+    return (1 - lam) * x_t + lam * x_t_b
 
 
 def guided(network, y, w):

@@ -26,7 +26,7 @@ from ddpm_numpy import (
     SAMPLERS,
     Network,
     guided,
-    interpolate,
+    mix,
     noise_of,
     sample_progressive,
 )
@@ -105,9 +105,11 @@ def draw_interpolation(network, args, y):
     model = guided(network, np.resize(y, len(LAMBDAS)), args.guidance) if args.classes else network
     rows = []
     for t in args.t:
-        chain = interpolate(
-            model, noise_of(args.seed, 0, (1, *network.shape)), *map(from_pixels, ends), t,
-            network.betas, network.variance, args.steps, args.sampler, args.eta,
+        draw_noise = noise_of(args.seed, 0, (1, *network.shape))  # the same for all mixtures
+        x_t = mix(*map(from_pixels, ends), t, network.betas, draw_noise)
+        chain = sample_progressive(
+            model, draw_noise, network.betas[: t + 1], network.variance, min(args.steps, t + 1),
+            args.sampler, args.eta, x_t,
         )  # fmt: skip
         for _, _, x0 in tqdm(chain, f"t = {t}", min(args.steps, t + 1), unit="step", mininterval=1):
             mixtures = x0

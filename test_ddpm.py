@@ -413,6 +413,11 @@ def test_samplers_have_the_same_options(option, sampler, eta):
         np.testing.assert_allclose(x0_, x0, rtol=0, atol=1e-4)
         if option == "known":
             assert torch.equal(x0[..., ~mask], value[0][..., ~mask].expand(2, -1, -1))
+    if option == "known" and sampler == "dpm":  # x_t is drawn from q(x_t | x_0) of the image
+        _, *drawn = noises(21, shape)
+        for noise, (t, x, _) in zip(drawn, torch_chain, strict=True):
+            x_t = d.q_sample(value[0], torch.tensor([t]), noise)
+            torch.testing.assert_close(x[..., ~mask], x_t[..., ~mask])
     assert len(list(ours)) == len(list(theirs))
     assert option != "clip" or torch.stack([x0 for *_, x0 in torch_chain]).abs().max() > 1
 
@@ -693,9 +698,12 @@ def test_interpolation_starts_at_the_t_of_its_noise(t, steps, sampler):
     a, b = (torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(k)) * 2 - 1 for k in (0, 1))
     drawn = randn(400, 1, 3, 4, 4)
     z = iter(drawn.numpy())
-    chain = list(ddpm_numpy.interpolate(wobbly, lambda: next(z), a.numpy(), b.numpy(), t,
-                                    linear_betas().numpy(), "large", steps, sampler))  # fmt: skip
-    steps = t + 1 if steps is None else min(steps, t + 1)
+    betas, steps = linear_betas().numpy(), t + 1 if steps is None else min(steps, t + 1)
+    draw_noise = lambda: next(z)  # noqa: E731
+    x_t = ddpm_numpy.mix(a.numpy(), b.numpy(), t, betas, draw_noise)
+    chain = list(ddpm_numpy.sample_progressive(
+        wobbly, draw_noise, betas[: t + 1], "large", steps, sampler, x_T=x_t
+    ))  # fmt: skip
     assert chain[0][0] == t and chain[-1][0] == (t + 1) // steps - 1 and len(chain) == steps
     at_t = torch.tensor([t])
     x_t = [PAPER.q_sample(x0[None], at_t, drawn[k]) for k, x0 in enumerate((a, b))]

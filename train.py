@@ -282,7 +282,8 @@ def main():
     else:
         optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
     if state:
-        checkpoint.restore(state, model, ema, optimizer)
+        for part, name in ((model, "model"), (ema, "ema"), (optimizer, "optimizer")):
+            part.load_state_dict(state[name])
     del state, weights  # they are as large as the network
     network = DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD > 1 else model
     network = torch.compile(network) if args.compile else network

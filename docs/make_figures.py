@@ -277,7 +277,10 @@ def draw_interpolation(path, network, pair):
     times, rows = (125, 250, 500, 750), []
     for t in times:
         noise = ddpm_numpy.noise_of(0, 0, (1, *network.shape))
-        chain = ddpm_numpy.interpolate(network, noise, *pair, t, network.betas, network.variance)
+        x_t = ddpm_numpy.mix(*pair, t, network.betas, noise)
+        chain = ddpm_numpy.sample_progressive(
+            network, noise, network.betas[: t + 1], network.variance, x_T=x_t
+        )
         rows.append([pair[0], *last(chain)[::2], pair[1]])
     mixed = [f"$\\lambda$ = {x:.1f}" for x in ddpm_numpy.LAMBDAS[::2]]
     columns = ["image A", *mixed, "image B"]
