@@ -9,7 +9,9 @@ run/checkpoint.pt holds
 Samples use "ema", the averaged weights. torch.load(path, weights_only=True) opens the file.
 """
 
+import argparse
 import hashlib
+import math
 import os
 import re
 import sys
@@ -27,6 +29,7 @@ from device import RANK
 from images import grid, save_image, save_plot, to_pixels
 
 DEMO = "train.py, the demo"  # the source of its weights
+HEADER = "step,loss,grad_norm,lr\n"
 SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
 SHAPE = (  # the flags of the network's shape
     "image_size", "base_channels", "channel_mults", "num_res_blocks", "attention_resolutions",
@@ -37,11 +40,28 @@ TRAINING = "optimizer", "batch", "lr", "warmup", "lr_decay", "weighting", "ema",
 # ------------------------------------------------------------------------------------ the settings
 
 
+def number(kind, low, high=math.inf):
+    """Return an argparse type for an int or a float that is at least `low` and below `high`."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value < high:
+            limit = "" if high == math.inf else f" and below {high}"
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low}{limit}")
+        return value
+
+    parse.__name__ = kind.__name__  # for argparse's messages
+    return parse
+
+
 def digest_of(path):
-    """Return a digest of a path, which tells it from others without containing it."""
-    path = Path(path)
-    path = path / "checkpoint.pt" if (path / "checkpoint.pt").is_file() else path
-    text = str(path.resolve() if path.exists() else path)  # a name on the hub is no path
+    """Return a digest of a path, which tells it from others without containing it; None for None.
+
+    A run and its checkpoint have the same, whether or not they still exist.
+    """
+    if path is None:
+        return None
+    text = os.path.abspath(str(path).removesuffix("checkpoint.pt"))
     return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).hexdigest()
 
 
@@ -56,9 +76,9 @@ def settings(args, weights, images=None):
     training = {name: getattr(args, name) for name in TRAINING}
     training |= {
         "steps": args.steps if args.lr_decay else None,  # else the run can be made longer
-        "init": args.init and digest_of(args.init),
+        "init": args.init,
         "data": args.data and Path(args.data).resolve().name,
-        "folder": args.data and digest_of(args.data),
+        "folder": digest_of(args.data and Path(args.data).resolve()),
         "images": images,
     }
     if args.classes:
@@ -74,18 +94,18 @@ def unlike(defaults, args):
         value = getattr(args, name)
         flag = ("--no-" if value is False else "--") + name.replace("_", "-")
         values = [] if isinstance(value, bool) else value if isinstance(value, list) else [value]
-        words += [flag, *map(str, values)] if value != default else []
+        if value not in (default, "weights"):
+            words += [flag, *map(str, values)]
     return f", but {' '.join(words)}" if words else ""
 
 
 def complete(args, state):
     """Take what the command leaves open from the checkpoint of the run, if there is one."""
+    if args.warmup is None:  # a run that is made longer keeps its warm-up
+        args.warmup = state["config"]["train"]["warmup"] if state else min(5000, args.steps // 20)
     if state:
         args.channels = args.channels or state["config"]["model"]["in_channels"]
-    if args.warmup is None:  # a run that is made longer keeps its warm-up
-        args.warmup = min(5000, args.steps // 20)
-        if state:
-            args.warmup = state["config"]["train"]["warmup"]
+        args.init = args.init or state["config"]["train"]["init"]
 
 
 def differences(old, new, besides):
@@ -98,7 +118,9 @@ def differences(old, new, besides):
     different = [(name, was.get(name), now.get(name)) for name in sorted(names)]
     opaque = {"betas": "schedule", "init": "file", "folder": "folder", "images": "set"}
     return [
-        (name, f"one {opaque[name]}", "another") if name in opaque else (name, before, after)
+        (name, before and f"one {opaque[name]}", after and "another")
+        if name in opaque
+        else (name, before, after)
         for name, before, after in different
         if before != after
     ]
@@ -112,7 +134,7 @@ def refuse_other_run(out, state, config, steps):
     if state is None:
         return
     old, new, step = state["config"]["train"], config["train"], state["step"]
-    besides = ["data"] if new["init"] else ["data", "init"]  # the run has its weights
+    besides = ["data"]
     if new["images"] in (None, old["images"]) or new["folder"] == old["folder"]:
         besides += ["images", "folder"]
     if different := differences(state["config"], config, besides):
@@ -149,10 +171,13 @@ class Run:
         self.out, self.lr_at, self.saved = out, lr_at, time.monotonic()
         self.recent = deque(maxlen=100)  # losses
         if (out / "log.csv").exists():  # its rows may be newer than the checkpoint
-            head, *rows = (out / "log.csv").read_text().splitlines(keepends=True)
-            rows = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step]
-            (out / "log.csv").write_text("".join([head, *rows]))
-            self.recent.extend(float(row.split(",")[1]) for row in rows[-100:])
+            lines = (out / "log.csv").read_text().splitlines(keepends=True)[1:]
+            lines = [
+                line for line in lines if line.endswith("\n") and int(line.split(",")[0]) <= step
+            ]
+            (out / ".log.csv.tmp").write_text(HEADER + "".join(lines))
+            os.replace(out / ".log.csv.tmp", out / "log.csv")
+            self.recent.extend(float(line.split(",")[1]) for line in lines[-100:])
 
     def log(self, step, losses):
         """Append the steps before `step` to log.csv, and return the mean of the last 100 losses.
@@ -160,7 +185,7 @@ class Run:
         losses: [(loss, norm of the gradient)].
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        text = "" if (self.out / "log.csv").exists() else "step,loss,grad_norm,lr\n"
+        text = "" if (self.out / "log.csv").exists() else HEADER
         for k, (loss, norm) in enumerate(losses, step - len(losses)):
             text += f"{k + 1},{loss:.6g},{norm:.6g},{self.lr_at(k):.6g}\n"
             self.recent.append(loss)
@@ -277,6 +302,8 @@ def load(path):
         source = f"train.py, {data}" if (data := config["train"]["data"]) else DEMO
         diffusion, classes = Diffusion(**config["diffusion"]), config["train"].get("classes", [])
         return Trained(model, diffusion, config["model"], state["step"], source, classes)
+    if path.is_dir() and not list(path.glob("**/*config.json")):
+        sys.exit(f"{path} has neither a checkpoint.pt nor weights for diffusers")
     if path.is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?<!\.pt)", path.as_posix()):
         from pretrained import from_diffusers
 

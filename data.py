@@ -8,6 +8,7 @@ It needs no torch: torch.from_numpy(images) makes a tensor of the result.
 
 import argparse
 import hashlib
+import inspect
 import json
 import os
 import sys
@@ -39,10 +40,7 @@ def image_files(folder):
     folder.
     """
     if not os.path.isdir(folder):
-        why = (
-            "this is a file, not a folder" if os.path.exists(folder) else "there is no such folder"
-        )
-        sys.exit(f"{folder}: {why}")
+        sys.exit(f"{folder}: {'not a folder' if os.path.exists(folder) else 'no such folder'}")
     suffixes = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     paths = []
     for root, folders, names in os.walk(folder):
@@ -85,7 +83,8 @@ def labels_of(paths, folder, classes):
     index = {name: k for k, name in enumerate(classes)}
     names = [class_of(path, folder) for path in paths]
     if unknown := sorted(set(names) - index.keys()):
-        sys.exit(f"{Path(folder, unknown[0])} is not a class of the network")
+        what = f"the sub-folder {unknown[0]}" if unknown[0] else "images outside of the sub-folders"
+        sys.exit(f"{folder} has {what}, but the classes are {', '.join(classes)}")
     return np.array([index[name] for name in names])
 
 
@@ -111,7 +110,7 @@ def map_files(function, paths):
 
     Pillow decodes outside of Python's lock. With small files, threads spend longer waiting for it.
     """
-    if np.mean([os.path.getsize(path) for path in paths[:64]]) < LARGE:
+    if np.mean([os.lstat(path).st_size for path in paths[:64]]) < LARGE:
         yield from map(function, paths)
         return
     with ThreadPool(min(16, os.cpu_count() or 1)) as pool:
@@ -124,7 +123,7 @@ def decode(paths, size, channels, file):
     channels: C, 1 or 3, or None for 3 if any image is in colour. Returns [(index, why)] of the
     paths that can't be read. Exits if none can.
     """
-    warnings.filterwarnings("ignore", module="PIL")  # what can't be read is said
+    warnings.filterwarnings("ignore", module="PIL")  # what can't be read is reported
     if channels is None:
         channels = 3 if any(map(has_colour, paths)) else 1
     shape, broken = (channels, size, size), []
@@ -175,20 +174,20 @@ def read_folder(folder, size, channels=None, most=None, classes=None, cache=None
         sys.exit(f"{folder}: there is no image that can be read")
     if most is not None and most < len(paths):
         paths = [paths[i * len(paths) // most] for i in range(most)]
-    states = [(os.path.relpath(path, folder), os.stat(path)) for path in paths]
+    states = [(os.path.relpath(path, folder), os.lstat(path)) for path in paths]
     states = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
-    key = repr((size, states)).encode(errors="surrogateescape")
+    key = repr((size, states, inspect.getsource(read_image))).encode(errors="surrogateescape")
     file = cache / f"images-{hashlib.blake2b(key, digest_size=8).hexdigest()}.npy"
-    left_out = file.with_suffix(".json")
-    if file.exists() and channels in (None, np.load(file, mmap_mode="r").shape[1]):
-        broken = json.loads(left_out.read_text())
-    else:
+    note = file.with_suffix(".json")  # channels as asked for and as found, and `broken`
+    asked, found, broken = json.loads(note.read_text()) if file.exists() else (0, 0, [])
+    if channels not in (asked, found):
         cache.mkdir(parents=True, exist_ok=True)
-        old = {*cache.glob("images-*.npy"), *cache.glob("images-*.json")} - {file, left_out}
+        old = {*cache.glob("images-*.npy"), *cache.glob("images-*.json")} - {file, note}
         with tempfile.TemporaryDirectory(prefix="images-", dir=cache) as temporary:
             new = Path(temporary, file.name)
             broken = decode(paths, size, channels, new)
-            left_out.write_text(json.dumps(broken))
+            found = np.load(new, mmap_mode="r").shape[1]
+            note.write_text(json.dumps([channels, found, broken]))
             os.replace(new, file)
         for other in old:
             other.unlink(missing_ok=True)  # another machine may do the same
@@ -238,6 +237,7 @@ def main():
     parser.add_argument("out", type=Path)
     parser.add_argument("size", type=int)
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal can print every name
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         parser.error(f"{args.out} must be a new or empty folder")
     images, _ = read_folder(args.folder, args.size)

@@ -62,7 +62,7 @@ def _copy(table, device):
 
 
 class Bound(NamedTuple):
-    """The terms (5) of the bound in bits per dimension, exact given one x_t per image and t."""
+    """The terms (5) of the bound in bits per dimension, estimated from one x_t per image and t."""
 
     L_T: Tensor  # (B,) KL(q(x_T | x_0) || N(0, I)): how much of x_0 is left in x_T
     L_t: Tensor  # (B, T) column t is the paper's L_t, so column 0 is the discretised decoder L_0
@@ -89,8 +89,7 @@ class Diffusion:
 
     def __init__(self, betas, variance="large", predicts="eps"):
         betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
-        inside = (betas < 1) & (1 - betas < 1)  # 1 - betas is 1 if a beta is below 1e-16
-        if betas.ndim != 1 or not len(betas) or not inside.all():
+        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
             raise ValueError("betas must be a 1-d list of numbers between 0 and 1")
         if variance not in ("large", "small"):
             raise ValueError(f'variance must be "large" or "small", not {variance!r}')
@@ -113,7 +112,8 @@ class Diffusion:
         # positive: the posterior variance of the next step, as in the authors' code.
         self.sigma2 = (betas if variance == "large" else self.posterior_variance).clone()
         self.sigma2[0] = self.posterior_variance[1] if self.T > 1 else betas[0]
-        # The noise in x_t is linear in the network's output F: eps = a_t x_t + b_t F.
+        self.sigma = self.sigma2.sqrt()
+        # The noise in x_t is linear in the network's output: eps = a_t x_t + b_t output.
         self.a, self.b = {
             "eps": (torch.zeros_like(abar), torch.ones_like(abar)),
             "mean": ((1 - abar).sqrt() / betas, -(alphas * (1 - abar)).sqrt() / betas),  # (11)
@@ -236,12 +236,12 @@ class Diffusion:
 
         shape: (B, C, H, W). steps: how many of the T steps to take; all if None.
         sampler: "ddpm" is Algorithm 2, the default with all T steps. "dpm" is DPM-Solver++(2M), the
-            default with fewer. "ddim" is DDIM. Each has a method, because they differ in one step.
+            default with fewer. "ddim" is DDIM. They differ only in the step, a method below.
         eta: for "ddim" alone, and selects it. 0, the default, is deterministic; 1 equals "ddpm"
             with the "small" variance.
-        generator: a torch.Generator on `device`. draw_noise: replaces it, and returns the next z.
-        x_T: where to start; pure noise if None. Diffusion(betas[: t + 1], ...) is a DDPM too, which
-            continues from an x_t.
+        device: of the noise; the CPU if None. generator: a torch.Generator on this device.
+        draw_noise: replaces the generator; it returns the next z.
+        x_T: where to start; pure noise if None. Diffusion(betas[: t + 1], ...) starts from an x_t.
         clip: keep x0_hat in [-1, 1]. Algorithm 2 does not clip; the authors' code does, because the
             error of x0_hat is that of eps times sqrt((1 - abar_t) / abar_t), 157 at t = T-1.
         known: for inpainting, (image, mask), which broadcast to x_t. Where the mask is False, x_t
@@ -256,16 +256,13 @@ class Diffusion:
             raise ValueError(f'sampler must be "ddpm", "ddim" or "dpm", not {sampler!r}')
         if eta is not None and (sampler != "ddim" or not 0 <= eta <= 1):
             raise ValueError(f'eta must be from 0 to 1, and is for "ddim" alone, not {eta}')
-        ddim_step = partial(chain.ddim_step, eta=eta or 0)
-        step = {"ddpm": chain.ddpm_step, "ddim": ddim_step, "dpm": chain.dpm_step()}[sampler]
+        ddim_step, dpm_step = chain.ddim_step(eta or 0), chain.dpm_step()
+        step = {"ddpm": chain.ddpm_step, "ddim": ddim_step, "dpm": dpm_step}[sampler]
         is_random = sampler == "ddpm" or bool(eta)
         if draw_noise is None:
             device = device if x_T is None else x_T.device
             draw_noise = partial(torch.randn, shape, generator=generator, device=device)
-        low, high = (-1.0, 1.0) if clip else (-math.inf, math.inf)
-        if known:
-            image, mask = known
-            low, high = torch.where(mask, low, image), torch.where(mask, high, image)
+        image, mask = known or (None, None)
 
         x = draw_noise() if x_T is None else x_T
         for i in reversed(range(chain.T)):
@@ -273,10 +270,14 @@ class Diffusion:
             if known:
                 x = torch.where(mask, x, chain.q_sample(image, t, draw_noise()))
             eps = chain.predict_eps(model, x, t)
-            x0 = chain.predict_x0(x, t, eps).clamp(low, high)
+            x0 = chain.predict_x0(x, t, eps)
+            x0 = x0.clamp(-1, 1) if clip else x0
+            x0 = torch.where(mask, x0, image) if known else x0
             yield chain.tau[i].item(), x, x0
+            if i == 0:  # z is 0 in the last step, and the mean is x0_hat itself
+                return
             mean, sigma = step(x0, x, t)
-            z = draw_noise() if is_random and i > 0 else 0
+            z = draw_noise() if is_random else 0
             x = mean + sigma * z
 
     def sample(self, *args, **kwargs):
@@ -291,21 +292,20 @@ class Diffusion:
         x0 is the x0_hat of x_t. Unless it was clipped, the mean is (11).
         """
         mean, _ = self.q_posterior(x0, x_t, t)
-        return mean, _at(self.sigma2.sqrt(), t)
+        return mean, _at(self.sigma, t)
 
     # ------------------------------------------------------------------------ sampling, fewer steps
 
     def respaced(self, steps):
         """Return the chain through `steps` of the noise levels, a Diffusion for the same network.
 
-        Its tau lists the t that it visits, as evenly as integers allow, up to T-1. It is a DDPM
-        with betas 1 - abar_t / abar_s, where s precedes t in tau. Raises ValueError if steps is
-        not 1..T.
+        Its tau lists the visited t, as evenly as integers allow, up to T-1. It is a DDPM with betas
+        1 - abar_t / abar_s, where s precedes t in tau. Raises ValueError if steps is not 1..T.
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps must be 1..{self.T}, not {steps}")
         # "Trailing" steps end at t = T / steps - 1, whose x0_hat is the sample. With steps that go
-        # on to t = 0, the README's distance is larger in up to 20 steps, and equal in 50.
+        # on to t = 0, the distance of docs/beyond.md is larger in up to 20 steps, and equal in 50.
         visited = self.T * torch.arange(1, steps + 1) // steps - 1
         abar = self.alphas_bar[visited]
         betas = 1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])
@@ -315,33 +315,35 @@ class Diffusion:
         chain.weights["native"] = self.weights["native"][visited]
         return chain
 
-    def ddim_step(self, x0, x_t, t, eta):
-        """Return the mean (B, C, H, W) and sigma (B, 1, 1, 1) of DDIM's reverse step.
-
-        Song et al. 2021 (arXiv:2010.02502), eq. 12 and 16. eps is recomputed from the clipped x0.
-        """
+    def ddim_step(self, eta):
+        """Return DDIM's step, like ddpm_step (Song et al. 2021, arXiv:2010.02502, eq. 12 and 16)."""
         sigma2 = eta**2 * self.posterior_variance
-        eps = (x_t - _at(self.sqrt_alphas_bar, t) * x0) / _at(self.sqrt_one_minus_alphas_bar, t)
-        abar_prev = self.alphas_bar_prev
-        mean = _at(abar_prev.sqrt(), t) * x0 + _at((1 - abar_prev - sigma2).sqrt(), t) * eps
-        return mean, _at(sigma2.sqrt(), t)
+        factor_x0, sigma = self.alphas_bar_prev.sqrt(), sigma2.sqrt()
+        factor_eps = (1 - self.alphas_bar_prev - sigma2).sqrt()
+
+        def step(x0, x_t, t):
+            # The eps that fits x0, which may have been clipped:
+            eps = (x_t - _at(self.sqrt_alphas_bar, t) * x0) / _at(self.sqrt_one_minus_alphas_bar, t)
+            return _at(factor_x0, t) * x0 + _at(factor_eps, t) * eps, _at(sigma, t)
+
+        return step
 
     def dpm_step(self):
-        """Return the step of DPM-Solver++(2M), as a function of (x0, x_t, t) that remembers x0.
+        """Return the step of DPM-Solver++(2M): DDIM's, with an x0_hat that it extrapolates.
 
-        Lu et al. 2022 (arXiv:2211.01095), algorithm 2: DDIM's step, with x0_hat extrapolated to the
-        middle of the step in lambda = log sqrt(abar / (1 - abar)), half the log of the SNR.
+        Lu et al. 2022 (arXiv:2211.01095), algorithm 2. The line through the last two x0_hat is
+        extended to the middle of the step in lambda = log sqrt(abar / (1 - abar)).
         """
         h = -self.alphas_bar.logit().diff() / 2  # from t to t-1, for t = 1..T-1
         ratio = torch.zeros_like(self.alphas_bar)
         ratio[1:-1] = h[:-1] / (2 * h[1:])
-        x0_before = None
+        ddim_step, x0_before = self.ddim_step(0), None
 
         def step(x0, x_t, t):
             nonlocal x0_before
             change = 0 if x0_before is None else x0 - x0_before
             x0_before = x0
-            return self.ddim_step(x0 + _at(ratio, t) * change, x_t, t, 0)
+            return ddim_step(x0 + _at(ratio, t) * change, x_t, t)
 
         return step
 
@@ -451,8 +453,7 @@ class UNet(nn.Module):
         if not set(attention_resolutions) <= set(sizes):
             raise ValueError(f"attention_resolutions must be among {sizes}, the sizes of levels")
         groups = math.gcd(32, base_channels // 4) if norm_groups is None else norm_groups
-        self.image_size, self.base_channels = image_size, base_channels
-        self.num_classes = num_classes
+        self.base_channels, self.num_classes = base_channels, num_classes
         time_channels = 4 * base_channels
 
         def res_block(in_channels, out_channels, attention):
@@ -499,12 +500,12 @@ class UNet(nn.Module):
         self._initialize()
 
     def hidden_weights(self):
-        """Return the weights of all layers but those that read x_t or y, or return eps."""
+        """Return the weights for Muon: all but those that read x_t or y, or return eps."""
         outer = "conv_in", "conv_out", "class_embedding"
         return [w for n, w in self.named_parameters() if w.ndim > 1 and not n.startswith(outer)]
 
     def float32_modules(self):
-        """Return the names of the modules that separate weak noise from the image at small t."""
+        """Return the names of the modules that must be exact to tell weak noise from images."""
         return ["time_mlp", "class_embedding", "conv_in", "down.0.0", "conv_out"]
 
     def _initialize(self):

@@ -10,12 +10,11 @@ Network may be used from several threads.
 Numbers in brackets are equations of the paper, arXiv:2006.11239. t counts 0..T-1, as in ddpm.py.
 """
 
-import contextlib
 import ctypes
 import json
 import math
 import sys
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
@@ -208,8 +207,7 @@ class Network:
         providers = ["CPUExecutionProvider"]
         has_cuda = "CUDAExecutionProvider" in ort.get_available_providers()
         if device != "cpu" and has_cuda and has_nvidia_driver():
-            with contextlib.redirect_stdout(None):  # it prints what is missing
-                ort.preload_dlls()  # the CUDA libraries that pip installed
+            ort.preload_dlls()  # the CUDA libraries that pip installed; it prints what is missing
             providers.insert(0, ("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC"}))
         try:
             self.session = ort.InferenceSession(path, options, providers=providers)
@@ -226,6 +224,9 @@ class Network:
         self.variance = metadata["ddpm.variance"]
         self.shape = tuple(json.loads(metadata["ddpm.image_shape"]))
         self.classes = json.loads(metadata.get("ddpm.classes", "[]"))
+        for name in self.classes:  # sample.py --dir makes a folder of this name
+            if name != PureWindowsPath(name).name or name != Path(name).name or name in ("", ".."):
+                raise ValueError(f"{path}: a class must not be named {name!r}")
 
     def __call__(self, x_t, t, y=None):
         feeds, K = {"x_t": x_t, "t": t}, len(self.classes)

@@ -43,7 +43,7 @@ def has_bfloat16(device):
 
 
 def to_device(x, device):
-    """Return a tensor on the device. CUDA need not be waited for if the memory is pinned."""
+    """Return a tensor on the device. From pinned memory, the copy to CUDA is asynchronous."""
     if device.type == "cuda" and not x.is_cuda:
         x = x.pin_memory()
     return x.to(device, non_blocking=device.type == "cuda")

@@ -41,20 +41,17 @@ def arguments():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    flag = parser.add_argument
+    flag, count = parser.add_argument, checkpoint.number(int, 1)
     flag("--data", help="folder of images [the built-in demo]")
     flag("--checkpoint", default="run/checkpoint.pt",
          help="checkpoint of train.py, or weights for diffusers [%(default)s]")  # fmt: skip
-    flag("--images", type=int, help="how many images, evenly spread over the folder [all]")
+    flag("--images", type=count, help="how many images, evenly spread over the folder [all]")
     flag("--out", type=Path, help="folder of the curve [the checkpoint's]")
     flag("--variance", choices=("large", "small"), help="sigma_t^2 [as in training]")
-    flag("--batch", type=int, default=128, help="images at a time [%(default)s]")
+    flag("--batch", type=count, default=128, help="images at a time [%(default)s]")
     flag("--seed", type=int, default=0, help="seed of the noise [%(default)s]")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps or xpu [%(default)s]")
-    args = parser.parse_args()
-    if min(args.batch, 1 if args.images is None else args.images) < 1:
-        parser.error("--batch and --images must be at least 1")
-    return args
+    return parser.parse_args()
 
 
 def main():
@@ -68,7 +65,7 @@ def main():
     else:
         sys.exit("evaluate.py: --data must be a folder of images that the network has not seen")
     images = torch.from_numpy(images)
-    random = torch.Generator().manual_seed(args.seed)  # so that the first ones are like the rest
+    random = torch.Generator().manual_seed(args.seed)  # the first are like the rest
     order = torch.randperm(len(images), generator=random)[: args.images]
     path = Path(args.checkpoint)
     out = args.out or (path if path.is_dir() else path.parent if path.exists() else Path())
@@ -107,8 +104,8 @@ def main():
     table = torch.stack([torch.arange(diffusion.T), L_t, rate, rmse], 1).numpy()
     curve = out / "rate-distortion.csv"
     np.savetxt(curve, table, "%.9g", ",", header="t,L_t,rate,rmse", comments="")
-    labels = "rate, bits per dimension", "RMSE of x0_hat, of 255"
-    save_plot(curve.with_suffix(".png"), rate.tolist(), rmse.tolist(), *labels)
+    titles = "rate, bits per dimension", "RMSE of x0_hat, of 255"
+    save_plot(curve.with_suffix(".png"), rate.tolist(), rmse.tolist(), *titles)
     print(f"the curve: {curve} and .png")
 
 

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
 def is_grey(image):
@@ -59,11 +59,11 @@ def to_image(pixels):
     return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
 
 
-def grid(pixels, columns=None, rows=None):
+def grid(pixels, columns=None, rows=None, names=()):
     """Return uint8 pixels (B, C, H, W) as one Pillow image with rows of `columns` images.
 
     With `rows`, and more than one column of images, image k is in row k % rows instead. Without
-    either, the grid is about square. Small images are enlarged.
+    either, the grid is about square. Small images are enlarged. names: of the rows, to the left.
     """
     if rows and 1 < rows < len(pixels):
         columns = math.ceil(len(pixels) / rows)
@@ -77,7 +77,17 @@ def grid(pixels, columns=None, rows=None):
     _, c, h, w = pixels.shape
     pixels = pixels.reshape(-1, columns, c, h, w).transpose(2, 0, 3, 1, 4)
     image = to_image(pixels.reshape(c, -1, columns * w))
-    return ImageOps.scale(image, max(1, round(512 / image.width)), Image.Resampling.NEAREST)
+    scale = max(1, round(512 / image.width), round(64 / h))
+    image = ImageOps.scale(image, scale, Image.Resampling.NEAREST)
+    if len(names) * h * scale != image.height:
+        return image
+    font = ImageFont.load_default(16)
+    margin = 16 + math.ceil(max(font.getlength(name) for name in names))
+    canvas = ImageOps.expand(image, (margin, 0, 0, 0), fill="white")
+    for row, name in enumerate(names):
+        middle = (row + 0.5) * h * scale
+        ImageDraw.Draw(canvas).text((8, middle), name, "black", font, anchor="lm")
+    return canvas
 
 
 def save_image(path, image, **options):

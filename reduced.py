@@ -58,7 +58,7 @@ class Half(torch.nn.Module):
             if name in model.float32_modules():
                 module.float()
         for module in self.model.modules():
-            if module is not self.model and any(True for _ in module.parameters()):
+            if module is not self.model and next(module.parameters(), None) is not None:
                 module.register_forward_pre_hook(cast_inputs)
 
     def forward(self, x_t, t, y=None):

@@ -12,6 +12,8 @@ onnxruntime-gpu[cuda,cudnn].
 """
 
 import argparse
+import io
+import math
 import signal
 import sys
 import time
@@ -36,18 +38,22 @@ GRID = 256  # the largest number of images in one grid
 FRAMES, STRIP = 50, 10  # how many of the steps the GIF and the strip show
 
 
-def image_file(name):
+def image_file(name, kinds=Image.SAVE):
     """Return the name of a file that Pillow can write an image to, as an argparse type."""
-    if Image.registered_extensions().get(Path(name).suffix.lower()) not in Image.SAVE:
-        raise argparse.ArgumentTypeError(f"{name} must be an image file such as x.png")
+    kind = Image.registered_extensions().get(Path(name).suffix.lower())
+    try:
+        for mode in ("L", "RGB"):
+            Image.new(mode, (8, 8)).save(io.BytesIO(), kind)
+    except Exception:  # Pillow raises many kinds, because some formats have no writer
+        kind = None
+    if kind not in kinds or Path(name).is_dir():
+        raise argparse.ArgumentTypeError(f"{name} must be a file such as x.png or x.gif")
     return name
 
 
 def animation_file(name):
     """Return the name of a file that Pillow can write an animation to, as an argparse type."""
-    if Image.registered_extensions().get(Path(name).suffix.lower()) not in Image.SAVE_ALL:
-        raise argparse.ArgumentTypeError(f"{name} must be an animation such as x.gif")
-    return name
+    return image_file(name, Image.SAVE_ALL)
 
 
 def arguments():
@@ -84,6 +90,12 @@ def arguments():
         parser.error(f"--dir {args.dir} must be a new or empty folder")
     if args.interpolate and (args.inpaint or args.n or args.dir or args.gif or args.strip):
         parser.error("--interpolate goes with none of --inpaint, -n, --dir, --gif and --strip")
+    if args.interpolate and args.guidance is not None and len(args.classes or []) != 1:
+        parser.error("--interpolate with --guidance needs --class with one name")
+    if args.t and not args.interpolate:
+        parser.error("--t needs --interpolate")
+    if not math.isfinite(args.guidance or 0):
+        parser.error("--guidance must be a finite number")
     if args.eta is not None and not 0 <= args.eta <= 1:
         parser.error("--eta must be from 0 to 1")
     if args.eta is not None and args.sampler in ("ddpm", "dpm"):
@@ -99,23 +111,59 @@ def read(path, shape):
         sys.exit(f"sample.py: {path} can't be read: {error}")
 
 
+def read_mask(path, shape):
+    """Return where to redraw, bool (1, H, W): where the mask is white or, on transparency, opaque.
+
+    The lightest grey of a file counts as white, also if it is 1.
+    """
+    try:
+        with Image.open(path) as image:
+            alpha = image.convert("RGBA").getchannel("A")
+    except Exception as error:  # Pillow raises many kinds
+        sys.exit(f"sample.py: {path} can't be read: {error}")
+    if alpha.getextrema()[0] < 255:
+        path = io.BytesIO()
+        alpha.save(path, "PNG")
+    grey = read(path, (1, *shape[1:]))
+    mask = grey > grey.max() / 2
+    print(f"the mask selects {mask.mean():.0%} of the image")
+    return mask
+
+
+def last_of(chain):
+    """Return the last x0_hat of a chain as pixels. Exits if it is not finite."""
+    for _, _, x0_hat in chain:
+        x0 = x0_hat
+    if not np.isfinite(x0).all():
+        sys.exit("sample.py: the network's output is not finite, so no image is saved")
+    return to_pixels(x0)
+
+
 def draw_interpolation(network, args, y):
     """Save a grid with a row for each --t: the two images, and between them the mixtures."""
     ends = [read(path, network.shape) for path in args.interpolate]
     model = guided(network, np.resize(y, len(LAMBDAS)), args.guidance) if args.classes else network
     rows = []
-    for t in args.t:
-        draw_noise = noise_of(args.seed, 0, (1, *network.shape))  # the same for all mixtures
-        x_t = mix(*map(from_pixels, ends), t, network.betas, draw_noise)
-        chain = sample_progressive(
-            model, draw_noise, network.betas[: t + 1], network.variance, min(args.steps, t + 1),
-            args.sampler, args.eta, x_t,
-        )  # fmt: skip
-        for _, _, x0 in tqdm(chain, f"t = {t}", min(args.steps, t + 1), unit="step", mininterval=1):
-            mixtures = x0
-        rows += [ends[0], *to_pixels(mixtures), ends[1]]
-    save_image(args.out, grid(np.stack(rows), len(LAMBDAS) + 2))
+    try:
+        for t in args.t:
+            draw_noise = noise_of(args.seed, 0, (1, *network.shape))  # the same for all mixtures
+            x_t = mix(*map(from_pixels, ends), t, network.betas, draw_noise)
+            steps = min(args.steps, t + 1)
+            chain = sample_progressive(
+                model, draw_noise, network.betas[: t + 1], network.variance, steps, args.sampler,
+                args.eta, x_t,
+            )  # fmt: skip
+            bar = tqdm(chain, f"t = {t}", steps, unit="step", mininterval=1)
+            rows += [ends[0], *last_of(bar), ends[1]]
+    except KeyboardInterrupt:
+        if not rows:
+            sys.exit("sample.py: stopped before a row was finished")
+    columns = len(LAMBDAS) + 2
+    names = [f"t = {t}" for t in args.t[: len(rows) // columns]]
+    save_image(args.out, grid(np.stack(rows), columns, names=names))
     print(f"{args.out}: one image, mixtures for lambda = 0, 0.1, ... 1, the other image")
+    if len(names) < len(args.t):
+        sys.exit(f"sample.py: stopped after {len(names)} of {len(args.t)} rows")
 
 
 def draw_samples(network, args, y):
@@ -125,47 +173,57 @@ def draw_samples(network, args, y):
     keeps the batches that are finished.
     """
     n, known, shown, frames = args.n, None, [], []  # frames: (x_t, x0_hat) of the first batch
-    rows = 1 if y is None else len(set(y))
+    names = [] if y is None else list(dict.fromkeys(network.classes[k] for k in y))
     folders = [args.dir] * n if y is None else [Path(args.dir or "", network.classes[k]) for k in y]
     kept = {-(-k * args.steps // FRAMES) for k in range(FRAMES)} | {args.steps - 1}
     if args.inpaint:
-        image, mask = args.inpaint
-        mask = read(mask, (1, *network.shape[1:])) > 127
-        known = from_pixels(read(image, network.shape)), mask
-    for folder in set(folders) if args.dir else ():
-        folder.mkdir(parents=True, exist_ok=True)
+        known = from_pixels(read(args.inpaint[0], network.shape))
+        known = known, read_mask(args.inpaint[1], network.shape)
     began, drawn = time.monotonic(), 0
+    bar = tqdm(total=-(-n // args.batch) * args.steps, unit="step", mininterval=1)
+
+    def watched(chain, is_first):
+        """Yield the steps of a chain; keep frames, and say once how long all will take."""
+        for i, step in enumerate(chain):
+            if is_first and i in kept and (args.gif or args.strip):
+                frames.append([to_pixels(images[:GRID]) for images in step[1:]])
+            bar.update()
+            seconds = (time.monotonic() - began) / bar.n * bar.total
+            if is_first and i == 4 and seconds > 60 and args.steps > 50:
+                fewer = seconds * 20 / args.steps
+                bar.write(f"about {seconds / 60:.0f} min; --steps 20 would take {fewer:.0f} s")
+            yield step
+
     try:
-        with tqdm(total=-(-n // args.batch) * args.steps, unit="step", mininterval=1) as bar:
-            for first in range(0, n, args.batch):
-                batch = slice(first, min(first + args.batch, n))
-                draw_noise = noise_of(args.seed, first, (batch.stop - first, *network.shape))
-                model = network if y is None else guided(network, y[batch], args.guidance)
-                chain = sample_progressive(
-                    model, draw_noise, network.betas, network.variance, args.steps, args.sampler,
-                    args.eta, known=known,
-                )  # fmt: skip
-                for i, (_, x, x0) in enumerate(chain):
-                    if first == 0 and i in kept and (args.gif or args.strip):
-                        frames.append((to_pixels(x[:GRID]), to_pixels(x0[:GRID])))
-                    bar.update()
-                pixels = to_pixels(x0)
-                for k, image in enumerate(pixels if args.dir else (), first):
-                    to_image(image).save(folders[k] / f"{k:06d}.png")
-                shown.extend(pixels[: GRID - len(shown)])
-                drawn += len(pixels)
+        for first in range(0, n, args.batch):
+            batch = slice(first, min(first + args.batch, n))
+            draw_noise = noise_of(args.seed, first, (batch.stop - first, *network.shape))
+            model = network if y is None else guided(network, y[batch], args.guidance)
+            chain = sample_progressive(
+                model, draw_noise, network.betas, network.variance, args.steps, args.sampler,
+                args.eta, known=known,
+            )  # fmt: skip
+            pixels = last_of(watched(chain, first == 0))
+            for k, image in enumerate(pixels if args.dir else (), first):
+                save_image(folders[k] / f"{k:06d}.png", to_image(image))
+            shown.extend(pixels[: GRID - len(shown)])
+            drawn += len(pixels)
     except KeyboardInterrupt:
         if not drawn:
             sys.exit("sample.py: stopped before an image was finished")
+    bar.close()
     seconds = time.monotonic() - began
-    save_image(args.out, grid(np.stack(shown), rows=rows))
+    save_image(args.out, grid(np.stack(shown), rows=len(names), names=names))
     if args.gif:
         states = [x for x, _ in frames] + [frames[-1][1]]
-        images = [grid(x, rows=rows) for x in states]
+        images = [grid(x, rows=len(names)) for x in states]
         save_animation(args.gif, images, each=3000 // len(frames))
     if args.strip:
         save_image(args.strip, strip(frames))
-    what = f"{drawn} images" if drawn <= GRID else f"the first {GRID} of {drawn:,} images"
+    images = "1 image" if drawn == 1 else f"{drawn} images"
+    what = images if drawn <= GRID else f"the first {GRID} of {drawn:,} images"
+    if len(names) > 1:
+        what += f" of {', '.join(names)}"
     print(f"{args.out}: {what}, {seconds:.1f} s, {seconds / drawn:.2f} s each")
     if drawn < n:
         sys.exit(f"sample.py: stopped after {drawn:,} of {n:,} images")
@@ -184,6 +242,7 @@ def strip(frames):
 
 
 def main():
+    sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal can print every name
     args = arguments()
     try:
         network = Network(args.onnx, args.device)

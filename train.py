@@ -50,7 +50,7 @@ def draw_batch(step, images, labels, T, args):
     depend on their number, and computes --accumulate parts of it.
     """
     device, parts = args.device, WORLD * args.accumulate
-    set_seed(device, args.seed, step)
+    set_seed(device, args.seed, step, 0)
     index = torch.randint(len(images), (args.batch,), device=images.device)
     flip = torch.rand(args.batch, 1, 1, 1, device=device) < (0.5 if args.flip else 0)
     t = torch.randint(T, (args.batch,), device=device)
@@ -58,11 +58,11 @@ def draw_batch(step, images, labels, T, args):
     y = [None] * parts
     if labels is not None:  # a tenth is dropped, because guidance needs eps without a class too
         drop = torch.rand(args.batch, device=images.device) < 0.1
-        y = labels[index].masked_fill(drop, len(args.classes))
-        y = to_device(y, device).tensor_split(parts)
+        drawn_labels = labels[index].masked_fill(drop, len(args.classes))
+        y = to_device(drawn_labels, device).tensor_split(parts)
     index, flip, t, noise = (drawn.tensor_split(parts) for drawn in (index, flip, t, noise))
     for k in range(RANK * args.accumulate, (RANK + 1) * args.accumulate):
-        set_seed(device, args.seed, step, 1 + k)  # for dropout; (seed, step, 0) is that above
+        set_seed(device, args.seed, step, 1 + k)  # for the dropout in the step of this part
         x0 = from_pixels(to_device(images[index[k]], device))
         yield torch.where(flip[k], x0.flip(3), x0), y[k], t[k], noise[k]
 
@@ -77,8 +77,8 @@ def train_step(batch, network, ema, optimizer, diffusion, step, args):
     batch_loss = torch.zeros((), device=args.device)
     for part, (x0, y, t, noise) in enumerate(batch, 1):
         model = autocast(partial(network, y=y))
-        keep = WORLD > 1 and part < args.accumulate  # gradients are exchanged after the last part
-        with network.no_sync() if keep else contextlib.nullcontext():
+        defer_sync = WORLD > 1 and part < args.accumulate  # exchange the gradients only once
+        with network.no_sync() if defer_sync else contextlib.nullcontext():
             loss = diffusion.loss(model, x0, t, noise, args.weighting) * len(x0) / args.batch
             (loss * WORLD).backward()  # DistributedDataParallel averages over the processes
         batch_loss += loss.detach()
@@ -91,9 +91,10 @@ def train_step(batch, network, ema, optimizer, diffusion, step, args):
 
 @torch.no_grad()
 def update_ema(ema, model, step, decay):
-    """Average the weights, in place: samples from them have an FID of 3.2 instead of 8 to 12.
+    """Update the average of the weights, from which samples are drawn, in place.
 
-    The decay grows with the step, so that the first weights are soon forgotten.
+    Unlike in the authors' code, the decay grows with the step, so that the first weights are soon
+    forgotten.
     """
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
@@ -110,7 +111,7 @@ def learning_rate(step, lr, warmup, decay_steps=None):
 
 def set_seed(device, *numbers):
     """Seed the generators of the CPU and the device for (seed, step, ...): none need be saved."""
-    # A step has 64 bits, of which the generator of the CPU uses 32.
+    # The seed has 64 bits, of which torch's generator for the CPU uses 32.
     seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":  # torch.manual_seed would visit every device
@@ -122,8 +123,9 @@ def set_seed(device, *numbers):
 # The paper's CIFAR-10 network and run.
 PAPER = dict(
     image_size=32, base_channels=128, channel_mults=[1, 2, 2, 2], num_res_blocks=2,
-    attention_resolutions=[16], dropout=0.1, schedule="linear", predicts="eps",
+    attention_resolutions=[16], dropout=0.1, schedule="linear", variance="large", predicts="eps",
     weighting="simple", optimizer="adam", batch=128, lr=2e-4, lr_decay=False, steps=800_000,
+    ema=0.9999, flip=True,
 )  # fmt: skip
 
 # --quick: small images after minutes on a CPU. benchmarks/speedrun.md has measurements.
@@ -149,40 +151,40 @@ def make_parser():
         allow_abbrev=False,
     )
     flag, switch = parser.add_argument, argparse.BooleanOptionalAction
+    count, index = checkpoint.number(int, 1), checkpoint.number(int, 0)
+    positive, share = checkpoint.number(float, 0), checkpoint.number(float, 0, 1)
     flag("--data", help="folder of images, including its sub-folders [the built-in demo]")
     flag("--classes", action="store_true", help="the sub-folders of --data are classes")
     flag("--out", type=Path, default="run", help="folder of the run [%(default)s]")
     flag("--quick", action="store_true", help="a small network and a short run; see the manual")
     flag("--init", help="start from these weights: a checkpoint, or weights for diffusers")
-    flag("--image-size", type=int, help="pixels; images are cropped to a square [%(default)s]")
+    flag("--image-size", type=count, help="pixels; images are cropped to a square [%(default)s]")
     flag("--channels", type=int, choices=(1, 3), help="1 for grey, 3 for colour [detected]")
-    flag("--base-channels", type=int, help="width of the first level [%(default)s]")
-    flag("--channel-mults", type=int, nargs="+", help="relative widths of levels [%(default)s]")
-    flag("--num-res-blocks", type=int, help="residual blocks per level [%(default)s]")
+    flag("--base-channels", type=count, help="width of the first level [%(default)s]")
+    flag("--channel-mults", type=count, nargs="+", help="relative widths of levels [%(default)s]")
+    flag("--num-res-blocks", type=count, help="residual blocks per level [%(default)s]")
     flag("--attention-resolutions", type=int, nargs="*", help="sizes of levels [%(default)s]")
-    flag("--dropout", type=float, help="share of the activations to drop [%(default)s]")
+    flag("--dropout", type=share, help="share of the activations to drop [%(default)s]")
     flag("--schedule", choices=checkpoint.SCHEDULES, help="betas [%(default)s]")
-    flag("--variance", default="large", choices=("large", "small"), help="sigma_t^2 [%(default)s]")
+    flag("--variance", choices=("large", "small"), help="sigma_t^2 [%(default)s]")
     flag("--predicts", choices=("eps", "mean", "x0", "v"), help="network's output [%(default)s]")
     weightings = "simple", "vlb", "min-snr", "native"
     flag("--weighting", choices=weightings, help="of the loss; see the manual [%(default)s]")
-    flag("--batch", type=int, help="images per step, over all GPUs [%(default)s]")
-    flag("--accumulate", type=int, default=1, help="parts of a batch, to save memory [%(default)s]")
+    flag("--batch", type=count, help="images per step, over all GPUs [%(default)s]")
+    flag("--accumulate", type=count, default=1, help="parts of a batch, for memory [%(default)s]")
     flag("--optimizer", choices=("adam", "muon"), help="muon suits short runs [%(default)s]")
-    flag("--lr", type=float, help="learning rate [%(default)s]")
-    flag("--warmup", type=int, help="steps until --lr is reached [min(5000, steps / 20)]")
+    flag("--lr", type=positive, help="learning rate [%(default)s]")
+    flag("--warmup", type=index, help="steps until --lr is reached [min(5000, steps / 20)]")
     flag("--lr-decay", action=switch, help="let --lr fall to 0 at --steps, for short runs")
-    flag("--steps", type=int, help="number of training steps [%(default)s]")
-    flag("--ema", type=float, default=0.9999, help="decay of the averaged weights [%(default)s]")
-    flag("--flip", action=switch, default=True, help="flip images left to right at random")
-    flag("--seed", type=int, default=0, help="seed of all random numbers [%(default)s]")
+    flag("--steps", type=count, help="number of training steps [%(default)s]")
+    flag("--ema", type=share, help="decay of the averaged weights [%(default)s]")
+    flag("--flip", action=switch, help="flip images left to right at random")
+    flag("--seed", type=index, default=0, help="seed of all random numbers [%(default)s]")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps or xpu [%(default)s]")
     flag("--amp", action=switch, help="bfloat16 [if the device supports it]")
     flag("--compile", action=switch, help="torch.compile [on CUDA, for 5,000 steps or more]")
-    flag("--preview-every", type=int, help="steps between previews [at most 4 %% of the time]")
-    flag(
-        "--save-minutes", type=float, default=5.0, help="minutes between checkpoints [%(default)s]"
-    )
+    flag("--preview-every", type=count, help="steps between previews [at most 4 %% of the time]")
+    flag("--save-minutes", type=positive, default=5.0, help="between checkpoints [%(default)s]")
     parser.set_defaults(norm_groups=None, **PAPER)
     return parser
 
@@ -201,13 +203,13 @@ def arguments():
         parser.set_defaults(**(QUICK if args.quick else DEMO))
     if args.init:  # a run that is resumed reads its own weights, and needs the others no longer
         own = args.out / "checkpoint.pt"
-        weights = checkpoint.load(own if own.is_file() else args.init)
+        weights = checkpoint.load(own if own.is_file() and RANK == 0 else args.init)
         parser.set_defaults(variance=weights.diffusion.variance)
     args = parser.parse_args()
     if weights:
         vars(args).update({name: weights.settings[name] for name in checkpoint.SHAPE})
         args.channels, args.schedule = weights.settings["in_channels"], "weights"
-        args.predicts = weights.diffusion.predicts
+        args.predicts, args.init = weights.diffusion.predicts, checkpoint.digest_of(args.init)
     if args.data is None and (args.image_size, args.channels or 3) != (8, 3):
         parser.error("without --data the images are those of the demo, 8x8 in colour")
     if args.batch < WORLD * args.accumulate:
@@ -235,6 +237,7 @@ def arguments():
 
 
 def main():
+    sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal can print every name
     args, weights = arguments()
     is_main, device, out = RANK == 0, args.device, args.out
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
@@ -274,7 +277,7 @@ def main():
     torch.manual_seed(args.seed)
     diffusion = Diffusion(**config["diffusion"])
     model = UNet(**config["model"]).to(device)
-    if weights:
+    if weights and not state:
         checkpoint.start_from(weights, model, args.classes)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     if args.optimizer == "muon":
@@ -317,13 +320,14 @@ def main():
         if not must_log and not (WORLD == 1 and stop.is_set()):  # processes stop together
             continue
 
+        # The losses, the norms, and whether a process was told to stop, in one reduction:
         values = torch.stack([*pending, pending[0].new_tensor([stop.is_set(), 0])])
         if WORLD > 1:
             dist.all_reduce(values)
         *losses, (stops, _) = values.tolist()
         done, pending = step + 1, []
         if not np.isfinite(losses).all():
-            sys.exit(f"the loss is not finite at step {done:,}, of which nothing was saved. "
+            sys.exit(f"the loss or its gradient is not finite by step {done:,}; nothing was saved. "
                      "Try a lower --lr, a longer --warmup, or --no-amp.")  # fmt: skip
         if is_main:
             bar.set_postfix_str(f"loss {run.log(done, losses):.4f}", refresh=False)
@@ -337,6 +341,7 @@ def main():
     bar.close()
 
     if WORLD > 1:
+        dist.barrier()  # a process that ends before the others sometimes aborts
         dist.destroy_process_group()
     if done < args.steps:
         program = "torchrun ..." if WORLD > 1 else "python"

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,9 +26,6 @@ from images import from_pixels
 from test_ddpm import PAPER, VARIANCES, close, randn, small_unet  # noqa: F401
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a connection, nor waits for one
-if "gpu" not in sys.argv:  # all tests but those of `pytest -m gpu` expect the numbers of a CPU
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    torch.accelerator.current_accelerator = lambda check_available=True: None
 HERE = Path(__file__).parent.parent
 TINY = "--image-size 8 --base-channels 8 --channel-mults 1 2 --num-res-blocks 1 --batch 8".split()
 TINY += "--attention-resolutions 4 --device cpu".split()
@@ -40,6 +38,13 @@ CLASSES += ["--device", "cpu"]
 CLASSES += "--predicts v --weighting min-snr --optimizer muon --lr 6e-3".split()
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals or torchrun")
 MAINS = {f"{module.__name__}.py": module.main for module in (train, evaluate, export, sample)}
+
+
+def pytest_configure(config):
+    """Hide accelerators, but from `pytest -m gpu`, because the tests expect a CPU's numbers."""
+    if not re.search(r"(?<!not )gpu", config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        torch.accelerator.current_accelerator = lambda check_available=True: None
 
 
 def python(*args, cwd, code=0, timeout=170, **kwargs):

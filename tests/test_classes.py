@@ -22,11 +22,11 @@ from ddpm import Diffusion, guided, linear_betas
 from images import from_pixels, read_image
 
 
-def cells(path, rows):
-    """The names of the colours in a grid of `rows` rows: a list for each row, None if empty."""
+def cells(path, rows, columns):
+    """The names of the colours in a grid: a list for each row, None if empty."""
     image = np.asarray(Image.open(path)).astype(float)
     side = image.shape[0] / rows
-    columns = round(image.shape[1] / side)
+    image = image[:, image.shape[1] - round(columns * side) :]  # without the names of the rows
     names = []
     for r in range(rows):
         row = []
@@ -41,9 +41,12 @@ def cells(path, rows):
 
 
 def test_each_class_has_a_row(coloured, tmp_path, run):
-    run("sample.py", "--onnx", coloured / "model.onnx", "--steps", 10, cwd=tmp_path)
-    for name, row in zip(COLOURS, cells(tmp_path / "samples.png", 3), strict=True):
-        assert len(row) == 8 and row.count(name) >= 7
+    said = run("sample.py", "--onnx", coloured / "model.onnx", "--steps", 10, cwd=tmp_path)
+    assert "24 images of blue, green, red" in said
+    for name, row in zip(COLOURS, cells(tmp_path / "samples.png", 3, 8), strict=True):
+        assert row.count(name) >= 7
+    names = np.asarray(Image.open(tmp_path / "samples.png").convert("L"))[:, :40]
+    assert all((part < 128).any() for part in np.array_split(names, 3))  # written to the left
 
 
 def test_classes_are_chosen_by_name(coloured, tmp_path, run):
@@ -54,9 +57,9 @@ def test_classes_are_chosen_by_name(coloured, tmp_path, run):
     files = sorted(p.relative_to(tmp_path / "out").as_posix() for p in tmp_path.glob("out/*/*"))
     assert files == ["blue/000001.png", "blue/000003.png", "red/000000.png", "red/000002.png",
                      "red/000004.png"]  # fmt: skip
-    assert cells(tmp_path / "samples.png", 2) == [["red"] * 3, ["blue", "blue", None]]
+    assert cells(tmp_path / "samples.png", 2, 3) == [["red"] * 3, ["blue", "blue", None]]
     with Image.open(tmp_path / "x.gif") as gif:
-        assert gif.size == Image.open(tmp_path / "samples.png").size and gif.n_frames > 5
+        assert gif.height == Image.open(tmp_path / "samples.png").height and gif.n_frames > 5
     # the first images are those of a larger number
     before = read_image(tmp_path / "out" / "blue" / "000003.png", 8, 3)
     flags = ["--class", "red", "blue", "--guidance", 2, "--steps", 10, "-n", 9, "--dir", "more"]
@@ -68,14 +71,14 @@ def test_classes_are_chosen_by_name(coloured, tmp_path, run):
 def test_one_class_fills_a_square(coloured, tmp_path, run):
     flags = ["--class", "green", "--steps", 5, "-n", 9]
     run("sample.py", "--onnx", coloured / "model.onnx", *flags, cwd=tmp_path)
-    assert cells(tmp_path / "samples.png", 3) == [["green"] * 3] * 3
+    assert cells(tmp_path / "samples.png", 3, 3) == [["green"] * 3] * 3
 
 
 def test_interpolation_within_a_class(coloured, class_folder, tmp_path, run):
     ends = class_folder / "red" / "0.png", class_folder / "blue" / "0.png"
     flags = ["--class", "green", "--guidance", 3, "--t", 990, "--interpolate", *ends]
     run("sample.py", "--onnx", coloured / "model.onnx", *flags, cwd=tmp_path)
-    assert cells(tmp_path / "samples.png", 1) == [["red", *["green"] * 11, "blue"]]
+    assert cells(tmp_path / "samples.png", 1, 13) == [["red", *["green"] * 11, "blue"]]
 
 
 def test_guidance_in_numpy_is_that_of_ddpm_py(coloured):
@@ -245,7 +248,7 @@ def test_names_that_are_no_classes_are_one_line(coloured, trained, image_folder,
     said = run(
         "evaluate.py", "--data", image_folder, "--checkpoint", coloured, cwd=tmp_path, code=1
     )
-    assert "is not a class of the network" in said
+    assert "has images outside of the sub-folders, but the classes are blue" in said
 
 
 def test_lines_for_torchvision_make_a_folder_of_classes(tmp_path, monkeypatch):

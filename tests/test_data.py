@@ -11,6 +11,7 @@ from conftest import HERE, python
 from PIL import Image
 
 import data
+import images
 
 
 def first_pixels(images):
@@ -86,9 +87,9 @@ def test_awkward_files_are_read_or_left_out(tmp_path, capsys):
 
 
 def test_folder_without_images_is_one_line(tmp_path):
-    with pytest.raises(SystemExit, match="nowhere: there is no such folder"):
+    with pytest.raises(SystemExit, match="nowhere: no such folder"):
         read(tmp_path / "nowhere", 4)
-    with pytest.raises(SystemExit, match="this is a file, not a folder"):
+    with pytest.raises(SystemExit, match="not a folder"):
         read(__file__, 4)
     for name in ("note.txt", "broken.png"):
         (tmp_path / name).write_text("not an image")
@@ -154,24 +155,28 @@ def test_images_are_decoded_once(tmp_path, monkeypatch, capsys):
 
     def cached(channels=None, folder=folder):
         """The first pixel of each image, and how often the folder has been decoded."""
-        images = read(folder, 4, channels, cache=out)
-        assert isinstance(images, np.memmap)
-        (array,) = out.glob("images-*.npy")  # the old one is removed
-        assert array.stat().st_size == 128 + images.size  # uint8, and numpy's header
-        return first_pixels(images), len(decoded)
+        array = read(folder, 4, channels, cache=out)
+        assert isinstance(array, np.memmap)
+        (path,) = out.glob("images-*.npy")  # the old one is removed
+        assert path.stat().st_size == 128 + array.size  # uint8, and numpy's header
+        return first_pixels(array), len(decoded)
 
     assert cached() == cached() == cached(folder=f"{folder}/") == ([0, 1, 2], 1)
-    assert cached(channels=3) == ([0, 1, 2], 2)
+    assert cached(channels=1) == ([0, 1, 2], 1)
+    assert cached(channels=3) == cached(channels=3) == ([0, 1, 2], 2)
+    assert cached() == ([0, 1, 2], 3)  # what was forced is not what is found
     Image.new("L", (4, 4), 7).save(folder / "3.png")
-    assert cached() == ([0, 1, 2, 7], 3)
+    assert cached() == ([0, 1, 2, 7], 4)
     (folder / "3.png").rename(folder / "-.png")
-    assert cached() == ([7, 0, 1, 2], 4)
+    assert cached() == ([7, 0, 1, 2], 5)
     Image.new("L", (4, 4), 8).save(folder / "1.png")
-    assert cached() == ([7, 0, 8, 2], 5)
+    assert cached() == ([7, 0, 8, 2], 6)
     (folder / "2.png").unlink()
-    assert cached() == ([7, 0, 8], 6)
-    os.utime(folder / "0.png", ns=(1, 1))
     assert cached() == ([7, 0, 8], 7)
+    os.utime(folder / "0.png", ns=(1, 1))
+    assert cached() == ([7, 0, 8], 8)
+    monkeypatch.setattr(data, "read_image", lambda *args: 255 - images.read_image(*args))
+    assert cached() == ([248, 255, 247], 9)  # as when a reader edits read_image
     assert not capsys.readouterr().out
 
 

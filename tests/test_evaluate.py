@@ -82,7 +82,7 @@ def test_errors_of_the_user_are_one_line(trained, image_folder, tmp_path, run):
         (["--data", image_folder], "run/checkpoint.pt does not exist; python train.py writes"),
         (["--checkpoint", "rnu"], "rnu does not exist"),
         (["--checkpoint", "other.pt"], "--data must be a folder of images"),
-        (["--checkpoint", "other.pt", "--data", "none"], "none: there is no such folder"),
+        (["--checkpoint", "other.pt", "--data", "none"], "none: no such folder"),
     ):
         assert said in run("evaluate.py", *words, cwd=tmp_path, code=1)
     assert "must be at least 1" in run("evaluate.py", "--batch", 0, cwd=tmp_path, code=2)

@@ -1,6 +1,8 @@
 """The promises of sample.py: the network file, the samples, the outputs, signals; and the demo."""
 
+import json
 import os
+import re
 import signal
 import sys
 import time
@@ -140,8 +142,9 @@ def test_interpolation_between_two_images(trained, network, image_folder, tmp_pa
     run("sample.py", "--onnx", trained[0] / "model.onnx", "--interpolate", *files,
         "--t", 30, 600, "--steps", 40, "--out", "i.png", cwd=tmp_path)  # fmt: skip
     image = np.asarray(Image.open(tmp_path / "i.png")).astype(int)
-    scale = image.shape[1] // (13 * 10)
-    assert image.shape == (2 * 10 * scale, 13 * 10 * scale, 3)
+    scale = image.shape[0] // (2 * 10)
+    assert scale == 6  # as in every other grid
+    image = image[:, image.shape[1] - 13 * 10 * scale :]  # without "t = 30" and "t = 600"
     tiles = image[::scale, ::scale].reshape(2, 10, 13, 10, 3).transpose(0, 2, 4, 1, 3)
     tiles = tiles[..., 1:-1, 1:-1]  # (2, 13, C, H, W)
     ends = [read_image(file, 8, 3) for file in files]
@@ -174,6 +177,98 @@ def test_inpainting_keeps_the_image_outside_the_mask(trained, network, image_fol
     kept = np.broadcast_to(mask == 0, drawn.shape)
     change = np.abs(drawn.astype(int) - read_image(file, 8, 3))
     assert not change[kept].any() and change[~kept].max() > 9
+
+
+@pytest.mark.parametrize(
+    "mode, black, white, share",
+    [
+        ("L", 0, 255, "50%"),
+        ("L", 0, 1, "50%"),
+        ("1", 0, 1, "50%"),
+        ("RGBA", (0, 0, 0, 0), (255, 255, 255, 255), "50%"),
+        ("RGBA", (0, 0, 0, 255), (255, 255, 255, 255), "50%"),
+        ("L", 0, 0, "0%"),
+        ("L", 255, 255, "100%"),
+    ],
+)
+def test_masks_as_people_draw_them(mode, black, white, share, trained, image_folder, tmp_path, run):
+    mask = Image.new(mode, (8, 8), black)
+    mask.paste(white, (0, 0, 8, 4))
+    mask.save(tmp_path / "mask.png")
+    words = ["--inpaint", image_folder / "0.png", "mask.png", "-n", 1, "--steps", 2, "--dir", "out"]
+    said = run("sample.py", "--onnx", trained[0] / "model.onnx", *words, cwd=tmp_path)
+    assert f"the mask selects {share} of the image" in said
+    if share == "50%":
+        drawn = read_image(tmp_path / "out" / "000000.png", 8, 3)
+        same = (drawn == read_image(image_folder / "0.png", 8, 3)).all((0, 2))
+        assert same[4:].all() and not same[:4].all()
+
+
+def test_samples_that_are_not_finite_are_not_saved(trained, image_folder, tmp_path, run):
+    proto = onnx.load(trained[0] / "model.onnx")
+    weight = next(w for w in proto.graph.initializer if w.name.endswith("conv_out.bias"))
+    weight.CopyFrom(onnx.numpy_helper.from_array(np.full(3, np.nan, np.float32), weight.name))
+    onnx.save(proto, tmp_path / "nan.onnx")
+    good = image_folder / "0.png"
+    for flags in (["--dir", "out"], ["--interpolate", good, good]):
+        words = ["--onnx", "nan.onnx", "--steps", 2, *flags]
+        assert "not finite, so no image is saved" in run("sample.py", *words, cwd=tmp_path, code=1)
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_long_sampling_says_what_fewer_steps_would_take(trained, tmp_path, run, monkeypatch):
+    clock = iter(range(10**6))
+    monkeypatch.setattr(sample.time, "monotonic", lambda: next(clock))
+    words = ["--onnx", trained[0] / "model.onnx", "-n", 2, "--steps"]
+    said = run("sample.py", *words, 100, cwd=tmp_path)
+    assert len(re.findall(r"about 2 min; --steps 20 would take \d\d s", said)) == 1
+    assert "would take" not in run("sample.py", *words, 20, cwd=tmp_path)
+
+
+def test_interrupted_interpolation_keeps_its_rows(
+    trained, image_folder, tmp_path, run, monkeypatch
+):
+    chain, calls = sample.sample_progressive, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        yield from chain(*args)
+
+    monkeypatch.setattr(sample, "sample_progressive", interrupted)
+    good = image_folder / "0.png"
+    words = ["--interpolate", good, good, "--t", 10, 20, 30, 40, "--steps", 2]
+    said = run("sample.py", "--onnx", trained[0] / "model.onnx", *words, cwd=tmp_path, code=1)
+    assert "stopped after 2 of 4 rows" in said
+    assert Image.open(tmp_path / "samples.png").height == 2 * 60
+
+
+@pytest.mark.parametrize("name", ["../../x", "/x", "..", "", "a/b", "..\\x", "C:\\x", "C:x"])
+def test_class_of_a_stranger_never_leaves_the_folder(name, coloured, tmp_path, run):
+    proto = onnx.load(coloured / "model.onnx")
+    classes = next(p for p in proto.metadata_props if p.key == "ddpm.classes")
+    classes.value = json.dumps(["blue", name, "red"])
+    onnx.save(proto, tmp_path / "model.onnx")
+    said = run("sample.py", "--dir", "out", "--steps", 1, cwd=tmp_path, code=1)
+    assert "a class must not be named" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_weights_outside_of_the_file_are_not_read(trained, tmp_path):
+    """ONNX files may name other files for their weights; a path out of the folder is refused."""
+    proto = onnx.load(trained[0] / "model.onnx")
+    (tmp_path / "secret").write_bytes(bytes(4 * 3))
+    weight = next(w for w in proto.graph.initializer if w.name.endswith("conv_out.bias"))
+    weight.ClearField("raw_data")
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    for path in ("../secret", str(tmp_path / "secret")):
+        del weight.external_data[:]
+        weight.external_data.add(key="location", value=path)
+        (tmp_path / "inside").mkdir(exist_ok=True)
+        (tmp_path / "inside" / "model.onnx").write_bytes(proto.SerializeToString())
+        with pytest.raises(ValueError, match="can't be opened"):
+            ddpm_numpy.Network(tmp_path / "inside" / "model.onnx", "cpu")
 
 
 def test_bug_keeps_its_traceback(trained, run, monkeypatch, tmp_path):
@@ -231,10 +326,16 @@ def test_grid_shows_the_first_256_images(trained, tmp_path, run):
         ("--interpolate {good} {good} --dir new", 2, "goes with none of --inpaint, -n, --dir"),
         ("--interpolate {good} {good} -n 3", 2, "goes with none of"),
         ("--interpolate {good} {good} --gif x.gif", 2, "goes with none of"),
-        ("--out o.psd", 2, "o.psd must be an image file such as x.png"),
-        ("--out nosuffix", 2, "nosuffix must be an image file"),
-        ("--strip s", 2, "s must be an image file"),
-        ("--gif o.jpg", 2, "o.jpg must be an animation such as x.gif"),
+        ("--out o.psd", 2, "o.psd must be a file such as x.png or x.gif"),
+        ("--out o.xbm", 2, "o.xbm must be a file such as"),
+        ("--out o.grib", 2, "o.grib must be a file such as"),
+        ("--out photos", 2, "photos must be a file such as"),
+        ("--t 5", 2, "--t needs --interpolate"),
+        ("--guidance nan", 2, "--guidance must be a finite number"),
+        ("--interpolate {good} {good} --guidance 1", 2, "needs --class with one name"),
+        ("--out nosuffix", 2, "nosuffix must be a file such as"),
+        ("--strip s", 2, "s must be a file such as"),
+        ("--gif o.jpg", 2, "o.jpg must be a file such as x.png or x.gif"),
         ("--dir photos", 2, "--dir photos must be a new or empty folder"),
         ("--dir photos/mine.png", 2, "must be a new or empty folder"),
     ],
