@@ -32,8 +32,7 @@ from torch import Tensor, nn
 def linear_betas(T=1000, beta_1=1e-4, beta_T=0.02):
     """Return the paper's schedule (section 4): T variances from beta_1 to beta_T. Float64, (T,).
 
-    Change T and the betas together, so that x_T stays close to pure noise. To sample in fewer
-    steps, keep T = 1000 and pass `steps=` to the sampler.
+    Change T and the betas together. To sample in fewer steps, pass `steps=` to the sampler.
     """
     return torch.linspace(beta_1, beta_T, T, dtype=torch.float64)
 
@@ -316,7 +315,7 @@ class Diffusion:
         return chain
 
     def ddim_step(self, eta):
-        """Return DDIM's step, like ddpm_step (Song et al. 2021, arXiv:2010.02502, eq. 12 and 16)."""
+        """Return DDIM's step, like ddpm_step (Song et al. 2021, arXiv:2010.02502, eq. 12, 16)."""
         sigma2 = eta**2 * self.posterior_variance
         factor_x0, sigma = self.alphas_bar_prev.sqrt(), sigma2.sqrt()
         factor_eps = (1 - self.alphas_bar_prev - sigma2).sqrt()
