@@ -248,11 +248,10 @@ def find_run(out):
     """
     if (out / "checkpoint.pt").is_file():
         return open_checkpoint(out / "checkpoint.pt")
-    left = (
-        r"\..*|images-.*|log\.csv"  # what is left of a run that ended before its first checkpoint
-    )
-    if out.is_dir() and not all(re.fullmatch(left, path.name) for path in out.iterdir()):
-        sys.exit(f"--out {out} holds files but no checkpoint.pt; use a new or empty folder")
+    left = r"\..*|images-.*|log\.csv"  # of a run that ended before its first checkpoint
+    files = [out] if out.is_file() else out.glob("*")
+    if not all(re.fullmatch(left, path.name) for path in files):
+        sys.exit(f"--out {out} is not the folder of a run; use a new or empty folder")
     return None
 
 

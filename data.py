@@ -170,6 +170,8 @@ def read_folder(folder, size, channels=None, most=None, classes=None, cache=None
         first = ", ".join(os.path.basename(path) for path in others[:3])
         files = "1 file" if len(others) == 1 else f"{len(others):,} files"
         print(f"ignored {files} with a suffix that Pillow does not read: {first}")
+        if any(path.lower().endswith((".heic", ".heif")) for path in others):
+            print("to read HEIC files: pip install pillow-heif")
     if not paths:
         sys.exit(f"{folder}: there is no image that can be read")
     if most is not None and most < len(paths):

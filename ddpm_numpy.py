@@ -84,9 +84,8 @@ def sample_progressive(
         beta, alpha, abar, abar_prev, sigma = tables[i]
         if known:
             image, mask = known
-            x = np.where(
-                mask, x, math.sqrt(abar) * image + math.sqrt(1 - abar) * draw_noise()
-            )  # (4)
+            x_t = math.sqrt(abar) * image + math.sqrt(1 - abar) * draw_noise()  # (4)
+            x = np.where(mask, x, x_t)
         eps = eps_model(x, np.full(len(x), tau[i]))
         x0 = (x - math.sqrt(1 - abar) * eps) / math.sqrt(abar)  # (15)
         x0 = x0.clip(-1, 1) if clip else x0

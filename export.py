@@ -147,7 +147,7 @@ def write_onnx(trained, path, kind=None):
         os.replace(exact if kind is None else reduced, path)
     step = f", step {trained.step:,}" if trained.step else ""
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, from {trained.source}{step}")
-    print(f"next:\n  python sample.py --onnx {shlex.quote(str(path))}")
+    print(f"next:\n  python sample.py --onnx {shlex.quote(path.as_posix())} --steps 20")
 
 
 def main():
@@ -170,7 +170,7 @@ def main():
     args = parser.parse_args()
     if args.onnx is None and args.to_diffusers is None:
         args.onnx = Path("model.onnx")
-    if args.onnx and args.onnx.suffix != ".onnx":
+    if args.onnx and args.onnx.suffix.lower() != ".onnx":
         parser.error("--onnx must be a file such as model.onnx")
     if args.kind and not args.onnx:
         parser.error("--half and --int8 need --onnx")

@@ -4,11 +4,17 @@ Pixels are uint8, (C, H, W) for one image and (B, C, H, W) for several; C is 1 f
 3 for colour. The networks work on float32 in [-1, 1].
 """
 
+import contextlib
 import math
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+with contextlib.suppress(ImportError):  # HEIC, the photographs of telephones, if it is installed
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
 
 
 def is_grey(image):

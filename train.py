@@ -101,10 +101,7 @@ def update_ema(ema, model, step, decay):
 
 
 def learning_rate(step, lr, warmup, decay_steps=None):
-    """Return the learning rate, which rises linearly to lr over `warmup` steps.
-
-    With decay_steps, it also falls linearly, to 0 at that step.
-    """
+    """Return lr after a linear rise over `warmup` steps, falling to 0 over decay_steps if given."""
     decay = 1 - step / decay_steps if decay_steps else 1.0
     return lr * min(1.0, (step + 1) / max(1, warmup)) * decay
 
@@ -356,4 +353,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the loop catches both signals
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped before the first step")

@@ -1,6 +1,7 @@
 """Repeat the paper's Table 2 on the demo: what is predicted, and how the loss is weighted.
 
     python benchmarks/table2.py            # writes benchmarks/TABLE2.md
+    python benchmarks/table2.py --judge run    # counts the correct samples of one run of the demo
 
 Each row is trained as `python train.py` trains the demo, with three seeds.
 """
@@ -88,7 +89,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time [1]")
     parser.add_argument("--keep", type=Path, help="a folder for the runs [a temporary one]")
     parser.add_argument("--out", default=str(HERE / "TABLE2.md"), help="[benchmarks/TABLE2.md]")
-    parser.add_argument("--judge", help=argparse.SUPPRESS)  # how it calls itself
+    parser.add_argument("--judge", metavar="RUN", help="only count the correct samples of a run")
     args = parser.parse_args()
     if args.judge:
         return print(json.dumps(judge(args.judge)))

@@ -40,6 +40,13 @@ def test_folder_is_read_with_its_sub_folders(image_folder, capsys):
     assert len(read(image_folder, 8, most=5)) == 5
 
 
+def test_heic_names_the_package_that_reads_it(tmp_path, capsys):
+    Image.new("L", (4, 4)).save(tmp_path / "good.png")
+    (tmp_path / "IMG_1.HEIC").touch()
+    read(tmp_path, 4)
+    assert "pip install pillow-heif" in capsys.readouterr().out
+
+
 def test_the_first_three_that_are_left_out_are_named(tmp_path, capsys):
     Image.new("L", (4, 4)).save(tmp_path / "good.png")
     for k in range(5):
@@ -161,7 +168,9 @@ def test_images_are_decoded_once(tmp_path, monkeypatch, capsys):
         assert path.stat().st_size == 128 + array.size  # uint8, and numpy's header
         return first_pixels(array), len(decoded)
 
-    assert cached() == cached() == cached(folder=f"{folder}/") == ([0, 1, 2], 1)
+    other_words = f"{folder}/", os.path.relpath(folder)
+    assert cached() == cached() == ([0, 1, 2], 1)
+    assert all(cached(folder=words) == ([0, 1, 2], 1) for words in other_words)
     assert cached(channels=1) == ([0, 1, 2], 1)
     assert cached(channels=3) == cached(channels=3) == ([0, 1, 2], 2)
     assert cached() == ([0, 1, 2], 3)  # what was forced is not what is found

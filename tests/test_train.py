@@ -85,8 +85,8 @@ def test_step_is_algorithm_1(weighting, flip):
     torch.manual_seed(0)
     model = UNet(8, 3, 8, (1, 2), 1, (), dropout=0.0)
     start, ema = copy.deepcopy(model), copy.deepcopy(model).requires_grad_(False)
-    first, *others = model.parameters()
-    groups = [{"params": others[::-1]}, {"params": [first]}]
+    *others, last = model.parameters()
+    groups = [{"params": others[::-1]}, {"params": [last]}]
     args = flags(flip=flip, weighting=weighting)
     loss, norm = take_step(model, ema, torch.optim.Adam(groups, 1e-3, fused=True), images, args)
 
@@ -162,7 +162,7 @@ def test_three_commands_from_folder_to_images(trained):
     folder, (train_said, export_said, sample_said) = trained
     assert "images   12 of 3x8x8, which the network will memorise" in train_said
     assert train_said.rstrip().endswith("python export.py --checkpoint run/checkpoint.pt")
-    assert export_said.rstrip().endswith("python sample.py --onnx model.onnx")
+    assert export_said.rstrip().endswith("python sample.py --onnx model.onnx --steps 20")
     assert "ResourceWarning" not in train_said + export_said + sample_said
     assert {p.name for p in folder.iterdir()} == {"run", "model.onnx", "samples.png"}
     names = {re.sub(r"images-.*\.", "images.", p.name) for p in (folder / "run").iterdir()}
@@ -421,8 +421,10 @@ def test_folder_of_other_files_is_refused(image_folder, tmp_path, run):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
     said = run("train.py", "--data", image_folder, *TINY, cwd=tmp_path, code=1)
-    assert "--out run holds files but no checkpoint.pt" in said
+    assert "--out run is not the folder of a run" in said
     assert os.listdir(tmp_path / "run") == ["thesis.txt"]
+    words = ["--data", image_folder, *TINY, "--out", "run/thesis.txt"]
+    assert "is not the folder of a run" in run("train.py", *words, cwd=tmp_path, code=1)
 
 
 def test_run_inside_the_data_is_not_trained_on(image_folder, tmp_path, run):
@@ -490,6 +492,22 @@ def test_signal_ends_training_after_a_step_that_is_saved(
     assert read(tmp_path / "run")["step"] == 6
     rows = (tmp_path / "run" / "log.csv").read_text().splitlines()
     assert rows[-1].startswith("6,") and len(rows) == 7
+
+
+@posix
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_while_decoding_leaves_no_files(number, tmp_path, start):
+    (tmp_path / "images").mkdir()
+    for k in range(3000):
+        (tmp_path / "images" / f"{k}.png").write_bytes(b"")
+    Image.new("L", (2000, 2000)).save(tmp_path / "images" / "0.png")
+    process = start("train.py", "--data", "images", *TINY, cwd=tmp_path)
+    while not list(tmp_path.glob("run/images-*")):
+        assert process.poll() is None
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 1 and said.rstrip().endswith("stopped before the first step")
+    assert "Traceback" not in said and not list((tmp_path / "run").iterdir())
 
 
 @pytest.mark.parametrize("every", [1, 10])
