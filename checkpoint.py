@@ -46,8 +46,7 @@ def number(kind, low, high=math.inf):
     def parse(text):
         value = kind(text)
         if not low <= value < high:
-            limit = "" if high == math.inf else f" and below {high}"
-            raise argparse.ArgumentTypeError(f"{text} must be at least {low}{limit}")
+            raise argparse.ArgumentTypeError(f"{text} is not in the range from {low} to {high}")
         return value
 
     parse.__name__ = kind.__name__  # for argparse's messages
@@ -85,18 +84,6 @@ def settings(args, weights, images=None):
         model["num_classes"], training["classes"] = len(args.classes), args.classes
     model["in_channels"] = args.channels
     return {"model": model, "diffusion": diffusion, "train": training}
-
-
-def unlike(defaults, args):
-    """Return ", but" and the flags of what differs from these defaults, "" if nothing does."""
-    words = []
-    for name, default in defaults.items():
-        value = getattr(args, name)
-        flag = ("--no-" if value is False else "--") + name.replace("_", "-")
-        values = [] if isinstance(value, bool) else value if isinstance(value, list) else [value]
-        if value not in (default, "weights"):
-            words += [flag, *map(str, values)]
-    return f", but {' '.join(words)}" if words else ""
 
 
 def complete(args, state):

@@ -10,10 +10,9 @@ Network may be used from several threads.
 Numbers in brackets are equations of the paper, arXiv:2006.11239. t counts 0..T-1, as in ddpm.py.
 """
 
-import ctypes
 import json
 import math
-import sys
+import shutil
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
@@ -172,15 +171,6 @@ def sample(network, n, classes=None, guidance=0, steps=10, seed=0, first=0, **op
 # -------------------------------------------------------------------------------------- the network
 
 
-def has_nvidia_driver():
-    """Return whether there is a driver for CUDA. Without one, ONNX Runtime would log an error."""
-    try:
-        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return False
-    return True
-
-
 class Network:
     """eps_theta(x_t, t) from a model.onnx: float32 (B, C, H, W) and int64 (B,) to eps, for any B.
 
@@ -205,7 +195,8 @@ class Network:
             raise ValueError(f"{path} does not exist; python export.py writes it")
         providers = ["CPUExecutionProvider"]
         has_cuda = "CUDAExecutionProvider" in ort.get_available_providers()
-        if device != "cpu" and has_cuda and has_nvidia_driver():
+        # Without NVIDIA's driver, ONNX Runtime would print an error.
+        if has_cuda and (device == "cuda" or (device == "auto" and shutil.which("nvidia-smi"))):
             ort.preload_dlls()  # the CUDA libraries that pip installed; it prints what is missing
             providers.insert(0, ("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC"}))
         try:

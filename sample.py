@@ -17,6 +17,7 @@ import math
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,11 +52,6 @@ def image_file(name, kinds=Image.SAVE):
     return name
 
 
-def animation_file(name):
-    """Return the name of a file that Pillow can write an animation to, as an argparse type."""
-    return image_file(name, Image.SAVE_ALL)
-
-
 def arguments():
     """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(
@@ -68,6 +64,7 @@ def arguments():
     flag("-n", type=int, help="number of images [64, or 8 of each class]")
     flag("--out", default="samples.png", type=image_file, help="a grid of images [%(default)s]")
     flag("--dir", type=Path, help=f"a new folder, one PNG per image; needed if -n is above {GRID}")
+    animation_file = partial(image_file, kinds=Image.SAVE_ALL)
     flag("--gif", type=animation_file, help="an animation of the reverse process, first batch only")
     flag("--strip", type=image_file, help="x_t and x0_hat along the chain, first four images only")
     flag("--inpaint", nargs=2, metavar=("IMAGE", "MASK"), help="redraw where the mask is white")
@@ -116,15 +113,13 @@ def read_mask(path, shape):
 
     The lightest grey of a file counts as white, also if it is 1.
     """
-    try:
-        with Image.open(path) as image:
-            alpha = image.convert("RGBA").getchannel("A")
-    except Exception as error:  # Pillow raises many kinds
-        sys.exit(f"sample.py: {path} can't be read: {error}")
+    grey = read(path, (1, *shape[1:]))
+    with Image.open(path) as image:
+        alpha = image.convert("RGBA").getchannel("A")
     if alpha.getextrema()[0] < 255:
         path = io.BytesIO()
         alpha.save(path, "PNG")
-    grey = read(path, (1, *shape[1:]))
+        grey = read(path, (1, *shape[1:]))
     mask = grey > grey.max() / 2
     print(f"the mask selects {mask.mean():.0%} of the image")
     return mask

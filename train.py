@@ -189,8 +189,7 @@ def make_parser():
 def arguments():
     """Return the arguments of the command line, and the Trained of --init or None.
 
-    What is not given comes from the demo or --quick, else from the paper. The weights of --init fix
-    the network and its schedule.
+    The weights decide the network and its schedule; for what else is not given, see the presets.
     """
     parser = make_parser()
     args, weights = parser.parse_args(), None
@@ -290,11 +289,12 @@ def main():
     if is_main:
         size = sum(p.numel() for p in model.parameters())
         where = f"{device}, {'bfloat16' if args.amp else 'float32'}" + ", compiled" * args.compile
-        memorised = ", which the network will memorise" * (len(images) < 100)
-        print(f"images   {len(images):,} of {'x'.join(map(str, images.shape[1:]))}{memorised}")
+        changed = {name: v for name, v in vars(args).items() if v != PAPER.get(name, v)}
+        few = ", which the network will memorise" * (len(images) < 100)
+        print(f"images   {len(images):,} of {'x'.join(map(str, images.shape[1:]))}{few}")
         if args.classes:
             print(f"classes  {len(args.classes):,}, from {args.classes[0]} to {args.classes[-1]}")
-        print(f"settings the paper's{checkpoint.unlike(PAPER, args)}")
+        print(f"settings the paper's{f', but {changed}' if changed else ''}")
         print(f"network  {size:,} parameters on {WORLD} x {where}")
         print(f"steps    {start:,} to {args.steps:,}, with a preview every {args.preview_every:,}")
 
