@@ -7,8 +7,7 @@
     python sample.py --onnx model.onnx --inpaint image.png mask.png  # redraw the white of the mask
     python sample.py --onnx model.onnx --class boot bag --guidance 2  # if it has classes
 
-It needs ddpm_numpy.py, images.py, numpy, Pillow, tqdm and onnxruntime, or
-onnxruntime-gpu[cuda,cudnn].
+It needs ddpm_numpy.py, images.py, numpy, Pillow, tqdm and onnxruntime (for CUDA, see the manual).
 """
 
 import argparse
@@ -87,16 +86,14 @@ def arguments():
         parser.error(f"--dir {args.dir} must be a new or empty folder")
     if args.interpolate and (args.inpaint or args.n or args.dir or args.gif or args.strip):
         parser.error("--interpolate goes with none of --inpaint, -n, --dir, --gif and --strip")
-    if args.interpolate and args.guidance is not None and len(args.classes or []) != 1:
-        parser.error("--interpolate with --guidance needs --class with one name")
+    if args.interpolate and not (args.guidance is not None) <= len(args.classes or []) <= 1:
+        parser.error("--interpolate takes at most one class, and --guidance needs one")
     if args.t and not args.interpolate:
         parser.error("--t needs --interpolate")
     if not math.isfinite(args.guidance or 0):
         parser.error("--guidance must be a finite number")
-    if args.eta is not None and not 0 <= args.eta <= 1:
-        parser.error("--eta must be from 0 to 1")
-    if args.eta is not None and args.sampler in ("ddpm", "dpm"):
-        parser.error(f"--eta belongs to --sampler ddim, not to {args.sampler}")
+    if args.eta is not None and (args.sampler in ("ddpm", "dpm") or not 0 <= args.eta <= 1):
+        parser.error("--eta must be from 0 to 1, and belongs to --sampler ddim")
     return args
 
 
@@ -210,16 +207,14 @@ def draw_samples(network, args, y):
     seconds = time.monotonic() - began
     save_image(args.out, grid(np.stack(shown), rows=len(names), names=names))
     if args.gif:
-        states = [x for x, _ in frames] + [frames[-1][1]]
-        images = [grid(x, rows=len(names)) for x in states]
-        save_animation(args.gif, images, each=3000 // len(frames))
+        states = [grid(x, rows=len(names)) for x in (*(x for x, _ in frames), frames[-1][1])]
+        save_animation(args.gif, states, each=3000 // len(frames))
     if args.strip:
         save_image(args.strip, strip(frames))
-    images = "1 image" if drawn == 1 else f"{drawn} images"
-    what = images if drawn <= GRID else f"the first {GRID} of {drawn:,} images"
-    if len(names) > 1:
-        what += f" of {', '.join(names)}"
-    print(f"{args.out}: {what}, {seconds:.1f} s, {seconds / drawn:.2f} s each")
+    what = f"{drawn} image{'s' * (drawn > 1)}"
+    what = what if drawn <= GRID else f"the first {GRID} of {drawn:,} images"
+    of = f" of {', '.join(names)}" if len(names) > 1 else ""
+    print(f"{args.out}: {what}{of}, {seconds:.1f} s, {seconds / drawn:.2f} s each")
     if drawn < n:
         sys.exit(f"sample.py: stopped after {drawn:,} of {n:,} images")
 
@@ -231,9 +226,8 @@ def strip(frames):
     """
     columns = min(STRIP, len(frames))
     chosen = [frames[i] for i in np.linspace(0, len(frames) - 1, columns).round().astype(int)]
-    rows = np.stack([np.stack(pair) for pair in chosen], 2)  # (2, B, columns, C, H, W)
-    rows = rows[:, :4].swapaxes(0, 1)
-    return grid(rows.reshape(-1, *rows.shape[3:]), columns)
+    rows = np.stack([np.stack(pair) for pair in chosen], 2)[:, :4]  # (2, B, columns, C, H, W)
+    return grid(rows.swapaxes(0, 1).reshape(-1, *rows.shape[3:]), columns)
 
 
 def main():
@@ -253,8 +247,6 @@ def main():
         sys.exit(f"sample.py: this model has T = {T}: --steps must be 1..{T}, --t 0..{T - 1}")
     if args.guidance is not None and y is None:
         sys.exit("sample.py: the network has no classes to guide to")
-    if args.interpolate and len(args.classes or []) > 1:
-        sys.exit("sample.py: --interpolate takes one class at most")
     args.guidance = args.guidance or 0
     name = network.provider.removesuffix("ExecutionProvider")
     hint = "; to use a GPU, see Accelerators in docs/guide.md"

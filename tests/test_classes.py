@@ -239,8 +239,8 @@ def test_names_that_are_no_classes_are_one_line(coloured, trained, image_folder,
     assert "no class pink; there are blue, green, red" in said
     ends = [image_folder / "0.png", image_folder / "1.png"]
     said = run("sample.py", "--onnx", onnx, "--class", "red", "blue", "--interpolate", *ends,
-               cwd=tmp_path, code=1)  # fmt: skip
-    assert "one class at most" in said
+               cwd=tmp_path, code=2)  # fmt: skip
+    assert "at most one class" in said
     for flags in (["--class", "red"], ["--guidance", 1]):
         plain = trained[0] / "model.onnx"
         said = run("sample.py", "--onnx", plain, *flags, cwd=tmp_path, code=1)
