@@ -209,7 +209,7 @@ class Run:
                 partial(ema, y=y), (36, *shape), min(20, diffusion.T), "dpm",
                 generator=noise, device=args.device,
             )  # fmt: skip
-        image = grid(to_pixels(x0.cpu().numpy()), rows=rows)
+        image = grid(to_pixels(x0.cpu().numpy()), rows=rows, names=args.classes)
         save_image(self.out / f"preview-{step:07d}.png", image)
         table = np.loadtxt(self.out / "log.csv", delimiter=",", skiprows=1, ndmin=2)[:, :2]
         length = -(-len(table) // 200)

@@ -216,7 +216,7 @@ def coloured(class_folder, tmp_path_factory):
     """The run folder of a network that has learnt the three classes, with its model.onnx."""
     out = tmp_path_factory.mktemp("coloured") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        words = ["train.py", "--data", class_folder, "--out", out, *CLASSES, "--steps", 250]
+        words = ["train.py", "--data", class_folder, "--out", out, *CLASSES, "--steps", 160]
         patch.setattr("sys.argv", [*map(str, words)])
         train.main()
     export.write_onnx(checkpoint.load(out), out / "model.onnx")
