@@ -76,7 +76,7 @@ def test_one_class_fills_a_square(coloured, tmp_path, run):
 
 def test_interpolation_within_a_class(coloured, class_folder, tmp_path, run):
     ends = class_folder / "red" / "0.png", class_folder / "blue" / "0.png"
-    flags = ["--class", "green", "--guidance", 3, "--t", 990, "--interpolate", *ends]
+    flags = ["--class", "green", "--guidance", 3, "--t", 990, "--steps", 50, "--interpolate", *ends]
     run("sample.py", "--onnx", coloured / "model.onnx", *flags, cwd=tmp_path)
     assert cells(tmp_path / "samples.png", 1, 13) == [["red", *["green"] * 11, "blue"]]
 
