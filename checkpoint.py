@@ -10,7 +10,6 @@ Samples use "ema", the averaged weights. torch.load(path, weights_only=True) ope
 """
 
 import argparse
-import hashlib
 import math
 import os
 import re
@@ -24,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data import digest
 from ddpm import Diffusion, UNet, cosine_betas, linear_betas
 from device import RANK
 from images import grid, save_image, save_plot, to_pixels
@@ -46,22 +46,18 @@ def number(kind, low, high=math.inf):
     def parse(text):
         value = kind(text)
         if not low <= value < high:
-            raise argparse.ArgumentTypeError(f"{text} is not in the range from {low} to {high}")
+            limit = f" and below {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low}{limit}")
         return value
 
     parse.__name__ = kind.__name__  # for argparse's messages
     return parse
 
 
-def digest_of(path):
-    """Return a digest of a path, which tells it from others without containing it; None for None.
-
-    A run and its checkpoint have the same, whether or not they still exist.
-    """
-    if path is None:
-        return None
-    text = os.path.abspath(str(path).removesuffix("checkpoint.pt"))
-    return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).hexdigest()
+def name_of(path):
+    """Return the name of a run, of its checkpoint, or of published weights."""
+    path = Path(os.path.abspath(path))
+    return path.parent.name if path.name == "checkpoint.pt" else path.name
 
 
 def settings(args, weights, images=None):
@@ -77,8 +73,9 @@ def settings(args, weights, images=None):
         "steps": args.steps if args.lr_decay else None,  # else the run can be made longer
         "init": args.init,
         "data": args.data and Path(args.data).resolve().name,
-        "folder": digest_of(args.data and Path(args.data).resolve()),
+        "folder": args.data and digest(os.fsencode(Path(args.data).resolve())),
         "images": images,
+        "code": digest(Path(sys.modules["ddpm"].__file__).read_bytes()),
     }
     if args.classes:
         model["num_classes"], training["classes"] = len(args.classes), args.classes
@@ -103,11 +100,10 @@ def differences(old, new, besides):
     was, now = (config["model"] | config["diffusion"] | config["train"] for config in (old, new))
     names = (was | now).keys() - {"num_classes", *besides}  # "classes", their names, say more
     different = [(name, was.get(name), now.get(name)) for name in sorted(names)]
-    opaque = {"betas": "schedule", "init": "file", "folder": "folder", "images": "set"}
+    shown = {"betas": ("one schedule", "another"), "images": ("one set", "another")}
+    shown["folder"] = was["data"], f"another, {now['data']}"
     return [
-        (name, before and f"one {opaque[name]}", after and "another")
-        if name in opaque
-        else (name, before, after)
+        (name, *shown.get(name, (before, after)))
         for name, before, after in different
         if before != after
     ]
@@ -116,12 +112,12 @@ def differences(old, new, besides):
 def refuse_other_run(out, state, config, steps):
     """Exit unless the checkpoint in the folder `out` belongs to a run with these settings.
 
-    Other images in the same folder are used, and the same images may be in another folder.
+    Changed images in the same folder are accepted, and so are the same images in another folder.
     """
     if state is None:
         return
     old, new, step = state["config"]["train"], config["train"], state["step"]
-    besides = ["data"]
+    besides = ["data", "code"]
     if new["images"] in (None, old["images"]) or new["folder"] == old["folder"]:
         besides += ["images", "folder"]
     if different := differences(state["config"], config, besides):
@@ -134,14 +130,18 @@ def refuse_other_run(out, state, config, steps):
         )
     if step > steps:
         sys.exit(f"{out} is at step {step:,} already, so --steps must be larger")
-    if new["images"] not in (None, old["images"]) and step < steps and RANK == 0:
-        print(f"the images have changed since step {step:,}; training continues with them")
+    if new["images"] is None or step == steps or RANK > 0:
+        return
+    for name, what in (("images", "the images have"), ("code", "ddpm.py has")):
+        if new[name] != old[name]:
+            print(f"{what} changed since step {step:,}; training continues with the change")
 
 
 def refuse_other_ranks(configs):
     """Exit unless all processes have the same settings and images. configs: one of each."""
     for rank, config in enumerate(configs):
-        for name, first, other in differences(configs[0], config, ("data", "folder", "init")):
+        besides = "data", "folder", "init"
+        for name, first, other in differences(configs[0], config, besides):
             sys.exit(f"{name} is {first} in rank 0, but {other} in rank {rank}")
 
 
@@ -243,9 +243,9 @@ def find_run(out):
 
 
 def start_from(weights, model, classes):
-    """Load the weights of --init into the model. Classes of other names start without effect."""
+    """Load the weights of --init. If the class names differ, the new ones start without effect."""
     state = weights.model.state_dict()
-    if weights.classes and weights.classes != classes:  # then all images are of "no class"
+    if weights.classes and weights.classes != classes:  # the bias takes over "no class"
         no_class = state.pop("class_embedding.weight")[-1]
         state["time_mlp.2.bias"] = state["time_mlp.2.bias"] + no_class
     model.load_state_dict(model.state_dict() | state)

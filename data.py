@@ -43,7 +43,7 @@ def image_files(folder):
         sys.exit(f"{folder}: {'not a folder' if os.path.exists(folder) else 'no such folder'}")
     suffixes = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     paths = []
-    for root, folders, names in os.walk(folder):
+    for root, folders, names in os.walk(folder, followlinks=True):
         if "checkpoint.pt" in names:  # a run, with its previews
             folders.clear()
             continue
@@ -105,12 +105,17 @@ def try_to_read(path, size, channels):
         return None, error
 
 
+def stat(path):
+    """Return the os.stat of a file or, if it is a link to nothing, that of the link."""
+    return os.stat(path) if os.path.exists(path) else os.lstat(path)
+
+
 def map_files(function, paths):
     """Yield function(path) for each path in order, computed in threads if the files are large.
 
     Pillow decodes outside of Python's lock. With small files, threads spend longer waiting for it.
     """
-    if np.mean([os.lstat(path).st_size for path in paths[:64]]) < LARGE:
+    if np.mean([stat(path).st_size for path in paths[:64]]) < LARGE:
         yield from map(function, paths)
         return
     with ThreadPool(min(16, os.cpu_count() or 1)) as pool:
@@ -160,11 +165,6 @@ def read_folder(folder, size, channels=None, most=None, classes=None, cache=None
     Counts and names the files that are left out. Exits if no image is left, or if one is in none of
     the classes.
     """
-    if cache is None:
-        with tempfile.TemporaryDirectory() as temporary:
-            images, labels = read_folder(folder, size, channels, most, classes, Path(temporary))
-            images = np.array(images)  # in memory
-        return images, labels
     paths, others = image_files(folder)
     if others:
         first = ", ".join(os.path.basename(path) for path in others[:3])
@@ -176,37 +176,53 @@ def read_folder(folder, size, channels=None, most=None, classes=None, cache=None
         sys.exit(f"{folder}: there is no image that can be read")
     if most is not None and most < len(paths):
         paths = [paths[i * len(paths) // most] for i in range(most)]
-    states = [(os.path.relpath(path, folder), os.lstat(path)) for path in paths]
+    with tempfile.TemporaryDirectory() as temporary:
+        file, broken = decoded(paths, folder, size, channels, cache or Path(temporary))
+        images = np.load(file, mmap_mode="c" if cache else None)
+    if broken:
+        print(f"left out {len(broken):,} of {len(paths):,} files, which can't be read:")
+        print("\n".join(f"  {paths[index]}: {why}" for index, why in broken[:3]))
+        for index, _ in reversed(broken):
+            del paths[index]
+    return images, labels_of(paths, folder, classes) if classes else None
+
+
+def decoded(paths, folder, size, channels, cache):
+    """Return the .npy file of these images in the folder `cache`, and what `decode` returns.
+
+    They are decoded unless none of the files has changed, nor the code of read_image.
+    """
+    states = [(os.path.relpath(path, folder), stat(path)) for path in paths]
     states = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
-    key = repr((size, states, inspect.getsource(read_image))).encode(errors="surrogateescape")
-    file = cache / f"images-{hashlib.blake2b(key, digest_size=8).hexdigest()}.npy"
+    key = repr((size, states, inspect.getsource(read_image)))
+    file = cache / f"images-{digest(key.encode(errors='surrogateescape'))}.npy"
     note = file.with_suffix(".json")  # channels as asked for and as found, and `broken`
     asked, found, broken = json.loads(note.read_text()) if file.exists() else (0, 0, [])
-    if channels not in (asked, found):
+    if channels in (asked, found):  # the run goes on with these images, and needs no others
+        for other in {*cache.glob("images-*.npy"), *cache.glob("images-*.json")} - {file, note}:
+            other.unlink(missing_ok=True)  # another machine may do the same
+    else:
         cache.mkdir(parents=True, exist_ok=True)
-        old = {*cache.glob("images-*.npy"), *cache.glob("images-*.json")} - {file, note}
         with tempfile.TemporaryDirectory(prefix="images-", dir=cache) as temporary:
             new = Path(temporary, file.name)
             broken = decode(paths, size, channels, new)
             found = np.load(new, mmap_mode="r").shape[1]
             note.write_text(json.dumps([channels, found, broken]))
             os.replace(new, file)
-        for other in old:
-            other.unlink(missing_ok=True)  # another machine may do the same
-    if broken:
-        print(f"left out {len(broken):,} of {len(paths):,} files, which can't be read:")
-        print("\n".join(f"  {paths[index]}: {why}" for index, why in broken[:3]))
-        for index, _ in reversed(broken):
-            del paths[index]
-    labels = labels_of(paths, folder, classes) if classes else None
-    return np.load(file, mmap_mode="c"), labels
+    return file, broken
+
+
+def digest(*parts):
+    """Return a short digest of bytes or arrays."""
+    hasher = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        hasher.update(part)
+    return hasher.hexdigest()
 
 
 def fingerprint(images):
     """Return a short digest of an array of images."""
-    digest = hashlib.blake2b(repr(images.shape).encode(), digest_size=8)
-    digest.update(np.ascontiguousarray(images))
-    return digest.hexdigest()
+    return digest(repr(images.shape).encode(), np.ascontiguousarray(images))
 
 
 # ----------------------------------------------------------------------------------------- the demo

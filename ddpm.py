@@ -160,7 +160,7 @@ class Diffusion:
 
         weighting: "simple" is (14), whatever the model predicts. "vlb" keeps the weight that (12)
             gives each term: up to a constant, it is then L_t in nats per dimension for t > 0; at
-            t = 0 the density of the decoder stands for its probability. "min-snr" (Hang et al.
+            t = 0, the decoder's density is used for its probability. "min-snr" (Hang et al.
             2023, arXiv:2303.09556) gives the error of x0_hat the weight min(SNR, 5), where (14)
             gives it SNR. "native" is the error of what the model predicts.
 
@@ -255,7 +255,7 @@ class Diffusion:
             raise ValueError(f'sampler must be "ddpm", "ddim" or "dpm", not {sampler!r}')
         if eta is not None and (sampler != "ddim" or not 0 <= eta <= 1):
             raise ValueError(f'eta must be from 0 to 1, and is for "ddim" alone, not {eta}')
-        ddim_step, dpm_step = chain.ddim_step(eta or 0), chain.dpm_step()
+        ddim_step, dpm_step = chain.make_ddim_step(eta or 0), chain.make_dpm_step()
         step = {"ddpm": chain.ddpm_step, "ddim": ddim_step, "dpm": dpm_step}[sampler]
         is_random = sampler == "ddpm" or bool(eta)
         if draw_noise is None:
@@ -314,7 +314,7 @@ class Diffusion:
         chain.weights["native"] = self.weights["native"][visited]
         return chain
 
-    def ddim_step(self, eta):
+    def make_ddim_step(self, eta):
         """Return DDIM's step, like ddpm_step (Song et al. 2021, arXiv:2010.02502, eq. 12, 16)."""
         sigma2 = eta**2 * self.posterior_variance
         factor_x0, sigma = self.alphas_bar_prev.sqrt(), sigma2.sqrt()
@@ -327,7 +327,7 @@ class Diffusion:
 
         return step
 
-    def dpm_step(self):
+    def make_dpm_step(self):
         """Return the step of DPM-Solver++(2M): DDIM's, with an x0_hat that it extrapolates.
 
         Lu et al. 2022 (arXiv:2211.01095), algorithm 2. The line through the last two x0_hat is
@@ -336,7 +336,7 @@ class Diffusion:
         h = -self.alphas_bar.logit().diff() / 2  # from t to t-1, for t = 1..T-1
         ratio = torch.zeros_like(self.alphas_bar)
         ratio[1:-1] = h[:-1] / (2 * h[1:])
-        ddim_step, x0_before = self.ddim_step(0), None
+        ddim_step, x0_before = self.make_ddim_step(0), None
 
         def step(x0, x_t, t):
             nonlocal x0_before
@@ -429,8 +429,8 @@ class UNet(nn.Module):
     base_channels: width of the first level, a multiple of 4.
     channel_mults: width of each level divided by base_channels; each level halves the resolution.
     num_res_blocks: residual blocks per level; the decoder has one more.
-    attention_resolutions: sizes in pixels of the levels whose blocks end in attention, which the
-        middle always has.
+    attention_resolutions: sizes in pixels of the levels whose blocks end in attention; the middle
+        always has attention.
     dropout: probability of dropping an activation in a residual block.
     norm_groups: of each group norm. By default gcd(32, base_channels / 4), the paper's 32 at 128.
     num_classes: how many classes y there are in forward; 0 for none, as in the paper.

@@ -161,9 +161,8 @@ def sample(network, n, classes=None, guidance=0, steps=10, seed=0, first=0, **op
         model = guided(network, y[first:], guidance)
     elif guidance:
         raise ValueError("guidance needs a network with classes")
-    for _, _, x0_hat in sample_progressive(
-        model, draw_noise, network.betas, network.variance, steps, **options
-    ):
+    chain = sample_progressive(model, draw_noise, network.betas, network.variance, steps, **options)
+    for _, _, x0_hat in chain:
         x0 = x0_hat
     return x0
 
@@ -193,6 +192,8 @@ class Network:
             raise ValueError("ONNX Runtime is missing: pip install onnxruntime") from None
         if not Path(path).is_file():
             raise ValueError(f"{path} does not exist; python export.py writes it")
+        if device not in ("auto", "cuda", "cpu"):
+            raise ValueError(f'device must be "auto", "cuda" or "cpu", not {device!r}')
         providers = ["CPUExecutionProvider"]
         has_cuda = "CUDAExecutionProvider" in ort.get_available_providers()
         # Without NVIDIA's driver, ONNX Runtime would print an error.
@@ -229,9 +230,10 @@ class Network:
     def labels(self, names, n):
         """Return the classes of n images that take these names in turn, int64 (n,).
 
-        names: all classes if None. The result is None for a network without classes. Raises
-        ValueError for a name that is not one of the classes.
+        names: a list, or one name; all classes if None. The result is None for a network without
+        classes. Raises ValueError for a name that is not one of the classes.
         """
+        names = [names] if isinstance(names, str) else names
         unknown = sorted({*(names or [])} - {*self.classes})
         if unknown and not self.classes:
             raise ValueError("the network has no classes")

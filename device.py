@@ -24,7 +24,7 @@ def choose_device(name):
         if device.type != "cpu":
             index = device.index or 0
             if WORLD > 1:  # some launchers show each process one card alone
-                index = LOCAL_RANK % torch.accelerator.device_count()
+                index = LOCAL_RANK % max(1, torch.accelerator.device_count())
             torch.accelerator.set_device_index(index)
             device = torch.device(device.type, index)
         torch.empty(1, device=device)

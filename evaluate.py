@@ -55,6 +55,7 @@ def arguments():
 
 
 def main():
+    sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal can print every name
     args = arguments()
     trained = checkpoint.load(args.checkpoint)
     channels, size, _ = trained.shape
@@ -65,7 +66,7 @@ def main():
     else:
         sys.exit("evaluate.py: --data must be a folder of images that the network has not seen")
     images = torch.from_numpy(images)
-    random = torch.Generator().manual_seed(args.seed)  # the first are like the rest
+    random = torch.Generator().manual_seed(args.seed)  # so that the running value is representative
     order = torch.randperm(len(images), generator=random)[: args.images]
     path = Path(args.checkpoint)
     out = args.out or (path if path.is_dir() else path.parent if path.exists() else Path())

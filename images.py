@@ -68,10 +68,10 @@ def to_image(pixels):
 def grid(pixels, columns=None, rows=None, names=()):
     """Return uint8 pixels (B, C, H, W) as one Pillow image with rows of `columns` images.
 
-    With `rows`, and more than one column of images, image k is in row k % rows instead. Without
-    either, the grid is about square. Small images are enlarged. names: of the rows, to the left.
+    With `rows`, if there are so many images, image k is in row k % rows instead. Without either,
+    the grid is about square. Small images are enlarged. names: of the rows, written to their left.
     """
-    if rows and 1 < rows < len(pixels):
+    if rows and 1 < rows <= len(pixels):
         columns = math.ceil(len(pixels) / rows)
         missing = (0, rows * columns - len(pixels)), (0, 0), (0, 0), (0, 0)
         pixels = np.pad(pixels, missing, constant_values=255)

@@ -53,7 +53,7 @@ class Muon(torch.optim.Adam):
             steps *= -0.2 * lr * max(steps.shape[1:]) ** 0.5
             for weight, step in zip(weights, steps, strict=True):
                 weight += step.view_as(weight)
-                weight.grad = None  # Adam passes it over
+                weight.grad = None  # so that Adam skips this weight
         super().step()
 
     def state_dict(self):

@@ -75,7 +75,7 @@ def arguments():
     flag("--batch", default=64, type=int, help="images drawn together [%(default)s]")
     flag("--seed", default=0, type=int, help="the same seed, the same images [%(default)s]")
     flag("--class", dest="classes", nargs="+", metavar="NAME", help="classes to draw [all]")
-    flag("--guidance", type=float, help="w: makes images more typical of their class [0]")
+    flag("--guidance", type=float, default=0.0, help="w: makes images more typical of a class [0]")
     flag("--device", default="auto", choices=("auto", "cuda", "cpu"), help="[%(default)s]")
     args = parser.parse_args()
     if min(args.batch, 1 if args.n is None else args.n) < 1 or args.seed < 0:
@@ -86,11 +86,11 @@ def arguments():
         parser.error(f"--dir {args.dir} must be a new or empty folder")
     if args.interpolate and (args.inpaint or args.n or args.dir or args.gif or args.strip):
         parser.error("--interpolate goes with none of --inpaint, -n, --dir, --gif and --strip")
-    if args.interpolate and not (args.guidance is not None) <= len(args.classes or []) <= 1:
+    if args.interpolate and (len(args.classes or []) > 1 or (args.guidance and not args.classes)):
         parser.error("--interpolate takes at most one class, and --guidance needs one")
     if args.t and not args.interpolate:
         parser.error("--t needs --interpolate")
-    if not math.isfinite(args.guidance or 0):
+    if not math.isfinite(args.guidance):
         parser.error("--guidance must be a finite number")
     if args.eta is not None and (args.sampler in ("ddpm", "dpm") or not 0 <= args.eta <= 1):
         parser.error("--eta must be from 0 to 1, and belongs to --sampler ddim")
@@ -108,7 +108,7 @@ def read(path, shape):
 def read_mask(path, shape):
     """Return where to redraw, bool (1, H, W): where the mask is white or, on transparency, opaque.
 
-    The lightest grey of a file counts as white, also if it is 1.
+    The lightest grey of the file counts as white, so that masks of 0 and 1 work.
     """
     grey = read(path, (1, *shape[1:]))
     with Image.open(path) as image:
@@ -122,10 +122,8 @@ def read_mask(path, shape):
     return mask
 
 
-def last_of(chain):
-    """Return the last x0_hat of a chain as pixels. Exits if it is not finite."""
-    for _, _, x0_hat in chain:
-        x0 = x0_hat
+def pixels_of(x0):
+    """Return samples as pixels. Exits if they are not finite."""
     if not np.isfinite(x0).all():
         sys.exit("sample.py: the network's output is not finite, so no image is saved")
     return to_pixels(x0)
@@ -145,8 +143,9 @@ def draw_interpolation(network, args, y):
                 model, draw_noise, network.betas[: t + 1], network.variance, steps, args.sampler,
                 args.eta, x_t,
             )  # fmt: skip
-            bar = tqdm(chain, f"t = {t}", steps, unit="step", mininterval=1)
-            rows += [ends[0], *last_of(bar), ends[1]]
+            for _, _, x0 in tqdm(chain, f"t = {t}", steps, unit="step", mininterval=1):
+                mixtures = x0
+            rows += [ends[0], *pixels_of(mixtures), ends[1]]
     except KeyboardInterrupt:
         if not rows:
             sys.exit("sample.py: stopped before a row was finished")
@@ -167,24 +166,12 @@ def draw_samples(network, args, y):
     n, known, shown, frames = args.n, None, [], []  # frames: (x_t, x0_hat) of the first batch
     names = [] if y is None else list(dict.fromkeys(network.classes[k] for k in y))
     folders = [args.dir] * n if y is None else [Path(args.dir or "", network.classes[k]) for k in y]
-    kept = {-(-k * args.steps // FRAMES) for k in range(FRAMES)} | {args.steps - 1}
+    kept = {*np.linspace(0, args.steps - 1, FRAMES).round().astype(int)}
     if args.inpaint:
         known = from_pixels(read(args.inpaint[0], network.shape))
         known = known, read_mask(args.inpaint[1], network.shape)
     began, drawn = time.monotonic(), 0
     bar = tqdm(total=-(-n // args.batch) * args.steps, unit="step", mininterval=1)
-
-    def watched(chain, is_first):
-        """Yield the steps of a chain; keep frames, and say once how long all will take."""
-        for i, step in enumerate(chain):
-            if is_first and i in kept and (args.gif or args.strip):
-                frames.append([to_pixels(images[:GRID]) for images in step[1:]])
-            bar.update()
-            seconds = (time.monotonic() - began) / bar.n * bar.total
-            if is_first and i == 4 and seconds > 60 and args.steps > 50:
-                fewer = seconds * 20 / args.steps
-                bar.write(f"about {seconds / 60:.0f} min; --steps 20 would take {fewer:.0f} s")
-            yield step
 
     try:
         for first in range(0, n, args.batch):
@@ -195,7 +182,13 @@ def draw_samples(network, args, y):
                 model, draw_noise, network.betas, network.variance, args.steps, args.sampler,
                 args.eta, known=known,
             )  # fmt: skip
-            pixels = last_of(watched(chain, first == 0))
+            for i, (_, x, x0) in enumerate(chain):
+                if first == 0 and i in kept and (args.gif or args.strip):
+                    frames.append((to_pixels(x[:GRID]), to_pixels(x0[:GRID])))
+                bar.update()
+                if first == 0 and i == 4:
+                    say_how_long(bar, time.monotonic() - began, args.steps)
+            pixels = pixels_of(x0)
             for k, image in enumerate(pixels if args.dir else (), first):
                 save_image(folders[k] / f"{k:06d}.png", to_image(image))
             shown.extend(pixels[: GRID - len(shown)])
@@ -203,7 +196,8 @@ def draw_samples(network, args, y):
     except KeyboardInterrupt:
         if not drawn:
             sys.exit("sample.py: stopped before an image was finished")
-    bar.close()
+    finally:
+        bar.close()
     seconds = time.monotonic() - began
     save_image(args.out, grid(np.stack(shown), rows=len(names), names=names))
     if args.gif:
@@ -213,10 +207,18 @@ def draw_samples(network, args, y):
         save_image(args.strip, strip(frames))
     what = f"{drawn} image{'s' * (drawn > 1)}"
     what = what if drawn <= GRID else f"the first {GRID} of {drawn:,} images"
-    of = f" of {', '.join(names)}" if len(names) > 1 else ""
+    of = f" of {', '.join(names)}" * bool(names)
     print(f"{args.out}: {what}{of}, {seconds:.1f} s, {seconds / drawn:.2f} s each")
     if drawn < n:
         sys.exit(f"sample.py: stopped after {drawn:,} of {n:,} images")
+
+
+def say_how_long(bar, seconds, steps):
+    """Print how long all steps will take if it is more than a minute, and how long 20 would."""
+    seconds *= bar.total / bar.n
+    if seconds > 60 and steps > 50:
+        fewer = seconds * 20 / steps
+        bar.write(f"about {seconds / 60:.0f} min; --steps 20 would take {fewer:.0f} s")
 
 
 def strip(frames):
@@ -245,9 +247,8 @@ def main():
     args.t = args.t or [T // 2]
     if not 1 <= args.steps <= T or not all(0 <= t < T for t in args.t):
         sys.exit(f"sample.py: this model has T = {T}: --steps must be 1..{T}, --t 0..{T - 1}")
-    if args.guidance is not None and y is None:
+    if args.guidance and y is None:
         sys.exit("sample.py: the network has no classes to guide to")
-    args.guidance = args.guidance or 0
     name = network.provider.removesuffix("ExecutionProvider")
     hint = "; to use a GPU, see Accelerators in docs/guide.md"
     print(f"{args.onnx} on {name}{hint if name == 'CPU' and args.device == 'auto' else ''}")

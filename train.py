@@ -18,7 +18,6 @@ import copy
 import shlex
 import signal
 import sys
-import threading
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
@@ -197,7 +196,7 @@ def arguments():
         parser.error("--quick and --classes need --data; the demo is quick by itself")
     if args.data is None or args.quick:
         parser.set_defaults(**(QUICK if args.quick else DEMO))
-    if args.init:  # a run that is resumed reads its own weights, and needs the others no longer
+    if args.init:  # a resumed run has its own weights, so those of --init may be gone
         own = args.out / "checkpoint.pt"
         weights = checkpoint.load(own if own.is_file() and RANK == 0 else args.init)
         parser.set_defaults(variance=weights.diffusion.variance)
@@ -205,7 +204,7 @@ def arguments():
     if weights:
         vars(args).update({name: weights.settings[name] for name in checkpoint.SHAPE})
         args.channels, args.schedule = weights.settings["in_channels"], "weights"
-        args.predicts, args.init = weights.diffusion.predicts, checkpoint.digest_of(args.init)
+        args.predicts, args.init = weights.diffusion.predicts, checkpoint.name_of(args.init)
     if args.data is None and (args.image_size, args.channels or 3) != (8, 3):
         parser.error("without --data the images are those of the demo, 8x8 in colour")
     if args.batch < WORLD * args.accumulate:
@@ -296,14 +295,14 @@ def main():
             print(f"classes  {len(args.classes):,}, from {args.classes[0]} to {args.classes[-1]}")
         print(f"settings the paper's{f', but {changed}' if changed else ''}")
         print(f"network  {size:,} parameters on {WORLD} x {where}")
-        print(f"steps    {start:,} to {args.steps:,}, with a preview every {args.preview_every:,}")
+        print(f"steps    {start:,} to {args.steps:,}; previews every {args.preview_every:,}")
 
     # -- the loop
     decay_steps = args.steps if args.lr_decay else None
     lr_at = partial(learning_rate, lr=args.lr, warmup=args.warmup, decay_steps=decay_steps)
-    stop = threading.Event()
+    stop = []  # what tells the loop to stop
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda *_: stop.append(True))
     run = checkpoint.Run(out, start, lr_at) if is_main else None
     bar = tqdm(total=args.steps, initial=start, unit="step", mininterval=1, disable=not is_main)
     done, pending = start, []
@@ -314,17 +313,17 @@ def main():
         pending.append(train_step(batch, network, ema, optimizer, diffusion, step, args))
         show = (step + 1) % args.preview_every == 0 or step + 1 == args.steps
         must_log = show or (step + 1) % LOG_TOGETHER.get(device.type, 10) == 0
-        if not must_log and not (WORLD == 1 and stop.is_set()):  # processes stop together
+        if not must_log and not (WORLD == 1 and stop):  # processes stop together
             continue
 
         # The losses, the norms, and whether a process was told to stop, in one reduction:
-        values = torch.stack([*pending, pending[0].new_tensor([stop.is_set(), 0])])
+        values = torch.stack([*pending, pending[0].new_tensor([bool(stop), 0])])
         if WORLD > 1:
             dist.all_reduce(values)
         *losses, (stops, _) = values.tolist()
         done, pending = step + 1, []
         if not np.isfinite(losses).all():
-            sys.exit(f"the loss or its gradient is not finite by step {done:,}; nothing was saved. "
+            sys.exit(f"the loss or its gradient is not finite by step {done:,}; it is not saved. "
                      "Try a lower --lr, a longer --warmup, or --no-amp.")  # fmt: skip
         if is_main:
             bar.set_postfix_str(f"loss {run.log(done, losses):.4f}", refresh=False)
@@ -349,7 +348,8 @@ def main():
             print("no step was taken: to train again after a change of the code, use another --out")
         path = (out / "checkpoint.pt").as_posix()
         print(f"done: {path} is at step {done:,}; next:")
-        print(f"  python export.py --checkpoint {shlex.quote(path)}")
+        onnx = "" if out.name == "run" else f" --onnx {shlex.quote(out.name)}.onnx"
+        print(f"  python export.py --checkpoint {shlex.quote(path)}{onnx}")
 
 
 if __name__ == "__main__":

@@ -72,6 +72,9 @@ def test_one_class_fills_a_square(coloured, tmp_path, run):
     flags = ["--class", "green", "--steps", 5, "-n", 9]
     run("sample.py", "--onnx", coloured / "model.onnx", *flags, cwd=tmp_path)
     assert cells(tmp_path / "samples.png", 3, 3) == [["green"] * 3] * 3
+    flags = ["--class", "red", "green", "--steps", 5, "-n", 2]
+    run("sample.py", "--onnx", coloured / "model.onnx", *flags, cwd=tmp_path)
+    assert cells(tmp_path / "samples.png", 2, 1) == [["red"], ["green"]]
 
 
 def test_interpolation_within_a_class(coloured, class_folder, tmp_path, run):

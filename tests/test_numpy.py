@@ -30,6 +30,8 @@ def test_sample_draws_the_images_of_the_program(coloured, tmp_path, run):
     network = ddpm_numpy.Network(path, "cpu")
     flags = ["--class", "red", "blue", "--guidance", 1, "--sampler", "ddpm", "--steps", 10]
     run("sample.py", "--onnx", path, *flags, "-n", 5, "--dir", "out", cwd=tmp_path)
+    one, other = (ddpm_numpy.sample(network, 2, name, 1) for name in ("red", ["red"]))
+    assert np.array_equal(one, other)
     kwargs = dict(classes=["red", "blue"], guidance=1, sampler="ddpm")
     x0 = np.concatenate([
         ddpm_numpy.sample(network, 3, **kwargs), ddpm_numpy.sample(network, 2, first=3, **kwargs)

@@ -219,17 +219,17 @@ def test_bug_is_printed_with_its_line(tmp_path):
     [
         ("--image-size 28 --data .", "image_size must be a multiple of 8"),
         ("--image-size 48 --data .", "attention_resolutions must be among [48, 24, 12, 6]"),
-        ("--dropout 2", "--dropout: 2 is not in the range from"),
+        ("--dropout 2", "--dropout: 2 must be at least"),
         ("--image-size 16", "without --data the images are those of the demo"),
         ("--data none", "none: no such folder"),
         ("--quick", "--quick and --classes need --data"),
-        ("--batch 0", "--batch: 0 is not in the range from"),
-        ("--steps 0", "--steps: 0 is not in the range from"),
-        ("--seed -1", "--seed: -1 is not in the range from"),
-        ("--lr nan", "--lr: nan is not in the range from"),
-        ("--lr inf", "--lr: inf is not in the range from"),
-        ("--ema 1", "--ema: 1 is not in the range from"),
-        ("--channel-mults 1 0", "--channel-mults: 0 is not in the range from"),
+        ("--batch 0", "--batch: 0 must be at least"),
+        ("--steps 0", "--steps: 0 must be at least"),
+        ("--seed -1", "--seed: -1 must be at least"),
+        ("--lr nan", "--lr: nan must be at least"),
+        ("--lr inf", "--lr: inf must be at least"),
+        ("--ema 1", "--ema: 1 must be at least"),
+        ("--channel-mults 1 0", "--channel-mults: 0 must be at least"),
         ("--base-channels 30", "base_channels must be a multiple of 4"),
         ("--batch 4 --accumulate 5", "--batch must have an image for each"),
         ("--steps many", "--steps: invalid int value"),
@@ -272,9 +272,12 @@ def test_training_starts_from_the_weights_of_a_checkpoint(trained, image_folder,
     words[3] = f"{trained[0]}/run/checkpoint.pt"  # the same weights
     run("train.py", *words, "--steps", 3, cwd=tmp_path)
     run("train.py", *words[:2], *TINY, "--batch", 4, "--lr", 1e-12, "--steps", 4, cwd=tmp_path)
-    words[3] = "run"
+    (tmp_path / "run").rename(tmp_path / "other")
+    words[3] = "other"
+    run("train.py", *words, "--steps", 1, cwd=tmp_path)
+    words[3] = trained[0] / "run"
     said = run("train.py", *words, "--steps", 5, cwd=tmp_path, code=1)
-    assert "init was one file, now another" in said
+    assert "init was other, now run" in said
     words += ["--base-channels", 16, "--schedule", "cosine", "--quick"]  # the weights decide
     run("train.py", *words, "--steps", 1, "--out", "b", cwd=tmp_path)
     config = read(tmp_path / "b")["config"]
@@ -348,6 +351,17 @@ def test_shown_loss_continues_and_the_curve_has_equal_parts(tmp_path, monkeypatc
     assert losses == pytest.approx((steps - 1) / 450, abs=1e-3)
 
 
+def test_changed_code_is_said(image_folder, tmp_path, run):
+    words = ["--data", image_folder, *TINY, "--steps"]
+    run("train.py", *words, 1, cwd=tmp_path)
+    assert "changed" not in run("train.py", *words, 2, cwd=tmp_path)
+    state = read(tmp_path / "run")
+    state["config"]["train"]["code"] = "another"
+    torch.save(state, tmp_path / "run" / "checkpoint.pt")
+    said = run("train.py", *words, 3, cwd=tmp_path)
+    assert "ddpm.py has changed since step 2; training continues with the change" in said
+
+
 def test_other_images_of_another_folder_are_refused(image_folder, tmp_path, run):
     """The same images may move, and those of the same folder may change."""
     for name, colour in (("a", "red"), ("b", "blue")):
@@ -356,8 +370,10 @@ def test_other_images_of_another_folder_are_refused(image_folder, tmp_path, run)
     words = [*TINY, "--steps"]
     run("train.py", "--data", "a/images", *words, 2, cwd=tmp_path)
     for steps in (2, 3):
+        decoded = set((tmp_path / "run").glob("images-*"))
         said = run("train.py", "--data", "b/images", *words, steps, cwd=tmp_path, code=1)
-        assert "folder was one folder, now another; images was one set, now another" in said
+        assert decoded <= set((tmp_path / "run").glob("images-*"))
+        assert "folder was images, now another, images; images was one set, now another" in said
     (tmp_path / "a").rename(tmp_path / "moved")
     assert "changed" not in run("train.py", "--data", "moved/images", *words, 3, cwd=tmp_path)
     Image.new("RGB", (8, 8), "green").save(tmp_path / "moved" / "images" / "1.png")
