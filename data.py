@@ -198,10 +198,7 @@ def decoded(paths, folder, size, channels, cache):
     file = cache / f"images-{digest(key.encode(errors='surrogateescape'))}.npy"
     note = file.with_suffix(".json")  # channels as asked for and as found, and `broken`
     asked, found, broken = json.loads(note.read_text()) if file.exists() else (0, 0, [])
-    if channels in (asked, found):  # the run goes on with these images, and needs no others
-        for other in {*cache.glob("images-*.npy"), *cache.glob("images-*.json")} - {file, note}:
-            other.unlink(missing_ok=True)  # another machine may do the same
-    else:
+    if channels not in (asked, found):
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="images-", dir=cache) as temporary:
             new = Path(temporary, file.name)
@@ -210,6 +207,13 @@ def decoded(paths, folder, size, channels, cache):
             note.write_text(json.dumps([channels, found, broken]))
             os.replace(new, file)
     return file, broken
+
+
+def forget_others(images, cache):
+    """Remove what was decoded into the folder `cache` before these images of read_folder."""
+    for file in cache.glob("images-*.*"):
+        if file.stem != Path(images.filename).stem:
+            file.unlink(missing_ok=True)  # another machine may do the same
 
 
 def digest(*parts):

@@ -206,7 +206,7 @@ def draw_samples(network, args, y):
     if args.strip:
         save_image(args.strip, strip(frames))
     what = f"{drawn} image{'s' * (drawn > 1)}"
-    what = what if drawn <= GRID else f"the first {GRID} of {drawn:,} images"
+    what = f"the first {GRID} of {drawn:,} images" if drawn > GRID else what
     of = f" of {', '.join(names)}" * bool(names)
     print(f"{args.out}: {what}{of}, {seconds:.1f} s, {seconds / drawn:.2f} s each")
     if drawn < n:
@@ -217,8 +217,7 @@ def say_how_long(bar, seconds, steps):
     """Print how long all steps will take if it is more than a minute, and how long 20 would."""
     seconds *= bar.total / bar.n
     if seconds > 60 and steps > 50:
-        fewer = seconds * 20 / steps
-        bar.write(f"about {seconds / 60:.0f} min; --steps 20 would take {fewer:.0f} s")
+        bar.write(f"about {seconds / 60:.0f} min; --steps 20: about {seconds * 20 / steps:.0f} s")
 
 
 def strip(frames):

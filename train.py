@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
-from data import class_names, demo_images, fingerprint, read_folder
+from data import class_names, demo_images, fingerprint, forget_others, read_folder
 from ddpm import Diffusion, UNet
 from device import LOCAL_RANK, RANK, WORLD, choose_device, has_bfloat16, to_device
 from images import from_pixels
@@ -42,11 +42,10 @@ LOG_TOGETHER = {"cpu": 1}  # how many steps are logged at once: each time waits 
 
 
 def draw_batch(step, images, labels, T, args):
-    """Yield (x0, y, t, noise) for each part of the batch that this process computes.
+    """Yield (x0, y, t, noise) for each of the --accumulate parts that this process computes.
 
     x0, noise: float32 (B, C, H, W). t: (B,). y: classes (B,), or None. images: uint8 (N, C, H, W).
-    labels: int64 (N,), or None. Every process draws the whole batch, so that the batch does not
-    depend on their number, and computes --accumulate parts of it.
+    labels: int64 (N,), or None. The batch does not depend on the number of processes.
     """
     device, parts = args.device, WORLD * args.accumulate
     set_seed(device, args.seed, step, 0)
@@ -69,8 +68,8 @@ def draw_batch(step, images, labels, T, args):
 def train_step(batch, network, ema, optimizer, diffusion, step, args):
     """Take a gradient step of Algorithm 1 on the batch of draw_batch, and update the average.
 
-    The result is a tensor (2,) on the device; summed over the processes, it is the loss and the
-    norm of the gradient. Nothing here waits for CUDA, so that Python can prepare the next step.
+    The result is a tensor (2,), whose sum over the processes is the loss and the norm of the
+    gradient. Nothing here waits for CUDA, so that Python can prepare the next step.
     """
     autocast = torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp)
     batch_loss = torch.zeros((), device=args.device)
@@ -264,6 +263,8 @@ def main():
         dist.all_gather_object(everyone, config | {"train": mine})
         checkpoint.refuse_other_ranks(everyone)
     checkpoint.refuse_other_run(out, state, config, args.steps)
+    if args.data and LOCAL_RANK == 0:
+        forget_others(images, out)
     images = torch.from_numpy(images)
     images = images.to(device) if images.nbytes < 2e9 else images  # else moved batch by batch
     labels = None if labels is None else torch.from_numpy(labels).to(images.device)
@@ -289,10 +290,9 @@ def main():
         size = sum(p.numel() for p in model.parameters())
         where = f"{device}, {'bfloat16' if args.amp else 'float32'}" + ", compiled" * args.compile
         changed = {name: v for name, v in vars(args).items() if v != PAPER.get(name, v)}
-        few = ", which the network will memorise" * (len(images) < 100)
-        print(f"images   {len(images):,} of {'x'.join(map(str, images.shape[1:]))}{few}")
-        if args.classes:
-            print(f"classes  {len(args.classes):,}, from {args.classes[0]} to {args.classes[-1]}")
+        kind = f", in {len(args.classes):,} classes" * bool(args.classes)
+        kind += ", which the network will memorise" * (len(images) < 100)
+        print(f"images   {len(images):,} of {'x'.join(map(str, images.shape[1:]))}{kind}")
         print(f"settings the paper's{f', but {changed}' if changed else ''}")
         print(f"network  {size:,} parameters on {WORLD} x {where}")
         print(f"steps    {start:,} to {args.steps:,}; previews every {args.preview_every:,}")
