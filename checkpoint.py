@@ -235,10 +235,12 @@ def find_run(out):
     """
     if (out / "checkpoint.pt").is_file():
         return open_checkpoint(out / "checkpoint.pt")
-    left = r"\..*|images-.*|log\.csv"  # of a run that ended before its first checkpoint
-    files = [out] if out.is_file() else out.glob("*")
-    if not all(re.fullmatch(left, path.name) for path in files):
-        sys.exit(f"--out {out} is not the folder of a run; use a new or empty folder")
+    if any(path.is_file() for path in (out, *out.parents)):
+        sys.exit(f"--out {out} must be a folder")
+    for path in out.glob("*"):  # of a run that ended before its first checkpoint
+        is_log = path.name == "log.csv" and HEADER.startswith(path.read_text()[: len(HEADER)])
+        if not is_log and not re.fullmatch(r"\..*|images-[0-9a-f]{16}\..*", path.name):
+            sys.exit(f"--out {out} is not the folder of a run; use a new or empty folder")
     return None
 
 
@@ -285,7 +287,8 @@ def load(path):
         config = state["config"]
         model = UNet(**config["model"]).eval()
         model.load_state_dict(state["ema"])
-        source = f"train.py, {data}" if (data := config["train"]["data"]) else DEMO
+        data = config["train"]["data"]
+        source = DEMO if data is None else f"train.py, {ascii(data)[1:-1]}"  # for ONNX
         diffusion, classes = Diffusion(**config["diffusion"]), config["train"].get("classes", [])
         return Trained(model, diffusion, config["model"], state["step"], source, classes)
     if path.is_dir() and not list(path.glob("**/*config.json")):

@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -18,7 +19,7 @@ import warnings
 from functools import partial
 from itertools import product
 from multiprocessing.pool import ThreadPool
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 from numpy.lib import format as npy
@@ -70,6 +71,8 @@ def class_names(folder):
         sys.exit(
             f"--classes: {folder} has images outside of its sub-folders, which are the classes"
         )
+    if bad := [name for name in names if name != PureWindowsPath(name).name]:
+        sys.exit(f"--classes: not every system can have a folder with the name {bad[0]!r}")
     if len(names) < 2:
         sys.exit(f"--classes: {folder} needs images in two sub-folders or more, one for each class")
     return names
@@ -211,8 +214,9 @@ def decoded(paths, folder, size, channels, cache):
 
 def forget_others(images, cache):
     """Remove what was decoded into the folder `cache` before these images of read_folder."""
-    for file in cache.glob("images-*.*"):
-        if file.stem != Path(images.filename).stem:
+    for file in cache.iterdir():
+        ours = re.fullmatch(r"images-[0-9a-f]{16}\.(npy|json)", file.name)
+        if ours and file.stem != Path(images.filename).stem:
             file.unlink(missing_ok=True)  # another machine may do the same
 
 

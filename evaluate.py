@@ -41,7 +41,7 @@ def arguments():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    flag, count = parser.add_argument, checkpoint.number(int, 1)
+    flag, count, seed = parser.add_argument, checkpoint.number(int, 1), checkpoint.number(int, 0)
     flag("--data", help="folder of images [the built-in demo]")
     flag("--checkpoint", default="run/checkpoint.pt",
          help="checkpoint of train.py, or weights for diffusers [%(default)s]")  # fmt: skip
@@ -49,7 +49,12 @@ def arguments():
     flag("--out", type=Path, help="folder of the curve [the checkpoint's]")
     flag("--variance", choices=("large", "small"), help="sigma_t^2 [as in training]")
     flag("--batch", type=count, default=128, help="images at a time [%(default)s]")
-    flag("--seed", type=int, default=0, help="seed of the noise [%(default)s]")
+    flag(
+        "--seed",
+        type=checkpoint.number(int, 0, 2**63),
+        default=0,
+        help="seed of the noise [%(default)s]",
+    )
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps or xpu [%(default)s]")
     return parser.parse_args()
 

@@ -170,7 +170,7 @@ def main():
     args = parser.parse_args()
     if args.onnx is None and args.to_diffusers is None:
         args.onnx = Path("model.onnx")
-    if args.onnx and args.onnx.suffix.lower() != ".onnx":
+    if args.onnx and (args.onnx.suffix.lower() != ".onnx" or args.onnx.is_dir()):
         parser.error("--onnx must be a file such as model.onnx")
     if args.kind and not args.onnx:
         parser.error("--half and --int8 need --onnx")

@@ -46,7 +46,7 @@ def image_file(name, kinds=Image.SAVE):
             Image.new(mode, (8, 8)).save(io.BytesIO(), kind)
     except Exception:  # Pillow raises many kinds, because some formats have no writer
         kind = None
-    if kind not in kinds or Path(name).is_dir():
+    if kind not in kinds or Path(name).is_dir() or any(p.is_file() for p in Path(name).parents):
         raise argparse.ArgumentTypeError(f"{name} must be a file such as x.png or x.gif")
     return name
 
@@ -113,7 +113,7 @@ def read_mask(path, shape):
     grey = read(path, (1, *shape[1:]))
     with Image.open(path) as image:
         alpha = image.convert("RGBA").getchannel("A")
-    if alpha.getextrema()[0] < 255:
+    if alpha.getextrema()[0] < 128:
         path = io.BytesIO()
         alpha.save(path, "PNG")
         grey = read(path, (1, *shape[1:]))

@@ -146,7 +146,7 @@ def make_parser():
         allow_abbrev=False,
     )
     flag, switch = parser.add_argument, argparse.BooleanOptionalAction
-    count, index = checkpoint.number(int, 1), checkpoint.number(int, 0)
+    count, index = checkpoint.number(int, 1), checkpoint.number(int, 0, 2**63)
     positive, share = checkpoint.number(float, 0), checkpoint.number(float, 0, 1)
     flag("--data", help="folder of images, including its sub-folders [the built-in demo]")
     flag("--classes", action="store_true", help="the sub-folders of --data are classes")
@@ -195,7 +195,7 @@ def arguments():
         parser.error("--quick and --classes need --data; the demo is quick by itself")
     if args.data is None or args.quick:
         parser.set_defaults(**(QUICK if args.quick else DEMO))
-    if args.init:  # a resumed run has its own weights, so those of --init may be gone
+    if args.init is not None:  # a resumed run has its own weights, so those of --init may be gone
         own = args.out / "checkpoint.pt"
         weights = checkpoint.load(own if own.is_file() and RANK == 0 else args.init)
         parser.set_defaults(variance=weights.diffusion.variance)
@@ -250,7 +250,7 @@ def main():
     if WORLD > 1 and LOCAL_RANK > 0:
         dist.barrier()
     images, labels = demo_images(), None
-    if args.data:
+    if args.data is not None:
         shape = args.image_size, args.channels
         images, labels = read_folder(args.data, *shape, classes=args.classes, cache=out)
     if WORLD > 1 and LOCAL_RANK == 0:
@@ -263,7 +263,7 @@ def main():
         dist.all_gather_object(everyone, config | {"train": mine})
         checkpoint.refuse_other_ranks(everyone)
     checkpoint.refuse_other_run(out, state, config, args.steps)
-    if args.data and LOCAL_RANK == 0:
+    if args.data is not None and LOCAL_RANK == 0:
         forget_others(images, out)
     images = torch.from_numpy(images)
     images = images.to(device) if images.nbytes < 2e9 else images  # else moved batch by batch

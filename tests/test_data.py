@@ -190,6 +190,16 @@ def test_images_are_decoded_once(tmp_path, monkeypatch, capsys):
     assert not capsys.readouterr().out
 
 
+def test_files_of_the_user_are_not_forgotten(tmp_path):
+    Image.new("L", (4, 4)).save(tmp_path / "0.png")
+    (tmp_path / "out").mkdir()
+    for name in ("images-train.npy", "images-best.json", "images-0123456789abcdef.npy"):
+        (tmp_path / "out" / name).touch()
+    data.forget_others(read(tmp_path, 4, cache=tmp_path / "out"), tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"images-train.npy", "images-best.json"} < names and len(names) == 4
+
+
 def test_what_can_not_be_read_is_said_each_time(tmp_path, capsys):
     (tmp_path / "out").mkdir()
     Image.new("L", (4, 4), 5).save(tmp_path / "good.png")

@@ -187,6 +187,7 @@ def test_inpainting_keeps_the_image_outside_the_mask(trained, network, image_fol
         ("1", 0, 1, "50%"),
         ("RGBA", (0, 0, 0, 0), (255, 255, 255, 255), "50%"),
         ("RGBA", (0, 0, 0, 255), (255, 255, 255, 255), "50%"),
+        ("RGBA", (0, 0, 0, 255), (255, 255, 255, 254), "50%"),
         ("L", 0, 0, "0%"),
         ("L", 255, 255, "100%"),
     ],
@@ -330,6 +331,7 @@ def test_grid_shows_the_first_256_images(trained, tmp_path, run):
         ("--out o.xbm", 2, "o.xbm must be a file such as"),
         ("--out o.grib", 2, "o.grib must be a file such as"),
         ("--out photos", 2, "photos must be a file such as"),
+        ("--out photos/mine.png/x.png", 2, "x.png must be a file such as"),
         ("--t 5", 2, "--t needs --interpolate"),
         ("--guidance nan", 2, "--guidance must be a finite number"),
         (

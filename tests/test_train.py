@@ -236,11 +236,13 @@ def test_bug_is_printed_with_its_line(tmp_path):
         ("--predicts score", "invalid choice"),
         ("--device quantum", "--device quantum: Expected one of cpu, cuda"),
         ("--init none.pt", "none.pt does not exist"),
+        ("--data none --init ", ". has neither a checkpoint.pt nor weights for diffusers"),
+        ("--data ", ": no such folder"),
     ],
 )
 def test_impossible_flags_are_one_line(words, said, tmp_path, run):
-    code = 1 if "quantum" in words or "none" in words else 2
-    assert said in run("train.py", *words.split(), cwd=tmp_path, code=code)
+    code = 1 if "quantum" in words or "none" in words or words == "--data " else 2
+    assert said in run("train.py", *words.split(" "), cwd=tmp_path, code=code)
     assert not list(tmp_path.iterdir())
 
 
@@ -443,8 +445,12 @@ def test_folder_of_other_files_is_refused(image_folder, tmp_path, run):
     said = run("train.py", "--data", image_folder, *TINY, cwd=tmp_path, code=1)
     assert "--out run is not the folder of a run" in said
     assert os.listdir(tmp_path / "run") == ["thesis.txt"]
-    words = ["--data", image_folder, *TINY, "--out", "run/thesis.txt"]
-    assert "is not the folder of a run" in run("train.py", *words, cwd=tmp_path, code=1)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "log.csv").write_text("step,accuracy\n1,0.9\n")
+    for out, said in (("run/thesis.txt", "must be a folder"), ("run/thesis.txt/x", "must be a"),
+                      ("logs", "is not the folder of a run")):  # fmt: skip
+        words = ["--data", image_folder, *TINY, "--out", out]
+        assert said in run("train.py", *words, cwd=tmp_path, code=1)
 
 
 def test_run_inside_the_data_is_not_trained_on(image_folder, tmp_path, run):
