@@ -49,12 +49,7 @@ def arguments():
     flag("--out", type=Path, help="folder of the curve [the checkpoint's]")
     flag("--variance", choices=("large", "small"), help="sigma_t^2 [as in training]")
     flag("--batch", type=count, default=128, help="images at a time [%(default)s]")
-    flag(
-        "--seed",
-        type=checkpoint.number(int, 0, 2**63),
-        default=0,
-        help="seed of the noise [%(default)s]",
-    )
+    flag("--seed", type=seed, default=0, help="seed of the noise [%(default)s]")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps or xpu [%(default)s]")
     return parser.parse_args()
 
