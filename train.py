@@ -105,7 +105,7 @@ def learning_rate(step, lr, warmup, decay_steps=None):
 
 
 def set_seed(device, *numbers):
-    """Seed the generators of the CPU and the device for (seed, step, ...): none need be saved."""
+    """Seed the generators of the CPU and the device from (seed, step, part), so none is saved."""
     # The seed has 64 bits, of which torch's generator for the CPU uses 32.
     seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
     torch.default_generator.manual_seed(seed)
