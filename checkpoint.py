@@ -167,7 +167,7 @@ class Run:
             self.recent.extend(float(line.split(",")[1]) for line in lines[-100:])
 
     def log(self, step, losses):
-        """Append the steps before `step` to log.csv, and return the mean of the last 100 losses.
+        """Append the steps up to `step` to log.csv, and return the mean of the last 100 losses.
 
         losses: [(loss, norm of the gradient)].
         """

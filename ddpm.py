@@ -160,7 +160,7 @@ class Diffusion:
 
         weighting: "simple" is (14), whatever the model predicts. "vlb" keeps the weight that (12)
             gives each term: up to a constant, it is then L_t in nats per dimension for t > 0; at
-            t = 0, the decoder's density is used for its probability. "min-snr" (Hang et al.
+            t = 0, it has the decoder's density, not the probability. "min-snr" (Hang et al.
             2023, arXiv:2303.09556) gives the error of x0_hat the weight min(SNR, 5), where (14)
             gives it SNR. "native" is the error of what the model predicts.
 
@@ -463,7 +463,7 @@ class UNet(nn.Module):
             nn.SiLU(),
             nn.Linear(time_channels, time_channels),
         )
-        if num_classes:  # the last row means "no class"; at first, none has an effect
+        if num_classes:  # the last row means "no class"; all start at zero, without effect
             self.class_embedding = nn.Embedding(num_classes + 1, time_channels)
             nn.init.zeros_(self.class_embedding.weight)
         self.conv_in = nn.Conv2d(in_channels, base_channels, 3, padding=1)

@@ -31,7 +31,7 @@ from onnxscript import opset20 as op
 
 import checkpoint
 from pretrained import largest_difference, to_diffusers
-from reduced import Half, eps_of, example_labels, reduce_precision
+from reduced import Half, eps_of, example_labels, write_half, write_int8
 
 OPSET = 20  # ONNX Runtime has kernels for it on the CPU, on CUDA and in the browser
 TOLERANCE = 1e-4  # the largest difference from torch, in an output that is about N(0, 1)
@@ -141,9 +141,10 @@ def write_onnx(trained, path, kind=None):
         if not worst < TOLERANCE * max(1, trained.diffusion.b.abs().max()):  # eps = a x_t + b F
             sys.exit(f"eps differs from torch's by {worst:.1e}; {path} is not written")
         print(f"largest difference from torch {worst:.1e}, at batches of 1, 2 and 3")
-        if kind is not None:
-            half = to_onnx(trained, Half(trained.model)) if kind == "half" else None
-            reduce_precision(trained, exact, reduced, half)
+        if kind == "half":
+            write_half(trained, exact, reduced, to_onnx(trained, Half(trained.model)))
+        elif kind == "int8":
+            write_int8(trained, exact, reduced)
         os.replace(exact if kind is None else reduced, path)
     step = f", step {trained.step:,}" if trained.step else ""
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, from {trained.source}{step}")
@@ -151,6 +152,7 @@ def write_onnx(trained, path, kind=None):
 
 
 def main():
+    sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal can print every name
     parser = argparse.ArgumentParser(
         usage="python export.py [options]",
         description=__doc__,

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-with contextlib.suppress(ImportError):  # HEIC, the photographs of telephones, if it is installed
+with contextlib.suppress(ImportError):  # HEIC, the format of iPhone photos
     from pillow_heif import register_heif_opener
 
     register_heif_opener()
@@ -68,8 +68,9 @@ def to_image(pixels):
 def grid(pixels, columns=None, rows=None, names=()):
     """Return uint8 pixels (B, C, H, W) as one Pillow image with rows of `columns` images.
 
-    With `rows`, if there are so many images, image k is in row k % rows instead. Without either,
-    the grid is about square. Small images are enlarged. names: of the rows, written to their left.
+    If `rows` is given, and there are at least so many images, image k is in row k % rows instead.
+    Without either, the grid is about square. Small images are enlarged. names: of the rows, written
+    to their left.
     """
     if rows and 1 < rows <= len(pixels):
         columns = math.ceil(len(pixels) / rows)

@@ -1,8 +1,8 @@
 """Published weights: a DDPM in the format of the diffusers library, to and from ddpm.py.
 
 from_diffusers serves `train.py --init`, evaluate.py and `export.py --diffusers`; to_diffusers
-serves `export.py --to-diffusers`. diffusers itself reads and writes the files, and a comparison of
-eps proves that both networks compute the same.
+serves `export.py --to-diffusers`. diffusers itself reads and writes the files. What is read is
+compared: both networks must compute the same eps.
 """
 
 import re

@@ -147,7 +147,7 @@ def make_parser():
     )
     flag, switch = parser.add_argument, argparse.BooleanOptionalAction
     count, index = checkpoint.number(int, 1), checkpoint.number(int, 0, 2**63)
-    positive, share = checkpoint.number(float, 0), checkpoint.number(float, 0, 1)
+    amount, share = checkpoint.number(float, 0), checkpoint.number(float, 0, 1)
     flag("--data", help="folder of images, including its sub-folders [the built-in demo]")
     flag("--classes", action="store_true", help="the sub-folders of --data are classes")
     flag("--out", type=Path, default="run", help="folder of the run [%(default)s]")
@@ -168,7 +168,7 @@ def make_parser():
     flag("--batch", type=count, help="images per step, over all GPUs [%(default)s]")
     flag("--accumulate", type=count, default=1, help="parts of a batch, for memory [%(default)s]")
     flag("--optimizer", choices=("adam", "muon"), help="muon suits short runs [%(default)s]")
-    flag("--lr", type=positive, help="learning rate [%(default)s]")
+    flag("--lr", type=amount, help="learning rate [%(default)s]")
     flag("--warmup", type=index, help="steps until --lr is reached [min(5000, steps / 20)]")
     flag("--lr-decay", action=switch, help="let --lr fall to 0 at --steps, for short runs")
     flag("--steps", type=count, help="number of training steps [%(default)s]")
@@ -179,7 +179,7 @@ def make_parser():
     flag("--amp", action=switch, help="bfloat16 [if the device supports it]")
     flag("--compile", action=switch, help="torch.compile [on CUDA, for 5,000 steps or more]")
     flag("--preview-every", type=count, help="steps between previews [at most 4 %% of the time]")
-    flag("--save-minutes", type=positive, default=5.0, help="between checkpoints [%(default)s]")
+    flag("--save-minutes", type=amount, default=5.0, help="between checkpoints [%(default)s]")
     parser.set_defaults(norm_groups=None, **PAPER)
     return parser
 
@@ -197,7 +197,8 @@ def arguments():
         parser.set_defaults(**(QUICK if args.quick else DEMO))
     if args.init is not None:  # a resumed run has its own weights, so those of --init may be gone
         own = args.out / "checkpoint.pt"
-        weights = checkpoint.load(own if own.is_file() and RANK == 0 else args.init)
+        use_own = own.is_file() and (RANK == 0 or not Path(args.init).exists())
+        weights = checkpoint.load(own if use_own else args.init)
         parser.set_defaults(variance=weights.diffusion.variance)
     args = parser.parse_args()
     if weights:
@@ -220,8 +221,7 @@ def arguments():
     if args.amp is None:  # in bfloat16, "mean" and "x0" would give a rough eps at small t
         args.amp = has_bfloat16(args.device) and args.predicts not in ("mean", "x0")
     if args.compile is None:  # it takes a minute or more
-        is_cuda = args.device.type == "cuda"
-        args.compile = is_cuda and args.steps >= 5000 and find_spec("triton") is not None
+        args.compile = all((args.device.type == "cuda", args.steps >= 5000, find_spec("triton")))
     if args.preview_every is None:  # a preview costs as much as training on 240 images
         args.preview_every = max(25 * 240 // args.batch, args.steps // 100, 1)
     return args, weights
@@ -323,8 +323,8 @@ def main():
         *losses, (stops, _) = values.tolist()
         done, pending = step + 1, []
         if not np.isfinite(losses).all():
-            sys.exit(f"the loss or its gradient is not finite by step {done:,}; it is not saved. "
-                     "Try a lower --lr, a longer --warmup, or --no-amp.")  # fmt: skip
+            sys.exit(f"the loss or its gradient is infinite or NaN by step {done:,}, so nothing is "
+                     "saved. Try a lower --lr, a longer --warmup, or --no-amp.")  # fmt: skip
         if is_main:
             bar.set_postfix_str(f"loss {run.log(done, losses):.4f}", refresh=False)
             bar.update(len(losses))

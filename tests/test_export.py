@@ -180,6 +180,15 @@ def test_half_is_float16_except_where_that_costs_too_much(files):
     )
     assert {"time_mlp.0.weight", "time_mlp.2.weight", "conv_in.weight"} <= single
     assert types["up.0.0.conv1.weight"] == FLOAT16
+    values = {  # not rounded to float16
+        kind: {
+            w.name.replace("model.", ""): onnx.numpy_helper.to_array(w)
+            for w in onnx.load(files[0] / f"{kind}.onnx").graph.initializer
+        }
+        for kind in ("None", "half")
+    }
+    for name in single:
+        np.testing.assert_array_equal(values["half"][name], values["None"][name])
     for node in graph.node:
         if node.op_type == "LayerNormalization":  # statistics in float32
             assert all(a.i == FLOAT for a in node.attribute if a.name == "stash_type")
