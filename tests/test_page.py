@@ -207,13 +207,23 @@ def assert_steps_equal(page, options, expected, left, atol=1e-5):
         np.testing.assert_allclose(their_x0, x0.ravel(), atol=atol)
 
 
-@pytest.mark.parametrize("variance", ["large", "small"])
-@pytest.mark.parametrize("steps", [None, 1, 2, 7])
 @pytest.mark.parametrize(
-    "sampler, eta",
-    [(None, None), ("ddpm", None), ("dpm", None), ("ddim", None), (None, 0.5), ("ddim", 1)],
+    "variance, steps, sampler, eta, continues",
+    [
+        ("large", None, None, None, False),
+        ("small", None, "ddpm", None, True),
+        ("large", 7, "ddpm", None, True),
+        ("small", 7, "ddpm", None, False),
+        ("large", 7, None, None, False),
+        ("large", None, "dpm", None, True),
+        ("small", 2, "dpm", None, True),
+        ("large", 7, "ddim", None, False),
+        ("small", 7, None, 0.5, True),
+        ("large", None, "ddim", 1, False),
+        ("small", 1, None, None, True),
+        ("large", 1, "ddim", 1, False),
+    ],
 )
-@pytest.mark.parametrize("continues", [False, True])
 def test_reverse_process_is_that_of_sample_py(variance, steps, sampler, eta, continues, page):
     left, x_T = iter(NOISES), NOISES[-1] if continues else None
     expected = list(ddpm_numpy.sample_progressive(
