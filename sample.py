@@ -23,15 +23,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ddpm_numpy import (
-    LAMBDAS,
-    SAMPLERS,
-    Network,
-    guided,
-    mix,
-    noise_of,
-    sample_progressive,
-)
+from ddpm_numpy import LAMBDAS, SAMPLERS, Network, guided, mix, noise_of, sample_progressive
 from images import from_pixels, grid, read_image, save_animation, save_image, to_image, to_pixels
 
 GRID = 256  # the largest number of images in one grid
@@ -199,16 +191,11 @@ def draw_samples(network, args, y):
     finally:
         bar.close()
     seconds = time.monotonic() - began
-    save_image(args.out, grid(np.stack(shown), rows=len(names), names=names))
-    if args.gif:
-        states = [grid(x, rows=len(names)) for x in (*(x for x, _ in frames), frames[-1][1])]
-        save_animation(args.gif, states, each=3000 // len(frames))
-    if args.strip:
-        save_image(args.strip, strip(frames))
-    what = f"{drawn} image{'s' * (drawn > 1)}"
-    what = f"the first {GRID} of {drawn:,} images" if drawn > GRID else what
-    of = f" of {', '.join(names)}" * bool(names)
-    print(f"{args.out}: {what}{of}, {seconds:.1f} s, {seconds / drawn:.2f} s each")
+    save_outputs(args, np.stack(shown), frames, names)
+    number = f"{drawn:,} image{'s' * (drawn > 1)}"
+    shows = f"the first {GRID} of {number}" if drawn > GRID else number
+    of = f" of {', '.join(names)}" if names else ""
+    print(f"{args.out}: {shows}{of}, {seconds:.1f} s, {seconds / drawn:.2f} s each")
     if drawn < n:
         sys.exit(f"sample.py: stopped after {drawn:,} of {n:,} images")
 
@@ -218,6 +205,16 @@ def say_how_long(bar, seconds, steps):
     seconds *= bar.total / bar.n
     if seconds > 60 and steps > 50:
         bar.write(f"about {seconds / 60:.0f} min; --steps 20: about {seconds * 20 / steps:.0f} s")
+
+
+def save_outputs(args, pixels, frames, names):
+    """Save the grid of the samples and, if asked for, the GIF and the strip of the frames."""
+    save_image(args.out, grid(pixels, rows=len(names), names=names))
+    if args.gif:
+        states = [grid(x, rows=len(names)) for x in (*(x for x, _ in frames), frames[-1][1])]
+        save_animation(args.gif, states, each=3000 // len(frames))
+    if args.strip:
+        save_image(args.strip, strip(frames))
 
 
 def strip(frames):
