@@ -291,7 +291,7 @@ def load(path):
         source = DEMO if data is None else f"train.py, {ascii(data)[1:-1]}"  # for ONNX
         diffusion, classes = Diffusion(**config["diffusion"]), config["train"].get("classes", [])
         return Trained(model, diffusion, config["model"], state["step"], source, classes)
-    if path.is_dir() and not list(path.glob("**/*config.json")):
+    if path.is_dir() and not [*path.glob("*config.json"), *path.glob("*/*config.json")]:
         sys.exit(f"{path} has neither a checkpoint.pt nor weights for diffusers")
     if path.is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?<!\.pt)", path.as_posix()):
         from pretrained import from_diffusers

@@ -44,7 +44,7 @@ def image_files(folder):
         sys.exit(f"{folder}: {'not a folder' if os.path.exists(folder) else 'no such folder'}")
     suffixes = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     paths = []
-    for root, folders, names in os.walk(folder, followlinks=True):
+    for root, folders, names in os.walk(folder):
         if "checkpoint.pt" in names:  # a run, with its previews
             folders.clear()
             continue
@@ -108,17 +108,12 @@ def try_to_read(path, size, channels):
         return None, error
 
 
-def stat(path):
-    """Return the os.stat of a file or, if it is a link to nothing, that of the link."""
-    return os.stat(path) if os.path.exists(path) else os.lstat(path)
-
-
 def map_files(function, paths):
     """Yield function(path) for each path in order, computed in threads if the files are large.
 
     Pillow decodes outside of Python's lock. With small files, threads spend longer waiting for it.
     """
-    if np.mean([stat(path).st_size for path in paths[:64]]) < LARGE:
+    if np.mean([os.path.getsize(path) for path in paths[:64]]) < LARGE:
         yield from map(function, paths)
         return
     with ThreadPool(min(16, os.cpu_count() or 1)) as pool:
@@ -195,7 +190,7 @@ def decoded(paths, folder, size, channels, cache):
 
     They are decoded unless none of the files has changed, nor the code of read_image.
     """
-    states = [(os.path.relpath(path, folder), stat(path)) for path in paths]
+    states = [(os.path.relpath(path, folder), os.stat(path)) for path in paths]
     states = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
     key = repr((size, states, inspect.getsource(read_image)))
     file = cache / f"images-{digest(key.encode(errors='surrogateescape'))}.npy"

@@ -56,7 +56,7 @@ def _at(table, t):
 
 @lru_cache(maxsize=256)
 def _copy(table, device):
-    """Return a table on a device in float32, because not every device has float64, copied once."""
+    """Return a copy of a table, made once for each device: float32, as some have no float64."""
     return table.to(device, torch.float32)
 
 
@@ -88,7 +88,7 @@ class Diffusion:
 
     def __init__(self, betas, variance="large", predicts="eps"):
         betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
-        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
+        if betas.ndim != 1 or not len(betas) or not ((betas < 1) & (1 - betas < 1)).all():
             raise ValueError("betas must be a 1-d list of numbers between 0 and 1")
         if variance not in ("large", "small"):
             raise ValueError(f'variance must be "large" or "small", not {variance!r}')

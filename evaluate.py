@@ -66,7 +66,7 @@ def main():
     else:
         sys.exit("evaluate.py: --data must be a folder of images that the network has not seen")
     images = torch.from_numpy(images)
-    random = torch.Generator().manual_seed(args.seed)  # then each batch is like the others
+    random = torch.Generator().manual_seed(args.seed)  # so that each batch is like the others
     order = torch.randperm(len(images), generator=random)[: args.images]
     path = Path(args.checkpoint)
     out = args.out or (path if path.is_dir() else path.parent if path.exists() else Path())

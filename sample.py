@@ -164,7 +164,6 @@ def draw_samples(network, args, y):
         known = known, read_mask(args.inpaint[1], network.shape)
     began, drawn = time.monotonic(), 0
     bar = tqdm(total=-(-n // args.batch) * args.steps, unit="step", mininterval=1)
-
     try:
         for first in range(0, n, args.batch):
             batch = slice(first, min(first + args.batch, n))

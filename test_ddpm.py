@@ -49,7 +49,9 @@ def test_cosine_schedule_is_a_squared_cosine():
     assert cosine_betas().max() == 0.999
 
 
-@pytest.mark.parametrize("betas", [[], [0.1, 1.0], [0.0, 0.1], [[0.1]], [0.1, float("nan")]])
+@pytest.mark.parametrize(
+    "betas", [[], [0.1, 1.0], [0.0, 0.1], [[0.1]], [0.1, float("nan")], [1e-300]]
+)
 def test_impossible_betas_are_refused(betas):
     with pytest.raises(ValueError, match="betas"):
         Diffusion(betas)

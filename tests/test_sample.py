@@ -144,6 +144,7 @@ def test_interpolation_between_two_images(trained, network, image_folder, tmp_pa
     image = np.asarray(Image.open(tmp_path / "i.png")).astype(int)
     scale = image.shape[0] // (2 * 10)
     assert scale == 6  # as in every other grid
+    assert image.shape[0] == 2 * 10 * scale and image.shape[2] == 3
     image = image[:, image.shape[1] - 13 * 10 * scale :]  # without "t = 30" and "t = 600"
     tiles = image[::scale, ::scale].reshape(2, 10, 13, 10, 3).transpose(0, 2, 4, 1, 3)
     tiles = tiles[..., 1:-1, 1:-1]  # (2, 13, C, H, W)

@@ -167,8 +167,8 @@ def test_three_commands_from_folder_to_images(trained):
     assert "ResourceWarning" not in train_said + export_said + sample_said
     assert {p.name for p in folder.iterdir()} == {"run", "model.onnx", "samples.png"}
     names = {re.sub(r"images-.*\.", "images.", p.name) for p in (folder / "run").iterdir()}
-    names -= {"images.npy", "images.json"}
-    assert names == {"checkpoint.pt", "log.csv", "loss.png", "preview-0000012.png"}
+    decoded = {"images.npy", "images.json"}
+    assert names == {"checkpoint.pt", "log.csv", "loss.png", "preview-0000012.png"} | decoded
     image = np.asarray(Image.open(folder / "samples.png"))
     assert image.ndim == 3 and image.std() > 10
     log = (folder / "run" / "log.csv").read_text().splitlines()
@@ -381,6 +381,8 @@ def test_other_images_of_another_folder_are_refused(image_folder, tmp_path, run)
     Image.new("RGB", (8, 8), "green").save(tmp_path / "moved" / "images" / "1.png")
     said = run("train.py", "--data", "moved/images", *words, 4, cwd=tmp_path)
     assert "the images have changed since step 3; training continues" in said
+    assert "images   2 of" in said
+    assert len(list((tmp_path / "run").glob("images-*"))) == 2  # the old ones are removed
     Image.new("RGB", (8, 8), "grey").save(tmp_path / "moved" / "images" / "1.png")
     assert "changed" not in run("train.py", "--data", "moved/images", *words, 4, cwd=tmp_path)
 
