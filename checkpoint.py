@@ -10,6 +10,7 @@ Samples use "ema", the averaged weights. torch.load(path, weights_only=True) ope
 """
 
 import argparse
+import contextlib
 import math
 import os
 import re
@@ -155,7 +156,9 @@ class Run:
     """
 
     def __init__(self, out, step, lr_at):
-        self.out, self.lr_at, self.saved = out, lr_at, time.monotonic()
+        self.out, self.lr_at, self.rows = out, lr_at, ""
+        self.saved = self.previewed = time.monotonic()
+        self.preview_seconds = 0  # how long the last one took
         self.recent = deque(maxlen=100)  # losses
         if (out / "log.csv").exists():  # its rows may be newer than the checkpoint
             lines = (out / "log.csv").read_text().splitlines(keepends=True)[1:]
@@ -172,12 +175,13 @@ class Run:
         losses: [(loss, norm of the gradient)].
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        text = "" if (self.out / "log.csv").exists() else HEADER
         for k, (loss, norm) in enumerate(losses, step - len(losses)):
-            text += f"{k + 1},{loss:.6g},{norm:.6g},{self.lr_at(k):.6g}\n"
+            self.rows += f"{k + 1},{loss:.6g},{norm:.6g},{self.lr_at(k):.6g}\n"
             self.recent.append(loss)
-        with open(self.out / "log.csv", "a") as file:
-            file.write(text)
+        # On Windows, a spreadsheet that shows the file locks it; then the rows wait.
+        with contextlib.suppress(PermissionError), open(self.out / "log.csv", "a") as file:
+            file.write(self.rows if file.tell() else HEADER + self.rows)
+            self.rows = ""
         return np.mean(self.recent)
 
     def save(self, config, step, model, ema, optimizer):
@@ -197,11 +201,16 @@ class Run:
     def seconds_since_save(self):
         return time.monotonic() - self.saved
 
+    def preview_is_due(self, gap):
+        """Return whether `gap` times as long as a preview takes has passed since the last one."""
+        return time.monotonic() - self.previewed >= gap * self.preview_seconds
+
     def preview(self, step, ema, diffusion, shape, args):
         """Save 36 images of this shape (C, H, W) that the averaged network draws, and loss.png.
 
         Each class has a row. The curve is averaged over up to 200 intervals of equal length.
         """
+        began = time.monotonic()
         noise, rows = torch.Generator(args.device).manual_seed(args.seed), len(args.classes)
         y = torch.arange(36, device=args.device) % rows if rows else None
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
@@ -215,6 +224,8 @@ class Run:
         length = -(-len(table) // 200)
         parts = [table[k : k + length].mean(0) for k in range(0, len(table) - length + 1, length)]
         save_plot(self.out / "loss.png", *np.transpose(parts), "step", "loss", log=True)
+        self.previewed = time.monotonic()
+        self.preview_seconds = self.previewed - began
 
 
 def open_checkpoint(path):

@@ -1,9 +1,15 @@
 """The device that a process computes on, and its place among the processes of torchrun."""
 
 import os
+import shutil
 import sys
+import sysconfig
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 # torchrun sets these: the rank of this process, the number of all, and its rank on its machine.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -27,7 +33,7 @@ def choose_device(name):
                 index = LOCAL_RANK % max(1, torch.accelerator.device_count())
             torch.accelerator.set_device_index(index)
             device = torch.device(device.type, index)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device)  # runs a kernel, which the build may lack for an old card
     except (RuntimeError, AssertionError) as error:
         sys.exit(f"--device {name}: {str(error).splitlines()[0]}")
     return device
@@ -40,6 +46,29 @@ def has_bfloat16(device):
     if device.type == "mps":  # nobody has measured it
         return False
     return torch.get_device_module(device).is_bf16_supported(including_emulation=False)
+
+
+def can_compile(device):
+    """Return whether torch.compile has what it needs on CUDA: Triton, a C compiler and Python.h."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    header = Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h")
+    return device.type == "cuda" and all((find_spec("triton"), compiler, header.is_file()))
+
+
+def compiled(network):
+    """Return torch.compile of a network whose inputs keep their shape."""
+    # channels_last suits tensor cores. Without this option, torch often keeps a U-Net contiguous.
+    return torch.compile(network, dynamic=False, options={"force_layout_optimization": True})
+
+
+def join_processes(device):
+    """Connect the processes: through gloo, and for tensors on a GPU, the library of its maker."""
+    backend = "gloo"  # without a name, torch chooses by the accelerator that it was built for
+    if device.type == "cuda" and dist.is_nccl_available():  # not on Windows
+        backend = "cpu:gloo,cuda:nccl"
+    elif device.type == "xpu":
+        backend = "cpu:gloo,xpu:xccl"
+    dist.init_process_group(backend, timeout=timedelta(hours=4))  # to decode images can take hours
 
 
 def to_device(x, device):

@@ -18,9 +18,7 @@ import copy
 import shlex
 import signal
 import sys
-from datetime import timedelta
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +28,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
+import device as machine
 from data import class_names, demo_images, fingerprint, forget_others, read_folder
 from ddpm import Diffusion, UNet
-from device import LOCAL_RANK, RANK, WORLD, choose_device, has_bfloat16, to_device
+from device import LOCAL_RANK, RANK, WORLD, to_device
 from images import from_pixels
 from muon import Muon
 
@@ -217,13 +216,13 @@ def arguments():
     except ValueError as error:
         parser.error(str(error))
 
-    args.device = choose_device(args.device)
+    args.device = machine.choose_device(args.device)
     if args.amp is None:  # in bfloat16, "mean" and "x0" would give a rough eps at small t
-        args.amp = has_bfloat16(args.device) and args.predicts not in ("mean", "x0")
+        args.amp = machine.has_bfloat16(args.device) and args.predicts not in ("mean", "x0")
     if args.compile is None:  # it takes a minute or more
-        args.compile = all((args.device.type == "cuda", args.steps >= 5000, find_spec("triton")))
-    if args.preview_every is None:  # a preview costs as much as training on 240 images
-        args.preview_every = max(25 * 240 // args.batch, args.steps // 100, 1)
+        args.compile = args.steps >= 5000 and machine.can_compile(args.device)
+    args.preview_gap = 0 if args.preview_every else 25  # times the duration of a preview
+    args.preview_every = args.preview_every or max(25 * 240 // args.batch, args.steps // 100, 1)
     return args, weights
 
 
@@ -235,11 +234,12 @@ def main():
     args, weights = arguments()
     is_main, device, out = RANK == 0, args.device, args.out
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
+    torch.backends.cudnn.benchmark = True  # batches always have the same shape
 
     # -- the checkpoint, if this run began before; the first process reads it for all
     states = [checkpoint.find_run(out) if is_main else None]
     if WORLD > 1:
-        dist.init_process_group(timeout=timedelta(hours=4))  # to decode images can take hours
+        machine.join_processes(device)
         dist.broadcast_object_list(states)
     state = states.pop()
     start = state["step"] if state else 0
@@ -285,7 +285,7 @@ def main():
             part.load_state_dict(state[name])
     del state, weights  # they are as large as the network
     network = DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD > 1 else model
-    network = torch.compile(network) if args.compile else network
+    network = machine.compiled(network) if args.compile else network
     if is_main:
         size = sum(p.numel() for p in model.parameters())
         where = f"{device}, {'bfloat16' if args.amp else 'float32'}" + ", compiled" * args.compile
@@ -295,7 +295,7 @@ def main():
         print(f"images   {len(images):,} of {'x'.join(map(str, images.shape[1:]))}{kind}")
         print(f"settings the paper's{f', but {changed}' if changed else ''}")
         print(f"network  {size:,} parameters on {WORLD} x {where}")
-        print(f"steps    {start:,} to {args.steps:,}; previews every {args.preview_every:,}")
+        print(f"steps    {start:,} to {args.steps:,}; previews every {args.preview_every} or more")
 
     # -- the loop
     decay_steps = args.steps if args.lr_decay else None
@@ -311,8 +311,8 @@ def main():
             group["lr"] = lr_at(step)
         batch = draw_batch(step, images, labels, diffusion.T, args)
         pending.append(train_step(batch, network, ema, optimizer, diffusion, step, args))
-        show = (step + 1) % args.preview_every == 0 or step + 1 == args.steps
-        must_log = show or (step + 1) % LOG_TOGETHER.get(device.type, 10) == 0
+        show, last = (step + 1) % args.preview_every == 0, step + 1 == args.steps
+        must_log = show or last or (step + 1) % LOG_TOGETHER.get(device.type, 10) == 0
         if not must_log and not (WORLD == 1 and stop):  # processes stop together
             continue
 
@@ -328,9 +328,9 @@ def main():
         if is_main:
             bar.set_postfix_str(f"loss {run.log(done, losses):.4f}", refresh=False)
             bar.update(len(losses))
-            if show or stops or run.seconds_since_save() > 60 * args.save_minutes:
+            if last or stops or run.seconds_since_save() > 60 * args.save_minutes:
                 run.save(config, done, model, ema, optimizer)
-            if show:
+            if last or (show and run.preview_is_due(args.preview_gap)):
                 run.preview(done, ema, diffusion, images.shape[1:], args)
         if stops:
             break

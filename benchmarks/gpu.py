@@ -1,16 +1,20 @@
-"""Try this project on a GPU, and print a report to paste into an issue.
+"""Try this project on a GPU within ten minutes, and write a report to paste into an issue.
 
-Expect about 20 minutes, which is an estimate: so far it has run only on CPUs, with --tiny.
+So far it has run only on CPUs, with --tiny.
 
-    pip install -r requirements.txt
-    python benchmarks/gpu.py | tee report.txt    # writes gpu-report/ with the images drawn
-    python benchmarks/gpu.py --tiny              # every part with a tiny network, also on a CPU
+    pip install -r requirements-dev.txt
+    python benchmarks/gpu.py              # prints the report, and writes it to gpu-report/report.md
+    python benchmarks/gpu.py --tiny       # every part with a tiny network, also on a CPU
 
-If a part fails, its traceback is printed and the next part runs.
+Cheap measurements come first, and the report grows line by line. If one fails, its traceback goes
+to gpu-report/errors.txt. Programs have a time limit, and a log each. What no time is left for is
+skipped.
 """
 
 import argparse
+import contextlib
 import copy
+import functools
 import itertools
 import platform
 import shutil
@@ -19,6 +23,7 @@ import subprocess
 import sys
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
@@ -29,11 +34,14 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
+import checkpoint  # noqa: E402
 import ddpm_numpy  # noqa: E402
 import train  # noqa: E402
 from data import demo_images  # noqa: E402
 from ddpm import Diffusion, UNet, linear_betas  # noqa: E402
+from device import compiled, has_bfloat16  # noqa: E402
 from images import save_image, to_image  # noqa: E402
+from muon import Muon  # noqa: E402
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 IS_CUDA = DEVICE.type == "cuda"
@@ -42,164 +50,302 @@ TINY = "--image-size 8 --base-channels 8 --channel-mults 1 2 --num-res-blocks 1 
 TINY += ["--attention-resolutions", "4"]
 
 
+class Report:
+    """Print lines and append them to a file; measure rows that may fail, until the time is over."""
+
+    def __init__(self, out, minutes):
+        self.out, self.end, self.failed = out, time.monotonic() + 60 * minutes, []
+
+    def say(self, line):
+        print(line, flush=True)
+        with open(self.out / "report.md", "a") as file:
+            file.write(line + "\n")
+
+    def head(self, *columns):
+        self.say(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+
+    def row(self, name, measure, *args):
+        """Call measure(*args) for the other cells of a row, unless no time is left."""
+        if time.monotonic() > self.end:
+            return self.say(f"| {name} | skipped: no time left |")
+        try:
+            cells = measure(*args)
+        except Exception as error:  # the time on a card is short, so the other rows still run
+            (first, *_) = traceback.format_exception_only(error)[-1].splitlines()
+            cells = f"failed: {first}"
+            self.failed.append(name)
+            with open(self.out / "errors.txt", "a") as file:
+                file.write(f"{name}\n{traceback.format_exc()}\n")
+        self.say(f"| {name} | {cells} |")
+
+    def program(self, log, limit, *command, interrupt=None):
+        """Run a program for at most `limit` seconds, and return its seconds and its last line.
+
+        log: the name of the file that gets what it prints. interrupt: (a file, seconds); the
+        program receives Ctrl-C so long after the file appears.
+        """
+        began, path = time.monotonic(), self.out / f"{log}.log"
+        limit = min(limit, self.end - began)
+        with open(path, "w") as file:
+            process = subprocess.Popen(
+                [sys.executable, *map(str, command)], stdout=file, stderr=subprocess.STDOUT
+            )
+            try:
+                if interrupt:
+                    appears, seconds = interrupt
+                    while process.poll() is None and not appears.exists():
+                        if time.monotonic() - began > limit:
+                            raise subprocess.TimeoutExpired(command, limit)
+                        time.sleep(0.05)
+                    time.sleep(seconds)
+                    process.send_signal(signal.SIGINT)
+                process.wait(limit - (time.monotonic() - began))
+            except subprocess.TimeoutExpired:
+                process.terminate()  # torchrun then ends its processes
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(10)
+                raise RuntimeError(f"{log} was stopped after {limit:.0f} s; see {path}") from None
+            finally:
+                process.kill()
+        lines = path.read_text(errors="replace").replace("\r", "\n").strip().splitlines() or [""]
+        if process.returncode != bool(interrupt):  # train.py ends with 1 if it was interrupted
+            raise RuntimeError(f"{log} ended with status {process.returncode}; see {path}")
+        return f"{time.monotonic() - began:.0f} s | {lines[-1].strip()}"
+
+
 def network(tiny):
     """Return the paper's CIFAR-10 network with random weights, or a tiny one."""
     torch.manual_seed(0)
     return UNet(8, 3, 8, (1, 2), 1, (4,)) if tiny else UNet()
 
 
-def program(name, *words, interrupt=None):
-    """Run a program of this project, and print its last lines.
-
-    interrupt: (a file, seconds); the program receives Ctrl-C so long after the file appears.
-    """
-    command = [sys.executable, *map(str, name if isinstance(name, list) else [HERE.parent / name])]
-    process = subprocess.Popen(
-        [*command, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    if interrupt:
-        path, seconds = interrupt
-        while process.poll() is None and not path.exists():
-            time.sleep(0.05)
-        time.sleep(seconds)
-        process.send_signal(signal.SIGINT)
-    said, _ = process.communicate()
-    lines = [line for line in said.replace("\r", "\n").splitlines() if line.strip()]
-    print(*(f"    {line}" for line in lines[-6:]), sep="\n", flush=True)
-    if process.returncode != bool(interrupt):  # train.py ends with 1 if it was interrupted
-        raise RuntimeError(f"{name} ended with status {process.returncode}")
+def ms(call, times):
+    """Return the milliseconds of a call, the last of which waits for the device."""
+    for _ in range(3):
+        call()
+    if IS_CUDA:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(times):
+        call()
+    if IS_CUDA:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / times * 1000
 
 
 # ---------------------------------------------------------------------------------------- the parts
 
 
-def machine(args):
-    """Print the card, its driver and the versions."""
+def machine(report, args):
+    """Name the card, its driver, the processor and the versions."""
     query = "nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"
     if shutil.which("nvidia-smi"):
-        print(subprocess.run(query, capture_output=True, text=True).stdout.strip())
+        report.say(subprocess.run(query, capture_output=True, text=True).stdout.strip())
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
     packages = {d.name.lower(): d.version for d in metadata.distributions()}
     names = "torch", "triton", "onnxruntime-gpu", "onnxruntime", "nvidia-cudnn-cu13"
     versions = [f"{name} {packages[name]}" for name in names if name in packages]
-    print(f"{platform.platform()}, Python {platform.python_version()}, {', '.join(versions)}")
+    report.say(
+        f"{cpu}, {torch.get_num_threads()} threads; {platform.platform()}, "
+        f"Python {platform.python_version()}, {', '.join(versions)}"
+    )
 
 
-def gradients(args):
+def gradients(report, args, compile_too=False):
     """Compare the gradient of the loss on the device with that of float32 on the CPU."""
-    model, size = network(args.tiny), 8 if args.tiny else 32
+    model, size = network(args.tiny).eval(), 8 if args.tiny else 32  # without dropout
     for p in model.parameters():  # so that no layer is close to 0
         p.data.add_(torch.randn_like(p), alpha=0.01)
     x0, noise = torch.rand(8, 3, size, size) * 2 - 1, torch.randn(8, 3, size, size)
     t = torch.arange(0, 1000, 125)
 
     def gradient(module, device, amp):
-        module.eval().zero_grad()  # no dropout
+        module.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             DIFFUSION.loss(module, x0.to(device), t.to(device), noise.to(device)).backward()
         return torch.cat([p.grad.cpu().flatten() for p in module.parameters()])
 
-    exact = gradient(model, torch.device("cpu"), False)
-    cases = {"float32": (False, False, False), "TF32": (True, False, False)}
-    cases |= {"bfloat16": (True, True, False), "bfloat16, compiled": (True, True, True)}
-    for name, (tf32, amp, compiled) in cases.items():
+    def error(tf32, amp, compile_it=False):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         on_device = copy.deepcopy(model).to(DEVICE)
-        on_device = torch.compile(on_device) if compiled and not args.tiny else on_device
-        error = (gradient(on_device, DEVICE, amp) - exact).norm() / exact.norm()
-        print(f"| gradient, {name} | relative error {error:.1e} |", flush=True)
+        on_device = compiled(on_device) if compile_it and not args.tiny else on_device
+        return f"{(gradient(on_device, DEVICE, amp) - exact).norm() / exact.norm():.1e}"
+
+    exact = gradient(model, torch.device("cpu"), False)
+    report.head("gradient", "relative error")
+    if compile_too:
+        return report.row("compiled", error, True, args.amp, True)
+    report.row("float32", error, False, False)
+    report.row("TF32", error, True, False)
+    if args.amp:
+        report.row("bfloat16", error, True, True)
 
 
-def steps(args):
-    """Time the training step: batch, compiled or not, and memory format."""
-    print("| step of train.py | ms | device busy | GB |\n| --- | --- | --- | --- |")
+def steps(report, args, compile_too=False):
+    """Time the training step: eager or compiled, with and without cudnn.benchmark."""
     images = torch.from_numpy(demo_images())
     images = images if args.tiny else images.repeat_interleave(4, 2).repeat_interleave(4, 3)
     images, count = images.to(DEVICE), 3 if args.tiny else 30
-    formats = torch.contiguous_format, torch.channels_last
-    for batch, compiled, memory_format in itertools.product((128, 16), (False, True), formats):
-        torch.compiler.reset()
-        model = network(args.tiny).to(DEVICE, memory_format=memory_format)
-        ema = copy.deepcopy(model).requires_grad_(False)
-        optimizer = torch.optim.Adam(model.parameters(), 1e-5, fused=True)
-        flags = train.make_parser().parse_args(["--batch", str(batch), "--amp"])
-        flags.device = DEVICE
-        if compiled and not args.tiny:
-            model = torch.compile(model, dynamic=False)
-        torch.set_float32_matmul_precision("high")  # as train.py does
-        number = itertools.count()
 
-        def step(model=model, ema=ema, optimizer=optimizer, flags=flags, number=number):
-            k = next(number)
+    def measure(batch, make=lambda model: model, benchmark=True, muon=False):
+        torch.compiler.reset()
+        torch.set_float32_matmul_precision("high")  # as train.py does
+        torch.backends.cudnn.benchmark = benchmark
+        model = network(args.tiny).to(DEVICE)
+        ema = copy.deepcopy(model).requires_grad_(False)
+        optimizer = Muon(model, 1e-5) if muon else torch.optim.Adam(model.parameters(), fused=True)
+        words = ["--batch", str(batch), "--amp" if args.amp else "--no-amp"]
+        flags, numbers = train.make_parser().parse_args(words), itertools.count()
+        flags.device, model = DEVICE, make(model)
+
+        def step():
+            k = next(numbers)
             drawn = train.draw_batch(k, images, None, DIFFUSION.T, flags)
             return train.train_step(drawn, model, ema, optimizer, DIFFUSION, k, flags)
 
-        def take(steps, step=step):
-            began = time.perf_counter()
-            for _ in range(steps):
-                status = step()
-            assert status.isfinite().all()  # waits for the device
-            return time.perf_counter() - began
-
-        take(3 if args.tiny else 10)
+        began = time.perf_counter()
+        assert step().isfinite().all()
+        first, busy, memory = time.perf_counter() - began, "", ""
         if IS_CUDA:
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.set_sync_debug_mode("error")  # no step may wait for the device
-            step()
-            torch.cuda.set_sync_debug_mode("default")
-        ms, busy, memory = take(count) / count * 1000, "", ""
+            try:
+                step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        each = ms(step, count)
         if IS_CUDA:
-            activity = torch.profiler.ProfilerActivity.CUDA
-            with torch.profiler.profile(activities=[activity]) as profile:
-                take(3)
-            kernels = sum(event.self_device_time_total for event in profile.key_averages())
-            busy = f"{kernels / 3 / 1000 / ms:.0%}"
-            memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"
-        name = f"batch {batch}, {'compiled' if compiled else 'eager'}"
-        name += ", channels_last" * (memory_format == torch.channels_last)
-        print(f"| {name} | {ms:.2f} | {busy} | {memory} |", flush=True)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+                ms(step, 3)  # with the warm-up, six steps
+            kernels = sum(event.self_device_time_total for event in seen.key_averages())
+            busy, memory = f"{kernels / 6 / 1000 / each:.0%}", torch.cuda.max_memory_allocated()
+            memory = f"{memory / 1e9:.1f}"
+            torch.cuda.empty_cache()
+        return f"{each:.2f} | {first:.1f} | {busy} | {memory}"
+
+    report.head("step of train.py", "ms", "first, s", "device busy", "GB")
+    if compile_too:
+        backend = {"backend": "eager"} if args.tiny else {}
+        own = functools.partial(torch.compile, dynamic=False, **backend)
+        ours = own if args.tiny else compiled
+        report.row("batch 128, compiled in channels_last", measure, 128, ours)
+        report.row("batch 128, compiled in torch's layout", measure, 128, own)
+        return report.row("batch 16, compiled in channels_last", measure, 16, ours)
+    report.row("batch 128", measure, 128)
+    report.row("batch 128, without cudnn.benchmark", measure, 128, lambda model: model, False)
+    report.row("batch 128, Muon", functools.partial(measure, muon=True), 128)
+    report.row("batch 16", measure, 16)
+    torch.backends.cudnn.benchmark = False
 
 
-def training(args):
-    """Train on the demo's images at 32x32, interrupt the run, resume it, and evaluate it."""
-    folder, run = args.out / "images", args.out / "run"
-    folder.mkdir()
+def preview(report, args):
+    """Time what a preview and a checkpoint cost."""
+    model, size = network(args.tiny).to(DEVICE).eval(), 8 if args.tiny else 32
+    run, times = checkpoint.Run(args.out, 0, lambda k: 1e-4), 1 if args.tiny else 3
+    run.log(50_000, [(0.05, 0.1)] * 50_000)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    flags = argparse.Namespace(device=DEVICE, seed=0, classes=[], amp=args.amp)
+
+    def seconds(call, *args):
+        return f"{ms(functools.partial(call, *args), times) / 1000:.2f}"
+
+    report.head("of a run of 50,000 steps", "s")
+    report.row("preview", seconds, run.preview, 1, model, DIFFUSION, (3, size, size), flags)
+    report.row("checkpoint", seconds, run.save, {}, 1, model, model, optimizer)
+    (args.out / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def programs(report, args):
+    """Train on the demo's images at 32x32, interrupt, resume, evaluate, export and draw."""
+    folder, run, root = args.out / "images", args.out / "run", HERE.parent
     for k, pixels in enumerate(demo_images()):
         save_image(folder / f"{k}.png", to_image(pixels))
-    words = ["--data", folder, "--out", run, *(TINY if args.tiny else [])]
-    words += ["--steps", 60 if args.tiny else 5200]
-    print("  interrupted:")
-    program("train.py", *words, interrupt=(run / "log.csv", 0 if args.tiny else 30))
-    print("  resumed:")
-    program("train.py", *words)
-    print("  evaluate.py:")
-    flags = ["--checkpoint", run, "--data", folder, "--images", 2 if args.tiny else 64]
-    program("evaluate.py", *flags)
+    words = [root / "train.py", "--data", folder, "--out", run, "--device", DEVICE.type]
+    words += [*TINY, "--steps", 60] if args.tiny else ["--steps", 1000]
+    report.head("program", "s", "its last line")
+    if sys.platform != "win32":  # which has no SIGINT for other processes
+        stop = run / "log.csv", 0 if args.tiny else 10
+        train_it = functools.partial(report.program, interrupt=stop)
+        report.row("train.py, interrupted", train_it, "interrupted", 60, *words)
+    report.row("train.py, resumed", report.program, "train", 150, *words)
+    flags = "--checkpoint", run, "--data", folder, "--images", 2 if args.tiny else 32
+    flags += "--device", DEVICE.type
+    report.row("evaluate.py", report.program, "evaluate", 60, root / "evaluate.py", *flags)
+    for name, flag in (("float32", []), ("float16", ["--half"])):
+        path = args.out / f"{name}.onnx"
+        flags = root / "export.py", "--checkpoint", run, "--onnx", path, *flag
+        report.row(f"export.py, {name}", report.program, f"export-{name}", 120, *flags)
+        flags = root / "sample.py", "--onnx", path, "--device", DEVICE.type, "--steps", 10
+        flags += "--out", args.out / f"samples-{name}.png"
+        report.row(f"sample.py, {name}", report.program, f"sample-{name}", 60, *flags)
 
 
-def sampling(args):
-    """Export the network, draw with sample.py, and time one forward pass of ONNX Runtime."""
-    for kind, flag in (("float32", []), ("float16", ["--half"])):
-        path = args.out / f"{kind}.onnx"
-        program("export.py", "--checkpoint", args.out / "run", "--onnx", path, *flag)
-        where = ["--onnx", path, "--device", DEVICE.type]
-        where += ["--out", args.out / f"samples-{kind}.png"]
-        program("sample.py", *where, "--steps", 10 if args.tiny else 250)
-    print("| one forward pass | ms |\n| --- | --- |")
-    for kind, batch in itertools.product(("float32", "float16"), (64, 256)):
-        path = args.out / f"{kind}.onnx"
-        ways = {"session.run": None}
-        if IS_CUDA:
-            ways |= {"IO binding": {}, "TF32 off": {"use_tf32": "0"}}
-            ways |= {"CUDA graph": {"enable_cuda_graph": "1"}, "NHWC": {"prefer_nhwc": "1"}}
-        for way, options in ways.items():
-            run = eps_of(path, batch, options)
-            for _ in range(5):
-                run()
+def sampling(report, args):
+    """Compare eps of ONNX Runtime with torch, and time it and the loop of sampling around it."""
+    names = "float32", "float16"
+    paths = {name: args.out / f"{name}.onnx" for name in names}
+    trained = checkpoint.load(args.out / "run")
+    random = torch.Generator().manual_seed(0)
+    x0 = torch.from_numpy(demo_images()[:8] / np.float32(127.5) - 1)
+    x0 = torch.nn.functional.interpolate(x0, trained.shape[1:])
+
+    def errors(name):
+        network, cells = ddpm_numpy.Network(paths[name], DEVICE.type), []
+        for i in (0, 10, 100, 500, 999):
+            t = torch.full((8,), i)
+            x_t = trained.diffusion.q_sample(x0, t, torch.randn(x0.shape, generator=random))
+            with torch.no_grad():
+                exact = trained.diffusion.predict_eps(trained.model, x_t, t).numpy()
+            eps = network(x_t.numpy(), t.numpy())
+            cells.append(f"{np.linalg.norm(eps - exact) / np.linalg.norm(exact):.1e}")
+        return " | ".join(cells)
+
+    report.head("eps against torch on the CPU, relative error at t =", *"0 10 100 500 999".split())
+    for name in names:
+        report.row(name, errors, name)
+
+    def forward(name, batch, options):
+        return f"{ms(eps_of(paths[name], batch, options), 3 if args.tiny else 20):.2f}"
+
+    ways = {"session.run": None}
+    if IS_CUDA:
+        ways |= {"IO binding": {}, "TF32 off": {"use_tf32": "0"}}
+        ways |= {"CUDA graph": {"enable_cuda_graph": "1"}, "NHWC": {"prefer_nhwc": "1"}}
+    report.head("one forward pass", "ms")
+    for name, batch, way in itertools.product(names, (64, 256), ways):
+        report.row(f"{name}, batch {batch}, {way}", forward, name, batch, ways[way])
+
+    def loop(name, in_thread):
+        network = ddpm_numpy.Network(paths[name], DEVICE.type)
+        with ThreadPoolExecutor(1) as pool:
+            draw = ddpm_numpy.noise_of(0, 0, (64, *network.shape))
+            draw, count = ahead(draw, pool) if in_thread else draw, 5 if args.tiny else 100
             began = time.perf_counter()
-            for _ in range(20):
-                run()
-            ms = (time.perf_counter() - began) / 20 * 1000
-            print(f"| {kind}, batch {batch}, {way} | {ms:.2f} |", flush=True)
+            chain = ddpm_numpy.sample_progressive(
+                network, draw, network.betas, network.variance, count, "ddpm"
+            )
+            *_, (_, _, x0) = chain
+            seconds = time.perf_counter() - began
+        return f"{1000 * seconds / count:.2f} | {x0.sum():.3f}"
+
+    report.head("Algorithm 2, 64 images", "ms a step", "sum of the images")
+    for name, in_thread in itertools.product(names, (False, True)):
+        where = "the next z drawn in a thread" if in_thread else "as in sample.py"
+        report.row(f"{name}, {where}", loop, name, in_thread)
+
+
+def ahead(draw_noise, pool):
+    """Return a draw_noise that has the next z drawn in a thread."""
+    waiting = [pool.submit(draw_noise)]
+
+    def draw():
+        waiting.append(pool.submit(draw_noise))
+        return waiting.pop(0).result()
+
+    return draw
 
 
 def eps_of(path, batch, options):
@@ -208,6 +354,7 @@ def eps_of(path, batch, options):
     x, t = np.zeros((batch, *opened.shape), np.float32), np.full(batch, 500)
     if options is None:
         return lambda: opened(x, t)
+    options = {"cudnn_conv_algo_search": "HEURISTIC"} | options  # as in ddpm_numpy.py
     session = ort.InferenceSession(path, providers=[("CUDAExecutionProvider", options)])
     binding = session.io_binding()
     values = [ort.OrtValue.ortvalue_from_numpy(value, "cuda", 0) for value in (x, t, x)]
@@ -217,15 +364,29 @@ def eps_of(path, batch, options):
     return lambda: session.run_with_iobinding(binding)
 
 
-def two_cards(args):
-    """Train with two processes, if there are two cards."""
+def compiling(report, args):
+    """Time the compiled step, and compare its gradient."""
+    steps(report, args, compile_too=True)
+    gradients(report, args, compile_too=True)
+
+
+def tests(report, args):
+    """Run the tests that need a GPU, and train with two processes if there are two cards."""
+    report.head("program", "s", "its last line")
+    if IS_CUDA:
+        flags = "-m", "pytest", "-q", "-m", "gpu", HERE.parent
+        report.row("pytest -m gpu", report.program, "pytest", 120, *flags)
     if torch.cuda.device_count() < 2 and not args.tiny:
-        return print("one card only")
+        return report.say("| two processes | not run: one card only |")
     words = ["--data", args.out / "images", "--out", args.out / "two", "--steps", 20]
     words += TINY if args.tiny else ["--batch", 256]
-    words += [] if IS_CUDA else ["--device", "cpu"]
+    words += ["--device", DEVICE.type]
     launch = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
-    return program([*launch, HERE.parent / "train.py"], *words)
+    words = [*launch, HERE.parent / "train.py", *words]
+    return report.row("two processes", report.program, "two", 120, *words)
+
+
+PARTS = machine, gradients, steps, preview, programs, sampling, compiling, tests
 
 
 def main():
@@ -233,6 +394,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tiny", action="store_true", help="a tiny network, on any machine")
+    parser.add_argument("--minutes", type=float, default=10, help="time for all [%(default)s]")
     parser.add_argument("--out", type=Path, default="gpu-report", help="a new folder [%(default)s]")
     args = parser.parse_args()
     if not IS_CUDA and not args.tiny:
@@ -240,15 +402,16 @@ def main():
     if args.out.exists():
         parser.error(f"{args.out} exists; choose a new folder")
     args.out.mkdir(parents=True)
-    failed = []
-    for part in (machine, gradients, steps, training, sampling, two_cards):
-        print(f"\n## {part.__name__}\n", flush=True)
+    args.amp = args.tiny or has_bfloat16(DEVICE)
+    report = Report(args.out, args.minutes)
+    for part in PARTS:
+        report.say(f"\n## {part.__name__}\n")
         try:
-            part(args)
-        except Exception:  # the time on a card is short, so the other parts still run
-            failed.append(part.__name__)
-            print(traceback.format_exc())
-    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
+            part(report, args)
+        except Exception:
+            report.failed.append(part.__name__)
+            report.say(traceback.format_exc())
+    sys.exit(f"failed: {', '.join(report.failed)}" if report.failed else 0)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,47 @@
 """benchmarks/gpu.py, every part of which runs on a CPU too."""
 
 import re
+import sys
 
 import pytest
 from conftest import HERE, python
 from PIL import Image
 
+sys.path.append(str(HERE / "benchmarks"))
+import gpu
+
 
 @pytest.mark.slow
 def test_every_part_of_the_report_runs_on_a_cpu(tmp_path):
     said = python(HERE / "benchmarks" / "gpu.py", "--tiny", cwd=tmp_path, timeout=600)
-    parts = ["machine", "gradients", "steps", "training", "sampling", "two_cards"]
-    assert re.findall(r"^## (.*)", said, re.M) == parts and "Traceback" not in said
-    assert len(re.findall(r"^\| batch .* \| [\d.]+ \|", said, re.M)) == 8
-    assert "| gradient, float32 | relative error 0.0e+00 |" in said
-    assert "stopped at step" in said and said.count("is at step 60") == 1
+    assert re.findall(r"^## (.*)", said, re.M) == [part.__name__ for part in gpu.PARTS]
+    assert "failed" not in said and "skipped" not in said
+    assert (tmp_path / "gpu-report" / "report.md").read_text() == said
+    assert len(re.findall(r"^\| batch .* \| [\d.]+ \|", said, re.M)) == 7
+    assert "| float32 | 0.0e+00 |" in said  # the gradient
+    assert len(re.findall(r"^\| train.py, (interrupted|resumed) \| \d+ s \|", said, re.M)) == 2
+    plain, threaded = re.findall(r"^\| float32, .* \| [\d.]+ \| (-?[\d.]+) \|", said, re.M)
+    assert plain == threaded
     for kind in ("float32", "float16"):
         assert Image.open(tmp_path / "gpu-report" / f"samples-{kind}.png").width > 64
+
+
+def test_failures_and_hanging_programs_leave_the_other_rows(tmp_path, capsys):
+    report = gpu.Report(tmp_path, minutes=1)
+    report.row("division", lambda: 1 / 0)
+    hang = "import time; print('begun', flush=True); time.sleep(60)"
+    report.row("sleep", report.program, "sleep", 3, "-c", hang)
+    report.row("crash", report.program, "crash", 9, "-c", "raise ValueError")
+    report.row("sum", report.program, "sum", 9, "-c", "print(1 + 1)")
+    report.end = 0
+    report.row("late", lambda: "never")
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    assert lines == capsys.readouterr().out.splitlines()
+    assert lines[0] == "| division | failed: ZeroDivisionError: division by zero |"
+    assert lines[1].startswith("| sleep | failed: RuntimeError: sleep was stopped after 3 s")
+    assert lines[2].startswith("| crash | failed: RuntimeError: crash ended with status 1")
+    assert re.fullmatch(r"\| sum \| \d s \| 2 \|", lines[3])
+    assert lines[4] == "| late | skipped: no time left |"
+    assert report.failed == ["division", "sleep", "crash"]
+    assert (tmp_path / "sleep.log").read_text() == "begun\n"
+    assert "1 / 0" in (tmp_path / "errors.txt").read_text()

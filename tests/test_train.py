@@ -150,10 +150,12 @@ def test_amp_computes_the_network_in_bfloat16(amp, image_folder, tmp_path, run, 
     assert all(w.dtype == torch.float32 for w in read(tmp_path / "run")["model"].values())
 
 
-def test_network_compiles_as_one_graph():
+def test_network_compiles_as_one_graph(monkeypatch):
     model, x, t = UNet(8, 3, 8, (1, 2), 1, (4,), 0.0).eval(), torch.randn(2, 3, 8, 8), torch.ones(2)
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
     torch.testing.assert_close(compiled(x, t.long()), model(x, t.long()))
+    monkeypatch.setattr(torch, "compile", lambda network, **words: words)
+    assert {*device.compiled(model)["options"]} <= {*torch._inductor.list_options()}
 
 
 # -------------------------------------------------------------------------------------- one command
@@ -351,6 +353,44 @@ def test_shown_loss_continues_and_the_curve_has_equal_parts(tmp_path, monkeypatc
     ((steps, losses),) = curves
     assert len(steps) == 147 and {*np.diff(steps)} == {3.0}
     assert losses == pytest.approx((steps - 1) / 450, abs=1e-3)
+
+
+def test_previews_take_a_25th_of_the_time_unless_their_steps_are_given(
+    image_folder, tmp_path, monkeypatch, run
+):
+    now, step = [0.0], train.train_step
+
+    def second(*args):
+        now[0] += 1
+        return step(*args)
+
+    def plot(*_, **__):
+        now[0] += 1
+
+    monkeypatch.setattr(train, "train_step", second)
+    monkeypatch.setattr(checkpoint, "save_plot", plot)  # so that a preview takes a second
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+    for words, steps in (([], [11, 44, 65]), (["--preview-every", 30], [30, 60, 65])):
+        out = tmp_path / f"run{len(words)}"
+        words += ["--data", image_folder, *TINY, "--batch", 512, "--steps", 65]
+        run("train.py", *words, "--out", out, cwd=tmp_path)
+        assert sorted(int(p.stem[-7:]) for p in out.glob("preview*")) == steps
+
+
+def test_locked_log_delays_its_rows(tmp_path, monkeypatch):
+    """Excel on Windows locks a file that it shows."""
+    run = checkpoint.Run(tmp_path, 0, lambda k: 0.1)
+    run.log(1, [(0.5, 1.0)])
+    with monkeypatch.context() as locked:
+        locked.setattr("builtins.open", lambda *_: (_ for _ in ()).throw(PermissionError()))
+        run.log(2, [(0.25, 1.0)])
+    run.log(3, [(0.125, 1.0)])
+    rows = (tmp_path / "log.csv").read_text().splitlines()
+    assert rows[0] == "step,loss,grad_norm,lr" and [row[:3] for row in rows[1:]] == [
+        "1,0",
+        "2,0",
+        "3,0",
+    ]
 
 
 def test_changed_code_is_said(image_folder, tmp_path, run):
@@ -632,7 +672,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: found)
         monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
         monkeypatch.setattr(torch.accelerator, "set_device_index", indices.append)
-        monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+        monkeypatch.setattr(torch, "ones", lambda *_, **__: None)
         monkeypatch.setattr(device, "LOCAL_RANK", rank)
         monkeypatch.setattr(device, "WORLD", world)
         return indices
@@ -660,6 +700,47 @@ def test_devices_that_are_not_there_are_refused(capsys):
     for name in ("cuda", "xpu:1", "mps", "quantum"):
         with pytest.raises(SystemExit, match=rf"^--device {name}: .*[a-z]"):
             device.choose_device(name)
+
+
+def test_card_for_which_torch_has_no_kernels_is_refused(machine, monkeypatch):
+    machine("cuda", 1)
+
+    def fail(*_, **__):
+        raise RuntimeError("CUDA error: no kernel image is available\nCompile with ...")
+
+    monkeypatch.setattr(torch, "ones", fail)
+    with pytest.raises(
+        SystemExit, match=r"^--device auto: CUDA error: no kernel image is available$"
+    ):
+        device.choose_device("auto")
+
+
+@pytest.mark.parametrize("lacks", [None, "triton", "gcc", "Python.h"])
+def test_compiling_needs_triton_and_a_c_compiler_and_its_header(lacks, tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "find_spec", lambda name: name != lacks)
+    monkeypatch.setattr(device.shutil, "which", lambda name: name == "gcc" != lacks)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(device.sysconfig, "get_config_var", lambda name: str(tmp_path))
+    (tmp_path / ("Python.h" if lacks != "Python.h" else "other.h")).touch()
+    assert device.can_compile(torch.device("cuda", 0)) is (lacks is None)
+    assert not device.can_compile(CPU)
+
+
+@pytest.mark.parametrize(
+    "kind, nccl, backend",
+    [
+        ("cpu", True, "gloo"),
+        ("cuda", True, "cpu:gloo,cuda:nccl"),
+        ("cuda", False, "gloo"),  # Windows
+        ("xpu", False, "cpu:gloo,xpu:xccl"),
+    ],
+)
+def test_processes_are_connected_by_the_library_of_their_device(kind, nccl, backend, monkeypatch):
+    used = []
+    monkeypatch.setattr(device.dist, "is_nccl_available", lambda: nccl)
+    monkeypatch.setattr(device.dist, "init_process_group", lambda name, **_: used.append(name))
+    device.join_processes(torch.device(kind))
+    assert used == [backend]
 
 
 def test_bfloat16_is_asked_of_the_device(monkeypatch):
