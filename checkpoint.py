@@ -198,8 +198,13 @@ class Run:
         os.replace(temporary, path)
         self.saved = time.monotonic()
 
-    def seconds_since_save(self):
-        return time.monotonic() - self.saved
+    def save_is_due(self, minutes, before_preview):
+        """Return whether the last checkpoint is too old, or there is none before a preview.
+
+        By the checkpoint, data.py knows that the previews in this folder are not to be trained on.
+        """
+        first = before_preview and not (self.out / "checkpoint.pt").exists()
+        return first or time.monotonic() - self.saved > 60 * minutes
 
     def preview_is_due(self, gap):
         """Return whether `gap` times as long as a preview takes has passed since the last one."""
@@ -249,7 +254,8 @@ def find_run(out):
     if any(path.is_file() for path in (out, *out.parents)):
         sys.exit(f"--out {out} must be a folder")
     for path in out.glob("*"):  # of a run that ended before its first checkpoint
-        is_log = path.name == "log.csv" and HEADER.startswith(path.read_text()[: len(HEADER)])
+        begin = path.read_text(errors="replace")[: len(HEADER)] if path.name == "log.csv" else None
+        is_log = begin is not None and HEADER.startswith(begin)
         if not is_log and not re.fullmatch(r"\..*|images-[0-9a-f]{16}\..*", path.name):
             sys.exit(f"--out {out} is not the folder of a run; use a new or empty folder")
     return None

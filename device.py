@@ -48,6 +48,12 @@ def has_bfloat16(device):
     return torch.get_device_module(device).is_bf16_supported(including_emulation=False)
 
 
+def prefer_speed():
+    """Multiply what stays float32 in TF32, and let cuDNN choose its algorithms by trying them."""
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True  # batches always have the same shape
+
+
 def can_compile(device):
     """Return whether torch.compile has what it needs on CUDA: Triton, a C compiler and Python.h."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")

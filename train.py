@@ -233,8 +233,7 @@ def main():
     sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal can print every name
     args, weights = arguments()
     is_main, device, out = RANK == 0, args.device, args.out
-    torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
-    torch.backends.cudnn.benchmark = True  # batches always have the same shape
+    machine.prefer_speed()
 
     # -- the checkpoint, if this run began before; the first process reads it for all
     states = [checkpoint.find_run(out) if is_main else None]
@@ -328,9 +327,10 @@ def main():
         if is_main:
             bar.set_postfix_str(f"loss {run.log(done, losses):.4f}", refresh=False)
             bar.update(len(losses))
-            if last or stops or run.seconds_since_save() > 60 * args.save_minutes:
+            show = last or (show and run.preview_is_due(args.preview_gap))
+            if last or stops or run.save_is_due(args.save_minutes, show):
                 run.save(config, done, model, ema, optimizer)
-            if last or (show and run.preview_is_due(args.preview_gap)):
+            if show:
                 run.preview(done, ema, diffusion, images.shape[1:], args)
         if stops:
             break

@@ -25,6 +25,8 @@ from ddpm import Diffusion, UNet, linear_betas
 from images import from_pixels
 from test_ddpm import PAPER, VARIANCES, close, randn, small_unet  # noqa: F401
 
+if sys.platform == "darwin":  # where gloo may not find the machine by its own name
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a connection, nor waits for one
 HERE = Path(__file__).parent.parent
 TINY = "--image-size 8 --base-channels 8 --channel-mults 1 2 --num-res-blocks 1 --batch 8".split()

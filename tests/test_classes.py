@@ -268,7 +268,7 @@ def test_lines_for_torchvision_make_a_folder_of_classes(tmp_path, monkeypatch):
             super().__init__((Image.new("L", (28, 28), k), k % 2) for k in range(5))
 
     lines = re.search(
-        r"```python\n(from pathlib.*?)```", (HERE / "docs/guide.md").read_text(), re.S
+        r"```python\n(from pathlib.*?)```", (HERE / "docs/guide.md").read_text("utf-8"), re.S
     )
     fake = types.ModuleType("torchvision.datasets")
     fake.CIFAR10 = Fake

@@ -87,7 +87,7 @@ def test_mistakes_are_value_errors(coloured, trained, tmp_path):
 
 def test_service_of_the_manual_answers_with_images(coloured, tmp_path, start):
     """Beside the files that the manual names, and no others."""
-    guide = (HERE / "docs" / "guide.md").read_text()
+    guide = (HERE / "docs" / "guide.md").read_text("utf-8")
     (code,) = re.findall(r"```python\n(import io\n.*?)```", guide, re.S)
     with socket.socket() as free:
         free.bind(("localhost", 0))

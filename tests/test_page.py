@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.skipif(not RUNTIME.is_dir(), reason="run: npm install --no-save onnxruntime-web"),
 ]
 DOCS = HERE / "docs"
-IMPORTED = re.search(r'"(https://.*)"', (DOCS / "index.html").read_text()).group(1)
+IMPORTED = re.search(r'"(https://.*)"', (DOCS / "index.html").read_text("utf-8")).group(1)
 TYPES = {".mjs": "text/javascript", ".wasm": "application/wasm"}
 
 
@@ -140,7 +140,7 @@ def choose(page, path):
 
 
 def test_runtime_is_the_one_of_the_page():
-    version = json.loads((RUNTIME / "package.json").read_text())["version"]
+    version = json.loads((RUNTIME / "package.json").read_text("utf-8"))["version"]
     assert f"onnxruntime-web@{version}/" in IMPORTED
 
 

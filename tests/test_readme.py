@@ -15,13 +15,16 @@ from PIL import Image
 
 from ddpm import Diffusion, UNet, linear_betas
 
-README = (HERE / "README.md").read_text()
+README = (HERE / "README.md").read_text("utf-8")
 BEYOND, FORMULAS, GUIDE, NOTES = (
-    (HERE / "docs" / f"{name}.md").read_text() for name in ("beyond", "formulas", "guide", "notes")
+    (HERE / "docs" / f"{name}.md").read_text("utf-8")
+    for name in ("beyond", "formulas", "guide", "notes")
 )
 PAGES = {"README.md": README, "docs/beyond.md": BEYOND, "docs/formulas.md": FORMULAS}
 PAGES |= {"docs/guide.md": GUIDE, "docs/notes.md": NOTES}
-TEST_NAMES = "".join(p.read_text() for p in [HERE / "test_ddpm.py", *HERE.glob("tests/*.py")])
+TEST_NAMES = "".join(
+    p.read_text("utf-8") for p in [HERE / "test_ddpm.py", *HERE.glob("tests/*.py")]
+)
 
 
 def blocks(page, language):
@@ -37,7 +40,7 @@ def anchors(page):
 
 def test_quotes_are_the_code():
     """Every block of Python in the README and in beyond.md stands in a program, line by line."""
-    texts = [(HERE / name).read_text().splitlines() for name in ("ddpm.py", "train.py")]
+    texts = [(HERE / name).read_text("utf-8").splitlines() for name in ("ddpm.py", "train.py")]
     programs = [[line.strip() for line in text] for text in texts]
     quotes = blocks(README + BEYOND, "python")
     assert len(quotes) >= 20
@@ -52,7 +55,7 @@ def test_equations_are_in_the_code_with_their_numbers():
     numbers = re.findall(r"\\tag\{(\d+)\}", README)
     assert sorted(map(int, numbers)) == [1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 14, 15]
     for number in set(numbers) - {"1"}:
-        assert re.search(rf"\({number}\)", (HERE / "ddpm.py").read_text()), number
+        assert re.search(rf"\({number}\)", (HERE / "ddpm.py").read_text("utf-8")), number
 
 
 @pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
@@ -116,9 +119,9 @@ def test_flags_files_and_anchors_exist(run, tmp_path):
             file, _, anchor = link.partition("#")
             target = ((HERE / path).parent / file).resolve() if file else (HERE / path).resolve()
             assert target.is_file() or target.is_dir(), link
-            assert not anchor or anchor in anchors(target.read_text()), link
+            assert not anchor or anchor in anchors(target.read_text("utf-8")), link
     assert seen == set(helps)
-    linked = re.findall(r'data-readme="([^"]+)"', (HERE / "docs" / "index.html").read_text())
+    linked = re.findall(r'data-readme="([^"]+)"', (HERE / "docs" / "index.html").read_text("utf-8"))
     assert len(linked) >= 5 and set(linked) <= anchors(README)
 
 

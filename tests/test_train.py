@@ -503,6 +503,19 @@ def test_run_inside_the_data_is_not_trained_on(image_folder, tmp_path, run):
     assert "changed" not in said and "images   12 of" in said
 
 
+def test_preview_is_never_without_a_checkpoint(image_folder, tmp_path, monkeypatch, run):
+    words = ["--data", image_folder, *TINY, "--preview-every", 2, "--steps", 9]
+    seen, preview = [], checkpoint.Run.preview
+
+    def look(self, step, *args):
+        seen.append((step, read(self.out)["step"]))
+        preview(self, step, *args)
+
+    monkeypatch.setattr(checkpoint.Run, "preview", look)
+    run("train.py", *words, cwd=tmp_path)
+    assert seen == [(2, 2), (4, 2), (6, 2), (8, 2), (9, 9)]
+
+
 def test_broken_checkpoint_is_refused_and_kept(trained, tmp_path, run):
     (tmp_path / "run").mkdir()
     path = tmp_path / "run" / "checkpoint.pt"
