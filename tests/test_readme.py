@@ -219,6 +219,20 @@ def test_notebook_has_its_outputs():
     assert float(re.search(r"T = 100: .* ([0-9.]+)% of the samples", said)[1]) > 30
 
 
+@pytest.mark.skipif(not (HERE / ".git").exists(), reason="there is nothing to clone")
+def test_notebook_alone_clones_what_it_needs(tmp_path):
+    first = next(
+        c
+        for c in nbformat.read(HERE / "docs" / "ddpm.ipynb", 4).cells
+        if c.source.startswith("import")
+    )
+    assert "set REPOSITORY" in python("-c", first.source, cwd=tmp_path, code=1)
+    code = first.source.replace('REPOSITORY = ""', f"REPOSITORY = {str(HERE)!r}")
+    for _ in range(2):  # as when a cell is run again
+        python("-c", f"{code}\nimport ddpm, points, data", cwd=tmp_path)
+    assert (tmp_path / "ddpm" / "docs" / "points.py").is_file()
+
+
 @pytest.mark.slow
 def test_notebook_runs():
     """From top to bottom, with fewer steps."""
