@@ -32,6 +32,7 @@ import device as machine
 from data import class_names, demo_images, fingerprint, forget_others, read_folder
 from ddpm import Diffusion, UNet
 from device import LOCAL_RANK, RANK, WORLD, to_device
+from exact import loss_floor
 from images import from_pixels
 from muon import Muon
 
@@ -294,6 +295,9 @@ def main():
         print(f"images   {len(images):,} of {'x'.join(map(str, images.shape[1:]))}{kind}")
         print(f"settings the paper's{f', but {changed}' if changed else ''}")
         print(f"network  {size:,} parameters on {WORLD} x {where}")
+        if not args.classes and images.numel() < 400_000:  # takes a second at most
+            floor = loss_floor(diffusion, from_pixels(images.cpu()), args.weighting, args.flip)
+            print(f"floor    {floor:.4f}; no network's loss is lower, on average (docs/beyond.md)")
         print(f"steps    {start:,} to {args.steps:,}; previews every {args.preview_every} or more")
 
     # -- the loop

@@ -2,7 +2,7 @@
 
     python docs/make_figures.py --data fashion-mnist/test                  # the included network
     python docs/make_figures.py --data ./test --onnx model.onnx --out figures
-    python docs/make_figures.py --data ./test --demo demo.onnx             # also demo.png
+    python docs/make_figures.py --data ./test --demo demo.onnx             # demo.png, floor.png
 
 It takes about ten minutes on two cores. Every figure has a white background, so that it can be read
 on a dark page. Values of t count from 0, as in the code.
@@ -24,12 +24,18 @@ sys.path.insert(0, str(HERE.parent))
 
 import ddpm_numpy  # noqa: E402
 from benchmarks.table2 import are_right  # noqa: E402
-from data import read_folder  # noqa: E402
+from data import demo_images, read_folder  # noqa: E402
 from ddpm import Bound, Diffusion, cosine_betas, linear_betas  # noqa: E402
 from evaluate import rate_distortion  # noqa: E402
-from images import from_pixels, grid, save_animation, save_plot, to_pixels  # noqa: E402
+from exact import exact_network, squared_error  # noqa: E402
+from images import from_pixels, grid, save_animation, to_pixels  # noqa: E402
 
 DPI, BATCH = 100, 16
+TABLE_4 = [  # of the paper: bits per dimension, RMSE
+    (1.77581, 0.95136), (0.11994, 12.02277), (0.05415, 18.47482), (0.02866, 24.43656),
+    (0.01507, 30.80948), (0.00716, 38.03236), (0.00282, 46.12765), (0.00081, 54.18826),
+    (0.00013, 60.97170), (0.0, 67.60125),
+]  # fmt: skip
 
 
 def show(axes, images, columns=(), rows=(), frames=()):
@@ -87,6 +93,77 @@ def draw_schedule(path, x0):
     above.set_xlim(-62.5, 1062.5)  # nine images are as wide as the axes
     images = torch.stack([torch.stack(row) for row in rows]).numpy()
     show(below, images, [f"t = {t}" for t in times], list(curves))
+    figure.savefig(path, dpi=DPI)
+
+
+# For data that are +1 and -1 with equal probability, q(x_{t-1} | x_t) is a mixture of the two
+# posteriors (6). t counts from 0, and is at least 1.
+TWO = torch.tensor([1.0, -1.0], dtype=torch.float64)
+
+
+def log_normal(x, mean, variance):
+    """Return the logarithm of the density of a Gaussian. variance: a tensor."""
+    return -((x - mean) ** 2) / (2 * variance) - (2 * torch.pi * variance).log() / 2
+
+
+def log_two(chain, t, x):
+    """Return log q(x_t) at x (N,) for each of the two points, (N, 2), without the factor 1/2."""
+    return log_normal(x[:, None], chain.sqrt_alphas_bar[t] * TWO, 1 - chain.alphas_bar[t])
+
+
+def reverse_step(chain, t, x_t, u):
+    """Return x_{t-1}, log q(x_{t-1} | x_t) there, and that of the Gaussian with its moments.
+
+    x_t: (N,). u: (M,), distances from the mean in standard deviations. All results are (N, M).
+    """
+    log_shares, variance = log_two(chain, t, x_t).log_softmax(1), chain.posterior_variance[t]
+    means = chain.posterior_x0[t] * TWO + chain.posterior_x_t[t] * x_t[:, None]
+    mean = (log_shares.exp() * means).sum(1, keepdim=True)
+    spread = (log_shares.exp() * (means - mean) ** 2).sum(1, keepdim=True)
+    x = mean + (variance + spread).sqrt() * u
+    mixture = log_shares[:, None] + log_normal(x[..., None], means[:, None], variance)
+    return x, mixture.logsumexp(2), log_normal(x, mean, variance + spread)
+
+
+def distance_to_gaussian(chain, t):
+    """Return the mean KL in bits of q(x_{t-1} | x_t) to the Gaussian with its moments."""
+    x_t, u = torch.linspace(-4, 4, 401).double(), torch.linspace(-8, 8, 401).double()
+    _, log_p, log_g = reverse_step(chain, t, x_t, u)
+    r = log_p - log_g
+    # KL = E_g[r e^r - e^r + 1]; for a small r, the difference would cancel
+    terms = torch.where(r.abs() < 1e-4, r**2 / 2, r * r.exp() - r.expm1())
+    kl = terms @ log_normal(u, 0, torch.ones(1).double()).exp() * (u[1] - u[0])
+    weights = log_two(chain, t, x_t).logsumexp(1).softmax(0)
+    return (weights @ kl).item() / np.log(2)
+
+
+def draw_small_steps(path):
+    """Draw a reverse step of a long and of a short chain, and how far each is from a Gaussian."""
+    paper = Diffusion(linear_betas())
+    figure = Figure(figsize=(10, 3.1), layout="constrained")
+    *steps, distances = figure.subplots(1, 3, width_ratios=(3, 3, 4))
+    for axes, chain, t in ((steps[0], paper, 199), (steps[1], paper.respaced(10), 1)):
+        x_t, x = torch.tensor([0.15]).double(), torch.linspace(-1.6, 1.6, 801).double()
+        curves = {
+            "$q(x_s)$": (x, log_two(chain, t - 1, x).logsumexp(1)),
+            "$q(x_t\\mid x_s)$": (x, log_normal(x_t, chain.alphas[t].sqrt() * x, chain.betas[t])),
+        }
+        places, product, gaussian = reverse_step(chain, t, x_t, torch.linspace(-5, 5, 801).double())
+        curves["$q(x_s\\mid x_t)$"] = places[0], product[0]
+        for width, (name, (where, log_density)) in zip((1.5, 3, 1.5), curves.items(), strict=True):
+            density = (log_density - log_density.max()).exp()
+            axes.plot(where, density, label=name, linewidth=width)
+        axes.plot(places[0], (gaussian[0] - product[0].max()).exp(), "k--", label="Gaussian")
+        axes.set(xlabel="$x_s$", yticks=[], xlim=(-1.6, 1.6), ylim=(0, 1.5))
+        axes.set_title(f"from t = {chain.tau[t]} to s = {chain.tau[t - 1]}", fontsize=10)
+        axes.legend(fontsize=8, ncols=2, loc="upper left")
+    curves = {}
+    for n in (1000, 50, 10):
+        chain = paper.respaced(n)
+        bits = [distance_to_gaussian(chain, t) for t in range(1, n)]
+        curves[f"{n} steps"] = chain.tau[1:], bits
+    scales = {"yscale": "log", "ylim": (1e-16, 3)}
+    plot(distances, curves, "t", "distance to a Gaussian, in bits", **scales)
     figure.savefig(path, dpi=DPI)
 
 
@@ -310,7 +387,8 @@ def draw_loss_and_bound(folder, network, x0, labels):
         bounds.append(diffusion.vlb(partial(eps, y=y), x0[part], random))
     bound = Bound(*map(torch.cat, zip(*bounds, strict=True)))
     bits, (L_t, rate, rmse) = bound.total.mean(), rate_distortion(bound)
-    print(f"  bound {bits:.3f}, rate {bits - L_t[0]:.3f}, distortion {L_t[0]:.3f}, "
+    error = bound.total.std() / len(x0) ** 0.5
+    print(f"  bound {bits:.3f} +- {error:.3f}, rate {bits - L_t[0]:.3f}, distortion {L_t[0]:.3f}, "
           f"RMSE {rmse[0]:.3f} on {len(x0)} images")  # fmt: skip
 
     figure = Figure(figsize=(8.4, 3.4), layout="constrained")
@@ -325,8 +403,13 @@ def draw_loss_and_bound(folder, network, x0, labels):
         axes.set_xticks([t + 1 for t in ticks], ticks)
         axes.minorticks_off()
     figure.savefig(folder / "by-t.png", dpi=DPI)
-    labels = "rate, bits per dimension", "RMSE of $\\hat x_0$, of 255"
-    save_plot(folder / "rate-distortion.png", rate, rmse, *labels)
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    curve = {f"this network, {len(x0)} images": (rate, rmse)}
+    plot(axes, curve, "rate, bits per dimension", "RMSE of $\\hat x_0$, of 255")
+    axes.plot(*zip(*TABLE_4, strict=True), "k.", label="the paper's Table 4, CIFAR-10")
+    axes.legend()
+    figure.savefig(folder / "rate-distortion.png", dpi=DPI)
 
 
 def draw_demo(path, onnx):
@@ -337,6 +420,28 @@ def draw_demo(path, onnx):
     print(f"  {right.sum()} of 64 samples of the demo are right")
     frames = [divmod(k, 16) for k in np.flatnonzero(~right)]
     save_sheet(path, images.reshape(4, 16, *images.shape[1:]), frames=frames, inches=0.5)
+
+
+def draw_floor(path, onnx):
+    """Plot the loss of the demo's network and of the exact one against t."""
+    network, diffusion = ddpm_numpy.Network(onnx, "cpu"), Diffusion(linear_betas())
+    images, times = from_pixels(torch.from_numpy(demo_images())), [0, *range(9, 1000, 10)]
+    models = {
+        "the trained network": lambda x, t: torch.from_numpy(network(x.numpy(), t.numpy())),
+        "the exact network": exact_network(diffusion, images),
+    }
+    x0, curves = images.repeat(10, 1, 1, 1), {}
+    for name, model in models.items():
+        losses = [
+            squared_error(diffusion, model, x0, torch.full((len(x0),), t), seed=t).mean().item()
+            for t in times
+        ]
+        curves[name] = times, losses
+        print(f"  the demo's loss of {name}: {np.mean(losses):.4f}")
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    scales = {"yscale": "log", "ylim": (1e-6, 1)}
+    plot(figure.subplots(), curves, "t", "squared error of the noise", **scales)
+    figure.savefig(path, dpi=DPI)
 
 
 def main():
@@ -357,6 +462,7 @@ def main():
     images, labels = read_folder(args.data, size, channels, 4 * BATCH, network.classes)
     x0 = from_pixels(torch.from_numpy(images))
     draw_schedule(args.out / "schedule.png", x0[:1])
+    draw_small_steps(args.out / "small-steps.png")
     draw_weights(args.out / "weights.png")
     draw_unet(args.out / "unet.png")
     draw_strip(args.out, network)
@@ -371,6 +477,7 @@ def main():
     draw_loss_and_bound(args.out, network, x0, labels)
     if args.demo:
         draw_demo(args.out / "demo.png", args.demo)
+        draw_floor(args.out / "floor.png", args.demo)
 
 
 if __name__ == "__main__":

@@ -19,14 +19,16 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from ddpm import Diffusion, guided, linear_betas, timestep_embedding  # noqa: E402
+from exact import exact_network  # noqa: E402
 
-MEANS = torch.tensor([[-0.6, -0.5], [0.0, 0.6], [0.6, -0.2]])  # of the mixture of Gaussians
+# The mixture of Gaussians, (3, 2, 1, 1) and a number:
+MEANS = torch.tensor([[-0.6, -0.5], [0.0, 0.6], [0.6, -0.2]])[..., None, None]
 STD = 0.1
 
 
 def mixture(n):
     """n points of three Gaussians: (n, 2, 1, 1)."""
-    return (MEANS[torch.randint(len(MEANS), (n,))] + STD * torch.randn(n, 2))[..., None, None]
+    return MEANS[torch.randint(len(MEANS), (n,))] + STD * torch.randn(n, 2, 1, 1)
 
 
 def moons(n, upper=None):
@@ -41,16 +43,6 @@ def labelled_moons(n):
     """Points of the moons, and their classes (n,): 1 for the upper moon."""
     y = torch.randint(2, (n,))
     return moons(n, y == 1), y
-
-
-def exact_eps(diffusion, x_t, t, means=MEANS, std=STD):
-    """E[eps | x_t] of a mixture of Gaussians, in closed form: what a perfect network predicts."""
-    abar = diffusion.alphas_bar[t].float()
-    variance = abar * std**2 + 1 - abar  # of each component at t
-    offsets = x_t.flatten(1)[:, None] - abar.sqrt() * means  # (B, components, 2)
-    weights = (-offsets.square().sum(2) / (2 * variance)).softmax(1)
-    mean = (weights[..., None] * offsets).sum(1) / variance
-    return ((1 - abar).sqrt() * mean)[..., None, None]
 
 
 class MLP(nn.Module):
@@ -123,9 +115,10 @@ def draw_field(path, diffusion, model):
     figure = Figure(figsize=(9, 6.2), layout="constrained")
     for column, i in zip(figure.subplots(2, 3).T, times, strict=True):
         x_t = diffusion.q_sample(mixture(1000), torch.full((1000,), i), torch.randn(1000, 2, 1, 1))
+        t = torch.full((len(grid),), i)
         with torch.no_grad():
-            learnt = model(grid, torch.full((len(grid),), i))
-        exact = exact_eps(diffusion, grid, i)
+            learnt = model(grid, t)
+        exact = exact_network(diffusion, MEANS, std=STD)(grid, t)
         scale = 8 * exact.abs().max().item()
         for axes, name, eps in zip(column, ("exact", "learnt"), (exact, learnt), strict=True):
             axes.scatter(*x_t.flatten(1).T, 2, "0.7")

@@ -19,7 +19,8 @@ import ddpm_numpy
 from benchmarks.table2 import count_right
 from ddpm import Diffusion, linear_betas
 from docs.make_figures import page_noise
-from docs.points import MEANS, STD, exact_eps
+from docs.points import MEANS, STD
+from exact import exact_network
 from images import read_image, save_image, to_image, to_pixels
 from reduced import TOLERANCE
 
@@ -352,11 +353,12 @@ def test_closed_forms_of_points(t, page):
         }""",
         [x.ravel().tolist(), abar, MEANS.ravel().tolist(), STD],
     )
-    expected = exact_eps(diffusion, torch.from_numpy(x).float()[..., None, None], t)
+    network = exact_network(diffusion, MEANS, std=STD)
+    expected = network(torch.from_numpy(x).float()[..., None, None], torch.full((50,), t))
     np.testing.assert_allclose(eps, expected.ravel(), rtol=1e-4, atol=1e-5)
     ticks = 2.3 * (2 * (np.arange(24) + 0.5) / 24 - 1)
     places = np.stack(np.meshgrid(ticks, -ticks), -1)  # from the top left
-    offsets = places[:, :, None] - abar**0.5 * MEANS.numpy()
+    offsets = places[:, :, None] - abar**0.5 * MEANS.flatten(1).numpy()
     gaussians = np.exp(-(offsets**2).sum(-1) / (2 * (abar * STD**2 + 1 - abar)))
     np.testing.assert_allclose(q, gaussians.sum(-1).ravel(), rtol=1e-4, atol=1e-12)
 

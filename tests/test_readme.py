@@ -14,6 +14,7 @@ from nbclient import NotebookClient
 from PIL import Image
 
 from ddpm import Diffusion, UNet, linear_betas
+from docs import make_figures
 
 README = (HERE / "README.md").read_text("utf-8")
 BEYOND, FORMULAS, GUIDE, NOTES = (
@@ -148,12 +149,12 @@ def test_points_know_their_exact_noise(points):
     diffusion, random = Diffusion(linear_betas()), torch.manual_seed(0)
     for i in (100, 400):
         x0, noise = points.mixture(2_000_000), torch.randn(2_000_000, 2, 1, 1, generator=random)
-        x_t = diffusion.q_sample(x0, torch.full((len(x0),), i), noise)
+        t, x_t = torch.tensor([i]), diffusion.q_sample(x0, torch.full((len(x0),), i), noise)
         for place in ([0.3, 0.2], [-0.4, -0.1]):
             near = (x_t.flatten(1) - torch.tensor(place)).norm(dim=1) < 0.05
             assert near.sum() > 300
             centre = x_t[near].mean(0, keepdim=True)
-            exact = points.exact_eps(diffusion, centre, i)
+            exact = points.exact_network(diffusion, points.MEANS, std=points.STD)(centre, t)
             error = 5 * noise[near].std(0) / near.sum().sqrt()
             assert ((noise[near].mean(0) - exact[0]).abs() < error + 0.02).all()
 
@@ -164,14 +165,42 @@ def test_share_off_counts_the_far_points(points):
     assert points.share_off(near_and_far[..., None, None], data) == 0.5
 
 
+@pytest.mark.parametrize("steps, t", [(1000, 1), (1000, 199), (10, 1), (10, 5)])
+def test_reverse_step_of_two_points_is_bayes_rule(steps, t):
+    """The mixture of posteriors against q(x_t | x_s) q(x_s) / q(x_t) on a fine grid."""
+    chain, x_t = Diffusion(linear_betas()).respaced(steps), torch.tensor([0.1]).double()
+    x, log_p, log_g = make_figures.reverse_step(chain, t, x_t, torch.linspace(-6, 6, 2001).double())
+    bump = make_figures.log_normal(x_t, chain.alphas[t].sqrt() * x[0], chain.betas[t])
+    joint = (bump + make_figures.log_two(chain, t - 1, x[0]).logsumexp(1)).softmax(0)
+    dx = x[0, 1] - x[0, 0]
+    torch.testing.assert_close(log_p[0].exp(), joint / dx, rtol=1e-3, atol=1e-5)
+    for log_density in (log_p, log_g):  # of equal mean and variance
+        mean = (log_density[0].exp() * x[0]).sum() * dx
+        moment = (log_density[0].exp() * (x[0] - mean) ** 2).sum() * dx
+        assert mean.item() == pytest.approx(x[0, 1000].item(), abs=1e-5)
+        assert moment.item() == pytest.approx((x[0, -1] - x[0, 1000]).item() ** 2 / 36, rel=1e-3)
+
+
+def test_small_reverse_steps_are_nearly_gaussian():
+    """The numbers of section 2, whose t counts from 1."""
+    bits = [make_figures.distance_to_gaussian(Diffusion(linear_betas()), t - 1)
+            for t in (2, 20, 50, 100, 200, 500)]  # fmt: skip
+    assert bits[0] < 1e-16 and bits[1] < 1e-16
+    assert bits[2:] == pytest.approx([6e-10, 1.5e-6, 2e-7, 2.1e-11], rel=0.05)
+    ten = Diffusion(linear_betas()).respaced(10)
+    assert make_figures.distance_to_gaussian(ten, 1) == pytest.approx(0.22, abs=0.01)
+
+
 @pytest.mark.slow
 def test_figures_are_made(trained, image_folder, tmp_path):
     flags = ["--onnx", trained[0] / "model.onnx", "--data", image_folder]
     flags += ["--out", tmp_path / "docs"]
     python(HERE / "docs" / "make_figures.py", *flags, cwd=tmp_path, timeout=600)
-    names = """by-t ends interpolation rate-distortion schedule steps strip unet weights""".split()
+    names = "by-t ends interpolation rate-distortion schedule small-steps steps strip unet weights"
     made = sorted((tmp_path / "docs").iterdir())
-    assert [p.name for p in made] == sorted([*(f"{name}.png" for name in names), "reverse.gif"])
+    assert [p.name for p in made] == sorted(
+        [*(f"{name}.png" for name in names.split()), "reverse.gif"]
+    )
     for path in made:
         with Image.open(path) as image:
             assert np.asarray(image.convert("L")).std() > 10

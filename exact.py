@@ -1,0 +1,67 @@
+"""The network that minimises the loss (14) on a finite training set, in closed form.
+
+    network = exact_network(diffusion, x0)    # E[eps | x_t], in place of a UNet
+    diffusion.sample(network, (16, 3, 8, 8))  # draws images of x0
+    loss_floor(diffusion, x0)                 # no network has a lower loss
+
+It needs no training, and separates the errors of a trained network from properties of the method.
+"""
+
+import torch
+
+
+def exact_network(diffusion, x0, labels=None, std=0.0):
+    """Return E[eps | x_t] as a function of (x_t, t), if the data are x0, all equally probable.
+
+    Given x_t, image k has a probability proportional to q(x_t | x0[k]), so that the mean of x_0 is
+    a softmax over the images. The function is called like a UNet that predicts eps, also with y.
+
+    x0: (N, C, H, W), on the CPU or CUDA, because small t need float64.
+    labels: the classes of x0, int64 (N,), if y will be given. A y that is larger than all of them
+        means "no class".
+    std: of a Gaussian around each x0, for data that are a mixture of Gaussians.
+    """
+    data = x0.flatten(1).double()
+    squares = data.square().sum(1)
+    alphas_bar = diffusion.alphas_bar.to(x0.device)
+
+    def network(x_t, t, y=None):
+        x, abar = x_t.flatten(1).double(), alphas_bar[t, None]
+        variance = abar * std**2 + 1 - abar  # of x_t around sqrt(abar) x0[k]
+        logits = (abar.sqrt() * (x @ data.T) - abar * squares / 2) / variance
+        if y is not None:
+            others = (labels != y[:, None]) & (y[:, None] <= labels.max())
+            logits = logits.masked_fill(others, -torch.inf)
+        mean = logits.softmax(1) @ data
+        eps = (1 - abar).sqrt() / variance * (x - abar.sqrt() * mean)
+        return eps.view_as(x_t).float()
+
+    return network
+
+
+@torch.no_grad()
+def squared_error(diffusion, eps_model, x0, t, seed=0):
+    """Return the mean squared error of eps for each image of x0 (N, C, H, W) at t (N,): (N,).
+
+    eps_model(x_t, t) returns eps. The noise depends on the seed and N alone.
+    """
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0.device)
+    errors = []
+    for x, i, eps in zip(x0.split(256), t.split(256), noise.split(256), strict=True):
+        predicted = eps_model(diffusion.q_sample(x, i, eps), i)
+        errors.append((eps - predicted).square().flatten(1).mean(1))
+    return torch.cat(errors)
+
+
+def loss_floor(diffusion, x0, weighting="simple", flip=False, draws=20_000):
+    """Return the loss of the exact network, estimated from this many images with noise.
+
+    No network has a lower one, on average over x_0, t and the noise. weighting: of Diffusion.loss.
+    flip: whether the images are flipped left to right at random.
+    """
+    x0 = torch.cat([x0, x0.flip(3)]) if flip else x0
+    random = torch.Generator().manual_seed(0)
+    index = torch.randint(len(x0), (draws,), generator=random)
+    t = torch.randint(diffusion.T, (draws,), generator=random)
+    errors = squared_error(diffusion, exact_network(diffusion, x0), x0[index], t)
+    return (diffusion.weights[weighting][t] * errors).mean().item()

@@ -1,0 +1,109 @@
+"""exact.py against densities that autograd differentiates, and what follows for the demo's images.
+
+The demo has 216 images of 192 values. With the exact network, its loss, samples and bound are known
+without any training.
+"""
+
+import math
+
+import pytest
+import torch
+from conftest import PAPER, VARIANCES, close, randn
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+
+from benchmarks.table2 import are_right
+from data import demo_images
+from ddpm import Diffusion, linear_betas
+from docs.points import only_first
+from exact import exact_network, loss_floor, squared_error
+from images import from_pixels, to_pixels
+from test_ddpm import oracle
+
+DEMO = from_pixels(torch.from_numpy(demo_images()))
+
+
+@pytest.mark.parametrize("std", [0, 0.3])
+@pytest.mark.parametrize("t", [0, 100, 999])
+def test_exact_noise_is_the_score_of_the_density(t, std):
+    """E[eps | x_t] = -sqrt(1 - abar) grad log q(x_t), and autograd differentiates q."""
+    images, x = randn(7, 2, 3, 3).double(), randn(5, 2, 3, 3, seed=1).double().requires_grad_()
+    abar = PAPER.alphas_bar[t]
+    deviation = (abar * std**2 + 1 - abar).sqrt()
+    parts = Independent(Normal(abar.sqrt() * images.flatten(1), deviation), 1)
+    log_q = MixtureSameFamily(Categorical(torch.ones(7)), parts).log_prob(x.flatten(1))
+    (score,) = torch.autograd.grad(log_q.sum(), x)
+    eps = exact_network(PAPER, images, std=std)(x.detach(), torch.full((5,), t))
+    torch.testing.assert_close(eps.double(), -(1 - abar).sqrt() * score, rtol=1e-6, atol=1e-6)
+
+
+def test_exact_network_takes_a_t_and_a_class_for_each_image():
+    images, labels, x = randn(9, 1, 2, 2), torch.arange(9) % 3, randn(4, 1, 2, 2, seed=1)
+    t, y = torch.tensor([5, 300, 700, 999]), torch.tensor([2, 0, 3, 1])  # 3 is "no class"
+    network = exact_network(PAPER, images, labels)
+    eps = network(x, t, y)
+    for k in range(4):
+        own = images if y[k] == 3 else images[labels == y[k]]
+        close(eps[k : k + 1], exact_network(PAPER, own)(x[k : k + 1], t[k : k + 1]))
+    torch.testing.assert_close(network(x, t), network(x, t, torch.full((4,), 3)))
+
+
+def test_no_loss_is_below_the_floor():
+    """Any change of the exact network increases its loss: section 6 of the lesson."""
+    images, t = randn(5, 1, 4, 4).repeat(400, 1, 1, 1), torch.full((2000,), 400)
+    network = exact_network(PAPER, images[:5])
+    least = squared_error(PAPER, network, images, t).mean()
+    for other in (
+        lambda x, t: 1.02 * network(x, t),
+        lambda x, t: network(x, t) + 0.02,
+        lambda x, t: network(1.02 * x, t),
+    ):
+        assert squared_error(PAPER, other, images, t).mean() > least
+
+
+def test_loss_of_the_exact_network_of_the_demo():
+    network, found = exact_network(PAPER, DEMO), []
+    for t, expected in (
+        (0, 0), (100, 0), (200, 2.4e-4), (300, 0.0038), (400, 0.0170), (450, 0.0210),
+        (500, 0.0187), (600, 0.0081), (700, 0.0024),
+    ):  # fmt: skip
+        x0 = DEMO.repeat(40, 1, 1, 1)
+        errors = squared_error(PAPER, network, x0, torch.full((len(x0),), t))
+        tolerance = 4 * errors.std().item() / len(x0) ** 0.5 + 5e-5
+        assert errors.mean().item() == pytest.approx(expected, abs=tolerance), t
+        found.append(errors.mean().item())
+    assert max(found) == found[5]
+    assert loss_floor(PAPER, DEMO) == pytest.approx(0.0050, abs=5e-4)
+    assert loss_floor(PAPER, DEMO, flip=True) == pytest.approx(0.0050, abs=5e-4)  # flips are in it
+    assert loss_floor(PAPER, DEMO, "min-snr") < loss_floor(PAPER, DEMO)
+
+
+@pytest.mark.parametrize("sampler, steps", [("ddpm", 20), ("ddim", 10), ("dpm", 10), ("dpm", 50)])
+def test_few_steps_of_every_sampler_suffice_for_the_exact_network(sampler, steps):
+    random = torch.Generator().manual_seed(0)
+    network = exact_network(PAPER, DEMO)
+    samples = PAPER.sample(network, (128, 3, 8, 8), steps, sampler, generator=random)
+    assert are_right(to_pixels(samples.numpy())).all()
+    assert 80 < how_many_different(samples) < 110  # uniform draws: 97 on average
+
+
+def test_without_z_the_samples_are_right_but_two():
+    noise = only_first(randn(128, 3, 8, 8))
+    samples = PAPER.sample(exact_network(PAPER, DEMO), (128, 3, 8, 8), draw_noise=noise)
+    assert are_right(to_pixels(samples.numpy())).all() and how_many_different(samples) < 5
+
+
+def how_many_different(samples):
+    return torch.cdist(samples.flatten(1), DEMO.flatten(1)).argmin(1).unique().numel()
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_bound_of_the_exact_network_is_the_oracles_and_the_number_of_the_image(variance):
+    """The oracle knows which of the 216 images it is; to say so takes log2(216) bits."""
+    d = Diffusion(linear_betas(), variance)
+    exact, of_oracle = (
+        d.vlb(model, DEMO, torch.Generator().manual_seed(0)).total
+        for model in (exact_network(d, DEMO), oracle(DEMO))
+    )
+    assert (exact - of_oracle).mean().item() == pytest.approx(math.log2(216) / 192, rel=0.02)
+    expected = {"large": 1.344, "small": 0.857}[variance]
+    assert exact.mean().item() == pytest.approx(expected, abs=0.002)
