@@ -139,7 +139,7 @@ export function offerChanges(fieldset, prefix, texts, onchange) {
 
 const TEXTS = {
   withoutZ: "Without z, each step of Algorithm 2 moves a point to the mean of its possible next positions, which draws the points towards the middle of the data. They still end on the data, but they gather on very few of the data points. DDIM and DPM-Solver++ never add z; their steps keep the spread in another way.",
-  noClip: "Without the clip, x̂₀ may leave the square from −1 to 1. Here it never does, because it is an average of the data. The output of a network is less reliable while t is large.",
+  noClip: "Without the clip, x̂₀ may leave the square from −1 to 1. Here it is an average of the data, so that it stays inside if they do. The output of a network is less reliable while t is large.",
   short: "With 100 levels and the same range of betas, the last level still contains 60 % of x₀ (√ᾱ = 0.6), but sampling begins with pure noise, whose mean is 0. Choose the data “three to one”: more than a quarter of the points end at the lower left.",
   lastNoise: "With noise in the last step, the result is x₀ with grain. With 1000 steps, you can hardly see the grain. With 10 steps, the last step is large, so it adds much more noise.",
 };

@@ -5,18 +5,22 @@ without any training.
 """
 
 import math
+import re
 
+import numpy as np
 import pytest
 import torch
-from conftest import PAPER, VARIANCES, close, randn
+from conftest import HERE, PAPER, VARIANCES, close, randn
+from PIL import Image
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from benchmarks.table2 import are_right
 from data import demo_images
 from ddpm import Diffusion, linear_betas
+from docs import copies
 from docs.points import only_first
 from exact import exact_network, loss_floor, squared_error
-from images import from_pixels, to_pixels
+from images import from_pixels, save_image, to_pixels
 from test_ddpm import oracle
 
 DEMO = from_pixels(torch.from_numpy(demo_images()))
@@ -96,6 +100,25 @@ def how_many_different(samples):
     return torch.cdist(samples.flatten(1), DEMO.flatten(1)).argmin(1).unique().numel()
 
 
+def test_jump_to_the_estimate_costs_width():
+    """The table of docs/notes.md: deviations of the samples and of the last x_t over the true."""
+    page = (HERE / "docs" / "notes.md").read_text("utf-8")
+    rows = re.findall(r"^\| s = (\S+), (\S+) \|(.*)\|$", page, re.M)
+    assert len(rows) == 4
+    x_T = torch.ones(1, 1, 1, 1)  # every step is linear here
+    for s, name, cells in rows:
+        s, sampler = float(s), {"DDIM": "ddim", "DPM-Solver++": "dpm"}[name]
+        network = exact_network(PAPER, torch.zeros(1, 1, 1, 1), std=s)
+        for steps, cell in zip((5, 10, 20, 50, 200), cells.split("|"), strict=True):
+            chain = PAPER.sample_progressive(
+                network, x_T.shape, steps, sampler, x_T=x_T, clip=False
+            )
+            *_, (t, x_t, x0) = chain
+            abar = PAPER.alphas_bar[t].item()
+            found = x0.item() / s, x_t.item() / math.sqrt(abar * s**2 + 1 - abar)
+            assert [*map(float, re.findall(r"[\d.]+", cell))] == pytest.approx(found, abs=0.0051)
+
+
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_bound_of_the_exact_network_is_the_oracles_and_the_number_of_the_image(variance):
     """The oracle knows which of the 216 images it is; to say so takes log2(216) bits."""
@@ -107,3 +130,26 @@ def test_bound_of_the_exact_network_is_the_oracles_and_the_number_of_the_image(v
     assert (exact - of_oracle).mean().item() == pytest.approx(math.log2(216) / 192, rel=0.02)
     expected = {"large": 1.344, "small": 0.857}[variance]
     assert exact.mean().item() == pytest.approx(expected, abs=0.002)
+
+
+@pytest.mark.slow
+def test_copies_are_measured(tmp_path, monkeypatch, capsys):
+    """docs/copies.py with networks that learn nothing: the nearest image is found all the same."""
+    random = np.random.default_rng(0)
+    for part, count in (("train", 8), ("test", 4)):
+        for k in range(count):
+            image = Image.fromarray(random.integers(0, 256, (28, 28), dtype=np.uint8))
+            save_image(tmp_path / part / f"{k}.png", image)
+    monkeypatch.setattr(copies, "SIZES", (4,))
+    monkeypatch.setattr(copies, "STEPS", 2)
+    words = ["copies.py", "--data", tmp_path, "--runs", tmp_path / "runs"]
+    monkeypatch.setattr("sys.argv", [*map(str, words), "--out", str(tmp_path / "copies.png")])
+    copies.main()
+    said = capsys.readouterr().out
+    assert re.search(r"^4 images: samples are [\d.]+ from the nearest", said, re.M)
+    halves = [{p.name for p in (tmp_path / "runs" / f"images-4-{side}").iterdir()} for side in "01"]
+    assert len(halves[0] | halves[1]) == 8
+    assert Image.open(tmp_path / "copies.png").width == 1000
+    images = randn(5, 1, 2, 2)
+    index, distance = copies.nearest(images[[3, 1]] + 0.02, images)
+    assert index.tolist() == [3, 1] and distance.tolist() == pytest.approx([2.55, 2.55], rel=1e-4)
