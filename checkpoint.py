@@ -14,6 +14,8 @@ import contextlib
 import math
 import os
 import re
+import shlex
+import subprocess
 import sys
 import time
 from collections import deque
@@ -53,6 +55,11 @@ def number(kind, low, high=math.inf):
 
     parse.__name__ = kind.__name__  # for argparse's messages
     return parse
+
+
+def command(*words):
+    """Return the words as a command line that the reader's shell understands."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def name_of(path):
@@ -126,8 +133,8 @@ def refuse_other_run(out, state, config, steps):
         hint = "" if fixed else f" (--init {out} starts from its weights)"
         lines = "; ".join(f"{name} was {before}, now {now}" for name, before, now in different)
         sys.exit(
-            f"{out} holds a run with other settings: {lines}. Use another --out{hint}, or move the "
-            f"run aside: mv {out} {out}-old"
+            f"{out} holds a run with other settings: {lines}. Use another --out{hint}, or rename "
+            f"the folder"
         )
     if step > steps:
         sys.exit(f"{out} is at step {step:,} already, so --steps must be larger")
@@ -240,7 +247,7 @@ def open_checkpoint(path):
     except Exception:  # torch raises many kinds
         state = None
     if not isinstance(state, dict) or not {"config", "step", "ema"} <= state.keys():
-        sys.exit(f"{path} is damaged, or not a checkpoint of train.py")
+        sys.exit(f"{path.as_posix()} is damaged, or not a checkpoint of train.py")
     return state
 
 
@@ -315,4 +322,4 @@ def load(path):
 
         model, settings, diffusion = from_diffusers(path.as_posix())
         return Trained(model, diffusion, settings, 0, f"diffusers, {path.name}")
-    sys.exit(f"{path} does not exist; python train.py writes a checkpoint")
+    sys.exit(f"{path.as_posix()} does not exist; python train.py writes a checkpoint")

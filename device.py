@@ -55,10 +55,15 @@ def prefer_speed():
 
 
 def can_compile(device):
-    """Return whether torch.compile has what it needs on CUDA: Triton, a C compiler and Python.h."""
+    """Return whether torch.compile has what it needs on CUDA.
+
+    It needs Triton, a C compiler and Python.h, and a card of the Volta generation or newer.
+    """
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    header = Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h")
-    return device.type == "cuda" and all((find_spec("triton"), compiler, header.is_file()))
+    header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
+    if device.type != "cuda" or not all((find_spec("triton"), compiler, header.is_file())):
+        return False
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def compiled(network):

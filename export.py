@@ -18,7 +18,6 @@ import ast
 import json
 import logging
 import os
-import shlex
 import sys
 import tempfile
 import warnings
@@ -148,7 +147,8 @@ def write_onnx(trained, path, kind=None):
         os.replace(exact if kind is None else reduced, path)
     step = f", step {trained.step:,}" if trained.step else ""
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, from {trained.source}{step}")
-    print(f"next:\n  python sample.py --onnx {shlex.quote(path.as_posix())} --steps 20")
+    words = "sample.py", "--onnx", path.as_posix(), "--steps", "20"
+    print("next:\n  python", checkpoint.command(*words))
 
 
 def main():

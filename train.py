@@ -15,7 +15,6 @@ from the same noise.
 import argparse
 import contextlib
 import copy
-import shlex
 import signal
 import sys
 from functools import partial
@@ -345,15 +344,15 @@ def main():
         dist.destroy_process_group()
     if done < args.steps:
         program = "torchrun ..." if WORLD > 1 else "python"
-        resume = f"stopped at step {done:,}; to resume:\n  {program} {shlex.join(sys.argv)}"
-        sys.exit(resume if is_main else 1)
+        words = checkpoint.command(*sys.argv)
+        sys.exit(f"stopped at step {done:,}; to resume:\n  {program} {words}" if is_main else 1)
     if is_main:
         if start == done:
             print("no step was taken: to train again after a change of the code, use another --out")
         path = (out / "checkpoint.pt").as_posix()
         print(f"done: {path} is at step {done:,}; next:")
-        onnx = "" if out.name == "run" else f" --onnx {shlex.quote(out.name)}.onnx"
-        print(f"  python export.py --checkpoint {shlex.quote(path)}{onnx}")
+        words = [] if out.name == "run" else ["--onnx", f"{out.name}.onnx"]
+        print("  python", checkpoint.command("export.py", "--checkpoint", path, *words))
 
 
 if __name__ == "__main__":

@@ -39,12 +39,12 @@ import ddpm_numpy  # noqa: E402
 import train  # noqa: E402
 from data import demo_images  # noqa: E402
 from ddpm import Diffusion, UNet, linear_betas  # noqa: E402
-from device import compiled, has_bfloat16  # noqa: E402
+from device import can_compile, compiled, has_bfloat16  # noqa: E402
 from images import save_image, to_image  # noqa: E402
 from muon import Muon  # noqa: E402
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-IS_CUDA = DEVICE.type == "cuda"
+IS_CUDA = DEVICE.type == "cuda"  # on ROCm, too
 DIFFUSION = Diffusion(linear_betas())
 TINY = "--image-size 8 --base-channels 8 --channel-mults 1 2 --num-res-blocks 1 --batch 8".split()
 TINY += ["--attention-resolutions", "4"]
@@ -55,6 +55,7 @@ class Report:
 
     def __init__(self, out, minutes):
         self.out, self.end, self.failed = out, time.monotonic() + 60 * minutes, []
+        self.step_ms = 0  # of an eager training step, once it is known
 
     def say(self, line):
         print(line, flush=True)
@@ -70,7 +71,7 @@ class Report:
             return self.say(f"| {name} | skipped: no time left |")
         try:
             cells = measure(*args)
-        except Exception as error:  # the time on a card is short, so the other rows still run
+        except (Exception, SystemExit) as error:  # the time on a card is short; go on
             (first, *_) = traceback.format_exception_only(error)[-1].splitlines()
             cells = f"failed: {first}"
             self.failed.append(name)
@@ -108,7 +109,8 @@ class Report:
             finally:
                 process.kill()
         lines = path.read_text(errors="replace").replace("\r", "\n").strip().splitlines() or [""]
-        if process.returncode != bool(interrupt):  # train.py ends with 1 if it was interrupted
+        stopped = any(line.startswith("stopped at step") for line in lines)
+        if process.returncode != bool(interrupt) or stopped != bool(interrupt):
             raise RuntimeError(f"{log} ended with status {process.returncode}; see {path}")
         return f"{time.monotonic() - began:.0f} s | {lines[-1].strip()}"
 
@@ -145,7 +147,7 @@ def machine(report, args):
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    packages = {d.name.lower(): d.version for d in metadata.distributions()}
+    packages = {(d.name or "").lower(): d.version for d in metadata.distributions()}
     names = "torch", "triton", "onnxruntime-gpu", "onnxruntime", "nvidia-cudnn-cu13"
     versions = [f"{name} {packages[name]}" for name in names if name in packages]
     report.say(
@@ -224,6 +226,7 @@ def steps(report, args, compile_too=False):
             busy, memory = f"{kernels / 6 / 1000 / each:.0%}", torch.cuda.max_memory_allocated()
             memory = f"{memory / 1e9:.1f}"
             torch.cuda.empty_cache()
+        report.step_ms = report.step_ms or each
         return f"{each:.2f} | {first:.1f} | {busy} | {memory}"
 
     report.head("step of train.py", "ms", "first, s", "device busy", "GB")
@@ -246,7 +249,10 @@ def preview(report, args):
     model, size = network(args.tiny).to(DEVICE).eval(), 8 if args.tiny else 32
     run, times = checkpoint.Run(args.out, 0, lambda k: 1e-4), 1 if args.tiny else 3
     run.log(50_000, [(0.05, 0.1)] * 50_000)
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    ema, optimizer = copy.deepcopy(model), torch.optim.Adam(model.parameters(), fused=True)
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()  # so that it has its averages
     flags = argparse.Namespace(device=DEVICE, seed=0, classes=[], amp=args.amp)
 
     def seconds(call, *args):
@@ -254,24 +260,25 @@ def preview(report, args):
 
     report.head("of a run of 50,000 steps", "s")
     report.row("preview", seconds, run.preview, 1, model, DIFFUSION, (3, size, size), flags)
-    report.row("checkpoint", seconds, run.save, {}, 1, model, model, optimizer)
+    report.row("checkpoint", seconds, run.save, {}, 1, model, ema, optimizer)
     (args.out / "checkpoint.pt").unlink(missing_ok=True)
 
 
 def programs(report, args):
     """Train on the demo's images at 32x32, interrupt, resume, evaluate, export and draw."""
     folder, run, root = args.out / "images", args.out / "run", HERE.parent
+    count = max(100, min(1000, int(60_000 / (report.step_ms or 600))))  # a minute of training
     for k, pixels in enumerate(demo_images()):
         save_image(folder / f"{k}.png", to_image(pixels))
     words = [root / "train.py", "--data", folder, "--out", run, "--device", DEVICE.type]
-    words += [*TINY, "--steps", 60] if args.tiny else ["--steps", 1000]
+    words += [*TINY, "--steps", 60] if args.tiny else ["--steps", count]
     report.head("program", "s", "its last line")
     if sys.platform != "win32":  # which has no SIGINT for other processes
         stop = run / "log.csv", 0 if args.tiny else 10
         train_it = functools.partial(report.program, interrupt=stop)
         report.row("train.py, interrupted", train_it, "interrupted", 60, *words)
     report.row("train.py, resumed", report.program, "train", 150, *words)
-    flags = "--checkpoint", run, "--data", folder, "--images", 2 if args.tiny else 32
+    flags = "--checkpoint", run, "--data", folder, "--images", 2 if args.tiny else count // 30
     flags += "--device", DEVICE.type
     report.row("evaluate.py", report.program, "evaluate", 60, root / "evaluate.py", *flags)
     for name, flag in (("float32", []), ("float16", ["--half"])):
@@ -355,7 +362,8 @@ def eps_of(path, batch, options):
     if options is None:
         return lambda: opened(x, t)
     options = {"cudnn_conv_algo_search": "HEURISTIC"} | options  # as in ddpm_numpy.py
-    session = ort.InferenceSession(path, providers=[("CUDAExecutionProvider", options)])
+    cuda = [("CUDAExecutionProvider", options)]
+    session = ort.InferenceSession(path, providers=cuda, enable_fallback=0)
     binding = session.io_binding()
     values = [ort.OrtValue.ortvalue_from_numpy(value, "cuda", 0) for value in (x, t, x)]
     binding.bind_ortvalue_input("x_t", values[0])
@@ -366,6 +374,8 @@ def eps_of(path, batch, options):
 
 def compiling(report, args):
     """Time the compiled step, and compare its gradient."""
+    if not args.tiny and not can_compile(DEVICE):
+        return report.say("not run: Triton, a C compiler or Python.h is missing, or an old card")
     steps(report, args, compile_too=True)
     gradients(report, args, compile_too=True)
 
@@ -386,7 +396,7 @@ def tests(report, args):
     return report.row("two processes", report.program, "two", 120, *words)
 
 
-PARTS = machine, gradients, steps, preview, programs, sampling, compiling, tests
+PARTS = machine, gradients, steps, preview, programs, sampling, tests, compiling
 
 
 def main():
@@ -408,7 +418,7 @@ def main():
         report.say(f"\n## {part.__name__}\n")
         try:
             part(report, args)
-        except Exception:
+        except (Exception, SystemExit):
             report.failed.append(part.__name__)
             report.say(traceback.format_exc())
     sys.exit(f"failed: {', '.join(report.failed)}" if report.failed else 0)

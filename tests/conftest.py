@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import os
 import re
 import signal
@@ -45,7 +46,7 @@ MAINS = {f"{module.__name__}.py": module.main for module in (train, evaluate, ex
 def pytest_configure(config):
     """Hide accelerators, but from `pytest -m gpu`, because the tests expect a CPU's numbers."""
     if not re.search(r"(?<!not )gpu", config.option.markexpr):
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
         torch.accelerator.current_accelerator = lambda check_available=True: None
 
 
@@ -77,6 +78,7 @@ def run(monkeypatch, capsys):
         except SystemExit as error:
             message = error.code if isinstance(error.code, str) else ""
             status = 1 if message else int(error.code or 0)
+        gc.collect()  # closes memory-mapped files, which Windows does not let one remove
         said = capsys.readouterr()
         assert status == code, said.out + said.err + message
         assert "\n" not in message or message.startswith("stopped at step")

@@ -427,6 +427,14 @@ def test_other_images_of_another_folder_are_refused(image_folder, tmp_path, run)
     assert "changed" not in run("train.py", "--data", "moved/images", *words, 4, cwd=tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name, said", [("posix", "--data 'my images'"), ("nt", '--data "my images"')]
+)
+def test_printed_commands_are_quoted_for_the_shell(name, said, monkeypatch):
+    monkeypatch.setattr(checkpoint.os, "name", name)
+    assert checkpoint.command("train.py", "--data", "my images") == f"train.py {said}"
+
+
 @posix
 def test_killed_repeatedly_it_ends_in_the_same_weights(image_folder, tmp_path, run, start):
     """kill -9 at random moments, with a checkpoint at each step: mostly while one is written."""
@@ -710,7 +718,8 @@ def test_auto_is_the_accelerator_of_the_machine(kind, machine):
 def test_devices_that_are_not_there_are_refused(capsys):
     assert device.choose_device("auto") == CPU
     assert capsys.readouterr().out.startswith("no accelerator is used; for a GPU, see Accelerators")
-    for name in ("cuda", "xpu:1", "mps", "quantum"):
+    absent = ["mps"] * (not torch.backends.mps.is_available())  # which cannot be hidden
+    for name in ("cuda", "xpu:1", "quantum", *absent):
         with pytest.raises(SystemExit, match=rf"^--device {name}: .*[a-z]"):
             device.choose_device(name)
 
@@ -733,9 +742,12 @@ def test_compiling_needs_triton_and_a_c_compiler_and_its_header(lacks, tmp_path,
     monkeypatch.setattr(device, "find_spec", lambda name: name != lacks)
     monkeypatch.setattr(device.shutil, "which", lambda name: name == "gcc" != lacks)
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(device.sysconfig, "get_config_var", lambda name: str(tmp_path))
+    monkeypatch.setattr(device.sysconfig, "get_path", lambda *_: str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
     (tmp_path / ("Python.h" if lacks != "Python.h" else "other.h")).touch()
     assert device.can_compile(torch.device("cuda", 0)) is (lacks is None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1))
+    assert not device.can_compile(torch.device("cuda", 0))  # Pascal
     assert not device.can_compile(CPU)
 
 
@@ -771,7 +783,7 @@ def test_bfloat16_is_asked_of_the_device(monkeypatch):
 
 # -------------------------------------------------------------------------------- several processes
 
-TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=2 --local-addr=127.0.0.1".split()
 
 
 def assert_same_weights(a, b, rtol=1e-5, atol=1e-6):

@@ -1,0 +1,324 @@
+// The section of the page in which a network learns the noise of the points: Algorithm 1, watched.
+
+import { STD, clearPlane, drawDots, drawField, exactEps, followData, judged, useNetwork } from "./points.js";
+import { alphasBar, linearBetas, noiseOf, sampleProgressive, uniform } from "./sampler.js";
+import { Trainer, WEIGHTS, draw } from "./trainer.js";
+
+const BETAS = linearBetas(), T = BETAS.length, ABAR = alphasBar(BETAS);
+const BATCH = 128, SHOWN = 5, BINS = 20, SAMPLES = 200; // SHOWN: points of the batch that one sees
+const SLOW = 6, PAUSE = 900; // the first steps are slow, so that one can follow them; milliseconds
+const SLICE = 10; // milliseconds of work at a time, so that nothing on the page stalls
+const $ = (id) => document.getElementById(id);
+
+const HINTS = { // what to look for, by control and value
+  target: {
+    eps: "The network returns the noise itself, the paper's choice.",
+    x0: "The network returns the point. Where x_t has little noise, its small errors are divided by little: watch the left end of the curve of errors.",
+    v: "The network returns v, a mixture of both: noise at small t, minus the point at large t.",
+  },
+  weights: {
+    simple: "All t count the same (14).",
+    vlb: "The weights of the bound (12): small t count most. Watch the field at large t.",
+    "min-snr": "Small t count less: the weight is min(1, 5 / SNR).",
+  },
+  width: {
+    16: "With 16 units per layer, the network cannot draw sharp arcs: the loss stays above the floor.",
+    64: "", 128: "128 units per layer: slower steps, and a little closer to the floor.",
+  },
+  rate: {
+    "0.0005": "A low learning rate: the same road, more slowly.", "0.004": "",
+    "0.05": "A high learning rate: the loss jumps, and the average of the weights matters most.",
+  },
+  data: {
+    10: "Ten points: the best network has learnt them by heart, and its samples are copies.",
+    30: "Thirty points: are the samples copies, or new points between them?", all: "",
+  },
+  average: { true: "", false: "Samples of the last weights, instead of their average: they change with every step." },
+};
+
+let cloud, centres, labels; // the data of the plane; those of them that are trained on, and their classes
+let trainer, random, batch, result; // the last batch, and what the step returned
+let losses = [], errors, floor; // floor: {loss, errors}, of the closed form
+let running = false, dirty = true, samples = null, generation = 0;
+
+const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
+const eps = (x, t, y) => trainer.eps(x, t, y, $("learn-average").checked ? trainer.average : trainer.parameters);
+const levels = (x, t) => new Array(x.length / 2).fill(t);
+
+/** Begin again, with the settings of the controls. */
+async function restart() {
+  const count = $("learn-data").value, mine = ++generation;
+  const taken = count === "all" ? cloud.length / 2 : Math.min(Number(count), cloud.length / 2);
+  const stride = cloud.length / 2 / taken; // evenly over the data
+  const index = Array.from({ length: taken }, (_, k) => Math.floor(k * stride));
+  centres = Float32Array.from(index.flatMap((k) => [cloud[2 * k], cloud[2 * k + 1]]));
+  labels = cloud.labels ? index.map((k) => cloud.labels[k]) : null;
+  random = uniform(1, 0);
+  trainer = new Trainer({
+    width: Number($("learn-width").value), rate: Number($("learn-rate").value),
+    target: $("learn-target").value, weights: $("learn-weights").value, classes: labels ? 2 : 0,
+  });
+  [losses, errors, floor, batch, samples] = [[], new Array(BINS).fill(null), null, null, null];
+  $("learn-guidance").parentElement.hidden = !labels;
+  showHints();
+  dirty = true;
+  await findFloor(mine);
+}
+
+/** What the closed form reaches, in the mean over fresh batches. */
+async function findFloor(mine) {
+  const drawn = uniform(2, 0), sums = Array.from({ length: BINS }, () => [0, 0]);
+  let loss = 0;
+  for (let k = 1; k <= 40; k++) {
+    const { x0, t, noise } = draw(centres, STD, null, BATCH, drawn);
+    t.forEach((level, i) => {
+      const two = [0, 1].map((c) => Math.sqrt(ABAR[level]) * x0[2 * i + c] + Math.sqrt(1 - ABAR[level]) * noise[2 * i + c]);
+      const exact = exactEps(two, ABAR[level], centres, STD);
+      const error = ((noise[2 * i] - exact[0]) ** 2 + (noise[2 * i + 1] - exact[1]) ** 2) / 2;
+      loss += WEIGHTS[trainer.weights](level) * error;
+      const bin = sums[Math.floor((level * BINS) / T)];
+      bin[0] += error;
+      bin[1]++;
+    });
+    await pause(0);
+    if (mine !== generation) return;
+  }
+  floor = { loss: loss / (40 * BATCH), errors: sums.map(([sum, n]) => sum / n) };
+  dirty = true;
+}
+
+/** One step of Algorithm 1. */
+function step() {
+  batch = draw(centres, STD, labels, BATCH, random);
+  result = trainer.step(batch);
+  losses.push(result.loss);
+  batch.t.forEach((level, i) => {
+    const error = ((batch.noise[2 * i] - result.eps[2 * i]) ** 2 + (batch.noise[2 * i + 1] - result.eps[2 * i + 1]) ** 2) / 2;
+    const bin = Math.floor((level * BINS) / T);
+    errors[bin] = errors[bin] === null ? error : errors[bin] + 0.01 * (error - errors[bin]);
+  });
+  dirty = true;
+}
+
+/** Take steps while running: slowly at first, then as many as fit into a slice. */
+async function train() {
+  while (running) {
+    if (trainer.steps < SLOW) {
+      step();
+      await pause(PAUSE);
+      continue;
+    }
+    const end = performance.now() + SLICE;
+    while (performance.now() < end) step();
+    await pause(0);
+  }
+}
+
+/** Draw samples of the network again and again, each second, while it learns. */
+async function sampleLoop() {
+  for (let seed = 0; ; seed++) {
+    await pause(1000);
+    if (!running || trainer.steps <= SLOW) continue;
+    const mine = generation, sampler = $("plane-sampler").value, steps = Math.min(200, Number($("plane-steps").value));
+    const y = labels && Array.from({ length: SAMPLES }, (_, k) => k % 2), w = labels ? Number($("learn-guidance").value) : 0;
+    const model = (x, t) => {
+      const given = eps(x, levels(x, t), y);
+      if (!w) return given;
+      const free = eps(x, levels(x, t));
+      return given.map((value, k) => (1 + w) * value - w * free[k]);
+    };
+    let x0, end = performance.now() + SLICE;
+    for await (const frame of sampleProgressive(model, noiseOf(seed, SAMPLES, 2), BETAS, { sampler, steps })) {
+      x0 = frame.x0;
+      if (performance.now() > end) {
+        await pause(0);
+        end = performance.now() + SLICE;
+      }
+    }
+    if (mine === generation) samples = { x0, y };
+    dirty = true;
+    if ($("learn-use").checked) useNetwork((x, t) => eps(x, levels(x, t)));
+  }
+}
+
+// -------------------------------------------------------------------------------------- the drawings
+
+const colours = (dark) => ({
+  data: dark ? "#8ab0ff" : "#2156c9", ink: dark ? "#f1f3f5" : "#1d2026", exact: dark ? "#868e96" : "#adb5bd",
+  learnt: "#d9480f", error: "#e03131",
+});
+
+/** A few points of the batch: x_0 shrunk, the noise from it to x_t, and the predicted noise back. */
+function drawBatch() {
+  const plane = clearPlane($("learn-batch")), { context, dark, at, dot, size } = plane, colour = colours(dark);
+  drawDots(plane, centres, 0.004, colour.data, 0.3);
+  if (!batch) return;
+  const line = (from, to, width) => {
+    context.lineWidth = width;
+    context.beginPath();
+    context.moveTo(...at(...from));
+    context.lineTo(...at(...to));
+    context.stroke();
+  };
+  context.font = `${0.032 * size}px sans-serif`;
+  for (let i = 0; i < SHOWN; i++) {
+    const level = batch.t[i], signal = Math.sqrt(ABAR[level]), deviation = Math.sqrt(1 - ABAR[level]);
+    const two = (values, f) => [0, 1].map((c) => f(values[2 * i + c], c));
+    const from = two(batch.x0, (value) => signal * value), to = two(result.xt, (value) => value);
+    const guess = two(result.eps, (value, c) => to[c] - deviation * value);
+    context.strokeStyle = colour.exact;
+    line(from, to, 2);
+    context.strokeStyle = colour.learnt;
+    line(to, guess, 2);
+    context.setLineDash([5, 4]);
+    context.strokeStyle = colour.error;
+    line(guess, from, 3);
+    context.setLineDash([]);
+    for (const [place, fill, radius] of [[from, colour.data, 0.013], [to, colour.ink, 0.011], [guess, colour.learnt, 0.009]]) {
+      context.fillStyle = fill;
+      dot(...place, radius);
+      context.fill();
+    }
+    context.fillStyle = colour.ink;
+    const [x, y] = at(...to);
+    context.fillText(`t = ${level}`, Math.min(x + 8, size - 0.16 * size), Math.max(y - 6, 0.04 * size));
+  }
+}
+
+/** The learnt field over the exact one, at the t of the slider. */
+function drawFields() {
+  const plane = clearPlane($("learn-field")), t = Number($("learn-t").value), colour = colours(plane.dark);
+  drawDots(plane, centres.map((value) => Math.sqrt(ABAR[t]) * value), 0.004, colour.data, 0.3);
+  drawField(plane, (x) => exactEps(x, ABAR[t], centres, STD), colour.exact);
+  if (trainer.steps) drawField(plane, (x) => eps(x, levels(x, t)), colour.learnt);
+  $("learn-at").textContent = `t = ${t}`;
+}
+
+function drawSamples() {
+  const plane = clearPlane($("learn-samples")), colour = colours(plane.dark);
+  drawDots(plane, centres, 0.006, colour.data, 0.5);
+  if (!samples) return;
+  for (const k of samples.y ? [0, 1] : [0]) {
+    const own = samples.x0.filter((_, i) => !samples.y || samples.y[i >> 1] === k);
+    drawDots(plane, own, 0.006, samples.y ? ["#d9480f", "#2b8a3e"][k] : colour.ink);
+  }
+}
+
+/** Curves in a canvas with logarithmic y. curves: [{points: [[x, y]], colour, dashed}], x in 0..1. */
+function drawCurves(canvas, curves, low, high, ticks, labelsX) {
+  const context = canvas.getContext("2d"), { width, height } = canvas, { dark } = clearPlane(canvas);
+  const [left, bottom] = [64, 40], ink = colours(dark).ink;
+  const place = ([x, y]) => [left + x * (width - left - 12),
+    (height - bottom) * (1 - Math.log(Math.min(high, Math.max(low, y)) / low) / Math.log(high / low))];
+  context.fillStyle = dark ? "#14161a" : "#ffffff";
+  context.fillRect(0, 0, width, height);
+  context.font = "22px sans-serif";
+  for (const tick of ticks) {
+    const [, y] = place([0, tick]);
+    context.fillStyle = ink;
+    context.fillText(tick, 4, y + 8);
+    context.fillStyle = dark ? "#343a40" : "#e9ecef";
+    context.fillRect(left, y, width - left, 1.5);
+  }
+  context.fillStyle = ink;
+  labelsX.forEach(([x, text]) => context.fillText(text, Math.min(place([x, 1])[0], width - 11 * text.length - 14), height - 10));
+  for (const { points, colour, dashed } of curves) {
+    context.strokeStyle = colour;
+    context.lineWidth = 3;
+    context.setLineDash(dashed ? [10, 8] : []);
+    context.beginPath();
+    points.forEach((point) => context.lineTo(...place(point)));
+    context.stroke();
+    context.setLineDash([]);
+  }
+}
+
+function drawLoss() {
+  const colour = colours(matchMedia("(prefers-color-scheme: dark)").matches), n = losses.length;
+  const length = Math.ceil(n / 150), points = [];
+  for (let k = 0; k + length <= n; k += length) {
+    points.push([(k + length / 2) / Math.max(n, 100), losses.slice(k, k + length).reduce((a, b) => a + b) / length]);
+  }
+  const curves = [{ points, colour: colour.learnt }], top = Math.max(1, ...points.map(([, y]) => y)) * 1.2;
+  if (floor) curves.push({ points: [[0, floor.loss], [1, floor.loss]], colour: colour.exact, dashed: true });
+  const low = (floor?.loss ?? 0.1) / 2, ticks = [0.001, 0.01, 0.03, 0.1, 0.3, 1, 3, 10].filter((y) => y > low && y < top);
+  drawCurves($("learn-loss"), curves, low, top, ticks, [[0, "0"], [1, `step ${Math.max(n, 100)}`]]);
+}
+
+function drawErrors() {
+  const colour = colours(matchMedia("(prefers-color-scheme: dark)").matches);
+  const curve = (values) => values.map((y, k) => [(k + 0.5) / BINS, y]).filter(([, y]) => y !== null);
+  const curves = [{ points: curve(errors), colour: colour.learnt }];
+  if (floor) curves.push({ points: curve(floor.errors), colour: colour.exact, dashed: true });
+  drawCurves($("learn-errors"), curves, 0.001, 2, [0.001, 0.01, 0.1, 1], [[0, "0"], [0.5, "t"], [1, "999"]]);
+}
+
+/** Draw what has changed, some times a second, and say where the training is. */
+function paint() {
+  if (dirty) {
+    dirty = false;
+    for (const each of [drawBatch, drawFields, drawSamples, drawLoss, drawErrors]) each();
+    const recent = losses.slice(-100), mean = recent.reduce((a, b) => a + b, 0) / recent.length;
+    const off = samples && judged(samples.x0, centres, STD).off;
+    $("learn-status").textContent = !losses.length ? "Not trained yet: press Start, or take one step."
+      : `Step ${trainer.steps.toLocaleString("en")}: the loss is ${mean.toPrecision(3)}`
+        + (floor ? `, ${(mean / floor.loss).toFixed(2)} times the floor.` : ".")
+        + (samples ? ` ${off} of ${SAMPLES} samples are farther than ${3 * STD} from the data.` : "");
+  }
+  setTimeout(() => requestAnimationFrame(paint), 120);
+}
+
+function showHints() {
+  const said = Object.entries(HINTS).map(([name, texts]) => {
+    const control = $(`learn-${name}`);
+    return texts[control.type === "checkbox" ? control.checked : control.value];
+  });
+  $("learn-hint").textContent = said.filter(Boolean).join(" ");
+}
+
+/** The same training for docs/points.py, as text. */
+function inPython() {
+  const rows = [];
+  for (let k = 0; k < centres.length; k += 2) rows.push(`[${centres[k].toFixed(3)}, ${centres[k + 1].toFixed(3)}]`);
+  const [target, weights] = [trainer.target, trainer.weights];
+  return [
+    "# In the folder docs, with torch and matplotlib:",
+    "from points import *",
+    `data = torch.tensor([${rows.join(", ")}])[..., None, None]`,
+    `diffusion = Diffusion(linear_betas(), predicts="${target}")`,
+    `draw = lambda n: data[torch.randint(len(data), (n,))] + ${STD} * torch.randn(n, 2, 1, 1)`,
+    `model = fit(diffusion, draw, "${weights}", steps=${Math.max(1000, trainer.steps)}, batch=${BATCH}, lr=${trainer.rate}, width=${trainer.parameters[1].length})`,
+    `x0 = diffusion.sample(model, (1000, 2, 1, 1), ${$("plane-steps").value}, "${$("plane-sampler").value}")`,
+    "figure = Figure()",
+    "figure.subplots().scatter(*x0.flatten(1).T, 2)",
+    'figure.savefig("samples.png")',
+  ].join("\n");
+}
+
+/** Make the section work. */
+export function startLearning() {
+  followData((points) => {
+    cloud = points;
+    restart();
+  });
+  for (const name of ["target", "weights", "width", "rate", "data"]) $(`learn-${name}`).onchange = restart;
+  $("learn-average").onchange = () => {
+    showHints();
+    dirty = true;
+  };
+  $("learn-t").oninput = () => { dirty = true; };
+  $("learn-start").onclick = () => {
+    running = !running;
+    $("learn-start").textContent = running ? "Pause" : "Start";
+    if (running) train();
+  };
+  $("learn-step").onclick = () => {
+    if (!running) step();
+  };
+  $("learn-again").onclick = restart;
+  $("learn-use").onchange = ({ target }) => useNetwork(target.checked ? (x, t) => eps(x, levels(x, t)) : null);
+  $("learn-python").ontoggle = () => { $("learn-code").textContent = inPython(); };
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { dirty = true; });
+  sampleLoop();
+  paint();
+}
