@@ -26,7 +26,7 @@ const HINTS = { // what to look for, by control and value
     64: "", 128: "128 units per layer: slower steps, and a little closer to the floor.",
   },
   rate: {
-    "0.0005": "A low learning rate: the same road, more slowly.", "0.004": "",
+    "0.0005": "A low learning rate: the same road, more slowly.", "0.008": "",
     "0.05": "A high learning rate: the loss jumps, and the average of the weights matters most.",
   },
   data: {
@@ -195,7 +195,7 @@ function drawFields() {
 }
 
 function drawSamples() {
-  const plane = clearPlane($("learn-samples")), colour = colours(plane.dark);
+  const plane = clearPlane($("learn-samples"), 1.3), colour = colours(plane.dark);
   drawDots(plane, centres, 0.006, colour.data, 0.5);
   if (!samples) return;
   for (const k of samples.y ? [0, 1] : [0]) {
@@ -235,7 +235,7 @@ function drawCurves(canvas, curves, low, high, ticks, labelsX) {
 
 function drawLoss() {
   const colour = colours(matchMedia("(prefers-color-scheme: dark)").matches), n = losses.length;
-  const length = Math.ceil(n / 150), points = [];
+  const length = Math.max(1, Math.ceil(n / 150)), points = [];
   for (let k = 0; k + length <= n; k += length) {
     points.push([(k + length / 2) / Math.max(n, 100), losses.slice(k, k + length).reduce((a, b) => a + b) / length]);
   }

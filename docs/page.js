@@ -1,6 +1,7 @@
 // The sections of the page that use a network: samples, a drawing, and the choice of the network.
 
 import { Network } from "./network.js";
+import { startLearning } from "./learn.js";
 import { CHANGES, offerChanges, startPlane } from "./points.js";
 import { alphasBar, guided, linearBetas, noiseOf, qSample, sampleChanged } from "./sampler.js";
 
@@ -133,7 +134,7 @@ function explained(error) {
   return `The network fails: ${message}`;
 }
 
-// ---- 1. sample
+// ---- 3. sample
 
 /** The epsModel of `count` images: a value of #class, which is a class or all in turn, and w. */
 function modelOf(value, count, w) {
@@ -227,7 +228,7 @@ function showFrame() {
   $("number-sigma").textContent = frame.sigma.toFixed(4);
 }
 
-// ---- 2. draw, add noise, denoise
+// ---- 4. draw, add noise, denoise
 
 let brush = null; // where the brush is, in pixels
 let drawn; // the noise of x_t, which stays while the slider moves
@@ -330,7 +331,7 @@ async function denoise() {
 }
 denoise.seed = 0;
 
-// ---- 3. the network
+// ---- 5. the network
 
 /**
  * Open a model.onnx when what is running has stopped; keep the one before if that fails.
@@ -503,5 +504,6 @@ addEventListener("drop", (event) => {
 });
 
 startPlane();
+startLearning();
 window.recorded = loadRecording();
 window.ready = openShipped();

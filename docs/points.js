@@ -5,7 +5,7 @@
 
 import { alphasBar, linearBetas, noiseOf, sampleChanged, uniform } from "./sampler.js";
 
-const STD = 0.02; // of the Gaussian around each point of the data
+export const STD = 0.02; // of the Gaussian around each point of the data
 const N = 300; // points that run
 const LIMIT = 2.3; // of the view
 const BETAS = linearBetas(), T = BETAS.length, ABAR = alphasBar(BETAS);
@@ -77,11 +77,19 @@ function cloud(count, place) {
   return Float32Array.from(Array.from({ length: count }, () => place(random(), random(), random())).flat());
 }
 
+/** Whether a point of the two moons is on the first one, x = 0.6 (cos - 0.5), y = 0.6 (sin - 0.25). */
+const upper = (x, y) => Math.abs(Math.hypot(x / 0.6 + 0.5, y / 0.6 + 0.25) - 1) < 1e-4 && y / 0.6 + 0.25 >= 0;
+
 const CLOUDS = {
   "two moons": () => cloud(240, (a, b) => {
     const [x, y] = [Math.cos(Math.PI * a), Math.sin(Math.PI * a)];
     return b < 0.5 ? [0.6 * (x - 0.5), 0.6 * (y - 0.25)] : [0.6 * (0.5 - x), 0.6 * (0.25 - y)];
   }),
+  "two moons, two classes": () => {
+    const points = CLOUDS["two moons"](), labels = [];
+    for (let k = 0; k < points.length; k += 2) labels.push(Number(upper(points[k], points[k + 1])));
+    return Object.assign(points, { labels });
+  },
   "three groups": () => cloud(150, (a, b, c) => {
     const [x, y] = [[-0.6, -0.5], [0, 0.6], [0.6, -0.2]][Math.floor(3 * a)];
     const radius = 0.1 * Math.sqrt(-2 * Math.log(1 - b)); // the Box-Muller transform
@@ -147,7 +155,9 @@ const TEXTS = {
 const $ = (id) => document.getElementById(id);
 const COLOURS = ["#d9480f", "#0b7285", "#9c36b5", "#2b8a3e"];
 
-let centres = CLOUDS["two moons"]();
+let centres = CLOUDS["two moons"](); // of the data, perhaps with their labels
+let learnt = null; // eps(x, t) of a network, in place of the closed form
+let heirs = []; // what is called when the data change
 let changesOf; // a function that returns what the reader changes
 let starts = [[-1.3, 1.5]]; // x_T of the coloured paths: the last four that the reader chose
 let frames = []; // of the chain: {t, x, x0}, from T-1 down, and the result as {t: -1, x: x0}
@@ -162,13 +172,12 @@ const announce = (text) => { $("plane-status").textContent = text; };
 async function compute() {
   const number = ++chain, drawNoise = noiseOf(0, N + starts.length, 2), xT = drawNoise();
   starts.flat().forEach((value, k) => { xT[2 * N + k] = value; });
-  const model = (x, t) => exactEps(x, ABAR[t], centres, STD);
   const changes = changesOf();
   const [sampler, steps] = [$("plane-sampler").value, Number($("plane-steps").value)];
   const options = { ...changes, clip: !changes.noClip, sampler, steps, xT };
   frames = [];
   let began = performance.now();
-  for await (const frame of sampleChanged(model, drawNoise, BETAS, options)) {
+  for await (const frame of sampleChanged(epsOf, drawNoise, BETAS, options)) {
     if (number !== chain) return; // another one has begun
     frames.push(frame);
     if (performance.now() - began > 12) {
@@ -183,43 +192,64 @@ async function compute() {
   if (!playing && $("plane-t").value < 0) report();
 }
 
+/** The noise that is expected at x: of the closed form, or of a network. */
+const epsOf = (x, t) => learnt ? learnt(x, t) : exactEps(x, ABAR[t], centres, STD);
+
+/** Let the plane use eps(x, t) of a network, or null for the closed form. */
+export function useNetwork(eps) {
+  learnt = eps;
+  compute();
+}
+
+/** Call a function with the data, now and when they change: points, which may have labels. */
+export function followData(call) {
+  heirs.push(call);
+  call(centres);
+}
+
 /** The frame to show at the slider's t: the first one that is not above it. */
 function frameAt(t) {
   return frames.find((frame) => frame.t <= t) ?? frames.at(-1);
 }
 
-/** Draw the plane at the t of the slider, whose last place, -1, is the result. */
-function draw() {
-  const canvas = $("plane"), context = canvas.getContext("2d"), size = canvas.width;
-  const t = Number($("plane-t").value), abar = t < 0 ? 1 : ABAR[t], dark = matchMedia("(prefers-color-scheme: dark)").matches;
-  const at = (x, y) => [(x / LIMIT + 1) * size / 2, (1 - y / LIMIT) * size / 2];
+/** Clear a square canvas that shows the plane from -limit to limit: {context, size, dark, at, dot}. */
+export function clearPlane(canvas, limit = LIMIT) {
+  const context = canvas.getContext("2d"), size = canvas.width, dark = matchMedia("(prefers-color-scheme: dark)").matches;
+  const at = (x, y) => [(x / limit + 1) * size / 2, (1 - y / limit) * size / 2];
   const dot = (x, y, radius) => {
     context.beginPath();
-    context.arc(...at(x, y), radius, 0, 2 * Math.PI);
+    context.arc(...at(x, y), radius * size, 0, 2 * Math.PI);
   };
   context.fillStyle = dark ? "#14161a" : "#ffffff";
   context.fillRect(0, 0, size, size);
-  if ($("show-density").checked) drawDensity(context, size, abar, dark);
-  context.fillStyle = dark ? "#8ab0ff" : "#2156c9";
-  for (let m = 0; m < centres.length; m += 2) {
-    dot(centres[m], centres[m + 1], 0.005 * size);
-    context.globalAlpha = t < 0 ? 0.3 : 0.5;
+  return { context, size, dark, at, dot };
+}
+
+/** Draw points as dots in a colour. radius: relative to the canvas. */
+export function drawDots({ context, dot }, points, radius, colour, alpha = 1) {
+  [context.fillStyle, context.globalAlpha] = [colour, alpha];
+  for (let k = 0; k < points.length; k += 2) {
+    dot(points[k], points[k + 1], radius);
     context.fill();
   }
   context.globalAlpha = 1;
-  if ($("show-field").checked && t >= 0) drawField(context, at, abar, dark);
+}
+
+/** Draw the plane at the t of the slider, whose last place, -1, is the result. */
+function draw() {
+  const canvas = $("plane"), t = Number($("plane-t").value), abar = t < 0 ? 1 : ABAR[t];
+  const plane = clearPlane(canvas), { context, size, dark, at, dot } = plane;
+  if ($("show-density").checked) drawDensity(context, size, abar, dark);
+  drawDots(plane, centres, 0.005, dark ? "#8ab0ff" : "#2156c9", t < 0 ? 0.3 : 0.5);
+  if ($("show-field").checked && t >= 0) drawField(plane, (x) => epsOf(x, t), dark ? "#ced4da" : "#495057");
   const frame = frames.length && frameAt(t);
   if (frame && $("show-points").checked) {
-    context.fillStyle = dark ? "#f1f3f5" : "#1d2026";
-    for (let k = 0; k < 2 * N; k += 2) {
-      dot(frame.x[k], frame.x[k + 1], 0.0045 * size);
-      context.fill();
-    }
+    drawDots(plane, frame.x.subarray(0, 2 * N), 0.0045, dark ? "#f1f3f5" : "#1d2026");
   }
-  if (frame) starts.forEach((_, k) => drawPath(context, at, dot, frame, N + k, COLOURS[k % COLOURS.length], size));
+  if (frame) starts.forEach((_, k) => drawPath(plane, frame, N + k, COLOURS[k % COLOURS.length]));
   if (document.activeElement === canvas && canvas.matches(":focus-visible")) {
     context.strokeStyle = dark ? "#ffffff" : "#000000";
-    dot(...cursor, 0.02 * size);
+    dot(...cursor, 0.02);
     context.stroke();
   }
   $("plane-at").textContent = t < 0 ? "the result" : `t = ${t}`;
@@ -235,17 +265,17 @@ function drawDensity(context, size, abar, dark) {
   context.drawImage(small, 0, 0, size, size);
 }
 
-/** Arrows along -eps, the direction in which the noise is removed. */
-function drawField(context, at, abar, dark) {
+/** Draw arrows along -eps(x), the direction in which the noise is removed. */
+export function drawField({ context, at }, eps, colour) {
   const n = 15, cell = (2 * LIMIT) / n;
   const grid = Float32Array.from({ length: 2 * n * n }, (_, k) =>
     (((k % 2 ? Math.floor(k / 2 / n) : (k >> 1) % n) + 0.5) / n * 2 - 1) * LIMIT);
-  const eps = exactEps(grid, abar, centres, STD);
-  context.strokeStyle = dark ? "#ced4da" : "#495057";
+  const noise = eps(grid);
+  context.strokeStyle = colour;
   context.lineWidth = 1.5;
   for (let k = 0; k < grid.length; k += 2) {
-    const length = Math.hypot(eps[k], eps[k + 1]), scale = (-0.75 * cell * Math.min(1, length / 2.5)) / length;
-    const from = [grid[k], grid[k + 1]], to = [grid[k] + scale * eps[k], grid[k + 1] + scale * eps[k + 1]];
+    const length = Math.hypot(noise[k], noise[k + 1]), scale = (-0.75 * cell * Math.min(1, length / 2.5)) / length;
+    const from = [grid[k], grid[k + 1]], to = [grid[k] + scale * noise[k], grid[k + 1] + scale * noise[k + 1]];
     const [[x0, y0], [x1, y1]] = [at(...from), at(...to)], angle = Math.atan2(y1 - y0, x1 - x0);
     context.beginPath();
     context.moveTo(x0, y0);
@@ -259,7 +289,7 @@ function drawField(context, at, abar, dark) {
 }
 
 /** The path of point k until this frame, and a ring at its estimate of x_0. */
-function drawPath(context, at, dot, until, k, colour, size) {
+function drawPath({ context, at, dot }, until, k, colour) {
   context.strokeStyle = context.fillStyle = colour;
   context.lineWidth = 2;
   context.beginPath();
@@ -269,7 +299,7 @@ function drawPath(context, at, dot, until, k, colour, size) {
   }
   context.stroke();
   const { x, x0 } = until;
-  dot(x[2 * k], x[2 * k + 1], (until.t < 0 ? 0.006 : 0.011) * size);
+  dot(x[2 * k], x[2 * k + 1], until.t < 0 ? 0.006 : 0.011);
   context.fill();
   context.setLineDash([4, 4]);
   context.beginPath();
@@ -277,7 +307,7 @@ function drawPath(context, at, dot, until, k, colour, size) {
   context.lineTo(...at(x0[2 * k], x0[2 * k + 1]));
   context.stroke();
   context.setLineDash([]);
-  dot(x0[2 * k], x0[2 * k + 1], 0.016 * size);
+  dot(x0[2 * k], x0[2 * k + 1], 0.016);
   context.stroke();
 }
 
@@ -331,6 +361,7 @@ function step(direction) {
 
 function useData(points) {
   centres = points;
+  for (const call of heirs) call(points);
   compute();
 }
 

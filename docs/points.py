@@ -72,14 +72,16 @@ class MLP(nn.Module):
         return self.out(F.silu(h))[..., None, None]
 
 
-def fit(diffusion, data, weighting="simple", steps=3000, batch=256, drop=0.1):
+def fit(
+    diffusion, data, weighting="simple", steps=3000, batch=256, drop=0.1, lr=2e-3, width=128
+):  # fmt: skip
     """Algorithm 1, with Adam and a learning rate that falls to 0.
 
     drop: the share of the labels of labelled_moons that is replaced by "no class", as in train.py.
     """
     torch.manual_seed(0)
-    model = MLP(num_classes=2 if data is labelled_moons else 0)
-    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    model = MLP(width, num_classes=2 if data is labelled_moons else 0)
+    optimizer = torch.optim.Adam(model.parameters(), lr)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
     for _ in range(steps):
         network, x0 = model, data(batch)

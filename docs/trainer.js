@@ -7,7 +7,8 @@
 import { alphasBar, linearBetas, uniform } from "./sampler.js";
 
 const BETAS = linearBetas(), T = BETAS.length, ABAR = alphasBar(BETAS);
-const HALF = 16, INPUTS = 2 + 2 * HALF; // sines and cosines of t, as in ddpm.py
+const WAVES = [3, 6, 12, 24]; // frequencies of sines of x_t, with which fine detail is learnt sooner
+const HALF = 16, INPUTS = 2 + 4 * WAVES.length + 2 * HALF; // sines and cosines of t, as in ddpm.py
 const EMBEDDING = Array.from({ length: T }, (_, t) => {
   const angles = Array.from({ length: HALF }, (_, k) => t * Math.exp((-Math.log(10000) / (HALF - 1)) * k));
   return [...angles.map(Math.sin), ...angles.map(Math.cos)];
@@ -69,10 +70,11 @@ const siluBackward = (x, dy) => x.map((value, k) => dy[k] * sigmoid(value) * (1 
  * A network of two hidden layers, and its training.
  *
  * options: width of the layers; classes, how many y there are, of which `classes` means "no class";
- * target and weights, names of TARGETS and WEIGHTS; rate, the learning rate; decay of the average.
+ * target and weights, names of TARGETS and WEIGHTS; rate, the learning rate at first, which is halved
+ * by step 2000; decay, of the average.
  */
 export class Trainer {
-  constructor({ width = 64, classes = 0, target = "eps", weights = "simple", rate = 4e-3, decay = 0.999, seed = 0 } = {}) {
+  constructor({ width = 64, classes = 0, target = "eps", weights = "simple", rate = 8e-3, decay = 0.999, seed = 0 } = {}) {
     const random = uniform(seed, 0), n = INPUTS + (classes && classes + 1);
     const glorot = (rows, columns) => Float32Array.from({ length: rows * columns }, () =>
       (2 * random() - 1) * Math.sqrt(6 / (rows + columns)));
@@ -85,11 +87,13 @@ export class Trainer {
     this.average = this.parameters.map((p) => p.slice());
   }
 
-  /** What the network reads: x_t, four times as large, the embedding of t, and one input for each y. */
+  /** What the network reads: x_t and its sines, the embedding of t, and one input for each y. */
   features(x, t, y) {
     const n = this.inputs, rows = new Float32Array((x.length / 2) * n);
     t.forEach((level, i) => {
-      rows.set([4 * x[2 * i], 4 * x[2 * i + 1], ...EMBEDDING[level]], i * n);
+      const point = [x[2 * i], x[2 * i + 1]], angles = WAVES.flatMap((w) => point.map((value) => w * value));
+      const values = [...point.map((value) => 4 * value), ...angles.map(Math.sin), ...angles.map(Math.cos)];
+      rows.set([...values, ...EMBEDDING[level]], i * n);
       if (this.classes) rows[i * n + INPUTS + (y ? y[i] : this.classes)] = 1;
     });
     return rows;
@@ -133,14 +137,14 @@ export class Trainer {
 
   /** Adam with its usual constants, and the average of the weights (EMA), as in train.py. */
   adam(gradient) {
-    const k = ++this.steps, decay = Math.min(this.decay, k / (9 + k));
+    const rate = this.rate / (1 + this.steps / 2000), k = ++this.steps, decay = Math.min(this.decay, k / (9 + k));
     const [bias1, bias2] = [1 - 0.9 ** k, 1 - 0.999 ** k];
     this.parameters.forEach((p, i) => {
       const [g, m, s, mean] = [gradient[i], this.first[i], this.second[i], this.average[i]];
       for (let j = 0; j < p.length; j++) {
         m[j] += 0.1 * (g[j] - m[j]);
         s[j] += 0.001 * (g[j] ** 2 - s[j]);
-        p[j] -= (this.rate * m[j]) / bias1 / (Math.sqrt(s[j] / bias2) + 1e-8);
+        p[j] -= (rate * m[j]) / bias1 / (Math.sqrt(s[j] / bias2) + 1e-8);
         mean[j] += (1 - decay) * (p[j] - mean[j]);
       }
     });

@@ -13,11 +13,13 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import HERE
+import torch.nn.functional as F
+from conftest import HERE, python
+from PIL import Image
 
 import ddpm_numpy
 from benchmarks.table2 import count_right
-from ddpm import Diffusion, linear_betas
+from ddpm import Diffusion, linear_betas, timestep_embedding
 from docs.make_figures import page_noise
 from docs.points import MEANS, STD
 from exact import exact_network
@@ -363,6 +365,109 @@ def test_closed_forms_of_points(t, page):
     np.testing.assert_allclose(q, gaussians.sum(-1).ravel(), rtol=1e-4, atol=1e-12)
 
 
+# Algorithm 1 in JavaScript: a network of torch with the same parameters takes the same batches.
+
+TRAIN = """async ([options, batches]) => {
+    const {Trainer} = await import('./trainer.js'), trainer = new Trainer(options);
+    const start = trainer.parameters.map((p) => Array.from(p)), taken = [];
+    for (const {x0, noise, ...rest} of batches) {
+        const batch = {x0: Float32Array.from(x0), noise: Float32Array.from(noise), ...rest};
+        const {loss, gradient} = trainer.step(batch);
+        taken.push([loss, gradient.map((g) => Array.from(g))]);
+    }
+    const {x0, t, y} = batches[0], x = Float32Array.from(x0);
+    return [start, taken, trainer.parameters.map((p) => Array.from(p)),
+            trainer.average.map((p) => Array.from(p)), Array.from(trainer.eps(x, t, y))];
+}"""
+
+
+def inputs_of(x_t, t, y, classes):
+    """What the network of docs/trainer.js reads."""
+    x = x_t.flatten(1)
+    waves = torch.cat([w * x for w in (3, 6, 12, 24)], 1)
+    parts = [4 * x, waves.sin(), waves.cos(), timestep_embedding(t, 32)]
+    if classes:
+        parts.append(F.one_hot(torch.full_like(t, classes) if y is None else y, classes + 1))
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize(
+    "target, weights, classes",
+    [("eps", "simple", 0), ("x0", "min-snr", 0), ("v", "vlb", 2), ("eps", "vlb", 2)],
+)
+def test_training_takes_the_steps_of_torch(target, weights, classes, page):
+    """The loss, its gradient, Adam, the average, and eps of the averaged network."""
+    random, steps = torch.Generator().manual_seed(0), 12
+    batches = [
+        {"x0": torch.randn(9, 2, 1, 1, generator=random) / 2,
+         "t": torch.cat([torch.tensor([0, 1]), torch.randint(1000, (7,), generator=random)]),
+         "noise": torch.randn(9, 2, 1, 1, generator=random),
+         "y": torch.randint(3, (9,), generator=random) if classes else None}
+        for _ in range(steps)
+    ]  # fmt: skip
+    plain = [
+        {name: value if value is None else value.flatten().tolist() for name, value in b.items()}
+        for b in batches
+    ]
+    options = {"width": 8, "classes": classes, "target": target, "weights": weights, "decay": 0.9}
+    start, taken, last, average, eps = page.evaluate(TRAIN, [options, plain])
+    n = len(start[0]) // 8
+    shapes = [(n, 8), (8,), (8, 8), (8,), (8, 2), (2,)]
+    tensors = [torch.tensor(p).float().view(s) for p, s in zip(start, shapes, strict=True)]
+    assert tensors[0].std() > 0 and not tensors[4].any()
+    parameters = [torch.nn.Parameter(p.clone()) for p in tensors]
+    optimizer, mean = torch.optim.Adam(parameters, 8e-3), tensors
+    diffusion = Diffusion(linear_betas(), predicts=target)
+
+    def network(x_t, t, y, parameters=parameters):
+        W1, b1, W2, b2, W3, b3 = parameters
+        h = F.silu(inputs_of(x_t, t, y, classes) @ W1 + b1)
+        return (F.silu(h @ W2 + b2) @ W3 + b3)[..., None, None]
+
+    for k, (batch, (loss, gradient)) in enumerate(zip(batches, taken, strict=True)):
+        optimizer.param_groups[0]["lr"] = 8e-3 / (1 + k / 2000)
+        optimizer.zero_grad()
+        x0, t, noise, y = batch.values()
+        ours = diffusion.loss(functools.partial(network, y=y), x0, t, noise, weights)
+        ours.backward()
+        assert loss == pytest.approx(ours.item(), rel=1e-4)
+        for p, g in zip(parameters, gradient, strict=True):
+            scale = p.grad.abs().max().item() + 1e-12
+            np.testing.assert_allclose(np.array(g) / scale, p.grad.ravel() / scale, atol=1e-4)
+        optimizer.step()
+        decay = min(0.9, (1 + k) / (10 + k))
+        mean = [m + (1 - decay) * (p.detach() - m) for m, p in zip(mean, parameters, strict=True)]
+    for theirs, p, m, q in zip(last, parameters, mean, average, strict=True):
+        np.testing.assert_allclose(theirs, p.detach().ravel(), atol=1e-4)
+        np.testing.assert_allclose(q, m.ravel(), atol=1e-4)
+    x0, t, _, y = batches[0].values()
+    with torch.no_grad():
+        expected = diffusion.predict_eps(functools.partial(network, y=y, parameters=mean), x0, t)
+    assert np.abs(np.array(eps) - expected.ravel().numpy()).max() < 1e-3 * expected.abs().max()
+
+
+def test_batches_are_random_as_algorithm_1_has_them(page):
+    x0, t, noise, y = page.evaluate(
+        """async () => {
+            const {draw} = await import('./trainer.js'), {uniform} = await import('./sampler.js');
+            const points = Float32Array.of(-1, 0.5, 1, -0.5);
+            const {x0, t, noise, y} = draw(points, 0.1, [0, 1], 20000, uniform(0, 0));
+            return [Array.from(x0), t, Array.from(noise), y];
+        }"""
+    )
+    x0, noise, t, y = np.reshape(x0, (-1, 2)), np.reshape(noise, (-1, 2)), np.array(t), np.array(y)
+    second = x0[:, 0] > 0
+    assert np.mean(second) == pytest.approx(0.5, abs=0.015)
+    offsets = x0 - np.where(second[:, None], [1, -0.5], [-1, 0.5])
+    for z in (noise, offsets / 0.1):
+        assert np.abs(z.mean(0)).max() < 0.03 and np.abs(np.cov(z.T) - np.eye(2)).max() < 0.04
+        assert (z**4).mean() == pytest.approx(3, abs=0.2)
+    assert np.abs(np.corrcoef(noise.T, offsets.T)[:2, 2:]).max() < 0.03
+    assert set(range(1000)) == {*t} and np.abs(np.histogram(t, 10)[0] - 2000).max() < 200
+    assert np.mean(y == 2) == pytest.approx(0.1, abs=0.01)  # "no class"
+    assert (y[y < 2] == second[y < 2]).all()
+
+
 # ------------------------------------------------------------------------------------- its promises
 
 
@@ -415,6 +520,64 @@ def result(page):
     page.wait_for_function(f"/others reach/.test({status})")
     said = page.text_content("#plane-status")
     return [int(number) for number in re.findall(r"(\d+) (?:of|step)", said)]
+
+
+def test_network_learns_the_moons(opened):
+    """Within a minute, the loss is below 1.2 times the floor, and most samples are on the data."""
+    page = opened()
+    assert "Not trained yet" in page.text_content("#learn-status")
+    page.click("#learn-step")
+    page.wait_for_function("/^Step 1:/.test(document.getElementById('learn-status').textContent)")
+    page.evaluate("window.began = performance.now()")
+    page.click("#learn-start")
+    page.wait_for_function(
+        """() => {
+            const [, ratio, off] = document.getElementById('learn-status').textContent
+                .match(/, ([0-9.]+) times the floor. (\\d+) of 200/) ?? [];
+            return Number(ratio) < 1.2 && Number(off) < 60;
+        }"""
+    )
+    assert page.evaluate("performance.now() - window.began") < 100_000  # a minute, if undisturbed
+    page.click("#learn-start")  # pause
+    page.wait_for_timeout(500)
+    said = page.text_content("#learn-status")
+    page.wait_for_timeout(500)
+    assert said == page.text_content("#learn-status")
+    for canvas in ("learn-batch", "learn-field", "learn-samples", "learn-loss", "learn-errors"):
+        assert pixels(page, canvas).std() > 5, canvas
+    # the plane of section 1 with the network in place of the formula
+    set_value(page, "learn-use", True)
+    steps, off, *_ = result(page)
+    assert steps == 50 and off < 150
+    set_value(page, "learn-use", False)
+    assert result(page)[1] < off
+
+
+def test_changes_of_the_training(page, tmp_path):
+    set_value(page, "learn-data", "10")
+    assert "Ten points" in page.text_content("#learn-hint")
+    set_value(page, "learn-weights", "vlb")
+    set_value(page, "learn-target", "v")
+    page.click("#learn-step")
+    page.wait_for_function("/^Step 1:/.test(document.getElementById('learn-status').textContent)")
+    assert not page.is_visible("#learn-guidance")
+    page.select_option("#plane-data", "two moons, two classes")
+    assert page.is_visible("#learn-guidance")
+    page.click("#learn-step")
+    page.click("#learn-python summary")
+    page.wait_for_function("document.getElementById('learn-code').textContent")
+    code = page.text_content("#learn-code")
+    assert '"vlb"' in code and 'predicts="v"' in code and len(re.findall(r"\[-?0\.", code)) == 10
+    script = code.replace("steps=1000", "steps=3").replace("1000, 2", "10, 2")
+    (tmp_path / "points.py").write_text((DOCS / "points.py").read_text("utf-8").replace(
+        "HERE = Path(__file__).parent", f"HERE = Path({str(DOCS)!r})"), "utf-8")  # fmt: skip
+    (tmp_path / "run.py").write_text(script, "utf-8")
+    python("run.py", cwd=tmp_path)
+    assert Image.open(tmp_path / "samples.png").width > 100
+    page.click("#learn-python summary")
+    for name, value in (("data", "all"), ("weights", "simple"), ("target", "eps")):
+        set_value(page, f"learn-{name}", value)
+    page.select_option("#plane-data", "two moons")
 
 
 def test_points_in_the_plane(page):
