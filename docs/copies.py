@@ -149,6 +149,7 @@ def main():
         "squared error of the noise",
         **scales,
     )
+    left.set_box_aspect(1.2)
     show(right, torch.stack(rows).clamp(-1, 1).numpy(), rows=names)
     figure.savefig(args.out, dpi=100)
 

@@ -250,7 +250,7 @@ function drawErrors() {
   const curve = (values) => values.map((y, k) => [(k + 0.5) / BINS, y]).filter(([, y]) => y !== null);
   const curves = [{ points: curve(errors), colour: colour.learnt }];
   if (floor) curves.push({ points: curve(floor.errors), colour: colour.exact, dashed: true });
-  drawCurves($("learn-errors"), curves, 0.001, 2, [0.001, 0.01, 0.1, 1], [[0, "0"], [0.5, "t"], [1, "999"]]);
+  drawCurves($("learn-errors"), curves, 0.0001, 2, [0.0001, 0.001, 0.01, 0.1, 1], [[0, "0"], [0.5, "t"], [1, "999"]]);
 }
 
 /** Draw what has changed, some times a second, and say where the training is. */

@@ -430,16 +430,16 @@ def test_training_takes_the_steps_of_torch(target, weights, classes, page):
         x0, t, noise, y = batch.values()
         ours = diffusion.loss(functools.partial(network, y=y), x0, t, noise, weights)
         ours.backward()
-        assert loss == pytest.approx(ours.item(), rel=1e-4)
+        assert loss == pytest.approx(ours.item(), rel=1e-5)
         for p, g in zip(parameters, gradient, strict=True):
             scale = p.grad.abs().max().item() + 1e-12
-            np.testing.assert_allclose(np.array(g) / scale, p.grad.ravel() / scale, atol=1e-4)
+            np.testing.assert_allclose(np.array(g) / scale, p.grad.ravel() / scale, atol=1e-5)
         optimizer.step()
         decay = min(0.9, (1 + k) / (10 + k))
         mean = [m + (1 - decay) * (p.detach() - m) for m, p in zip(mean, parameters, strict=True)]
     for theirs, p, m, q in zip(last, parameters, mean, average, strict=True):
-        np.testing.assert_allclose(theirs, p.detach().ravel(), atol=1e-4)
-        np.testing.assert_allclose(q, m.ravel(), atol=1e-4)
+        np.testing.assert_allclose(theirs, p.detach().ravel(), atol=1e-5)
+        np.testing.assert_allclose(q, m.ravel(), atol=1e-5)
     x0, t, _, y = batches[0].values()
     with torch.no_grad():
         expected = diffusion.predict_eps(functools.partial(network, y=y, parameters=mean), x0, t)
