@@ -6,40 +6,41 @@ import { Trainer, WEIGHTS, draw } from "./trainer.js";
 
 const BETAS = linearBetas(), T = BETAS.length, ABAR = alphasBar(BETAS);
 const BATCH = 128, SHOWN = 5, BINS = 20, SAMPLES = 200; // SHOWN: points of the batch that one sees
-const SLOW = 6, PAUSE = 900; // the first steps are slow, so that one can follow them; milliseconds
+const SLOW = 6, PAUSE = 900, HOLD = 2000; // the first steps are slow, and each batch is shown for a while; milliseconds
 const SLICE = 10; // milliseconds of work at a time, so that nothing on the page stalls
 const $ = (id) => document.getElementById(id);
 
 const HINTS = { // what to look for, by control and value
   target: {
     eps: "The network returns the noise itself, the paper's choice.",
-    x0: "The network returns the point. Where x_t has little noise, its small errors are divided by little: watch the left end of the curve of errors.",
-    v: "The network returns v, a mixture of both: noise at small t, minus the point at large t.",
+    x0: "The network returns the point x₀. At small t, a small error of the point is a large error of the noise: watch the left end of the curve of errors.",
+    v: "The network returns a mixture of both, v = √ᾱ ε − √(1 − ᾱ) x₀: nearly the noise at small t, and nearly −x₀ at large t.",
   },
   weights: {
     simple: "All t count the same (14).",
-    vlb: "The weights of the bound (12): small t count most. Watch the field at large t.",
-    "min-snr": "Small t count less: the weight is min(1, 5 / SNR).",
+    vlb: "The weights of the bound (12): small t count most. Move the slider of the field to large t.",
+    "min-snr": "Small t, where the signal is much stronger than the noise, count less.",
   },
   width: {
-    16: "With 16 units per layer, the network cannot draw sharp arcs: the loss stays above the floor.",
-    64: "", 128: "128 units per layer: slower steps, and a little closer to the floor.",
+    16: "A narrow network has fewer parameters: are its samples as sharp after as many steps?",
+    64: "", 128: "A wide network takes slower steps: is it closer to the floor after as many?",
   },
   rate: {
     "0.0005": "A low learning rate: the same road, more slowly.", "0.008": "",
     "0.05": "A high learning rate: the loss jumps, and the average of the weights matters most.",
   },
   data: {
-    10: "Ten points: the best network has learnt them by heart, and its samples are copies.",
-    30: "Thirty points: are the samples copies, or new points between them?", all: "",
+    10: "Ten points: samples of the formula are copies of them. Does the network draw copies, or points between them?",
+    30: "Thirty points: does the network draw copies, or points between them?", all: "",
   },
-  average: { true: "", false: "Samples of the last weights, instead of their average: they change with every step." },
+  average: { true: "", false: "Samples of the last weights, instead of their average, change with every step." },
 };
 
 let cloud, centres, labels; // the data of the plane; those of them that are trained on, and their classes
 let trainer, random, batch, result; // the last batch, and what the step returned
+let example = null; // some points of an earlier batch: {until, points: [{t, x0, xt, eps}]}
 let losses = [], errors, floor; // floor: {loss, errors}, of the closed form
-let running = false, dirty = true, samples = null, generation = 0;
+let running = false, dirty = true, stale = false, samples = null, generation = 0; // stale: the samples are
 
 const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 const eps = (x, t, y) => trainer.eps(x, t, y, $("learn-average").checked ? trainer.average : trainer.parameters);
@@ -58,23 +59,30 @@ async function restart() {
     width: Number($("learn-width").value), rate: Number($("learn-rate").value),
     target: $("learn-target").value, weights: $("learn-weights").value, classes: labels ? 2 : 0,
   });
-  [losses, errors, floor, batch, samples] = [[], new Array(BINS).fill(null), null, null, null];
+  [losses, errors, floor, example, samples] = [[], new Array(BINS).fill(null), null, null, null];
   $("learn-guidance").parentElement.hidden = !labels;
+  stale = false;
   showHints();
   dirty = true;
   await findFloor(mine);
 }
+
+/** The mean squared difference of point i of one array from point k of another. */
+const squared = (a, b, i, k = i) => ((a[2 * i] - b[2 * k]) ** 2 + (a[2 * i + 1] - b[2 * k + 1]) ** 2) / 2;
+
+/** The data of a class; all of them without one. */
+const ofClass = (y) => (y === 0 || y === 1 ? centres.filter((_, k) => labels[k >> 1] === y) : centres);
 
 /** What the closed form reaches, in the mean over fresh batches. */
 async function findFloor(mine) {
   const drawn = uniform(2, 0), sums = Array.from({ length: BINS }, () => [0, 0]);
   let loss = 0;
   for (let k = 1; k <= 40; k++) {
-    const { x0, t, noise } = draw(centres, STD, null, BATCH, drawn);
+    const { x0, t, noise, y } = draw(centres, STD, labels, BATCH, drawn);
     t.forEach((level, i) => {
       const two = [0, 1].map((c) => Math.sqrt(ABAR[level]) * x0[2 * i + c] + Math.sqrt(1 - ABAR[level]) * noise[2 * i + c]);
-      const exact = exactEps(two, ABAR[level], centres, STD);
-      const error = ((noise[2 * i] - exact[0]) ** 2 + (noise[2 * i + 1] - exact[1]) ** 2) / 2;
+      const exact = exactEps(two, ABAR[level], ofClass(y?.[i]), STD);
+      const error = squared(noise, exact, i, 0);
       loss += WEIGHTS[trainer.weights](level) * error;
       const bin = sums[Math.floor((level * BINS) / T)];
       bin[0] += error;
@@ -93,11 +101,22 @@ function step() {
   result = trainer.step(batch);
   losses.push(result.loss);
   batch.t.forEach((level, i) => {
-    const error = ((batch.noise[2 * i] - result.eps[2 * i]) ** 2 + (batch.noise[2 * i + 1] - result.eps[2 * i + 1]) ** 2) / 2;
+    const error = squared(batch.noise, result.eps, i);
     const bin = Math.floor((level * BINS) / T);
     errors[bin] = errors[bin] === null ? error : errors[bin] + 0.01 * (error - errors[bin]);
   });
-  dirty = true;
+  if (!(example?.until > performance.now()) || trainer.steps <= SLOW) showExample();
+  [dirty, stale] = [true, true];
+}
+
+/** Keep the first points of the batch whose x_t is within the view, to be drawn. */
+function showExample() {
+  const seen = batch.t.map((_, i) => i).filter((i) => Math.max(Math.abs(result.xt[2 * i]), Math.abs(result.xt[2 * i + 1])) < 2);
+  const two = (values, i) => [values[2 * i], values[2 * i + 1]];
+  const points = seen.slice(0, SHOWN).map((i) => ({
+    t: batch.t[i], x0: two(batch.x0, i), xt: two(result.xt, i), eps: two(result.eps, i),
+  }));
+  example = { until: performance.now() + HOLD, points };
 }
 
 /** Take steps while running: slowly at first, then as many as fit into a slice. */
@@ -114,11 +133,12 @@ async function train() {
   }
 }
 
-/** Draw samples of the network again and again, each second, while it learns. */
+/** Draw samples of the network anew each second, if it has changed. */
 async function sampleLoop() {
   for (let seed = 0; ; seed++) {
     await pause(1000);
-    if (!running || trainer.steps <= SLOW) continue;
+    if (!stale || !trainer.steps) continue;
+    stale = false;
     const mine = generation, sampler = $("plane-sampler").value, steps = Math.min(200, Number($("plane-steps").value));
     const y = labels && Array.from({ length: SAMPLES }, (_, k) => k % 2), w = labels ? Number($("learn-guidance").value) : 0;
     const model = (x, t) => {
@@ -145,14 +165,14 @@ async function sampleLoop() {
 
 const colours = (dark) => ({
   data: dark ? "#8ab0ff" : "#2156c9", ink: dark ? "#f1f3f5" : "#1d2026", exact: dark ? "#868e96" : "#adb5bd",
-  learnt: "#d9480f", error: "#e03131",
+  learnt: "#d9480f", error: "#9c36b5", classes: ["#0b7285", "#c2255c"],
 });
 
 /** A few points of the batch: x_0 shrunk, the noise from it to x_t, and the predicted noise back. */
 function drawBatch() {
   const plane = clearPlane($("learn-batch")), { context, dark, at, dot, size } = plane, colour = colours(dark);
   drawDots(plane, centres, 0.004, colour.data, 0.3);
-  if (!batch) return;
+  if (!example) return;
   const line = (from, to, width) => {
     context.lineWidth = width;
     context.beginPath();
@@ -161,11 +181,9 @@ function drawBatch() {
     context.stroke();
   };
   context.font = `${0.032 * size}px sans-serif`;
-  for (let i = 0; i < SHOWN; i++) {
-    const level = batch.t[i], signal = Math.sqrt(ABAR[level]), deviation = Math.sqrt(1 - ABAR[level]);
-    const two = (values, f) => [0, 1].map((c) => f(values[2 * i + c], c));
-    const from = two(batch.x0, (value) => signal * value), to = two(result.xt, (value) => value);
-    const guess = two(result.eps, (value, c) => to[c] - deviation * value);
+  for (const { t, x0, xt, eps: noise } of example.points) {
+    const from = x0.map((value) => Math.sqrt(ABAR[t]) * value), to = xt;
+    const guess = xt.map((value, c) => value - Math.sqrt(1 - ABAR[t]) * noise[c]);
     context.strokeStyle = colour.exact;
     line(from, to, 2);
     context.strokeStyle = colour.learnt;
@@ -181,7 +199,7 @@ function drawBatch() {
     }
     context.fillStyle = colour.ink;
     const [x, y] = at(...to);
-    context.fillText(`t = ${level}`, Math.min(x + 8, size - 0.16 * size), Math.max(y - 6, 0.04 * size));
+    context.fillText(`t = ${t}`, Math.min(x + 8, size - 0.16 * size), Math.max(y - 6, 0.04 * size));
   }
 }
 
@@ -196,11 +214,17 @@ function drawFields() {
 
 function drawSamples() {
   const plane = clearPlane($("learn-samples"), 1.3), colour = colours(plane.dark);
-  drawDots(plane, centres, 0.006, colour.data, 0.5);
-  if (!samples) return;
-  for (const k of samples.y ? [0, 1] : [0]) {
-    const own = samples.x0.filter((_, i) => !samples.y || samples.y[i >> 1] === k);
-    drawDots(plane, own, 0.006, samples.y ? ["#d9480f", "#2b8a3e"][k] : colour.ink);
+  const few = centres.length < 100; // shown above the samples, to tell copies
+  if (!few) drawDots(plane, centres, 0.006, colour.data, 0.5);
+  for (const k of samples ? (labels ? [0, 1] : [0]) : []) {
+    const own = samples.x0.filter((_, i) => !labels || samples.y[i >> 1] === k);
+    drawDots(plane, own, 0.006, labels ? colour.classes[k] : colour.ink);
+  }
+  for (let k = 0; few && k < centres.length; k += 2) {
+    plane.context.strokeStyle = colour.data;
+    plane.context.lineWidth = 3;
+    plane.dot(centres[k], centres[k + 1], (3 * STD) / 2.6);
+    plane.context.stroke();
   }
 }
 
@@ -239,6 +263,7 @@ function drawLoss() {
   for (let k = 0; k + length <= n; k += length) {
     points.push([(k + length / 2) / Math.max(n, 100), losses.slice(k, k + length).reduce((a, b) => a + b) / length]);
   }
+  if (points.length === 1) points.push([points[0][0] + 0.01, points[0][1]]);
   const curves = [{ points, colour: colour.learnt }], top = Math.max(1, ...points.map(([, y]) => y)) * 1.2;
   if (floor) curves.push({ points: [[0, floor.loss], [1, floor.loss]], colour: colour.exact, dashed: true });
   const low = (floor?.loss ?? 0.1) / 2, ticks = [0.001, 0.01, 0.03, 0.1, 0.3, 1, 3, 10].filter((y) => y > low && y < top);
@@ -247,7 +272,7 @@ function drawLoss() {
 
 function drawErrors() {
   const colour = colours(matchMedia("(prefers-color-scheme: dark)").matches);
-  const curve = (values) => values.map((y, k) => [(k + 0.5) / BINS, y]).filter(([, y]) => y !== null);
+  const curve = (values) => values.map((y, k) => [(k + 0.5) / BINS, y]).filter(([, y]) => y > 0.0001);
   const curves = [{ points: curve(errors), colour: colour.learnt }];
   if (floor) curves.push({ points: curve(floor.errors), colour: colour.exact, dashed: true });
   drawCurves($("learn-errors"), curves, 0.0001, 2, [0.0001, 0.001, 0.01, 0.1, 1], [[0, "0"], [0.5, "t"], [1, "999"]]);
@@ -261,7 +286,7 @@ function paint() {
     const recent = losses.slice(-100), mean = recent.reduce((a, b) => a + b, 0) / recent.length;
     const off = samples && judged(samples.x0, centres, STD).off;
     $("learn-status").textContent = !losses.length ? "Not trained yet: press Start, or take one step."
-      : `Step ${trainer.steps.toLocaleString("en")}: the loss is ${mean.toPrecision(3)}`
+      : `Step ${trainer.steps.toLocaleString("en")}: the loss of the last ${recent.length} is ${mean.toPrecision(3)}`
         + (floor ? `, ${(mean / floor.loss).toFixed(2)} times the floor.` : ".")
         + (samples ? ` ${off} of ${SAMPLES} samples are farther than ${3 * STD} from the data.` : "");
   }
@@ -282,7 +307,7 @@ function inPython() {
   for (let k = 0; k < centres.length; k += 2) rows.push(`[${centres[k].toFixed(3)}, ${centres[k + 1].toFixed(3)}]`);
   const [target, weights] = [trainer.target, trainer.weights];
   return [
-    "# In the folder docs, with torch and matplotlib:",
+    `# In the folder docs. A point stands for a Gaussian of deviation ${STD}; the network is larger.`,
     "from points import *",
     `data = torch.tensor([${rows.join(", ")}])[..., None, None]`,
     `diffusion = Diffusion(linear_betas(), predicts="${target}")`,
@@ -304,8 +329,11 @@ export function startLearning() {
   for (const name of ["target", "weights", "width", "rate", "data"]) $(`learn-${name}`).onchange = restart;
   $("learn-average").onchange = () => {
     showHints();
-    dirty = true;
+    [dirty, stale] = [true, true];
   };
+  for (const name of ["learn-guidance", "plane-sampler", "plane-steps"]) {
+    $(name).addEventListener("change", () => { stale = true; });
+  }
   $("learn-t").oninput = () => { dirty = true; };
   $("learn-start").onclick = () => {
     running = !running;
