@@ -129,9 +129,9 @@ function stop() {
 function explained(error) {
   const message = error.message.split("\n")[0];
   if (/out of memory|bad_alloc|allocation failed|memory access/i.test(message)) {
-    return `The network does not fit into the memory of this browser; try fewer images. (${message})`;
+    return `The network does not fit in this browser's memory; try fewer images. (${message})`;
   }
-  return `The network fails: ${message}`;
+  return `The network failed: ${message}`;
 }
 
 // ---- 3. sample
@@ -324,7 +324,7 @@ async function denoise() {
   const known = mask && { x0: repeat(drawing()), mask: repeat(mask) };
   // eta = 1 is Algorithm 2 with the small variance; in few steps, the large one leaves grain
   const options = { eta: 1, xT: repeat(addNoise()), steps: Math.min(END_STEPS, t + 1), known };
-  const what = `Four ${mask ? "fillings" : "ends"} from t = ${t}`;
+  const what = `Four ${mask ? "fillings" : "results"} from t = ${t}`;
   await reverse(what, modelOf($("end-class").value, ENDS, 0), noise, betas, options, ({ x0 }) => {
     show($("ends"), toPixels(x0), 2);
   });

@@ -715,7 +715,7 @@ def test_denoising_a_drawing(page):
     assert np.abs(pixels(page, "noised")[0] - grey).mean() > 50
     set_t(30)
     page.click("#denoise")
-    assert "Four ends from t = 30: 31 steps" in until_idle(page)
+    assert "Four results from t = 30: 31 steps" in until_idle(page)
     ends = tiles(page, "ends", (1, 32, 32))[:, 0]
     assert np.abs(ends - grey).mean() < 15 and np.abs(ends[0] - ends[1]).mean() > 0.5
 
@@ -823,7 +823,7 @@ def test_classes_and_guidance(files, page):
     set_value(page, "t", 990)
     page.select_option("#end-class", label="trouser")
     page.click("#denoise")
-    assert "Four ends" in until_idle(page)
+    assert "Four results" in until_idle(page)
     ends = tiles(page, "ends", network.shape)
     assert ends[..., :4].mean() < 20 and ends[..., 10:22].mean() > 60  # narrow, and in the middle
 
