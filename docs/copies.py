@@ -126,7 +126,10 @@ def main():
         ]
         index, distance = nearest(samples[0], images[0])
         _, of_test = nearest(test, images[0])
-        apart = 127.5 * (samples[0] - samples[1]).square().flatten(1).mean(1).sqrt()
+        apart, other = (  # samples of both networks from one x_T, and of one network from two x_T
+            127.5 * (samples[0] - x).square().flatten(1).mean(1).sqrt()
+            for x in (samples[1], samples[0].roll(1, 0))
+        )
         diffusion, model = trained[n, 0].diffusion, trained[n, 0].model
         with torch.no_grad():
             seen, unseen = (
@@ -134,7 +137,8 @@ def main():
             )
         print(f"{n} images: samples are {distance.median():.1f} from the nearest training image, "
               f"test images {of_test.median():.1f}; samples of both networks are "
-              f"{apart.median():.1f} apart")  # fmt: skip
+              f"{apart.median():.1f} apart, a tenth of them more than {apart.quantile(0.9):.1f}, "
+              f"and from different x_T {other.median():.1f}")  # fmt: skip
         print("  training", *(f"{e:.4f}" for e in seen), "\n  test", *(f"{e:.4f}" for e in unseen))
         rows += [samples[0][:10], images[0][index[:10]], samples[1][:10]]
         names += [f"{n:,} images", "the nearest of them", f"{n:,} others"]
@@ -142,13 +146,8 @@ def main():
     figure = Figure(figsize=(10, 7.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(4, 5))
     scales = {"yscale": "log", "ylim": (1e-5, 100)}
-    plot(
-        left,
-        {k: (TIMES, v) for k, v in curves.items()},
-        "t",
-        "squared error of the noise",
-        **scales,
-    )
+    curves = {name: (TIMES, values) for name, values in curves.items()}
+    plot(left, curves, "t", "squared error of the noise", **scales)
     left.set_box_aspect(1.2)
     show(right, torch.stack(rows).clamp(-1, 1).numpy(), rows=names)
     figure.savefig(args.out, dpi=100)
