@@ -23,6 +23,8 @@ def choose_device(name):
     says if the device is not there.
     """
     found = torch.accelerator.current_accelerator(check_available=True)
+    if WORLD > 1 and found and found.type == "mps":  # over which processes can't communicate
+        found = None
     if name == "auto" and not found and RANK == 0:
         print("no accelerator is used; for a GPU, see Accelerators in docs/guide.md")
     try:

@@ -45,6 +45,7 @@ from muon import Muon  # noqa: E402
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 IS_CUDA = DEVICE.type == "cuda"  # on ROCm, too
+ORT_DEVICE = "cuda" if IS_CUDA and not torch.version.hip else "cpu"
 DIFFUSION = Diffusion(linear_betas())
 TINY = "--image-size 8 --base-channels 8 --channel-mults 1 2 --num-res-blocks 1 --batch 8".split()
 TINY += ["--attention-resolutions", "4"]
@@ -274,9 +275,9 @@ def programs(report, args):
     words += [*TINY, "--steps", 60] if args.tiny else ["--steps", count]
     report.head("program", "s", "its last line")
     if sys.platform != "win32":  # which has no SIGINT for other processes
-        stop = run / "log.csv", 0 if args.tiny else 10
+        stop = run / "log.csv", 0 if args.tiny else 3
         train_it = functools.partial(report.program, interrupt=stop)
-        report.row("train.py, interrupted", train_it, "interrupted", 60, *words)
+        report.row("train.py, interrupted", train_it, "interrupted", 120, *words)
     report.row("train.py, resumed", report.program, "train", 150, *words)
     flags = "--checkpoint", run, "--data", folder, "--images", 2 if args.tiny else count // 30
     flags += "--device", DEVICE.type
@@ -285,7 +286,7 @@ def programs(report, args):
         path = args.out / f"{name}.onnx"
         flags = root / "export.py", "--checkpoint", run, "--onnx", path, *flag
         report.row(f"export.py, {name}", report.program, f"export-{name}", 120, *flags)
-        flags = root / "sample.py", "--onnx", path, "--device", DEVICE.type, "--steps", 10
+        flags = root / "sample.py", "--onnx", path, "--device", ORT_DEVICE, "--steps", 10
         flags += "--out", args.out / f"samples-{name}.png"
         report.row(f"sample.py, {name}", report.program, f"sample-{name}", 60, *flags)
 
@@ -300,7 +301,7 @@ def sampling(report, args):
     x0 = torch.nn.functional.interpolate(x0, trained.shape[1:])
 
     def errors(name):
-        network, cells = ddpm_numpy.Network(paths[name], DEVICE.type), []
+        network, cells = ddpm_numpy.Network(paths[name], ORT_DEVICE), []
         for i in (0, 10, 100, 500, 999):
             t = torch.full((8,), i)
             x_t = trained.diffusion.q_sample(x0, t, torch.randn(x0.shape, generator=random))
@@ -318,7 +319,7 @@ def sampling(report, args):
         return f"{ms(eps_of(paths[name], batch, options), 3 if args.tiny else 20):.2f}"
 
     ways = {"session.run": None}
-    if IS_CUDA:
+    if ORT_DEVICE == "cuda":
         ways |= {"IO binding": {}, "TF32 off": {"use_tf32": "0"}}
         ways |= {"CUDA graph": {"enable_cuda_graph": "1"}, "NHWC": {"prefer_nhwc": "1"}}
     report.head("one forward pass", "ms")
@@ -326,7 +327,7 @@ def sampling(report, args):
         report.row(f"{name}, batch {batch}, {way}", forward, name, batch, ways[way])
 
     def loop(name, in_thread):
-        network = ddpm_numpy.Network(paths[name], DEVICE.type)
+        network = ddpm_numpy.Network(paths[name], ORT_DEVICE)
         with ThreadPoolExecutor(1) as pool:
             draw = ddpm_numpy.noise_of(0, 0, (64, *network.shape))
             draw, count = ahead(draw, pool) if in_thread else draw, 5 if args.tiny else 100
@@ -357,7 +358,7 @@ def ahead(draw_noise, pool):
 
 def eps_of(path, batch, options):
     """Return a function that computes eps once. options: of CUDA; None is what sample.py does."""
-    opened = ddpm_numpy.Network(path, DEVICE.type)
+    opened = ddpm_numpy.Network(path, ORT_DEVICE)
     x, t = np.zeros((batch, *opened.shape), np.float32), np.full(batch, 500)
     if options is None:
         return lambda: opened(x, t)
@@ -383,7 +384,7 @@ def compiling(report, args):
 def tests(report, args):
     """Run the tests that need a GPU, and train with two processes if there are two cards."""
     report.head("program", "s", "its last line")
-    if IS_CUDA:
+    if ORT_DEVICE == "cuda":
         flags = "-m", "pytest", "-q", "-m", "gpu", HERE.parent
         report.row("pytest -m gpu", report.program, "pytest", 120, *flags)
     if torch.cuda.device_count() < 2 and not args.tiny:
