@@ -39,7 +39,7 @@ const HINTS = { // what to look for, by control and value
 let cloud, centres, labels; // the data of the plane; those of them that are trained on, and their classes
 let trainer, random, batch, result; // the last batch, and what the step returned
 let example = null; // some points of an earlier batch: {until, points: [{t, x0, xt, eps}]}
-let losses = [], errors, floor; // floor: {loss, errors}, of the closed form
+let losses = [], errors, counts, floor; // errors: for each bin of t; floor: {loss, errors}, of the closed form
 let running = false, dirty = true, stale = false, samples = null, generation = 0; // stale: the samples are
 
 const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
@@ -59,7 +59,7 @@ async function restart() {
     width: Number($("learn-width").value), rate: Number($("learn-rate").value),
     target: $("learn-target").value, weights: $("learn-weights").value, classes: labels ? 2 : 0,
   });
-  [losses, errors, floor, example, samples] = [[], new Array(BINS).fill(null), null, null, null];
+  [losses, errors, counts, floor, example, samples] = [[], new Array(BINS).fill(0), new Array(BINS).fill(0), null, null, null];
   $("learn-guidance").parentElement.hidden = !labels;
   stale = false;
   showHints();
@@ -103,7 +103,8 @@ function step() {
   batch.t.forEach((level, i) => {
     const error = squared(batch.noise, result.eps, i);
     const bin = Math.floor((level * BINS) / T);
-    errors[bin] = errors[bin] === null ? error : errors[bin] + 0.01 * (error - errors[bin]);
+    counts[bin]++; // the mean of the first hundred, then a running one
+    errors[bin] += Math.max(0.01, 1 / counts[bin]) * (error - errors[bin]);
   });
   if (!(example?.until > performance.now()) || trainer.steps <= SLOW) showExample();
   [dirty, stale] = [true, true];
@@ -155,7 +156,8 @@ async function sampleLoop() {
         end = performance.now() + SLICE;
       }
     }
-    if (mine === generation) samples = { x0, y };
+    const how = `${$("plane-sampler").selectedOptions[0].text}, ${steps} step${steps > 1 ? "s" : ""}`;
+    if (mine === generation) samples = { x0, y, how };
     dirty = true;
     if ($("learn-use").checked) useNetwork((x, t) => eps(x, levels(x, t)));
   }
@@ -288,7 +290,7 @@ function paint() {
     $("learn-status").textContent = !losses.length ? "Not trained yet: press Start, or take one step."
       : `Step ${trainer.steps.toLocaleString("en")}: the loss of the last ${recent.length} is ${mean.toPrecision(3)}`
         + (floor ? `, ${(mean / floor.loss).toFixed(2)} times the floor.` : ".")
-        + (samples ? ` ${off} of ${SAMPLES} samples are farther than ${3 * STD} from the data.` : "");
+        + (samples ? ` ${off} of ${SAMPLES} samples (${samples.how}) are farther than ${3 * STD} from the data.` : "");
   }
   setTimeout(() => requestAnimationFrame(paint), 120);
 }

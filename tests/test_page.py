@@ -533,7 +533,7 @@ def test_network_learns_the_moons(opened):
     page.wait_for_function(
         """() => {
             const [, ratio, off] = document.getElementById('learn-status').textContent
-                .match(/, ([0-9.]+) times the floor. (\\d+) of 200/) ?? [];
+                .match(/, ([0-9.]+) times the floor. (\\d+) of 200 samples .DDIM, 50/) ?? [];
             return Number(ratio) < 1.2 && Number(off) < 90;
         }"""
     )
