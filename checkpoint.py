@@ -134,7 +134,7 @@ def refuse_other_run(out, state, config, steps):
         lines = "; ".join(f"{name} was {before}, now {now}" for name, before, now in different)
         sys.exit(
             f"{out} holds a run with other settings: {lines}. Use another --out{hint}, or rename "
-            f"the folder"
+            "the folder"
         )
     if step > steps:
         sys.exit(f"{out} is at step {step:,} already, so --steps must be larger")
@@ -261,9 +261,10 @@ def find_run(out):
     if any(path.is_file() for path in (out, *out.parents)):
         sys.exit(f"--out {out} must be a folder")
     for path in out.glob("*"):  # of a run that ended before its first checkpoint
-        begin = path.read_text(errors="replace")[: len(HEADER)] if path.name == "log.csv" else None
-        is_log = begin is not None and HEADER.startswith(begin)
-        if not is_log and not re.fullmatch(r"\..*|images-[0-9a-f]{16}\..*", path.name):
+        ours = re.fullmatch(r"\..*|images-[0-9a-f]{16}\..*", path.name)
+        if path.name == "log.csv":
+            ours = HEADER.startswith(path.read_text(errors="replace")[: len(HEADER)])
+        if not ours:
             sys.exit(f"--out {out} is not the folder of a run; use a new or empty folder")
     return None
 

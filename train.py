@@ -221,7 +221,7 @@ def arguments():
         args.amp = machine.has_bfloat16(args.device) and args.predicts not in ("mean", "x0")
     if args.compile is None:  # it takes a minute or more
         args.compile = args.steps >= 5000 and machine.can_compile(args.device)
-    args.preview_gap = 0 if args.preview_every else 25  # times the duration of a preview
+    args.preview_gap = 0 if args.preview_every else 25  # in previews, of about 240 images each
     args.preview_every = args.preview_every or max(25 * 240 // args.batch, args.steps // 100, 1)
     return args, weights
 
@@ -294,7 +294,7 @@ def main():
         print(f"images   {len(images):,} of {'x'.join(map(str, images.shape[1:]))}{kind}")
         print(f"settings the paper's{f', but {changed}' if changed else ''}")
         print(f"network  {size:,} parameters on {WORLD} x {where}")
-        if not args.classes and images.numel() < 400_000:  # takes a second at most
+        if not args.classes and images[0].numel() <= 300 and images.numel() <= 100_000:  # fast
             floor = loss_floor(diffusion, from_pixels(images.cpu()), args.weighting, args.flip)
             print(f"floor    {floor:.4f}; no network's loss is lower, on average (docs/beyond.md)")
         print(f"steps    {start:,} to {args.steps:,}; previews every {args.preview_every} or more")

@@ -388,14 +388,17 @@ def start_line(folder):
     )
 
 
-def machine():
-    """Return what the figures depend on: the processor or GPU, and the versions."""
-    name = platform.processor() or platform.machine()
+def processor():
+    """Return the name of the CPU."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    if DEVICE.type == "cuda":
-        name = torch.cuda.get_device_name()
+        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
+def machine():
+    """Return what the figures depend on: the processor or GPU, and the versions."""
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else processor()
     packages = "torch onnxruntime-gpu onnxruntime diffusers denoising-diffusion-pytorch"
     versions = []
     for package in packages.split():

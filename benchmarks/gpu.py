@@ -37,6 +37,7 @@ sys.path.insert(0, str(HERE.parent))
 import checkpoint  # noqa: E402
 import ddpm_numpy  # noqa: E402
 import train  # noqa: E402
+from benchmarks.compare import processor  # noqa: E402
 from data import demo_images  # noqa: E402
 from ddpm import Diffusion, UNet, linear_betas  # noqa: E402
 from device import can_compile, compiled, has_bfloat16  # noqa: E402
@@ -144,15 +145,11 @@ def machine(report, args):
     query = "nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"
     if shutil.which("nvidia-smi"):
         report.say(subprocess.run(query, capture_output=True, text=True).stdout.strip())
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
     packages = {(d.name or "").lower(): d.version for d in metadata.distributions()}
     names = "torch", "triton", "onnxruntime-gpu", "onnxruntime", "nvidia-cudnn-cu13"
     versions = [f"{name} {packages[name]}" for name in names if name in packages]
     report.say(
-        f"{cpu}, {torch.get_num_threads()} threads; {platform.platform()}, "
+        f"{processor()}, {torch.get_num_threads()} threads; {platform.platform()}, "
         f"Python {platform.python_version()}, {', '.join(versions)}"
     )
 

@@ -13,6 +13,7 @@ import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -72,8 +73,10 @@ def train(sets, runs):
 
 def errors(diffusion, model, x0):
     """Return the mean squared error of eps at each of TIMES."""
-    t = [torch.full((len(x0),), t) for t in TIMES]
-    return [squared_error(diffusion, model, x0, t, seed=9).mean().item() for t in t]
+    return [
+        squared_error(diffusion, model, x0, torch.full((len(x0),), t), seed=9).mean().item()
+        for t in TIMES
+    ]
 
 
 def nearest(x, images):
@@ -119,28 +122,26 @@ def main():
     x_T = torch.randn(128, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     rows, names = [], []
     for n in SIZES:
-        images = [read(sets[n, side], 16) for side in (0, 1)]
+        images = read(sets[n, 0], 16)
         samples = [
             trained[n, side].diffusion.sample(trained[n, side].model, x_T.shape, 50, x_T=x_T)
             for side in (0, 1)
         ]
-        index, distance = nearest(samples[0], images[0])
-        _, of_test = nearest(test, images[0])
+        index, distance = nearest(samples[0], images)
+        _, of_test = nearest(test, images)
         apart, other = (  # samples of both networks from one x_T, and of one network from two x_T
             127.5 * (samples[0] - x).square().flatten(1).mean(1).sqrt()
             for x in (samples[1], samples[0].roll(1, 0))
         )
-        diffusion, model = trained[n, 0].diffusion, trained[n, 0].model
-        with torch.no_grad():
-            seen, unseen = (
-                errors(diffusion, as_eps(diffusion, model), x) for x in (images[0][:512], test)
-            )
+        diffusion = trained[n, 0].diffusion
+        eps_model = partial(diffusion.predict_eps, trained[n, 0].model)
+        seen, unseen = (errors(diffusion, eps_model, x) for x in (images[:512], test))
         print(f"{n} images: samples are {distance.median():.1f} from the nearest training image, "
               f"test images {of_test.median():.1f}; samples of both networks are "
               f"{apart.median():.1f} apart, a tenth of them more than {apart.quantile(0.9):.1f}, "
               f"and from different x_T {other.median():.1f}")  # fmt: skip
         print("  training", *(f"{e:.4f}" for e in seen), "\n  test", *(f"{e:.4f}" for e in unseen))
-        rows += [samples[0][:10], images[0][index[:10]], samples[1][:10]]
+        rows += [samples[0][:10], images[index[:10]], samples[1][:10]]
         names += [f"{n:,} images", "the nearest of them", f"{n:,} others"]
 
     figure = Figure(figsize=(10, 7.6), layout="constrained")
@@ -151,11 +152,6 @@ def main():
     left.set_box_aspect(1.2)
     show(right, torch.stack(rows).clamp(-1, 1).numpy(), rows=names)
     figure.savefig(args.out, dpi=100)
-
-
-def as_eps(diffusion, model):
-    """Return eps_model(x_t, t) of a network that may predict something else."""
-    return lambda x_t, t: diffusion.predict_eps(model, x_t, t)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 // The section of the page in which a network learns the noise of the points: Algorithm 1, watched.
 
 import { STD, clearPlane, drawDots, drawField, exactEps, followData, judged, useNetwork } from "./points.js";
-import { alphasBar, linearBetas, noiseOf, sampleProgressive, uniform } from "./sampler.js";
-import { Trainer, WEIGHTS, draw } from "./trainer.js";
+import { ABAR, BETAS, T, noiseOf, sampleProgressive, uniform } from "./sampler.js";
+import { Trainer, WEIGHTS, draw, noised } from "./trainer.js";
 
-const BETAS = linearBetas(), T = BETAS.length, ABAR = alphasBar(BETAS);
 const BATCH = 128, SHOWN = 5, BINS = 20, SAMPLES = 200; // SHOWN: points of the batch that one sees
 const SLOW = 6, PAUSE = 900, HOLD = 2000; // the first steps are slow, and each batch is shown for a while; milliseconds
 const SLICE = 10; // milliseconds of work at a time, so that nothing on the page stalls
@@ -37,7 +36,7 @@ const HINTS = { // what to look for, by control and value
 };
 
 let cloud, centres, labels; // the data of the plane; those of them that are trained on, and their classes
-let trainer, random, batch, result; // the last batch, and what the step returned
+let trainer, random;
 let example = null; // some points of an earlier batch: {until, points: [{t, x0, xt, eps}]}
 let losses = [], errors, counts, floor; // errors: for each bin of t; floor: {loss, errors}, of the closed form
 let running = false, dirty = true, stale = false, samples = null, generation = 0; // stale: the samples are
@@ -78,10 +77,9 @@ async function findFloor(mine) {
   const drawn = uniform(2, 0), sums = Array.from({ length: BINS }, () => [0, 0]);
   let loss = 0;
   for (let k = 1; k <= 40; k++) {
-    const { x0, t, noise, y } = draw(centres, STD, labels, BATCH, drawn);
+    const fresh = draw(centres, STD, labels, BATCH, drawn), { t, noise, y } = fresh, xt = noised(fresh);
     t.forEach((level, i) => {
-      const two = [0, 1].map((c) => Math.sqrt(ABAR[level]) * x0[2 * i + c] + Math.sqrt(1 - ABAR[level]) * noise[2 * i + c]);
-      const exact = exactEps(two, ABAR[level], ofClass(y?.[i]), STD);
+      const exact = exactEps(xt.subarray(2 * i, 2 * i + 2), ABAR[level], ofClass(y?.[i]), STD);
       const error = squared(noise, exact, i, 0);
       loss += WEIGHTS[trainer.weights](level) * error;
       const bin = sums[Math.floor((level * BINS) / T)];
@@ -97,8 +95,7 @@ async function findFloor(mine) {
 
 /** One step of Algorithm 1. */
 function step() {
-  batch = draw(centres, STD, labels, BATCH, random);
-  result = trainer.step(batch);
+  const batch = draw(centres, STD, labels, BATCH, random), result = trainer.step(batch);
   losses.push(result.loss);
   batch.t.forEach((level, i) => {
     const error = squared(batch.noise, result.eps, i);
@@ -106,16 +103,16 @@ function step() {
     counts[bin]++; // the mean of the first hundred, then a running one
     errors[bin] += Math.max(0.01, 1 / counts[bin]) * (error - errors[bin]);
   });
-  if (!(example?.until > performance.now()) || trainer.steps <= SLOW) showExample();
+  if (!(example?.until > performance.now()) || trainer.steps <= SLOW) showExample(batch, result);
   [dirty, stale] = [true, true];
 }
 
 /** Keep the first points of the batch whose x_t is within the view, to be drawn. */
-function showExample() {
-  const seen = batch.t.map((_, i) => i).filter((i) => Math.max(Math.abs(result.xt[2 * i]), Math.abs(result.xt[2 * i + 1])) < 2);
+function showExample({ x0, t }, { xt, eps }) {
   const two = (values, i) => [values[2 * i], values[2 * i + 1]];
+  const seen = t.map((_, i) => i).filter((i) => two(xt, i).every((value) => Math.abs(value) < 2));
   const points = seen.slice(0, SHOWN).map((i) => ({
-    t: batch.t[i], x0: two(batch.x0, i), xt: two(result.xt, i), eps: two(result.eps, i),
+    t: t[i], x0: two(x0, i), xt: two(xt, i), eps: two(eps, i),
   }));
   example = { until: performance.now() + HOLD, points };
 }

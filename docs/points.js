@@ -3,12 +3,11 @@
 //
 // Numbers in brackets are equations of the paper. B points are a Float32Array of 2 B numbers.
 
-import { alphasBar, linearBetas, noiseOf, sampleChanged, uniform } from "./sampler.js";
+import { ABAR, BETAS, T, noiseOf, sampleChanged, uniform } from "./sampler.js";
 
 export const STD = 0.02; // of the Gaussian around each point of the data
 const N = 300; // points that run
 const LIMIT = 2.3; // of the view
-const BETAS = linearBetas(), T = BETAS.length, ABAR = alphasBar(BETAS);
 
 // ------------------------------------------------------------------------------------- closed forms
 

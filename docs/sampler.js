@@ -16,6 +16,9 @@ export function alphasBar(betas) {
   return Array.from(betas, (beta) => (product *= 1 - beta));
 }
 
+/** The paper's schedule. */
+export const BETAS = linearBetas(), T = BETAS.length, ABAR = alphasBar(BETAS);
+
 /** x_t ~ q(x_t | x_0) (4): sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise. */
 export function qSample(x0, t, noise, betas) {
   const abar = alphasBar(betas)[t];

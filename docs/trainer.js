@@ -4,9 +4,8 @@
 // B points are a Float32Array of 2 B numbers. t counts 0..T-1, as in ddpm.py. Nothing here is random
 // but what `draw` draws, so that the same batches give the same network.
 
-import { alphasBar, linearBetas, uniform } from "./sampler.js";
+import { ABAR, BETAS, T, uniform } from "./sampler.js";
 
-const BETAS = linearBetas(), T = BETAS.length, ABAR = alphasBar(BETAS);
 const WAVES = [3, 6, 12, 24]; // frequencies of sines of x_t, with which fine detail is learnt sooner
 const HALF = 16, INPUTS = 2 + 4 * WAVES.length + 2 * HALF; // sines and cosines of t, as in ddpm.py
 const EMBEDDING = Array.from({ length: T }, (_, t) => {
@@ -115,9 +114,9 @@ export class Trainer {
     });
   }
 
-  /** A gradient step of Algorithm 1 on a batch of `draw`. Returns the loss and eps_theta. */
-  step({ x0, t, noise, y }) {
-    const xt = x0.map((value, k) => Math.sqrt(ABAR[t[k >> 1]]) * value + Math.sqrt(1 - ABAR[t[k >> 1]]) * noise[k]); // (4)
+  /** A gradient step of Algorithm 1 on a batch of `draw`. Returns {loss, xt, eps, gradient}. */
+  step(batch) {
+    const { t, noise, y } = batch, xt = noised(batch);
     const [x, a1, h1, a2, h2, output] = this.forward(this.parameters, this.features(xt, t, y));
     const [, , W2, , W3] = this.parameters, gradient = this.parameters.map((p) => new Float32Array(p.length));
     const [dW1, db1, dW2, db2, dW3, db3] = gradient, eps = new Float32Array(xt.length), n = eps.length;
@@ -150,6 +149,10 @@ export class Trainer {
     });
   }
 }
+
+/** x_t (4) of a batch, with a t for each point. */
+export const noised = ({ x0, t, noise }) =>
+  x0.map((value, k) => Math.sqrt(ABAR[t[k >> 1]]) * value + Math.sqrt(1 - ABAR[t[k >> 1]]) * noise[k]);
 
 /**
  * The random part of a step: x_0 ~ q(x_0), t ~ Uniform, noise ~ N(0, I), and y, a tenth of which is
