@@ -273,7 +273,7 @@ class Diffusion:
             x0 = x0.clamp(-1, 1) if clip else x0
             x0 = torch.where(mask, x0, image) if known else x0
             yield chain.tau[i].item(), x, x0
-            if i == 0:  # z is 0 in the last step, and the mean is x0_hat itself
+            if i == 0:  # the last mean is x0 itself (7), and z is 0
                 return
             mean, sigma = step(x0, x, t)
             z = draw_noise() if is_random else 0

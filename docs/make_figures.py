@@ -227,10 +227,12 @@ def draw_unet(path):
 def reverse(network, seed=0, batch=BATCH, w=0, **kwargs):
     """Draw a batch of images from this seed: the chain of ddpm_numpy.sample_progressive.
 
-    With classes, the images are of each in turn, with guidance w.
+    With classes, the images are of each in turn, with guidance w, or of none if w is None.
     """
     noise = ddpm_numpy.noise_of(seed, 0, (batch, *network.shape))
-    model = ddpm_numpy.guided(network, np.arange(batch) % max(1, len(network.classes)), w)
+    y, model = np.arange(batch) % max(1, len(network.classes)), network
+    if w is not None:
+        model = ddpm_numpy.guided(network, y, w)
     return ddpm_numpy.sample_progressive(model, noise, network.betas, network.variance, **kwargs)
 
 
@@ -242,9 +244,12 @@ def last(chain):
 
 
 def draw_strip(folder, network):
-    """Save strip.png, two samples along the chain, and reverse.gif, nine: x_t beside x0_hat."""
+    """Save strip.png, two samples along the chain, and reverse.gif, nine: x_t beside x0_hat.
+
+    A network with classes is given none.
+    """
     times, states, frames = [999, 850, 700, 600, 500, 400, 300, 200, 100, 0], [], []
-    for t, x, x0 in reverse(network):
+    for t, x, x0 in reverse(network, batch=9, w=None):
         if t in times:
             states += [x[:2], x0[:2]]
         if t % 20 == 0 or t == network.betas.size - 1:
@@ -306,9 +311,7 @@ def draw_ends(path, network):
 
     A network with classes is given none.
     """
-    noise = ddpm_numpy.noise_of(0, 0, (1, *network.shape))
-    chain = ddpm_numpy.sample_progressive(network, noise, network.betas, network.variance)
-    shared = {t: x for t, x, _ in chain}
+    shared = {t: x for t, x, _ in reverse(network, batch=1, w=None)}
     rows, columns = [], 8
     times = [999, 750, 500, 250]
     for t in times:
