@@ -1,4 +1,4 @@
-"""A run of train.py: its settings, and what it leaves behind; and the trained network in it.
+"""A run of train.py: its settings, the files that it writes, and the trained network.
 
 run/checkpoint.pt holds
 
@@ -58,7 +58,7 @@ def number(kind, low, high=math.inf):
 
 
 def command(*words):
-    """Return the words as a command line that the reader's shell understands."""
+    """Return the words as a command line that the user's shell understands."""
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
@@ -92,8 +92,8 @@ def settings(args, weights, images=None):
 
 
 def complete(args, state):
-    """Take what the command leaves open from the checkpoint of the run, if there is one."""
-    if args.warmup is None:  # a run that is made longer keeps its warm-up
+    """Take settings that the command does not give from the run's checkpoint, if there is one."""
+    if args.warmup is None:  # a run that is extended keeps its warm-up
         args.warmup = state["config"]["train"]["warmup"] if state else min(5000, args.steps // 20)
     if state:
         args.channels = args.channels or state["config"]["model"]["in_channels"]
@@ -106,10 +106,10 @@ def differences(old, new, besides):
     besides: names of settings that may differ.
     """
     was, now = (config["model"] | config["diffusion"] | config["train"] for config in (old, new))
-    names = (was | now).keys() - {"num_classes", *besides}  # "classes", their names, say more
+    names = (was | now).keys() - {"num_classes", *besides}  # "classes" lists their names
     different = [(name, was.get(name), now.get(name)) for name in sorted(names)]
     shown = {"betas": ("one schedule", "another"), "images": ("one set", "another")}
-    shown["folder"] = was["data"], f"another, {now['data']}"
+    shown["folder"] = was["data"], f"a different folder, {now['data']}"
     return [
         (name, *shown.get(name, (before, after)))
         for name, before, after in different
@@ -146,7 +146,7 @@ def refuse_other_run(out, state, config, steps):
 
 
 def refuse_other_ranks(configs):
-    """Exit unless all processes have the same settings and images. configs: one of each."""
+    """Exit unless all processes have the same settings and images. configs: one per process."""
     for rank, config in enumerate(configs):
         besides = "data", "folder", "init"
         for name, first, other in differences(configs[0], config, besides):
@@ -185,7 +185,7 @@ class Run:
         for k, (loss, norm) in enumerate(losses, step - len(losses)):
             self.rows += f"{k + 1},{loss:.6g},{norm:.6g},{self.lr_at(k):.6g}\n"
             self.recent.append(loss)
-        # On Windows, a spreadsheet that shows the file locks it; then the rows wait.
+        # On Windows, a spreadsheet that shows the file locks it; the rows are then written later.
         with contextlib.suppress(PermissionError), open(self.out / "log.csv", "a") as file:
             file.write(self.rows if file.tell() else HEADER + self.rows)
             self.rows = ""
@@ -199,7 +199,7 @@ class Run:
         states = {name: part.state_dict() for name, part in parts.items()}
         try:
             torch.save({"config": config, "step": step, **states}, temporary)
-        except RuntimeError as error:  # torch names a line of C++ if the disk is full
+        except RuntimeError as error:  # torch's message is a line of C++ if the disk is full
             temporary.unlink(missing_ok=True)
             sys.exit(f"{path} can't be written and stays as it was; is the disk full? ({error})")
         os.replace(temporary, path)
@@ -208,7 +208,7 @@ class Run:
     def save_is_due(self, minutes, before_preview):
         """Return whether the last checkpoint is too old, or there is none before a preview.
 
-        By the checkpoint, data.py knows that the previews in this folder are not to be trained on.
+        data.py recognises the folder of a run by its checkpoint, and leaves out its previews.
         """
         first = before_preview and not (self.out / "checkpoint.pt").exists()
         return first or time.monotonic() - self.saved > 60 * minutes
@@ -288,7 +288,7 @@ class Trained:
     model: UNet
     diffusion: Diffusion
     settings: dict  # the arguments of UNet
-    step: int  # the length of the training, 0 if unknown
+    step: int  # the number of training steps, 0 if unknown
     source: str  # where the weights come from
     classes: list | tuple = ()  # the names of the classes, if the network has some
 
@@ -302,7 +302,7 @@ class Trained:
 def load(path):
     """Return the Trained of a checkpoint, of the folder of a run, or of published weights.
 
-    A checkpoint gives its averaged weights. Exits if there is nothing of the kind at `path`.
+    The weights of a checkpoint are the averaged ones. Exits if `path` is none of these.
     """
     path = Path(path)
     if (path / "checkpoint.pt").is_file():
@@ -317,7 +317,7 @@ def load(path):
         diffusion, classes = Diffusion(**config["diffusion"]), config["train"].get("classes", [])
         return Trained(model, diffusion, config["model"], state["step"], source, classes)
     if path.is_dir() and not [*path.glob("*config.json"), *path.glob("*/*config.json")]:
-        sys.exit(f"{path} has neither a checkpoint.pt nor weights for diffusers")
+        sys.exit(f"{path} has neither a checkpoint.pt nor weights in diffusers' format")
     if path.is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?<!\.pt)", path.as_posix()):
         from pretrained import from_diffusers
 

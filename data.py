@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from images import is_grey, read_image, to_image
 
-LARGE = 16_384  # the size of an image file, in bytes, from which on threads read faster
+LARGE = 16_384  # the size of an image file, in bytes, from which threads read faster
 
 # ------------------------------------------------------------------------------ a folder of images
 
@@ -72,7 +72,7 @@ def class_names(folder):
             f"--classes: {folder} has images outside of its sub-folders, which are the classes"
         )
     if bad := [name for name in names if name != PureWindowsPath(name).name]:
-        sys.exit(f"--classes: not every system can have a folder with the name {bad[0]!r}")
+        sys.exit(f"--classes: not every system allows a folder named {bad[0]!r}")
     if len(names) < 2:
         sys.exit(f"--classes: {folder} needs images in two sub-folders or more, one for each class")
     return names
@@ -111,7 +111,7 @@ def try_to_read(path, size, channels):
 def map_files(function, paths):
     """Yield function(path) for each path in order, computed in threads if the files are large.
 
-    Pillow decodes outside of Python's lock. With small files, threads spend longer waiting for it.
+    Pillow decodes without Python's lock. With small files, threads mostly wait for that lock.
     """
     if np.mean([os.path.getsize(path) for path in paths[:64]]) < LARGE:
         yield from map(function, paths)
@@ -155,7 +155,7 @@ def read_folder(folder, size, channels=None, most=None, classes=None, cache=None
     """Return the images in a folder, uint8 (N, C, size, size), and their labels, int64 (N,).
 
     channels: C, 1 or 3, or None for 3 if any image is in colour.
-    most: take so many images, evenly spaced; all if None.
+    most: take this many images, evenly spaced; all if None.
     classes: names of sub-folders. The label of an image is the index of its sub-folder in this
         list. Without such a list, the labels are None.
     cache: a folder in which the decoded images stay until a file changes; they are memory-mapped.
@@ -178,7 +178,7 @@ def read_folder(folder, size, channels=None, most=None, classes=None, cache=None
         file, broken = decoded(paths, folder, size, channels, cache or Path(temporary))
         images = np.load(file, mmap_mode="c" if cache else None)
     if broken:
-        print(f"left out {len(broken):,} of {len(paths):,} files, which can't be read:")
+        print(f"left out {len(broken):,} of {len(paths):,} files, because they can't be read:")
         print("\n".join(f"  {paths[index]}: {why}" for index, why in broken[:3]))
         for index, _ in reversed(broken):
             del paths[index]
@@ -188,7 +188,7 @@ def read_folder(folder, size, channels=None, most=None, classes=None, cache=None
 def decoded(paths, folder, size, channels, cache):
     """Return the .npy file of these images in the folder `cache`, and what `decode` returns.
 
-    They are decoded unless none of the files has changed, nor the code of read_image.
+    They are decoded again if a file, or the code of read_image, has changed.
     """
     states = [(os.path.relpath(path, folder), os.stat(path)) for path in paths]
     states = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
@@ -208,7 +208,7 @@ def decoded(paths, folder, size, channels, cache):
 
 
 def forget_others(images, cache):
-    """Remove what was decoded into the folder `cache` before these images of read_folder."""
+    """Remove everything decoded into the folder `cache` except these images of read_folder."""
     for file in cache.iterdir():
         ours = re.fullmatch(r"images-[0-9a-f]{16}\.(npy|json)", file.name)
         if ours and file.stem != Path(images.filename).stem:
@@ -230,7 +230,7 @@ def fingerprint(images):
 
 # ----------------------------------------------------------------------------------------- the demo
 
-# Images so simple that a test can tell a right sample from a wrong one.
+# Images so simple that a test can tell a correct sample from a wrong one.
 DEMO_GLYPHS = [
     ".#. ### .#.", "#.# .#. #.#", "### #.# ###", "### .#. .#.", "#.# #.# ###", "#.# ### #.#",
 ]  # fmt: skip

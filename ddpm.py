@@ -11,7 +11,7 @@ It presents the method in this order:
     diffusion.loss(model, x0).backward()                 # Algorithm 1, one step
     x0 = diffusion.sample(model.eval(), (16, 3, 32, 32))  # Algorithm 2
 
-Numbers in brackets are equations of the paper. Images are float32 in [-1, 1], shape (B, C, H, W).
+Numbers in brackets are the paper's equation numbers. Images are float32 (B, C, H, W) in [-1, 1].
 
 Time: the paper counts t = 1..T and calls the data x_0. Here t is an int64 tensor of shape (B,) with
 values 0..T-1 that indexes the tables, so t = 0 is the paper's t = 1: an image with one step of
@@ -72,15 +72,15 @@ class Bound(NamedTuple):
 class Diffusion:
     """The tables of a schedule, each float64 of shape (T,) on the CPU, and the paper's equations.
 
-    The methods work on the device of their arguments. tau, int64 (T,), is the t at which the
-    network is asked: 0..T-1, unless the chain is a shorter one of `respaced`.
+    The methods work on the device of their arguments. tau, int64 (T,), has the t at which the
+    network is evaluated: 0..T-1, unless the chain is a shorter one from `respaced`.
 
     betas: (T,) numbers in (0, 1).
     variance: sigma_t^2 of the reverse step (section 3.2). "large" is beta_t, optimal if
         x_0 ~ N(0, I); "small" is the posterior variance beta-tilde_t, optimal if x_0 is a single
         point. The authors' code uses "large" for CIFAR-10 and "small" for 256x256 images.
-    predicts: what the network returns. "eps" is the noise, the paper's choice. "mean", the mean of
-        q(x_{t-1} | x_t, x_0), and "x0", the image, are its alternatives. "v" is
+    predicts: what the network returns. "eps" is the noise, the paper's choice. The paper also tries
+        "mean", the mean of q(x_{t-1} | x_t, x_0), and "x0", the image. "v" is
         sqrt(abar_t) eps - sqrt(1 - abar_t) x_0, from Salimans and Ho 2022 (arXiv:2202.00512).
 
     Raises ValueError if betas, variance or predicts is invalid.
@@ -154,15 +154,15 @@ class Diffusion:
     def loss(self, model, x0, t=None, noise=None, weighting="simple"):
         """Return L_simple (14), the mean squared error of the predicted noise, a scalar.
 
-        It is the mean over the dimensions, where (14) has their sum. t (B,) and noise (B, C, H, W)
+        It is the mean over the dimensions; (14) has their sum. t (B,) and noise (B, C, H, W)
         are drawn unless given. Everything but the network is float32, also under autocast: in
         bfloat16, abar_t would round to 1 for the first ten steps, which leaves no noise.
 
         weighting: "simple" is (14), whatever the model predicts. "vlb" keeps the weight that (12)
-            gives each term: up to a constant, it is then L_t in nats per dimension for t > 0; at
-            t = 0, it has the decoder's density, not the probability. "min-snr" (Hang et al.
-            2023, arXiv:2303.09556) gives the error of x0_hat the weight min(SNR, 5), where (14)
-            gives it SNR. "native" is the error of what the model predicts.
+            gives each term: for t > 0, the loss is then L_t in nats per dimension, up to a
+            constant; for t = 0, it uses the decoder's density, not its probability. "min-snr"
+            (Hang et al. 2023, arXiv:2303.09556) gives the error of x0_hat the weight min(SNR, 5),
+            whereas (14) gives it SNR. "native" is the squared error of what the model predicts.
 
         Raises ValueError for an unknown weighting, and for an image without its batch dimension.
         """
@@ -184,7 +184,7 @@ class Diffusion:
 
         x0 are 8-bit values k / 127.5 - 1. Bins are 2/255 wide; the first and the last are open.
         Probabilities below 1e-12 count as 1e-12. The arguments broadcast; the result is float64 on
-        the CPU, in nats. The integral is exact, where the authors' code approximates it by a tanh.
+        the CPU, in nats. The integral is exact; the authors' code approximates it with a tanh.
         """
         x0, mean, sigma = x0.cpu().double(), mean.cpu().double(), sigma.cpu().double()
         cdf_above = torch.special.ndtr((x0 + 1 / 255 - mean) / sigma).where(x0 < 0.999, 1.0)
@@ -195,7 +195,7 @@ class Diffusion:
     def vlb(self, model, x0, generator=None):
         """Return the terms (5) of the variational bound (3) on -log p(x_0), in bits per dimension.
 
-        x0: 8-bit images k / 127.5 - 1, (B, C, H, W). generator: a torch.Generator on its device.
+        x0: 8-bit images k / 127.5 - 1, (B, C, H, W). generator: a torch.Generator on x0's device.
         Takes T forward passes; call model.eval() first. x0_hat is clipped to [-1, 1], as in
         sampling. The result is a Bound, float64 on the CPU.
         """
@@ -236,13 +236,13 @@ class Diffusion:
         shape: (B, C, H, W). steps: how many of the T steps to take; all if None.
         sampler: "ddpm" is Algorithm 2, the default with all T steps. "dpm" is DPM-Solver++(2M), the
             default with fewer. "ddim" is DDIM. They differ only in the step, a method below.
-        eta: for "ddim" alone, and selects it. 0, the default, is deterministic; 1 equals "ddpm"
-            with the "small" variance.
+        eta: only for "ddim", which is selected if eta is given. 0, the default, is deterministic;
+            1 equals "ddpm" with the "small" variance.
         device: of the noise; the CPU if None. generator: a torch.Generator on this device.
         draw_noise: replaces the generator; it returns the next z.
         x_T: where to start; pure noise if None. Diffusion(betas[: t + 1], ...) starts from an x_t.
         clip: keep x0_hat in [-1, 1]. Algorithm 2 does not clip; the authors' code does, because the
-            error of x0_hat is that of eps times sqrt((1 - abar_t) / abar_t), 157 at t = T-1.
+            error of x0_hat is the error of eps times sqrt((1 - abar_t) / abar_t), 157 at t = T-1.
         known: for inpainting, (image, mask), which broadcast to x_t. Where the mask is False, x_t
             is drawn from q(x_t | x_0) of the image (4) in each step, and x0_hat is the image.
 
@@ -254,7 +254,9 @@ class Diffusion:
         if sampler not in ("ddpm", "ddim", "dpm"):
             raise ValueError(f'sampler must be "ddpm", "ddim" or "dpm", not {sampler!r}')
         if eta is not None and (sampler != "ddim" or not 0 <= eta <= 1):
-            raise ValueError(f'eta must be from 0 to 1, and is for "ddim" alone, not {eta}')
+            raise ValueError(
+                f'eta must be from 0 to 1, and is only for "ddim"; it is {eta} for {sampler!r}'
+            )
         ddim_step, dpm_step = chain.make_ddim_step(eta or 0), chain.make_dpm_step()
         step = {"ddpm": chain.ddpm_step, "ddim": ddim_step, "dpm": dpm_step}[sampler]
         is_random = sampler == "ddpm" or bool(eta)
@@ -298,13 +300,14 @@ class Diffusion:
     def respaced(self, steps):
         """Return the chain through `steps` of the noise levels, a Diffusion for the same network.
 
-        Its tau lists the visited t, as evenly as integers allow, up to T-1. It is a DDPM with betas
-        1 - abar_t / abar_s, where s precedes t in tau. Raises ValueError if steps is not 1..T.
+        Its tau lists the visited t, as evenly spaced as integers allow, up to T-1. It is a DDPM
+        with betas 1 - abar_t / abar_s, where s precedes t in tau. Raises ValueError if steps is not
+        1..T.
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps must be 1..{self.T}, not {steps}")
         # "Trailing" steps end at t = T / steps - 1, whose x0_hat is the sample. With steps that go
-        # on to t = 0, the distance of docs/beyond.md is larger in up to 20 steps, and equal in 50.
+        # on to t = 0, the distance in docs/beyond.md is larger in up to 20 steps, and equal in 50.
         visited = self.T * torch.arange(1, steps + 1) // steps - 1
         abar = self.alphas_bar[visited]
         betas = 1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])
@@ -328,7 +331,7 @@ class Diffusion:
         return step
 
     def make_dpm_step(self):
-        """Return the step of DPM-Solver++(2M): DDIM's, with an x0_hat that it extrapolates.
+        """Return the step of DPM-Solver++(2M), which is DDIM's step with an extrapolated x0_hat.
 
         Lu et al. 2022 (arXiv:2211.01095), algorithm 2. The line through the last two x0_hat is
         extended to the middle of the step in lambda = log sqrt(abar / (1 - abar)).
@@ -419,7 +422,7 @@ class Upsample(nn.Module):
 
 
 class UNet(nn.Module):
-    """eps_theta(x_t, t): the U-Net of appendix B, equal to that of the authors' code.
+    """eps_theta(x_t, t): the U-Net of appendix B, the same network as in the authors' code.
 
     The defaults are the CIFAR-10 network with 35,746,307 parameters. image_size=256,
     channel_mults=(1, 1, 2, 2, 4, 4), dropout=0 is the 256x256 network with 113,673,219.
@@ -532,7 +535,7 @@ class UNet(nn.Module):
         if self.num_classes:
             y = torch.full_like(t, self.num_classes) if y is None else y
             temb = temb + self.class_embedding(y)
-        temb = F.silu(temb)  # every residual block applies it to the embedding; done once, here
+        temb = F.silu(temb)  # in the authors' code, each residual block does this
         h = self.conv_in(x_t)
         skips = [h]
         for level in self.down:
@@ -553,8 +556,8 @@ def guided(model, y, w):
 
     Classifier-free guidance of Ho and Salimans 2022 (arXiv:2207.12598, eq. 6). y: classes (B,).
     w: 0 samples the class as it is, and larger values sample what is more typical of it. Others
-    count the scale s = 1 + w, as diffusers' guidance_scale does, so that no guidance is s = 1.
+    use the scale s = 1 + w, such as diffusers' guidance_scale, so that s = 1 means no guidance.
     """
     # Whatever the model predicts, eps = a_t x_t + b_t output. Since the weights add up to 1, the
-    # same combination of eps has a_t x_t unchanged.
+    # same combination of eps leaves a_t x_t unchanged.
     return lambda x_t, t: (1 + w) * model(x_t, t, y) - w * model(x_t, t)

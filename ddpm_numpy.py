@@ -1,13 +1,13 @@
 """The reverse process of ddpm.py in numpy, and a network that ONNX Runtime runs: no torch.
 
-    network = Network("model.onnx")                    # a file of export.py
+    network = Network("model.onnx")                    # a file written by export.py
     x0 = sample(network, 16, steps=10)                 # float32 in [-1, 1], (16, C, H, W)
     x0 = sample(network, 16, ["boot", "bag"], guidance=2, steps=10)    # if it has classes
 
 A service needs this file, a model.onnx, numpy and onnxruntime (or onnxruntime-gpu[cuda,cudnn]). One
 Network may be used from several threads.
 
-Numbers in brackets are equations of the paper, arXiv:2006.11239. t counts 0..T-1, as in ddpm.py.
+Numbers in brackets are equations in the paper, arXiv:2006.11239. t is 0..T-1, as in ddpm.py.
 """
 
 import json
@@ -47,8 +47,8 @@ def sample_progressive(
     steps: how many of the T steps to take; all if None.
     sampler: "ddpm" is the paper's Algorithm 2, the default with all T steps; "dpm" is
         DPM-Solver++(2M), the default with fewer; "ddim" is DDIM.
-    eta: for "ddim" alone, and selects it. 0, the default, is deterministic; 1 equals "ddpm" with
-        "small" variance.
+    eta: only for "ddim", which is selected if eta is given. 0, the default, is deterministic; 1
+        equals "ddpm" with the "small" variance.
     x_T: where to start; pure noise if None. To continue from an x_t, pass betas[: t + 1] with it.
     clip: keep x0_hat in [-1, 1].
     known: for inpainting, (image, mask), which broadcast to x_t. Where the mask is False, x_t is
@@ -65,7 +65,9 @@ def sample_progressive(
     if sampler not in SAMPLERS:
         raise ValueError(f'sampler must be "ddpm", "ddim" or "dpm", not {sampler!r}')
     if eta is not None and (sampler != "ddim" or not 0 <= eta <= 1):
-        raise ValueError(f'eta must be from 0 to 1, and is for "ddim" alone, not {eta}')
+        raise ValueError(
+            f'eta must be from 0 to 1, and is only for "ddim"; it is {eta} for {sampler!r}'
+        )
     alphas = 1 - betas
     alphas_bar = alphas.cumprod()
     alphas_bar_prev = np.append(1.0, alphas_bar[:-1])
@@ -123,7 +125,7 @@ def mix(x0, x0_b, t, betas, draw_noise):
 def guided(network, y, w):
     """Return eps_model(x_t, t) of classifier-free guidance: (1 + w) eps given y, minus w eps.
 
-    y: classes of the Network, int64 (B,). w: 0 is no guidance. Others count the scale s = 1 + w.
+    y: classes of the Network, int64 (B,). w: 0 is no guidance. Others use the scale s = 1 + w.
     """
     none = np.full_like(y, len(network.classes))
 
@@ -153,7 +155,8 @@ def sample(network, n, classes=None, guidance=0, steps=10, seed=0, first=0, **op
     steps: 1..T. seed, first: the images are those with the numbers first, first + 1, ... of this
     seed. options: those of sample_progressive.
 
-    Raises ValueError for an unknown class, for guidance without classes, and as sample_progressive.
+    Raises ValueError for an unknown class, for guidance without classes, and wherever
+    sample_progressive does.
     """
     model, draw_noise = network, noise_of(seed, first, (n, *network.shape))
     y = network.labels(classes, first + n)
@@ -181,8 +184,8 @@ class Network:
     that computes. A third argument y, int64 (B,), has the class of each image; None stands for "no
     class", and a network without classes ignores it.
 
-    Raises ValueError if the file is missing or not one of export.py, if CUDA is required and not
-    there, and if y is not what the network expects.
+    Raises ValueError if the file is missing or was not written by export.py, if CUDA is required
+    but not available, and if y is not what the network expects.
     """
 
     def __init__(self, path, device="auto", options=None):
@@ -210,7 +213,7 @@ class Network:
         metadata = self.session.get_modelmeta().custom_metadata_map
         missing = {"ddpm.betas", "ddpm.variance", "ddpm.image_shape"} - metadata.keys()
         if missing:
-            raise ValueError(f"{path} is not a file of export.py: it lacks {min(missing)}")
+            raise ValueError(f"{path} was not written by export.py: it lacks {min(missing)}")
         self.betas = np.array(json.loads(metadata["ddpm.betas"]))
         self.variance = metadata["ddpm.variance"]
         self.shape = tuple(json.loads(metadata["ddpm.image_shape"]))

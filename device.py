@@ -31,7 +31,7 @@ def choose_device(name):
         device = torch.device((found or "cpu") if name == "auto" else name)
         if device.type != "cpu":
             index = device.index or 0
-            if WORLD > 1:  # some launchers show each process one card alone
+            if WORLD > 1:  # some launchers show each process only one card
                 index = LOCAL_RANK % max(1, torch.accelerator.device_count())
             torch.accelerator.set_device_index(index)
             device = torch.device(device.type, index)
@@ -51,7 +51,7 @@ def has_bfloat16(device):
 
 
 def prefer_speed():
-    """Multiply what stays float32 in TF32, and let cuDNN choose its algorithms by trying them."""
+    """Use TF32 for products that stay float32, and let cuDNN choose its algorithms by trying."""
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True  # batches always have the same shape
 
@@ -75,13 +75,13 @@ def compiled(network):
 
 
 def join_processes(device):
-    """Connect the processes: through gloo, and for tensors on a GPU, the library of its maker."""
+    """Connect the processes through gloo and, for tensors on a GPU, its maker's library."""
     backend = "gloo"  # without a name, torch chooses by the accelerator that it was built for
     if device.type == "cuda" and dist.is_nccl_available():  # not on Windows
         backend = "cpu:gloo,cuda:nccl"
     elif device.type == "xpu":
         backend = "cpu:gloo,xpu:xccl"
-    dist.init_process_group(backend, timeout=timedelta(hours=4))  # to decode images can take hours
+    dist.init_process_group(backend, timeout=timedelta(hours=4))  # decoding images can take hours
 
 
 def to_device(x, device):

@@ -28,7 +28,7 @@ def rate_distortion(bound):
     """Return the means over the images of a Bound: L_t, the rate and the RMSE of x0_hat, (T,) each.
 
     The rate is the number of bits per dimension that have been sent when x_t is known: L_T and the
-    terms of all steps s > t. The RMSE is in values of 0..255.
+    terms of all steps s > t. The RMSE is on the scale 0..255.
     """
     L_t = bound.L_t.mean(0)
     rate = bound.L_T.mean() + L_t.flip(0).cumsum(0).flip(0) - L_t
@@ -44,7 +44,7 @@ def arguments():
     flag, count, seed = parser.add_argument, checkpoint.number(int, 1), checkpoint.number(int, 0)
     flag("--data", help="folder of images [the built-in demo]")
     flag("--checkpoint", default="run/checkpoint.pt",
-         help="checkpoint of train.py, or weights for diffusers [%(default)s]")  # fmt: skip
+         help="checkpoint of train.py, or weights in diffusers' format [%(default)s]")  # fmt: skip
     flag("--images", type=count, help="how many images, evenly spread over the folder [all]")
     flag("--out", type=Path, help="folder of the curve [the checkpoint's]")
     flag("--variance", choices=("large", "small"), help="sigma_t^2 [as in training]")
@@ -66,7 +66,7 @@ def main():
     else:
         sys.exit("evaluate.py: --data must be a folder of images that the network has not seen")
     images = torch.from_numpy(images)
-    random = torch.Generator().manual_seed(args.seed)  # so that each batch is like the others
+    random = torch.Generator().manual_seed(args.seed)  # so that all batches are alike
     order = torch.randperm(len(images), generator=random)[: args.images]
     path = Path(args.checkpoint)
     out = args.out or (path if path.is_dir() else path.parent if path.exists() else Path())
@@ -101,7 +101,7 @@ def main():
     print(f"  L_1 + .. + L_T-1     {L_t[1:].sum():8.4f}    with L_T, the rate")
     print(f"  L_0                  {L_t[0]:8.4f}    the distortion")
     print(f"  total                {bound.total.mean():8.4f}{error}")
-    print(f"  RMSE                 {rmse[0]:8.4f}    of x0_hat at t = 0, in values of 0..255")
+    print(f"  RMSE                 {rmse[0]:8.4f}    of x0_hat at t = 0, on the scale 0..255")
     table = torch.stack([torch.arange(diffusion.T), L_t, rate, rmse], 1).numpy()
     curve = out / "rate-distortion.csv"
     np.savetxt(curve, table, "%.9g", ",", header="t,L_t,rate,rmse", comments="")

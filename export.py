@@ -7,10 +7,10 @@
     python export.py --int8                         # 8-bit integers where they suffice, for CPUs
     python export.py --to-diffusers my-ddpm         # run/checkpoint.pt for diffusers' DDPMPipeline
 
-Inputs x_t float32 (batch, C, H, W) and t int64 (batch,), output eps float32 (batch, C, H, W); the
-schedule is in the metadata. With classes, y int64 (batch,) is a third input, in which the index
-after the last class stands for "no class", and the metadata has their names. The file is compared
-with torch before it is put in place.
+The file has the inputs x_t, float32 (batch, C, H, W), and t, int64 (batch,), and the output eps,
+float32 (batch, C, H, W); the schedule is in the metadata. With classes, y, int64 (batch,), is a
+third input, in which the index after the last class stands for "no class", and the metadata has the
+names of the classes. The file is compared with torch before it is put in place.
 """
 
 import argparse
@@ -35,8 +35,8 @@ from reduced import Half, eps_of, example_labels, write_half, write_int8
 OPSET = 20  # ONNX Runtime has kernels for it on the CPU, on CUDA and in the browser
 TOLERANCE = 1e-4  # the largest difference from torch, in an output that is about N(0, 1)
 
-# The exporter's own translations of these two contain nodes that the CUDA provider of ONNX Runtime
-# leaves to the CPU: GroupNormalization, and a Shape from which attention derives its scale.
+# The exporter's own translations of the two operators below contain nodes that the CUDA provider of
+# ONNX Runtime leaves to the CPU: GroupNormalization, and a Shape that gives attention its scale.
 
 
 def group_norm(x, num_groups: int, weight, bias, eps: float = 1e-5, cudnn_enabled: bool = True):
@@ -74,9 +74,9 @@ def to_onnx(trained, model):
     """Return eps_theta as an onnx.ModelProto with a dynamic batch and the schedule as metadata.
 
     model: the network, or its Half. Nodes are named after their modules, as in
-    "down.0.0.conv1/Conv_20". Nothing in the file comes from this machine.
+    "down.0.0.conv1/Conv_20". The file has no paths of this machine.
     """
-    # The example has a batch of two: the exporter would take 1 for a constant.
+    # The example has a batch of two: the exporter would treat a batch of 1 as a constant.
     example = (
         torch.zeros(2, *trained.shape),
         torch.zeros(2, dtype=torch.int64),
@@ -139,7 +139,7 @@ def write_onnx(trained, path, kind=None):
         worst = largest_difference(model, eps_of(exact), trained.shape, T, classes)
         if not worst < TOLERANCE * max(1, trained.diffusion.b.abs().max()):  # eps = a x_t + b F
             sys.exit(f"eps differs from torch's by {worst:.1e}; {path} is not written")
-        print(f"largest difference from torch {worst:.1e}, at batches of 1, 2 and 3")
+        print(f"largest difference from torch {worst:.1e}, for batches of 1, 2 and 3")
         if kind == "half":
             write_half(trained, exact, reduced, to_onnx(trained, Half(trained.model)))
         elif kind == "int8":
@@ -164,11 +164,11 @@ def main():
                         help="published weights: a folder, or a name on the hub")  # fmt: skip
     parser.add_argument("--onnx", type=Path,
                         help="the file to write, unless --to-diffusers [model.onnx]")  # fmt: skip
-    parser.add_argument("--to-diffusers", metavar="DIR", help="write a new folder for it")
+    parser.add_argument("--to-diffusers", metavar="DIR", help="a new folder to write")
     kind.add_argument("--half", dest="kind", action="store_const", const="half",
                       help="float16, for CUDA: half the size")  # fmt: skip
     kind.add_argument("--int8", dest="kind", action="store_const", const="int8",
-                      help="8-bit integers but for small t, for CPUs: faster")  # fmt: skip
+                      help="8-bit integers except at small t, for CPUs: faster")  # fmt: skip
     args = parser.parse_args()
     if args.onnx is None and args.to_diffusers is None:
         args.onnx = Path("model.onnx")

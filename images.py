@@ -26,10 +26,10 @@ def is_grey(image):
 
 
 def read_image(path, size, channels):
-    """Return the centre square of an image file, resized, upright, and transparency on white.
+    """Return the centre square of an image file: upright, resized, and composited onto white.
 
     channels: 1 for grey, 3 for colour. The result is uint8 (channels, size, size). Raises what
-    Pillow raises if the file is not an image or is damaged, and ValueError if it does not say the
+    Pillow raises if the file is not an image or is damaged, and ValueError if it does not give the
     range of its pixels.
     """
     with Image.open(path) as image:
@@ -68,7 +68,7 @@ def to_image(pixels):
 def grid(pixels, columns=None, rows=None, names=()):
     """Return uint8 pixels (B, C, H, W) as one Pillow image with rows of `columns` images.
 
-    If `rows` is given, and there are at least so many images, image k is in row k % rows instead.
+    If `rows` is given, and there are at least that many images, image k is in row k % rows.
     Without either, the grid is about square. Small images are enlarged. names: of the rows, written
     to their left.
     """

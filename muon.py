@@ -14,10 +14,10 @@ import torch
 
 
 def orthogonalize(G):
-    """Return about U V^T for each matrix G = U S V^T of a stack (k, m, n).
+    """Return approximately U V^T for each matrix G = U S V^T of a stack (k, m, n).
 
     Each of the five iterations applies p(s) = 3.4445 s - 4.775 s^3 + 2.0315 s^5 to the singular
-    values. Together they take all s from 0.002 to 1 to between 0.68 and 1.21.
+    values. Together they map every s from 0.002 to 1 to a value between 0.68 and 1.21.
     """
     X = G / (G.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):

@@ -1,8 +1,8 @@
 """Published weights: a DDPM in the format of the diffusers library, to and from ddpm.py.
 
 from_diffusers serves `train.py --init`, evaluate.py and `export.py --diffusers`; to_diffusers
-serves `export.py --to-diffusers`. diffusers itself reads and writes the files. What is read is
-compared: both networks must compute the same eps.
+serves `export.py --to-diffusers`. diffusers itself reads and writes the files. After
+reading, both networks are compared: they must compute the same eps.
 """
 
 import re
@@ -76,7 +76,7 @@ def import_diffusers(what):
 def read_part(cls, source, part):
     """Return (config, keyword arguments that find it) of "unet" or "scheduler".
 
-    It is in a sub-folder of that name or, as in google/ddpm-*, without one. Exits if it is neither.
+    It is in a sub-folder of that name or, as in google/ddpm-*, in no sub-folder. Exits otherwise.
     """
     errors = []
     for place in ({"subfolder": part}, {}):
@@ -92,7 +92,7 @@ def from_diffusers(source):
 
     No code in the files is executed. Exits if ddpm.py can't express the model.
     """
-    diffusers = import_diffusers(f"{source} is no checkpoint; to read published weights")
+    diffusers = import_diffusers(f"{source} is not a checkpoint; to read published weights")
 
     def refuse(why):
         sys.exit(f"{source} is not a DDPM that ddpm.py can express: {why}")

@@ -1,7 +1,7 @@
 """A file of reduced precision: float16 for CUDA or 8-bit integers for CPUs, and what that costs.
 
-export.py writes the float32 file first, and these functions compare with it. The network says which
-of its modules need float32 in both kinds of files (UNet.float32_modules).
+export.py writes the float32 file first; these functions compare their files with it. The network
+says which of its modules need float32 in both kinds of files (UNet.float32_modules).
 """
 
 import copy
@@ -15,7 +15,7 @@ import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
 TIMES = (0, 1, 2, 5, 10, 20, 35, 50, 75, 100, 150, 200, 500)  # t for errors, besides T - 1
-TOLERANCE = 0.02  # the largest rms error over rms of eps at a t
+TOLERANCE = 0.02  # the largest rms error allowed at any t, relative to the rms of eps
 
 # ------------------------------------------------------------------------------- files and networks
 
@@ -44,7 +44,7 @@ def eps_of(path):
 
 
 class Half(torch.nn.Module):
-    """A network in float16, but for its float32_modules: (x_t, t, y) float32 to eps float32.
+    """A network in float16, except its float32_modules: (x_t, t, y) float32 to eps float32.
 
     The statistics of the norms stay float32 too, by the definition of the ONNX operator.
     """
@@ -130,7 +130,7 @@ def choose_by_t(precise, quick, first):
 
 
 def draw_images(trained):
-    """Return eight images that the network draws in 25 steps, and all its inputs meanwhile."""
+    """Return eight images that the network draws in 25 steps, and all inputs that it sees."""
     y = example_labels(trained, 8)
     chain = list(
         trained.diffusion.sample_progressive(
@@ -154,7 +154,7 @@ def relative_errors(eps, exact, diffusion, x0, *y):
 
 
 def compare(trained, exact, path, x0):
-    """Return {t: the error of a file of less precision}, and the t at which it is too large."""
+    """Return {t: the error of a file of lower precision}, and the t at which it is too large."""
     y = example_labels(trained, len(x0))
     errors = relative_errors(eps_of(path), eps_of(exact), trained.diffusion, x0, *y)
     return errors, [t for t, error in errors.items() if not error < TOLERANCE]
@@ -182,7 +182,7 @@ def write_int8(trained, exact, path):
     """Write the float32 file `exact` with 8-bit integers where they suffice.
 
     At small t, they cannot resolve the weak noise. The file therefore holds the network twice, with
-    float32 up to the last of TIMES at which integers err too much. Exits if that is T / 4 or later.
+    float32 up to the last of TIMES where integers are too coarse. Exits if that is T / 4 or later.
     """
     x0, chain = draw_images(trained)
     quantize(exact, path, chain, trained.model.float32_modules())

@@ -4,10 +4,11 @@
     python sample.py --onnx model.onnx --steps 10          # 100 times as fast
     python sample.py --onnx model.onnx -n 10000 --dir out  # one PNG per image
     python sample.py --onnx model.onnx --interpolate a.png b.png  # between two images
-    python sample.py --onnx model.onnx --inpaint image.png mask.png  # redraw the white of the mask
+    python sample.py --onnx model.onnx --inpaint image.png mask.png  # redraw where it is white
     python sample.py --onnx model.onnx --class boot bag --guidance 2  # if it has classes
 
-It needs ddpm_numpy.py, images.py, numpy, Pillow, tqdm and onnxruntime (for CUDA, see the manual).
+The program needs ddpm_numpy.py, images.py, numpy, Pillow, tqdm and onnxruntime (for CUDA, see the
+manual).
 """
 
 import argparse
@@ -65,7 +66,7 @@ def arguments():
     flag("--sampler", choices=SAMPLERS, help="[ddpm (the paper's) with T steps, dpm with fewer]")
     flag("--eta", type=float, help="noise of DDIM, 0 to 1; selects --sampler ddim [0, none]")
     flag("--batch", default=64, type=int, help="images drawn together [%(default)s]")
-    flag("--seed", default=0, type=int, help="the same seed, the same images [%(default)s]")
+    flag("--seed", default=0, type=int, help="the same seed draws the same images [%(default)s]")
     flag("--class", dest="classes", nargs="+", metavar="NAME", help="classes to draw [all]")
     flag("--guidance", type=float, default=0.0, help="w: makes images more typical of a class [0]")
     flag("--device", default="auto", choices=("auto", "cuda", "cpu"), help="[%(default)s]")
@@ -77,9 +78,9 @@ def arguments():
     if args.dir and args.dir.exists() and (not args.dir.is_dir() or any(args.dir.iterdir())):
         parser.error(f"--dir {args.dir} must be a new or empty folder")
     if args.interpolate and (args.inpaint or args.n or args.dir or args.gif or args.strip):
-        parser.error("--interpolate goes with none of --inpaint, -n, --dir, --gif and --strip")
+        parser.error("--interpolate can't be combined with --inpaint, -n, --dir, --gif or --strip")
     if args.interpolate and (len(args.classes or []) > 1 or (args.guidance and not args.classes)):
-        parser.error("--interpolate takes at most one class, and --guidance needs one")
+        parser.error("--interpolate takes at most one class, and exactly one with --guidance")
     if args.t and not args.interpolate:
         parser.error("--t needs --interpolate")
     if not math.isfinite(args.guidance):
@@ -144,7 +145,7 @@ def draw_interpolation(network, args, y):
     columns = len(LAMBDAS) + 2
     names = [f"t = {t}" for t in args.t[: len(rows) // columns]]
     save_image(args.out, grid(np.stack(rows), columns, names=names))
-    print(f"{args.out}: one image, mixtures for lambda = 0, 0.1, ... 1, the other image")
+    print(f"{args.out}: in each row, one image, mixtures (lambda = 0, 0.1, ..., 1), and the other")
     if len(names) < len(args.t):
         sys.exit(f"sample.py: stopped after {len(names)} of {len(args.t)} rows")
 
@@ -243,7 +244,7 @@ def main():
     if not 1 <= args.steps <= T or not all(0 <= t < T for t in args.t):
         sys.exit(f"sample.py: this model has T = {T}: --steps must be 1..{T}, --t 0..{T - 1}")
     if args.guidance and y is None:
-        sys.exit("sample.py: the network has no classes to guide to")
+        sys.exit("sample.py: --guidance needs classes, but the network has no classes")
     name = network.provider.removesuffix("ExecutionProvider")
     hint = "; to use a GPU, see Accelerators in docs/guide.md"
     print(f"{args.onnx} on {name}{hint if name == 'CPU' and args.device == 'auto' else ''}")

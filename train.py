@@ -35,7 +35,7 @@ from exact import loss_floor
 from images import from_pixels
 from muon import Muon
 
-LOG_TOGETHER = {"cpu": 1}  # how many steps are logged at once: each time waits for the device
+LOG_TOGETHER = {"cpu": 1}  # steps logged at once; reading their losses waits for the device
 
 # -------------------------------------------------------------------------------------- Algorithm 1
 
@@ -88,7 +88,7 @@ def train_step(batch, network, ema, optimizer, diffusion, step, args):
 
 @torch.no_grad()
 def update_ema(ema, model, step, decay):
-    """Update the average of the weights, from which samples are drawn, in place.
+    """Update the average of the weights, with which samples are drawn, in place.
 
     Unlike in the authors' code, the decay grows with the step, so that the first weights are soon
     forgotten.
@@ -104,7 +104,7 @@ def learning_rate(step, lr, warmup, decay_steps=None):
 
 
 def set_seed(device, *numbers):
-    """Seed the generators of the CPU and the device from (seed, step, part), so none is saved."""
+    """Seed the generators of the CPU and the device from (seed, step, part); no state is saved."""
     # The seed has 64 bits, of which torch's generator for the CPU uses 32.
     seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
     torch.default_generator.manual_seed(seed)
@@ -122,14 +122,14 @@ PAPER = dict(
     ema=0.9999, flip=True,
 )  # fmt: skip
 
-# --quick: small images after minutes on a CPU. benchmarks/speedrun.md has measurements.
+# --quick: a run of minutes on a CPU, for small images. benchmarks/speedrun.md has measurements.
 QUICK = dict(
     base_channels=16, channel_mults=[1, 2, 4, 4], num_res_blocks=1, attention_resolutions=[],
     dropout=0.0, predicts="v", weighting="min-snr", optimizer="muon", batch=64, lr=6e-3,
     lr_decay=True, steps=1500,
 )  # fmt: skip
 
-# The demo: a network and a schedule that learn it on two CPU cores in under four minutes.
+# The demo: a small network, which learns it on two CPU cores in under four minutes.
 DEMO = dict(
     image_size=8, base_channels=32, channel_mults=[1, 2], num_res_blocks=1,
     attention_resolutions=[], dropout=0.0, batch=64, lr=3e-3, lr_decay=True, steps=2400,
@@ -151,19 +151,19 @@ def make_parser():
     flag("--classes", action="store_true", help="the sub-folders of --data are classes")
     flag("--out", type=Path, default="run", help="folder of the run [%(default)s]")
     flag("--quick", action="store_true", help="a small network and a short run; see the manual")
-    flag("--init", help="start from these weights: a checkpoint, or weights for diffusers")
+    flag("--init", help="start from these weights: a checkpoint, or weights in diffusers' format")
     flag("--image-size", type=count, help="pixels; images are cropped to a square [%(default)s]")
     flag("--channels", type=int, choices=(1, 3), help="1 for grey, 3 for colour [detected]")
     flag("--base-channels", type=count, help="width of the first level [%(default)s]")
     flag("--channel-mults", type=count, nargs="+", help="relative widths of levels [%(default)s]")
     flag("--num-res-blocks", type=count, help="residual blocks per level [%(default)s]")
-    flag("--attention-resolutions", type=int, nargs="*", help="sizes of levels [%(default)s]")
+    flag("--attention-resolutions", type=int, nargs="*", help="sizes with attention [%(default)s]")
     flag("--dropout", type=share, help="share of the activations to drop [%(default)s]")
     flag("--schedule", choices=checkpoint.SCHEDULES, help="betas [%(default)s]")
     flag("--variance", choices=("large", "small"), help="sigma_t^2 [%(default)s]")
     flag("--predicts", choices=("eps", "mean", "x0", "v"), help="network's output [%(default)s]")
     weightings = "simple", "vlb", "min-snr", "native"
-    flag("--weighting", choices=weightings, help="of the loss; see the manual [%(default)s]")
+    flag("--weighting", choices=weightings, help="of the loss over t; see the manual [%(default)s]")
     flag("--batch", type=count, help="images per step, over all GPUs [%(default)s]")
     flag("--accumulate", type=count, default=1, help="parts of a batch, for memory [%(default)s]")
     flag("--optimizer", choices=("adam", "muon"), help="muon suits short runs [%(default)s]")
@@ -178,7 +178,7 @@ def make_parser():
     flag("--amp", action=switch, help="bfloat16 [if the device supports it]")
     flag("--compile", action=switch, help="torch.compile [on CUDA, for 5,000 steps or more]")
     flag("--preview-every", type=count, help="steps between previews [at most 4 %% of the time]")
-    flag("--save-minutes", type=amount, default=5.0, help="between checkpoints [%(default)s]")
+    flag("--save-minutes", type=amount, default=5.0, help="time between checkpoints [%(default)s]")
     parser.set_defaults(norm_groups=None, **PAPER)
     return parser
 
@@ -186,7 +186,7 @@ def make_parser():
 def arguments():
     """Return the arguments of the command line, and the Trained of --init or None.
 
-    The weights decide the network and its schedule; for what else is not given, see the presets.
+    The weights decide the network and its schedule; flags not given come from the presets above.
     """
     parser = make_parser()
     args, weights = parser.parse_args(), None
@@ -207,7 +207,7 @@ def arguments():
     if args.data is None and (args.image_size, args.channels or 3) != (8, 3):
         parser.error("without --data the images are those of the demo, 8x8 in colour")
     if args.batch < WORLD * args.accumulate:
-        parser.error("--batch must have an image for each GPU and each part of --accumulate")
+        parser.error("--batch must be at least the number of GPUs times --accumulate")
     args.classes = class_names(args.data) if args.classes else []
     shape = checkpoint.settings(args, weights)["model"] | {"in_channels": 3}
     try:
@@ -221,7 +221,7 @@ def arguments():
         args.amp = machine.has_bfloat16(args.device) and args.predicts not in ("mean", "x0")
     if args.compile is None:  # it takes a minute or more
         args.compile = args.steps >= 5000 and machine.can_compile(args.device)
-    args.preview_gap = 0 if args.preview_every else 25  # in previews, of about 240 images each
+    args.preview_gap = 0 if args.preview_every else 25  # each preview takes as long as 240 images
     args.preview_every = args.preview_every or max(25 * 240 // args.batch, args.steps // 100, 1)
     return args, weights
 
@@ -235,7 +235,7 @@ def main():
     is_main, device, out = RANK == 0, args.device, args.out
     machine.prefer_speed()
 
-    # -- the checkpoint, if this run began before; the first process reads it for all
+    # -- the checkpoint, if this run is resumed; the first process reads it for all
     states = [checkpoint.find_run(out) if is_main else None]
     if WORLD > 1:
         machine.join_processes(device)
@@ -325,8 +325,8 @@ def main():
         *losses, (stops, _) = values.tolist()
         done, pending = step + 1, []
         if not np.isfinite(losses).all():
-            sys.exit(f"the loss or its gradient is infinite or NaN by step {done:,}, so nothing is "
-                     "saved. Try a lower --lr, a longer --warmup, or --no-amp.")  # fmt: skip
+            sys.exit(f"the loss or its gradient became infinite or NaN by step {done:,}; nothing "
+                     "is saved. Try a lower --lr, a longer --warmup, or --no-amp.")  # fmt: skip
         if is_main:
             bar.set_postfix_str(f"loss {run.log(done, losses):.4f}", refresh=False)
             bar.update(len(losses))
@@ -348,7 +348,7 @@ def main():
         sys.exit(f"stopped at step {done:,}; to resume:\n  {program} {words}" if is_main else 1)
     if is_main:
         if start == done:
-            print("no step was taken: to train again after a change of the code, use another --out")
+            print("no step was taken: to train again after a change to the code, use another --out")
         path = (out / "checkpoint.pt").as_posix()
         print(f"done: {path} is at step {done:,}; next:")
         words = [] if out.name == "run" else ["--onnx", f"{out.name}.onnx"]

@@ -1,13 +1,12 @@
 // The section of the page in which a network learns the noise of the points: Algorithm 1, watched.
 
-import { STD, clearPlane, drawDots, drawField, exactEps, followData, judged, useNetwork } from "./points.js";
+import { $, STD, clearPlane, drawDots, drawField, exactEps, followData, judged, scheme, useNetwork } from "./points.js";
 import { ABAR, BETAS, T, noiseOf, sampleProgressive, uniform } from "./sampler.js";
 import { Trainer, WEIGHTS, draw, noised } from "./trainer.js";
 
 const BATCH = 128, SHOWN = 5, BINS = 20, SAMPLES = 200; // SHOWN: points of the batch that one sees
 const SLOW = 6, PAUSE = 900, HOLD = 2000; // the first steps are slow, and each batch is shown for a while; milliseconds
 const SLICE = 10; // milliseconds of work at a time, so that nothing on the page stalls
-const $ = (id) => document.getElementById(id);
 
 const HINTS = { // what to look for, by control and value
   target: {
@@ -16,23 +15,23 @@ const HINTS = { // what to look for, by control and value
     v: "The network returns a mixture of both, v = √ᾱ ε − √(1 − ᾱ) x₀: nearly the noise at small t, and nearly −x₀ at large t.",
   },
   weights: {
-    simple: "All t count the same (14).",
+    simple: "All t count equally (14).",
     vlb: "The weights of the bound (12): small t count most. Move the slider of the field to large t.",
     "min-snr": "Small t, where the signal is much stronger than the noise, count less.",
   },
   width: {
-    16: "A narrow network has fewer parameters: are its samples as sharp after as many steps?",
-    64: "", 128: "A wide network takes slower steps: is it closer to the floor after as many?",
+    16: "A narrow network has fewer parameters: are its samples as sharp after the same number of steps?",
+    64: "", 128: "With a wide network, each step takes longer: is the loss closer to the floor after the same number of steps?",
   },
   rate: {
-    "0.0005": "A low learning rate: the same road, more slowly.", "0.008": "",
-    "0.05": "A high learning rate: the loss jumps, and the average of the weights matters most.",
+    "0.0005": "A low learning rate: the training takes more steps to get as far.", "0.008": "",
+    "0.05": "A high learning rate: the loss jumps, and averaging the weights helps most.",
   },
   data: {
-    10: "Ten points: samples of the formula are copies of them. Does the network draw copies, or points between them?",
+    10: "Ten points: samples from the formula are copies of them. Does the network draw copies, or points between them?",
     30: "Thirty points: does the network draw copies, or points between them?", all: "",
   },
-  average: { true: "", false: "Samples of the last weights, instead of their average, change with every step." },
+  average: { true: "", false: "Samples from the latest weights, instead of their average, change with every step." },
 };
 
 let cloud, centres, labels; // the data of the plane; those of them that are trained on, and their classes
@@ -229,12 +228,10 @@ function drawSamples() {
 
 /** Curves in a canvas with logarithmic y. curves: [{points: [[x, y]], colour, dashed}], x in 0..1. */
 function drawCurves(canvas, curves, low, high, ticks, labelsX) {
-  const context = canvas.getContext("2d"), { width, height } = canvas, { dark } = clearPlane(canvas);
+  const { width, height } = canvas, { context, dark } = clearPlane(canvas);
   const [left, bottom] = [64, 40], ink = colours(dark).ink;
   const place = ([x, y]) => [left + x * (width - left - 12),
     (height - bottom) * (1 - Math.log(Math.min(high, Math.max(low, y)) / low) / Math.log(high / low))];
-  context.fillStyle = dark ? "#14161a" : "#ffffff";
-  context.fillRect(0, 0, width, height);
   context.font = "22px sans-serif";
   for (const tick of ticks) {
     const [, y] = place([0, tick]);
@@ -257,7 +254,7 @@ function drawCurves(canvas, curves, low, high, ticks, labelsX) {
 }
 
 function drawLoss() {
-  const colour = colours(matchMedia("(prefers-color-scheme: dark)").matches), n = losses.length;
+  const colour = colours(scheme.matches), n = losses.length;
   const length = Math.max(1, Math.ceil(n / 150)), points = [];
   for (let k = 0; k + length <= n; k += length) {
     points.push([(k + length / 2) / Math.max(n, 100), losses.slice(k, k + length).reduce((a, b) => a + b) / length]);
@@ -270,7 +267,7 @@ function drawLoss() {
 }
 
 function drawErrors() {
-  const colour = colours(matchMedia("(prefers-color-scheme: dark)").matches);
+  const colour = colours(scheme.matches);
   const curve = (values) => values.map((y, k) => [(k + 0.5) / BINS, y]).filter(([, y]) => y > 0.0001);
   const curves = [{ points: curve(errors), colour: colour.learnt }];
   if (floor) curves.push({ points: curve(floor.errors), colour: colour.exact, dashed: true });
@@ -285,9 +282,9 @@ function paint() {
     const recent = losses.slice(-100), mean = recent.reduce((a, b) => a + b, 0) / recent.length;
     const off = samples && judged(samples.x0, centres, STD).off;
     $("learn-status").textContent = !losses.length ? "Not trained yet: press Start, or take one step."
-      : `Step ${trainer.steps.toLocaleString("en")}: the loss of the last ${recent.length} is ${mean.toPrecision(3)}`
+      : `Step ${trainer.steps.toLocaleString("en")}: the mean loss of the last ${recent.length} is ${mean.toPrecision(3)}`
         + (floor ? `, ${(mean / floor.loss).toFixed(2)} times the floor.` : ".")
-        + (samples ? ` ${off} of ${SAMPLES} samples (${samples.how}) are farther than ${3 * STD} from the data.` : "");
+        + (samples ? ` ${off} of ${SAMPLES} samples (${samples.how}) are more than ${3 * STD} from the data.` : "");
   }
   setTimeout(() => requestAnimationFrame(paint), 120);
 }
@@ -345,7 +342,7 @@ export function startLearning() {
   $("learn-again").onclick = restart;
   $("learn-use").onchange = ({ target }) => useNetwork(target.checked ? (x, t) => eps(x, levels(x, t)) : null);
   $("learn-python").ontoggle = () => { $("learn-code").textContent = inPython(); };
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { dirty = true; });
+  scheme.addEventListener("change", () => { dirty = true; });
   sampleLoop();
   paint();
 }

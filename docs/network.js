@@ -47,13 +47,14 @@ function* fields(bytes) {
  *     const network = await Network.open(bytes, "https://.../ort.webgpu.bundle.min.mjs");
  *     const eps = await network.eps(x, t); // for any whole number of images
  *
+ * The second argument is the address of onnxruntime-web; a third one is tried if it is not there.
  * betas, variance, shape ([C, H, W]) and classes (their names, [] if there are none) are the file's;
  * metadata is all that it says about itself.
  * device says what the network runs on, and noWebGPU why that is not WebGPU, if it is not.
  * Errors are thrown as an Error whose message is a sentence for the user.
  */
 export class Network {
-  static async open(bytes, runtime) {
+  static async open(bytes, runtime, fallback = runtime) {
     const network = new Network();
     network.#read(bytes);
     network.#worker = new Worker(import.meta.url, { type: "module" });
@@ -64,7 +65,7 @@ export class Network {
     };
     try {
       const { shape, classes } = network;
-      const { device, noWebGPU } = await network.#ask({ bytes, runtime, shape, classes });
+      const { device, noWebGPU } = await network.#ask({ bytes, runtime, fallback, shape, classes });
       return Object.assign(network, { device, noWebGPU });
     } catch (error) {
       network.close();
@@ -126,8 +127,8 @@ export class Network {
 
 let ort, session, shape, classes;
 
-async function start({ bytes, runtime, ...file }) {
-  ort = await import(runtime);
+async function start({ bytes, runtime, fallback, ...file }) {
+  ort = await import(runtime).catch(() => import(fallback));
   ({ shape, classes } = file);
   ort.env.wasm.numThreads = self.crossOriginIsolated ? navigator.hardwareConcurrency : 1;
   const create = (provider) => ort.InferenceSession.create(bytes, {

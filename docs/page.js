@@ -2,10 +2,13 @@
 
 import { Network } from "./network.js";
 import { startLearning } from "./learn.js";
-import { CHANGES, offerChanges, startPlane } from "./points.js";
-import { alphasBar, guided, linearBetas, noiseOf, qSample, sampleChanged } from "./sampler.js";
+import { $, CHANGES, offerChanges, startPlane } from "./points.js";
+import { alphasBar, closest, guided, linearBetas, noiseOf, qSample, sampleChanged } from "./sampler.js";
 
-const SHIPPED = "fashion-mnist.onnx";
+const SHIPPED = "fashion-mnist.onnx", RUNTIME = "onnxruntime-web@1.30.0";
+// Where it is: beside the page, for use without a connection, or else on jsDelivr.
+const RUNTIMES = ["node_modules/onnxruntime-web", `https://cdn.jsdelivr.net/npm/${RUNTIME}`]
+  .map((folder) => new URL(`${folder}/dist/ort.webgpu.bundle.min.mjs`, import.meta.url).href);
 // What docs/make_figures.py has recorded: 16 samples of Algorithm 2 in 1000 steps, of seed 0.
 const RECORDED = { file: "recorded.png", frames: 26, betas: linearBetas(), shape: [1, 32, 32], size: 1024 };
 const ENDS = 4, END_STEPS = 50; // images drawn from one x_t, and the steps to draw them in
@@ -14,9 +17,8 @@ const TEXTS = { // of the changes
   withoutZ: "Without z, each step of Algorithm 2 moves to the mean of the possible next images, so the results are smooth shapes without detail that all look alike.",
   noClip: "Without the clip, x̂₀ may leave the range of pixels while t is large.",
   short: "With a tenth of the levels and the same range of betas, sampling begins with more noise than the last level had in training.",
-  lastNoise: "With noise in the last step, the images have grain, and there is more of it with fewer steps.",
+  lastNoise: "With noise in the last step, the images have grain, which is stronger with fewer steps.",
 };
-const $ = (id) => document.getElementById(id);
 
 let network = null; // the open Network
 let opening = false; // whether another one is being opened
@@ -214,9 +216,8 @@ function showFrame() {
   const other = comparable[$("other").value];
   $("comparison").hidden = !other;
   if (other) { // result beside result, and else the levels that are closest
-    const distances = other.frames.map(({ t }) => Math.abs(t - frame.t));
-    const isResult = !run && frame === frames.at(-1), closest = distances.indexOf(Math.min(...distances));
-    const { t, x0 } = isResult ? other.frames.at(-1) : other.frames[closest];
+    const isResult = !run && frame === frames.at(-1), levels = other.frames.map(({ t }) => t);
+    const { t, x0 } = other.frames.at(isResult ? -1 : closest(levels, frame.t));
     show($("other-grid"), x0, columns);
     show($("difference"), x0.map((value, k) => 128 + (frame.x0[k] - value) / 2), columns);
     $("other-at").textContent = `${other.name}, at t = ${t}`;
@@ -344,14 +345,14 @@ async function open(name, bytes, keepsRecording = false) {
   stop();
   await run?.ended;
   try {
-    const opened = await Network.open(bytes, import.meta.resolve("onnxruntime-web"));
+    const opened = await Network.open(bytes, ...RUNTIMES);
     network?.close();
     network = opened;
   } catch (error) {
     const message = error.message.split("\n")[0];
-    const isRuntime = /dynamically imported|import/i.test(message);
-    say(isRuntime ? `onnxruntime-web can't be loaded; this page needs a connection. (${message})`
-      : `${name} is not a model of export.py that this browser can run: ${message}.`, true);
+    say(/import/i.test(message)
+      ? `onnxruntime-web could not be loaded. Sections 1 and 2 work in full without it. For the others, connect and reload; to use them offline later, install a copy: npm install --no-save --no-package-lock --prefix docs ${RUNTIME}`
+      : `${name} is not a model from export.py that this browser can run: ${message}.`, true);
     return false;
   } finally {
     opening = false;

@@ -116,9 +116,9 @@ const CLOUDS = {
 
 /** What a reader may change in the method, by its name in sampleChanged; noClip is clip: false. */
 export const CHANGES = {
-  withoutZ: "leave out the noise z in every step",
+  withoutZ: "leave out the noise z",
   noClip: "do not clip x̂₀ to −1 … 1",
-  short: "have only T = 100 levels, with the same range of betas",
+  short: "use only T = 100 levels, with the same range of betas",
   lastNoise: "add noise in the last step",
 };
 
@@ -146,12 +146,13 @@ export function offerChanges(fieldset, prefix, texts, onchange) {
 
 const TEXTS = {
   withoutZ: "Without z, each step of Algorithm 2 moves a point to the mean of its possible next positions, which draws the points towards the middle of the data. They still end on the data, but they gather on very few of the data points. DDIM and DPM-Solver++ never add z; their steps keep the spread in another way.",
-  noClip: "Without the clip, x̂₀ may leave the square from −1 to 1. Here it is an average of the data, so that it stays inside if they do. The output of a network is less reliable while t is large.",
+  noClip: "Without the clip, x̂₀ may leave the square from −1 to 1. Here it is an average of the data, so it stays inside if they do. The output of a network is less reliable while t is large.",
   short: "With 100 levels and the same range of betas, the last level still contains 60 % of x₀ (√ᾱ = 0.6), but sampling begins with pure noise, whose mean is 0. Choose the data “three to one”: more than a quarter of the points end at the lower left.",
   lastNoise: "With noise in the last step, the result is x₀ with grain. With 1000 steps, you can hardly see the grain. With 10 steps, the last step is large, so it adds much more noise.",
 };
 
-const $ = (id) => document.getElementById(id);
+export const $ = (id) => document.getElementById(id);
+export const scheme = matchMedia("(prefers-color-scheme: dark)");
 const COLOURS = ["#d9480f", "#0b7285", "#9c36b5", "#2b8a3e"];
 
 let centres = CLOUDS["two moons"](); // of the data, perhaps with their labels
@@ -159,6 +160,7 @@ let learnt = null; // eps(x, t) of a network, in place of the closed form
 let heirs = []; // what is called when the data change
 let changesOf; // a function that returns what the reader changes
 let starts = [[-1.3, 1.5]]; // x_T of the coloured paths: the last four that the reader chose
+let drawn = false; // whether the reader drew the data
 let frames = []; // of the chain: {t, x, x0}, from T-1 down, and the result as {t: -1, x: x0}
 let chain = 0; // the number of the chain that is computed
 let playing = false;
@@ -213,7 +215,7 @@ function frameAt(t) {
 
 /** Clear a square canvas that shows the plane from -limit to limit: {context, size, dark, at, dot}. */
 export function clearPlane(canvas, limit = LIMIT) {
-  const context = canvas.getContext("2d"), size = canvas.width, dark = matchMedia("(prefers-color-scheme: dark)").matches;
+  const context = canvas.getContext("2d"), size = canvas.width, dark = scheme.matches;
   const at = (x, y) => [(x / limit + 1) * size / 2, (1 - y / limit) * size / 2];
   const dot = (x, y, radius) => {
     context.beginPath();
@@ -318,6 +320,7 @@ function play() {
   if (Number($("plane-t").value) < 0) $("plane-t").value = T - 1;
   playing = true;
   $("plane-play").textContent = "Pause";
+  announce("Sampling …");
   let before = null, t = Number($("plane-t").value);
   requestAnimationFrame(function move(now) {
     if (!playing) return;
@@ -342,7 +345,7 @@ function report() {
   if (t >= 0 || !(last?.t < 0)) return announce(t < 0 ? "Computing …" : `Stopped at t = ${t}.`);
   const { off, reached } = judged(last.x.subarray(0, 2 * N), centres, STD), steps = frames.length - 1;
   const how = `${$("plane-sampler").selectedOptions[0].text}, ${steps} step${steps > 1 ? "s" : ""}`;
-  announce(`${how}: ${off} of ${N} points end farther than ${3 * STD} from the data; the others reach ${reached} of the ${centres.length / 2} data points.`);
+  announce(`${how}: ${off} of ${N} points end more than ${3 * STD} from the data; the others reach ${reached} of ${centres.length / 2} data points.`);
 }
 
 /** Go to the next state of the chain that is lower (1) or higher (-1) than the one shown. */
@@ -376,8 +379,9 @@ function act(x, y) {
     return;
   }
   const clipped = [x, y].map((value) => Math.min(1, Math.max(-1, value)));
-  const own = $("plane-data").value === "own" ? [...centres] : [];
+  const own = drawn ? [...centres] : [];
   $("plane-data").value = "own";
+  drawn = true;
   useData(Float32Array.from([...own, ...clipped].slice(-800)));
 }
 
@@ -391,8 +395,10 @@ export function startPlane() {
   $("plane-data").prepend(...Object.keys(CLOUDS).map((name) => new Option(name)));
   $("plane-data").value = "two moons";
   $("plane-data").onchange = ({ target }) => {
-    if (target.value === "own") $("plane-mode").value = "data";
-    else useData(CLOUDS[target.value]());
+    drawn = false; // the first point that the reader draws replaces the cloud
+    if (target.value !== "own") return useData(CLOUDS[target.value]());
+    $("plane-mode").value = "data";
+    announce("Draw some points in the plane.");
   };
   for (const name of ["plane-sampler", "plane-steps"]) $(name).onchange = compute;
   changesOf = offerChanges($("plane-changes"), "", TEXTS, compute);
@@ -422,7 +428,7 @@ export function startPlane() {
     draw();
   };
   canvas.onfocus = canvas.onblur = draw;
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  scheme.addEventListener("change", draw);
   compute();
   if (!matchMedia("(prefers-reduced-motion: reduce)").matches) play();
 }

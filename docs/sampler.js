@@ -128,7 +128,7 @@ export async function* sampleChanged(
 }
 
 /** The index of the number that is closest to `value`. */
-function closest(numbers, value) {
+export function closest(numbers, value) {
   const distances = numbers.map((number) => Math.abs(number - value));
   return distances.indexOf(Math.min(...distances));
 }

@@ -14,7 +14,7 @@ const EMBEDDING = Array.from({ length: T }, (_, t) => {
 });
 
 /** eps = a x_t + b output, for each target that the network can have. */
-export const TARGETS = {
+const TARGETS = {
   eps: () => [0, 1],
   x0: (t) => [1 / Math.sqrt(1 - ABAR[t]), -Math.sqrt(ABAR[t] / (1 - ABAR[t]))], // (4) solved for eps
   v: (t) => [Math.sqrt(1 - ABAR[t]), Math.sqrt(ABAR[t])],

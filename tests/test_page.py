@@ -29,15 +29,20 @@ from reduced import TOLERANCE
 sync_api = pytest.importorskip("playwright.sync_api", reason="the page's tests need playwright")
 BROWSERS = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
-RUNTIME = HERE / "node_modules" / "onnxruntime-web"
+DOCS = HERE / "docs"
+RUNTIME = DOCS / "node_modules" / "onnxruntime-web"
+VERSION = re.search(r"onnxruntime-web@[0-9.]+", (DOCS / "page.js").read_text("utf-8"))[0]
+INSTALL = f"npm install --no-save --no-package-lock --prefix docs {VERSION}"
 pytestmark = [
     pytest.mark.page,
     pytest.mark.skipif(CHROMIUM is None, reason="the page's tests need Chromium"),
-    pytest.mark.skipif(not RUNTIME.is_dir(), reason="run: npm install --no-save onnxruntime-web"),
+    pytest.mark.skipif(not RUNTIME.is_dir(), reason=f"run: {INSTALL}"),
 ]
-DOCS = HERE / "docs"
-IMPORTED = re.search(r'"(https://.*)"', (DOCS / "index.html").read_text("utf-8")).group(1)
-TYPES = {".mjs": "text/javascript", ".wasm": "application/wasm"}
+OUTSIDE = "^(?!http://127.0.0.1)"
+
+
+def abort(route):
+    route.abort()
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -63,26 +68,20 @@ def browser():
         browser.close()
 
 
-def serve_runtime(route):
-    """onnxruntime-web from node_modules in place of the network."""
-    assert route.request.url.rsplit("/", 1)[0] == IMPORTED.rsplit("/", 1)[0]
-    path = RUNTIME / "dist" / route.request.url.rsplit("/", 1)[1]
-    headers = {"Access-Control-Allow-Origin": "*"}
-    route.fulfill(path=path, content_type=TYPES[path.suffix], headers=headers)
-
-
 @pytest.fixture(scope="module")
 def opened(browser, address):
-    """A function that opens the page in a new tab. No console may show an error."""
+    """A function that opens the page in a new tab, without a connection. routes: what handles
+    some of its requests. Without any, no console may show an error."""
     said, contexts = [], []
 
-    def call(runtime=serve_runtime, wait=True):
+    def call(routes=None, wait=True):
         context = browser.new_context(viewport={"width": 1280, "height": 900})
         context.set_default_timeout(120_000)
         contexts.append(context)
-        context.route(re.compile("^https:"), runtime)
+        for pattern, handle in ({OUTSIDE: abort} | (routes or {})).items():
+            context.route(re.compile(pattern), handle)
         page = context.new_page()
-        if runtime is serve_runtime:
+        if not routes:
             page.on("console", lambda m: said.append(m.text) if m.type == "error" else None)
             page.on("pageerror", lambda error: said.append(str(error)))
         page.goto(address)
@@ -144,7 +143,7 @@ def choose(page, path):
 
 def test_runtime_is_the_one_of_the_page():
     version = json.loads((RUNTIME / "package.json").read_text("utf-8"))["version"]
-    assert f"onnxruntime-web@{version}/" in IMPORTED
+    assert f"onnxruntime-web@{version}" == VERSION
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 999, 1000])
@@ -304,9 +303,10 @@ def test_noise_is_normal_and_of_one_image_each(page):
     assert np.isfinite(page.evaluate(draw, [2**32 - 1, 1, 7, 1])).all()
 
 
-EPS = """async ([runtime, content, x, times]) => {
+EPS = """async ([content, x, times]) => {
     const {Network} = await import('./network.js');
     const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
+    const runtime = './node_modules/onnxruntime-web/dist/ort.webgpu.bundle.min.mjs';
     const network = await Network.open(bytes, runtime), eps = [];
     const {betas, variance, shape, metadata} = network;
     for (const t of times) eps.push(Array.from(await network.eps(Float32Array.from(x), t)));
@@ -327,7 +327,7 @@ def test_eps_is_pythons(kind, page, files):
     x = np.random.default_rng(0).standard_normal(shape, np.float32)
     no_class = {"y": np.full(3, 10)} if kind == "shipped" else {}
     content = base64.b64encode(path.read_bytes()).decode()
-    theirs = page.evaluate(EPS, [IMPORTED, content, x.ravel().tolist(), times])
+    theirs = page.evaluate(EPS, [content, x.ravel().tolist(), times])
     for t, their_eps in zip(times, theirs["eps"], strict=True):
         (eps,) = session.run(["eps"], {"x_t": x, "t": np.full(3, t)} | no_class)
         if kind == "int8" and t:  # integer kernels round in another order, and some saturate
@@ -540,9 +540,9 @@ def test_network_learns_the_moons(opened):
     assert page.evaluate("performance.now() - window.began") < 100_000  # a minute, if undisturbed
     page.click("#learn-start")  # pause
     page.wait_for_timeout(500)
-    said = page.text_content("#learn-status")
+    said = page.text_content("#learn-status").split(":")[0]  # the samples may still change once
     page.wait_for_timeout(500)
-    assert said == page.text_content("#learn-status")
+    assert said == page.text_content("#learn-status").split(":")[0]
     for canvas in ("learn-batch", "learn-field", "learn-samples", "learn-loss", "learn-errors"):
         assert pixels(page, canvas).std() > 5, canvas
     # the plane of section 1 with the network in place of the formula
@@ -604,6 +604,7 @@ def test_points_in_the_plane(page):
     assert page.text_content("#plane-at") == "t = 999"
     before = pixels(page, "plane")
     page.click("#plane-play")
+    assert page.text_content("#plane-status") == "Sampling …"
     page.wait_for_function("document.getElementById('plane-t').value < 500")
     page.click("#plane-play")
     assert re.fullmatch(r"Stopped at t = \d+\.", page.text_content("#plane-status"))
@@ -624,7 +625,7 @@ def test_points_that_are_drawn(page):
     page.keyboard.press("ArrowUp")
     page.keyboard.press(" ")
     set_value(page, "plane-t", -1)
-    page.wait_for_function("/5 data/.test(document.getElementById('plane-status').textContent)")
+    page.wait_for_function("/ 5 data/.test(document.getElementById('plane-status').textContent)")
     # a path of its own begins where the reader clicks
     page.select_option("#plane-mode", "start")
     page.select_option("#plane-sampler", "ddim")
@@ -765,7 +766,7 @@ def test_other_files_and_then_another_model(page, files, tmp_path):
     ):
         (tmp_path / name).write_bytes(content)
         said = choose(page, tmp_path / name)
-        assert said.startswith(f"{name} is not a model of export.py") and what in said
+        assert said.startswith(f"{name} is not a model from export.py") and what in said
         assert page.get_attribute("#status", "class") == "error"
     page.select_option("#steps", "10")
     page.select_option("#sampler", "ddim")
@@ -835,10 +836,17 @@ def test_a_seed_that_is_none(page):
     page.fill("#seed", "0")
 
 
+STATUSES = {
+    "plane-status": "plane plane-play plane-steps withoutZ",
+    "learn-status": "learn-start learn-target learn-samples learn-average learn-loss",
+    "status": "sample grid step denoise ends model",
+}
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_layout(width, scheme, page):
-    page.set_viewport_size({"width": width, "height": 900})
+    page.set_viewport_size({"width": width, "height": 660})
     page.emulate_media(color_scheme=scheme)
     assert page.evaluate("document.scrollingElement.scrollWidth") <= width
     brightness = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -848,6 +856,15 @@ def test_layout(width, scheme, page):
     unnamed = """[...document.querySelectorAll('input, select, button')]
         .filter((element) => !element.labels?.length && !element.textContent.trim())"""
     assert page.evaluate(f"{unnamed}.length") == 0
+    # whoever uses a control, or looks at its plot, sees what the status says
+    for status, controls in STATUSES.items():
+        for control in controls.split():
+            page.locator(f"#{control}").evaluate("e => e.scrollIntoView({block: 'center'})")
+            box = page.locator(f"#{status}").bounding_box()
+            assert 0 <= box["y"] < box["y"] + box["height"] <= 660, control
+    page.click("[href='#images']")  # whose title the status does not cover
+    box = page.locator("#status").bounding_box()
+    assert box["y"] + box["height"] <= page.locator("#title-sample").bounding_box()["y"]
 
 
 def test_nothing_moves_where_the_reader_prefers_so(opened):
@@ -857,13 +874,31 @@ def test_nothing_moves_where_the_reader_prefers_so(opened):
     page.evaluate("window.recorded")
     assert page.input_value("#plane-t") == "999"
     assert page.text_content("#plane-play") == "Play"
+    assert "Press Play" in page.text_content("#plane-status")
     assert np.array_equal(pixels(page, "hero"), pixels(page, "grid"))  # the end of the recording
 
 
 def test_without_a_connection(opened):
-    page = opened(runtime=lambda route: route.abort(), wait=False)
+    page = opened({"/node_modules/": abort}, wait=False)
     assert page.evaluate("window.ready") is False
-    assert "onnxruntime-web can't be loaded" in page.text_content("#status")
+    said = page.text_content("#status")
+    assert "Sections 1 and 2 work in full" in said and said.endswith(INSTALL)
+    page.click("#learn-step")
+    page.wait_for_function("/^Step 1:/.test(document.getElementById('learn-status').textContent)")
+
+
+@pytest.mark.parametrize("copy", [True, False])
+def test_onnxruntime_comes_from_beside_the_page_or_from_jsdelivr(copy, opened):
+    asked = []
+
+    def outside(route):
+        folder, name = route.request.url.rsplit("/", 1)
+        asked.append(folder)
+        route.fulfill(path=RUNTIME / "dist" / name, headers={"Access-Control-Allow-Origin": "*"})
+
+    missing = {} if copy else {"/node_modules/": lambda route: route.fulfill(status=404)}
+    assert "Ready." in opened({OUTSIDE: outside} | missing).text_content("#status")
+    assert {*asked} == (set() if copy else {f"https://cdn.jsdelivr.net/npm/{VERSION}/dist"})
 
 
 @pytest.mark.slow

@@ -317,4 +317,4 @@ def test_diffusers_is_needed_only_for_published_weights(tmp_path):
         "import export; sys.argv = ['export.py', '--diffusers', '.']; export.main()"
     )
     said = python("-c", code, cwd=tmp_path, code=1)
-    assert said == ". is no checkpoint; to read published weights: pip install diffusers\n"
+    assert said == ". is not a checkpoint; to read published weights: pip install diffusers\n"

@@ -233,12 +233,12 @@ def test_bug_is_printed_with_its_line(tmp_path):
         ("--ema 1", "--ema: 1 must be at least"),
         ("--channel-mults 1 0", "--channel-mults: 0 must be at least"),
         ("--base-channels 30", "base_channels must be a multiple of 4"),
-        ("--batch 4 --accumulate 5", "--batch must have an image for each"),
+        ("--batch 4 --accumulate 5", "--batch must be at least the number of GPUs"),
         ("--steps many", "--steps: invalid int value"),
         ("--predicts score", "invalid choice"),
         ("--device quantum", "--device quantum: Expected one of cpu, cuda"),
         ("--init none.pt", "none.pt does not exist"),
-        ("--data none --init ", ". has neither a checkpoint.pt nor weights for diffusers"),
+        ("--data none --init ", ". has neither a checkpoint.pt nor weights in diffusers' format"),
         ("--data ", ": no such folder"),
     ],
 )
@@ -321,7 +321,7 @@ def test_resumed_run_equals_the_uninterrupted_run(trained, image_folder, tmp_pat
     assert_same_run(trained[0] / "run", tmp_path / "run")
     before = (tmp_path / "run" / "checkpoint.pt").stat()
     said = run(*words, "--steps", 12, cwd=tmp_path)
-    assert "no step was taken: to train again after a change of the code, use another --out" in said
+    assert "no step was taken: to train again after a change to the code, use another --out" in said
     assert "done: run/checkpoint.pt is at step 12" in said
     assert (tmp_path / "run" / "checkpoint.pt").stat() == before
 
@@ -415,7 +415,10 @@ def test_other_images_of_another_folder_are_refused(image_folder, tmp_path, run)
         decoded = set((tmp_path / "run").glob("images-*"))
         said = run("train.py", "--data", "b/images", *words, steps, cwd=tmp_path, code=1)
         assert decoded <= set((tmp_path / "run").glob("images-*"))
-        assert "folder was images, now another, images; images was one set, now another" in said
+        assert (
+            "folder was images, now a different folder, images; images was one set, now another"
+            in said
+        )
     (tmp_path / "a").rename(tmp_path / "moved")
     assert "changed" not in run("train.py", "--data", "moved/images", *words, 3, cwd=tmp_path)
     Image.new("RGB", (8, 8), "green").save(tmp_path / "moved" / "images" / "1.png")
@@ -610,7 +613,7 @@ def test_loss_that_is_not_finite_reaches_no_checkpoint(
     )
     words = ["--data", image_folder, *TINY, "--save-minutes", 0, "--steps", 9]
     said = run("train.py", *words, cwd=tmp_path, code=1)
-    assert "the loss or its gradient is infinite or NaN" in said and "Try a lower --lr" in said
+    assert "the loss or its gradient became infinite or NaN" in said and "Try a lower --lr" in said
     if every == 1:
         assert read(tmp_path / "run")["step"] == 5
     else:
