@@ -214,7 +214,7 @@ class Run:
         return first or time.monotonic() - self.saved > 60 * minutes
 
     def preview_is_due(self, gap):
-        """Return whether `gap` times as long as a preview takes has passed since the last one."""
+        """Return whether the time since the last preview is at least `gap` times what it took."""
         return time.monotonic() - self.previewed >= gap * self.preview_seconds
 
     def preview(self, step, ema, diffusion, shape, args):
@@ -290,7 +290,7 @@ class Trained:
     settings: dict  # the arguments of UNet
     step: int  # the number of training steps, 0 if unknown
     source: str  # where the weights come from
-    classes: list | tuple = ()  # the names of the classes, if the network has some
+    classes: list | tuple = ()  # the names of the classes, if the network has any
 
     @property
     def shape(self):

@@ -431,12 +431,12 @@ class UNet(nn.Module):
     in_channels: 1 for grey images, 3 for colour.
     base_channels: width of the first level, a multiple of 4.
     channel_mults: width of each level divided by base_channels; each level halves the resolution.
-    num_res_blocks: residual blocks per level; the decoder has one more.
+    num_res_blocks: residual blocks per level on the way down; there is one more on the way up.
     attention_resolutions: sizes in pixels of the levels whose blocks end in attention; the middle
         always has attention.
     dropout: probability of dropping an activation in a residual block.
     norm_groups: of each group norm. By default gcd(32, base_channels / 4), the paper's 32 at 128.
-    num_classes: how many classes y there are in forward; 0 for none, as in the paper.
+    num_classes: number of classes that forward accepts as y; 0 for none, as in the paper.
 
     Raises ValueError for sizes that do not fit together.
     """
@@ -526,7 +526,7 @@ class UNet(nn.Module):
     def forward(self, x_t, t, y=None):
         """Predict the noise in x_t (B, C, H, W) at t (B,), int64. The result is shaped like x_t.
 
-        y: the classes (B,), int64, if there are some; num_classes, like None, means "no class".
+        y: the classes (B,), int64, if there are any; num_classes, like None, means "no class".
         """
         height, width = x_t.shape[2:]
         if height % self.factor or width % self.factor:

@@ -51,7 +51,7 @@ def has_bfloat16(device):
 
 
 def prefer_speed():
-    """Use TF32 for products that stay float32, and let cuDNN choose its algorithms by trying."""
+    """Use TF32 for products that stay float32, and let cuDNN choose algorithms by timing them."""
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True  # batches always have the same shape
 

@@ -42,7 +42,7 @@ def arguments():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     flag, count, seed = parser.add_argument, checkpoint.number(int, 1), checkpoint.number(int, 0)
-    flag("--data", help="folder of images [the built-in demo]")
+    flag("--data", help="folder of images [the demo, if the network was trained on it]")
     flag("--checkpoint", default="run/checkpoint.pt",
          help="checkpoint of train.py, or weights in diffusers' format [%(default)s]")  # fmt: skip
     flag("--images", type=count, help="how many images, evenly spread over the folder [all]")

@@ -14,7 +14,8 @@ def exact_network(diffusion, x0, labels=None, std=0.0):
     """Return E[eps | x_t] as a function of (x_t, t), if the data are x0, all equally probable.
 
     Given x_t, image k has a probability proportional to q(x_t | x0[k]), so that the mean of x_0 is
-    a softmax over the images. The function is called like a UNet that predicts eps, also with y.
+    the average of the images weighted by a softmax. The function is called like a UNet that
+    predicts eps, also with y.
 
     x0: (N, C, H, W), on the CPU or CUDA, because small t need float64.
     labels: the classes of x0, int64 (N,), if y will be given. A y that is larger than all of them
@@ -54,7 +55,7 @@ def squared_error(diffusion, eps_model, x0, t, seed=0):
 
 
 def loss_floor(diffusion, x0, weighting="simple", flip=False, draws=20_000):
-    """Return the loss of the exact network, estimated from this many images with noise.
+    """Return the loss of the exact network, estimated from `draws` images with noise.
 
     No network has a lower one, on average over x_0, t and the noise. weighting: of Diffusion.loss.
     flip: whether the images are flipped left to right at random.

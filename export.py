@@ -163,7 +163,7 @@ def main():
     source.add_argument("--diffusers", metavar="WEIGHTS",
                         help="published weights: a folder, or a name on the hub")  # fmt: skip
     parser.add_argument("--onnx", type=Path,
-                        help="the file to write, unless --to-diffusers [model.onnx]")  # fmt: skip
+                        help="the file to write [model.onnx; --to-diffusers: none]")  # fmt: skip
     parser.add_argument("--to-diffusers", metavar="DIR", help="a new folder to write")
     kind.add_argument("--half", dest="kind", action="store_const", const="half",
                       help="float16, for CUDA: half the size")  # fmt: skip

@@ -142,7 +142,7 @@ def draw_images(trained):
 
 
 def relative_errors(eps, exact, diffusion, x0, *y):
-    """Return {t: the rms difference of two networks over the rms of eps}, for x_t of x0 by (4)."""
+    """Return {t: rms difference between two networks over the rms of eps}, for x_t of x0 by (4)."""
     random, errors = torch.Generator().manual_seed(1), {}
     for i in (*(t for t in TIMES if t < diffusion.T - 1), diffusion.T - 1):
         t = torch.full((len(x0),), i)

@@ -4,7 +4,7 @@
     python sample.py --onnx model.onnx --steps 10          # 100 times as fast
     python sample.py --onnx model.onnx -n 10000 --dir out  # one PNG per image
     python sample.py --onnx model.onnx --interpolate a.png b.png  # between two images
-    python sample.py --onnx model.onnx --inpaint image.png mask.png  # redraw where it is white
+    python sample.py --onnx model.onnx --inpaint image.png mask.png  # redraw the white part
     python sample.py --onnx model.onnx --class boot bag --guidance 2  # if it has classes
 
 The program needs ddpm_numpy.py, images.py, numpy, Pillow, tqdm and onnxruntime (for CUDA, see the
@@ -86,7 +86,7 @@ def arguments():
     if not math.isfinite(args.guidance):
         parser.error("--guidance must be a finite number")
     if args.eta is not None and (args.sampler in ("ddpm", "dpm") or not 0 <= args.eta <= 1):
-        parser.error("--eta must be from 0 to 1, and belongs to --sampler ddim")
+        parser.error("--eta must be from 0 to 1, and is only for --sampler ddim")
     return args
 
 
@@ -145,7 +145,7 @@ def draw_interpolation(network, args, y):
     columns = len(LAMBDAS) + 2
     names = [f"t = {t}" for t in args.t[: len(rows) // columns]]
     save_image(args.out, grid(np.stack(rows), columns, names=names))
-    print(f"{args.out}: in each row, one image, mixtures (lambda = 0, 0.1, ..., 1), and the other")
+    print(f"{args.out}: each row has one image, 11 mixtures (lambda = 0 to 1), and the other image")
     if len(names) < len(args.t):
         sys.exit(f"sample.py: stopped after {len(names)} of {len(args.t)} rows")
 

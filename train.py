@@ -163,9 +163,9 @@ def make_parser():
     flag("--variance", choices=("large", "small"), help="sigma_t^2 [%(default)s]")
     flag("--predicts", choices=("eps", "mean", "x0", "v"), help="network's output [%(default)s]")
     weightings = "simple", "vlb", "min-snr", "native"
-    flag("--weighting", choices=weightings, help="of the loss over t; see the manual [%(default)s]")
+    flag("--weighting", choices=weightings, help="weight of each t; see the manual [%(default)s]")
     flag("--batch", type=count, help="images per step, over all GPUs [%(default)s]")
-    flag("--accumulate", type=count, default=1, help="parts of a batch, for memory [%(default)s]")
+    flag("--accumulate", type=count, default=1, help="parts per batch, saves memory [%(default)s]")
     flag("--optimizer", choices=("adam", "muon"), help="muon suits short runs [%(default)s]")
     flag("--lr", type=amount, help="learning rate [%(default)s]")
     flag("--warmup", type=index, help="steps until --lr is reached [min(5000, steps / 20)]")
@@ -178,7 +178,7 @@ def make_parser():
     flag("--amp", action=switch, help="bfloat16 [if the device supports it]")
     flag("--compile", action=switch, help="torch.compile [on CUDA, for 5,000 steps or more]")
     flag("--preview-every", type=count, help="steps between previews [at most 4 %% of the time]")
-    flag("--save-minutes", type=amount, default=5.0, help="time between checkpoints [%(default)s]")
+    flag("--save-minutes", type=amount, default=5.0, help="minutes between saves [%(default)s]")
     parser.set_defaults(norm_groups=None, **PAPER)
     return parser
 
@@ -325,8 +325,8 @@ def main():
         *losses, (stops, _) = values.tolist()
         done, pending = step + 1, []
         if not np.isfinite(losses).all():
-            sys.exit(f"the loss or its gradient became infinite or NaN by step {done:,}; nothing "
-                     "is saved. Try a lower --lr, a longer --warmup, or --no-amp.")  # fmt: skip
+            sys.exit(f"the loss or its gradient became infinite or NaN by step {done:,}; the step "
+                     "is not saved. Try a lower --lr, a longer --warmup, or --no-amp.")  # fmt: skip
         if is_main:
             bar.set_postfix_str(f"loss {run.log(done, losses):.4f}", refresh=False)
             bar.update(len(losses))

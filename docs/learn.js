@@ -11,8 +11,8 @@ const SLICE = 10; // milliseconds of work at a time, so that nothing on the page
 const HINTS = { // what to look for, by control and value
   target: {
     eps: "The network returns the noise itself, the paper's choice.",
-    x0: "The network returns the point x₀. At small t, a small error of the point is a large error of the noise: watch the left end of the curve of errors.",
-    v: "The network returns a mixture of both, v = √ᾱ ε − √(1 − ᾱ) x₀: nearly the noise at small t, and nearly −x₀ at large t.",
+    x0: "The network returns the point x₀. At small t, a small error in the point means a large error in the noise: watch the left end of the error curve.",
+    v: "The network returns a mixture of the noise and the point, v = √ᾱ ε − √(1 − ᾱ) x₀: nearly the noise at small t, and nearly −x₀ at large t.",
   },
   weights: {
     simple: "All t count equally (14).",
@@ -282,7 +282,7 @@ function paint() {
     const recent = losses.slice(-100), mean = recent.reduce((a, b) => a + b, 0) / recent.length;
     const off = samples && judged(samples.x0, centres, STD).off;
     $("learn-status").textContent = !losses.length ? "Not trained yet: press Start, or take one step."
-      : `Step ${trainer.steps.toLocaleString("en")}: the mean loss of the last ${recent.length} is ${mean.toPrecision(3)}`
+      : `Step ${trainer.steps.toLocaleString("en")}: the mean loss of the last ${recent.length} ${recent.length > 1 ? "batches" : "batch"} is ${mean.toPrecision(3)}`
         + (floor ? `, ${(mean / floor.loss).toFixed(2)} times the floor.` : ".")
         + (samples ? ` ${off} of ${SAMPLES} samples (${samples.how}) are more than ${3 * STD} from the data.` : "");
   }
@@ -303,7 +303,7 @@ function inPython() {
   for (let k = 0; k < centres.length; k += 2) rows.push(`[${centres[k].toFixed(3)}, ${centres[k + 1].toFixed(3)}]`);
   const [target, weights] = [trainer.target, trainer.weights];
   return [
-    `# In the folder docs. A point stands for a Gaussian of deviation ${STD}; the network is larger.`,
+    `# Run this in the folder docs. Each point stands for a Gaussian with a standard deviation of ${STD}; this network is larger than the one on the page.`,
     "from points import *",
     `data = torch.tensor([${rows.join(", ")}])[..., None, None]`,
     `diffusion = Diffusion(linear_betas(), predicts="${target}")`,

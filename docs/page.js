@@ -14,8 +14,8 @@ const RECORDED = { file: "recorded.png", frames: 26, betas: linearBetas(), shape
 const ENDS = 4, END_STEPS = 50; // images drawn from one x_t, and the steps to draw them in
 const KEPT = 60; // frames of each earlier run
 const TEXTS = { // of the changes
-  withoutZ: "Without z, each step of Algorithm 2 moves to the mean of the possible next images, so the results are smooth shapes without detail that all look alike.",
-  noClip: "Without the clip, x̂₀ may leave the range of pixels while t is large.",
+  withoutZ: "Without z, each step of Algorithm 2 moves to the mean of the possible next images, so the results are smooth shapes that have no detail and all look alike.",
+  noClip: "Without the clip, x̂₀ may leave the range of pixel values while t is large.",
   short: "With a tenth of the levels and the same range of betas, sampling begins with more noise than the last level had in training.",
   lastNoise: "With noise in the last step, the images have grain, which is stronger with fewer steps.",
 };
@@ -325,7 +325,7 @@ async function denoise() {
   const known = mask && { x0: repeat(drawing()), mask: repeat(mask) };
   // eta = 1 is Algorithm 2 with the small variance; in few steps, the large one leaves grain
   const options = { eta: 1, xT: repeat(addNoise()), steps: Math.min(END_STEPS, t + 1), known };
-  const what = `Four ${mask ? "fillings" : "results"} from t = ${t}`;
+  const what = `Four ${mask ? "completions" : "results"} from t = ${t}`;
   await reverse(what, modelOf($("end-class").value, ENDS, 0), noise, betas, options, ({ x0 }) => {
     show($("ends"), toPixels(x0), 2);
   });

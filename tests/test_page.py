@@ -730,7 +730,7 @@ def test_marked_part_of_a_drawing_is_redrawn(page):
     page.mouse.move(box["x"] + 0.9 * box["width"], box["y"] + 0.2 * box["height"])
     page.mouse.up()
     page.click("#denoise")
-    assert "Four fillings from t = 999: 50 steps" in until_idle(page)
+    assert "Four completions from t = 999: 50 steps" in until_idle(page)
     drawn, ends = pixels(page, "draw")[0], tiles(page, "ends", (1, 32, 32))[:, 0]
     grey = np.tensordot([0.299, 0.587, 0.114], pixels(page, "draw"), 1)
     changed = (np.abs(ends - grey) > 1).any(0)
@@ -848,6 +848,8 @@ STATUSES = {
 def test_layout(width, scheme, page):
     page.set_viewport_size({"width": width, "height": 660})
     page.emulate_media(color_scheme=scheme)
+    page.click("#sample")  # there is a run to compare with, which has a long name
+    until_idle(page)
     assert page.evaluate("document.scrollingElement.scrollWidth") <= width
     brightness = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (int(re.findall(r"\d+", brightness)[0]) > 128) == (scheme == "light")

@@ -316,7 +316,7 @@ def test_grid_shows_the_first_256_images(trained, tmp_path, run):
         ("-n 257", 2, "-n 257 needs --dir, because --out shows at most 256 images"),
         ("--eta 2", 2, "--eta must be from 0 to 1"),
         ("--eta nan", 2, "--eta must be from 0 to 1"),
-        ("--eta 0 --sampler dpm", 2, "belongs to --sampler ddim"),
+        ("--eta 0 --sampler dpm", 2, "is only for --sampler ddim"),
         ("--sampler euler", 2, "--sampler: invalid choice: 'euler'"),
         ("--steps 0", 1, "--steps must be 1..1000"),
         ("--steps 1001", 1, "--steps must be 1..1000"),
@@ -365,7 +365,7 @@ def test_impossible_flags_are_refused_before_sampling(
 
 @pytest.mark.parametrize(
     "program, default",
-    [("train", "[800000]"), ("evaluate", "[128]"), ("export", "[model.onnx]"), ("sample", "[64]")],
+    [("train", "[800000]"), ("evaluate", "[128]"), ("export", "[model.onnx;"), ("sample", "[64]")],
 )
 def test_help_has_an_example_and_the_defaults(program, default, tmp_path, run):
     said = run(f"{program}.py", "--help", cwd=tmp_path).lstrip()
