@@ -723,6 +723,7 @@ def test_denoising_a_drawing(page):
 
 def test_marked_part_of_a_drawing_is_redrawn(page):
     page.select_option("#brush", "mask")
+    page.locator("#draw").scroll_into_view_if_needed()
     assert page.text_content("#t-value") == page.get_attribute("#t", "max")
     box = page.locator("#draw").bounding_box()
     page.mouse.move(box["x"] + 0.1 * box["width"], box["y"] + 0.2 * box["height"])
