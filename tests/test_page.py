@@ -770,6 +770,7 @@ def test_other_files_and_then_another_model(page, files, tmp_path):
         assert said.startswith(f"{name} is not a model from export.py") and what in said
         assert page.get_attribute("#status", "class") == "error"
     page.select_option("#steps", "10")
+    page.select_option("#count", "4")
     page.select_option("#sampler", "ddim")
     page.click("#sample")  # the model before is still there
     assert "10 steps in" in until_idle(page)
