@@ -178,7 +178,7 @@ def read_folder(folder, size, channels=None, most=None, classes=None, cache=None
         file, broken = decoded(paths, folder, size, channels, cache or Path(temporary))
         images = np.load(file, mmap_mode="c" if cache else None)
     if broken:
-        print(f"left out {len(broken):,} of {len(paths):,} files, because they can't be read:")
+        print(f"left out {len(broken):,} of {len(paths):,} files as unreadable:")
         print("\n".join(f"  {paths[index]}: {why}" for index, why in broken[:3]))
         for index, _ in reversed(broken):
             del paths[index]

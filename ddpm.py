@@ -11,7 +11,7 @@ It presents the method in this order:
     diffusion.loss(model, x0).backward()                 # Algorithm 1, one step
     x0 = diffusion.sample(model.eval(), (16, 3, 32, 32))  # Algorithm 2
 
-Numbers in brackets are the paper's equation numbers. Images are float32 (B, C, H, W) in [-1, 1].
+Numbers in parentheses are the paper's equation numbers. Images are float32 (B, C, H, W) in [-1, 1].
 
 Time: the paper counts t = 1..T and calls the data x_0. Here t is an int64 tensor of shape (B,) with
 values 0..T-1 that indexes the tables, so t = 0 is the paper's t = 1: an image with one step of
@@ -154,7 +154,7 @@ class Diffusion:
     def loss(self, model, x0, t=None, noise=None, weighting="simple"):
         """Return L_simple (14), the mean squared error of the predicted noise, a scalar.
 
-        It is the mean over the dimensions; (14) has their sum. t (B,) and noise (B, C, H, W)
+        It is the mean over the dimensions; (14) has the sum. t (B,) and noise (B, C, H, W)
         are drawn unless given. Everything but the network is float32, also under autocast: in
         bfloat16, abar_t would round to 1 for the first ten steps, which leaves no noise.
 

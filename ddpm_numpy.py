@@ -7,7 +7,8 @@
 A service needs this file, a model.onnx, numpy and onnxruntime (or onnxruntime-gpu[cuda,cudnn]). One
 Network may be used from several threads.
 
-Numbers in brackets are equations in the paper, arXiv:2006.11239. t is 0..T-1, as in ddpm.py.
+Numbers in parentheses are the paper's equation numbers (arXiv:2006.11239). t is 0..T-1, as in
+ddpm.py.
 """
 
 import json

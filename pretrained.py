@@ -131,7 +131,7 @@ def from_diffusers(source):
     different = {name for name, _ in ours ^ {(name, tuple(w.shape)) for name, w in weights.items()}}
     different |= {*report["missing_keys"], *report["unexpected_keys"]}
     if different:
-        refuse(f"{len(different)} tensors are missing or left over, such as {min(different)}")
+        refuse(f"tensors missing or left over: {len(different)}, such as {min(different)}")
     model.load_state_dict({ours: weights[name] for ours, name in names.items()})
 
     config, place = read_part(diffusers.DDPMScheduler, source, "scheduler")

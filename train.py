@@ -290,7 +290,7 @@ def main():
         where = f"{device}, {'bfloat16' if args.amp else 'float32'}" + ", compiled" * args.compile
         changed = {name: v for name, v in vars(args).items() if v != PAPER.get(name, v)}
         kind = f", in {len(args.classes):,} classes" * bool(args.classes)
-        kind += ", which the network will memorise" * (len(images) < 100)
+        kind += "; the network will memorise the images" * (len(images) < 100)
         print(f"images   {len(images):,} of {'x'.join(map(str, images.shape[1:]))}{kind}")
         print(f"settings the paper's{f', but {changed}' if changed else ''}")
         print(f"network  {size:,} parameters on {WORLD} x {where}")

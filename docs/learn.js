@@ -31,7 +31,7 @@ const HINTS = { // what to look for, by control and value
     10: "Ten points: samples from the formula are copies of them. Does the network draw copies, or points between them?",
     30: "Thirty points: does the network draw copies, or points between them?", all: "",
   },
-  average: { true: "", false: "Samples from the latest weights, instead of their average, change with every step." },
+  average: { true: "", false: "The samples come from the latest weights, which change more from step to step than their average." },
 };
 
 let cloud, centres, labels; // the data of the plane; those of them that are trained on, and their classes

@@ -110,7 +110,7 @@ async function takeSteps(what, model, drawNoise, betas, options, each) {
     }
     if (opening) return; // the status says what is loading
     const seconds = ((performance.now() - began) / 1000).toFixed(1);
-    say(done === steps ? `${what}: ${steps} steps in ${seconds} s` : `Stopped after step ${done} of ${steps}.`);
+    say(done === steps ? `${what}: ${steps} step${steps > 1 ? "s" : ""} in ${seconds} s` : `Stopped after step ${done} of ${steps}.`);
   } catch (error) {
     say(explained(error), true);
   }

@@ -211,12 +211,12 @@ def refusal(folder):
     "key, value, said",
     [
         ("_class_name", "UNet2DConditionModel", "UNet2DConditionModel"),
-        ("num_class_embeds", 10, "tensors are missing"),
+        ("num_class_embeds", 10, "tensors missing"),
         ("out_channels", 6, "mismatch"),
         ("sample_size", [8, 16], "size"),
         ("sample_size", None, "size"),
         ("sample_size", 9, "size"),
-        ("down_block_types", ["ResnetDownsampleBlock2D", "AttnDownBlock2D"], "tensors are missing"),
+        ("down_block_types", ["ResnetDownsampleBlock2D", "AttnDownBlock2D"], "tensors missing"),
         ("attention_head_dim", 8, "eps differs by"),
         ("freq_shift", 0, "eps differs by"),
         ("flip_sin_to_cos", True, "eps differs by"),
@@ -273,9 +273,9 @@ def test_weights_that_are_not_weights_are_refused(copy):
     state = {k: v.clone() for k, v in load_file(path).items()}  # not of the mapped file
     name = "mid_block.attentions.0.to_q.weight"
     save_file({k: v for k, v in state.items() if k != name}, path)
-    assert f"1 tensors are missing or left over, such as {name}" in refusal(copy)
+    assert f"tensors missing or left over: 1, such as {name}" in refusal(copy)
     save_file(state | {"ema.decay": torch.zeros(1)}, path)
-    assert "1 tensors are missing or left over, such as ema.decay" in refusal(copy)
+    assert "tensors missing or left over: 1, such as ema.decay" in refusal(copy)
     save_file(state | {name: torch.zeros(3, 3)}, path)
     assert name in refusal(copy)
     path.write_bytes(whole[: len(whole) // 2])

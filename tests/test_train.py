@@ -163,7 +163,7 @@ def test_network_compiles_as_one_graph(monkeypatch):
 
 def test_three_commands_from_folder_to_images(trained):
     folder, (train_said, export_said, sample_said) = trained
-    assert "images   12 of 3x8x8, which the network will memorise" in train_said
+    assert "images   12 of 3x8x8; the network will memorise the images" in train_said
     assert train_said.rstrip().endswith("python export.py --checkpoint run/checkpoint.pt")
     assert export_said.rstrip().endswith("python sample.py --onnx model.onnx --steps 20")
     assert "ResourceWarning" not in train_said + export_said + sample_said
