@@ -30,9 +30,9 @@ from data import demo_images  # noqa: E402
 from images import from_pixels, grid, save_image, to_pixels  # noqa: E402
 
 ROWS = [
-    ("mean", "vlb"), ("mean", "native"), ("eps", "vlb"), ("eps", "simple"),
+    ("mean", "vlb"), ("mean", "native"), ("eps", "vlb"), ("eps", "simple"), ("eps", "min-snr"),
     ("x0", "vlb"), ("x0", "simple"), ("x0", "native"),
-    ("v", "vlb"), ("v", "simple"), ("v", "native"),
+    ("v", "vlb"), ("v", "simple"), ("v", "native"), ("v", "min-snr"),
 ]  # fmt: skip
 SAMPLES = 64
 
