@@ -94,7 +94,7 @@ def main():
     n, (L_t, rate, rmse) = len(bound.total), rate_distortion(bound)
     error = f" +- {bound.total.std() / math.sqrt(n):.4f} (standard error)" if n > 1 else ""
     step = f" (step {trained.step:,})" if trained.step else ""
-    given = ", given their classes" if trained.classes else ""
+    given = ", given the class of each" if trained.classes else ""
     of = f"{n:,} image{'s' * (n > 1)} of {args.data or 'the demo'}"
     print(f"{path}{step} on {of}{given}, bits per dimension")
     print(f"  L_T                  {bound.L_T.mean():8.6f}")
