@@ -99,7 +99,7 @@ def from_diffusers(source):
 
     config, place = read_part(diffusers.UNet2DModel, source, "unet")
     if config.get("_class_name") != "UNet2DModel":
-        refuse(f"it is a {config.get('_class_name')}")
+        refuse(f"its class is {config.get('_class_name')}")
     try:
         theirs, report = diffusers.UNet2DModel.from_pretrained(
             source, **place, output_loading_info=True
@@ -136,7 +136,7 @@ def from_diffusers(source):
 
     config, place = read_part(diffusers.DDPMScheduler, source, "scheduler")
     if config.get("_class_name") not in ("DDPMScheduler", "DDIMScheduler"):
-        refuse(f"its scheduler is a {config.get('_class_name')}")
+        refuse(f"the class of its scheduler is {config.get('_class_name')}")
     scheduler = diffusers.DDPMScheduler.from_pretrained(source, **place)
     c = scheduler.config
     for key, values in SCHEDULER.items():

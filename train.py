@@ -175,7 +175,7 @@ def make_parser():
     flag("--flip", action=switch, help="flip images left to right at random")
     flag("--seed", type=index, default=0, help="seed of all random numbers [%(default)s]")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps or xpu [%(default)s]")
-    flag("--amp", action=switch, help="bfloat16 [if the device supports it]")
+    flag("--amp", action=switch, help="bfloat16 [if supported, except to predict mean or x0]")
     flag("--compile", action=switch, help="torch.compile [on CUDA, for 5,000 steps or more]")
     flag("--preview-every", type=count, help="steps between previews [at most 4 %% of the time]")
     flag("--save-minutes", type=amount, default=5.0, help="minutes between saves [%(default)s]")

@@ -284,7 +284,7 @@ function paint() {
     $("learn-status").textContent = !losses.length ? "Not trained yet: press Start, or take one step."
       : `Step ${trainer.steps.toLocaleString("en")}: the mean loss of the last ${recent.length} ${recent.length > 1 ? "batches" : "batch"} is ${mean.toPrecision(3)}`
         + (floor ? `, ${(mean / floor.loss).toFixed(2)} times the floor.` : ".")
-        + (samples ? ` ${off} of ${SAMPLES} samples (${samples.how}) are more than ${3 * STD} from the data.` : "");
+        + (samples ? ` ${off} of ${SAMPLES} samples (${samples.how}) ${off === 1 ? "is" : "are"} more than ${3 * STD} from the data.` : "");
   }
   setTimeout(() => requestAnimationFrame(paint), 120);
 }

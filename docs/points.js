@@ -345,7 +345,7 @@ function report() {
   if (t >= 0 || !(last?.t < 0)) return announce(t < 0 ? "Computing …" : `Stopped at t = ${t}.`);
   const { off, reached } = judged(last.x.subarray(0, 2 * N), centres, STD), steps = frames.length - 1;
   const how = `${$("plane-sampler").selectedOptions[0].text}, ${steps} step${steps > 1 ? "s" : ""}`;
-  announce(`${how}: ${off} of ${N} points end more than ${3 * STD} from the data; the others reach ${reached} of ${centres.length / 2} data points.`);
+  announce(`${how}: ${off} of ${N} points ${off === 1 ? "ends" : "end"} more than ${3 * STD} from the data; the others reach ${reached} of ${centres.length / 2} data points.`);
 }
 
 /** Go to the next state of the chain that is lower (1) or higher (-1) than the one shown. */
