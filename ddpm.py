@@ -72,7 +72,7 @@ class Bound(NamedTuple):
 class Diffusion:
     """The tables of a schedule, each float64 of shape (T,) on the CPU, and the paper's equations.
 
-    The methods work on the device of their arguments. tau, int64 (T,), has the t at which the
+    The methods work on the device of their arguments. tau, int64 (T,), holds the t at which the
     network is evaluated: 0..T-1, unless the chain is a shorter one from `respaced`.
 
     betas: (T,) numbers in (0, 1).

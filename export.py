@@ -162,8 +162,9 @@ def main():
     source.add_argument("--checkpoint", default="run/checkpoint.pt", help="[%(default)s]")
     source.add_argument("--diffusers", metavar="WEIGHTS",
                         help="published weights: a folder, or a name on the hub")  # fmt: skip
-    parser.add_argument("--onnx", type=Path,
-                        help="the file to write [model.onnx; --to-diffusers: none]")  # fmt: skip
+    parser.add_argument(
+        "--onnx", type=Path, help="the file to write [model.onnx; none with --to-diffusers]"
+    )
     parser.add_argument("--to-diffusers", metavar="DIR", help="a new folder to write")
     kind.add_argument("--half", dest="kind", action="store_const", const="half",
                       help="float16, for CUDA: half the size")  # fmt: skip

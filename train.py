@@ -165,7 +165,7 @@ def make_parser():
     weightings = "simple", "vlb", "min-snr", "native"
     flag("--weighting", choices=weightings, help="weight of each t; see the manual [%(default)s]")
     flag("--batch", type=count, help="images per step, over all GPUs [%(default)s]")
-    flag("--accumulate", type=count, default=1, help="parts per batch, saves memory [%(default)s]")
+    flag("--accumulate", type=count, default=1, help="parts to split each batch into [%(default)s]")
     flag("--optimizer", choices=("adam", "muon"), help="muon suits short runs [%(default)s]")
     flag("--lr", type=amount, help="learning rate [%(default)s]")
     flag("--warmup", type=index, help="steps until --lr is reached [min(5000, steps / 20)]")

@@ -390,7 +390,7 @@ def start_line(folder):
 
 def processor():
     """Return the name of the CPU."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, StopIteration):  # on ARM, the file names no model
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
     return platform.processor() or platform.machine()

@@ -230,9 +230,9 @@ def reverse(network, seed=0, batch=BATCH, w=0, **kwargs):
     With classes, the images are of each in turn, with guidance w, or of none if w is None.
     """
     noise = ddpm_numpy.noise_of(seed, 0, (batch, *network.shape))
-    y, model = np.arange(batch) % max(1, len(network.classes)), network
+    model = network
     if w is not None:
-        model = ddpm_numpy.guided(network, y, w)
+        model = ddpm_numpy.guided(network, np.arange(batch) % max(1, len(network.classes)), w)
     return ddpm_numpy.sample_progressive(model, noise, network.betas, network.variance, **kwargs)
 
 

@@ -47,7 +47,7 @@ function* fields(bytes) {
  *     const network = await Network.open(bytes, "https://.../ort.webgpu.bundle.min.mjs");
  *     const eps = await network.eps(x, t); // for any whole number of images
  *
- * The second argument is the address of onnxruntime-web; a third one is tried if it is not there.
+ * runtime is the address of onnxruntime-web; if it cannot be loaded from there, fallback is tried.
  * betas, variance, shape ([C, H, W]) and classes (their names, [] if there are none) are the file's;
  * metadata is all that it says about itself.
  * device says what the network runs on, and noWebGPU why that is not WebGPU, if it is not.
