@@ -10,7 +10,6 @@ Samples use "ema", the averaged weights. torch.load(path, weights_only=True) ope
 """
 
 import argparse
-import contextlib
 import math
 import os
 import re
@@ -29,15 +28,18 @@ import torch
 from data import digest
 from ddpm import Diffusion, UNet, cosine_betas, linear_betas
 from device import RANK
-from images import grid, save_image, save_plot, to_pixels
+from images import check_output, grid, replacing, save_image, save_plot, to_pixels
 
 DEMO = "train.py, the demo"  # the source of its weights
 HEADER = "step,loss,grad_norm,lr\n"
+ROW = re.compile(r"\d+(,[-+.e\d]+){3}\n")  # of log.csv
+HUB = "hf:"  # before the name of published weights on the Hugging Face Hub
 SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
 SHAPE = (  # the flags of the network's shape
     "image_size", "base_channels", "channel_mults", "num_res_blocks", "attention_resolutions",
     "norm_groups",
 )  # fmt: skip
+WAIT = 2  # seconds after which a file that is being written has changed
 TRAINING = "optimizer", "batch", "lr", "warmup", "lr_decay", "weighting", "ema", "flip", "seed"
 
 # ------------------------------------------------------------------------------------ the settings
@@ -64,11 +66,19 @@ def command(*words):
 
 def name_of(path):
     """Return the name of a run, of its checkpoint, or of published weights."""
-    path = Path(os.path.abspath(path))
+    path = Path(os.path.abspath(str(path).removeprefix(HUB)))
     return path.parent.name if path.name == "checkpoint.pt" else path.name
 
 
-def settings(args, weights, images=None):
+def duration(seconds):
+    """Return a time in words, such as "about 5 months"."""
+    for unit, length in (("years", 365 * 86400), ("months", 30 * 86400), ("days", 86400)):
+        if seconds >= 2 * length:
+            return f"about {seconds / length:.0f} {unit}"
+    return f"about {seconds / 3600:.0f} hours"
+
+
+def make_config(args, weights, images=None):
     """Return the "config" of a checkpoint from the arguments of train.py.
 
     weights: the Trained of --init, or None. images: a fingerprint of the training set.
@@ -160,21 +170,19 @@ class Run:
     """The folder of a run: it writes the checkpoint, the log, previews and the curve of the loss.
 
     step: the number of steps taken so far. lr_at(k): the learning rate of step k, counted from 0.
+    found: what version_of said of the checkpoint when it was read. Another one is never replaced.
     """
 
-    def __init__(self, out, step, lr_at):
-        self.out, self.lr_at, self.rows = out, lr_at, ""
+    def __init__(self, out, step, lr_at, found=None):
+        self.out, self.lr_at, self.rows, self.version = out, lr_at, "", found
         self.saved = self.previewed = time.monotonic()
         self.preview_seconds = 0  # how long the last one took
         self.recent = deque(maxlen=100)  # losses
         if (out / "log.csv").exists():  # its rows may be newer than the checkpoint
-            lines = (out / "log.csv").read_text().splitlines(keepends=True)[1:]
-            lines = [
-                line for line in lines if line.endswith("\n") and int(line.split(",")[0]) <= step
-            ]
-            (out / ".log.csv.tmp").write_text(HEADER + "".join(lines))
-            os.replace(out / ".log.csv.tmp", out / "log.csv")
-            self.recent.extend(float(line.split(",")[1]) for line in lines[-100:])
+            rows = read_log(out / "log.csv", step)
+            with replacing(out / "log.csv") as file:
+                file.write((HEADER + "".join(rows)).encode())
+            self.recent.extend(float(row.split(",")[1]) for row in rows[-100:])
 
     def log(self, step, losses):
         """Append the steps up to `step` to log.csv, and return the mean of the last 100 losses.
@@ -185,25 +193,33 @@ class Run:
         for k, (loss, norm) in enumerate(losses, step - len(losses)):
             self.rows += f"{k + 1},{loss:.6g},{norm:.6g},{self.lr_at(k):.6g}\n"
             self.recent.append(loss)
-        # On Windows, a spreadsheet that shows the file locks it; the rows are then written later.
-        with contextlib.suppress(PermissionError), open(self.out / "log.csv", "a") as file:
-            file.write(self.rows if file.tell() else HEADER + self.rows)
+        path = self.out / "log.csv"
+        try:
+            with open(path, "a") as file:
+                file.write(self.rows if file.tell() else HEADER + self.rows)
             self.rows = ""
+        except PermissionError:  # on Windows, a spreadsheet that shows the file locks it
+            pass  # the rows are written later
+        except OSError as error:
+            sys.exit(f"{path} can't be written, so training ends: {error.strerror}")
         return np.mean(self.recent)
 
     def save(self, config, step, model, ema, optimizer):
-        """Write a checkpoint to a temporary file, then put it in place."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        path, temporary = self.out / "checkpoint.pt", self.out / ".checkpoint.pt.tmp"
-        parts = {"model": model, "ema": ema, "optimizer": optimizer}
+        """Replace the checkpoint. Exits if another process has written it in the meantime."""
+        path, parts = (
+            self.out / "checkpoint.pt",
+            {"model": model, "ema": ema, "optimizer": optimizer},
+        )
         states = {name: part.state_dict() for name, part in parts.items()}
-        try:
-            torch.save({"config": config, "step": step, **states}, temporary)
-        except RuntimeError as error:  # torch's message is a line of C++ if the disk is full
-            temporary.unlink(missing_ok=True)
-            sys.exit(f"{path} can't be written and stays as it was; is the disk full? ({error})")
-        os.replace(temporary, path)
-        self.saved = time.monotonic()
+        with replacing(path) as file:
+            try:
+                torch.save({"config": config, "step": step, **states}, file)
+            except RuntimeError as error:  # torch's own hides the one of a full disk
+                raise error.__context__ or error from None
+            if version_of(path) not in (None, self.version):
+                sys.exit(f"{path} was written by another process, which trains in the same folder. "
+                         "It is not replaced; use another --out")  # fmt: skip
+        self.version, self.saved = version_of(path), time.monotonic()
 
     def save_is_due(self, minutes, before_preview):
         """Return whether the last checkpoint is too old, or there is none before a preview.
@@ -232,12 +248,43 @@ class Run:
             )  # fmt: skip
         image = grid(to_pixels(x0.cpu().numpy()), rows=rows, names=args.classes)
         save_image(self.out / f"preview-{step:07d}.png", image)
-        table = np.loadtxt(self.out / "log.csv", delimiter=",", skiprows=1, ndmin=2)[:, :2]
+        table = np.loadtxt(read_log(self.out / "log.csv", step), delimiter=",", ndmin=2)[:, :2]
         length = -(-len(table) // 200)
         parts = [table[k : k + length].mean(0) for k in range(0, len(table) - length + 1, length)]
         save_plot(self.out / "loss.png", *np.transpose(parts), "step", "loss", log=True)
         self.previewed = time.monotonic()
         self.preview_seconds = self.previewed - began
+
+
+def read_log(path, last):
+    """Return the rows of a log.csv, as text, up to the step `last`.
+
+    Other lines are left out, such as empty ones, those of a spreadsheet, and one that a killed run
+    did not finish. Of a step that was logged twice, the second row counts.
+    """
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    rows = {int(line.split(",")[0]): line for line in lines if ROW.fullmatch(line)}
+    return [rows[step] for step in sorted(rows) if step <= last]
+
+
+def version_of(path):
+    """Return what tells a file from one that replaces it, or None if there is none."""
+    return (path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else None
+
+
+def remove_remains(out):
+    """Remove what processes have left that were killed while they wrote into the folder of a run.
+
+    Exits if one of them still writes.
+    """
+    for path in out.glob(".*.tmp"):
+        if not re.fullmatch(r"\..+\.[0-9a-f]{16}\.tmp", path.name):  # of images.replacing
+            continue
+        before = version_of(path)
+        time.sleep(WAIT)
+        if version_of(path) != before:
+            sys.exit(f"another process is writing into {out}; wait for it, or use another --out")
+        path.unlink(missing_ok=True)
 
 
 def open_checkpoint(path):
@@ -252,21 +299,23 @@ def open_checkpoint(path):
 
 
 def find_run(out):
-    """Return the checkpoint in the folder of a run, or None if there is none yet.
+    """Return the checkpoint in the folder of a run and its version_of, or (None, None).
 
-    Exits if the folder holds files of other programs instead.
+    Exits if the folder holds files of other programs instead, or can't be written.
     """
-    if (out / "checkpoint.pt").is_file():
-        return open_checkpoint(out / "checkpoint.pt")
-    if any(path.is_file() for path in (out, *out.parents)):
-        sys.exit(f"--out {out} must be a folder")
+    path = out / "checkpoint.pt"
+    check_output(path)
+    remove_remains(out)
+    if path.is_file():
+        version = version_of(path)
+        return open_checkpoint(path), version
     for path in out.glob("*"):  # of a run that ended before its first checkpoint
         ours = re.fullmatch(r"\..*|images-[0-9a-f]{16}\..*", path.name)
         if path.name == "log.csv":
             ours = HEADER.startswith(path.read_text(errors="replace")[: len(HEADER)])
         if not ours:
             sys.exit(f"--out {out} is not the folder of a run; use a new or empty folder")
-    return None
+    return None, None
 
 
 def start_from(weights, model, classes):
@@ -302,12 +351,13 @@ class Trained:
 def load(path):
     """Return the Trained of a checkpoint, of the folder of a run, or of published weights.
 
-    The weights of a checkpoint are the averaged ones. Exits if `path` is none of these.
+    Published weights are a folder or, as in "hf:google/ddpm-cifar10-32", a name on the hub. The
+    weights of a checkpoint are the averaged ones. Exits if `path` is none of these.
     """
-    path = Path(path)
-    if (path / "checkpoint.pt").is_file():
+    on_hub, path = str(path).startswith(HUB), Path(str(path).removeprefix(HUB))
+    if not on_hub and (path / "checkpoint.pt").is_file():
         path /= "checkpoint.pt"
-    if path.is_file():
+    if not on_hub and path.is_file():
         state = open_checkpoint(path)
         config = state["config"]
         model = UNet(**config["model"]).eval()
@@ -316,11 +366,16 @@ def load(path):
         source = DEMO if data is None else f"train.py, {ascii(data)[1:-1]}"  # for ONNX
         diffusion, classes = Diffusion(**config["diffusion"]), config["train"].get("classes", [])
         return Trained(model, diffusion, config["model"], state["step"], source, classes)
-    if path.is_dir() and not [*path.glob("*config.json"), *path.glob("*/*config.json")]:
+    if (
+        not on_hub
+        and path.is_dir()
+        and not [*path.glob("*config.json"), *path.glob("*/*config.json")]
+    ):
         sys.exit(f"{path} has neither a checkpoint.pt nor weights in diffusers' format")
-    if path.is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?<!\.pt)", path.as_posix()):
+    if path.is_dir() or on_hub:
         from pretrained import from_diffusers
 
         model, settings, diffusion = from_diffusers(path.as_posix())
         return Trained(model, diffusion, settings, 0, f"diffusers, {path.name}")
-    sys.exit(f"{path.as_posix()} does not exist; python train.py writes a checkpoint")
+    hub = f" ({HUB}{path.as_posix()} is a name on the hub)" * (len(path.parts) == 2)
+    sys.exit(f"{path.as_posix()} does not exist; python train.py writes a checkpoint{hub}")

@@ -14,7 +14,6 @@ import os
 import re
 import sys
 import tempfile
-import traceback
 import warnings
 from functools import partial
 from itertools import product
@@ -26,7 +25,16 @@ from numpy.lib import format as npy
 from PIL import Image
 from tqdm import tqdm
 
-from images import is_grey, read_image, to_image
+from images import (
+    FORMATS,
+    check_output,
+    is_grey,
+    print_any_name,
+    printable,
+    read_image,
+    replacing,
+    to_image,
+)  # fmt: skip
 
 LARGE = 16_384  # the size of an image file, in bytes, from which threads read faster
 
@@ -34,25 +42,32 @@ LARGE = 16_384  # the size of an image file, in bytes, from which threads read f
 
 
 def image_files(folder):
-    """Return (image files, other files) of a folder and its sub-folders, as lists of paths.
+    """Return (image files, other files, left out) of a folder and its sub-folders.
 
-    An image file has a suffix that Pillow can read. Hidden files are left out, and so are folders
-    that hold a checkpoint.pt. The order is the same on each machine. Exits if there is no such
-    folder.
+    The first two are lists of paths, in the same order on each machine. An image file has a suffix
+    that Pillow can read. Hidden files are ignored. Sub-folders are left out, with a reason, if they
+    are links, cannot be read, or hold a checkpoint.pt. Exits if there is no such folder.
     """
     if not os.path.isdir(folder):
         sys.exit(f"{folder}: {'not a folder' if os.path.exists(folder) else 'no such folder'}")
-    suffixes = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    paths = []
-    for root, folders, names in os.walk(folder):
+    suffixes = {s for s, kind in Image.registered_extensions().items() if kind in FORMATS}
+    paths, left_out = [], []
+
+    def can_not_read(error):
+        left_out.append(f"{error.filename} ({error.strerror})")
+
+    for root, folders, names in os.walk(folder, onerror=can_not_read):
         if "checkpoint.pt" in names:  # a run, with its previews
+            left_out.append(f"{root} (it holds a checkpoint.pt)")
             folders.clear()
             continue
         folders[:] = [name for name in folders if not name.startswith(".")]
+        links = [path for name in folders if os.path.islink(path := os.path.join(root, name))]
+        left_out += [f"{path} (a link)" for path in links]
         paths += [os.path.join(root, name) for name in names if not name.startswith(".")]
     paths.sort(key=lambda path: path.replace(os.sep, "/"))
     images = [path for path in paths if os.path.splitext(path)[1].lower() in suffixes]
-    return images, sorted(set(paths) - set(images))
+    return images, sorted(set(paths) - set(images)), left_out
 
 
 def class_of(path, folder):
@@ -71,7 +86,7 @@ def class_names(folder):
         sys.exit(
             f"--classes: {folder} has images outside of its sub-folders, which are the classes"
         )
-    if bad := [name for name in names if name != PureWindowsPath(name).name]:
+    if bad := [n for n in names if n != PureWindowsPath(n).name or not n.isprintable()]:
         sys.exit(f"--classes: not every system allows a folder named {bad[0]!r}")
     if len(names) < 2:
         sys.exit(f"--classes: {folder} needs images in two sub-folders or more, one for each class")
@@ -94,7 +109,7 @@ def labels_of(paths, folder, classes):
 def has_colour(path):
     """Return whether an image file is in colour. It reads little more than the header."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return not is_grey(image)
     except Exception:  # Pillow raises many kinds; decoding reports them
         return False
@@ -108,12 +123,18 @@ def try_to_read(path, size, channels):
         return None, error
 
 
+def size_and_time(path):
+    """Return the size of a file and when it was changed, or (0, 0) for a link to nothing."""
+    state = os.stat(path) if os.path.exists(path) else None
+    return (state.st_size, state.st_mtime_ns) if state else (0, 0)
+
+
 def map_files(function, paths):
     """Yield function(path) for each path in order, computed in threads if the files are large.
 
     Pillow decodes without Python's lock. With small files, threads mostly wait for that lock.
     """
-    if np.mean([os.path.getsize(path) for path in paths[:64]]) < LARGE:
+    if np.mean([size_and_time(path)[0] for path in paths[:64]]) < LARGE:
         yield from map(function, paths)
         return
     with ThreadPool(min(16, os.cpu_count() or 1)) as pool:
@@ -121,34 +142,41 @@ def map_files(function, paths):
 
 
 def decode(paths, size, channels, file):
-    """Write images to an .npy file, uint8 (N, C, size, size).
+    """Write images to an open .npy file, uint8 (N, C, size, size).
 
-    channels: C, 1 or 3, or None for 3 if any image is in colour. Returns [(index, why)] of the
-    paths that can't be read. Exits if none can.
+    channels: C, 1 or 3, or None for 3 if any image is in colour. Returns C, and [(index, why)] of
+    the paths that can't be read. Exits if none can.
     """
     warnings.filterwarnings("ignore", module="PIL")  # what can't be read is reported
     if channels is None:
         channels = 3 if any(map(has_colour, paths)) else 1
     shape, broken = (channels, size, size), []
     header = {"shape": (len(paths), *shape), "fortran_order": False, "descr": "|u1"}
-    with open(file, "wb") as out:
-        npy.write_array_header_1_0(out, header)
-        decoded = map_files(partial(try_to_read, size=size, channels=channels), paths)
-        bar = tqdm(decoded, "decoding", len(paths), unit=" images", mininterval=1, leave=False)
-        for index, (pixels, error) in enumerate(bar):
-            if error:
-                broken.append((index, error))
-                continue
-            if pixels.shape != shape:
-                raise ValueError(f"read_image returned the shape {pixels.shape}, not {shape}")
-            out.write(pixels.tobytes())
-        out.seek(0)
-        header["shape"] = len(paths) - len(broken), *shape
-        npy.write_array_header_1_0(out, header)  # numpy keeps its length the same for any N
+    npy.write_array_header_1_0(file, header)
+    results = map_files(partial(try_to_read, size=size, channels=channels), paths)
+    bar = tqdm(results, "decoding", len(paths), unit=" images", mininterval=1, leave=False)
+    for index, (pixels, error) in enumerate(bar):
+        if error:
+            broken.append((index, error))
+            continue
+        if pixels.shape != shape:
+            raise ValueError(f"read_image returned the shape {pixels.shape}, not {shape}")
+        file.write(pixels.tobytes())
+    file.seek(0)
+    header["shape"] = len(paths) - len(broken), *shape
+    npy.write_array_header_1_0(file, header)  # numpy keeps its length the same for any N
     if len(broken) == len(paths):
-        traceback.print_exception(broken[0][1])  # which may be a bug in read_image
+        if not isinstance(broken[0][1], OSError | ValueError | SyntaxError):  # Pillow's
+            raise broken[0][1]  # a bug in read_image
+        say_what_is_broken(paths, broken)
         sys.exit("there is no image that can be read")
-    return [(index, str(error)) for index, error in broken]
+    return channels, [(index, str(error)) for index, error in broken]
+
+
+def say_what_is_broken(paths, broken):
+    """Print how many of the paths can't be read, and the first three: broken is [(index, why)]."""
+    print(f"left out {len(broken):,} of {len(paths):,} files as unreadable:")
+    print("\n".join(f"  {printable(f'{paths[index]}: {why}')}" for index, why in broken[:3]))
 
 
 def read_folder(folder, size, channels=None, most=None, classes=None, cache=None):
@@ -163,9 +191,12 @@ def read_folder(folder, size, channels=None, most=None, classes=None, cache=None
     Counts and names the files that are left out. Exits if no image is left, or if one is in none of
     the classes.
     """
-    paths, others = image_files(folder)
+    paths, others, left_out = image_files(folder)
+    if left_out:
+        first = printable(", ".join(left_out[:3]))
+        print(f"left out {len(left_out):,} sub-folder{'s' * (len(left_out) > 1)}: {first}")
     if others:
-        first = ", ".join(os.path.basename(path) for path in others[:3])
+        first = printable(", ".join(os.path.basename(path) for path in others[:3]))
         files = "1 file" if len(others) == 1 else f"{len(others):,} files"
         print(f"ignored {files} with a suffix that Pillow does not read: {first}")
         if any(path.lower().endswith((".heic", ".heif")) for path in others):
@@ -178,8 +209,7 @@ def read_folder(folder, size, channels=None, most=None, classes=None, cache=None
         file, broken = decoded(paths, folder, size, channels, cache or Path(temporary))
         images = np.load(file, mmap_mode="c" if cache else None)
     if broken:
-        print(f"left out {len(broken):,} of {len(paths):,} files as unreadable:")
-        print("\n".join(f"  {paths[index]}: {why}" for index, why in broken[:3]))
+        say_what_is_broken(paths, broken)
         for index, _ in reversed(broken):
             del paths[index]
     return images, labels_of(paths, folder, classes) if classes else None
@@ -188,23 +218,35 @@ def read_folder(folder, size, channels=None, most=None, classes=None, cache=None
 def decoded(paths, folder, size, channels, cache):
     """Return the .npy file of these images in the folder `cache`, and what `decode` returns.
 
-    They are decoded again if a file, or the code of read_image, has changed.
+    They are decoded again if a file, or the code of read_image, has changed, and if what was
+    decoded is damaged.
     """
-    states = [(os.path.relpath(path, folder), os.stat(path)) for path in paths]
-    states = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
+    states = [(os.path.relpath(path, folder), *size_and_time(path)) for path in paths]
     key = repr((size, states, inspect.getsource(read_image)))
     file = cache / f"images-{digest(key.encode(errors='surrogateescape'))}.npy"
-    note = file.with_suffix(".json")  # channels as asked for and as found, and `broken`
-    asked, found, broken = json.loads(note.read_text()) if file.exists() else (0, 0, [])
-    if channels not in (asked, found):
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="images-", dir=cache) as temporary:
-            new = Path(temporary, file.name)
-            broken = decode(paths, size, channels, new)
-            found = np.load(new, mmap_mode="r").shape[1]
-            note.write_text(json.dumps([channels, found, broken]))
-            os.replace(new, file)
-    return file, broken
+    note = read_note(file)
+    if note is None or channels not in (note["asked"], note["found"]):
+        file.with_suffix(".json").unlink(missing_ok=True)  # it would not describe the new array
+        with replacing(file) as new:
+            found, broken = decode(paths, size, channels, new)
+        note = {"asked": channels, "found": found, "broken": broken, "size": file.stat().st_size}
+        note["fingerprint"] = digest_of(np.load(file, mmap_mode="r"))
+        with replacing(file.with_suffix(".json")) as new:
+            new.write(json.dumps(note).encode())
+    return file, note["broken"]
+
+
+def read_note(file):
+    """Return what is known of a decoded .npy file, or None if it is missing or damaged.
+
+    The dict has the channels as asked for and as found, `broken` of decode, the size of the file,
+    and the fingerprint of its images.
+    """
+    try:
+        note = json.loads(file.with_suffix(".json").read_bytes())
+        return note if note["size"] == file.stat().st_size else None
+    except (OSError, ValueError, TypeError, KeyError):  # TypeError: of an earlier version
+        return None
 
 
 def forget_others(images, cache):
@@ -223,9 +265,15 @@ def digest(*parts):
     return hasher.hexdigest()
 
 
-def fingerprint(images):
+def digest_of(images):
     """Return a short digest of an array of images."""
     return digest(repr(images.shape).encode(), np.ascontiguousarray(images))
+
+
+def fingerprint(images):
+    """Return digest_of the images of read_folder, which is known if they come from its cache."""
+    note = read_note(Path(images.filename)) if isinstance(images, np.memmap) else None
+    return note["fingerprint"] if note else digest_of(images)
 
 
 # ----------------------------------------------------------------------------------------- the demo
@@ -258,7 +306,8 @@ def main():
     parser.add_argument("out", type=Path)
     parser.add_argument("size", type=int)
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal can print every name
+    print_any_name()
+    check_output(args.out / "000000.png")
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         parser.error(f"{args.out} must be a new or empty folder")
     images, _ = read_folder(args.folder, args.size)

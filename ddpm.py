@@ -47,16 +47,17 @@ def cosine_betas(T=1000):
 # ---------------------------------------------------------------------------- the diffusion process
 
 
-def _at(table, t):
-    """Look up a table (T,) at t (B,): float32 (B, 1, 1, 1), to broadcast over images."""
-    if t.device.type != "cpu":
-        table = _copy(table, t.device)
-    return table[t].float()[:, None, None, None]
+def _at(table, t, x):
+    """Look up a table (T,) at t (B,): float32 (B, 1, ..., 1), to broadcast over x (B, ...)."""
+    is_cpu = t.device.type == "cpu"
+    # Float32 before the look-up, so that model.onnx holds no float64:
+    table = table.float() if is_cpu else _copy(table, t.device, table._version)
+    return table[t].view(-1, *[1] * (x.ndim - 1))
 
 
 @lru_cache(maxsize=256)
-def _copy(table, device):
-    """Return a copy of a table, made once for each device: float32, as some have no float64."""
+def _copy(table, device, version):
+    """Return a float32 copy of a table, made once for each device and each edit of the table."""
     return table.to(device, torch.float32)
 
 
@@ -131,23 +132,25 @@ class Diffusion:
 
     def q_sample(self, x0, t, noise):
         """Return x_t ~ q(x_t | x_0) (4), (B, C, H, W) as x0 and the noise."""
-        return _at(self.sqrt_alphas_bar, t) * x0 + _at(self.sqrt_one_minus_alphas_bar, t) * noise
+        signal, spread = self.sqrt_alphas_bar, self.sqrt_one_minus_alphas_bar
+        return _at(signal, t, noise) * x0 + _at(spread, t, noise) * noise
 
     def predict_x0(self, x_t, t, eps):
         """Return x_0 by (15), which is (4) solved for x_0: the clean image if the noise is eps."""
-        return (x_t - _at(self.sqrt_one_minus_alphas_bar, t) * eps) / _at(self.sqrt_alphas_bar, t)
+        signal, spread = self.sqrt_alphas_bar, self.sqrt_one_minus_alphas_bar
+        return (x_t - _at(spread, t, x_t) * eps) / _at(signal, t, x_t)
 
     def q_posterior(self, x0, x_t, t):
         """Return mean (B, C, H, W) and variance (B, 1, 1, 1) of q(x_{t-1} | x_t, x_0) (6), (7)."""
-        mean = _at(self.posterior_x0, t) * x0 + _at(self.posterior_x_t, t) * x_t
-        return mean, _at(self.posterior_variance, t)
+        mean = _at(self.posterior_x0, t, x_t) * x0 + _at(self.posterior_x_t, t, x_t) * x_t
+        return mean, _at(self.posterior_variance, t, x_t)
 
     def predict_eps(self, model, x_t, t):
         """Return eps_theta(x_t, t), the noise in x_t, whatever the model predicts. (B, C, H, W)."""
-        output = model(x_t, _at(self.tau, t).flatten().to(t)).float()
+        output = model(x_t, _at(self.tau, t, t).to(t)).float()
         if self.predicts == "eps":
             return output
-        return _at(self.a, t) * x_t + _at(self.b, t) * output
+        return _at(self.a, t, x_t) * x_t + _at(self.b, t, x_t) * output
 
     # ------------------------------------------------------------------------ training, Algorithm 1
 
@@ -164,17 +167,15 @@ class Diffusion:
             (Hang et al. 2023, arXiv:2303.09556) gives the error of x0_hat the weight min(SNR, 5),
             whereas (14) gives it SNR. "native" is the squared error of what the model predicts.
 
-        Raises ValueError for an unknown weighting, and for an image without its batch dimension.
+        Raises ValueError for an unknown weighting.
         """
         if weighting not in self.weights:
             raise ValueError(f"weighting must be in {[*self.weights]}, not {weighting!r}")
-        if x0.ndim != 4:
-            raise ValueError(f"x0 must have the shape (B, C, H, W), not {tuple(x0.shape)}")
         t = torch.randint(self.T, (len(x0),), device=x0.device) if t is None else t
         noise = torch.randn_like(x0) if noise is None else noise
         x_t = self.q_sample(x0, t, noise)
         error = (noise - self.predict_eps(model, x_t, t)).square()
-        return (_at(self.weights[weighting], t) * error).mean()
+        return (_at(self.weights[weighting], t, x0) * error).mean()
 
     # ------------------------------------------------------------------------ the variational bound
 
@@ -199,7 +200,7 @@ class Diffusion:
         Takes T forward passes; call model.eval() first. x0_hat is clipped to [-1, 1], as in
         sampling. The result is a Bound, float64 on the CPU.
         """
-        abar_T, mean_square = self.alphas_bar[-1].item(), x0.square().mean((1, 2, 3))
+        abar_T, mean_square = self.alphas_bar[-1].item(), x0.square().flatten(1).mean(1)
         # KL(q(x_T | x_0) || N(0, I)):
         L_T = (abar_T * mean_square.cpu().double() - abar_T - math.log1p(-abar_T)) / 2 / math.log(2)
         L_t, mse = [], []
@@ -210,14 +211,14 @@ class Diffusion:
             x0_hat = self.predict_x0(x_t, t, self.predict_eps(model, x_t, t)).clamp(-1, 1)
             mean, variance = self.q_posterior(x0, x_t, t)
             mean_hat, _ = self.q_posterior(x0_hat, x_t, t)
-            sigma2 = _at(self.sigma2, t)
+            sigma2 = _at(self.sigma2, t, x0)
             if i == 0:
                 term = -self.decoder_log_likelihood(x0, mean_hat, sigma2.sqrt()).to(x0)
             else:  # KL of two Gaussians: (8) with its constant
                 ratio = variance / sigma2
                 term = (ratio - 1 - ratio.log() + (mean - mean_hat) ** 2 / sigma2) / 2
-            L_t.append(term.mean((1, 2, 3)) / math.log(2))
-            mse.append((x0_hat - x0).square().mean((1, 2, 3)))
+            L_t.append(term.flatten(1).mean(1) / math.log(2))
+            mse.append((x0_hat - x0).square().flatten(1).mean(1))
         L_t, mse = torch.stack(L_t, 1).cpu().double(), torch.stack(mse, 1).cpu().double()
         return Bound(L_T, L_t, L_T + L_t.sum(1), mse)  # (5)
 
@@ -251,6 +252,8 @@ class Diffusion:
         chain = self if steps is None else self.respaced(steps)
         if sampler is None:
             sampler = "ddim" if eta is not None else "dpm" if chain.T < self.T else "ddpm"
+        if clip not in (True, False):
+            raise ValueError(f"clip must be True or False, for [-1, 1] or no limit, not {clip!r}")
         if sampler not in ("ddpm", "ddim", "dpm"):
             raise ValueError(f'sampler must be "ddpm", "ddim" or "dpm", not {sampler!r}')
         if eta is not None and (sampler != "ddim" or not 0 <= eta <= 1):
@@ -293,7 +296,7 @@ class Diffusion:
         x0 is the x0_hat of x_t. Unless it was clipped, the mean is (11).
         """
         mean, _ = self.q_posterior(x0, x_t, t)
-        return mean, _at(self.sigma, t)
+        return mean, _at(self.sigma, t, x_t)
 
     # ------------------------------------------------------------------------ sampling, fewer steps
 
@@ -311,7 +314,7 @@ class Diffusion:
         visited = self.T * torch.arange(1, steps + 1) // steps - 1
         abar = self.alphas_bar[visited]
         betas = 1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])
-        chain = Diffusion(betas, self.variance, self.predicts)
+        chain = type(self)(betas, self.variance, self.predicts)  # a subclass keeps its changes
         # What the network returns at an x_t does not depend on the chain that led there.
         chain.tau, chain.a, chain.b = self.tau[visited], self.a[visited], self.b[visited]
         chain.weights["native"] = self.weights["native"][visited]
@@ -325,8 +328,10 @@ class Diffusion:
 
         def step(x0, x_t, t):
             # The eps that fits x0, which may have been clipped:
-            eps = (x_t - _at(self.sqrt_alphas_bar, t) * x0) / _at(self.sqrt_one_minus_alphas_bar, t)
-            return _at(factor_x0, t) * x0 + _at(factor_eps, t) * eps, _at(sigma, t)
+            signal, spread = self.sqrt_alphas_bar, self.sqrt_one_minus_alphas_bar
+            eps = (x_t - _at(signal, t, x_t) * x0) / _at(spread, t, x_t)
+            mean = _at(factor_x0, t, x_t) * x0 + _at(factor_eps, t, x_t) * eps
+            return mean, _at(sigma, t, x_t)
 
         return step
 
@@ -345,7 +350,7 @@ class Diffusion:
             nonlocal x0_before
             change = 0 if x0_before is None else x0 - x0_before
             x0_before = x0
-            return ddim_step(x0 + _at(ratio, t) * change, x_t, t)
+            return ddim_step(x0 + _at(ratio, t, x0) * change, x_t, t)
 
         return step
 
@@ -528,6 +533,8 @@ class UNet(nn.Module):
 
         y: the classes (B,), int64, if there are any; num_classes, like None, means "no class".
         """
+        if x_t.ndim != 4:
+            raise ValueError(f"x_t must have the shape (B, C, H, W), not {tuple(x_t.shape)}")
         height, width = x_t.shape[2:]
         if height % self.factor or width % self.factor:
             raise ValueError(f"{height}x{width}: both must be multiples of {self.factor}")

@@ -63,6 +63,8 @@ def sample_progressive(
         sampler = "ddim" if eta is not None else "dpm" if len(betas) < T else "ddpm"
     if variance not in ("large", "small"):
         raise ValueError(f'variance must be "large" or "small", not {variance!r}')
+    if clip not in (True, False):
+        raise ValueError(f"clip must be True or False, for [-1, 1] or no limit, not {clip!r}")
     if sampler not in SAMPLERS:
         raise ValueError(f'sampler must be "ddpm", "ddim" or "dpm", not {sampler!r}')
     if eta is not None and (sampler != "ddim" or not 0 <= eta <= 1):
@@ -194,6 +196,9 @@ class Network:
             import onnxruntime as ort
         except ModuleNotFoundError:
             raise ValueError("ONNX Runtime is missing: pip install onnxruntime") from None
+        if Path(path).is_dir():
+            raise ValueError(f"{path} is a folder, not the model.onnx that export.py writes; for a "
+                             f"run, first: python export.py --checkpoint {path}")  # fmt: skip
         if not Path(path).is_file():
             raise ValueError(f"{path} does not exist; python export.py writes it")
         if device not in ("auto", "cuda", "cpu"):
@@ -215,13 +220,27 @@ class Network:
         missing = {"ddpm.betas", "ddpm.variance", "ddpm.image_shape"} - metadata.keys()
         if missing:
             raise ValueError(f"{path} was not written by export.py: it lacks {min(missing)}")
-        self.betas = np.array(json.loads(metadata["ddpm.betas"]))
-        self.variance = metadata["ddpm.variance"]
-        self.shape = tuple(json.loads(metadata["ddpm.image_shape"]))
-        self.classes = json.loads(metadata.get("ddpm.classes", "[]"))
-        for name in self.classes:  # sample.py --dir makes a folder of this name
-            if name != PureWindowsPath(name).name or name != Path(name).name or name in ("", ".."):
+        try:
+            self.betas = np.array(json.loads(metadata["ddpm.betas"]), np.float64)
+            self.variance = metadata["ddpm.variance"]
+            self.shape = tuple(map(int, json.loads(metadata["ddpm.image_shape"])))
+            self.classes = list(map(str, json.loads(metadata.get("ddpm.classes", "[]"))))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} has damaged metadata: {error}") from None
+        is_schedule = self.betas.ndim == 1 and ((self.betas > 0) & (self.betas < 1)).all()
+        has_y = "y" in [given.name for given in self.session.get_inputs()]
+        if not is_schedule or not len(self.betas) or len(self.shape) != 3 or min(self.shape) < 1:
+            raise ValueError(f"{path} has damaged metadata: no schedule, or no shape of an image")
+        if len({*self.classes}) < len(self.classes) or has_y != bool(self.classes):
+            raise ValueError(f"{path} has damaged metadata: its classes are {self.classes}")
+        for name in self.classes:  # sample.py prints it, and --dir makes a folder of this name
+            if (name != PureWindowsPath(name).name or name != Path(name).name or name in ("", "..")
+                    or not name.isprintable()):  # fmt: skip
                 raise ValueError(f"{path}: a class must not be named {name!r}")
+        try:  # a first call, which fails if the metadata do not fit the network
+            self(np.zeros((1, *self.shape), np.float32), np.zeros(1, np.int64))
+        except Exception as error:  # ONNX Runtime raises many kinds
+            raise ValueError(f"{path} does not run: {str(error).splitlines()[0]}") from None
 
     def __call__(self, x_t, t, y=None):
         feeds, K = {"x_t": x_t, "t": t}, len(self.classes)
@@ -237,8 +256,8 @@ class Network:
         names: a list, or one name; all classes if None. The result is None for a network without
         classes. Raises ValueError for a name that is not one of the classes.
         """
-        names = [names] if isinstance(names, str) else names
-        unknown = sorted({*(names or [])} - {*self.classes})
+        names = [names] if isinstance(names, str) else [*(names or [])]
+        unknown = sorted({*names} - {*self.classes})
         if unknown and not self.classes:
             raise ValueError("the network has no classes")
         if unknown:

@@ -1,14 +1,16 @@
 """Measure a trained network: the variational bound on images that it has not seen, in bits.
 
     python evaluate.py --data ./test-images                             # run/checkpoint.pt
-    python evaluate.py --data ./test-images --checkpoint google/ddpm-cifar10-32 --images 256
+    python evaluate.py --data ./test-images --checkpoint hf:google/ddpm-cifar10-32 --images 256
 
 It prints the terms of the bound in bits per dimension, and saves the rate-distortion curve (the
 paper's figure 5) as rate-distortion.csv and .png. Each image takes T passes through the network.
+Ctrl-C ends it with the batches that are finished.
 """
 
 import argparse
 import math
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -21,7 +23,7 @@ import checkpoint
 from data import demo_images, read_folder
 from ddpm import Bound, Diffusion
 from device import choose_device
-from images import from_pixels, save_plot
+from images import check_output, from_pixels, print_any_name, replacing, save_plot
 
 
 def rate_distortion(bound):
@@ -44,7 +46,7 @@ def arguments():
     flag, count, seed = parser.add_argument, checkpoint.number(int, 1), checkpoint.number(int, 0)
     flag("--data", help="folder of images [the demo, if the network was trained on it]")
     flag("--checkpoint", default="run/checkpoint.pt",
-         help="checkpoint of train.py, or weights in diffusers' format [%(default)s]")  # fmt: skip
+         help="a run, or weights of diffusers: a folder, or hf:NAME [%(default)s]")  # fmt: skip
     flag("--images", type=count, help="how many images, evenly spread over the folder [all]")
     flag("--out", type=Path, help="folder of the curve [the checkpoint's]")
     flag("--variance", choices=("large", "small"), help="sigma_t^2 [as in training]")
@@ -55,7 +57,7 @@ def arguments():
 
 
 def main():
-    sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal can print every name
+    print_any_name()
     args = arguments()
     trained = checkpoint.load(args.checkpoint)
     channels, size, _ = trained.shape
@@ -68,9 +70,10 @@ def main():
     images = torch.from_numpy(images)
     random = torch.Generator().manual_seed(args.seed)  # so that all batches are alike
     order = torch.randperm(len(images), generator=random)[: args.images]
-    path = Path(args.checkpoint)
+    path = Path(args.checkpoint.removeprefix(checkpoint.HUB))
     out = args.out or (path if path.is_dir() else path.parent if path.exists() else Path())
-    out.mkdir(parents=True, exist_ok=True)
+    curve = out / "rate-distortion.csv"
+    check_output(curve)
 
     device = choose_device(args.device)
     model = trained.model.to(device)
@@ -84,11 +87,15 @@ def main():
             bar.update(len(x_t))
             return model(x_t, t, y)
 
-        for part in order.split(args.batch):
-            y = None if labels is None else torch.from_numpy(labels)[part].to(device)
-            x0 = from_pixels(images[part].to(device))
-            bounds.append(diffusion.vlb(partial(network, y=y), x0, noise))
-            bar.set_postfix_str(f"{bounds[-1].total.mean():.3f} bits/dim in the last batch")
+        try:
+            for part in order.split(args.batch):
+                y = None if labels is None else torch.from_numpy(labels)[part].to(device)
+                x0 = from_pixels(images[part].to(device))
+                bounds.append(diffusion.vlb(partial(network, y=y), x0, noise))
+                bar.set_postfix_str(f"{bounds[-1].total.mean():.3f} bits/dim in the last batch")
+        except KeyboardInterrupt:
+            if not bounds:
+                sys.exit("evaluate.py: stopped before a batch was finished; try a smaller --batch")
 
     bound = Bound(*map(torch.cat, zip(*bounds, strict=True)))
     n, (L_t, rate, rmse) = len(bound.total), rate_distortion(bound)
@@ -103,12 +110,16 @@ def main():
     print(f"  total                {bound.total.mean():8.4f}{error}")
     print(f"  RMSE                 {rmse[0]:8.4f}    of x0_hat at t = 0, on the scale 0..255")
     table = torch.stack([torch.arange(diffusion.T), L_t, rate, rmse], 1).numpy()
-    curve = out / "rate-distortion.csv"
-    np.savetxt(curve, table, "%.9g", ",", header="t,L_t,rate,rmse", comments="")
+    with replacing(curve) as file:
+        np.savetxt(file, table, "%.9g", ",", header="t,L_t,rate,rmse", comments="")
     titles = "rate, bits per dimension", "RMSE of x0_hat, of 255"
     save_plot(curve.with_suffix(".png"), rate.tolist(), rmse.tolist(), *titles)
     print(f"the curve: {curve} and .png")
+    if n < len(order):
+        sys.exit(f"evaluate.py: stopped after {n:,} of {len(order):,} images")
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
     main()

@@ -17,20 +17,25 @@ import argparse
 import ast
 import json
 import logging
-import os
 import sys
 import tempfile
 import warnings
 from pathlib import Path
 
 import numpy as np
-import onnx
 import torch
-from onnxscript import opset20 as op
+
+try:
+    import onnx
+    from onnxscript import opset20 as op
+
+    from reduced import Half, eps_of, example_labels, write_half, write_int8
+except ModuleNotFoundError as error:
+    sys.exit(f"export.py needs {error.name}: pip install -r requirements.txt")
 
 import checkpoint
+from images import check_output, print_any_name, replacing
 from pretrained import largest_difference, to_diffusers
-from reduced import Half, eps_of, example_labels, write_half, write_int8
 
 OPSET = 20  # ONNX Runtime has kernels for it on the CPU, on CUDA and in the browser
 TOLERANCE = 1e-4  # the largest difference from torch, in an output that is about N(0, 1)
@@ -130,8 +135,7 @@ def write_onnx(trained, path, kind=None):
 
     kind: None for float32, "half" or "int8". Exits if the file differs too much from torch.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         exact, reduced = Path(folder, "exact.onnx"), Path(folder, "reduced.onnx")
         onnx.save(to_onnx(trained, trained.model), exact)
         model = Eps(trained.model, trained.diffusion)
@@ -144,7 +148,8 @@ def write_onnx(trained, path, kind=None):
             write_half(trained, exact, reduced, to_onnx(trained, Half(trained.model)))
         elif kind == "int8":
             write_int8(trained, exact, reduced)
-        os.replace(exact if kind is None else reduced, path)
+        with replacing(path) as file:
+            file.write((exact if kind is None else reduced).read_bytes())
     step = f", step {trained.step:,}" if trained.step else ""
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, from {trained.source}{step}")
     words = "sample.py", "--onnx", path.as_posix(), "--steps", "20"
@@ -152,16 +157,16 @@ def write_onnx(trained, path, kind=None):
 
 
 def main():
-    sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal can print every name
+    print_any_name()
     parser = argparse.ArgumentParser(
         usage="python export.py [options]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    source, kind = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
-    source.add_argument("--checkpoint", default="run/checkpoint.pt", help="[%(default)s]")
-    source.add_argument("--diffusers", metavar="WEIGHTS",
-                        help="published weights: a folder, or a name on the hub")  # fmt: skip
+    weights, kind = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
+    weights.add_argument("--checkpoint", default="run/checkpoint.pt", help="[%(default)s]")
+    weights.add_argument("--diffusers", metavar="WEIGHTS",
+                         help="published weights: a folder, or a name on the hub")  # fmt: skip
     parser.add_argument(
         "--onnx", type=Path, help="the file to write [model.onnx; none with --to-diffusers]"
     )
@@ -178,7 +183,15 @@ def main():
     if args.kind and not args.onnx:
         parser.error("--half and --int8 need --onnx")
 
-    trained = checkpoint.load(args.diffusers or args.checkpoint)
+    if args.onnx:
+        check_output(args.onnx, args.checkpoint)
+    source = args.checkpoint
+    if args.diffusers:  # a name that is no folder is one on the hub
+        is_name = not Path(args.diffusers).exists() and not args.diffusers.startswith(
+            checkpoint.HUB
+        )
+        source = checkpoint.HUB * is_name + args.diffusers
+    trained = checkpoint.load(source)
     if args.to_diffusers:
         to_diffusers(trained.model, trained.settings, trained.diffusion, args.to_diffusers)
         opens = "DDPMPipeline.from_pretrained opens it"

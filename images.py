@@ -1,11 +1,18 @@
 """One image: read a file, convert its pixels, arrange images in a grid, save them; and plots.
 
+Programs check with check_output, before they work, that a file can be written, and write it with
+`replacing`: the old file is replaced whole, or stays as it was.
+
 Pixels are uint8, (C, H, W) for one image and (B, C, H, W) for several; C is 1 for grey images and
 3 for colour. The networks work on float32 in [-1, 1].
 """
 
 import contextlib
 import math
+import os
+import secrets
+import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +22,11 @@ with contextlib.suppress(ImportError):  # HEIC, the format of iPhone photos
     from pillow_heif import register_heif_opener
 
     register_heif_opener()
+
+Image.init()
+FORMATS = [kind for kind in Image.OPEN if kind != "EPS"]  # which would start another program
+
+# ------------------------------------------------------------------------------------------- images
 
 
 def is_grey(image):
@@ -32,7 +44,7 @@ def read_image(path, size, channels):
     Pillow raises if the file is not an image or is damaged, and ValueError if it does not give the
     range of its pixels.
     """
-    with Image.open(path) as image:
+    with Image.open(path, formats=FORMATS) as image:
         deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
         transparent = image.info.get("transparency")
         image = ImageOps.exif_transpose(image)
@@ -97,10 +109,46 @@ def grid(pixels, columns=None, rows=None, names=()):
     return canvas
 
 
+# -------------------------------------------------------------------------------------------- files
+
+
+def check_output(path, *inputs):
+    """Exit unless a file can be made at `path`, and if the file there is one of the inputs."""
+    folder = next(p for p in Path(os.path.abspath(path)).parents if os.path.lexists(p))
+    if not folder.is_dir():
+        sys.exit(f"{path} can't be written: {folder} is not a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        sys.exit(f"{path} can't be written: {folder} does not allow it")
+    for name in inputs:
+        if os.path.exists(name) and os.path.exists(path) and os.path.samefile(name, path):
+            sys.exit(f"{path} is also read, so it is not written; choose another name")
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a new binary file, which becomes the file `path` at the end of the block.
+
+    If the block fails, `path` stays as it was. Exits if the disk is full, or can't be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "x+b") as file:  # x: no file or link of this name may be there
+            yield file
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            sys.exit(f"{path} can't be written and stays as it was: {error.strerror or error}")
+        raise
+
+
 def save_image(path, image, **options):
     """Save a Pillow image in the format of the suffix, in a folder that is made if needed."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, **options)
+    kind = Image.registered_extensions()[Path(path).suffix.lower()]
+    with replacing(path) as file:
+        image.save(file, kind, **options)
 
 
 def save_animation(path, images, each=60, last=2000):
@@ -109,13 +157,39 @@ def save_animation(path, images, each=60, last=2000):
     save_image(path, images[0], save_all=True, append_images=images[1:], duration=duration, loop=0)
 
 
-def save_plot(path, x, y, x_label, y_label, log=False):
-    """Save a curve as a PNG. log: whether the y axis is logarithmic."""
-    from matplotlib.figure import Figure
+@cache  # so that it is said once
+def figure_class():
+    """Return matplotlib's Figure, or None without matplotlib, which a line then says."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        print("the curve is not drawn, because matplotlib is missing: pip install matplotlib")
+        return None
+    return Figure
 
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+
+def save_plot(path, x, y, x_label, y_label, log=False):
+    """Save a curve as a PNG, if there is matplotlib. log: whether the y axis is logarithmic."""
+    if figure_class() is None:
+        return
+    figure = figure_class()(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     axes.plot(x, y)
     axes.set(xlabel=x_label, ylabel=y_label, yscale="log" if log else "linear")
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=100, format="png")
+
+
+# ----------------------------------------------------------------------------------------- the text
+
+
+def printable(text):
+    """Return a text from a stranger, such as the name of a file, without control characters."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def print_any_name():
+    """Let print write names that the terminal's encoding lacks."""
+    if hasattr(sys.stdout, "reconfigure"):  # Jupyter's has no such method, and no need of it
+        sys.stdout.reconfigure(errors="backslashreplace")

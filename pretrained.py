@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ddpm import Diffusion, UNet, linear_betas
+from images import check_output
 
 NAMES = (  # regular expressions that turn our names into diffusers', in this order
     (r"^(down|up)\.(\d+)\.\d+\.conv\.", r"\1_blocks.\2.\1samplers.0.conv."),
@@ -163,6 +164,7 @@ def to_diffusers(model, settings, diffusion, folder):
     """
     diffusers = import_diffusers("--to-diffusers")
     folder = Path(folder)
+    check_output(folder / "model_index.json")
     if diffusion.predicts not in PREDICTS:
         sys.exit(f"diffusers can't express a network that predicts {diffusion.predicts!r}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -12,7 +12,9 @@ manual).
 """
 
 import argparse
+import hashlib
 import io
+import json
 import math
 import signal
 import sys
@@ -21,14 +23,26 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from ddpm_numpy import LAMBDAS, SAMPLERS, Network, guided, mix, noise_of, sample_progressive
-from images import from_pixels, grid, read_image, save_animation, save_image, to_image, to_pixels
+from images import (
+    check_output,
+    from_pixels,
+    grid,
+    print_any_name,
+    read_image,
+    replacing,
+    save_animation,
+    save_image,
+    to_image,
+    to_pixels,
+)  # fmt: skip
 
 GRID = 256  # the largest number of images in one grid
 FRAMES, STRIP = 50, 10  # how many of the steps the GIF and the strip show
+NOTE = ".sample.json"  # in --dir: the settings of its images, so that the same command continues
 
 
 def image_file(name, kinds=Image.SAVE):
@@ -39,7 +53,7 @@ def image_file(name, kinds=Image.SAVE):
             Image.new(mode, (8, 8)).save(io.BytesIO(), kind)
     except Exception:  # Pillow raises many kinds, because some formats have no writer
         kind = None
-    if kind not in kinds or Path(name).is_dir() or any(p.is_file() for p in Path(name).parents):
+    if kind not in kinds or Path(name).is_dir():
         raise argparse.ArgumentTypeError(f"{name} must be a file such as x.png or x.gif")
     return name
 
@@ -55,13 +69,14 @@ def arguments():
     flag("--onnx", default="model.onnx", help="network written by export.py [%(default)s]")
     flag("-n", type=int, help="number of images [64, or 8 of each class]")
     flag("--out", default="samples.png", type=image_file, help="a grid of images [%(default)s]")
-    flag("--dir", type=Path, help=f"a new folder, one PNG per image; needed if -n is above {GRID}")
+    flag("--dir", type=Path, help="a new folder, one PNG per image, or one that this command began;"
+         f" needed if -n is above {GRID}")  # fmt: skip
     animation_file = partial(image_file, kinds=Image.SAVE_ALL)
     flag("--gif", type=animation_file, help="an animation of the reverse process, first batch only")
     flag("--strip", type=image_file, help="x_t and x0_hat along the chain, first four images only")
     flag("--inpaint", nargs=2, metavar=("IMAGE", "MASK"), help="redraw where the mask is white")
     flag("--interpolate", nargs=2, metavar="FILE", help="two images; draw 11 mixtures of them")
-    flag("--t", type=int, nargs="+", help="t at which to mix, one row each, 0..T-1 [T / 2]")
+    flag("--t", type=int, nargs="+", help="t at which to mix, one row each, 0..T-1 [T / 5]")
     flag("--steps", type=int, help="steps of the reverse process, 1..T [T, as in the paper]")
     flag("--sampler", choices=SAMPLERS, help="[ddpm (the paper's) with T steps, dpm with fewer]")
     flag("--eta", type=float, help="noise of DDIM, 0 to 1; selects --sampler ddim [0, none]")
@@ -75,8 +90,6 @@ def arguments():
         parser.error("-n and --batch must be at least 1, and --seed at least 0")
     if (args.n or 1) > GRID and not args.dir:
         parser.error(f"-n {args.n} needs --dir, because --out shows at most {GRID} images")
-    if args.dir and args.dir.exists() and (not args.dir.is_dir() or any(args.dir.iterdir())):
-        parser.error(f"--dir {args.dir} must be a new or empty folder")
     if args.interpolate and (args.inpaint or args.n or args.dir or args.gif or args.strip):
         parser.error("--interpolate can't be combined with --inpaint, -n, --dir, --gif or --strip")
     if args.interpolate and (len(args.classes or []) > 1 or (args.guidance and not args.classes)):
@@ -85,6 +98,10 @@ def arguments():
         parser.error("--t needs --interpolate")
     if not math.isfinite(args.guidance):
         parser.error("--guidance must be a finite number")
+    inputs = *(args.inpaint or ()), *(args.interpolate or ()), args.onnx
+    for path in (args.out, args.gif, args.strip, args.dir and args.dir / NOTE):
+        if path:
+            check_output(path, *inputs)
     if args.eta is not None and (args.sampler in ("ddpm", "dpm") or not 0 <= args.eta <= 1):
         parser.error("--eta must be from 0 to 1, and is only for --sampler ddim")
     return args
@@ -105,7 +122,7 @@ def read_mask(path, shape):
     """
     grey = read(path, (1, *shape[1:]))
     with Image.open(path) as image:
-        alpha = image.convert("RGBA").getchannel("A")
+        alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
     if alpha.getextrema()[0] < 128:
         path = io.BytesIO()
         alpha.save(path, "PNG")
@@ -154,19 +171,25 @@ def draw_samples(network, args, y):
     """Save -n samples: the grid, and the folder, the GIF and the strip if asked for.
 
     y: the class of each image, or None. Each class has a row in the grid, and a sub-folder. Ctrl-C
-    keeps the batches that are finished.
+    keeps the batches that are finished. Images that --dir already holds are not drawn again.
     """
     n, known, shown, frames = args.n, None, [], []  # frames: (x_t, x0_hat) of the first batch
     names = [] if y is None else list(dict.fromkeys(network.classes[k] for k in y))
-    folders = [args.dir] * n if y is None else [Path(args.dir or "", network.classes[k]) for k in y]
+    root = args.dir or Path()
+    folders = [root] * n if y is None else [root / network.classes[k] for k in y]
+    paths = [folder / f"{k:06d}.png" for k, folder in enumerate(folders)]
     kept = {*np.linspace(0, args.steps - 1, FRAMES).round().astype(int)}
     if args.inpaint:
         known = from_pixels(read(args.inpaint[0], network.shape))
         known = known, read_mask(args.inpaint[1], network.shape)
+    begun = begin_folder(args, paths) if args.dir else 0
+    if begun:
+        print(f"{args.dir} has the first {begun:,} images already")
+        shown = [read(path, network.shape) for path in paths[: min(begun, GRID)]]
     began, drawn = time.monotonic(), 0
-    bar = tqdm(total=-(-n // args.batch) * args.steps, unit="step", mininterval=1)
+    bar = tqdm(total=-(-(n - begun) // args.batch) * args.steps, unit="step", mininterval=1)
     try:
-        for first in range(0, n, args.batch):
+        for first in range(begun, n, args.batch):
             batch = slice(first, min(first + args.batch, n))
             draw_noise = noise_of(args.seed, first, (batch.stop - first, *network.shape))
             model = network if y is None else guided(network, y[batch], args.guidance)
@@ -178,26 +201,48 @@ def draw_samples(network, args, y):
                 if first == 0 and i in kept and (args.gif or args.strip):
                     frames.append((to_pixels(x[:GRID]), to_pixels(x0[:GRID])))
                 bar.update()
-                if first == 0 and i == 4:
+                if first == begun and i == 4:
                     say_how_long(bar, time.monotonic() - began, args.steps)
             pixels = pixels_of(x0)
-            for k, image in enumerate(pixels if args.dir else (), first):
-                save_image(folders[k] / f"{k:06d}.png", to_image(image))
+            for path, image in zip(paths[batch], pixels if args.dir else (), strict=False):
+                save_image(path, to_image(image))
             shown.extend(pixels[: GRID - len(shown)])
             drawn += len(pixels)
     except KeyboardInterrupt:
-        if not drawn:
+        if not shown:
             sys.exit("sample.py: stopped before an image was finished")
     finally:
         bar.close()
-    seconds = time.monotonic() - began
+    seconds, total = time.monotonic() - began, begun + drawn
     save_outputs(args, np.stack(shown), frames, names)
-    number = f"{drawn:,} image{'s' * (drawn > 1)}"
-    shows = f"the first {GRID} of {number}" if drawn > GRID else number
+    number = f"{total:,} image{'s' * (total > 1)}"
+    shows = f"the first {GRID} of {number}" if total > GRID else number
     of = f" of {', '.join(names)}" if names else ""
-    print(f"{args.out}: {shows}{of}, {seconds:.1f} s, {seconds / drawn:.2f} s each")
-    if drawn < n:
-        sys.exit(f"sample.py: stopped after {drawn:,} of {n:,} images")
+    speed = f", {seconds:.1f} s, {seconds / drawn:.2f} s each" if drawn else ""
+    print(f"{args.out}: {shows}{of}{speed}")
+    if total < n:
+        sys.exit(f"sample.py: stopped after {total:,} of {n:,} images")
+
+
+def begin_folder(args, paths):
+    """Return how many of the first images of --dir are there already, from the same command.
+
+    -n, --batch and the files of the grid and the animation may differ. Exits if the folder holds
+    anything else.
+    """
+    with open(args.onnx, "rb") as file:
+        settings = {"onnx": hashlib.file_digest(file, "sha256").hexdigest()}
+    for name in ("steps", "sampler", "eta", "seed", "classes", "guidance", "inpaint"):
+        settings[name] = getattr(args, name)
+    note = json.dumps(settings).encode()
+    if args.dir.exists() and any(args.dir.iterdir()):
+        if not (args.dir / NOTE).is_file() or (args.dir / NOTE).read_bytes() != note:
+            sys.exit(f"sample.py: --dir {args.dir} must be a new or empty folder, or one that the "
+                     "same command has begun")  # fmt: skip
+    else:
+        with replacing(args.dir / NOTE) as file:
+            file.write(note)
+    return next((k for k, path in enumerate(paths) if not path.is_file()), len(paths))
 
 
 def say_how_long(bar, seconds, steps):
@@ -210,10 +255,10 @@ def say_how_long(bar, seconds, steps):
 def save_outputs(args, pixels, frames, names):
     """Save the grid of the samples and, if asked for, the GIF and the strip of the frames."""
     save_image(args.out, grid(pixels, rows=len(names), names=names))
-    if args.gif:
+    if args.gif and frames:  # not if the first batch was there already
         states = [grid(x, rows=len(names)) for x in (*(x for x, _ in frames), frames[-1][1])]
         save_animation(args.gif, states, each=3000 // len(frames))
-    if args.strip:
+    if args.strip and frames:
         save_image(args.strip, strip(frames))
 
 
@@ -229,8 +274,9 @@ def strip(frames):
 
 
 def main():
-    sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal can print every name
+    print_any_name()
     args = arguments()
+    args.classes = args.classes and list(dict.fromkeys(args.classes))  # each has one row
     try:
         network = Network(args.onnx, args.device)
         classes = len(args.classes or network.classes)
@@ -240,7 +286,7 @@ def main():
         sys.exit(f"sample.py: {error}")
     T = len(network.betas)
     args.steps = T if args.steps is None else args.steps
-    args.t = args.t or [T // 2]
+    args.t = args.t or [T // 5]
     if not 1 <= args.steps <= T or not all(0 <= t < T for t in args.t):
         sys.exit(f"sample.py: this model has T = {T}: --steps must be 1..{T}, --t 0..{T - 1}")
     if args.guidance and y is None:

@@ -4,7 +4,7 @@
     python train.py --data ./images       # the paper's CIFAR-10 run, on your images
     python train.py --data ./images --quick    # a small network, minutes on two CPU cores
     python train.py --data ./images --classes  # the sub-folders are classes, to sample by name
-    python train.py --data ./images --init google/ddpm-cifar10-32    # fine-tune published weights
+    python train.py --data ./images --init hf:google/ddpm-cifar10-32   # fine-tune published weights
     torchrun --standalone --nproc_per_node=4 train.py --data ./images   # on four GPUs
 
 Rerunning the same command resumes training. Besides the checkpoint, the run folder holds log.csv
@@ -15,8 +15,10 @@ from the same noise.
 import argparse
 import contextlib
 import copy
+import os
 import signal
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -32,9 +34,10 @@ from data import class_names, demo_images, fingerprint, forget_others, read_fold
 from ddpm import Diffusion, UNet
 from device import LOCAL_RANK, RANK, WORLD, to_device
 from exact import loss_floor
-from images import from_pixels
+from images import from_pixels, print_any_name
 from muon import Muon
 
+LONG = 3 * 3600  # seconds; the time of a run that takes longer is said in words
 LOG_TOGETHER = {"cpu": 1}  # steps logged at once; reading their losses waits for the device
 
 # -------------------------------------------------------------------------------------- Algorithm 1
@@ -151,7 +154,7 @@ def make_parser():
     flag("--classes", action="store_true", help="the sub-folders of --data are classes")
     flag("--out", type=Path, default="run", help="folder of the run [%(default)s]")
     flag("--quick", action="store_true", help="a small network and a short run; see the manual")
-    flag("--init", help="start from these weights: a checkpoint, or weights in diffusers' format")
+    flag("--init", help="start from the weights of a run, or of diffusers: a folder, or hf:NAME")
     flag("--image-size", type=count, help="pixels; images are cropped to a square [%(default)s]")
     flag("--channels", type=int, choices=(1, 3), help="1 for grey, 3 for colour [detected]")
     flag("--base-channels", type=count, help="width of the first level [%(default)s]")
@@ -201,6 +204,7 @@ def arguments():
         parser.set_defaults(variance=weights.diffusion.variance)
     args = parser.parse_args()
     if weights:
+        refuse_overridden(parser, args, weights)
         vars(args).update({name: weights.settings[name] for name in checkpoint.SHAPE})
         args.channels, args.schedule = weights.settings["in_channels"], "weights"
         args.predicts, args.init = weights.diffusion.predicts, checkpoint.name_of(args.init)
@@ -209,7 +213,7 @@ def arguments():
     if args.batch < WORLD * args.accumulate:
         parser.error("--batch must be at least the number of GPUs times --accumulate")
     args.classes = class_names(args.data) if args.classes else []
-    shape = checkpoint.settings(args, weights)["model"] | {"in_channels": 3}
+    shape = checkpoint.make_config(args, weights)["model"] | {"in_channels": 3}
     try:
         with torch.device("meta"):
             UNet(**shape)
@@ -226,24 +230,76 @@ def arguments():
     return args, weights
 
 
+def refuse_overridden(parser, args, weights):
+    """Exit if a given flag differs from what the weights of --init decide."""
+    decided = {name: weights.settings[name] for name in checkpoint.SHAPE if name != "norm_groups"}
+    decided |= {"channels": weights.settings["in_channels"], "predicts": weights.diffusion.predicts}
+    betas = weights.diffusion.betas
+    schedules = [n for n, make in checkpoint.SCHEDULES.items() if torch.equal(make(), betas)]
+    decided["schedule"] = schedules[0] if schedules else "weights"
+    parser.set_defaults(**dict.fromkeys(decided))
+    given = vars(parser.parse_args())
+    flags = [
+        f"--{name.replace('_', '-')}"
+        for name, value in decided.items()
+        if given[name] not in (None, value, list(value) if isinstance(value, tuple) else value)
+    ]
+    if flags:
+        parser.error(f"{args.init} decides {', '.join(flags)}; leave out what differs from it")
+
+
 # -------------------------------------------------------------------------------------- the program
 
 
+class Interrupts:
+    """Whether the program was told to stop: by Ctrl-C, SIGTERM or SIGHUP (a closed terminal).
+
+    The step is finished then. A second Ctrl-C, 2 seconds later or more, ends it at once.
+    """
+
+    def __init__(self):
+        self.since = None
+        signal.signal(signal.SIGINT, self.stop)
+        signal.signal(signal.SIGTERM, self.stop)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self.stop)  # unless nohup started the program
+
+    def stop(self, number, _):
+        if self.since is None:
+            self.since = time.monotonic()
+            if number == signal.SIGINT and RANK == 0:  # print may be interrupted, os.write is not
+                os.write(2, b"\nfinishing the step, to save it; a second Ctrl-C ends it at once\n")
+        elif number == signal.SIGINT and WORLD == 1 and time.monotonic() - self.since > 2:
+            sys.exit("stopped within a step: what was not saved is lost, and the checkpoint stays")
+
+
+def say_how_long(bar, seconds_per_step, args):
+    """Print how long the run will take if that is long, and on a CPU what is quicker."""
+    left = seconds_per_step * (bar.total - bar.n)
+    if left < LONG:
+        return
+    said = f"at {seconds_per_step:.2g} s per step, the run will take {checkpoint.duration(left)}"
+    if args.device.type == "cpu":
+        said += "; --quick, a smaller network, takes about 8 minutes on two cores at 32x32"
+    bar.write(said)
+
+
 def main():
-    sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal can print every name
+    print_any_name()
     args, weights = arguments()
     is_main, device, out = RANK == 0, args.device, args.out
     machine.prefer_speed()
 
     # -- the checkpoint, if this run is resumed; the first process reads it for all
-    states = [checkpoint.find_run(out) if is_main else None]
+    state, version = checkpoint.find_run(out) if is_main else (None, None)
+    states = [state]
     if WORLD > 1:
         machine.join_processes(device)
         dist.broadcast_object_list(states)
     state = states.pop()
     start = state["step"] if state else 0
     checkpoint.complete(args, state)
-    checkpoint.refuse_other_run(out, state, checkpoint.settings(args, weights), args.steps)
+    checkpoint.refuse_other_run(out, state, checkpoint.make_config(args, weights), args.steps)
 
     # -- the training set, which the first process of each machine decodes
     if WORLD > 1 and LOCAL_RANK > 0:
@@ -255,7 +311,7 @@ def main():
     if WORLD > 1 and LOCAL_RANK == 0:
         dist.barrier()
     args.channels = images.shape[1]
-    config = checkpoint.settings(args, weights, fingerprint(images))
+    config = checkpoint.make_config(args, weights, fingerprint(images))
     if WORLD > 1:
         everyone = [None] * WORLD
         mine = config["train"] | {"steps": args.steps, "accumulate": args.accumulate}
@@ -302,12 +358,10 @@ def main():
     # -- the loop
     decay_steps = args.steps if args.lr_decay else None
     lr_at = partial(learning_rate, lr=args.lr, warmup=args.warmup, decay_steps=decay_steps)
-    stop = []  # what tells the loop to stop
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.append(True))
-    run = checkpoint.Run(out, start, lr_at) if is_main else None
+    interrupts, first_read = Interrupts(), None  # (step, time) at which losses were first read
+    run = checkpoint.Run(out, start, lr_at, version) if is_main else None
     bar = tqdm(total=args.steps, initial=start, unit="step", mininterval=1, disable=not is_main)
-    done, pending = start, []
+    done, pending, said_how_long = start, [], False
     for step in range(start, args.steps):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step)
@@ -315,11 +369,11 @@ def main():
         pending.append(train_step(batch, network, ema, optimizer, diffusion, step, args))
         show, last = (step + 1) % args.preview_every == 0, step + 1 == args.steps
         must_log = show or last or (step + 1) % LOG_TOGETHER.get(device.type, 10) == 0
-        if not must_log and not (WORLD == 1 and stop):  # processes stop together
+        if not must_log and not (WORLD == 1 and interrupts.since):  # processes stop together
             continue
 
         # The losses, the norms, and whether a process was told to stop, in one reduction:
-        values = torch.stack([*pending, pending[0].new_tensor([bool(stop), 0])])
+        values = torch.stack([*pending, pending[0].new_tensor([bool(interrupts.since), 0])])
         if WORLD > 1:
             dist.all_reduce(values)
         *losses, (stops, _) = values.tolist()
@@ -328,13 +382,19 @@ def main():
             sys.exit(f"the loss or its gradient became infinite or NaN by step {done:,}; the step "
                      "is not saved. Try a lower --lr, a longer --warmup, or --no-amp.")  # fmt: skip
         if is_main:
-            bar.set_postfix_str(f"loss {run.log(done, losses):.4f}", refresh=False)
-            bar.update(len(losses))
+            mean = run.log(done, losses)
             show = last or (show and run.preview_is_due(args.preview_gap))
             if last or stops or run.save_is_due(args.save_minutes, show):
                 run.save(config, done, model, ema, optimizer)
+            bar.set_postfix_str(f"loss {mean:.4f}", refresh=False)  # after SIGHUP, this may fail
+            bar.update(len(losses))
             if show:
                 run.preview(done, ema, diffusion, images.shape[1:], args)
+            now = time.monotonic()
+            first_read = first_read or (done, now)  # the steps until then may compile
+            if not said_how_long and now - first_read[1] > 10:
+                say_how_long(bar, (now - first_read[1]) / (done - first_read[0]), args)
+                said_how_long = True
         if stops:
             break
     bar.close()
@@ -351,12 +411,13 @@ def main():
             print("no step was taken: to train again after a change to the code, use another --out")
         path = (out / "checkpoint.pt").as_posix()
         print(f"done: {path} is at step {done:,}; next:")
-        words = [] if out.name == "run" else ["--onnx", f"{out.name}.onnx"]
+        name = checkpoint.name_of(out)
+        words = [] if name == "run" else ["--onnx", f"{name}.onnx"]
         print("  python", checkpoint.command("export.py", "--checkpoint", path, *words))
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the loop catches both signals
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the loop catches the signals
     try:
         main()
     except KeyboardInterrupt:

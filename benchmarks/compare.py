@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -34,13 +33,13 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 import ddpm_numpy  # noqa: E402
+import device  # noqa: E402
 import export  # noqa: E402
 import reduced  # noqa: E402
 import train  # noqa: E402
 from checkpoint import Trained  # noqa: E402
 from data import read_folder  # noqa: E402
 from ddpm import Diffusion, UNet, linear_betas  # noqa: E402
-from device import has_bfloat16  # noqa: E402
 from images import from_pixels  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -170,26 +169,27 @@ def lucidrains_loop(folder, batch):
 def train_py(images, batch):
     """Return a function that takes a step of train.py with its default flags.
 
-    The network is compiled where train.py would compile it. images: uint8 (N, 3, 32, 32).
+    The network is compiled where and as train.py does. images: uint8 (N, 3, 32, 32).
     """
     args = train.make_parser().parse_args(["--batch", str(batch)])
-    args.device, args.amp = DEVICE, has_bfloat16(DEVICE)
+    args.device, args.amp = DEVICE, device.has_bfloat16(DEVICE)
     model, diffusion, images = UNet().to(DEVICE), Diffusion(linear_betas()), images.to(DEVICE)
     network = model
-    if DEVICE.type == "cuda" and find_spec("triton") is not None:
+    if device.can_compile(DEVICE):
         torch.compiler.reset()
-        network = torch.compile(model, dynamic=False)
+        network = device.compiled(model)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     steps = itertools.count()
 
     def step():
-        torch.set_float32_matmul_precision("high")  # as train.py does
+        device.prefer_speed()  # as train.py does
         k = next(steps)
         optimizer.param_groups[0]["lr"] = train.learning_rate(k, args.lr, 5000)
         batch = train.draw_batch(k, images, None, diffusion.T, args)
         train.train_step(batch, network, ema, optimizer, diffusion, k, args)
-        torch.set_float32_matmul_precision("highest")  # torch's default, for the peers
+        torch.set_float32_matmul_precision("highest")  # torch's defaults, for the peers
+        torch.backends.cudnn.benchmark = False
 
     return step
 

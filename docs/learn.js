@@ -38,7 +38,7 @@ let cloud, centres, labels; // the data of the plane; those of them that are tra
 let trainer, random;
 let example = null; // some points of an earlier batch: {until, points: [{t, x0, xt, eps}]}
 let losses = [], errors, counts, floor; // errors: for each bin of t; floor: {loss, errors}, of the closed form
-let running = false, dirty = true, stale = false, samples = null, generation = 0; // stale: the samples are
+let running = false, training = false, dirty = true, stale = false, samples = null, generation = 0; // stale: the samples are
 
 const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 const eps = (x, t, y) => trainer.eps(x, t, y, $("learn-average").checked ? trainer.average : trainer.parameters);
@@ -118,6 +118,8 @@ function showExample({ x0, t }, { xt, eps }) {
 
 /** Take steps while running: slowly at first, then as many as fit into a slice. */
 async function train() {
+  if (training) return; // a loop that waits goes on by itself
+  training = true;
   while (running) {
     if (trainer.steps < SLOW) {
       step();
@@ -128,6 +130,7 @@ async function train() {
     while (performance.now() < end) step();
     await pause(0);
   }
+  training = false;
 }
 
 /** Draw samples of the network anew each second, if it has changed. */

@@ -154,13 +154,15 @@ function offerClasses() {
   for (const element of document.querySelectorAll(".classes")) element.hidden = !names.length;
 }
 
-/** Sample again with the same noise. */
+/** Sample again with the same noise. Of several changes during one pass, the last one does. */
 async function sampleAgain() {
   if (!network || opening || !(run || frames.length)) return;
+  const mine = ++sampleAgain.asked;
   stop();
   await run?.ended;
-  await sample();
+  if (mine === sampleAgain.asked) await sample();
 }
+sampleAgain.asked = 0;
 
 async function sample() {
   const count = Number($("count").value), seed = Number($("seed").value), { betas, variance } = network;
@@ -347,12 +349,14 @@ async function open(name, bytes, keepsRecording = false) {
   try {
     const opened = await Network.open(bytes, ...RUNTIMES);
     network?.close();
-    network = opened;
+    network = Object.assign(opened, { name });
+    $("refused").textContent = "";
   } catch (error) {
     const message = error.message.split("\n")[0];
     say(/import/i.test(message)
       ? `onnxruntime-web could not be loaded. Sections 1 and 2 work in full without it. For the others, connect and reload; to use them offline later, install a copy: npm install --no-save --no-package-lock --prefix docs ${RUNTIME}`
-      : `${name} is not a model from export.py that this browser can run: ${message}.`, true);
+      : $("refused").textContent = `${name} is not a model from export.py that this browser can run: ${message}.`
+        + (network ? ` ${network.name} still draws.` : ""), true);
     return false;
   } finally {
     opening = false;
