@@ -64,8 +64,12 @@ def test_wrong_arguments_are_refused():
         Diffusion(linear_betas(), predicts="score")
     with pytest.raises(ValueError, match="weighting"):
         PAPER.loss(lambda x, t: x, torch.zeros(1, 1, 2, 2), weighting="none")
-    with pytest.raises(ValueError, match=r"x0 must have the shape .* not \(3, 8, 8\)"):
-        PAPER.loss(lambda x, t: x, torch.zeros(3, 8, 8))  # an image without its batch dimension
+    with pytest.raises(ValueError, match=r"x_t must have the shape .* not \(3, 8, 8\)"):
+        PAPER.loss(small_unet(), torch.zeros(3, 8, 8))  # an image without its batch dimension
+    for sample in (PAPER.sample_progressive, ddpm_numpy.sample_progressive):
+        arguments = (PAPER.betas.numpy(),) if sample is ddpm_numpy.sample_progressive else ()
+        with pytest.raises(ValueError, match="clip must be True or False"):
+            next(sample(lambda x, t: x, lambda: 0, *arguments, clip=5))
     with pytest.raises(ValueError, match="steps"):
         PAPER.respaced(0)
 

@@ -67,7 +67,8 @@ def run(monkeypatch, capsys):
 
     An error of the user is a SystemExit with one line. Any other exception fails the test.
     """
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    numbers = [signal.SIGINT, signal.SIGTERM, *[signal.SIGHUP] * (sys.platform != "win32")]
+    handlers = [(number, signal.getsignal(number)) for number in numbers]
 
     def call(program, *args, cwd, code=0):
         monkeypatch.chdir(cwd)

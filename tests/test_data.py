@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import HERE, python
-from PIL import Image
+from conftest import HERE, posix, python
+from PIL import EpsImagePlugin, Image
 
 import data
 import images
@@ -93,7 +93,7 @@ def test_awkward_files_are_read_or_left_out(tmp_path, capsys):
     assert "left out 3 of 9" in said and "exceeds limit" in said
 
 
-def test_folder_without_images_is_one_line(tmp_path):
+def test_folder_without_images_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit, match="nowhere: no such folder"):
         read(tmp_path / "nowhere", 4)
     with pytest.raises(SystemExit, match="not a folder"):
@@ -102,6 +102,7 @@ def test_folder_without_images_is_one_line(tmp_path):
         (tmp_path / name).write_text("not an image")
         with pytest.raises(SystemExit, match="there is no image that can be read"):
             read(tmp_path, 4)
+    assert "left out 1 of 1 files as unreadable:\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("is_large", [False, True])
@@ -125,7 +126,7 @@ def test_order_is_that_of_the_names_with_and_without_threads(is_large, tmp_path,
     assert (threads == {threading.get_ident()}) is not is_large
 
 
-def test_bug_in_read_image_is_not_taken_for_broken_images(tmp_path, monkeypatch, capsys):
+def test_bug_in_read_image_is_not_taken_for_broken_images(tmp_path, monkeypatch):
     """As when a reader edits images.py: another shape, or an exception for every file."""
     for k in range(3):
         Image.new("L", (4, 4)).save(tmp_path / f"{k}.png")
@@ -133,17 +134,53 @@ def test_bug_in_read_image_is_not_taken_for_broken_images(tmp_path, monkeypatch,
     with pytest.raises(ValueError, match=r"the shape \(1, 8, 4\), not \(1, 4, 4\)"):
         read(tmp_path, 4)
     monkeypatch.setattr(data, "read_image", lambda *_: misspelt)  # noqa: F821
-    with pytest.raises(SystemExit, match="no image that can be read"):
+    with pytest.raises(NameError, match="misspelt"):
         read(tmp_path, 4)
-    assert "NameError: name 'misspelt' is not defined" in capsys.readouterr().err
 
 
-def test_runs_are_no_training_images(tmp_path):
-    """A folder that holds a checkpoint.pt is left out, with what is in it."""
+def test_runs_are_no_training_images(tmp_path, capsys):
+    """A folder that holds a checkpoint.pt is left out, with what is in it, and a line says so."""
     for name in ("images/0.png", "old-run/preview.png", "old-run/deep/1.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (4, 4)).save(tmp_path / name)
     (tmp_path / "old-run" / "checkpoint.pt").touch()
+    assert len(read(tmp_path, 4)) == 1
+    said = capsys.readouterr().out
+    assert f"left out 1 sub-folder: {tmp_path / 'old-run'} (it holds a checkpoint.pt)" in said
+
+
+@posix
+def test_links_and_folders_that_can_not_be_read_are_said(tmp_path, monkeypatch, capsys):
+    (tmp_path / "in" / "closed").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("in/0.png", "in/closed/1.png", "elsewhere/2.png"):
+        Image.new("L", (4, 4)).save(tmp_path / name)
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "gone.png").symlink_to(tmp_path / "nothing")
+    (tmp_path / "in" / "\x1b[31mred.png").write_text("no image")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root may read every folder
+    assert len(read(tmp_path / "in", 4)) == 1
+    said = capsys.readouterr().out
+    assert "left out 2 sub-folders" in said
+    assert "linked (a link)" in said and "closed (Permission denied)" in said
+    assert "left out 2 of 3 files as unreadable" in said and "gone.png: " in said
+    assert "\x1b" not in said and "\\x1b[31mred.png: " in said
+
+
+def test_eps_is_not_read(tmp_path, monkeypatch):
+    """Reading it would start Ghostscript, whatever the name of the file."""
+    Image.new("L", (4, 4)).save(tmp_path / "good.png")
+    Image.new("L", (4, 4)).save(tmp_path / "cat.eps")
+    (tmp_path / "cat.eps").rename(tmp_path / "cat.png")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", None)  # a call would be a TypeError
+    monkeypatch.setattr(EpsImagePlugin.EpsImageFile, "_open", None)
     assert len(read(tmp_path, 4)) == 1
 
 
@@ -208,6 +245,49 @@ def test_what_can_not_be_read_is_said_each_time(tmp_path, capsys):
     for _ in range(2):  # decodes, then reads the cache
         assert first_pixels(read(tmp_path, 4, cache=tmp_path / "out")) == [5]
         assert "left out 1 of 2 files" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["cut array", "no array", "no note", "empty note", "old note"])
+def test_damaged_cache_is_decoded_again(damage, tmp_path):
+    (tmp_path / "out").mkdir()
+    Image.new("RGB", (4, 4), (9, 9, 0)).save(tmp_path / "0.png")
+    whole = read(tmp_path, 4, cache=tmp_path / "out").copy()
+    (array,), (note,) = (list((tmp_path / "out").glob(f"*.{kind}")) for kind in ("npy", "json"))
+    if damage == "cut array":
+        array.write_bytes(array.read_bytes()[:-1])
+    elif damage.startswith("no"):
+        (array if damage == "no array" else note).unlink()
+    else:
+        note.write_text("" if damage == "empty note" else "[null, 3, []]")
+    images = read(tmp_path, 4, cache=tmp_path / "out")
+    assert np.array_equal(images, whole)
+    assert data.fingerprint(images) == data.digest_of(whole)  # which the new note has
+
+
+def test_note_never_describes_another_array(tmp_path, monkeypatch):
+    """As after kill -9 between the two: grey images are not taken for those in colour."""
+    (tmp_path / "out").mkdir()
+    Image.new("L", (4, 4), 9).save(tmp_path / "0.png")
+    assert read(tmp_path, 4, cache=tmp_path / "out").shape[1] == 1
+    replace = os.replace
+    for kind in (".npy", ".json"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, "replace", lambda a, b, kind=kind: (
+                (_ for _ in ()).throw(KeyboardInterrupt()) if b.suffix == kind else replace(a, b)
+            ))  # fmt: skip
+            read(tmp_path, 4, 3, cache=tmp_path / "out")
+        assert read(tmp_path, 4, 1, cache=tmp_path / "out").shape[1] == 1
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_fingerprint_is_computed_once(tmp_path, monkeypatch):
+    """Not by each process at each start, which takes long for many images."""
+    (tmp_path / "out").mkdir()
+    Image.new("L", (4, 4), 9).save(tmp_path / "0.png")
+    images = read(tmp_path, 4, cache=tmp_path / "out")
+    expected = data.digest_of(images)
+    monkeypatch.setattr(data, "digest_of", None)
+    assert data.fingerprint(read(tmp_path, 4, cache=tmp_path / "out")) == expected
 
 
 def test_fingerprint_changes_with_the_images(tmp_path):

@@ -29,7 +29,7 @@ def draw(trained, tmp_path, run):
     def call(folder, *flags):
         run("sample.py", "--onnx", trained[0] / "model.onnx", "--steps", 5, "--dir", folder, *flags,
             cwd=tmp_path)  # fmt: skip
-        paths = sorted((tmp_path / folder).iterdir())
+        paths = sorted((tmp_path / folder).glob("[!.]*"))
         assert [path.name for path in paths] == [f"{k:06d}.png" for k in range(len(paths))]
         return [np.asarray(Image.open(path)).astype(int).transpose(2, 0, 1) for path in paths]
 
@@ -168,7 +168,7 @@ def test_inpainting_keeps_the_image_outside_the_mask(trained, network, image_fol
     file = image_folder / "0.png"
     run("sample.py", "--onnx", trained[0] / "model.onnx", "--inpaint", file, "mask.png", "-n", 2,
         "--steps", 20, "--dir", "out", cwd=tmp_path)  # fmt: skip
-    drawn = np.stack([read_image(path, 8, 3) for path in sorted((tmp_path / "out").iterdir())])
+    drawn = np.stack([read_image(path, 8, 3) for path in sorted((tmp_path / "out").glob("*.png"))])
     known = torch.from_numpy(from_pixels(read_image(file, 8, 3))), torch.from_numpy(mask > 0)
     z = ddpm_numpy.noise_of(0, 0, (2, 3, 8, 8))
     x0 = PAPER.sample(
@@ -303,7 +303,7 @@ def test_grid_shows_the_first_256_images(trained, tmp_path, run):
     ):
         flags = ["--onnx", trained[0] / "model.onnx", "--steps", 1, "--batch", 99, *flags.split()]
         assert said in run("sample.py", *flags, cwd=tmp_path)
-    assert len(list((tmp_path / "all").iterdir())) == 257
+    assert len(list((tmp_path / "all").glob("*.png"))) == 257
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_grid_shows_the_first_256_images(trained, tmp_path, run):
         ("--out o.xbm", 2, "o.xbm must be a file such as"),
         ("--out o.grib", 2, "o.grib must be a file such as"),
         ("--out photos", 2, "photos must be a file such as"),
-        ("--out photos/mine.png/x.png", 2, "x.png must be a file such as"),
+        ("--out photos/mine.png/x.png", 1, "mine.png is not a folder"),
         ("--t 5", 2, "--t needs --interpolate"),
         ("--guidance nan", 2, "--guidance must be a finite number"),
         (
@@ -347,8 +347,8 @@ def test_grid_shows_the_first_256_images(trained, tmp_path, run):
         ("--out nosuffix", 2, "nosuffix must be a file such as"),
         ("--strip s", 2, "s must be a file such as"),
         ("--gif o.jpg", 2, "o.jpg must be a file such as x.png or x.gif"),
-        ("--dir photos", 2, "--dir photos must be a new or empty folder"),
-        ("--dir photos/mine.png", 2, "must be a new or empty folder"),
+        ("--dir photos", 1, "--dir photos must be a new or empty folder"),
+        ("--dir photos/mine.png", 1, "mine.png is not a folder"),
     ],
 )
 def test_impossible_flags_are_refused_before_sampling(
@@ -390,7 +390,7 @@ def test_signal_saves_the_batches_that_are_finished(number, trained, tmp_path, s
     process.send_signal(number)
     said, _ = process.communicate(timeout=30)
     assert process.returncode == 1 and "Traceback" not in said
-    drawn = len(list((tmp_path / "all").iterdir()))
+    drawn = len(list((tmp_path / "all").glob("*.png")))
     assert f"samples.png: {drawn} images, " in said
     assert said.rstrip().endswith(f"sample.py: stopped after {drawn} of 256 images")
     with Image.open(tmp_path / "samples.png") as image:
@@ -422,7 +422,7 @@ def test_demo_images_are_told_from_others():
 def test_demo_learns_to_draw_in_four_minutes(demo, tmp_path):
     """90 % of 64 samples are right."""
     python("sample.py", "--onnx", demo / "model.onnx", "--dir", "each", cwd=tmp_path)
-    paths = sorted((tmp_path / "each").iterdir())
+    paths = sorted((tmp_path / "each").glob("*.png"))
     images = np.stack([np.asarray(Image.open(path)).transpose(2, 0, 1) for path in paths])
     right = count_right(images)
     assert len(images) == 64 and right >= 0.9 * 64, f"{right} of 64"

@@ -8,6 +8,8 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -20,10 +22,15 @@ from torch.utils._pytree import tree_leaves
 
 import checkpoint
 import device
+import images
 import train
 from data import demo_images
 from ddpm import Diffusion, UNet, linear_betas
 from images import from_pixels
+
+if sys.platform != "win32":
+    import fcntl
+    import termios
 
 CPU = torch.device("cpu")
 EXACT = ["--dropout", 0, "--no-amp", "--warmup", 0]  # one and two processes differ by rounding
@@ -282,8 +289,12 @@ def test_training_starts_from_the_weights_of_a_checkpoint(trained, image_folder,
     words[3] = trained[0] / "run"
     said = run("train.py", *words, "--steps", 5, cwd=tmp_path, code=1)
     assert "init was other, now run" in said
-    words += ["--base-channels", 16, "--schedule", "cosine", "--quick"]  # the weights decide
-    run("train.py", *words, "--steps", 1, "--out", "b", cwd=tmp_path)
+    words += ["--steps", 1, "--out", "b"]
+    other = ["--base-channels", 16, "--channels", 1, "--schedule", "cosine", "--predicts", "v"]
+    said = run("train.py", *words, *other, "--image-size", 8, cwd=tmp_path, code=2)
+    assert "run decides --base-channels, --channels, --predicts, --schedule; leave out" in said
+    same = ["--base-channels", 8, "--channel-mults", 1, 2, "--channels", 3, "--schedule", "linear"]
+    run("train.py", *words, *same, "--quick", cwd=tmp_path)  # the weights decide
     config = read(tmp_path / "b")["config"]
     assert config["model"] == start["config"]["model"] | {"dropout": 0.0}
     assert config["diffusion"] == start["config"]["diffusion"]
@@ -393,6 +404,89 @@ def test_locked_log_delays_its_rows(tmp_path, monkeypatch):
     ]
 
 
+BLANK, SPREADSHEET = "\n \n", "4;0,5;0,25;0,001\n5;0,5;0,25;0,001\n"
+
+
+@pytest.mark.parametrize("foreign", [BLANK, SPREADSHEET])
+def test_foreign_line_in_the_log_stops_no_run(foreign, image_folder, tmp_path, run):
+    """Also one that appears while the run goes on. A row that stands twice is kept once."""
+    words, path = ["--data", image_folder, *TINY], tmp_path / "run" / "log.csv"
+    run("train.py", *words, "--steps", 3, cwd=tmp_path)
+    rows = path.read_text()
+    path.write_text(rows + rows.splitlines(keepends=True)[-1] + foreign)
+    run("train.py", *words, "--steps", 5, cwd=tmp_path)
+    assert path.read_text().startswith(rows)
+    assert [row.split(",")[0] for row in path.read_text().split()] == ["step", *"12345"]
+    writer = checkpoint.Run(tmp_path / "run", 5, lambda k: 0.1)
+    path.write_text(path.read_text() + foreign)
+    args = argparse.Namespace(device=CPU, seed=0, classes=[], amp=False)
+    writer.preview(5, lambda x, t, y: x, PAPER, (1, 4, 4), args)
+
+
+@posix
+def test_killed_while_decoding_it_resumes_and_removes_the_remains(tmp_path, run, start):
+    (tmp_path / "images").mkdir()
+    for k in range(4000):
+        (tmp_path / "images" / f"{k}.png").write_bytes(b"")
+    Image.new("L", (1000, 1000)).save(tmp_path / "images" / "0.png")
+    process = start("train.py", "--data", "images", *TINY, cwd=tmp_path)
+    while not list(tmp_path.glob("run/.images-*")):
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert list(tmp_path.glob("run/.images-*.tmp"))
+    run("train.py", "--data", "images", *TINY, "--steps", 1, cwd=tmp_path)
+    assert not list(tmp_path.glob("run/.*")) and read(tmp_path / "run")["step"] == 1
+
+
+def test_second_start_beside_the_first_is_one_line(image_folder, tmp_path, run, monkeypatch):
+    """While the first one writes, for example the images that it decodes."""
+    (tmp_path / "run").mkdir()
+    file = tmp_path / "run" / f".images-0123.npy.{'0' * 16}.tmp"
+    file.touch()
+    monkeypatch.setattr(checkpoint.time, "sleep", lambda _: file.write_text(file.read_text() + "x"))
+    said = run("train.py", "--data", image_folder, *TINY, cwd=tmp_path, code=1)
+    assert "another process is writing into run; wait for it, or use another --out" in said
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_checkpoint_of_another_process_is_not_replaced(
+    first, image_folder, tmp_path, run, monkeypatch
+):
+    """Two terminals, the default run: the process that saves last ends, whatever its settings."""
+    words, path = ["--data", image_folder, *TINY, "--steps", 5], tmp_path / "run" / "checkpoint.pt"
+    if first:
+        run("train.py", *words[:-1], first, cwd=tmp_path)
+    step, other = train.train_step, []
+
+    def interfere(*args):
+        if args[5] == 3:
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(b"of another process")
+            other.append(path.stat())
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", interfere)
+    said = run("train.py", *words, cwd=tmp_path, code=1)
+    assert "run/checkpoint.pt was written by another process, which trains in the same" in said
+    assert path.stat() == other[0] and not list(path.parent.glob(".*"))
+
+
+@posix
+def test_link_of_a_stranger_is_not_followed(image_folder, tmp_path, run):
+    """In a run folder from somebody else, that is resumed."""
+    words = ["--data", image_folder, *TINY, "--steps"]
+    run("train.py", *words, 2, cwd=tmp_path)
+    (tmp_path / "mine.txt").write_text("mine")
+    for name in ("loss.png", "preview-0000003.png", ".checkpoint.pt.tmp", ".log.csv.tmp"):
+        (tmp_path / "run" / name).unlink(missing_ok=True)
+        (tmp_path / "run" / name).symlink_to(tmp_path / "mine.txt")
+    run("train.py", *words, 3, cwd=tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+    assert Image.open(tmp_path / "run" / "loss.png").size == (640, 440)
+
+
 def test_changed_code_is_said(image_folder, tmp_path, run):
     words = ["--data", image_folder, *TINY, "--steps"]
     run("train.py", *words, 1, cwd=tmp_path)
@@ -500,7 +594,7 @@ def test_folder_of_other_files_is_refused(image_folder, tmp_path, run):
     assert os.listdir(tmp_path / "run") == ["thesis.txt"]
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "log.csv").write_text("step,accuracy\n1,0.9\n")
-    for out, said in (("run/thesis.txt", "must be a folder"), ("run/thesis.txt/x", "must be a"),
+    for out, said in (("run/thesis.txt", "is not a folder"), ("run/thesis.txt/x", "is not a f"),
                       ("logs", "is not the folder of a run")):  # fmt: skip
         words = ["--data", image_folder, *TINY, "--out", out]
         assert said in run("train.py", *words, cwd=tmp_path, code=1)
@@ -556,16 +650,107 @@ def test_full_disk_is_one_line_and_leaves_the_checkpoint_whole(image_folder, tmp
     run("train.py", *words, "--steps", 3, cwd=tmp_path)
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     said = python("-c", FULL_DISK, HERE / "train.py", *words, "--steps", 6, cwd=tmp_path, code=1)
-    assert "can't be written and stays as it was; is the disk full?" in said
-    assert "Traceback" not in said and not list((tmp_path / "run").glob("*.tmp"))
+    assert "run/checkpoint.pt can't be written and stays as it was: File too large" in said
+    assert "Traceback" not in said and not list((tmp_path / "run").glob(".*"))
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+@posix
+@pytest.mark.parametrize("limit, what", [(500, "images-.*"), (16_000, "log")])
+def test_full_disk_elsewhere_is_one_line(limit, what, image_folder, tmp_path):
+    """While images are decoded, and while the log grows."""
+    code = FULL_DISK.replace("100_000", str(limit))
+    if what == "log":
+        run = tmp_path / "run"
+        run.mkdir()
+        (run / "log.csv").write_text(checkpoint.HEADER + "1,0.5,0.5,0.1\n" * 2000)
+        code = f"""
+import resource, signal, checkpoint, pathlib
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+run = checkpoint.Run(pathlib.Path("new"), 0, lambda k: 0.1)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+while True:
+    run.log(1, [(0.5, 1.0)])
+"""
+        env = os.environ | {"PYTHONPATH": str(HERE)}
+        said = python("-c", code, cwd=tmp_path, code=1, env=env)
+        assert said.strip() == f"{os.path.join('new', 'log.csv')} can't be written, so training " \
+            "ends: File too large"  # fmt: skip
+        return
+    words = ["--data", image_folder, *TINY, "--steps", 3]
+    said = python("-c", code, HERE / "train.py", *words, cwd=tmp_path, code=1)
+    assert re.search(r"run/images-\w+.npy can't be written and stays as it was: File too", said)
+    assert "Traceback" not in said and not list((tmp_path / "run").iterdir())
+
+
+def test_without_matplotlib_a_run_ends_without_its_curve(image_folder, tmp_path, run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    images.figure_class.cache_clear()
+    words = ["--data", image_folder, *TINY, "--steps", 4, "--preview-every", 2]
+    said = run("train.py", *words, cwd=tmp_path)
+    images.figure_class.cache_clear()
+    assert said.count("matplotlib is missing: pip install matplotlib") == 1
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"checkpoint.pt", "log.csv", "preview-0000004.png"} <= names and "loss.png" not in names
+
+
+def test_folder_that_can_not_be_written_is_refused(image_folder, tmp_path, run, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    said = run("train.py", "--data", image_folder, *TINY, cwd=tmp_path, code=1)
+    assert "checkpoint.pt can't be written" in said and not list(tmp_path.iterdir())
+
+
+def test_command_after_training_names_a_file(image_folder, tmp_path, run):
+    said = run("train.py", "--data", image_folder, *TINY, "--steps", 1, "--out", ".", cwd=tmp_path)
+    assert f"--onnx {tmp_path.name}.onnx" in said
+
+
+def test_mistyped_path_is_not_looked_up_on_the_hub(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pretrained", None)
+    for name in ("run1/chekpoint", "runs/best", "mine"):
+        with pytest.raises(SystemExit, match=f"^{name} does not exist; python train.py writes"):
+            checkpoint.load(name)
+    with pytest.raises(ModuleNotFoundError):
+        checkpoint.load("hf:runs/best")
 
 
 # ------------------------------------------------------------------------------- signals and losses
 
 
+@pytest.mark.parametrize("words, said", [([], "--quick, a smaller"), (["--device", "xpu"], None)])
+def test_run_of_years_is_said_in_words(words, said, monkeypatch):
+    lines = []
+    bar = argparse.Namespace(total=800_000, n=2, write=lines.append)
+    train.say_how_long(bar, 15.0, flags(device=torch.device(*words[1:] or ["cpu"])))
+    assert "at 15 s per step, the run will take about 5 months" in lines[0]
+    assert (said in lines[0]) if said else ("--quick" not in lines[0])
+    train.say_how_long(bar, 0.01, flags())  # 2.2 hours
+    assert len(lines) == 1
+    assert [checkpoint.duration(s) for s in (10_900, 3e5, 9e7)] == [
+        "about 3 hours", "about 3 days", "about 3 years"]  # fmt: skip
+
+
+def test_time_of_a_run_is_measured_without_its_first_steps(
+    image_folder, tmp_path, run, monkeypatch
+):
+    """The first one takes 100 s here, as if it compiled, and each of the others 6 s."""
+    now, step, said = [0.0], train.train_step, []
+
+    def slow(*args):
+        now[0] += 6 if now[0] else 100
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", slow)
+    monkeypatch.setattr(train, "time", argparse.Namespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(
+        train, "say_how_long", lambda bar, seconds, _: said.append((bar.n, seconds))
+    )
+    run("train.py", "--data", image_folder, *TINY, "--steps", 9, cwd=tmp_path)
+    assert said == [(3, 6.0)]
+
+
 @posix
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_ends_training_after_a_step_that_is_saved(
     number, image_folder, tmp_path, monkeypatch, run
 ):
@@ -577,13 +762,53 @@ def test_signal_ends_training_after_a_step_that_is_saved(
         return draw(k, *args)
 
     monkeypatch.setattr(train, "draw_batch", interrupted)
-    signal.signal(number, signal.SIG_IGN)  # as in a script's background job
+    if number != signal.SIGHUP:  # which nohup ignores
+        signal.signal(number, signal.SIG_IGN)  # as in a script's background job
     words = ["--data", image_folder, *TINY, "--steps", 13]
     said = run("train.py", *words, cwd=tmp_path, code=1)
     assert "stopped at step 6; to resume:\n  python train.py --data" in said
     assert read(tmp_path / "run")["step"] == 6
     rows = (tmp_path / "run" / "log.csv").read_text().splitlines()
     assert rows[-1].startswith("6,") and len(rows) == 7
+
+
+@posix
+def test_closed_terminal_saves_the_step(image_folder, tmp_path):
+    """The terminal is gone, so the program can print nothing more."""
+    ours, theirs = os.openpty()
+    words = [sys.executable, HERE / "train.py", "--data", image_folder, *TINY, "--steps", 100_000]
+
+    def attach():
+        os.setsid()
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(list(map(str, words)), cwd=tmp_path, stdin=theirs, stdout=theirs,
+                               stderr=theirs, preexec_fn=attach)  # fmt: skip
+    os.close(theirs)
+    while not (tmp_path / "run" / "log.csv").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.close(ours)
+    process.wait(timeout=60)
+    rows = (tmp_path / "run" / "log.csv").read_text().split()
+    assert int(rows[-1].split(",")[0]) == read(tmp_path / "run")["step"] > 0
+
+
+@posix
+def test_nohup_and_a_second_interrupt(monkeypatch, run):
+    """`run` restores the handlers. With nohup, SIGHUP stays ignored."""
+    before, clock = signal.signal(signal.SIGHUP, signal.SIG_IGN), [5.0]
+    monkeypatch.setattr(train.time, "monotonic", lambda: clock[0])
+    interrupts = train.Interrupts()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and interrupts.since is None
+    signal.signal(signal.SIGHUP, before)
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)  # both at once, as from torchrun or a nervous finger
+    assert interrupts.since == 5.0
+    clock[0] = 8.0
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(SystemExit, match="stopped within a step"):
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 @posix
@@ -594,7 +819,7 @@ def test_signal_while_decoding_leaves_no_files(number, tmp_path, start):
         (tmp_path / "images" / f"{k}.png").write_bytes(b"")
     Image.new("L", (2000, 2000)).save(tmp_path / "images" / "0.png")
     process = start("train.py", "--data", "images", *TINY, cwd=tmp_path)
-    while not list(tmp_path.glob("run/images-*")):
+    while not list(tmp_path.glob("run/.images-*")):
         assert process.poll() is None
     process.send_signal(number)
     said, _ = process.communicate(timeout=30)
