@@ -90,6 +90,17 @@ def run(monkeypatch, capsys):
         signal.signal(number, handler)
 
 
+# Runs a program as if the disk were full after 100 kB of a file.
+FULL_DISK = """
+import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+del sys.argv[0]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.fixture
 def start():
     """Start a program in a process of its own, which does not outlive the test."""

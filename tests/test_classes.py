@@ -214,9 +214,23 @@ def test_weights_without_classes_learn_some(class_folder, tmp_path, run):
     assert all(torch.equal(plain[name], classes[name]) for name in classes)
 
 
+def test_class_that_is_named_twice_has_one_row(coloured, tmp_path, run):
+    """With every second image, not two of three of the other class."""
+    words = ["--onnx", coloured / "model.onnx", "--class", "blue", "blue", "red", "-n", 6]
+    said = run("sample.py", *words, "--steps", 2, "--dir", "out", cwd=tmp_path)
+    assert "6 images of blue, red, " in said
+    assert [len(list((tmp_path / "out" / name).iterdir())) for name in ("blue", "red")] == [3, 3]
+
+
+def test_names_of_classes_may_come_from_a_generator(coloured):
+    network = ddpm_numpy.Network(coloured / "model.onnx")
+    assert network.labels((name for name in ["red", "blue"]), 3).tolist() == [2, 0, 2]
+
+
 def test_weights_with_classes_keep_or_lose_them(class_folder, coloured, tmp_path, run):
     """The same names keep their rows. Without classes, the network is that of "no class"."""
-    flags = ["--data", class_folder, *TINY, "--init", coloured, "--steps", 1, "--lr", 0]
+    flags = ["--data", class_folder, "--device", "cpu", "--batch", 8, "--init", coloured]
+    flags += ["--steps", 1, "--lr", 0]
     run("train.py", *flags, "--classes", "--no-amp", "--out", "same", cwd=tmp_path)
     same, before = read(tmp_path / "same")["model"], read(coloured)["ema"]
     assert all(torch.equal(same[name], before[name]) for name in before)

@@ -1,13 +1,16 @@
 """evaluate.py: the bound that it prints, and the rate-distortion curve that it saves."""
 
 import shutil
+import signal
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import read
+from conftest import posix, read
 from PIL import Image
 
+import images
 from data import demo_images, read_folder
 from ddpm import Diffusion, UNet, linear_betas
 from images import from_pixels
@@ -76,6 +79,49 @@ def test_without_data_it_is_the_demo(network, tmp_path, run):
     assert printed(said, "total") == pytest.approx(total, abs=1e-3)
 
 
+def test_interrupt_keeps_what_is_measured(network, image_folder, tmp_path, run, monkeypatch):
+    words = ["--data", image_folder, "--checkpoint", "checkpoint.pt", "--batch", 2]
+    vlb, done = Diffusion.vlb, []
+
+    def interrupted(*args):
+        done.append(1)
+        if len(done) == limit:
+            raise KeyboardInterrupt
+        return vlb(*args)
+
+    monkeypatch.setattr(Diffusion, "vlb", interrupted)
+    limit = 1
+    assert "stopped before a batch was" in run("evaluate.py", *words, cwd=tmp_path, code=1)
+    limit = 4
+    said = run("evaluate.py", *words, cwd=tmp_path, code=1)
+    assert "on 4 images of" in said and "stopped after 4 of 12 images" in said
+    rows = (tmp_path / "rate-distortion.csv").read_text().split()
+    total = printed(said, "L_1 + .. + L_T-1") + printed(said, "L_0")
+    assert sum(float(row.split(",")[1]) for row in rows[1:]) == pytest.approx(total, abs=1e-3)
+
+
+@posix
+def test_signal_ends_it_without_a_traceback(network, image_folder, tmp_path, start):
+    words = ["--data", image_folder, "--checkpoint", "checkpoint.pt", "--batch", 1]
+    process = start("evaluate.py", *words, cwd=tmp_path)
+    for line in iter(lambda: process.stdout.read(40), ""):
+        if "in the last batch" in line or "bits" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in said and "evaluate.py: stopped" in said
+
+
+def test_without_matplotlib_it_writes_the_table(network, image_folder, tmp_path, run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    images.figure_class.cache_clear()
+    words = ["--data", image_folder, "--checkpoint", "checkpoint.pt", "--images", 1]
+    said = run("evaluate.py", *words, cwd=tmp_path)
+    images.figure_class.cache_clear()
+    assert "matplotlib is missing: pip install matplotlib" in said
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint.pt", "rate-distortion.csv"}
+
+
 def test_errors_of_the_user_are_one_line(trained, image_folder, tmp_path, run):
     shutil.copy(trained[0] / "run" / "checkpoint.pt", tmp_path / "other.pt")
     for words, said in (
@@ -83,6 +129,7 @@ def test_errors_of_the_user_are_one_line(trained, image_folder, tmp_path, run):
         (["--checkpoint", "rnu"], "rnu does not exist"),
         (["--checkpoint", "other.pt"], "--data must be a folder of images"),
         (["--checkpoint", "other.pt", "--data", "none"], "none: no such folder"),
+        (["--checkpoint", "other.pt", "--data", image_folder, "--out", "other.pt"], "not a folder"),
     ):
         assert said in run("evaluate.py", *words, cwd=tmp_path, code=1)
     assert "must be at least 1" in run("evaluate.py", "--batch", 0, cwd=tmp_path, code=2)

@@ -1,6 +1,9 @@
 """The promises of export.py: the ONNX file, reduced precision, and errors of the user."""
 
+import contextlib
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,17 +11,18 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import HERE, PAPER, RunsCode, randn, read
+from conftest import HERE, PAPER, RunsCode, posix, python, randn, read
 from PIL import Image
 
 import checkpoint
 import export
 import reduced
 from data import demo_images
-from ddpm import UNet, linear_betas
+from ddpm import Diffusion, UNet, linear_betas
 from images import from_pixels
 from pretrained import largest_difference
 
+DOUBLE = onnx.TensorProto.DOUBLE
 FLOAT, FLOAT16 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 INT8, INT64 = onnx.TensorProto.INT8, onnx.TensorProto.INT64
 
@@ -44,6 +48,36 @@ def test_onnx_file_is_what_it_promises(trained):
     assert metadata["ddpm.variance"] == "large" and metadata["ddpm.step"] == "12"
     assert json.loads(metadata["ddpm.image_shape"]) == [3, 8, 8] and metadata["ddpm.source"]
     assert not list(folder.glob("model.onnx?*"))  # no .data beside it
+
+
+def doubles(graph):
+    """What is float64 in a graph and in the branches of its nodes."""
+    found = [tensor.name for tensor in graph.initializer if tensor.data_type == DOUBLE]
+    for node in graph.node:
+        for value in node.attribute:
+            if (value.name, value.i) == ("to", DOUBLE) or value.t.data_type == DOUBLE:
+                found.append(node.name)
+            found += doubles(value.g)
+    return found
+
+
+@pytest.mark.parametrize("predicts", ["eps", "v", "x0", "mean"])
+def test_no_file_holds_float64(predicts, trained, tmp_path):
+    """Browsers cannot run it. The output is eps for every target, as in ddpm.py."""
+    source = checkpoint.load(trained[0] / "run")
+    source.diffusion = d = Diffusion(linear_betas(), predicts=predicts)
+    exact = export.to_onnx(source, source.model)
+    assert not doubles(exact.graph)
+    assert not doubles(export.to_onnx(source, reduced.Half(source.model)).graph)
+    onnx.save(exact, tmp_path / "exact.onnx")
+    chain = [(randn(2, 3, 8, 8), torch.tensor([5, 500]))]
+    reduced.quantize(tmp_path / "exact.onnx", tmp_path / "int8.onnx", chain, ["conv_in"])
+    both = reduced.choose_by_t(exact, onnx.load(tmp_path / "int8.onnx"), 100)
+    assert not doubles(both.graph)
+    with torch.no_grad():
+        expected = d.predict_eps(source.model, *chain[0])
+    difference = (reduced.eps_of(tmp_path / "exact.onnx")(*chain[0]) - expected).abs().max()
+    assert difference < 1e-4 * d.b.abs().max()
 
 
 def test_onnx_file_has_no_node_that_cuda_leaves_to_the_cpu(trained):
@@ -261,3 +295,41 @@ def test_all_of_the_network_runs_on_cuda(kind, files):
     with torch.no_grad():
         difference = np.abs(eps - files[1].model(x, t).numpy()).max()
     assert difference < (1e-4 if kind == "None" else 0.01)
+
+
+def test_missing_packages_are_one_line(tmp_path):
+    for package in ("onnxscript", "onnxruntime", "onnx"):
+        code = f"import sys; sys.modules[{package!r}] = None; import export"
+        said = python("-c", code, cwd=HERE, code=1)
+        assert said.startswith(f"export.py needs {package}") and "Traceback" not in said
+
+
+def test_file_that_can_not_be_written_is_refused_first(trained, tmp_path, run, monkeypatch):
+    monkeypatch.setattr(export, "to_onnx", None)
+    (tmp_path / "file").write_text("mine")
+    words = ["--checkpoint", trained[0] / "run" / "checkpoint.pt", "--onnx"]
+    said = run("export.py", *words, "file/model.onnx", cwd=tmp_path, code=1)
+    assert "file/model.onnx can't be written" in said and "file is not a folder" in said
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    said = run("export.py", *words, "model.onnx", cwd=tmp_path, code=1)
+    assert "model.onnx can't be written" in said
+
+
+@posix
+def test_full_disk_is_one_line_and_leaves_the_model_whole(trained, tmp_path, run, monkeypatch):
+    """Only the file itself is too large: the temporary files are in another folder."""
+    (tmp_path / "model.onnx").write_text("of before")
+    monkeypatch.setattr(export, "to_onnx", lambda *_: onnx.load(trained[0] / "model.onnx"))
+    write = export.replacing
+
+    @contextlib.contextmanager
+    def full(path):
+        with write(path) as file:
+            yield file
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export, "replacing", full)
+    words = ["--checkpoint", trained[0] / "run" / "checkpoint.pt"]
+    said = run("export.py", *words, cwd=tmp_path, code=1)
+    assert "model.onnx can't be written and stays as it was: No space left on device" in said
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["of before"]

@@ -754,6 +754,54 @@ def test_an_image_as_the_drawing(page, tmp_path):
     page.wait_for_function("document.getElementById('status').textContent.includes('not an image')")
 
 
+def test_network_trained_with_quick_draws(opened, image_folder, tmp_path, run):
+    """From the folder of images to the page: it predicts v, and the file is the one of today."""
+    words = ["--data", image_folder, "--image-size", 8, "--channel-mults", 1, 2, "--quick"]
+    run("train.py", *words, "--steps", 5, "--batch", 8, cwd=tmp_path)
+    run("export.py", cwd=tmp_path)
+    page = opened()
+    assert "Ready. model.onnx" in choose(page, tmp_path / "model.onnx")
+    page.select_option("#steps", "10")
+    page.select_option("#count", "4")
+    page.click("#sample")
+    assert "4 images: 10 steps in" in until_idle(page)
+    network = ddpm_numpy.Network(tmp_path / "model.onnx", "cpu")
+    start = first_noise(page, 0, 4, math.prod(network.shape)).reshape(4, *network.shape)
+    chain = ddpm_numpy.sample_progressive(network, lambda: start, network.betas, steps=10)
+    *_, (_, _, x0) = chain
+    assert np.abs(tiles(page, "grid", network.shape) - to_pixels(x0)).max() <= 1
+
+
+def test_changes_during_a_pass_start_one_more(opened):
+    """As with an arrow key that is held on w: the last change counts."""
+    page = opened()
+    page.select_option("#count", "4")
+    page.select_option("#steps", "50")
+    page.click("#sample")
+    page.wait_for_function("!document.getElementById('stop').disabled")
+    for w in ("0.5", "1", "1.5", "2"):
+        set_value(page, "w", w)
+    page.wait_for_function("document.getElementById('status').textContent.includes('50 steps in')")
+    assert until_idle(page).startswith("4 images: 50 steps in")
+    set_value(page, "w", "2.5")
+    until_idle(page)
+    names = page.eval_on_selector_all("#other option", "all => all.map((one) => one.text)")
+    assert [name for name in names if "w = " in name] == [
+        "DPM-Solver++, 50 steps, all in turn, w = 2"
+    ]
+
+
+def test_training_has_one_loop(opened):
+    """Start, pause, start, while the loop waits between its first steps."""
+    page = opened(wait=False)
+    for _ in range(3):
+        page.click("#learn-start")
+    page.wait_for_timeout(4000)
+    page.click("#learn-start")
+    steps = int(re.search(r"Step (\d+)", page.text_content("#learn-status"))[1])
+    assert 3 <= steps <= 6  # the first ones take 0.9 s each
+
+
 def test_other_files_and_then_another_model(page, files, tmp_path):
     exact = (files[0] / "None.onnx").read_bytes()
     half = exact[: len(exact) // 2]
@@ -769,6 +817,8 @@ def test_other_files_and_then_another_model(page, files, tmp_path):
         said = choose(page, tmp_path / name)
         assert said.startswith(f"{name} is not a model from export.py") and what in said
         assert page.get_attribute("#status", "class") == "error"
+        assert said.endswith(" fashion-mnist.onnx still draws.")
+        assert page.text_content("#refused") == said
     page.select_option("#steps", "10")
     page.select_option("#count", "4")
     page.select_option("#sampler", "ddim")
@@ -778,6 +828,7 @@ def test_other_files_and_then_another_model(page, files, tmp_path):
     page.click("#sample")  # stops when another model is opened, without a word
     assert "Ready. None.onnx" in choose(page, files[0] / "None.onnx")
     assert page.get_attribute("#status", "class") == "" and page.is_enabled("#sample")
+    assert page.text_content("#refused") == ""
     page.select_option("#steps", "10")
     about = page.text_content("#about")
     assert "8\u00d78, colour" in about and "small" in about and "a test" in about

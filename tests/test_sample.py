@@ -1,5 +1,6 @@
 """The promises of sample.py: the network file, the samples, the outputs, signals; and the demo."""
 
+import io
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import HERE, PAPER, posix, python, read
+from conftest import FULL_DISK, HERE, PAPER, posix, python, read
 from PIL import Image
 
 import ddpm_numpy
@@ -63,6 +64,35 @@ def test_foreign_and_missing_models_are_one_line(trained, tmp_path, run):
     with pytest.raises(ValueError, match="was not written by export"):
         ddpm_numpy.Network(tmp_path / "model.onnx")
     assert "it lacks ddpm.betas" in run("sample.py", cwd=tmp_path, code=1)
+
+
+def test_folder_in_place_of_a_model_says_what_to_do(trained, run):
+    said = run("sample.py", "--onnx", "run", cwd=trained[0], code=1)
+    assert "first: python export.py --checkpoint run" in said
+
+
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("betas", [0.1, 2.0], "no schedule"),
+        ("betas", [], "no schedule"),
+        ("betas", {"a": 1}, "damaged metadata"),
+        ("image_shape", [3, 8], "no shape of an image"),
+        ("image_shape", [3, 8, "x"], "damaged metadata"),
+        ("image_shape", [1, 8, 8], "does not run"),
+        ("classes", ["a", "a", "b"], "its classes are ['a', 'a', 'b']"),
+        ("classes", ["a", "b", "c", "d"], "does not run"),
+        ("classes", [], "its classes are []"),
+        ("classes", ["a", "\x1b[31m", "b"], "a class must not be named '\\x1b[31m'"),
+    ],
+)
+def test_metadata_that_do_not_fit_the_network_are_refused(name, value, said, coloured, tmp_path):
+    proto = onnx.load(coloured / "model.onnx")
+    entry = next(p for p in proto.metadata_props if p.key == f"ddpm.{name}")
+    entry.value = json.dumps(value)
+    onnx.save(proto, tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match=re.escape(said)):
+        ddpm_numpy.Network(tmp_path / "model.onnx")
 
 
 def test_missing_onnxruntime_is_one_line(trained, run, monkeypatch):
@@ -206,6 +236,19 @@ def test_masks_as_people_draw_them(mode, black, white, share, trained, image_fol
         assert same[4:].all() and not same[:4].all()
 
 
+def test_mask_is_turned_as_its_exif_says(trained, image_folder, tmp_path, run):
+    """A mask on a transparent layer: its left half is opaque, and on the screen its upper half."""
+    mask, exif = Image.new("RGBA", (8, 8), (0, 0, 0, 0)), Image.Exif()
+    mask.paste((255, 255, 255, 255), (0, 0, 4, 8))
+    exif[0x112] = 6  # rotated by 90 degrees
+    mask.save(tmp_path / "mask.png", exif=exif)
+    words = ["--inpaint", image_folder / "0.png", "mask.png", "-n", 1, "--steps", 2, "--dir", "out"]
+    run("sample.py", "--onnx", trained[0] / "model.onnx", *words, cwd=tmp_path)
+    drawn = read_image(tmp_path / "out" / "000000.png", 8, 3)
+    same = (drawn == read_image(image_folder / "0.png", 8, 3)).all((0, 2))
+    assert same[4:].all() and not same[:4].all()
+
+
 def test_samples_that_are_not_finite_are_not_saved(trained, image_folder, tmp_path, run):
     proto = onnx.load(trained[0] / "model.onnx")
     weight = next(w for w in proto.graph.initializer if w.name.endswith("conv_out.bias"))
@@ -284,6 +327,74 @@ def test_bug_keeps_its_traceback(trained, run, monkeypatch, tmp_path):
 
 
 # -------------------------------------------------------------------------------------- the outputs
+
+
+def test_outputs_that_are_inputs_or_can_not_be_written_are_refused(
+    trained, image_folder, tmp_path, run, monkeypatch
+):
+    monkeypatch.setattr(sample, "sample_progressive", None)  # no step may be taken
+    photo = (image_folder / "0.png").read_bytes()
+    (tmp_path / "photo.png").write_bytes(photo)
+    (tmp_path / "same.png").hardlink_to(tmp_path / "photo.png")
+    onnx = ["--onnx", trained[0] / "model.onnx"]
+    for words in (
+        ["--inpaint", "photo.png", image_folder / "0.png", "--out", "photo.png"],
+        ["--inpaint", image_folder / "0.png", "photo.png", "--strip", "./photo.png"],
+        ["--interpolate", "photo.png", "photo.png", "--out", "same.png"],
+    ):
+        said = run("sample.py", *onnx, *words, cwd=tmp_path, code=1)
+        assert "is also read, so it is not written; choose another name" in said
+    assert (tmp_path / "photo.png").read_bytes() == photo
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    for words in ([], ["--gif", "new/x.gif"], ["--dir", "out"]):
+        assert "can't be written" in run("sample.py", *onnx, *words, cwd=tmp_path, code=1)
+
+
+def test_interrupted_folder_is_continued(trained, tmp_path, run, monkeypatch):
+    """By the same command, also with a larger -n: the images are those of one command."""
+    words = ["--onnx", trained[0] / "model.onnx", "--steps", 3, "--batch", 2]
+    run("sample.py", *words, "-n", 7, "--dir", "whole", "--out", "whole.png", cwd=tmp_path)
+    chain, drawn = sample.sample_progressive, []
+
+    def interrupted(*args, **kwargs):
+        drawn.append(1)
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        yield from chain(*args, **kwargs)
+
+    monkeypatch.setattr(sample, "sample_progressive", interrupted)
+    words += ["--dir", "parts", "--out", "parts.png"]
+    assert "stopped after 4 of 6" in run("sample.py", *words, "-n", 6, cwd=tmp_path, code=1)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("*.png")}
+    said = run("sample.py", *words, "-n", 6, cwd=tmp_path)
+    assert "parts has the first 4 images already" in said and "parts.png: 6 images, " in said
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    run("sample.py", *words, "-n", 7, "--gif", "x.gif", cwd=tmp_path)
+    said = run("sample.py", *words, "-n", 7, cwd=tmp_path)
+    assert "has the first 7 images already" in said and said.rstrip().endswith("7 images")
+    a, b = (sorted((tmp_path / name).glob("*.png")) for name in ("whole", "parts"))
+    for one, other in zip([*a, tmp_path / "whole.png"], [*b, tmp_path / "parts.png"], strict=True):
+        np.testing.assert_allclose(*(np.asarray(Image.open(p)).astype(int) for p in (one, other)),
+                                   atol=1)  # fmt: skip
+    for other in (["--seed", 1], ["--steps", 4], ["--eta", 0]):
+        said = run("sample.py", *words, *other, "-n", 7, cwd=tmp_path, code=1)
+        assert "or one that the same command has begun" in said
+
+
+@posix
+def test_full_disk_is_one_line(trained, tmp_path):
+    words = ["--onnx", trained[0] / "model.onnx", "-n", 200, "--steps", 1]
+    code = FULL_DISK.replace("100_000", "20_000")
+    said = python("-c", code, HERE / "sample.py", *words, cwd=tmp_path, code=1)
+    assert "samples.png can't be written and stays as it was: File too large\n" in said
+    assert "Traceback" not in said and not list(tmp_path.iterdir())
+
+
+def test_jupyters_stdout_is_enough(trained, tmp_path, run, monkeypatch):
+    """It has no method `reconfigure`."""
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    run("sample.py", "--onnx", trained[0] / "model.onnx", "--steps", 1, "-n", 1, cwd=tmp_path)
+    assert (tmp_path / "samples.png").is_file()
 
 
 def test_gif_and_strip(draw, tmp_path):

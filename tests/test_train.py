@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, PAPER, TINY, close, posix, python, read
+from conftest import FULL_DISK, HERE, PAPER, TINY, close, posix, python, read
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -632,16 +632,6 @@ def test_broken_checkpoint_is_refused_and_kept(trained, tmp_path, run):
         said = run("train.py", "--steps", 20, cwd=tmp_path, code=1)
         assert "run/checkpoint.pt is damaged, or not a checkpoint of train.py" in said
         assert path.read_bytes() == content
-
-
-FULL_DISK = """
-import resource, runpy, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-del sys.argv[0]
-sys.path.insert(0, sys.argv[0].rpartition("/")[0])
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 @posix
