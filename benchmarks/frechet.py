@@ -3,8 +3,9 @@
     python sample.py --onnx docs/fashion-mnist.onnx -n 1000 --steps 10 --dir samples
     python benchmarks/frechet.py samples --data fashion-mnist
 
---data has two folders of images, train and test, with the class in each name: 00000_9_boot.png is
-of class 9. The classifier trains for some minutes the first time, and is then kept in that folder.
+--data has two folders of images, train and test, with a sub-folder for each class or with the class
+in each name: 00000_9_boot.png is of class 9. The classifier trains for some minutes the first time,
+and is then kept in that folder.
 FID is the same distance in the features of the Inception network, which was trained on photographs.
 
 If the samples are in sub-folders named after the classes, as sample.py --dir writes them, the
@@ -27,14 +28,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import class_of, image_files, read_folder
+from data import class_names, class_of, image_files, labels_of, read_folder
 from images import from_pixels
 
 SIZE = 32
 
 
 class Classifier(nn.Module):
-    """Ten classes from 128 features of grey 32x32 images, (B, 1, 32, 32)."""
+    """Up to ten classes from 128 features of grey 32x32 images, (B, 1, 32, 32)."""
 
     def __init__(self):
         super().__init__()
@@ -94,8 +95,15 @@ def read(folder):
 
 
 def labels_and_names(folder):
-    """Return the labels of the images in a folder, int64 (N,), and the name of each label."""
-    words = [Path(path).stem.split("_") for path in image_files(folder)[0]]
+    """Return the labels of the images in a folder, int64 (N,), and the name of each label.
+
+    The class of an image is its sub-folder or, without sub-folders, a part of its name.
+    """
+    paths = image_files(folder)[0]
+    if class_of(paths[0], folder):
+        names = class_names(folder)
+        return torch.from_numpy(labels_of(paths, folder, names)), names
+    words = [Path(path).stem.split("_") for path in paths]
     names = {int(label): name for _, label, name in words}
     return torch.tensor([int(label) for _, label, _ in words]), [names[k] for k in sorted(names)]
 
