@@ -74,6 +74,49 @@ def test_wrong_arguments_are_refused():
         PAPER.respaced(0)
 
 
+def test_subclass_keeps_its_changes_on_a_shorter_chain():
+    """As for a student who overrides a method: previews and samples with `steps` use it, too."""
+
+    class Doubled(Diffusion):
+        def predict_x0(self, x_t, t, eps):
+            return 2 * super().predict_x0(x_t, t, eps)
+
+    d, options = Doubled(linear_betas()), dict(x_T=randn(2, 3, 4, 4), steps=1, clip=False)
+    model = lambda x, t: 0 * x  # noqa: E731
+    doubled, plain = (c.sample(model, (2, 3, 4, 4), **options) for c in (d, PAPER))
+    close(doubled, 2 * plain)
+
+
+@pytest.mark.parametrize("shape", [(5, 2), (5, 3, 8)])
+def test_points_and_sequences_need_no_more_dimensions(shape):
+    """They give what images of the same values give."""
+    image = (*shape, *[1] * (4 - len(shape)))
+    x0, noise, t = randn(*shape).clamp(-1, 1), randn(*shape), torch.tensor([0, 9, 99, 500, 999])
+    d, model = Diffusion(linear_betas(20, 0.01, 0.3)), lambda x, t: x.tanh()
+    loss = PAPER.loss(model, x0, t, noise)
+    close(loss, PAPER.loss(model, x0.view(image), t, noise.view(image)))
+    for steps, sampler in ((None, "ddpm"), (5, "dpm"), (5, "ddim")):
+        x0s = [d.sample(model, size, steps, sampler, generator=torch.Generator().manual_seed(0))
+               for size in (shape, image)]  # fmt: skip
+        assert x0s[0].shape == shape
+        close(x0s[0], x0s[1].view(shape))
+    bounds = [
+        d.vlb(model, x.round(), torch.Generator().manual_seed(0)) for x in (x0, x0.view(image))
+    ]
+    for one, other in zip(*bounds, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm"])
+def test_clip_is_the_same_in_the_bound_and_in_every_sampler(sampler):
+    """x0_hat of a network that is far off: its error is that of the clipped one at every t."""
+    d, x0 = Diffusion(linear_betas(20, 0.01, 0.3)), torch.zeros(1, 1, 2, 2)
+    model = lambda x, t: 0 * x - 50  # noqa: E731
+    assert (d.vlb(model, x0).mse == 1).all()
+    chain = [x0_hat for _, _, x0_hat in d.sample_progressive(model, (1, 1, 2, 2), 7, sampler)]
+    assert all((x0_hat == 1).all() for x0_hat in chain)
+
+
 # ------------------------------------------------------------------------------ the forward process
 
 
