@@ -226,7 +226,6 @@ def decoded(paths, folder, size, channels, cache):
     file = cache / f"images-{digest(key.encode(errors='surrogateescape'))}.npy"
     note = read_note(file)
     if note is None or channels not in (note["asked"], note["found"]):
-        file.with_suffix(".json").unlink(missing_ok=True)  # it would not describe the new array
         with replacing(file) as new:
             found, broken = decode(paths, size, channels, new)
         note = {"asked": channels, "found": found, "broken": broken, "size": file.stat().st_size}

@@ -179,9 +179,11 @@ def test_eps_is_not_read(tmp_path, monkeypatch):
     Image.new("L", (4, 4)).save(tmp_path / "good.png")
     Image.new("L", (4, 4)).save(tmp_path / "cat.eps")
     (tmp_path / "cat.eps").rename(tmp_path / "cat.png")
-    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", None)  # a call would be a TypeError
-    monkeypatch.setattr(EpsImagePlugin.EpsImageFile, "_open", None)
-    assert len(read(tmp_path, 4)) == 1
+    opened = []
+    monkeypatch.setattr(EpsImagePlugin.EpsImageFile, "_open", lambda self: opened.append(self))
+    for channels in (None, 3):
+        assert len(read(tmp_path, 4, channels)) == 1
+    assert not opened
 
 
 # --------------------------------------------------------------------------------------- the cache

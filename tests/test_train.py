@@ -445,7 +445,8 @@ def test_second_start_beside_the_first_is_one_line(image_folder, tmp_path, run, 
     file = tmp_path / "run" / f".images-0123.npy.{'0' * 16}.tmp"
     file.touch()
     monkeypatch.setattr(checkpoint.time, "sleep", lambda _: file.write_text(file.read_text() + "x"))
-    said = run("train.py", "--data", image_folder, *TINY, cwd=tmp_path, code=1)
+    words = ["--data", image_folder, *TINY, "--steps", 1]
+    said = run("train.py", *words, cwd=tmp_path, code=1)
     assert "another process is writing into run; wait for it, or use another --out" in said
     assert [path.name for path in (tmp_path / "run").iterdir()] == [file.name]
 
