@@ -206,10 +206,8 @@ class Run:
 
     def save(self, config, step, model, ema, optimizer):
         """Replace the checkpoint. Exits if another process has written it in the meantime."""
-        path, parts = (
-            self.out / "checkpoint.pt",
-            {"model": model, "ema": ema, "optimizer": optimizer},
-        )
+        path = self.out / "checkpoint.pt"
+        parts = {"model": model, "ema": ema, "optimizer": optimizer}
         states = {name: part.state_dict() for name, part in parts.items()}
         with replacing(path) as file:
             try:
@@ -354,10 +352,12 @@ def load(path):
     Published weights are a folder or, as in "hf:google/ddpm-cifar10-32", a name on the hub. The
     weights of a checkpoint are the averaged ones. Exits if `path` is none of these.
     """
-    on_hub, path = str(path).startswith(HUB), Path(str(path).removeprefix(HUB))
-    if not on_hub and (path / "checkpoint.pt").is_file():
+    if str(path).startswith(HUB):
+        return published(str(path).removeprefix(HUB))
+    path = Path(path)
+    if (path / "checkpoint.pt").is_file():
         path /= "checkpoint.pt"
-    if not on_hub and path.is_file():
+    if path.is_file():
         state = open_checkpoint(path)
         config = state["config"]
         model = UNet(**config["model"]).eval()
@@ -366,16 +366,17 @@ def load(path):
         source = DEMO if data is None else f"train.py, {ascii(data)[1:-1]}"  # for ONNX
         diffusion, classes = Diffusion(**config["diffusion"]), config["train"].get("classes", [])
         return Trained(model, diffusion, config["model"], state["step"], source, classes)
-    if (
-        not on_hub
-        and path.is_dir()
-        and not [*path.glob("*config.json"), *path.glob("*/*config.json")]
-    ):
+    if not path.is_dir():
+        hub = f" ({HUB}{path.as_posix()} is a name on the hub)" * (len(path.parts) == 2)
+        sys.exit(f"{path.as_posix()} does not exist; python train.py writes a checkpoint{hub}")
+    if not [*path.glob("*config.json"), *path.glob("*/*config.json")]:
         sys.exit(f"{path} has neither a checkpoint.pt nor weights in diffusers' format")
-    if path.is_dir() or on_hub:
-        from pretrained import from_diffusers
+    return published(path.as_posix())
 
-        model, settings, diffusion = from_diffusers(path.as_posix())
-        return Trained(model, diffusion, settings, 0, f"diffusers, {path.name}")
-    hub = f" ({HUB}{path.as_posix()} is a name on the hub)" * (len(path.parts) == 2)
-    sys.exit(f"{path.as_posix()} does not exist; python train.py writes a checkpoint{hub}")
+
+def published(source):
+    """Return the Trained of weights in diffusers' format, a folder or a name on the hub."""
+    from pretrained import from_diffusers
+
+    model, settings, diffusion = from_diffusers(source)
+    return Trained(model, diffusion, settings, 0, f"diffusers, {Path(source).name}")
