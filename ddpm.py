@@ -2,16 +2,17 @@
 
 It presents the method in this order:
 
-    linear_betas, cosine_betas   how much noise each of the T steps adds
-    Diffusion                    q, its posterior, the loss, the variational bound, the samplers
-    UNet                         eps_theta(x_t, t), the paper's network
-    guided                       classifier-free guidance, for a network with classes
+    linear_betas   how much noise each of the T steps adds
+    Diffusion      q, its posterior, the loss, the variational bound, the sampler
+    UNet           eps_theta(x_t, t), the paper's network
 
     diffusion, model = Diffusion(linear_betas()), UNet()
     diffusion.loss(model, x0).backward()                 # Algorithm 1, one step
     x0 = diffusion.sample(model.eval(), (16, 3, 32, 32))  # Algorithm 2
 
 Numbers in parentheses are the paper's equation numbers. Images are float32 (B, C, H, W) in [-1, 1].
+A model is any function (x_t, t) that returns the noise in x_t. What came after the paper, such as
+samplers of few steps and classes, is in beyond.py.
 
 Time: the paper counts t = 1..T and calls the data x_0. Here t is an int64 tensor of shape (B,) with
 values 0..T-1 that indexes the tables, so t = 0 is the paper's t = 1: an image with one step of
@@ -19,7 +20,7 @@ noise. The network receives the same 0..T-1, as in the authors' code.
 """
 
 import math
-from functools import lru_cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -32,33 +33,22 @@ from torch import Tensor, nn
 def linear_betas(T=1000, beta_1=1e-4, beta_T=0.02):
     """Return the paper's schedule (section 4): T variances from beta_1 to beta_T. Float64, (T,).
 
-    Change T and the betas together. To sample in fewer steps, pass `steps=` to the sampler.
+    Change T and the betas together.
     """
     return torch.linspace(beta_1, beta_T, T, dtype=torch.float64)
-
-
-def cosine_betas(T=1000):
-    """Return the schedule of Nichol and Dhariwal 2021 (arXiv:2102.09672, eq. 17). Float64, (T,)."""
-    u = torch.arange(T + 1, dtype=torch.float64) / T
-    alphas_bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2).square()
-    return (1 - alphas_bar[1:] / alphas_bar[:-1]).clamp(max=0.999)
 
 
 # ---------------------------------------------------------------------------- the diffusion process
 
 
-def _at(table, t, x):
-    """Look up a table (T,) at t (B,): float32 (B, 1, ..., 1), to broadcast over x (B, ...)."""
-    is_cpu = t.device.type == "cpu"
-    # Float32 before the look-up, so that model.onnx holds no float64:
-    table = table.float() if is_cpu else _copy(table, t.device, table._version)
+def look_up(table, t, x):
+    """Return the entries of a table (T,) at t (B,), float32 (B, 1, ..., 1), to broadcast over x.
+
+    The small table is sent to the device of t at each call, so that no copy becomes stale, and CUDA
+    does not wait for it. It is float32 before it is indexed, so that model.onnx has no float64.
+    """
+    table = table.to(t.device, torch.float32, non_blocking=t.is_cuda)
     return table[t].view(-1, *[1] * (x.ndim - 1))
-
-
-@lru_cache(maxsize=256)
-def _copy(table, device, version):
-    """Return a float32 copy of a table, made once for each device and each edit of the table."""
-    return table.to(device, torch.float32)
 
 
 class Bound(NamedTuple):
@@ -73,30 +63,23 @@ class Bound(NamedTuple):
 class Diffusion:
     """The tables of a schedule, each float64 of shape (T,) on the CPU, and the paper's equations.
 
-    The methods work on the device of their arguments. tau, int64 (T,), holds the t at which the
-    network is evaluated: 0..T-1, unless the chain is a shorter one from `respaced`.
+    The methods work on the device of their arguments, and on data of any shape (B, ...).
 
     betas: (T,) numbers in (0, 1).
     variance: sigma_t^2 of the reverse step (section 3.2). "large" is beta_t, optimal if
         x_0 ~ N(0, I); "small" is the posterior variance beta-tilde_t, optimal if x_0 is a single
         point. The authors' code uses "large" for CIFAR-10 and "small" for 256x256 images.
-    predicts: what the network returns. "eps" is the noise, the paper's choice. The paper also tries
-        "mean", the mean of q(x_{t-1} | x_t, x_0), and "x0", the image. "v" is
-        sqrt(abar_t) eps - sqrt(1 - abar_t) x_0, from Salimans and Ho 2022 (arXiv:2202.00512).
 
-    Raises ValueError if betas, variance or predicts is invalid.
+    Raises ValueError if betas or variance is invalid.
     """
 
-    def __init__(self, betas, variance="large", predicts="eps"):
+    def __init__(self, betas, variance="large"):
         betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
         if betas.ndim != 1 or not len(betas) or not ((betas < 1) & (1 - betas < 1)).all():
             raise ValueError("betas must be a 1-d list of numbers between 0 and 1")
         if variance not in ("large", "small"):
             raise ValueError(f'variance must be "large" or "small", not {variance!r}')
-        if predicts not in ("eps", "mean", "x0", "v"):
-            raise ValueError(f'predicts must be "eps", "mean", "x0" or "v", not {predicts!r}')
-        self.T, self.tau = len(betas), torch.arange(len(betas))
-        self.variance, self.predicts = variance, predicts
+        self.T, self.variance = len(betas), variance
         self.betas = betas  # of q(x_t | x_t-1) = N(sqrt(1 - beta_t) x_t-1, beta_t I) (2)
         self.alphas = alphas = 1 - betas
         self.alphas_bar = abar = alphas.cumprod(0)
@@ -113,69 +96,46 @@ class Diffusion:
         self.sigma2 = (betas if variance == "large" else self.posterior_variance).clone()
         self.sigma2[0] = self.posterior_variance[1] if self.T > 1 else betas[0]
         self.sigma = self.sigma2.sqrt()
-        # The noise in x_t is linear in the network's output: eps = a_t x_t + b_t output.
-        self.a, self.b = {
-            "eps": (torch.zeros_like(abar), torch.ones_like(abar)),
-            "mean": ((1 - abar).sqrt() / betas, -(alphas * (1 - abar)).sqrt() / betas),  # (11)
-            "x0": (1 / (1 - abar).sqrt(), -(abar / (1 - abar)).sqrt()),  # (15)
-            "v": ((1 - abar).sqrt(), abar.sqrt()),
-        }[predicts]
-        # The weights of the squared error of eps in the loss. SNR = abar / (1 - abar).
-        self.weights = {
-            "simple": torch.ones_like(abar),  # (14)
-            "vlb": betas**2 / (2 * self.sigma2 * alphas * (1 - abar)),  # (12)
-            "min-snr": (5 * (1 - abar) / abar).clamp(max=1),
-            "native": 1 / self.b**2,
-        }
 
     # ----------------------------------------------------------------------- q, the forward process
 
     def q_sample(self, x0, t, noise):
         """Return x_t ~ q(x_t | x_0) (4), (B, C, H, W) as x0 and the noise."""
         signal, spread = self.sqrt_alphas_bar, self.sqrt_one_minus_alphas_bar
-        return _at(signal, t, noise) * x0 + _at(spread, t, noise) * noise
+        return look_up(signal, t, noise) * x0 + look_up(spread, t, noise) * noise
 
     def predict_x0(self, x_t, t, eps):
         """Return x_0 by (15), which is (4) solved for x_0: the clean image if the noise is eps."""
         signal, spread = self.sqrt_alphas_bar, self.sqrt_one_minus_alphas_bar
-        return (x_t - _at(spread, t, x_t) * eps) / _at(signal, t, x_t)
+        return (x_t - look_up(spread, t, x_t) * eps) / look_up(signal, t, x_t)
 
     def q_posterior(self, x0, x_t, t):
         """Return mean (B, C, H, W) and variance (B, 1, 1, 1) of q(x_{t-1} | x_t, x_0) (6), (7)."""
-        mean = _at(self.posterior_x0, t, x_t) * x0 + _at(self.posterior_x_t, t, x_t) * x_t
-        return mean, _at(self.posterior_variance, t, x_t)
-
-    def predict_eps(self, model, x_t, t):
-        """Return eps_theta(x_t, t), the noise in x_t, whatever the model predicts. (B, C, H, W)."""
-        output = model(x_t, _at(self.tau, t, t).to(t)).float()
-        if self.predicts == "eps":
-            return output
-        return _at(self.a, t, x_t) * x_t + _at(self.b, t, x_t) * output
+        mean = look_up(self.posterior_x0, t, x_t) * x0 + look_up(self.posterior_x_t, t, x_t) * x_t
+        return mean, look_up(self.posterior_variance, t, x_t)
 
     # ------------------------------------------------------------------------ training, Algorithm 1
 
-    def loss(self, model, x0, t=None, noise=None, weighting="simple"):
+    def loss(self, model, x0, t=None, noise=None, weights=None):
         """Return L_simple (14), the mean squared error of the predicted noise, a scalar.
 
         It is the mean over the dimensions; (14) has the sum. t (B,) and noise (B, C, H, W)
         are drawn unless given. Everything but the network is float32, also under autocast: in
         bfloat16, abar_t would round to 1 for the first ten steps, which leaves no noise.
 
-        weighting: "simple" is (14), whatever the model predicts. "vlb" keeps the weight that (12)
-            gives each term: for t > 0, the loss is then L_t in nats per dimension, up to a
-            constant; for t = 0, it uses the decoder's density, not its probability. "min-snr"
-            (Hang et al. 2023, arXiv:2303.09556) gives the error of x0_hat the weight min(SNR, 5),
-            whereas (14) gives it SNR. "native" is the squared error of what the model predicts.
-
-        Raises ValueError for an unknown weighting.
+        weights: of the squared error at each t, (T,); all are 1 in (14). With bound_weights(), the
+            loss is, for t > 0, L_t in nats per dimension, up to a constant; for t = 0, it uses the
+            decoder's density, not its probability.
         """
-        if weighting not in self.weights:
-            raise ValueError(f"weighting must be in {[*self.weights]}, not {weighting!r}")
         t = torch.randint(self.T, (len(x0),), device=x0.device) if t is None else t
         noise = torch.randn_like(x0) if noise is None else noise
         x_t = self.q_sample(x0, t, noise)
-        error = (noise - self.predict_eps(model, x_t, t)).square()
-        return (_at(self.weights[weighting], t, x0) * error).mean()
+        error = (noise - model(x_t, t)).square()
+        return (error if weights is None else look_up(weights, t, error) * error).mean()
+
+    def bound_weights(self):
+        """Return the weight that (12) gives the squared error of eps at each t. Float64, (T,)."""
+        return self.betas**2 / (2 * self.sigma2 * self.alphas * (1 - self.alphas_bar))
 
     # ------------------------------------------------------------------------ the variational bound
 
@@ -208,10 +168,10 @@ class Diffusion:
             t = torch.full((len(x0),), i, device=x0.device)
             noise = torch.randn(x0.shape, generator=generator, device=x0.device)
             x_t = self.q_sample(x0, t, noise)
-            x0_hat = self.predict_x0(x_t, t, self.predict_eps(model, x_t, t)).clamp(-1, 1)
+            x0_hat = self.predict_x0(x_t, t, model(x_t, t)).clamp(-1, 1)
             mean, variance = self.q_posterior(x0, x_t, t)
             mean_hat, _ = self.q_posterior(x0_hat, x_t, t)
-            sigma2 = _at(self.sigma2, t, x0)
+            sigma2 = look_up(self.sigma2, t, x0)
             if i == 0:
                 term = -self.decoder_log_likelihood(x0, mean_hat, sigma2.sqrt()).to(x0)
             else:  # KL of two Gaussians: (8) with its constant
@@ -226,133 +186,38 @@ class Diffusion:
 
     @torch.no_grad()
     def sample_progressive(
-        self, model, shape, steps=None, sampler=None, eta=None, generator=None, draw_noise=None,
-        x_T=None, device=None, clip=True, known=None,
-    ):  # fmt: skip
-        """Yield (t, x_t, x0_hat) of the reverse process, from t = T-1 down.
+        self, model, shape, generator=None, draw_noise=None, x_T=None, device=None, clip=True
+    ):
+        """Yield (t, x_t, x0_hat) of Algorithm 2, from t = T-1 down.
 
         x_t is the input of the network and x0_hat the current estimate of the clean image; the last
         x0_hat is the sample. Call model.eval() first.
 
-        shape: (B, C, H, W). steps: how many of the T steps to take; all if None.
-        sampler: "ddpm" is Algorithm 2, the default with all T steps. "dpm" is DPM-Solver++(2M), the
-            default with fewer. "ddim" is DDIM. They differ only in the step, a method below.
-        eta: only for "ddim", which is selected if eta is given. 0, the default, is deterministic;
-            1 equals "ddpm" with the "small" variance.
-        device: of the noise; the CPU if None. generator: a torch.Generator on this device.
+        shape: (B, C, H, W). device: of the noise; the CPU if None.
+        generator: a torch.Generator on this device.
         draw_noise: replaces the generator; it returns the next z.
         x_T: where to start; pure noise if None. Diffusion(betas[: t + 1], ...) starts from an x_t.
         clip: keep x0_hat in [-1, 1]. Algorithm 2 does not clip; the authors' code does, because the
             error of x0_hat is the error of eps times sqrt((1 - abar_t) / abar_t), 157 at t = T-1.
-        known: for inpainting, (image, mask), which broadcast to x_t. Where the mask is False, x_t
-            is drawn from q(x_t | x_0) of the image (4) in each step, and x0_hat is the image.
-
-        Raises ValueError for an unknown sampler, and for steps or eta out of range.
         """
-        chain = self if steps is None else self.respaced(steps)
-        if sampler is None:
-            sampler = "ddim" if eta is not None else "dpm" if chain.T < self.T else "ddpm"
-        if clip not in (True, False):
-            raise ValueError(f"clip must be True or False, for [-1, 1] or no limit, not {clip!r}")
-        if sampler not in ("ddpm", "ddim", "dpm"):
-            raise ValueError(f'sampler must be "ddpm", "ddim" or "dpm", not {sampler!r}')
-        if eta is not None and (sampler != "ddim" or not 0 <= eta <= 1):
-            raise ValueError(
-                f'eta must be from 0 to 1, and is only for "ddim"; it is {eta} for {sampler!r}'
-            )
-        ddim_step, dpm_step = chain.make_ddim_step(eta or 0), chain.make_dpm_step()
-        step = {"ddpm": chain.ddpm_step, "ddim": ddim_step, "dpm": dpm_step}[sampler]
-        is_random = sampler == "ddpm" or bool(eta)
         if draw_noise is None:
             device = device if x_T is None else x_T.device
             draw_noise = partial(torch.randn, shape, generator=generator, device=device)
-        image, mask = known or (None, None)
-
         x = draw_noise() if x_T is None else x_T
-        for i in reversed(range(chain.T)):
+        for i in reversed(range(self.T)):
             t = torch.full((len(x),), i, device=x.device)
-            if known:
-                x = torch.where(mask, x, chain.q_sample(image, t, draw_noise()))
-            eps = chain.predict_eps(model, x, t)
-            x0 = chain.predict_x0(x, t, eps)
+            x0 = self.predict_x0(x, t, model(x, t))  # (15)
             x0 = x0.clamp(-1, 1) if clip else x0
-            x0 = torch.where(mask, x0, image) if known else x0
-            yield chain.tau[i].item(), x, x0
-            if i == 0:  # the last mean is x0 itself (7), and z is 0
-                return
-            mean, sigma = step(x0, x, t)
-            z = draw_noise() if is_random else 0
-            x = mean + sigma * z
+            yield i, x, x0
+            mean, _ = self.q_posterior(x0, x, t)  # (7); without the clip, it is (11)
+            z = draw_noise() if i > 0 else 0
+            x = mean + self.sigma[i].item() * z
 
     def sample(self, *args, **kwargs):
         """Return the last x0_hat of sample_progressive, with its arguments: (B, C, H, W)."""
         for _, _, x0_hat in self.sample_progressive(*args, **kwargs):
             x0 = x0_hat
         return x0
-
-    def ddpm_step(self, x0, x_t, t):
-        """Return the mean (B, C, H, W) and sigma_t (B, 1, 1, 1) of p(x_{t-1} | x_t).
-
-        x0 is the x0_hat of x_t. Unless it was clipped, the mean is (11).
-        """
-        mean, _ = self.q_posterior(x0, x_t, t)
-        return mean, _at(self.sigma, t, x_t)
-
-    # ------------------------------------------------------------------------ sampling, fewer steps
-
-    def respaced(self, steps):
-        """Return the chain through `steps` of the noise levels, a Diffusion for the same network.
-
-        Its tau lists the visited t, as evenly spaced as integers allow, up to T-1. It is a DDPM
-        with betas 1 - abar_t / abar_s, where s precedes t in tau. Raises ValueError if steps is not
-        1..T.
-        """
-        if not 1 <= steps <= self.T:
-            raise ValueError(f"steps must be 1..{self.T}, not {steps}")
-        # "Trailing" steps end at t = T / steps - 1, whose x0_hat is the sample. With steps that go
-        # on to t = 0, the distance in docs/beyond.md is larger in up to 20 steps, and equal in 50.
-        visited = self.T * torch.arange(1, steps + 1) // steps - 1
-        abar = self.alphas_bar[visited]
-        betas = 1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])
-        chain = type(self)(betas, self.variance, self.predicts)  # a subclass keeps its changes
-        # What the network returns at an x_t does not depend on the chain that led there.
-        chain.tau, chain.a, chain.b = self.tau[visited], self.a[visited], self.b[visited]
-        chain.weights["native"] = self.weights["native"][visited]
-        return chain
-
-    def make_ddim_step(self, eta):
-        """Return DDIM's step, like ddpm_step (Song et al. 2021, arXiv:2010.02502, eq. 12, 16)."""
-        sigma2 = eta**2 * self.posterior_variance
-        factor_x0, sigma = self.alphas_bar_prev.sqrt(), sigma2.sqrt()
-        factor_eps = (1 - self.alphas_bar_prev - sigma2).sqrt()
-
-        def step(x0, x_t, t):
-            # The eps that fits x0, which may have been clipped:
-            signal, spread = self.sqrt_alphas_bar, self.sqrt_one_minus_alphas_bar
-            eps = (x_t - _at(signal, t, x_t) * x0) / _at(spread, t, x_t)
-            mean = _at(factor_x0, t, x_t) * x0 + _at(factor_eps, t, x_t) * eps
-            return mean, _at(sigma, t, x_t)
-
-        return step
-
-    def make_dpm_step(self):
-        """Return the step of DPM-Solver++(2M), which is DDIM's step with an extrapolated x0_hat.
-
-        Lu et al. 2022 (arXiv:2211.01095), algorithm 2. The line through the last two x0_hat is
-        extended to the middle of the step in lambda = log sqrt(abar / (1 - abar)).
-        """
-        h = -self.alphas_bar.logit().diff() / 2  # from t to t-1, for t = 1..T-1
-        ratio = torch.zeros_like(self.alphas_bar)
-        ratio[1:-1] = h[:-1] / (2 * h[1:])
-        ddim_step, x0_before = self.make_ddim_step(0), None
-
-        def step(x0, x_t, t):
-            nonlocal x0_before
-            change = 0 if x0_before is None else x0 - x0_before
-            x0_before = x0
-            return ddim_step(x0 + _at(ratio, t, x0) * change, x_t, t)
-
-        return step
 
 
 # -------------------------------------------------------------------------------------- the network
@@ -506,15 +371,6 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(ch, in_channels, 3, padding=1)
         self._initialize()
 
-    def hidden_weights(self):
-        """Return the weights for Muon: all but those that read x_t or y, or return eps."""
-        outer = "conv_in", "conv_out", "class_embedding"
-        return [w for n, w in self.named_parameters() if w.ndim > 1 and not n.startswith(outer)]
-
-    def float32_modules(self):
-        """Return the names of the modules that must be exact to tell weak noise from images."""
-        return ["time_mlp", "class_embedding", "conv_in", "down.0.0", "conv_out"]
-
     def _initialize(self):
         """Glorot-uniform weights, near 0 in the last layer of each residual branch; biases 0."""
         for module in self.modules():
@@ -556,15 +412,3 @@ class UNet(nn.Module):
                 h = block(torch.cat([h, skips.pop()], 1), temb)
             h = upsample(h)
         return self.conv_out(F.silu(self.norm_out(h)))
-
-
-def guided(model, y, w):
-    """Return (1 + w) model(x_t, t, y) - w model(x_t, t), as a function of (x_t, t).
-
-    Classifier-free guidance of Ho and Salimans 2022 (arXiv:2207.12598, eq. 6). y: classes (B,).
-    w: 0 samples the class as it is, and larger values sample what is more typical of it. Others
-    use the scale s = 1 + w, such as diffusers' guidance_scale, so that s = 1 means no guidance.
-    """
-    # Whatever the model predicts, eps = a_t x_t + b_t output. Since the weights add up to 1, the
-    # same combination of eps leaves a_t x_t unchanged.
-    return lambda x_t, t: (1 + w) * model(x_t, t, y) - w * model(x_t, t)

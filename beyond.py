@@ -1,0 +1,244 @@
+"""What came after the paper, as functions around ddpm.py: it needs that file and torch, no more.
+
+    cosine_betas                another schedule
+    as_eps, loss_weights        networks that predict v, x_0 or the mean; weights of the loss
+    respaced                    a shorter chain for the same network
+    sample_progressive, sample  DDIM and DPM-Solver++ in few steps; inpainting
+    guided                      classifier-free guidance, for a network with classes
+
+    eps = as_eps(model, diffusion, "v")                      # what the network returns
+    eps = guided(eps, y, 2)                                  # if it has classes
+    x0 = sample(diffusion, eps, (16, 3, 32, 32), steps=20)
+
+As in ddpm.py, a model is any function (x_t, t), with classes (x_t, t, y), that returns a tensor
+shaped like x_t, and t is an int64 tensor (B,) with values 0..T-1.
+"""
+
+import math
+from functools import partial
+
+import torch
+
+from ddpm import look_up
+
+# ------------------------------------------------------------- schedules, targets and their weights
+
+
+def cosine_betas(T=1000):
+    """Return the schedule of Nichol and Dhariwal 2021 (arXiv:2102.09672, eq. 17). Float64, (T,)."""
+    u = torch.arange(T + 1, dtype=torch.float64) / T
+    alphas_bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2).square()
+    return (1 - alphas_bar[1:] / alphas_bar[:-1]).clamp(max=0.999)
+
+
+TARGETS = "eps", "mean", "x0", "v"  # what a network may predict
+
+
+def eps_of_output(diffusion, predicts):
+    """Return the tables a and b of eps = a_t x_t + b_t output, each float64 (T,).
+
+    predicts: what the network returns. "eps" is the noise, the paper's choice. The paper also tries
+        "mean", the mean of q(x_{t-1} | x_t, x_0), and "x0", the image. "v" is
+        sqrt(abar_t) eps - sqrt(1 - abar_t) x_0, from Salimans and Ho 2022 (arXiv:2202.00512).
+
+    Raises ValueError for an unknown target.
+    """
+    if predicts not in TARGETS:
+        raise ValueError(f'predicts must be "eps", "mean", "x0" or "v", not {predicts!r}')
+    abar, alphas, betas = diffusion.alphas_bar, diffusion.alphas, diffusion.betas
+    return {
+        "eps": (torch.zeros_like(abar), torch.ones_like(abar)),
+        "mean": ((1 - abar).sqrt() / betas, -(alphas * (1 - abar)).sqrt() / betas),  # (11)
+        "x0": (1 / (1 - abar).sqrt(), -(abar / (1 - abar)).sqrt()),  # (15)
+        "v": ((1 - abar).sqrt(), abar.sqrt()),
+    }[predicts]
+
+
+def as_eps(model, diffusion, predicts):
+    """Return eps(x_t, t, y=None), the noise in x_t, of a network that predicts something else.
+
+    predicts: see eps_of_output. Raises ValueError for an unknown target.
+    """
+    a, b = eps_of_output(diffusion, predicts)
+
+    def eps(x_t, t, y=None):
+        output = model(x_t, t) if y is None else model(x_t, t, y)
+        if predicts == "eps":
+            return output
+        return look_up(a, t, x_t) * x_t + look_up(b, t, x_t) * output
+
+    return eps
+
+
+def loss_weights(diffusion, name, predicts="eps"):
+    """Return the weights (T,) of the squared error of eps for Diffusion.loss, or None if all are 1.
+
+    name: "simple" is (14), whatever the network predicts. "vlb" keeps the weight that (12) gives
+        each term. "min-snr" (Hang et al. 2023, arXiv:2303.09556) gives the error of x0_hat the
+        weight min(SNR, 5), whereas (14) gives it SNR = abar_t / (1 - abar_t). "native" gives the
+        squared error of what the network predicts.
+
+    Raises ValueError for an unknown name or target.
+    """
+    _, b = eps_of_output(diffusion, predicts)
+    weights = {
+        "simple": None,
+        "vlb": diffusion.bound_weights(),
+        "min-snr": (5 * (1 - diffusion.alphas_bar) / diffusion.alphas_bar).clamp(max=1),
+        "native": 1 / b**2,
+    }
+    if name not in weights:
+        raise ValueError(f"the weights must be in {[*weights]}, not {name!r}")
+    return weights[name]
+
+
+# -------------------------------------------------------------------------------------- fewer steps
+
+
+def respaced(diffusion, model, steps):
+    """Return (chain, eps, tau): a Diffusion through `steps` of the noise levels, and its network.
+
+    tau, int64 (steps,), lists the visited t, as evenly spaced as integers allow, up to T-1. The
+    chain is a DDPM with betas 1 - abar_t / abar_s, where s precedes t in tau. eps is the model,
+    asked at tau: chain.sample(eps, shape) and chain.vlb(eps, x0) are right as they stand. The chain
+    is of the same class as the diffusion. Raises ValueError if steps is not 1..T.
+    """
+    T = diffusion.T
+    if not 1 <= steps <= T:
+        raise ValueError(f"steps must be 1..{T}, not {steps}")
+    # "Trailing" steps end at t = T / steps - 1, whose x0_hat is the sample. With steps that go
+    # on to t = 0, the distance in docs/beyond.md is larger in up to 20 steps, and equal in 50.
+    tau = T * torch.arange(1, steps + 1) // steps - 1
+    abar = diffusion.alphas_bar[tau]
+    betas = 1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])
+
+    def eps(x_t, t, *y):
+        return model(x_t, tau.to(t.device, non_blocking=t.is_cuda)[t], *y)
+
+    return type(diffusion)(betas, diffusion.variance), eps, tau
+
+
+# Each sampler is a step: a function that returns x_{t-1} from (x0_hat, x_t, t, z), where z() draws
+# noise. It may keep what it has seen.
+
+
+def ddpm_step(chain):
+    """Return the step of Algorithm 2."""
+
+    def step(x0, x_t, t, z):
+        mean, _ = chain.q_posterior(x0, x_t, t)
+        return mean + look_up(chain.sigma2.sqrt(), t, x_t) * z()
+
+    return step
+
+
+def ddim_step(chain, eta=0.0):
+    """Return DDIM's step (Song et al. 2021, arXiv:2010.02502, eq. 12 and 16)."""
+    abar, abar_prev = chain.alphas_bar, chain.alphas_bar_prev
+    sigma2 = eta**2 * chain.posterior_variance
+
+    def step(x0, x_t, t, z):
+        # The eps that fits x0, which may have been clipped:
+        eps = (x_t - look_up(abar.sqrt(), t, x_t) * x0) / look_up((1 - abar).sqrt(), t, x_t)
+        mean = look_up(abar_prev.sqrt(), t, x_t) * x0
+        mean = mean + look_up((1 - abar_prev - sigma2).sqrt(), t, x_t) * eps
+        return mean + look_up(sigma2.sqrt(), t, x_t) * z() if eta else mean
+
+    return step
+
+
+def dpm_step(chain):
+    """Return the step of DPM-Solver++(2M), which is DDIM's step with an extrapolated x0_hat.
+
+    Lu et al. 2022 (arXiv:2211.01095), algorithm 2. The line through the last two x0_hat is extended
+    to the middle of the step in lambda = log sqrt(abar / (1 - abar)).
+    """
+    h = -chain.alphas_bar.logit().diff() / 2  # from t to t-1, for t = 1..T-1
+    ratio = torch.zeros_like(chain.alphas_bar)
+    ratio[1:-1] = h[:-1] / (2 * h[1:])
+    ddim, x0_before = ddim_step(chain), None
+
+    def step(x0, x_t, t, z):
+        nonlocal x0_before
+        change = 0 if x0_before is None else x0 - x0_before
+        x0_before = x0
+        return ddim(x0 + look_up(ratio, t, x_t) * change, x_t, t, z)
+
+    return step
+
+
+SAMPLERS = "ddpm", "ddim", "dpm"
+
+
+@torch.no_grad()
+def sample_progressive(
+    diffusion, eps, shape, steps=None, sampler=None, eta=None, generator=None, draw_noise=None,
+    x_T=None, device=None, clip=True, known=None,
+):  # fmt: skip
+    """Yield (t, x_t, x0_hat) of the reverse process in few steps, like Diffusion's method.
+
+    eps: a network, such as that of as_eps, which takes (x_t, t). The arguments that are not listed
+    here are those of Diffusion.sample_progressive.
+
+    steps: how many of the T steps to take; all if None.
+    sampler: "ddpm" is Algorithm 2, the default with all T steps. "dpm" is DPM-Solver++(2M), the
+        default with fewer. "ddim" is DDIM.
+    eta: only for "ddim", which is selected if eta is given. 0, the default, is deterministic; 1
+        equals "ddpm" with the "small" variance.
+    known: for inpainting, (image, mask), which broadcast to x_t. Where the mask is False, x_t is
+        drawn from q(x_t | x_0) of the image (4) in each step, and x0_hat is the image.
+
+    Raises ValueError for an unknown sampler, and for steps or eta out of range.
+    """
+    chain, eps, tau = respaced(diffusion, eps, diffusion.T if steps is None else steps)
+    if sampler is None:
+        sampler = "ddim" if eta is not None else "dpm" if chain.T < diffusion.T else "ddpm"
+    if sampler not in SAMPLERS:
+        raise ValueError(f'sampler must be "ddpm", "ddim" or "dpm", not {sampler!r}')
+    if eta is not None and (sampler != "ddim" or not 0 <= eta <= 1):
+        raise ValueError(
+            f'eta must be from 0 to 1, and is only for "ddim"; it is {eta} for {sampler!r}'
+        )
+    if draw_noise is None:
+        device = device if x_T is None else x_T.device
+        draw_noise = partial(torch.randn, shape, generator=generator, device=device)
+    if sampler == "ddpm" and not known:  # the loop of ddpm.py
+        steps = chain.sample_progressive(eps, shape, None, draw_noise, x_T, device, clip)
+        yield from ((tau[i].item(), x, x0) for i, x, x0 in steps)
+        return
+    step = {"ddpm": ddpm_step, "ddim": partial(ddim_step, eta=eta or 0.0), "dpm": dpm_step}[sampler]
+    step, (image, mask) = step(chain), known or (None, None)
+
+    x = draw_noise() if x_T is None else x_T
+    for i in reversed(range(chain.T)):
+        t = torch.full((len(x),), i, device=x.device)
+        if known:
+            x = torch.where(mask, x, chain.q_sample(image, t, draw_noise()))
+        x0 = chain.predict_x0(x, t, eps(x, t))
+        x0 = x0.clamp(-1, 1) if clip else x0
+        x0 = torch.where(mask, x0, image) if known else x0
+        yield tau[i].item(), x, x0
+        if i > 0:
+            x = step(x0, x, t, draw_noise)
+
+
+def sample(*args, **kwargs):
+    """Return the last x0_hat of sample_progressive, with its arguments: (B, C, H, W)."""
+    for _, _, x0_hat in sample_progressive(*args, **kwargs):
+        x0 = x0_hat
+    return x0
+
+
+# ----------------------------------------------------------------------------------------- guidance
+
+
+def guided(eps, y, w):
+    """Return (1 + w) eps(x_t, t, y) - w eps(x_t, t), as a function of (x_t, t).
+
+    Classifier-free guidance of Ho and Salimans 2022 (arXiv:2207.12598, eq. 6). y: classes (B,).
+    w: 0 samples the class as it is, and larger values sample what is more typical of it. Others use
+    the scale s = 1 + w, such as diffusers' guidance_scale, so that s = 1 means no guidance.
+    """
+    if w == 0:
+        return lambda x_t, t: eps(x_t, t, y)
+    return lambda x_t, t: (1 + w) * eps(x_t, t, y) - w * eps(x_t, t)
