@@ -39,7 +39,7 @@ try:
         save_image,
         to_image,
         to_pixels,
-    )  # fmt: skip
+    )
 except ModuleNotFoundError as error:
     sys.exit(f"sample.py needs {error.name}: pip install numpy Pillow tqdm onnxruntime")
 
