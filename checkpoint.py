@@ -32,7 +32,7 @@ from images import check_output, grid, replacing, save_image, save_plot, to_pixe
 
 DEMO = "train.py, the demo"  # the source of its weights
 HEADER = "step,loss,grad_norm,lr\n"
-ROW = re.compile(r"\d+(,[-+.e\d]+){3}\n")  # of log.csv
+ROW = re.compile(r"\d{1,15}(,-?\d+(\.\d+)?(e[-+]\d+)?){3}\n")  # of log.csv
 HUB = "hf:"  # before the name of published weights on the Hugging Face Hub
 SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
 SHAPE = (  # the flags of the network's shape
@@ -180,6 +180,7 @@ class Run:
         self.recent = deque(maxlen=100)  # losses
         if (out / "log.csv").exists():  # its rows may be newer than the checkpoint
             rows = read_log(out / "log.csv", step)
+            keep_foreign_log(out / "log.csv")
             with replacing(out / "log.csv") as file:
                 file.write((HEADER + "".join(rows)).encode())
             self.recent.extend(float(row.split(",")[1]) for row in rows[-100:])
@@ -265,6 +266,16 @@ def read_log(path, last):
     return [rows[step] for step in sorted(rows) if step <= last]
 
 
+def keep_foreign_log(path):
+    """Copy a log.csv that a spreadsheet has saved to log-edited.csv, because it is rewritten."""
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    if any(line.strip() and line != HEADER and not ROW.fullmatch(line) for line in lines[:-1]):
+        copy = path.with_name("log-edited.csv")
+        with replacing(copy) as file:
+            file.write(path.read_bytes())
+        print(f"{path} has lines of another program; it is kept as {copy.name}, and continued")
+
+
 def version_of(path):
     """Return what tells a file from one that replaces it, or None if there is none."""
     return (path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else None
@@ -312,7 +323,8 @@ def find_run(out):
         if path.name == "log.csv":
             ours = HEADER.startswith(path.read_text(errors="replace")[: len(HEADER)])
         if not ours:
-            sys.exit(f"--out {out} is not the folder of a run; use a new or empty folder")
+            sys.exit(f"--out {out} holds {path.name}, but no checkpoint.pt, so it is not the "
+                     "folder of a run; use a new or empty folder")  # fmt: skip
     return None, None
 
 

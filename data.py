@@ -224,27 +224,26 @@ def decoded(paths, folder, size, channels, cache):
     states = [(os.path.relpath(path, folder), *size_and_time(path)) for path in paths]
     key = repr((size, states, inspect.getsource(read_image)))
     file = cache / f"images-{digest(key.encode(errors='surrogateescape'))}.npy"
-    note = read_note(file)
-    if note is None or channels not in (note["asked"], note["found"]):
+    asked, found, broken, _ = read_note(file) or (0, 0, [], "")
+    if channels not in (asked, found):
         with replacing(file) as new:
             found, broken = decode(paths, size, channels, new)
-        note = {"asked": channels, "found": found, "broken": broken, "size": file.stat().st_size}
-        note["fingerprint"] = digest_of(np.load(file, mmap_mode="r"))
+        note = [channels, found, broken, digest_of(np.load(file, mmap_mode="r"))]
         with replacing(file.with_suffix(".json")) as new:
-            new.write(json.dumps(note).encode())
-    return file, note["broken"]
+            new.write(json.dumps([*note, file.stat().st_size]).encode())
+    return file, broken
 
 
 def read_note(file):
     """Return what is known of a decoded .npy file, or None if it is missing or damaged.
 
-    The dict has the channels as asked for and as found, `broken` of decode, the size of the file,
-    and the fingerprint of its images.
+    That is: the channels as asked for, those found, `broken` of decode, and the fingerprint.
     """
     try:
-        note = json.loads(file.with_suffix(".json").read_bytes())
-        return note if note["size"] == file.stat().st_size else None
-    except (OSError, ValueError, TypeError, KeyError):  # TypeError: of an earlier version
+        asked, found, broken, fingerprint, size = json.loads(file.with_suffix(".json").read_bytes())
+        np.load(file, mmap_mode="r")
+        return (asked, found, broken, fingerprint) if size == file.stat().st_size else None
+    except (OSError, ValueError, TypeError):
         return None
 
 
@@ -272,7 +271,7 @@ def digest_of(images):
 def fingerprint(images):
     """Return digest_of the images of read_folder, which is known if they come from its cache."""
     note = read_note(Path(images.filename)) if isinstance(images, np.memmap) else None
-    return note["fingerprint"] if note else digest_of(images)
+    return note[-1] if note else digest_of(images)
 
 
 # ----------------------------------------------------------------------------------------- the demo
@@ -306,6 +305,8 @@ def main():
     parser.add_argument("size", type=int)
     args = parser.parse_args()
     print_any_name()
+    if args.size < 1:
+        parser.error("the size must be at least 1")
     check_output(args.out / "000000.png")
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         parser.error(f"{args.out} must be a new or empty folder")

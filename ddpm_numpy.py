@@ -212,7 +212,7 @@ class Network:
         try:
             self.session = ort.InferenceSession(path, options, providers=providers)
         except Exception as error:  # ONNX Runtime raises many kinds
-            raise ValueError(f"{path} can't be opened by ONNX Runtime: {error}") from None
+            raise ValueError(f"{path} can't be opened by ONNX Runtime: {str(error)!a}") from None
         self.provider = self.session.get_providers()[0]  # the CPU if CUDA does not load
         if device == "cuda" and self.provider != "CUDAExecutionProvider":
             raise ValueError("ONNX Runtime can't use CUDA; see Accelerators in docs/guide.md")
@@ -229,6 +229,8 @@ class Network:
             raise ValueError(f"{path} has damaged metadata: {error}") from None
         is_schedule = self.betas.ndim == 1 and ((self.betas > 0) & (self.betas < 1)).all()
         has_y = "y" in [given.name for given in self.session.get_inputs()]
+        if self.variance not in ("large", "small"):
+            raise ValueError(f"{path} has damaged metadata: the variance is {self.variance!r}")
         if not is_schedule or not len(self.betas) or len(self.shape) != 3 or min(self.shape) < 1:
             raise ValueError(f"{path} has damaged metadata: no schedule, or no shape of an image")
         if len({*self.classes}) < len(self.classes) or has_y != bool(self.classes):

@@ -17,6 +17,7 @@ import argparse
 import ast
 import json
 import logging
+import re
 import sys
 import tempfile
 import warnings
@@ -186,11 +187,10 @@ def main():
     if args.onnx:
         check_output(args.onnx, args.checkpoint)
     source = args.checkpoint
-    if args.diffusers:  # a name that is no folder is one on the hub
-        is_name = not Path(args.diffusers).exists() and not args.diffusers.startswith(
-            checkpoint.HUB
-        )
-        source = checkpoint.HUB * is_name + args.diffusers
+    if args.diffusers:
+        is_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", args.diffusers)  # of weights on the hub
+        source = checkpoint.HUB * (is_name is not None and not Path(args.diffusers).exists())
+        source += args.diffusers
     trained = checkpoint.load(source)
     if args.to_diffusers:
         to_diffusers(trained.model, trained.settings, trained.diffusion, args.to_diffusers)

@@ -138,7 +138,8 @@ def replacing(path):
             yield file
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         if isinstance(error, OSError):
             sys.exit(f"{path} can't be written and stays as it was: {error.strerror or error}")
         raise

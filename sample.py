@@ -22,23 +22,26 @@ import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
-from tqdm import tqdm
+try:
+    import numpy as np
+    from PIL import Image, ImageOps
+    from tqdm import tqdm
 
-from ddpm_numpy import LAMBDAS, SAMPLERS, Network, guided, mix, noise_of, sample_progressive
-from images import (
-    check_output,
-    from_pixels,
-    grid,
-    print_any_name,
-    read_image,
-    replacing,
-    save_animation,
-    save_image,
-    to_image,
-    to_pixels,
-)  # fmt: skip
+    from ddpm_numpy import LAMBDAS, SAMPLERS, Network, guided, mix, noise_of, sample_progressive
+    from images import (
+        check_output,
+        from_pixels,
+        grid,
+        print_any_name,
+        read_image,
+        replacing,
+        save_animation,
+        save_image,
+        to_image,
+        to_pixels,
+    )
+except ModuleNotFoundError as error:
+    sys.exit(f"sample.py needs {error.name}: pip install numpy Pillow tqdm onnxruntime")
 
 GRID = 256  # the largest number of images in one grid
 FRAMES, STRIP = 50, 10  # how many of the steps the GIF and the strip show
@@ -184,7 +187,8 @@ def draw_samples(network, args, y):
         known = known, read_mask(args.inpaint[1], network.shape)
     begun = begin_folder(args, paths) if args.dir else 0
     if begun:
-        print(f"{args.dir} has the first {begun:,} images already")
+        hint = ", so --gif and --strip have nothing to show" if args.gif or args.strip else ""
+        print(f"{args.dir} has the first {begun:,} images already{hint}")
         shown = [read(path, network.shape) for path in paths[: min(begun, GRID)]]
     began, drawn = time.monotonic(), 0
     bar = tqdm(total=-(-(n - begun) // args.batch) * args.steps, unit="step", mininterval=1)
@@ -230,12 +234,15 @@ def begin_folder(args, paths):
     -n, --batch and the files of the grid and the animation may differ. Exits if the folder holds
     anything else.
     """
-    with open(args.onnx, "rb") as file:
-        settings = {"onnx": hashlib.file_digest(file, "sha256").hexdigest()}
-    for name in ("steps", "sampler", "eta", "seed", "classes", "guidance", "inpaint"):
-        settings[name] = getattr(args, name)
+    names = "steps", "sampler", "eta", "seed", "classes", "guidance"
+    settings = {name: getattr(args, name) for name in names}
+    settings["files"] = []
+    for path in (args.onnx, *(args.inpaint or ())):
+        with open(path, "rb") as file:
+            settings["files"].append(hashlib.file_digest(file, "sha256").hexdigest())
     note = json.dumps(settings).encode()
-    if args.dir.exists() and any(args.dir.iterdir()):
+    if args.dir.exists() and any(path.name[0] != "." or path.name == NOTE for path in
+                                 args.dir.iterdir()):  # fmt: skip
         if not (args.dir / NOTE).is_file() or (args.dir / NOTE).read_bytes() != note:
             sys.exit(f"sample.py: --dir {args.dir} must be a new or empty folder, or one that the "
                      "same command has begun")  # fmt: skip

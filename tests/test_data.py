@@ -249,7 +249,9 @@ def test_what_can_not_be_read_is_said_each_time(tmp_path, capsys):
         assert "left out 1 of 2 files" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("damage", ["cut array", "no array", "no note", "empty note", "old note"])
+@pytest.mark.parametrize(
+    "damage", ["cut array", "no array", "no note", "empty note", "old note", "zeros"]
+)
 def test_damaged_cache_is_decoded_again(damage, tmp_path):
     (tmp_path / "out").mkdir()
     Image.new("RGB", (4, 4), (9, 9, 0)).save(tmp_path / "0.png")
@@ -257,6 +259,8 @@ def test_damaged_cache_is_decoded_again(damage, tmp_path):
     (array,), (note,) = (list((tmp_path / "out").glob(f"*.{kind}")) for kind in ("npy", "json"))
     if damage == "cut array":
         array.write_bytes(array.read_bytes()[:-1])
+    elif damage == "zeros":
+        array.write_bytes(bytes(array.stat().st_size))
     elif damage.startswith("no"):
         (array if damage == "no array" else note).unlink()
     else:

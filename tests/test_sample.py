@@ -76,6 +76,7 @@ def test_folder_in_place_of_a_model_says_what_to_do(trained, run):
     [
         ("betas", [0.1, 2.0], "no schedule"),
         ("betas", [], "no schedule"),
+        ("variance", "x", "the variance is"),
         ("betas", {"a": 1}, "damaged metadata"),
         ("image_shape", [3, 8], "no shape of an image"),
         ("image_shape", [3, 8, "x"], "damaged metadata"),
@@ -93,6 +94,13 @@ def test_metadata_that_do_not_fit_the_network_are_refused(name, value, said, col
     onnx.save(proto, tmp_path / "model.onnx")
     with pytest.raises(ValueError, match=re.escape(said)):
         ddpm_numpy.Network(tmp_path / "model.onnx")
+
+
+def test_missing_packages_are_one_line():
+    for package in ("numpy", "PIL", "tqdm"):
+        code = f"import sys; sys.modules[{package!r}] = None; import sample"
+        said = python("-c", code, cwd=HERE, code=1)
+        assert said.startswith(f"sample.py needs {package}: pip install") and "Trace" not in said
 
 
 def test_missing_onnxruntime_is_one_line(trained, run, monkeypatch):
@@ -369,9 +377,10 @@ def test_interrupted_folder_is_continued(trained, tmp_path, run, monkeypatch):
     said = run("sample.py", *words, "-n", 6, cwd=tmp_path)
     assert "parts has the first 4 images already" in said and "parts.png: 6 images, " in said
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
-    run("sample.py", *words, "-n", 7, "--gif", "x.gif", cwd=tmp_path)
+    said = run("sample.py", *words, "-n", 7, "--gif", "x.gif", cwd=tmp_path)
+    assert "so --gif and --strip have nothing to show" in said
     said = run("sample.py", *words, "-n", 7, cwd=tmp_path)
-    assert "has the first 7 images already" in said and said.rstrip().endswith("7 images")
+    assert "has the first 7 images already\n" in said and said.rstrip().endswith("7 images")
     a, b = (sorted((tmp_path / name).glob("*.png")) for name in ("whole", "parts"))
     for one, other in zip([*a, tmp_path / "whole.png"], [*b, tmp_path / "parts.png"], strict=True):
         np.testing.assert_allclose(*(np.asarray(Image.open(p)).astype(int) for p in (one, other)),

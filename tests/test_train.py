@@ -416,6 +416,7 @@ def test_foreign_line_in_the_log_stops_no_run(foreign, image_folder, tmp_path, r
     path.write_text(rows + rows.splitlines(keepends=True)[-1] + foreign)
     run("train.py", *words, "--steps", 5, cwd=tmp_path)
     assert path.read_text().startswith(rows)
+    assert (path.with_name("log-edited.csv")).exists() == (foreign == SPREADSHEET)
     assert [row.split(",")[0] for row in path.read_text().split()] == ["step", *"12345"]
     writer = checkpoint.Run(tmp_path / "run", 5, lambda k: 0.1)
     path.write_text(path.read_text() + foreign)
@@ -591,12 +592,12 @@ def test_folder_of_other_files_is_refused(image_folder, tmp_path, run):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
     said = run("train.py", "--data", image_folder, *TINY, cwd=tmp_path, code=1)
-    assert "--out run is not the folder of a run" in said
+    assert "--out run holds thesis.txt, but no checkpoint.pt, so it is not the folder of a" in said
     assert os.listdir(tmp_path / "run") == ["thesis.txt"]
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "log.csv").write_text("step,accuracy\n1,0.9\n")
     for out, said in (("run/thesis.txt", "is not a folder"), ("run/thesis.txt/x", "is not a f"),
-                      ("logs", "is not the folder of a run")):  # fmt: skip
+                      ("logs", "holds log.csv, but no checkpoint.pt")):  # fmt: skip
         words = ["--data", image_folder, *TINY, "--out", out]
         assert said in run("train.py", *words, cwd=tmp_path, code=1)
 
