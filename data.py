@@ -34,7 +34,7 @@ from images import (
     read_image,
     replacing,
     to_image,
-)  # fmt: skip
+)
 
 LARGE = 16_384  # the size of an image file, in bytes, from which threads read faster
 

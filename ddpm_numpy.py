@@ -220,29 +220,24 @@ class Network:
         missing = {"ddpm.betas", "ddpm.variance", "ddpm.image_shape"} - metadata.keys()
         if missing:
             raise ValueError(f"{path} was not written by export.py: it lacks {min(missing)}")
-        try:
+        try:  # the metadata, and a first call, which fails if they do not fit the network
             self.betas = np.array(json.loads(metadata["ddpm.betas"]), np.float64)
             self.variance = metadata["ddpm.variance"]
             self.shape = tuple(map(int, json.loads(metadata["ddpm.image_shape"])))
-            self.classes = list(map(str, json.loads(metadata.get("ddpm.classes", "[]"))))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} has damaged metadata: {error}") from None
-        is_schedule = self.betas.ndim == 1 and ((self.betas > 0) & (self.betas < 1)).all()
-        has_y = "y" in [given.name for given in self.session.get_inputs()]
-        if self.variance not in ("large", "small"):
-            raise ValueError(f"{path} has damaged metadata: the variance is {self.variance!r}")
-        if not is_schedule or not len(self.betas) or len(self.shape) != 3 or min(self.shape) < 1:
-            raise ValueError(f"{path} has damaged metadata: no schedule, or no shape of an image")
-        if len({*self.classes}) < len(self.classes) or has_y != bool(self.classes):
-            raise ValueError(f"{path} has damaged metadata: its classes are {self.classes}")
-        for name in self.classes:  # sample.py prints it, and --dir makes a folder of this name
-            if (name != PureWindowsPath(name).name or name != Path(name).name or name in ("", "..")
-                    or not name.isprintable()):  # fmt: skip
-                raise ValueError(f"{path}: a class must not be named {name!r}")
-        try:  # a first call, which fails if the metadata do not fit the network
+            self.classes = [*map(str, json.loads(metadata.get("ddpm.classes", "[]")))]
+            is_schedule = self.betas.ndim == 1 and ((self.betas > 0) & (self.betas < 1)).all()
+            if not is_schedule or not len(self.betas) or self.variance not in ("large", "small"):
+                raise ValueError("they have no schedule")
+            if len({*self.classes}) < len(self.classes):
+                raise ValueError(f"the classes are {self.classes}")
             self(np.zeros((1, *self.shape), np.float32), np.zeros(1, np.int64))
         except Exception as error:  # ONNX Runtime raises many kinds
-            raise ValueError(f"{path} does not run: {str(error).splitlines()[0]}") from None
+            why = ascii(str(error).partition("\n")[0])
+            raise ValueError(f"{path} has metadata that do not fit: {why}") from None
+        for name in self.classes:  # sample.py prints it, and --dir makes a folder of this name
+            is_folder = name == PureWindowsPath(name).name == Path(name).name
+            if not is_folder or name in ("", "..") or not name.isprintable():
+                raise ValueError(f"{path}: a class must not be named {name!r}")
 
     def __call__(self, x_t, t, y=None):
         feeds, K = {"x_t": x_t, "t": t}, len(self.classes)

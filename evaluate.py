@@ -43,11 +43,8 @@ def arguments():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    flag, count, seed = (
-        parser.add_argument,
-        checkpoint.number(int, 1),
-        checkpoint.number(int, 0, 2**63),
-    )
+    flag, count = parser.add_argument, checkpoint.number(int, 1)
+    seed = checkpoint.number(int, 0, 2**63)
     flag("--data", help="folder of images [the demo, if the network was trained on it]")
     flag("--checkpoint", default="run/checkpoint.pt",
          help="a run, or weights of diffusers: a folder, or hf:NAME [%(default)s]")  # fmt: skip
