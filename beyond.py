@@ -59,7 +59,7 @@ def as_eps(model, diffusion, predicts):
 
     predicts: see eps_of_output. Raises ValueError for an unknown target.
     """
-    a, b = eps_of_output(diffusion, predicts)
+    a, b = (table.float() for table in eps_of_output(diffusion, predicts))
 
     def eps(x_t, t, y=None):
         output = model(x_t, t) if y is None else model(x_t, t, y)

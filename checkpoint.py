@@ -19,14 +19,15 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from beyond import as_eps, cosine_betas, sample
 from data import digest
-from ddpm import Diffusion, UNet, cosine_betas, linear_betas
+from ddpm import Diffusion, UNet, linear_betas
 from device import RANK
 from images import check_output, grid, replacing, save_image, save_plot, to_pixels
 
@@ -40,7 +41,18 @@ SHAPE = (  # the flags of the network's shape
     "norm_groups",
 )  # fmt: skip
 WAIT = 2  # seconds after which a file that is being written has changed
-TRAINING = "optimizer", "batch", "lr", "warmup", "lr_decay", "weighting", "ema", "flip", "seed"
+TRAINING = (
+    "predicts",
+    "optimizer",
+    "batch",
+    "lr",
+    "warmup",
+    "lr_decay",
+    "weighting",
+    "ema",
+    "flip",
+    "seed",
+)
 
 # ------------------------------------------------------------------------------------ the settings
 
@@ -85,7 +97,7 @@ def make_config(args, weights, images=None):
     """
     betas = weights.diffusion.betas if weights else SCHEDULES[args.schedule]()
     model = {name: getattr(args, name) for name in (*SHAPE, "dropout")}
-    diffusion = {"variance": args.variance, "predicts": args.predicts, "betas": betas.tolist()}
+    diffusion = {"variance": args.variance, "betas": betas.tolist()}
     training = {name: getattr(args, name) for name in TRAINING}
     training |= {
         "steps": args.steps if args.lr_decay else None,  # else the run can be made longer
@@ -93,7 +105,7 @@ def make_config(args, weights, images=None):
         "data": args.data and Path(args.data).resolve().name,
         "folder": args.data and digest(os.fsencode(Path(args.data).resolve())),
         "images": images,
-        "code": digest(Path(sys.modules["ddpm"].__file__).read_bytes()),
+        "code": digest(*(Path(sys.modules[m].__file__).read_bytes() for m in ("ddpm", "beyond"))),
     }
     if args.classes:
         model["num_classes"], training["classes"] = len(args.classes), args.classes
@@ -150,7 +162,7 @@ def refuse_other_run(out, state, config, steps):
         sys.exit(f"{out} is at step {step:,} already, so --steps must be larger")
     if new["images"] is None or step == steps or RANK > 0:
         return
-    for name, what in (("images", "the images have"), ("code", "ddpm.py has")):
+    for name, what in (("images", "the images have"), ("code", "ddpm.py or beyond.py has")):
         if new[name] != old[name]:
             print(f"{what} changed since step {step:,}; training continues with the change")
 
@@ -241,10 +253,9 @@ class Run:
         noise, rows = torch.Generator(args.device).manual_seed(args.seed), len(args.classes)
         y = torch.arange(36, device=args.device) % rows if rows else None
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-            x0 = diffusion.sample(
-                partial(ema, y=y), (36, *shape), min(20, diffusion.T), "dpm",
-                generator=noise, device=args.device,
-            )  # fmt: skip
+            eps = partial(as_eps(ema, diffusion, args.predicts), y=y)
+            x0 = sample(diffusion, eps, (36, *shape), min(20, diffusion.T), "dpm",
+                        generator=noise, device=args.device)  # fmt: skip
         image = grid(to_pixels(x0.cpu().numpy()), rows=rows, names=args.classes)
         save_image(self.out / f"preview-{step:07d}.png", image)
         table = np.loadtxt(read_log(self.out / "log.csv", step), delimiter=",", ndmin=2)[:, :2]
@@ -304,6 +315,9 @@ def open_checkpoint(path):
         state = None
     if not isinstance(state, dict) or not {"config", "step", "ema"} <= state.keys():
         sys.exit(f"{path.as_posix()} is damaged, or not a checkpoint of train.py")
+    config = state["config"]
+    if "predicts" in config["diffusion"]:  # of an earlier version
+        config["train"]["predicts"] = config["diffusion"].pop("predicts")
     return state
 
 
@@ -350,6 +364,12 @@ class Trained:
     step: int  # the number of training steps, 0 if unknown
     source: str  # where the weights come from
     classes: list | tuple = ()  # the names of the classes, if the network has any
+    predicts: str = "eps"  # what the network returns, see beyond.py
+
+    @cached_property
+    def eps(self):
+        """eps_theta(x_t, t, y=None), whatever the network returns."""
+        return as_eps(self.model, self.diffusion, self.predicts)
 
     @property
     def shape(self):
@@ -376,8 +396,9 @@ def load(path):
         model.load_state_dict(state["ema"])
         data = config["train"]["data"]
         source = DEMO if data is None else f"train.py, {ascii(data)[1:-1]}"  # for ONNX
-        diffusion, classes = Diffusion(**config["diffusion"]), config["train"].get("classes", [])
-        return Trained(model, diffusion, config["model"], state["step"], source, classes)
+        diffusion, training = Diffusion(**config["diffusion"]), config["train"]
+        classes, predicts = training.get("classes", []), training["predicts"]
+        return Trained(model, diffusion, config["model"], state["step"], source, classes, predicts)
     if not path.is_dir():
         hub = f" ({HUB}{path.as_posix()} is a name on the hub)" * (len(path.parts) == 2)
         sys.exit(f"{path.as_posix()} does not exist; python train.py writes a checkpoint{hub}")
@@ -390,5 +411,6 @@ def published(source):
     """Return the Trained of weights in diffusers' format, a folder or a name on the hub."""
     from pretrained import from_diffusers
 
-    model, settings, diffusion = from_diffusers(source)
-    return Trained(model, diffusion, settings, 0, f"diffusers, {Path(source).name}")
+    model, settings, diffusion, predicts = from_diffusers(source)
+    name = f"diffusers, {Path(source).name}"
+    return Trained(model, diffusion, settings, 0, name, predicts=predicts)

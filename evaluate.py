@@ -77,22 +77,22 @@ def main():
     check_output(curve)
 
     device = choose_device(args.device)
-    model = trained.model.to(device)
+    trained.model.to(device)
     variance = args.variance or trained.diffusion.variance
-    diffusion = Diffusion(trained.diffusion.betas, variance, trained.diffusion.predicts)
+    diffusion = Diffusion(trained.diffusion.betas, variance)
     noise, bounds = torch.Generator(device).manual_seed(args.seed), []
     total = len(order) * diffusion.T
     with tqdm(total=total, unit=" passes", unit_scale=True, mininterval=1) as bar:
 
-        def network(x_t, t, y):
+        def eps(x_t, t, y):
             bar.update(len(x_t))
-            return model(x_t, t, y)
+            return trained.eps(x_t, t, y)
 
         try:
             for part in order.split(args.batch):
                 y = None if labels is None else torch.from_numpy(labels)[part].to(device)
                 x0 = from_pixels(images[part].to(device))
-                bounds.append(diffusion.vlb(partial(network, y=y), x0, noise))
+                bounds.append(diffusion.vlb(partial(eps, y=y), x0, noise))
                 bar.set_postfix_str(f"{bounds[-1].total.mean():.3f} bits/dim in the last batch")
         except KeyboardInterrupt:
             if not bounds:

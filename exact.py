@@ -54,10 +54,10 @@ def squared_error(diffusion, eps_model, x0, t, seed=0):
     return torch.cat(errors)
 
 
-def loss_floor(diffusion, x0, weighting="simple", flip=False, draws=20_000):
+def loss_floor(diffusion, x0, weights=None, flip=False, draws=20_000):
     """Return the loss of the exact network, estimated from `draws` images with noise.
 
-    No network has a lower one, on average over x_0, t and the noise. weighting: of Diffusion.loss.
+    No network has a lower one, on average over x_0, t and the noise. weights: of Diffusion.loss.
     flip: whether the images are flipped left to right at random.
     """
     x0 = torch.cat([x0, x0.flip(3)]) if flip else x0
@@ -65,4 +65,4 @@ def loss_floor(diffusion, x0, weighting="simple", flip=False, draws=20_000):
     index = torch.randint(len(x0), (draws,), generator=random)
     t = torch.randint(diffusion.T, (draws,), generator=random)
     errors = squared_error(diffusion, exact_network(diffusion, x0), x0[index], t)
-    return (diffusion.weights[weighting][t] * errors).mean().item()
+    return (errors if weights is None else weights[t] * errors).mean().item()

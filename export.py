@@ -35,6 +35,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"export.py needs {error.name}: pip install -r requirements.txt")
 
 import checkpoint
+from beyond import as_eps, eps_of_output
 from images import check_output, print_any_name, replacing
 from pretrained import largest_difference, to_diffusers
 
@@ -66,14 +67,14 @@ def attention(q, k, v, attn_mask=None, dropout_p: float = 0.0, is_causal: bool =
 
 
 class Eps(torch.nn.Module):
-    """eps_theta(x_t, t) of a model that may predict something else."""
+    """eps_theta(x_t, t) of the network of a Trained, or of its Half."""
 
-    def __init__(self, model, diffusion):
+    def __init__(self, trained, model):
         super().__init__()
-        self.model, self.diffusion = model, diffusion
+        self.model, self.eps = model, as_eps(model, trained.diffusion, trained.predicts)
 
     def forward(self, x_t, t, y=None):
-        return self.diffusion.predict_eps(lambda x_t, t: self.model(x_t, t, y), x_t, t)
+        return self.eps(x_t, t, y)
 
 
 def to_onnx(trained, model):
@@ -93,7 +94,7 @@ def to_onnx(trained, model):
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
-            Eps(model, trained.diffusion),
+            Eps(trained, model),
             example,
             input_names=names,
             output_names=["eps"],
@@ -139,10 +140,11 @@ def write_onnx(trained, path, kind=None):
     with tempfile.TemporaryDirectory() as folder:
         exact, reduced = Path(folder, "exact.onnx"), Path(folder, "reduced.onnx")
         onnx.save(to_onnx(trained, trained.model), exact)
-        model = Eps(trained.model, trained.diffusion)
         T, classes = trained.diffusion.T, len(trained.classes)
-        worst = largest_difference(model, eps_of(exact), trained.shape, T, classes)
-        if not worst < TOLERANCE * max(1, trained.diffusion.b.abs().max()):  # eps = a x_t + b F
+        with torch.no_grad():
+            worst = largest_difference(trained.eps, eps_of(exact), trained.shape, T, classes)
+        _, b = eps_of_output(trained.diffusion, trained.predicts)  # eps = a x_t + b output
+        if not worst < TOLERANCE * max(1, b.abs().max()):
             sys.exit(f"eps differs from torch's by {worst:.1e}; {path} is not written")
         print(f"largest difference from torch {worst:.1e}, for batches of 1, 2 and 3")
         if kind == "half":
@@ -193,7 +195,7 @@ def main():
         source += args.diffusers
     trained = checkpoint.load(source)
     if args.to_diffusers:
-        to_diffusers(trained.model, trained.settings, trained.diffusion, args.to_diffusers)
+        to_diffusers(trained, args.to_diffusers)
         opens = "DDPMPipeline.from_pretrained opens it"
         if trained.classes:  # the pipeline has no argument for a class
             opens = 'UNet2DModel.from_pretrained(..., subfolder="unet") opens it; pass class_labels'

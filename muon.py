@@ -27,8 +27,21 @@ def orthogonalize(G):
     return X
 
 
+def hidden_weights(model):
+    """Return the weights of the linear and convolutional layers between x_t and eps.
+
+    Left out are the first convolution (or, without any, the first layer), which reads x_t, and the
+    last module of the network, which returns eps.
+    """
+    kinds = torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d
+    layers = [module for module in model.modules() if isinstance(module, kinds)]
+    first = next((layer for layer in layers if isinstance(layer, kinds[1:])), layers[0])
+    outer = {first, *[*model.children()][-1].modules()}
+    return [layer.weight for layer in layers if layer not in outer]
+
+
 class Muon(torch.optim.Adam):
-    """Apply Muon to model.hidden_weights(), and Adam to the other parameters.
+    """Apply Muon to the hidden_weights of a model, and Adam to the other parameters.
 
     The weight of a convolution counts as a matrix (out, in * height * width). As in Liu et al. 2025
     (arXiv:2502.16982), steps have a root mean square of about 0.2 lr, which is typical of Adam, so
@@ -39,7 +52,7 @@ class Muon(torch.optim.Adam):
         super().__init__(model.parameters(), lr, fused=True)
         self.momentum = momentum
         equal = defaultdict(list)  # weights of equal shape are multiplied together, as a stack
-        for weight in model.hidden_weights():
+        for weight in hidden_weights(model):
             equal[weight.flatten(1).shape].append(weight)
         self.stacks = list(equal.values())
         self.momenta = [w[0].new_zeros(len(w), *shape) for shape, w in equal.items()]

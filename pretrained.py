@@ -89,9 +89,10 @@ def read_part(cls, source, part):
 
 
 def from_diffusers(source):
-    """Return (UNet in eval mode, its arguments, Diffusion) of a folder or a name on the hub.
+    """Return (UNet in eval mode, its arguments, Diffusion, what it predicts) of published weights.
 
-    No code in the files is executed. Exits if ddpm.py can't express the model.
+    source: a folder, or a name on the hub. No code in the files is executed. Exits if ddpm.py can't
+    express the model.
     """
     diffusers = import_diffusers(f"{source} is not a checkpoint; to read published weights")
 
@@ -147,26 +148,26 @@ def from_diffusers(source):
     if c.beta_schedule == "linear" and not c.trained_betas:  # theirs are rounded to float32
         betas = linear_betas(c.num_train_timesteps, c.beta_start, c.beta_end)
     predicts = next(ours for ours, name in PREDICTS.items() if name == c.prediction_type)
-    diffusion = Diffusion(betas, c.variance_type.removeprefix("fixed_"), predicts)
+    diffusion = Diffusion(betas, c.variance_type.removeprefix("fixed_"))
 
     shape = settings["in_channels"], size, size
     difference = largest_difference(model, lambda x, t: theirs(x, t).sample, shape, diffusion.T)
     if not difference < 1e-4:
         refuse(f"eps differs by {difference:.1g} between diffusers and ddpm.py")
-    return model, settings, diffusion
+    return model, settings, diffusion, predicts
 
 
-def to_diffusers(model, settings, diffusion, folder):
-    """Write a folder, new or empty, that diffusers' DDPMPipeline.from_pretrained opens.
+def to_diffusers(trained, folder):
+    """Write a Trained to a folder, new or empty, that diffusers' DDPMPipeline opens.
 
-    settings: the arguments of UNet. Exits if the folder is not empty, or if diffusers can't
-    express the model.
+    Exits if the folder is not empty, or if diffusers can't express the model.
     """
+    model, settings, diffusion = trained.model, trained.settings, trained.diffusion
     diffusers = import_diffusers("--to-diffusers")
     folder = Path(folder)
     check_output(folder / "model_index.json")
-    if diffusion.predicts not in PREDICTS:
-        sys.exit(f"diffusers can't express a network that predicts {diffusion.predicts!r}")
+    if trained.predicts not in PREDICTS:
+        sys.exit(f"diffusers can't express a network that predicts {trained.predicts!r}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         sys.exit(f"--to-diffusers {folder} must be a new or empty folder")
     attends = [
@@ -200,6 +201,6 @@ def to_diffusers(model, settings, diffusion, folder):
         beta_end=last,
         trained_betas=None if torch.equal(betas, linear_betas(T, first, last)) else betas.tolist(),
         variance_type=f"fixed_{diffusion.variance}",
-        prediction_type=PREDICTS[diffusion.predicts],
+        prediction_type=PREDICTS[trained.predicts],
     )
     diffusers.DDPMPipeline(unet, scheduler).save_pretrained(folder)

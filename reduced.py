@@ -1,7 +1,7 @@
 """A file of reduced precision: float16 for CUDA or 8-bit integers for CPUs, and what that costs.
 
 export.py writes the float32 file first; these functions compare their files with it. The network
-says which of its modules need float32 in both kinds of files (UNet.float32_modules).
+keeps some of its modules in float32 in both kinds of files (float32_modules).
 """
 
 import copy
@@ -13,6 +13,8 @@ import onnx
 import onnxruntime as ort
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+
+from beyond import sample_progressive
 
 TIMES = (0, 1, 2, 5, 10, 20, 35, 50, 75, 100, 150, 200, 500)  # t for errors, besides T - 1
 TOLERANCE = 0.02  # the largest rms error allowed at any t, relative to the rms of eps
@@ -43,6 +45,21 @@ def eps_of(path):
 # ---------------------------------------------------------------------------------- the two kinds
 
 
+def float32_modules(model):
+    """Return the names of the modules that must be exact to tell weak noise from images.
+
+    These are what reads x_t, t and y, the first block after that, and what returns eps: all modules
+    before the first ModuleList, the first module in it, and the last module.
+    """
+    names = [name for name, _ in model.named_children()]
+    is_list = [isinstance(child, torch.nn.ModuleList) for child in model.children()]
+    first = names[is_list.index(True)]
+    before = names[: names.index(first)]
+    while isinstance(model.get_submodule(first), torch.nn.ModuleList):
+        first += ".0"
+    return [*before, first, names[-1]]
+
+
 class Half(torch.nn.Module):
     """A network in float16, except its float32_modules: (x_t, t, y) float32 to eps float32.
 
@@ -53,7 +70,7 @@ class Half(torch.nn.Module):
         super().__init__()
         self.model = copy.deepcopy(model).half()
         for name, module in self.model.named_modules():
-            if name in model.float32_modules():
+            if name in float32_modules(model):
                 module.float()
         self.model.load_state_dict(model.state_dict())  # .half() has rounded all weights
         for module in self.model.modules():
@@ -133,8 +150,8 @@ def draw_images(trained):
     """Return eight images that the network draws in 25 steps, and all inputs that it sees."""
     y = example_labels(trained, 8)
     chain = list(
-        trained.diffusion.sample_progressive(
-            lambda x_t, t: trained.model(x_t, t, *y), (8, *trained.shape),
+        sample_progressive(
+            trained.diffusion, lambda x_t, t: trained.eps(x_t, t, *y), (8, *trained.shape),
             min(25, trained.diffusion.T), "dpm", generator=torch.Generator().manual_seed(0),
         )
     )  # fmt: skip
@@ -185,7 +202,7 @@ def write_int8(trained, exact, path):
     float32 up to the last of TIMES where integers are too coarse. Exits if that is T / 4 or later.
     """
     x0, chain = draw_images(trained)
-    quantize(exact, path, chain, trained.model.float32_modules())
+    quantize(exact, path, chain, float32_modules(trained.model))
     errors, bad = compare(trained, exact, path, x0)
     if bad and bad[-1] >= trained.diffusion.T // 4:
         sys.exit(f"--int8 changes eps by {errors[bad[-1]]:.0%} at t = {bad[-1]}; nothing written")

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 import checkpoint
 import device as machine
+from beyond import TARGETS, as_eps, loss_weights
 from data import class_names, demo_images, fingerprint, forget_others, read_folder
 from ddpm import Diffusion, UNet
 from device import LOCAL_RANK, RANK, WORLD, to_device
@@ -67,19 +68,25 @@ def draw_batch(step, images, labels, T, args):
         yield torch.where(flip[k], x0.flip(3), x0), y[k], t[k], noise[k]
 
 
-def train_step(batch, network, ema, optimizer, diffusion, step, args):
+def loss_of(network, diffusion, args):
+    """Return loss(x0, y, t, noise), in which the network computes in bfloat16 with --amp."""
+    autocast = torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp)
+    eps = autocast(as_eps(network, diffusion, args.predicts))
+    weights = loss_weights(diffusion, args.weighting, args.predicts)
+    return lambda x0, y, t, noise: diffusion.loss(partial(eps, y=y), x0, t, noise, weights)
+
+
+def train_step(batch, loss_of_part, network, ema, optimizer, step, args):
     """Take a gradient step of Algorithm 1 on the batch of draw_batch, and update the average.
 
     The result is a tensor (2,), whose sum over the processes is the loss and the norm of the
     gradient. Nothing here waits for CUDA, so that Python can prepare the next step.
     """
-    autocast = torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp)
     batch_loss = torch.zeros((), device=args.device)
     for part, (x0, y, t, noise) in enumerate(batch, 1):
-        model = autocast(partial(network, y=y))
         defer_sync = WORLD > 1 and part < args.accumulate  # exchange the gradients only once
         with network.no_sync() if defer_sync else contextlib.nullcontext():
-            loss = diffusion.loss(model, x0, t, noise, args.weighting) * len(x0) / args.batch
+            loss = loss_of_part(x0, y, t, noise) * len(x0) / args.batch
             (loss * WORLD).backward()  # DistributedDataParallel averages over the processes
         batch_loss += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -164,7 +171,7 @@ def make_parser():
     flag("--dropout", type=share, help="share of the activations to drop [%(default)s]")
     flag("--schedule", choices=checkpoint.SCHEDULES, help="betas [%(default)s]")
     flag("--variance", choices=("large", "small"), help="sigma_t^2 [%(default)s]")
-    flag("--predicts", choices=("eps", "mean", "x0", "v"), help="network's output [%(default)s]")
+    flag("--predicts", choices=TARGETS, help="network's output [%(default)s]")
     weightings = "simple", "vlb", "min-snr", "native"
     flag("--weighting", choices=weightings, help="weight of each t; see the manual [%(default)s]")
     flag("--batch", type=count, help="images per step, over all GPUs [%(default)s]")
@@ -207,7 +214,7 @@ def arguments():
         refuse_overridden(parser, args, weights)
         vars(args).update({name: weights.settings[name] for name in checkpoint.SHAPE})
         args.channels, args.schedule = weights.settings["in_channels"], "weights"
-        args.predicts, args.init = weights.diffusion.predicts, checkpoint.name_of(args.init)
+        args.predicts, args.init = weights.predicts, checkpoint.name_of(args.init)
     if args.data is None and (args.image_size, args.channels or 3) != (8, 3):
         parser.error("without --data the images are those of the demo, 8x8 in colour")
     if args.batch < WORLD * args.accumulate:
@@ -233,7 +240,7 @@ def arguments():
 def refuse_overridden(parser, args, weights):
     """Exit if a given flag differs from what the weights of --init decide."""
     decided = {name: weights.settings[name] for name in checkpoint.SHAPE if name != "norm_groups"}
-    decided |= {"channels": weights.settings["in_channels"], "predicts": weights.diffusion.predicts}
+    decided |= {"channels": weights.settings["in_channels"], "predicts": weights.predicts}
     betas = weights.diffusion.betas
     schedules = [n for n, make in checkpoint.SCHEDULES.items() if torch.equal(make(), betas)]
     decided["schedule"] = schedules[0] if schedules else "weights"
@@ -341,6 +348,7 @@ def main():
     del state, weights  # they are as large as the network
     network = DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD > 1 else model
     network = machine.compiled(network) if args.compile else network
+    loss_of_part = loss_of(network, diffusion, args)
     if is_main:
         size = sum(p.numel() for p in model.parameters())
         where = f"{device}, {'bfloat16' if args.amp else 'float32'}" + ", compiled" * args.compile
@@ -351,7 +359,8 @@ def main():
         print(f"settings the paper's{f', but {changed}' if changed else ''}")
         print(f"network  {size:,} parameters on {WORLD} x {where}")
         if not args.classes and images[0].numel() <= 300 and images.numel() <= 100_000:  # fast
-            floor = loss_floor(diffusion, from_pixels(images.cpu()), args.weighting, args.flip)
+            all_weights = loss_weights(diffusion, args.weighting, args.predicts)
+            floor = loss_floor(diffusion, from_pixels(images.cpu()), all_weights, args.flip)
             print(f"floor    {floor:.4f}; no network's loss is lower, on average (docs/beyond.md)")
         print(f"steps    {start:,} to {args.steps:,}; previews every {args.preview_every} or more")
 
@@ -366,7 +375,7 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step)
         batch = draw_batch(step, images, labels, diffusion.T, args)
-        pending.append(train_step(batch, network, ema, optimizer, diffusion, step, args))
+        pending.append(train_step(batch, loss_of_part, network, ema, optimizer, step, args))
         show, last = (step + 1) % args.preview_every == 0, step + 1 == args.steps
         must_log = show or last or (step + 1) % LOG_TOGETHER.get(device.type, 10) == 0
         if not must_log and not (WORLD == 1 and interrupts.since):  # processes stop together

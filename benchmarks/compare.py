@@ -180,14 +180,14 @@ def train_py(images, batch):
         network = device.compiled(model)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    steps = itertools.count()
+    steps, loss = itertools.count(), train.loss_of(network, diffusion, args)
 
     def step():
         device.prefer_speed()  # as train.py does
         k = next(steps)
         optimizer.param_groups[0]["lr"] = train.learning_rate(k, args.lr, 5000)
         batch = train.draw_batch(k, images, None, diffusion.T, args)
-        train.train_step(batch, network, ema, optimizer, diffusion, k, args)
+        train.train_step(batch, loss, network, ema, optimizer, k, args)
         torch.set_float32_matmul_precision("highest")  # torch's defaults, for the peers
         torch.backends.cudnn.benchmark = False
 

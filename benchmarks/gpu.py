@@ -200,11 +200,12 @@ def steps(report, args, compile_too=False):
         words = ["--batch", str(batch), "--amp" if args.amp else "--no-amp"]
         flags, numbers = train.make_parser().parse_args(words), itertools.count()
         flags.device, model = DEVICE, make(model)
+        loss = train.loss_of(model, DIFFUSION, flags)
 
         def step():
             k = next(numbers)
             drawn = train.draw_batch(k, images, None, DIFFUSION.T, flags)
-            return train.train_step(drawn, model, ema, optimizer, DIFFUSION, k, flags)
+            return train.train_step(drawn, loss, model, ema, optimizer, k, flags)
 
         began = time.perf_counter()
         assert step().isfinite().all()
@@ -251,7 +252,7 @@ def preview(report, args):
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
     optimizer.step()  # so that it has its averages
-    flags = argparse.Namespace(device=DEVICE, seed=0, classes=[], amp=args.amp)
+    flags = argparse.Namespace(device=DEVICE, seed=0, classes=[], amp=args.amp, predicts="eps")
 
     def seconds(call, *args):
         return f"{ms(functools.partial(call, *args), times) / 1000:.2f}"
@@ -303,7 +304,7 @@ def sampling(report, args):
             t = torch.full((8,), i)
             x_t = trained.diffusion.q_sample(x0, t, torch.randn(x0.shape, generator=random))
             with torch.no_grad():
-                exact = trained.diffusion.predict_eps(trained.model, x_t, t).numpy()
+                exact = trained.eps(x_t, t).numpy()
             eps = network(x_t.numpy(), t.numpy())
             cells.append(f"{np.linalg.norm(eps - exact) / np.linalg.norm(exact):.1e}")
         return " | ".join(cells)

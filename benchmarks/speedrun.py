@@ -33,6 +33,7 @@ import frechet  # noqa: E402
 import checkpoint  # noqa: E402
 import ddpm_numpy  # noqa: E402
 import export  # noqa: E402
+from beyond import as_eps, sample  # noqa: E402
 from ddpm import Diffusion, linear_betas  # noqa: E402
 from images import from_pixels, to_pixels  # noqa: E402
 
@@ -96,9 +97,9 @@ def lucidrains_peer():
 
     process = GaussianDiffusion(Unet(dim=32, dim_mults=(1, 2, 2), channels=1), image_size=32)
     optimizer = torch.optim.Adam(process.parameters(), 8e-5, betas=(0.9, 0.99))
-    ema = EMA(process, beta=0.995, update_every=10)
+    ema, diffusion = EMA(process, beta=0.995, update_every=10), Diffusion(process.betas)
     return (
-        process.model, Diffusion(process.betas, predicts="v"), lambda x0: process((x0 + 1) / 2),
+        as_eps(process.model, diffusion, "v"), diffusion, lambda x0: process((x0 + 1) / 2),
         optimizer, (ema.update, lambda: process.load_state_dict(ema.ema_model.state_dict())),
     )  # fmt: skip
 
@@ -124,7 +125,7 @@ def peer_samples(network, diffusion, steps, count):
     generator, pixels = torch.Generator().manual_seed(0), []
     for first in range(0, count, 50):
         shape = min(50, count - first), 1, frechet.SIZE, frechet.SIZE
-        x0 = diffusion.sample(network, shape, steps, "dpm", generator=generator)
+        x0 = sample(diffusion, network, shape, steps, "dpm", generator=generator)
         pixels.append(torch.from_numpy(to_pixels(x0.numpy())))
     return torch.cat(pixels)
 

@@ -53,11 +53,11 @@ def judge(run):
     """Return how many of a run's SAMPLES are right, and its bound in bits per dimension."""
     trained, images = checkpoint.load(run), torch.from_numpy(demo_images())
     x0 = trained.diffusion.sample(
-        trained.model, (SAMPLES, 3, 8, 8), generator=torch.Generator().manual_seed(0)
+        trained.eps, (SAMPLES, 3, 8, 8), generator=torch.Generator().manual_seed(0)
     )
     pixels = to_pixels(x0.numpy())
     random = torch.Generator().manual_seed(0)
-    bound = trained.diffusion.vlb(trained.model, from_pixels(images), random)
+    bound = trained.diffusion.vlb(trained.eps, from_pixels(images), random)
     save_image(Path(run, "samples.png"), grid(pixels))
     return {"right": int(count_right(pixels)), "bits": bound.total.mean().item()}
 

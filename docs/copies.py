@@ -13,7 +13,6 @@ import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 import checkpoint  # noqa: E402
+from beyond import sample  # noqa: E402
 from data import read_folder  # noqa: E402
 from ddpm import Diffusion, linear_betas  # noqa: E402
 from ddpm_numpy import Network  # noqa: E402
@@ -124,7 +124,7 @@ def main():
     for n in SIZES:
         images = read(sets[n, 0], 16)
         samples = [
-            trained[n, side].diffusion.sample(trained[n, side].model, x_T.shape, 50, x_T=x_T)
+            sample(trained[n, side].diffusion, trained[n, side].eps, x_T.shape, 50, x_T=x_T)
             for side in (0, 1)
         ]
         index, distance = nearest(samples[0], images)
@@ -133,8 +133,7 @@ def main():
             127.5 * (samples[0] - x).square().flatten(1).mean(1).sqrt()
             for x in (samples[1], samples[0].roll(1, 0))
         )
-        diffusion = trained[n, 0].diffusion
-        eps_model = partial(diffusion.predict_eps, trained[n, 0].model)
+        diffusion, eps_model = trained[n, 0].diffusion, torch.no_grad()(trained[n, 0].eps)
         seen, unseen = (errors(diffusion, eps_model, x) for x in (images[:512], test))
         print(f"{n} images: samples are {distance.median():.1f} from the nearest training image, "
               f"test images {of_test.median():.1f}; samples of both networks are "

@@ -24,8 +24,9 @@ sys.path.insert(0, str(HERE.parent))
 
 import ddpm_numpy  # noqa: E402
 from benchmarks.table2 import are_right  # noqa: E402
+from beyond import cosine_betas, respaced  # noqa: E402
 from data import demo_images, read_folder  # noqa: E402
-from ddpm import Bound, Diffusion, cosine_betas, linear_betas  # noqa: E402
+from ddpm import Bound, Diffusion, linear_betas  # noqa: E402
 from evaluate import rate_distortion  # noqa: E402
 from exact import exact_network, squared_error  # noqa: E402
 from images import from_pixels, grid, save_animation, to_pixels  # noqa: E402
@@ -142,7 +143,8 @@ def draw_small_steps(path):
     paper = Diffusion(linear_betas())
     figure = Figure(figsize=(10, 3.1), layout="constrained")
     *steps, distances = figure.subplots(1, 3, width_ratios=(3, 3, 4))
-    for axes, chain, t in ((steps[0], paper, 199), (steps[1], paper.respaced(10), 1)):
+    for axes, n, t in ((steps[0], 1000, 199), (steps[1], 10, 1)):
+        chain, _, tau = respaced(paper, None, n)
         x_t, x = torch.tensor([0.15]).double(), torch.linspace(-1.6, 1.6, 801).double()
         curves = {
             "$q(x_s)$": (x, log_two(chain, t - 1, x).logsumexp(1)),
@@ -155,13 +157,13 @@ def draw_small_steps(path):
             axes.plot(where, density, label=name, linewidth=width)
         axes.plot(places[0], (gaussian[0] - product[0].max()).exp(), "k--", label="Gaussian")
         axes.set(xlabel="$x_s$", yticks=[], xlim=(-1.6, 1.6), ylim=(0, 1.5))
-        axes.set_title(f"from t = {chain.tau[t]} to s = {chain.tau[t - 1]}", fontsize=10)
+        axes.set_title(f"from t = {tau[t]} to s = {tau[t - 1]}", fontsize=10)
         axes.legend(fontsize=8, ncols=2, loc="upper left")
     curves = {}
     for n in (1000, 50, 10):
-        chain = paper.respaced(n)
+        chain, _, tau = respaced(paper, None, n)
         bits = [distance_to_gaussian(chain, t) for t in range(1, n)]
-        curves[f"{n} steps"] = chain.tau[1:], bits
+        curves[f"{n} steps"] = tau[1:], bits
     scales = {"yscale": "log", "ylim": (1e-16, 3)}
     plot(distances, curves, "t", "distance to a Gaussian, in bits", **scales)
     figure.savefig(path, dpi=DPI)
@@ -170,9 +172,10 @@ def draw_small_steps(path):
 def draw_weights(path):
     """Plot the weights of (12), with the large variance, and of L_simple, both with mean 1."""
     diffusion, ones, curves = Diffusion(linear_betas()), torch.ones(1, 1, 1, 1), {}
-    for name, weighting in (("the bound (12)", "vlb"), ("$L_{simple}$ (14)", "simple")):
+    weights = {"the bound (12)": diffusion.bound_weights(), "$L_{simple}$ (14)": None}
+    for name, w in weights.items():
         losses = [  # of a network whose squared error is 1
-            diffusion.loss(lambda x_t, t: 0 * x_t, ones, torch.tensor([t]), ones, weighting).item()
+            diffusion.loss(lambda x_t, t: 0 * x_t, ones, torch.tensor([t]), ones, w).item()
             for t in range(diffusion.T)
         ]
         curves[name] = range(diffusion.T), np.array(losses) / np.mean(losses)

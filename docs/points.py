@@ -18,7 +18,8 @@ from torch import nn
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from ddpm import Diffusion, guided, linear_betas, timestep_embedding  # noqa: E402
+from beyond import as_eps, guided, loss_weights, sample, sample_progressive  # noqa: E402
+from ddpm import Diffusion, linear_betas, timestep_embedding  # noqa: E402
 from exact import exact_network  # noqa: E402
 
 # The mixture of Gaussians, (3, 2, 1, 1) and a number:
@@ -73,27 +74,32 @@ class MLP(nn.Module):
 
 
 def fit(
-    diffusion, data, weighting="simple", steps=3000, batch=256, drop=0.1, lr=2e-3, width=128
+    diffusion, data, weighting="simple", predicts="eps", steps=3000, batch=256, drop=0.1, lr=2e-3,
+    width=128,
 ):  # fmt: skip
-    """Algorithm 1, with Adam and a learning rate that falls to 0.
+    """Algorithm 1, with Adam and a learning rate that falls to 0. Returns eps(x_t, t, y=None).
 
+    weighting, predicts: see beyond.py.
     drop: the share of the labels of labelled_moons that is replaced by "no class", as in train.py.
     """
     torch.manual_seed(0)
     model = MLP(width, num_classes=2 if data is labelled_moons else 0)
     optimizer = torch.optim.Adam(model.parameters(), lr)
+    model_eps = as_eps(model, diffusion, predicts)
+    weights = loss_weights(diffusion, weighting, predicts)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
     for _ in range(steps):
-        network, x0 = model, data(batch)
+        eps, x0 = model_eps, data(batch)
         if model.num_classes:
             x0, y = x0
-            network = partial(model, y=y.masked_fill(torch.rand(batch) < drop, 2))
+            eps = partial(model_eps, y=y.masked_fill(torch.rand(batch) < drop, 2))
         optimizer.zero_grad()
-        diffusion.loss(network, x0, weighting=weighting).backward()
+        diffusion.loss(eps, x0, weights=weights).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    return model.eval()
+    model.eval()
+    return model_eps
 
 
 def only_first(x_T):
@@ -166,12 +172,12 @@ def draw_guidance(path, diffusion, model):
 
 def main():
     paper, N = Diffusion(linear_betas()), 1000
-    mean, short = Diffusion(linear_betas(), predicts="mean"), Diffusion(linear_betas(T=100))
+    short = Diffusion(linear_betas(T=100))
 
-    def draw(diffusion, model, **kwargs):
-        """N samples of Algorithm 2, or what else the arguments of Diffusion.sample ask for."""
+    def draw(diffusion, eps, **kwargs):
+        """N samples of Algorithm 2, or what else the arguments of beyond.sample ask for."""
         torch.manual_seed(1)
-        return diffusion.sample(model, (N, 2, 1, 1), **kwargs)
+        return sample(diffusion, eps, (N, 2, 1, 1), **kwargs)
 
     draw_guidance(HERE / "guidance.png", paper, fit(paper, labelled_moons))
     angles, panels = torch.arange(8) * torch.pi / 4, []
@@ -180,7 +186,7 @@ def main():
         model = fit(paper, data)
         if data is mixture:
             draw_field(HERE / "field.png", paper, model)
-        chain = paper.sample_progressive(model, (8, 2, 1, 1), steps=200, eta=0, x_T=circle)
+        chain = sample_progressive(paper, model, (8, 2, 1, 1), steps=200, eta=0, x_T=circle)
         paths = [x_t for _, x_t, _ in chain]
         panels += [
             (f"{name}: data", data(N)),
@@ -191,7 +197,7 @@ def main():
     panels += [
         ("moons: without z", draw(paper, model, draw_noise=only_first(torch.randn(N, 2, 1, 1)))),
         ("moons: T = 100, same range", draw(short, fit(short, moons))),
-        ("moons: the mean", draw(mean, fit(mean, moons, "native"))),
+        ("moons: the mean", draw(paper, fit(paper, moons, "native", "mean"))),
         ("moons: weights of (12)", draw(paper, fit(paper, moons, "vlb"))),
     ]
 
