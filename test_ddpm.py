@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+import beyond
 import ddpm_numpy
-from ddpm import Diffusion, UNet, cosine_betas, guided, linear_betas, timestep_embedding
+from beyond import as_eps, cosine_betas, guided, loss_weights, respaced
+from ddpm import Diffusion, UNet, linear_betas, timestep_embedding
 
 PAPER = Diffusion(linear_betas())
 VARIANCES = ("large", "small")
@@ -60,18 +62,15 @@ def test_impossible_betas_are_refused(betas):
 def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="variance"):
         Diffusion(linear_betas(), "medium")
-    with pytest.raises(ValueError, match="predicts"):
-        Diffusion(linear_betas(), predicts="score")
-    with pytest.raises(ValueError, match="weighting"):
-        PAPER.loss(lambda x, t: x, torch.zeros(1, 1, 2, 2), weighting="none")
+    for make in (lambda: as_eps(None, PAPER, "score"), lambda: loss_weights(PAPER, "vlb", "score")):
+        with pytest.raises(ValueError, match="predicts"):
+            make()
+    with pytest.raises(ValueError, match="the weights must be in"):
+        loss_weights(PAPER, "none")
     with pytest.raises(ValueError, match=r"x_t must have the shape .* not \(3, 8, 8\)"):
         PAPER.loss(small_unet(), torch.zeros(3, 8, 8))  # an image without its batch dimension
-    for sample in (PAPER.sample_progressive, ddpm_numpy.sample_progressive):
-        arguments = (PAPER.betas.numpy(),) if sample is ddpm_numpy.sample_progressive else ()
-        with pytest.raises(ValueError, match="clip must be True or False"):
-            next(sample(lambda x, t: x, lambda: 0, *arguments, clip=5))
     with pytest.raises(ValueError, match="steps"):
-        PAPER.respaced(0)
+        respaced(PAPER, None, 0)
 
 
 def test_subclass_keeps_its_changes_on_a_shorter_chain():
@@ -83,7 +82,7 @@ def test_subclass_keeps_its_changes_on_a_shorter_chain():
 
     d, options = Doubled(linear_betas()), dict(x_T=randn(2, 3, 4, 4), steps=1, clip=False)
     model = lambda x, t: 0 * x  # noqa: E731
-    doubled, plain = (c.sample(model, (2, 3, 4, 4), **options) for c in (d, PAPER))
+    doubled, plain = (beyond.sample(c, model, (2, 3, 4, 4), **options) for c in (d, PAPER))
     close(doubled, 2 * plain)
 
 
@@ -96,8 +95,11 @@ def test_points_and_sequences_need_no_more_dimensions(shape):
     loss = PAPER.loss(model, x0, t, noise)
     close(loss, PAPER.loss(model, x0.view(image), t, noise.view(image)))
     for steps, sampler in ((None, "ddpm"), (5, "dpm"), (5, "ddim")):
-        x0s = [d.sample(model, size, steps, sampler, generator=torch.Generator().manual_seed(0))
-               for size in (shape, image)]  # fmt: skip
+        g = torch.Generator
+        x0s = [
+            beyond.sample(d, model, size, steps, sampler, generator=g().manual_seed(0))
+            for size in (shape, image)
+        ]
         assert x0s[0].shape == shape
         close(x0s[0], x0s[1].view(shape))
     bounds = [
@@ -113,7 +115,9 @@ def test_clip_is_the_same_in_the_bound_and_in_every_sampler(sampler):
     d, x0 = Diffusion(linear_betas(20, 0.01, 0.3)), torch.zeros(1, 1, 2, 2)
     model = lambda x, t: 0 * x - 50  # noqa: E731
     assert (d.vlb(model, x0).mse == 1).all()
-    chain = [x0_hat for _, _, x0_hat in d.sample_progressive(model, (1, 1, 2, 2), 7, sampler)]
+    chain = [
+        x0_hat for _, _, x0_hat in beyond.sample_progressive(d, model, (1, 1, 2, 2), 7, sampler)
+    ]
     assert all((x0_hat == 1).all() for x0_hat in chain)
 
 
@@ -237,9 +241,9 @@ def output_of(eps, x_t, t, predicts):
 @pytest.mark.parametrize("predicts", OUTPUTS)
 def test_noise_is_found_from_each_output_of_a_network(predicts):
     x0, noise, t = randn(5, 1, 4, 4), randn(5, 1, 4, 4, seed=1), torch.tensor([0, 1, 9, 500, 999])
-    d = Diffusion(linear_betas(), predicts=predicts)
+    d = PAPER
     x_t = d.q_sample(x0, t, noise)
-    found = d.predict_eps(lambda x, t: output_of(noise, x, t, predicts), x_t, t)
+    found = as_eps(lambda x, t: output_of(noise, x, t, predicts).float(), d, predicts)(x_t, t)
     torch.testing.assert_close(found, noise, rtol=0, atol=1e-4)
     if predicts == "mean":  # (11) is the mean of the posterior (6) of the x0 that eps gives
         posterior, _ = d.q_posterior(d.predict_x0(x_t, t, noise), x_t, t)
@@ -249,21 +253,21 @@ def test_noise_is_found_from_each_output_of_a_network(predicts):
 @pytest.mark.parametrize("predicts", OUTPUTS)
 def test_native_loss_is_the_error_of_the_output(predicts):
     x0, noise, t = randn(4, 1, 4, 4), randn(4, 1, 4, 4, seed=1), torch.tensor([0, 3, 500, 999])
-    d = Diffusion(linear_betas(), predicts=predicts)
+    d = PAPER
     x_t = d.q_sample(x0, t, noise)
     guess = 0.9 * output_of(noise, x_t, t, predicts)
     errors = (guess - output_of(noise, x_t, t, predicts)).square().mean()
-    native = d.loss(lambda x, t: guess, x0, t, noise, "native")
+    eps = as_eps(lambda x, t: guess.float(), d, predicts)
+    native = d.loss(eps, x0, t, noise, loss_weights(d, "native", predicts))
     torch.testing.assert_close(native.double(), errors, rtol=1e-3, atol=0)
-    eps = d.predict_eps(lambda x, t: guess, x_t, t)
-    for weighting in ("simple", "vlb", "min-snr"):  # are those of the noise that follows
-        loss = d.loss(lambda x, t: guess, x0, t, noise, weighting)
-        close(loss, PAPER.loss(lambda x, t: eps, x0, t, noise, weighting))
+    for name in ("simple", "vlb", "min-snr"):  # do not depend on the output
+        weights = loss_weights(d, name, predicts)
+        assert weights is None or torch.equal(weights, loss_weights(d, name))
 
 
 def test_min_snr_weights_are_those_of_hang_et_al():
     """min(SNR, 5) for the error of x_0, which is min(SNR, 5) / (SNR + 1) for that of v."""
-    v = Diffusion(linear_betas(), predicts="v")
+    weights = loss_weights(PAPER, "min-snr", "v")
     x0, noise = randn(1, 1, 4, 4), randn(1, 1, 4, 4, seed=1)
     for t in (0, 50, 126, 140, 500, 999):
         at = torch.tensor([t])
@@ -271,18 +275,19 @@ def test_min_snr_weights_are_those_of_hang_et_al():
         x_t = PAPER.q_sample(x0, at, noise)
         x0_hat = PAPER.predict_x0(x_t, at, 0.9 * noise)
         expected = min(snr, 5) * (x0_hat - x0).square().mean()
-        loss = PAPER.loss(lambda x, t: 0.9 * noise, x0, at, noise, "min-snr")
+        loss = PAPER.loss(lambda x, t: 0.9 * noise, x0, at, noise, weights)
         torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
         guess = 0.9 * output_of(noise, x_t, at, "v")
         error = (guess - output_of(noise, x_t, at, "v")).square().mean()
-        loss = v.loss(lambda x, t, guess=guess: guess, x0, at, noise, "min-snr")
+        eps = as_eps(lambda x, t, guess=guess: guess.float(), PAPER, "v")
+        loss = PAPER.loss(eps, x0, at, noise, weights)
         close(loss / error * (snr + 1) / min(snr, 5), 1, 1e-3)
 
 
 def test_vlb_weights_have_the_papers_numbers():
     for t, weight in ((0, 0.50005), (1, 0.27269), (999, 0.010204)):
         x0, noise = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
-        loss = PAPER.loss(lambda x, t: 0 * x, x0, torch.tensor([t]), noise, weighting="vlb")
+        loss = PAPER.loss(lambda x, t: 0 * x, x0, torch.tensor([t]), noise, PAPER.bound_weights())
         if t == 0:  # the paper's number has sigma^2 = beta_1; sigma2[0] is the decoder's
             loss = loss * PAPER.sigma2[0] / PAPER.betas[0]
         assert loss.item() == pytest.approx(weight, rel=1e-4)
@@ -397,7 +402,7 @@ SAMPLERS = "ddpm", "ddim", "dpm"
 @pytest.mark.parametrize("steps", [None, 1, 2, 7])
 def test_sampling_with_an_oracle_returns_its_image(variance, sampler, steps):
     x0 = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(3)) * 2 - 1
-    out = Diffusion(linear_betas(), variance).sample(oracle(x0), x0.shape, steps, sampler)
+    out = beyond.sample(Diffusion(linear_betas(), variance), oracle(x0), x0.shape, steps, sampler)
     torch.testing.assert_close(out, x0, rtol=0, atol=1e-4)
 
 
@@ -420,8 +425,14 @@ CHAINS += [(1000, None, None), (50, None, 0.0), (50, "ddim", 0.7), (20, None, 1.
 def test_numpy_sampler_is_the_torch_sampler(variance, steps, sampler, eta):
     shape, betas = (2, 3, 4, 4), linear_betas()
     ours, theirs = noises(1000, shape), noises(1000, shape)
-    torch_chain = Diffusion(betas, variance).sample_progressive(
-        wobbly, shape, steps, sampler, eta, draw_noise=lambda: next(ours)
+    torch_chain = beyond.sample_progressive(
+        Diffusion(betas, variance),
+        wobbly,
+        shape,
+        steps,
+        sampler,
+        eta,
+        draw_noise=lambda: next(ours),
     )
     numpy_chain = ddpm_numpy.sample_progressive(
         wobbly, lambda: next(theirs).numpy(), betas.numpy(), variance, steps, sampler, eta
@@ -449,7 +460,7 @@ def test_samplers_have_the_same_options(option, sampler, eta):
     ours, theirs = noises(99, shape), noises(99, shape)
     d = Diffusion(linear_betas(50))
     kwargs = dict(steps=20, sampler=sampler, eta=eta)
-    torch_chain = list(d.sample_progressive(
+    torch_chain = list(beyond.sample_progressive(d,
         wobbly, shape, draw_noise=lambda: next(ours), **kwargs, **{option: value}
     ))  # fmt: skip
     numpy_chain = ddpm_numpy.sample_progressive(
@@ -472,7 +483,9 @@ def test_samplers_have_the_same_options(option, sampler, eta):
 def test_default_sampler_is_the_papers_with_all_steps():
     def draw(steps, sampler=None, eta=None):
         noise = noises(50, (1, 1, 4, 4))
-        return d.sample(wobbly, (1, 1, 4, 4), steps, sampler, eta, draw_noise=lambda: next(noise))
+        return beyond.sample(
+            d, wobbly, (1, 1, 4, 4), steps, sampler, eta, draw_noise=lambda: next(noise)
+        )
 
     d = Diffusion(linear_betas(50))
     assert torch.equal(draw(None), draw(50, "ddpm")) and torch.equal(draw(50), draw(50, "ddpm"))
@@ -488,7 +501,7 @@ def test_samplers_refuse_wrong_names_and_numbers(kwargs):
     word = list(kwargs)[-1]
     if word != "variance":  # an argument of Diffusion
         with pytest.raises(ValueError, match=word):
-            PAPER.sample(wobbly, (1, 1, 4, 4), **kwargs)
+            beyond.sample(PAPER, wobbly, (1, 1, 4, 4), **kwargs)
     with pytest.raises(ValueError, match=word):
         next(ddpm_numpy.sample_progressive(wobbly, None, linear_betas().numpy(), **kwargs))
 
@@ -496,18 +509,20 @@ def test_samplers_refuse_wrong_names_and_numbers(kwargs):
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_shorter_chain_of_all_steps_is_the_plain_chain(variance):
     d = Diffusion(linear_betas(), variance)
-    chain = d.respaced(1000)
-    for name in ("tau", "betas", "alphas_bar", "posterior_variance", "sigma2"):
+    chain, _, tau = respaced(d, None, 1000)
+    assert tau.tolist() == list(range(1000))
+    for name in ("betas", "alphas_bar", "posterior_variance", "sigma2"):
         torch.testing.assert_close(getattr(chain, name), getattr(d, name), rtol=1e-9, atol=1e-15)
 
 
 def test_shorter_chain_passes_the_same_noise_levels():
-    chain = PAPER.respaced(10)
-    assert chain.tau.tolist() == [99, 199, 299, 399, 499, 599, 699, 799, 899, 999]
-    close(chain.alphas_bar, PAPER.alphas_bar[chain.tau], 1e-14)
-    assert chain.respaced(5).tau.tolist() == [199, 399, 599, 799, 999]
+    chain, _, tau = respaced(PAPER, None, 10)
+    assert tau.tolist() == [99, 199, 299, 399, 499, 599, 699, 799, 899, 999]
+    close(chain.alphas_bar, PAPER.alphas_bar[tau], 1e-14)
+    _, eps, _ = respaced(*respaced(PAPER, lambda x, t: t, 10)[:2], 5)
+    assert eps(None, torch.arange(5)).tolist() == [199, 399, 599, 799, 999]
     for steps in range(1, 1001):
-        tau = PAPER.respaced(steps).tau.tolist()
+        tau = respaced(PAPER, None, steps)[2].tolist()
         assert tau[-1] == 999 and len(set(tau)) == steps and tau == sorted(tau)
         assert tau == ddpm_numpy.respaced(linear_betas().numpy(), steps)[1].tolist()
 
@@ -515,8 +530,8 @@ def test_shorter_chain_passes_the_same_noise_levels():
 def test_ddim_with_eta_1_is_the_small_ancestral_step():
     d, shape = Diffusion(linear_betas(), "small"), (2, 1, 4, 4)
     ours, theirs = noises(100, shape), noises(100, shape)
-    a = d.sample(wobbly, shape, 100, "ddpm", draw_noise=lambda: next(ours))
-    b = d.sample(wobbly, shape, 100, "ddim", 1.0, draw_noise=lambda: next(theirs))
+    a = beyond.sample(d, wobbly, shape, 100, "ddpm", draw_noise=lambda: next(ours))
+    b = beyond.sample(d, wobbly, shape, 100, "ddim", 1.0, draw_noise=lambda: next(theirs))
     torch.testing.assert_close(a, b, rtol=0, atol=2e-4)
 
 
@@ -536,7 +551,7 @@ def test_samplers_equal_diffusers(steps):
         scheduler.set_timesteps(steps)
         for t in scheduler.timesteps:
             x = scheduler.step(wobbly(x, t.expand(2)), t, x, **options).prev_sample
-        ours = PAPER.sample(wobbly, x_T.shape, steps, sampler, x_T=x_T)
+        ours = beyond.sample(PAPER, wobbly, x_T.shape, steps, sampler, x_T=x_T)
         torch.testing.assert_close(ours, x, rtol=0, atol=1e-4)
 
 
@@ -614,7 +629,7 @@ RUNS = [(1000, None), (100, None), (10, None), (1000, 0.0), (50, 0.0), (50, 0.5)
 def test_sampler_equals_the_recursion(variance, steps, eta):
     """Exactly: image k receives one unit of noise, at draw k, and the last image receives none."""
     draws = iter(torch.eye(steps + 1).view(-1, steps + 1, 1, 1, 1))
-    x0 = Diffusion(linear_betas(), variance).sample(
+    x0 = beyond.sample(Diffusion(linear_betas(), variance),
         best_eps, (steps + 1, 1, 1, 1), steps, "ddpm" if eta is None else "ddim", eta,
         draw_noise=lambda: next(draws), clip=False,
     )  # fmt: skip
@@ -655,7 +670,9 @@ def test_order_of_the_sampler(sampler, order):
         abar = torch.sigmoid(2 * torch.linspace(1, -2, n + 1, dtype=torch.float64))
         d = Diffusion(1 - abar / torch.cat([torch.ones(1), abar[:-1]]))
         eps, solution = ode_of(d, 0.3, 0.5)
-        chain = list(d.sample_progressive(eps, x_T.shape, None, sampler, x_T=x_T, clip=False))
+        chain = list(
+            beyond.sample_progressive(d, eps, x_T.shape, None, sampler, x_T=x_T, clip=False)
+        )
         errors.append((chain[-1][1] - solution(x_T, abar[0])).square().mean().sqrt())
     for rough, fine in pairwise(errors):
         assert rough / fine == pytest.approx(2**order, rel=0.1)
@@ -665,7 +682,7 @@ def test_dpm_and_ddim_agree_in_all_steps():
     x_T = randn(64, 1, 1, 1)
     eps, _ = ode_of(PAPER, 0.3, 0.5)
     ddim, dpm = (
-        PAPER.sample(eps, x_T.shape, None, s, x_T=x_T, clip=False) for s in ("ddim", "dpm")
+        beyond.sample(PAPER, eps, x_T.shape, None, s, x_T=x_T, clip=False) for s in ("ddim", "dpm")
     )
     torch.testing.assert_close(dpm, ddim, rtol=0, atol=0.006)
 
@@ -673,19 +690,18 @@ def test_dpm_and_ddim_agree_in_all_steps():
 @pytest.mark.parametrize("predicts", OUTPUTS)
 def test_shorter_chain_asks_the_same_network(predicts):
     """Its loss and its noise at t are those of the whole chain at tau[t]."""
-    d = Diffusion(linear_betas(), predicts=predicts)
-    chain, t = d.respaced(7), torch.tensor([0, 3, 6])
-    x0, noise, tau = randn(3, 1, 4, 4), randn(3, 1, 4, 4, seed=1), chain.tau[t]
 
-    def model(x_t, t):
-        return output_of(best_eps(x_t, t), x_t, t, predicts)
+    def model(x_t, t, y=None):
+        return output_of(best_eps(x_t, t), x_t, t, predicts).float()
 
-    x_t = d.q_sample(x0, tau, noise)
+    whole, t = as_eps(model, PAPER, predicts), torch.tensor([0, 3, 6])
+    chain, eps, tau = respaced(PAPER, whole, 7)
+    x0, noise = randn(3, 1, 4, 4), randn(3, 1, 4, 4, seed=1)
+    x_t = PAPER.q_sample(x0, tau[t], noise)
     close(chain.q_sample(x0, t, noise), x_t)
-    close(chain.predict_eps(model, x_t, t), best_eps(x_t, tau), 1e-4)
-    for weighting in ("simple", "min-snr", "native"):
-        close(chain.loss(model, x0, t, noise, weighting), d.loss(model, x0, tau, noise, weighting),
-              1e-4)  # fmt: skip
+    close(eps(x_t, t), best_eps(x_t, tau[t]), 1e-4)
+    assert torch.equal(eps(x_t, t, torch.arange(3)), eps(x_t, t))  # with classes, too
+    close(chain.loss(eps, x0, t, noise), PAPER.loss(whole, x0, tau[t], noise), 1e-4)
 
 
 @pytest.mark.parametrize("predicts", OUTPUTS[1:])
@@ -693,22 +709,17 @@ def test_samples_and_bound_do_not_depend_on_what_is_predicted(predicts):
     """The same eps in another form draws the same Gaussian, and has the same bound."""
 
     def model(x_t, t):
-        return output_of(best_eps(x_t, t), x_t, t, predicts)
+        return output_of(best_eps(x_t, t), x_t, t, predicts).float()
 
-    d = Diffusion(linear_betas(), predicts=predicts)
+    eps, g = as_eps(model, PAPER, predicts), torch.Generator()
     for steps, sampler in ((None, "ddpm"), (100, "ddpm"), (50, "ddim"), (20, "dpm")):
         drawn = [
-            diffusion.sample(
-                net, (64, 1, 1, 1), steps, sampler, generator=torch.Generator().manual_seed(0)
-            )
-            for diffusion, net in ((PAPER, best_eps), (d, model))
+            beyond.sample(PAPER, net, (64, 1, 1, 1), steps, sampler, generator=g.manual_seed(0))
+            for net in (best_eps, eps)
         ]
         torch.testing.assert_close(drawn[1], drawn[0], rtol=0, atol=1e-3)
     x0 = (M + S * randn(16, 1, 8, 8)).clamp(-1, 1)
-    bounds = [
-        diffusion.vlb(net, x0, torch.Generator().manual_seed(0))
-        for diffusion, net in ((PAPER, best_eps), (d, model))
-    ]
+    bounds = [PAPER.vlb(net, x0, torch.Generator().manual_seed(0)) for net in (best_eps, eps)]
     torch.testing.assert_close(bounds[1].total, bounds[0].total, rtol=1e-3, atol=0)
 
 
@@ -721,7 +732,7 @@ def test_truncated_chain_is_the_beginning_of_the_chain():
                 getattr(cut, name), getattr(whole, name)[:301], rtol=0, atol=0
             )
     x_t = randn(2, 1, 4, 4)
-    steps = list(cut.sample_progressive(wobbly, x_t.shape, x_T=x_t))
+    steps = list(beyond.sample_progressive(cut, wobbly, x_t.shape, x_T=x_t))
     assert [t for t, _, _ in steps] == list(range(300, -1, -1)) and torch.equal(steps[0][1], x_t)
 
 
@@ -746,27 +757,40 @@ def test_interpolation_starts_at_the_t_of_its_noise(t, steps, sampler):
     np.testing.assert_allclose(chain[0][1], mixed, rtol=0, atol=1e-5)
     # From there it equals the torch sampler with the same noise for every lambda.
     rest = iter(drawn[2:])
-    expected = Diffusion(linear_betas()[: t + 1]).sample(
-        wobbly, mixed.shape, steps, sampler, draw_noise=lambda: next(rest), x_T=mixed
+    expected = beyond.sample(
+        Diffusion(linear_betas()[: t + 1]),
+        wobbly,
+        mixed.shape,
+        steps,
+        sampler,
+        draw_noise=lambda: next(rest),
+        x_T=mixed,
     )
     np.testing.assert_allclose(chain[-1][2], expected, rtol=0, atol=1e-4)
 
 
 def test_sampler_clips_x0_and_adds_no_noise_at_the_end():
-    steps = list(PAPER.sample_progressive(lambda x, t: -x, (1, 1, 2, 2), 10))
+    steps = list(beyond.sample_progressive(PAPER, lambda x, t: -x, (1, 1, 2, 2), 10))
     assert all(x0.abs().max() <= 1 for _, _, x0 in steps)
-    unclipped = list(PAPER.sample_progressive(lambda x, t: -x, (1, 1, 2, 2), 10, clip=False))
+    unclipped = list(
+        beyond.sample_progressive(PAPER, lambda x, t: -x, (1, 1, 2, 2), 10, clip=False)
+    )
     assert unclipped[0][2].abs().max() > 1
     drawn = []
-    PAPER.sample(
-        wobbly, (1, 1, 2, 2), 10, "ddpm", draw_noise=lambda: drawn.append(0) or randn(1, 1, 2, 2)
+    beyond.sample(
+        PAPER,
+        wobbly,
+        (1, 1, 2, 2),
+        10,
+        "ddpm",
+        draw_noise=lambda: drawn.append(0) or randn(1, 1, 2, 2),
     )
     assert len(drawn) == 10  # x_T and one for each step but the last
 
 
 def test_generator_fixes_the_samples():
     g = lambda: torch.Generator().manual_seed(5)  # noqa: E731
-    a, b = (PAPER.sample(wobbly, (1, 1, 4, 4), 5, "ddpm", generator=g()) for _ in range(2))
+    a, b = (beyond.sample(PAPER, wobbly, (1, 1, 4, 4), 5, "ddpm", generator=g()) for _ in range(2))
     assert torch.equal(a, b)
 
 
@@ -814,7 +838,7 @@ def test_guidance_is_the_score_of_the_class_raised_to_a_power(t, w):
 def test_guided_samples_are_those_of_a_fine_solution(sampler, error):
     """The classical Runge-Kutta method solves dx/d sigma = eps, where x = x_t / sqrt(abar_t)."""
     x_T, y, w = randn(32, 1, 1, 1).double(), torch.arange(32) % 2, 2
-    chain = list(PAPER.sample_progressive(
+    chain = list(beyond.sample_progressive(PAPER,
         guided(exact_model, y, w), x_T.shape, None, sampler, x_T=x_T, clip=False
     ))  # fmt: skip
 

@@ -22,7 +22,7 @@ import sample
 import train
 from checkpoint import Trained
 from data import demo_images
-from ddpm import Diffusion, UNet, linear_betas
+from ddpm import Diffusion, UNet, linear_betas, timestep_embedding
 from images import from_pixels
 from test_ddpm import PAPER, VARIANCES, close, randn, small_unet  # noqa: F401
 
@@ -99,6 +99,29 @@ del sys.argv[0]
 sys.path.insert(0, sys.argv[0].rpartition("/")[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+
+class SmallDiT(torch.nn.Module):
+    """A network of another kind, which knows nothing of the programs: a small transformer."""
+
+    def __init__(self):
+        super().__init__()
+        nn = torch.nn
+        self.patches = nn.Conv2d(3, 16, 2, stride=2)
+        self.time = nn.Linear(16, 16)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"norm": nn.LayerNorm(16), "mix": nn.Linear(16, 16)}) for _ in range(2)
+        )
+        self.last = nn.Linear(16, 12)
+
+    def forward(self, x_t, t, y=None):
+        B, _, H, W = x_t.shape
+        temb = self.time(timestep_embedding(t, 16).to(self.time.weight.dtype))[:, None]
+        h = self.patches(x_t).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            h = h + block["mix"](block["norm"](h) + temb.to(h.dtype))
+        h = self.last(h).view(B, H // 2, W // 2, 3, 2, 2)
+        return h.permute(0, 3, 1, 4, 2, 5).reshape(B, 3, H, W)
 
 
 @pytest.fixture

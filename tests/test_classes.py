@@ -18,7 +18,8 @@ import data
 import ddpm_numpy
 import export
 import train
-from ddpm import Diffusion, guided, linear_betas
+from beyond import guided
+from ddpm import Diffusion, linear_betas
 from images import from_pixels, read_image
 
 
@@ -90,9 +91,9 @@ def test_guidance_in_numpy_is_that_of_ddpm_py(coloured):
     t, y = np.array([0, 10, 500, 999]), np.array([0, 1, 2, 0])
     assert network.classes == list(COLOURS)
     for w in (0, 1.5, -1):
-        model = guided(trained.model, torch.from_numpy(y), w)  # of v
+        model = guided(trained.eps, torch.from_numpy(y), w)
         with torch.no_grad():
-            expected = trained.diffusion.predict_eps(model, *map(torch.from_numpy, (x, t))).numpy()
+            expected = model(*map(torch.from_numpy, (x, t))).numpy()
         eps = ddpm_numpy.guided(network, y, w)(x, t)
         assert eps.dtype == np.float32
         np.testing.assert_allclose(eps, expected, atol=1e-4)

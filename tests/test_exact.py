@@ -14,7 +14,9 @@ from conftest import HERE, PAPER, VARIANCES, close, randn
 from PIL import Image
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
+import beyond
 from benchmarks.table2 import are_right
+from beyond import loss_weights
 from data import demo_images
 from ddpm import Diffusion, linear_betas
 from docs import copies
@@ -78,21 +80,21 @@ def test_loss_of_the_exact_network_of_the_demo():
     assert max(found) == found[5]
     assert loss_floor(PAPER, DEMO) == pytest.approx(0.0050, abs=5e-4)
     assert loss_floor(PAPER, DEMO, flip=True) == pytest.approx(0.0050, abs=5e-4)  # flips are in it
-    assert loss_floor(PAPER, DEMO, "min-snr") < loss_floor(PAPER, DEMO)
+    assert loss_floor(PAPER, DEMO, loss_weights(PAPER, "min-snr")) < loss_floor(PAPER, DEMO)
 
 
 @pytest.mark.parametrize("sampler, steps", [("ddpm", 20), ("ddim", 10), ("dpm", 10), ("dpm", 50)])
 def test_few_steps_of_every_sampler_suffice_for_the_exact_network(sampler, steps):
     random = torch.Generator().manual_seed(0)
     network = exact_network(PAPER, DEMO)
-    samples = PAPER.sample(network, (128, 3, 8, 8), steps, sampler, generator=random)
+    samples = beyond.sample(PAPER, network, (128, 3, 8, 8), steps, sampler, generator=random)
     assert are_right(to_pixels(samples.numpy())).all()
     assert 80 < how_many_different(samples) < 110  # uniform draws: 97 on average
 
 
 def test_without_z_the_samples_are_right_but_two():
     noise = only_first(randn(128, 3, 8, 8))
-    samples = PAPER.sample(exact_network(PAPER, DEMO), (128, 3, 8, 8), draw_noise=noise)
+    samples = beyond.sample(PAPER, exact_network(PAPER, DEMO), (128, 3, 8, 8), draw_noise=noise)
     assert are_right(to_pixels(samples.numpy())).all() and how_many_different(samples) < 5
 
 
@@ -110,8 +112,8 @@ def test_jump_to_the_estimate_costs_width():
         s, sampler = float(s), {"DDIM": "ddim", "DPM-Solver++": "dpm"}[name]
         network = exact_network(PAPER, torch.zeros(1, 1, 1, 1), std=s)
         for steps, cell in zip((5, 10, 20, 50, 200), cells.split("|"), strict=True):
-            chain = PAPER.sample_progressive(
-                network, x_T.shape, steps, sampler, x_T=x_T, clip=False
+            chain = beyond.sample_progressive(
+                PAPER, network, x_T.shape, steps, sampler, x_T=x_T, clip=False
             )
             *_, (t, x_t, x0) = chain
             abar = PAPER.alphas_bar[t].item()

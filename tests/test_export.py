@@ -11,14 +11,15 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import HERE, PAPER, RunsCode, posix, python, randn, read
+from conftest import HERE, PAPER, RunsCode, SmallDiT, posix, python, randn, read
 from PIL import Image
 
 import checkpoint
 import export
 import reduced
+from beyond import eps_of_output
 from data import demo_images
-from ddpm import Diffusion, UNet, linear_betas
+from ddpm import UNet, linear_betas
 from images import from_pixels
 from pretrained import largest_difference
 
@@ -65,7 +66,7 @@ def doubles(graph):
 def test_no_file_holds_float64(predicts, trained, tmp_path):
     """Browsers cannot run it. The output is eps for every target, as in ddpm.py."""
     source = checkpoint.load(trained[0] / "run")
-    source.diffusion = d = Diffusion(linear_betas(), predicts=predicts)
+    source.predicts = predicts
     exact = export.to_onnx(source, source.model)
     assert not doubles(exact.graph)
     assert not doubles(export.to_onnx(source, reduced.Half(source.model)).graph)
@@ -75,9 +76,23 @@ def test_no_file_holds_float64(predicts, trained, tmp_path):
     both = reduced.choose_by_t(exact, onnx.load(tmp_path / "int8.onnx"), 100)
     assert not doubles(both.graph)
     with torch.no_grad():
-        expected = d.predict_eps(source.model, *chain[0])
+        expected = source.eps(*chain[0])
     difference = (reduced.eps_of(tmp_path / "exact.onnx")(*chain[0]) - expected).abs().max()
-    assert difference < 1e-4 * d.b.abs().max()
+    assert difference < 1e-4 * eps_of_output(source.diffusion, predicts)[1].abs().max()
+
+
+def test_float32_modules_are_those_that_read_x_t_and_t_and_y_and_return_eps():
+    """Of the U-Net, and of a transformer, which is exported with --half, too."""
+    unet = UNet(8, 3, 8, (1, 2), 1, (4,), num_classes=3)
+    names = ["time_mlp", "class_embedding", "conv_in", "down.0.0", "conv_out"]
+    assert reduced.float32_modules(unet) == names
+    model = SmallDiT().eval()
+    assert reduced.float32_modules(model) == ["patches", "time", "blocks.0", "last"]
+    half, inputs = reduced.Half(model), (randn(2, 3, 8, 8), torch.tensor([5, 500]))
+    assert half.model.blocks[1]["mix"].weight.dtype == torch.float16
+    assert half.model.blocks[0]["mix"].weight.dtype == torch.float32
+    with torch.no_grad():
+        torch.testing.assert_close(half(*inputs), model(*inputs), rtol=0, atol=1e-2)
 
 
 def test_onnx_file_has_no_node_that_cuda_leaves_to_the_cpu(trained):

@@ -3,9 +3,10 @@
 import copy
 
 import torch
+from conftest import SmallDiT
 
 from ddpm import Diffusion, UNet, linear_betas
-from muon import Muon
+from muon import Muon, hidden_weights
 
 LR = 1e-3
 
@@ -32,6 +33,18 @@ def one_step():
 
 def is_hidden(name, weight):
     return weight.ndim > 1 and name not in ("conv_in.weight", "conv_out.weight")
+
+
+def test_hidden_weights_are_those_between_the_first_and_the_last_layer():
+    """Of the U-Net with classes, and of a transformer, whose layers have other names."""
+    model = UNet(8, 3, 8, (1, 2), 1, (4,), num_classes=3)
+    left_out = "conv_in.weight", "conv_out.weight", "class_embedding.weight"
+    expected = [w for n, w in model.named_parameters() if w.ndim > 1 and n not in left_out]
+    assert [id(w) for w in hidden_weights(model)] == [id(w) for w in expected]
+    model = SmallDiT()
+    expected = {*model.time.parameters(), *model.blocks.parameters()}
+    assert {*hidden_weights(model)} == {w for w in expected if w.ndim > 1}
+    Muon(model, LR)
 
 
 def test_first_step_is_along_the_orthogonal_factor_of_the_gradient():

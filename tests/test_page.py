@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from conftest import HERE, python
 from PIL import Image
 
+import beyond
 import ddpm_numpy
 from benchmarks.table2 import count_right
+from beyond import as_eps, loss_weights
 from ddpm import Diffusion, linear_betas, timestep_embedding
 from docs.make_figures import page_noise
 from docs.points import MEANS, STD
@@ -266,7 +268,7 @@ def test_changes_of_the_method(change, sampler, page):
         assert level[-1] < 39
     if change == "withoutZ":
         noise = iter([noise()] + 40 * [torch.zeros(SHAPE)]).__next__
-    chain = Diffusion(torch.from_numpy(betas)).sample_progressive(
+    chain = beyond.sample_progressive(Diffusion(torch.from_numpy(betas)),
         lambda x, t: draw(smooth_eps(x.numpy(), level[t])),
         SHAPE, steps, sampler, draw_noise=noise, clip=change != "clip",
         x_T=None if x_T is None else draw(x_T),
@@ -417,7 +419,8 @@ def test_training_takes_the_steps_of_torch(target, weights, classes, page):
     assert tensors[0].std() > 0 and not tensors[4].any()
     parameters = [torch.nn.Parameter(p.clone()) for p in tensors]
     optimizer, mean = torch.optim.Adam(parameters, 8e-3), tensors
-    diffusion = Diffusion(linear_betas(), predicts=target)
+    diffusion = Diffusion(linear_betas())
+    by_t = loss_weights(diffusion, weights, target)
 
     def network(x_t, t, y, parameters=parameters):
         W1, b1, W2, b2, W3, b3 = parameters
@@ -428,7 +431,8 @@ def test_training_takes_the_steps_of_torch(target, weights, classes, page):
         optimizer.param_groups[0]["lr"] = 8e-3 / (1 + k / 2000)
         optimizer.zero_grad()
         x0, t, noise, y = batch.values()
-        ours = diffusion.loss(functools.partial(network, y=y), x0, t, noise, weights)
+        net = as_eps(functools.partial(network, y=y), diffusion, target)
+        ours = diffusion.loss(net, x0, t, noise, by_t)
         ours.backward()
         assert loss == pytest.approx(ours.item(), rel=1e-5)
         for p, g in zip(parameters, gradient, strict=True):
@@ -442,7 +446,8 @@ def test_training_takes_the_steps_of_torch(target, weights, classes, page):
         np.testing.assert_allclose(q, m.ravel(), atol=1e-5)
     x0, t, _, y = batches[0].values()
     with torch.no_grad():
-        expected = diffusion.predict_eps(functools.partial(network, y=y, parameters=mean), x0, t)
+        net = functools.partial(network, y=y, parameters=mean)
+        expected = as_eps(net, diffusion, target)(x0, t)
     assert np.abs(np.array(eps) - expected.ravel().numpy()).max() < 1e-3 * expected.abs().max()
 
 
@@ -567,7 +572,7 @@ def test_changes_of_the_training(page, tmp_path):
     page.click("#learn-python summary")
     page.wait_for_function("document.getElementById('learn-code').textContent")
     code = page.text_content("#learn-code")
-    assert '"vlb"' in code and 'predicts="v"' in code and len(re.findall(r"\[-?0\.", code)) == 10
+    assert '"vlb", "v"' in code and len(re.findall(r"\[-?0\.", code)) == 10
     script = code.replace("steps=1000", "steps=3").replace("1000, 2", "10, 2")
     (tmp_path / "points.py").write_text((DOCS / "points.py").read_text("utf-8").replace(
         "HERE = Path(__file__).parent", f"HERE = Path({str(DOCS)!r})"), "utf-8")  # fmt: skip

@@ -8,14 +8,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import HERE, VARIANCES, RunsCode, python, randn, read, small_unet
+from conftest import HERE, PAPER, VARIANCES, RunsCode, python, randn, read, small_unet
 from safetensors.torch import load_file, save_file
 
 import checkpoint
 import export
 import pretrained
 import reduced
-from ddpm import Diffusion, cosine_betas, linear_betas
+from beyond import cosine_betas
+from ddpm import Diffusion, linear_betas
 
 SHAPES = {  # size, base, mults, attention, groups
     "CIFAR-10": (32, 128, (1, 2, 2, 2), 16, 32),
@@ -80,7 +81,7 @@ def test_network_is_diffusers_network_in_both_directions(shape, tmp_path):
     assert_same_network(trained.model, theirs)
     assert trained.diffusion.variance == "large" and not trained.model.training
     assert torch.equal(trained.diffusion.betas, linear_betas())
-    pretrained.to_diffusers(trained.model, trained.settings, trained.diffusion, tmp_path / "out")
+    pretrained.to_diffusers(trained, tmp_path / "out")
     again = type(theirs).from_pretrained(tmp_path / "out" / "unet").eval()
     assert_same_network(trained.model, again)
     configs = [
@@ -111,7 +112,7 @@ def test_diffusers_pipeline_draws_what_ddpm_py_draws(variance, betas, tmp_path):
 
     model = small_unet(dropout=0.0)
     diffusion = Diffusion(betas, variance)
-    pretrained.to_diffusers(model, SMALL, diffusion, tmp_path)
+    pretrained.to_diffusers(checkpoint.Trained(model, diffusion, SMALL, 0, ""), tmp_path)
     pipeline = DDPMPipeline.from_pretrained(tmp_path)
     pipeline.set_progress_bar_config(disable=True)
     drawn = pipeline(2, torch.Generator().manual_seed(0), 40, output_type="np").images
@@ -126,11 +127,11 @@ def test_diffusers_pipeline_draws_what_ddpm_py_draws(variance, betas, tmp_path):
 def test_file_computes_eps_whatever_is_predicted(tmp_path):
     """Of a network that predicts the mean; the other files of the tests predict eps."""
     model = small_unet(channel_mults=(1,), attention_resolutions=())  # is exported faster
-    diffusion = Diffusion(linear_betas(), predicts="mean")
-    export.write_onnx(checkpoint.Trained(model, diffusion, SMALL, 1, ""), tmp_path / "x.onnx")
+    trained = checkpoint.Trained(model, PAPER, SMALL, 1, "", predicts="mean")
+    export.write_onnx(trained, tmp_path / "x.onnx")
     x, t = randn(3, 3, 8, 8), torch.tensor([5, 500, 999])
     with torch.no_grad():
-        expected, raw = diffusion.predict_eps(model, x, t), model(x, t)
+        expected, raw = trained.eps(x, t), model(x, t)
     eps = reduced.eps_of(tmp_path / "x.onnx")(x, t)
     torch.testing.assert_close(eps, expected, rtol=1e-4, atol=1e-4)
     assert (expected - raw).abs().max() > 0.1
@@ -142,14 +143,15 @@ def test_file_computes_eps_whatever_is_predicted(tmp_path):
 def test_outputs_are_those_of_diffusers(predicts, tmp_path):
     from diffusers import DDPMScheduler
 
-    model, diffusion = small_unet(dropout=0.0), Diffusion(linear_betas(), predicts=predicts)
-    pretrained.to_diffusers(model, SMALL, diffusion, tmp_path)
-    assert checkpoint.load(tmp_path).diffusion.predicts == predicts
+    model = small_unet(dropout=0.0)
+    trained = checkpoint.Trained(model, PAPER, SMALL, 0, "", predicts=predicts)
+    pretrained.to_diffusers(trained, tmp_path)
+    assert checkpoint.load(tmp_path).predicts == predicts
     scheduler = DDPMScheduler.from_pretrained(tmp_path / "scheduler")
     x, t = randn(1, 3, 8, 8), torch.tensor([500])
     with torch.no_grad():
         theirs = scheduler.step(model(x, t), 500, x).pred_original_sample
-        ours = diffusion.predict_x0(x, t, diffusion.predict_eps(model, x, t)).clamp(-1, 1)
+        ours = PAPER.predict_x0(x, t, trained.eps(x, t)).clamp(-1, 1)
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
 
 
@@ -301,12 +303,15 @@ def test_folders_and_names_without_a_config_are_one_line(copy, run):
 
 
 def test_to_diffusers_refuses_what_it_cannot_write(tmp_path):
-    model, diffusion = small_unet(dropout=0.0), Diffusion(linear_betas(), predicts="mean")
+    model = small_unet(dropout=0.0)
+    mean, eps = (
+        checkpoint.Trained(model, PAPER, SMALL, 0, "", predicts=p) for p in ("mean", "eps")
+    )
     with pytest.raises(SystemExit, match="can't express a network that predicts 'mean'"):
-        pretrained.to_diffusers(model, SMALL, diffusion, tmp_path / "theirs")
+        pretrained.to_diffusers(mean, tmp_path / "theirs")
     (tmp_path / "mine").touch()
     with pytest.raises(SystemExit, match="must be a new or empty folder"):
-        pretrained.to_diffusers(model, SMALL, Diffusion(linear_betas()), tmp_path)
+        pretrained.to_diffusers(eps, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 

@@ -16,6 +16,7 @@ from conftest import HERE, MAINS, python
 from nbclient import NotebookClient
 from PIL import Image
 
+from beyond import respaced
 from ddpm import Diffusion, UNet, linear_betas
 from docs import make_figures
 
@@ -46,7 +47,7 @@ def test_quotes_are_the_code():
     """Every block of Python in the README and in beyond.md stands in a program, line by line."""
     texts = [
         (HERE / name).read_text("utf-8").splitlines()
-        for name in ("ddpm.py", "train.py", "exact.py")
+        for name in ("ddpm.py", "beyond.py", "train.py", "exact.py")
     ]
     programs = [[line.strip() for line in text] for text in texts]
     quotes = blocks(README + BEYOND, "python")
@@ -174,7 +175,10 @@ def test_share_off_counts_the_far_points(points):
 @pytest.mark.parametrize("steps, t", [(1000, 1), (1000, 199), (10, 1), (10, 5)])
 def test_reverse_step_of_two_points_is_bayes_rule(steps, t):
     """The mixture of posteriors against q(x_t | x_s) q(x_s) / q(x_t) on a fine grid."""
-    chain, x_t = Diffusion(linear_betas()).respaced(steps), torch.tensor([0.1]).double()
+    (chain, _, _), x_t = (
+        respaced(Diffusion(linear_betas()), None, steps),
+        torch.tensor([0.1]).double(),
+    )
     x, log_p, log_g = make_figures.reverse_step(chain, t, x_t, torch.linspace(-6, 6, 2001).double())
     bump = make_figures.log_normal(x_t, chain.alphas[t].sqrt() * x[0], chain.betas[t])
     joint = (bump + make_figures.log_two(chain, t - 1, x[0]).logsumexp(1)).softmax(0)
@@ -193,7 +197,7 @@ def test_small_reverse_steps_are_nearly_gaussian():
             for t in (2, 20, 50, 100, 200, 500)]  # fmt: skip
     assert bits[0] < 1e-16 and bits[1] < 1e-16
     assert bits[2:] == pytest.approx([6e-10, 1.5e-6, 2e-7, 2.1e-11], rel=0.05)
-    ten = Diffusion(linear_betas()).respaced(10)
+    ten, _, _ = respaced(Diffusion(linear_betas()), None, 10)
     assert make_figures.distance_to_gaussian(ten, 1) == pytest.approx(0.22, abs=0.01)
 
 

@@ -15,6 +15,7 @@ import torch
 from conftest import FULL_DISK, HERE, PAPER, posix, python, read
 from PIL import Image
 
+import beyond
 import ddpm_numpy
 import sample
 from benchmarks.table2 import count_right
@@ -168,7 +169,7 @@ def test_program_equals_the_torch_sampler(flags, sampler, eta, network, draw):
     """From the seed to the pixels: sample.py against ddpm.py with the EMA weights."""
     pixels = draw("a", "-n", 2, *flags.split())
     draw_noise = ddpm_numpy.noise_of(0, 0, (2, 3, 8, 8))
-    x0 = PAPER.sample(network, (2, 3, 8, 8), 5, sampler, eta,
+    x0 = beyond.sample(PAPER, network, (2, 3, 8, 8), 5, sampler, eta,
                       draw_noise=lambda: torch.from_numpy(draw_noise()))  # fmt: skip
     expected = ((x0 + 1) * 127.5).round().numpy()
     assert max(np.abs(p - e).max() for p, e in zip(pixels, expected, strict=True)) <= 1
@@ -209,8 +210,8 @@ def test_inpainting_keeps_the_image_outside_the_mask(trained, network, image_fol
     drawn = np.stack([read_image(path, 8, 3) for path in sorted((tmp_path / "out").glob("*.png"))])
     known = torch.from_numpy(from_pixels(read_image(file, 8, 3))), torch.from_numpy(mask > 0)
     z = ddpm_numpy.noise_of(0, 0, (2, 3, 8, 8))
-    x0 = PAPER.sample(
-        network, (2, 3, 8, 8), 20, draw_noise=lambda: torch.from_numpy(z()), known=known
+    x0 = beyond.sample(
+        PAPER, network, (2, 3, 8, 8), 20, draw_noise=lambda: torch.from_numpy(z()), known=known
     )
     assert np.abs(drawn - to_pixels(x0.numpy())).max() <= 1
     kept = np.broadcast_to(mask == 0, drawn.shape)

@@ -24,6 +24,7 @@ import checkpoint
 import device
 import images
 import train
+from beyond import as_eps, loss_weights, sample
 from data import demo_images
 from ddpm import Diffusion, UNet, linear_betas
 from images import from_pixels
@@ -72,15 +73,16 @@ def test_seeds_differ_for_every_seed_and_step_and_part():
 def flags(**changes):
     """What draw_batch and train_step read of the command line."""
     values = dict(
-        seed=0, batch=8, accumulate=1, flip=True, weighting="simple", amp=False, ema=0.9999,
-        device=CPU,
+        seed=0, batch=8, accumulate=1, flip=True, weighting="simple", predicts="eps", amp=False,
+        ema=0.9999, device=CPU,
     )  # fmt: skip
     return argparse.Namespace(**(values | changes))
 
 
 def take_step(model, ema, optimizer, images, args, step=0):
     batch = train.draw_batch(step, images, None, PAPER.T, args)
-    return train.train_step(batch, model, ema, optimizer, PAPER, step, args)
+    loss = train.loss_of(model, PAPER, args)
+    return train.train_step(batch, loss, model, ema, optimizer, step, args)
 
 
 @pytest.mark.parametrize("weighting, flip", [("simple", True), ("simple", False), ("vlb", True)])
@@ -105,7 +107,7 @@ def test_step_is_algorithm_1(weighting, flip):
     if flip:
         x0 = torch.where(mirrored, x0.flip(3), x0)
     by_hand = copy.deepcopy(start)
-    expected = PAPER.loss(by_hand, x0, weighting=weighting)  # draws t, then the noise
+    expected = PAPER.loss(by_hand, x0, weights=loss_weights(PAPER, weighting))  # draws t, noise
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     expected.backward()
     gradients = [p.grad for p in by_hand.parameters()]
@@ -303,12 +305,12 @@ def test_training_starts_from_the_weights_of_a_checkpoint(trained, image_folder,
 def test_what_is_predicted_stays_with_the_weights(image_folder, tmp_path, run):
     words = ["--data", image_folder, *TINY, "--steps", 2, "--weighting", "native"]
     run("train.py", *words, "--predicts", "v", cwd=tmp_path)
-    assert checkpoint.load(tmp_path / "run").diffusion.predicts == "v"
+    assert checkpoint.load(tmp_path / "run").predicts == "v"
     said = run("train.py", *words, cwd=tmp_path, code=1)
     assert "predicts was v, now eps" in said and "--init" not in said
     words = ["--data", image_folder, "--init", "run", "--steps", 1, "--batch", 4, "--out", "b"]
     run("train.py", *words, cwd=tmp_path)
-    assert read(tmp_path / "b")["config"]["diffusion"]["predicts"] == "v"
+    assert read(tmp_path / "b")["config"]["train"]["predicts"] == "v"
 
 
 # ----------------------------------------------------------------------------------------- resuming
@@ -359,7 +361,7 @@ def test_shown_loss_continues_and_the_curve_has_equal_parts(tmp_path, monkeypatc
     monkeypatch.setattr(checkpoint, "save_image", lambda *_: None)
     run = checkpoint.Run(tmp_path, 440, lambda k: 0.1)  # resumed from an older checkpoint
     assert run.log(441, [(439.5 / 450, 1.0)]) == pytest.approx(390.495 / 450)
-    args = argparse.Namespace(device=CPU, seed=0, classes=[], amp=False)
+    args = argparse.Namespace(device=CPU, seed=0, classes=[], amp=False, predicts="eps")
     run.preview(441, lambda x, t, y: x, PAPER, (1, 4, 4), args)
     ((steps, losses),) = curves
     assert len(steps) == 147 and {*np.diff(steps)} == {3.0}
@@ -420,7 +422,7 @@ def test_foreign_line_in_the_log_stops_no_run(foreign, image_folder, tmp_path, r
     assert [row.split(",")[0] for row in path.read_text().split()] == ["step", *"12345"]
     writer = checkpoint.Run(tmp_path / "run", 5, lambda k: 0.1)
     path.write_text(path.read_text() + foreign)
-    args = argparse.Namespace(device=CPU, seed=0, classes=[], amp=False)
+    args = argparse.Namespace(device=CPU, seed=0, classes=[], amp=False, predicts="eps")
     writer.preview(5, lambda x, t, y: x, PAPER, (1, 4, 4), args)
 
 
@@ -497,7 +499,7 @@ def test_changed_code_is_said(image_folder, tmp_path, run):
     state["config"]["train"]["code"] = "another"
     torch.save(state, tmp_path / "run" / "checkpoint.pt")
     said = run("train.py", *words, 3, cwd=tmp_path)
-    assert "ddpm.py has changed since step 2; training continues with the change" in said
+    assert "ddpm.py or beyond.py has changed since step 2; training continues with the" in said
 
 
 def test_other_images_of_another_folder_are_refused(image_folder, tmp_path, run):
@@ -878,9 +880,14 @@ def test_ddpm_needs_no_float64_on_the_device_and_mixes_none(weighting):
     with torch.device("meta"):
         model, x0 = UNet(8, 3, 8, (1, 2), 1, (4,)), torch.zeros(2, 3, 8, 8)
     with StandIn() as device:
-        diffusion.loss(model, x0, weighting=weighting).backward()
-        for steps, sampler, eta in ((None, "ddpm", None), (4, "dpm", None), (4, "ddim", 1.0)):
-            out = diffusion.sample(model, x0.shape, steps, sampler, eta, device="meta")
+        eps, weights = as_eps(model, diffusion, "v"), loss_weights(diffusion, weighting, "v")
+        diffusion.loss(eps, x0, weights=weights).backward()
+        image = x0, x0 > 0
+        for steps, sampler, eta, known in (
+            (None, "ddpm", None, None), (4, "ddpm", None, image), (4, "dpm", None, None),
+            (4, "ddim", 1.0, image),
+        ):  # fmt: skip
+            out = sample(diffusion, eps, x0.shape, steps, sampler, eta, device="meta", known=known)
             assert out.is_meta and out.shape == x0.shape
         assert device.reads == 0
         bound = diffusion.vlb(model, x0)
