@@ -125,7 +125,7 @@ def test_bound_is_given_the_class(coloured, class_folder, tmp_path, run):
     trained, random = checkpoint.load(tmp_path), torch.Generator().manual_seed(0)
     images, labels = data.read_folder(class_folder, 8, 3, 6, trained.classes)
     order = torch.randperm(len(images), generator=random)
-    network = partial(trained.model, y=torch.from_numpy(labels)[order])
+    network = partial(trained.eps, y=torch.from_numpy(labels)[order])
     x0 = from_pixels(torch.from_numpy(images)[order])
     total = trained.diffusion.vlb(network, x0, random.manual_seed(0)).total.mean().item()
     assert "given the class of each" in said

@@ -362,7 +362,7 @@ def test_shown_loss_continues_and_the_curve_has_equal_parts(tmp_path, monkeypatc
     run = checkpoint.Run(tmp_path, 440, lambda k: 0.1)  # resumed from an older checkpoint
     assert run.log(441, [(439.5 / 450, 1.0)]) == pytest.approx(390.495 / 450)
     args = argparse.Namespace(device=CPU, seed=0, classes=[], amp=False, predicts="eps")
-    run.preview(441, lambda x, t, y: x, PAPER, (1, 4, 4), args)
+    run.preview(441, lambda x, t: x, PAPER, (1, 4, 4), args)
     ((steps, losses),) = curves
     assert len(steps) == 147 and {*np.diff(steps)} == {3.0}
     assert losses == pytest.approx((steps - 1) / 450, abs=1e-3)
@@ -423,7 +423,7 @@ def test_foreign_line_in_the_log_stops_no_run(foreign, image_folder, tmp_path, r
     writer = checkpoint.Run(tmp_path / "run", 5, lambda k: 0.1)
     path.write_text(path.read_text() + foreign)
     args = argparse.Namespace(device=CPU, seed=0, classes=[], amp=False, predicts="eps")
-    writer.preview(5, lambda x, t, y: x, PAPER, (1, 4, 4), args)
+    writer.preview(5, lambda x, t: x, PAPER, (1, 4, 4), args)
 
 
 @posix
