@@ -155,8 +155,8 @@ def refuse_other_run(out, state, config, steps):
         hint = "" if fixed else f" (--init {out} starts from its weights)"
         lines = "; ".join(f"{name} was {before}, now {now}" for name, before, now in different)
         sys.exit(
-            f"{out} holds a run with other settings: {lines}. Use another --out{hint}, or rename "
-            "the folder"
+            f"{out} holds a run with other settings. Use another --out{hint}, or rename the "
+            f"folder. What differs: {lines}"
         )
     if step > steps:
         sys.exit(f"{out} is at step {step:,} already, so --steps must be larger")
@@ -400,8 +400,10 @@ def load(path):
         classes, predicts = training.get("classes", []), training["predicts"]
         return Trained(model, diffusion, config["model"], state["step"], source, classes, predicts)
     if not path.is_dir():
-        hub = f" ({HUB}{path.as_posix()} is a name on the hub)" * (len(path.parts) == 2)
-        sys.exit(f"{path.as_posix()} does not exist; python train.py writes a checkpoint{hub}")
+        is_name = len(path.parts) == 2 and path.suffix != ".pt"
+        hub = f" ({HUB}{path.as_posix()} is a name on the hub)" * is_name
+        sys.exit(f"{path.as_posix()} does not exist; python train.py writes checkpoint.pt into the "
+                 f"folder of its --out{hub}")  # fmt: skip
     if not [*path.glob("*config.json"), *path.glob("*/*config.json")]:
         sys.exit(f"{path} has neither a checkpoint.pt nor weights in diffusers' format")
     return published(path.as_posix())

@@ -81,11 +81,12 @@ def class_names(folder):
 
     Exits if there are images outside of the sub-folders, or fewer than two classes.
     """
-    names = sorted({class_of(path, folder) for path in image_files(folder)[0]})
+    paths = image_files(folder)[0]
+    names = sorted({class_of(path, folder) for path in paths})
     if "" in names:
-        sys.exit(
-            f"--classes: {folder} has images outside of its sub-folders, which are the classes"
-        )
+        first = next(os.path.basename(path) for path in paths if not class_of(path, folder))
+        sys.exit(f"--classes: {folder} has images outside of its sub-folders, which are the "
+                 f"classes: move or remove {printable(first)}")  # fmt: skip
     if bad := [n for n in names if n != PureWindowsPath(n).name or not n.isprintable()]:
         sys.exit(f"--classes: not every system allows a folder named {bad[0]!r}")
     if len(names) < 2:

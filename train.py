@@ -287,7 +287,7 @@ def say_how_long(bar, seconds_per_step, args):
         return
     said = f"at {seconds_per_step:.2g} s per step, the run will take {checkpoint.duration(left)}"
     if args.device.type == "cpu":
-        said += "; --quick, a smaller network, takes about 8 minutes on two cores at 32x32"
+        said += "; --quick --out quick, a smaller network, takes 8 minutes on two cores at 32x32"
     bar.write(said)
 
 
@@ -367,10 +367,12 @@ def main():
     # -- the loop
     decay_steps = args.steps if args.lr_decay else None
     lr_at = partial(learning_rate, lr=args.lr, warmup=args.warmup, decay_steps=decay_steps)
-    interrupts, first_read = Interrupts(), None  # (step, time) at which losses were first read
+    interrupts, said_how_long = Interrupts(), False
+    # (step, time) from which on steps are timed: later, if the first ones compile or warm up
+    timed_from = (start, time.monotonic()) if device.type == "cpu" and not args.compile else None
     run = checkpoint.Run(out, start, lr_at, version) if is_main else None
     bar = tqdm(total=args.steps, initial=start, unit="step", mininterval=1, disable=not is_main)
-    done, pending, said_how_long = start, [], False
+    done, pending = start, []
     for step in range(start, args.steps):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step)
@@ -400,9 +402,9 @@ def main():
             if show:
                 run.preview(done, ema, diffusion, images.shape[1:], args)
             now = time.monotonic()
-            first_read = first_read or (done, now)  # the steps until then may compile
-            if not said_how_long and now - first_read[1] > 10:
-                say_how_long(bar, (now - first_read[1]) / (done - first_read[0]), args)
+            timed_from = timed_from or (done, now)
+            if not said_how_long and now - timed_from[1] > 10 and done > timed_from[0]:
+                say_how_long(bar, (now - timed_from[1]) / (done - timed_from[0]), args)
                 said_how_long = True
         if stops:
             break

@@ -138,7 +138,9 @@ def test_file_that_differs_from_torch_is_not_written(trained, tmp_path, monkeypa
 
 
 def test_without_a_whole_checkpoint_the_error_is_one_line(trained, tmp_path, run):
-    assert "python train.py writes a checkpoint" in run("export.py", cwd=tmp_path, code=1)
+    assert "python train.py writes checkpoint.pt into the folder of its --out\n" in run(
+        "export.py", cwd=tmp_path, code=1
+    )
     whole = (trained[0] / "run" / "checkpoint.pt").read_bytes()
     (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.pt").write_text("not even a zip file")

@@ -275,7 +275,7 @@ def test_commands_to_paste_end_on_a_cpu():
     assert len(commands) >= 7
     slow = [c for c in commands if "--data" in c and "--quick" not in c]
     assert {re.sub(r" +#.*|^.* train.py", "", c) for c in slow} == {
-        " --data ./images", " --data ./images --init hf:google/ddpm-cifar10-32"}  # fmt: skip
+        " --data ./images --out paper", " --data ./images --init hf:google/ddpm-cifar10-32"}  # fmt: skip
     for command in re.findall(r"^python sample\.py.*(?:--inpaint|--interpolate).*", GUIDE, re.M):
         assert "--steps" in command
 

@@ -195,8 +195,8 @@ def test_interpolation_between_two_images(trained, network, image_folder, tmp_pa
         x_t = [PAPER.q_sample(x, torch.tensor([t]), torch.from_numpy(z())) for x in x0]
         x_t = torch.cat([torch.lerp(x_t[0], x_t[1], k / 10) for k in range(11)])
         chain = Diffusion(linear_betas()[: t + 1])
-        out = chain.sample(network, x_t.shape, min(40, t + 1), x_T=x_t,
-                           draw_noise=lambda z=z: torch.from_numpy(z()))  # fmt: skip
+        out = beyond.sample(chain, network, x_t.shape, min(40, t + 1), x_T=x_t,
+                            draw_noise=lambda z=z: torch.from_numpy(z()))  # fmt: skip
         assert np.abs(row[1:-1] - ((out + 1) * 127.5).round().numpy()).max() <= 1
 
 

@@ -724,10 +724,11 @@ def test_run_of_years_is_said_in_words(words, said, monkeypatch):
         "about 3 hours", "about 3 days", "about 3 years"]  # fmt: skip
 
 
-def test_time_of_a_run_is_measured_without_its_first_steps(
-    image_folder, tmp_path, run, monkeypatch
+@pytest.mark.parametrize("words, expected", [([], (1, 100.0)), (["--compile"], (3, 6.0))])
+def test_time_of_a_run_is_said_as_soon_as_it_is_known(
+    words, expected, image_folder, tmp_path, run, monkeypatch
 ):
-    """The first one takes 100 s here, as if it compiled, and each of the others 6 s."""
+    """The first step takes 100 s here, and each of the others 6 s. To compile takes the first."""
     now, step, said = [0.0], train.train_step, []
 
     def slow(*args):
@@ -735,12 +736,13 @@ def test_time_of_a_run_is_measured_without_its_first_steps(
         return step(*args)
 
     monkeypatch.setattr(train, "train_step", slow)
+    monkeypatch.setattr(device, "compiled", lambda network: network)
     monkeypatch.setattr(train, "time", argparse.Namespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(
         train, "say_how_long", lambda bar, seconds, _: said.append((bar.n, seconds))
     )
-    run("train.py", "--data", image_folder, *TINY, "--steps", 9, cwd=tmp_path)
-    assert said == [(3, 6.0)]
+    run("train.py", "--data", image_folder, *TINY, "--steps", 9, *words, cwd=tmp_path)
+    assert said == [expected]
 
 
 @posix
