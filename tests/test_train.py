@@ -711,7 +711,9 @@ def test_mistyped_path_is_not_looked_up_on_the_hub(monkeypatch):
 # ------------------------------------------------------------------------------- signals and losses
 
 
-@pytest.mark.parametrize("words, said", [([], "--quick, a smaller"), (["--device", "xpu"], None)])
+@pytest.mark.parametrize(
+    "words, said", [([], "--quick --out quick, a smaller"), (["--device", "xpu"], None)]
+)
 def test_run_of_years_is_said_in_words(words, said, monkeypatch):
     lines = []
     bar = argparse.Namespace(total=800_000, n=2, write=lines.append)
