@@ -197,6 +197,18 @@ def test_checkpoint_describes_itself(trained):
     assert torch.equal(d.betas, linear_betas()) and d.variance == "large"
 
 
+def test_checkpoint_of_the_last_version_opens_and_is_resumed(trained, image_folder, tmp_path, run):
+    """There, what the network predicts was an argument of Diffusion."""
+    shutil.copytree(trained[0] / "run", tmp_path / "run")
+    state = read(tmp_path / "run")
+    state["config"]["diffusion"]["predicts"] = state["config"]["train"].pop("predicts")
+    torch.save(state, tmp_path / "run" / "checkpoint.pt")
+    assert checkpoint.load(tmp_path / "run").predicts == "eps"
+    run("train.py", "--data", image_folder, *TINY, "--steps", 13, cwd=tmp_path)
+    state = read(tmp_path / "run")
+    assert state["step"] == 13 and Diffusion(**state["config"]["diffusion"]).T == 1000
+
+
 def test_importing_train_loads_neither_onnx_nor_matplotlib():
     code = "import sys, train; print(sorted({'onnx', 'onnxruntime', 'onnxscript', 'matplotlib', "
     code += "'diffusers', 'export', 'sample'} & set(sys.modules)))"
