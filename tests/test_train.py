@@ -418,6 +418,14 @@ def test_locked_log_delays_its_rows(tmp_path, monkeypatch):
     ]
 
 
+def images_that_take_time(folder):
+    """Make a folder of images that are decoded long enough to be interrupted; one is whole."""
+    folder.mkdir()
+    for k in range(4000):
+        (folder / f"{k}.png").write_bytes(b"")
+    Image.new("L", (2000, 2000)).save(folder / "0.png")
+
+
 BLANK, SPREADSHEET = "\n \n", "4;0,5;0,25;0,001\n5;0,5;0,25;0,001\n"
 
 
@@ -440,10 +448,7 @@ def test_foreign_line_in_the_log_stops_no_run(foreign, image_folder, tmp_path, r
 
 @posix
 def test_killed_while_decoding_it_resumes_and_removes_the_remains(tmp_path, run, start):
-    (tmp_path / "images").mkdir()
-    for k in range(4000):
-        (tmp_path / "images" / f"{k}.png").write_bytes(b"")
-    Image.new("L", (1000, 1000)).save(tmp_path / "images" / "0.png")
+    images_that_take_time(tmp_path / "images")
     process = start("train.py", "--data", "images", *TINY, cwd=tmp_path)
     while not list(tmp_path.glob("run/.images-*")):
         assert process.poll() is None
@@ -824,10 +829,7 @@ def test_nohup_and_a_second_interrupt(monkeypatch, run):
 @posix
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_while_decoding_leaves_no_files(number, tmp_path, start):
-    (tmp_path / "images").mkdir()
-    for k in range(3000):
-        (tmp_path / "images" / f"{k}.png").write_bytes(b"")
-    Image.new("L", (2000, 2000)).save(tmp_path / "images" / "0.png")
+    images_that_take_time(tmp_path / "images")
     process = start("train.py", "--data", "images", *TINY, cwd=tmp_path)
     while not list(tmp_path.glob("run/.images-*")):
         assert process.poll() is None
