@@ -63,8 +63,6 @@ def sample_progressive(
         sampler = "ddim" if eta is not None else "dpm" if len(betas) < T else "ddpm"
     if variance not in ("large", "small"):
         raise ValueError(f'variance must be "large" or "small", not {variance!r}')
-    if clip not in (True, False):
-        raise ValueError(f"clip must be True or False, for [-1, 1] or no limit, not {clip!r}")
     if sampler not in SAMPLERS:
         raise ValueError(f'sampler must be "ddpm", "ddim" or "dpm", not {sampler!r}')
     if eta is not None and (sampler != "ddim" or not 0 <= eta <= 1):
