@@ -112,5 +112,12 @@ def test_service_of_the_manual_answers_with_images(coloured, tmp_path, start):
     for name, image in zip(names, images, strict=True):
         colour = np.asarray(image).mean((0, 1))
         assert min(COLOURS, key=lambda c: np.abs(colour - COLOURS[c]).max()) == name
-    with pytest.raises(HTTPError, match="no class pink"):
-        ask("pink")
+    for query in ("pink", "%E7%8C%AB", "x%0d%0aSet-Cookie:%20a=evil", "red&class=<b>"):
+        with pytest.raises(HTTPError, match="400") as error:  # no header of a stranger, no script
+            ask(query)
+        said = error.value.read().decode()
+        assert (
+            "no class " in said and "<b>" not in said and error.value.headers["Set-Cookie"] is None
+        )
+    process.kill()
+    assert "Traceback" not in process.communicate()[0]

@@ -1,11 +1,8 @@
 """The pages: quotes are the code, listings and notebook run, names and commands exist."""
 
-import http.client
 import importlib
 import re
 import shutil
-import threading
-import traceback
 from itertools import pairwise
 
 import nbformat
@@ -240,31 +237,6 @@ def test_points_are_learnt(tmp_path):
         "guidance.png",
         "points.png",
     }
-
-
-def test_server_of_the_manual_answers_any_query(coloured, tmp_path, monkeypatch):
-    """An image, or a clean 400: no header of a stranger, no traceback."""
-    (code,) = [code for code in blocks(GUIDE, "python") if "BaseHTTPRequestHandler" in code]
-    shutil.copy(coloured / "model.onnx", tmp_path)
-    monkeypatch.chdir(tmp_path)
-    names, said = {"__name__": "server"}, []
-    exec(code, names)
-    names["Handler"].log_message = lambda *_: None
-    names["ThreadingHTTPServer"].handle_error = lambda *_: said.append(traceback.format_exc())
-    with names["ThreadingHTTPServer"](("localhost", 0), names["Handler"]) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        for query, status in (
-            ("", 200), ("?class=red", 200), ("?class=none", 400), ("?class=%E7%8C%AB", 400),
-            ("?class=x%0d%0aSet-Cookie:%20a=evil", 400), ("?class=red&class=<b>", 400),
-        ):  # fmt: skip
-            connection = http.client.HTTPConnection("localhost", server.server_port, timeout=60)
-            connection.request("GET", f"/{query}")
-            answer = connection.getresponse()
-            content = answer.read()
-            assert answer.status == status and answer.getheader("Set-Cookie") is None, query
-            assert (content[1:4] == b"PNG") == (status == 200) and b"<b>" not in content
-        server.shutdown()
-    assert not said
 
 
 def test_commands_to_paste_end_on_a_cpu():
