@@ -120,4 +120,4 @@ def test_service_of_the_manual_answers_with_images(coloured, tmp_path, start):
             "no class " in said and "<b>" not in said and error.value.headers["Set-Cookie"] is None
         )
     process.kill()
-    assert "Traceback" not in process.communicate()[0]
+    assert "Traceback" not in process.stdout.read()
