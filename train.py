@@ -428,7 +428,8 @@ def main():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the loop catches the signals
+    for number in (signal.SIGINT, signal.SIGTERM):  # until the loop catches them
+        signal.signal(number, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:
