@@ -221,7 +221,7 @@ def test_figures_are_made(trained, image_folder, tmp_path):
 @pytest.mark.slow
 def test_points_are_learnt(tmp_path):
     """docs/points.py in a copy of the repository: what it prints, and its figures."""
-    for name in ("ddpm.py", "exact.py", "docs/points.py"):
+    for name in ("ddpm.py", "beyond.py", "exact.py", "docs/points.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(HERE / name, tmp_path / name)
     said = python(tmp_path / "docs" / "points.py", cwd=tmp_path, timeout=600)
