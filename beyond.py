@@ -127,22 +127,23 @@ def ddpm_step(chain):
 
     def step(x0, x_t, t, z):
         mean, _ = chain.q_posterior(x0, x_t, t)
-        return mean + look_up(chain.sigma2.sqrt(), t, x_t) * z()
+        return mean + look_up(chain.sigma, t, x_t) * z()
 
     return step
 
 
 def ddim_step(chain, eta=0.0):
     """Return DDIM's step (Song et al. 2021, arXiv:2010.02502, eq. 12 and 16)."""
-    abar, abar_prev = chain.alphas_bar, chain.alphas_bar_prev
+    signal, spread = chain.sqrt_alphas_bar, chain.sqrt_one_minus_alphas_bar
     sigma2 = eta**2 * chain.posterior_variance
+    factor_x0, sigma = chain.alphas_bar_prev.sqrt(), sigma2.sqrt()
+    factor_eps = (1 - chain.alphas_bar_prev - sigma2).sqrt()
 
     def step(x0, x_t, t, z):
         # The eps that fits x0, which may have been clipped:
-        eps = (x_t - look_up(abar.sqrt(), t, x_t) * x0) / look_up((1 - abar).sqrt(), t, x_t)
-        mean = look_up(abar_prev.sqrt(), t, x_t) * x0
-        mean = mean + look_up((1 - abar_prev - sigma2).sqrt(), t, x_t) * eps
-        return mean + look_up(sigma2.sqrt(), t, x_t) * z() if eta else mean
+        eps = (x_t - look_up(signal, t, x_t) * x0) / look_up(spread, t, x_t)
+        mean = look_up(factor_x0, t, x_t) * x0 + look_up(factor_eps, t, x_t) * eps
+        return mean + look_up(sigma, t, x_t) * z() if eta else mean
 
     return step
 

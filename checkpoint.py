@@ -42,17 +42,9 @@ SHAPE = (  # the flags of the network's shape
 )  # fmt: skip
 WAIT = 2  # seconds after which a file that is being written has changed
 TRAINING = (
-    "predicts",
-    "optimizer",
-    "batch",
-    "lr",
-    "warmup",
-    "lr_decay",
-    "weighting",
-    "ema",
-    "flip",
+    "predicts", "optimizer", "batch", "lr", "warmup", "lr_decay", "weighting", "ema", "flip",
     "seed",
-)
+)  # fmt: skip
 
 # ------------------------------------------------------------------------------------ the settings
 

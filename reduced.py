@@ -69,9 +69,8 @@ class Half(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = copy.deepcopy(model).half()
-        for name, module in self.model.named_modules():
-            if name in float32_modules(model):
-                module.float()
+        for name in float32_modules(model):
+            self.model.get_submodule(name).float()
         self.model.load_state_dict(model.state_dict())  # .half() has rounded all weights
         for module in self.model.modules():
             if module is not self.model and next(module.parameters(), None) is not None:

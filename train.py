@@ -368,7 +368,7 @@ def main():
     decay_steps = args.steps if args.lr_decay else None
     lr_at = partial(learning_rate, lr=args.lr, warmup=args.warmup, decay_steps=decay_steps)
     interrupts, said_how_long = Interrupts(), False
-    # (step, time) from which on steps are timed: later, if the first ones compile or warm up
+    # The (step, time) from which steps are timed; steps that may compile do not count.
     timed_from = (start, time.monotonic()) if device.type == "cpu" and not args.compile else None
     run = checkpoint.Run(out, start, lr_at, version) if is_main else None
     bar = tqdm(total=args.steps, initial=start, unit="step", mininterval=1, disable=not is_main)
