@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import checkpoint
-from data import demo_images, read_folder
 from ddpm import Bound, Diffusion
-from device import choose_device
-from images import check_output, from_pixels, print_any_name, replacing, save_plot
+from images import check_output, from_pixels, print_any_name, replacing
+from support import cli, trained
+from support.data import demo_images, read_folder
+from support.device import choose_device
+from support.plot import save_plot
 
 
 def rate_distortion(bound):
@@ -43,8 +44,8 @@ def arguments():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    flag, count = parser.add_argument, checkpoint.number(int, 1)
-    seed = checkpoint.number(int, 0, 2**63)
+    flag, count = parser.add_argument, cli.number(int, 1)
+    seed = cli.number(int, 0, 2**63)
     flag("--data", help="folder of images [the demo, if the network was trained on it]")
     flag("--checkpoint", default="run/checkpoint.pt",
          help="a run, or weights of diffusers: a folder, or hf:NAME [%(default)s]")  # fmt: skip
@@ -60,33 +61,33 @@ def arguments():
 def main():
     print_any_name()
     args = arguments()
-    trained = checkpoint.load(args.checkpoint)
-    channels, size, _ = trained.shape
+    network = trained.load(args.checkpoint)
+    channels, size, _ = network.shape
     if args.data is not None:
-        images, labels = read_folder(args.data, size, channels, args.images, trained.classes)
-    elif trained.source == checkpoint.DEMO:
+        images, labels = read_folder(args.data, size, channels, args.images, network.classes)
+    elif network.source == trained.DEMO:
         images, labels = demo_images(), None
     else:
         sys.exit("evaluate.py: --data must be a folder of images that the network has not seen")
     images = torch.from_numpy(images)
     random = torch.Generator().manual_seed(args.seed)  # so that all batches are alike
     order = torch.randperm(len(images), generator=random)[: args.images]
-    path = Path(args.checkpoint.removeprefix(checkpoint.HUB))
+    path = Path(args.checkpoint.removeprefix(cli.HUB))
     out = args.out or (path if path.is_dir() else path.parent if path.exists() else Path())
     curve = out / "rate-distortion.csv"
     check_output(curve)
 
     device = choose_device(args.device)
-    trained.model.to(device)
-    variance = args.variance or trained.diffusion.variance
-    diffusion = Diffusion(trained.diffusion.betas, variance)
+    network.model.to(device)
+    variance = args.variance or network.diffusion.variance
+    diffusion = Diffusion(network.diffusion.betas, variance)
     noise, bounds = torch.Generator(device).manual_seed(args.seed), []
     total = len(order) * diffusion.T
     with tqdm(total=total, unit=" passes", unit_scale=True, mininterval=1) as bar:
 
         def eps(x_t, t, y):
             bar.update(len(x_t))
-            return trained.eps(x_t, t, y)
+            return network.eps(x_t, t, y)
 
         try:
             for part in order.split(args.batch):
@@ -101,8 +102,8 @@ def main():
     bound = Bound(*map(torch.cat, zip(*bounds, strict=True)))
     n, (L_t, rate, rmse) = len(bound.total), rate_distortion(bound)
     error = f" +- {bound.total.std() / math.sqrt(n):.4f} (standard error)" if n > 1 else ""
-    step = f" (step {trained.step:,})" if trained.step else ""
-    given = ", given the class of each" if trained.classes else ""
+    step = f" (step {network.step:,})" if network.step else ""
+    given = ", given the class of each" if network.classes else ""
     of = f"{n:,} image{'s' * (n > 1)} of {args.data or 'the demo'}"
     print(f"{path}{step} on {of}{given}, bits per dimension")
     print(f"  L_T                  {bound.L_T.mean():8.6f}")

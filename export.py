@@ -30,14 +30,16 @@ try:
     import onnx
     from onnxscript import opset20 as op
 
-    from reduced import Half, eps_of, example_labels, write_half, write_int8
+    from support.reduced import Half, eps_of, write_half, write_int8
 except ModuleNotFoundError as error:
     sys.exit(f"export.py needs {error.name}: pip install -r requirements.txt")
 
-import checkpoint
+
 from beyond import as_eps, eps_of_output
 from images import check_output, print_any_name, replacing
-from pretrained import largest_difference, to_diffusers
+from support import cli
+from support.pretrained import to_diffusers
+from support.trained import example_labels, largest_difference, load
 
 OPSET = 20  # ONNX Runtime has kernels for it on the CPU, on CUDA and in the browser
 TOLERANCE = 1e-4  # the largest difference from torch, in an output that is about N(0, 1)
@@ -157,7 +159,7 @@ def write_onnx(trained, path, kind=None):
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, from {trained.source}{step}")
     words = ["sample.py", "--onnx", path.as_posix(), "--steps", "20"]
     words += ["--guidance", "1"] if trained.classes else []
-    print("next:\n  python", checkpoint.command(*words))
+    print("next:\n  python", cli.command(*words))
 
 
 def main():
@@ -192,9 +194,9 @@ def main():
     source = args.checkpoint
     if args.diffusers:
         is_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", args.diffusers)  # of weights on the hub
-        source = checkpoint.HUB * (is_name is not None and not Path(args.diffusers).exists())
+        source = cli.HUB * (is_name is not None and not Path(args.diffusers).exists())
         source += args.diffusers
-    trained = checkpoint.load(source)
+    trained = load(source)
     if args.to_diffusers:
         to_diffusers(trained, args.to_diffusers)
         opens = "DDPMPipeline.from_pretrained opens it"

@@ -1,4 +1,4 @@
-"""One image: read a file, convert its pixels, arrange images in a grid, save them; and plots.
+"""One image: read a file, convert its pixels, arrange images in a grid, save them.
 
 Programs check with check_output, before they work, that a file can be written, and write it with
 `replacing`: the old file is replaced whole, or stays as it was.
@@ -12,7 +12,6 @@ import math
 import os
 import secrets
 import sys
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -156,30 +155,6 @@ def save_animation(path, images, each=60, last=2000):
     """Save Pillow images as an animation. each, last: how long one is shown, in milliseconds."""
     duration = [each] * (len(images) - 1) + [last]
     save_image(path, images[0], save_all=True, append_images=images[1:], duration=duration, loop=0)
-
-
-@cache  # so that it is said once
-def figure_class():
-    """Return matplotlib's Figure, or None without matplotlib, which a line then says."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        print("the curve is not drawn, because matplotlib is missing: pip install matplotlib")
-        return None
-    return Figure
-
-
-def save_plot(path, x, y, x_label, y_label, log=False):
-    """Save a curve as a PNG, if there is matplotlib. log: whether the y axis is logarithmic."""
-    if figure_class() is None:
-        return
-    figure = figure_class()(figsize=(6.4, 4.4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(x, y)
-    axes.set(xlabel=x_label, ylabel=y_label, yscale="log" if log else "linear")
-    axes.grid(alpha=0.3)
-    with replacing(path) as file:
-        figure.savefig(file, dpi=100, format="png")
 
 
 # ----------------------------------------------------------------------------------------- the text

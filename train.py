@@ -15,30 +15,25 @@ from the same noise.
 import argparse
 import contextlib
 import copy
-import os
 import signal
 import sys
-import time
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import checkpoint
-import device as machine
 from beyond import TARGETS, as_eps, loss_weights
-from data import class_names, demo_images, fingerprint, forget_others, read_folder
 from ddpm import Diffusion, UNet
-from device import LOCAL_RANK, RANK, WORLD, to_device
 from exact import loss_floor
 from images import from_pixels, print_any_name
-from muon import Muon
+from support import cli, data, run, trained
+from support import device as machine
+from support.device import LOCAL_RANK, RANK, WORLD, to_device
 
-LONG = 3 * 3600  # seconds; the time of a run that takes longer is said in words
 LOG_TOGETHER = {"cpu": 1}  # steps logged at once; reading their losses waits for the device
 
 # -------------------------------------------------------------------------------------- Algorithm 1
@@ -124,209 +119,172 @@ def set_seed(device, *numbers):
 
 # -------------------------------------------------------------------------------------------- flags
 
-# The paper's CIFAR-10 network and run.
-PAPER = dict(
-    image_size=32, base_channels=128, channel_mults=[1, 2, 2, 2], num_res_blocks=2,
-    attention_resolutions=[16], dropout=0.1, schedule="linear", variance="large", predicts="eps",
-    weighting="simple", optimizer="adam", batch=128, lr=2e-4, lr_decay=False, steps=800_000,
-    ema=0.9999, flip=True,
-)  # fmt: skip
+
+def flag(default, meaning, **options):
+    """Declare a setting that is also a flag. options: those of argparse."""
+    return field(default=default, metadata={"help": meaning, **options})
+
+
+RUN, CPU = Path("run"), torch.device("cpu")
+count, index, amount = cli.number(int, 1), cli.number(int, 0, 2**63), cli.number(float, 0)
+share, switch = cli.number(float, 0, 1), argparse.BooleanOptionalAction
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run depends on. The defaults are the paper's CIFAR-10 network and run, on a CPU."""
+
+    data: str = flag(None, "folder of images, including its sub-folders [the built-in demo]")
+    classes: tuple = flag((), "the sub-folders of --data are classes", action="store_true")
+    out: Path = flag(RUN, "folder of the run", type=Path)
+    init: str = flag(None, "start from a run's weights, or diffusers': a folder, or hf:NAME")
+    image_size: int = flag(32, "pixels; images are cropped to a square", type=count)
+    channels: int = flag(None, "1 for grey, 3 for colour [detected]", type=int, choices=(1, 3))
+    base_channels: int = flag(128, "width of the first level", type=count)
+    channel_mults: tuple = flag((1, 2, 2, 2), "relative widths of levels", type=count, nargs="+")
+    num_res_blocks: int = flag(2, "residual blocks per level", type=count)
+    attention_resolutions: tuple = flag((16,), "sizes with attention", type=int, nargs="*")
+    dropout: float = flag(0.1, "share of the activations to drop", type=share)
+    norm_groups: int = None  # of the weights of --init
+    schedule: str = flag("linear", "betas", choices=run.SCHEDULES)
+    betas: list = None  # of the weights of --init, instead of the schedule
+    variance: str = flag("large", "sigma_t^2", choices=("large", "small"))
+    predicts: str = flag("eps", "network's output", choices=TARGETS)
+    weighting: str = flag("simple", "weight of each t; see the manual",
+                          choices=("simple", "vlb", "min-snr", "native"))  # fmt: skip
+    batch: int = flag(128, "images per step, over all GPUs", type=count)
+    accumulate: int = flag(1, "parts to split each batch into", type=count)
+    optimizer: str = flag("adam", "muon suits short runs", choices=("adam", "muon"))
+    lr: float = flag(2e-4, "learning rate", type=amount)
+    warmup: int = flag(None, "steps until --lr is reached [min(5000, steps / 20)]", type=index)
+    lr_decay: bool = flag(False, "let --lr fall to 0 at --steps, for short runs", action=switch)
+    steps: int = flag(800_000, "number of training steps", type=count)
+    ema: float = flag(0.9999, "decay of the averaged weights", type=share)
+    flip: bool = flag(True, "flip images left to right at random", action=switch)
+    seed: int = flag(0, "seed of all random numbers", type=index)
+    device: torch.device = flag(CPU, "auto, cpu, cuda, cuda:1, mps or xpu [auto]")
+    amp: bool = flag(False, "bfloat16 [if supported, except to predict mean or x0]", action=switch)
+    compile: bool = flag(False, "torch.compile [on CUDA, for 5,000 steps or more]", action=switch)
+    preview_every: int = flag(8000, "steps between previews [at most 4 %% of the time]", type=count)
+    preview_gap: float = 0  # times what the last preview took: the least time until the next
+    save_minutes: float = flag(5.0, "minutes between saves", type=amount)
+
 
 # --quick: a run of minutes on a CPU, for small images. benchmarks/speedrun.md has measurements.
 QUICK = dict(
-    base_channels=16, channel_mults=[1, 2, 4, 4], num_res_blocks=1, attention_resolutions=[],
+    base_channels=16, channel_mults=(1, 2, 4, 4), num_res_blocks=1, attention_resolutions=(),
     dropout=0.0, predicts="v", weighting="min-snr", optimizer="muon", batch=64, lr=6e-3,
     lr_decay=True, steps=1500,
 )  # fmt: skip
 
 # The demo: a small network, which learns it on two CPU cores in under four minutes.
 DEMO = dict(
-    image_size=8, base_channels=32, channel_mults=[1, 2], num_res_blocks=1,
-    attention_resolutions=[], dropout=0.0, batch=64, lr=3e-3, lr_decay=True, steps=2400,
+    image_size=8, base_channels=32, channel_mults=(1, 2), num_res_blocks=1,
+    attention_resolutions=(), dropout=0.0, batch=64, lr=3e-3, lr_decay=True, steps=2400,
 )  # fmt: skip
 
 
-def make_parser():
-    """Return the parser of the command line, whose defaults are PAPER."""
+def given_flags():
+    """Return the flags of the command line, {name: value}, without those that are not given."""
     parser = argparse.ArgumentParser(
         usage="python train.py --data ./images [options]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
-    flag, switch = parser.add_argument, argparse.BooleanOptionalAction
-    count, index = checkpoint.number(int, 1), checkpoint.number(int, 0, 2**63)
-    amount, share = checkpoint.number(float, 0), checkpoint.number(float, 0, 1)
-    flag("--data", help="folder of images, including its sub-folders [the built-in demo]")
-    flag("--classes", action="store_true", help="the sub-folders of --data are classes")
-    flag("--out", type=Path, default="run", help="folder of the run [%(default)s]")
-    flag("--quick", action="store_true", help="a small network and a short run; see the manual")
-    flag("--init", help="start from the weights of a run, or of diffusers: a folder, or hf:NAME")
-    flag("--image-size", type=count, help="pixels; images are cropped to a square [%(default)s]")
-    flag("--channels", type=int, choices=(1, 3), help="1 for grey, 3 for colour [detected]")
-    flag("--base-channels", type=count, help="width of the first level [%(default)s]")
-    flag("--channel-mults", type=count, nargs="+", help="relative widths of levels [%(default)s]")
-    flag("--num-res-blocks", type=count, help="residual blocks per level [%(default)s]")
-    flag("--attention-resolutions", type=int, nargs="*", help="sizes with attention [%(default)s]")
-    flag("--dropout", type=share, help="share of the activations to drop [%(default)s]")
-    flag("--schedule", choices=checkpoint.SCHEDULES, help="betas [%(default)s]")
-    flag("--variance", choices=("large", "small"), help="sigma_t^2 [%(default)s]")
-    flag("--predicts", choices=TARGETS, help="network's output [%(default)s]")
-    weightings = "simple", "vlb", "min-snr", "native"
-    flag("--weighting", choices=weightings, help="weight of each t; see the manual [%(default)s]")
-    flag("--batch", type=count, help="images per step, over all GPUs [%(default)s]")
-    flag("--accumulate", type=count, default=1, help="parts to split each batch into [%(default)s]")
-    flag("--optimizer", choices=("adam", "muon"), help="muon suits short runs [%(default)s]")
-    flag("--lr", type=amount, help="learning rate [%(default)s]")
-    flag("--warmup", type=index, help="steps until --lr is reached [min(5000, steps / 20)]")
-    flag("--lr-decay", action=switch, help="let --lr fall to 0 at --steps, for short runs")
-    flag("--steps", type=count, help="number of training steps [%(default)s]")
-    flag("--ema", type=share, help="decay of the averaged weights [%(default)s]")
-    flag("--flip", action=switch, help="flip images left to right at random")
-    flag("--seed", type=index, default=0, help="seed of all random numbers [%(default)s]")
-    flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps or xpu [%(default)s]")
-    flag("--amp", action=switch, help="bfloat16 [if supported, except to predict mean or x0]")
-    flag("--compile", action=switch, help="torch.compile [on CUDA, for 5,000 steps or more]")
-    flag("--preview-every", type=count, help="steps between previews [at most 4 %% of the time]")
-    flag("--save-minutes", type=amount, default=5.0, help="minutes between saves [%(default)s]")
-    parser.set_defaults(norm_groups=None, **PAPER)
-    return parser
+    parser.add_argument("--quick", action="store_true",
+                        help="a small network and a short run; see the manual")  # fmt: skip
+    for setting in (f for f in fields(Settings) if f.metadata):
+        options, default = dict(setting.metadata), setting.default
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        if "[" not in options["help"] and shown not in ("", None) and "action" not in options:
+            options["help"] += f" [{shown}]"
+        parser.add_argument(f"--{setting.name.replace('_', '-')}", **options)
+    return vars(parser.parse_args())
 
 
-def arguments():
-    """Return the arguments of the command line, and the Trained of --init or None.
+def decide(given, device, state=None):
+    """Return the Settings from the flags that are given, and the Trained of --init or None.
 
-    The weights decide the network and its schedule; flags not given come from the presets above.
+    The weights of --init, or of the run that began with them (state), decide the network and its
+    schedule. Other flags that are not given come from the presets above. Exits if they do not fit.
     """
-    parser = make_parser()
-    args, weights = parser.parse_args(), None
-    if args.data is None and (args.quick or args.classes):
-        parser.error("--quick and --classes need --data; the demo is quick by itself")
-    if args.data is None or args.quick:
-        parser.set_defaults(**(QUICK if args.quick else DEMO))
-    if args.init is not None:  # a resumed run has its own weights, so those of --init may be gone
-        own = args.out / "checkpoint.pt"
-        use_own = own.is_file() and (RANK == 0 or not Path(args.init).exists())
-        weights = checkpoint.load(own if use_own else args.init)
-        parser.set_defaults(variance=weights.diffusion.variance)
-    args = parser.parse_args()
-    if weights:
-        refuse_overridden(parser, args, weights)
-        vars(args).update({name: weights.settings[name] for name in checkpoint.SHAPE})
-        args.channels, args.schedule = weights.settings["in_channels"], "weights"
-        args.predicts, args.init = weights.predicts, checkpoint.name_of(args.init)
-    if args.data is None and (args.image_size, args.channels or 3) != (8, 3):
-        parser.error("without --data the images are those of the demo, 8x8 in colour")
-    if args.batch < WORLD * args.accumulate:
-        parser.error("--batch must be at least the number of GPUs times --accumulate")
-    args.classes = class_names(args.data) if args.classes else []
-    shape = checkpoint.make_config(args, weights)["model"] | {"in_channels": 3}
+    is_demo, quick = given.get("data") is None, given.get("quick")
+    if is_demo and (quick or "classes" in given):
+        sys.exit("train.py: --quick and --classes need --data; the demo is quick by itself")
+    values = {f.name: f.default for f in fields(Settings)} | {"device": device}
+    values |= DEMO if is_demo else QUICK if quick else {}
+    weights, decided = None, {}
+    if given.get("init") is not None:  # a resumed run has its own weights; the others may be gone
+        weights = trained.of_checkpoint(state) if state else trained.load(given["init"])
+        betas = weights.betas.tolist()
+        names = [name for name, make in run.SCHEDULES.items() if make().tolist() == betas]
+        decided = {name: weights.settings[name] for name in run.SHAPE}
+        decided |= {"channels": weights.settings["in_channels"], "predicts": weights.predicts}
+        decided |= {"schedule": names[0] if names else "weights"}
+        if wrong := [name for name in decided if given.get(name, decided[name]) != decided[name]]:
+            wrong = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
+            sys.exit(f"train.py: {given['init']} decides {wrong}; leave out what differs from it")
+        decided |= {"betas": betas, "init": cli.name_of(given["init"])}
+        values["variance"] = weights.variance
+    values |= {name: v for name, v in given.items() if name not in ("quick", "device")} | decided
+    if is_demo and (values["image_size"], values["channels"] or 3) != (8, 3):
+        sys.exit("train.py: without --data the images are those of the demo, 8x8 in colour")
+    if values["batch"] < WORLD * values["accumulate"]:
+        sys.exit("train.py: --batch must be at least the number of GPUs times --accumulate")
+    if values["classes"]:
+        values["classes"] = data.class_names(values["data"])
+    if "amp" not in given:  # in bfloat16, "mean" and "x0" would give a rough eps at small t
+        rough = values["predicts"] in ("mean", "x0")
+        values["amp"] = machine.has_bfloat16(device) and not rough
+    if "compile" not in given:  # it takes a minute or more
+        values["compile"] = values["steps"] >= 5000 and machine.can_compile(device)
+    if "preview_every" not in given:  # each preview takes as long as 240 images
+        values["preview_every"] = max(25 * 240 // values["batch"], values["steps"] // 100, 1)
+        values["preview_gap"] = 25
+    args = Settings(**values)
+    config = run.make_config(args, args.channels or 3)
     try:
         with torch.device("meta"):
-            UNet(**shape)
+            UNet(**config["model"])
     except ValueError as error:
-        parser.error(str(error))
-
-    args.device = machine.choose_device(args.device)
-    if args.amp is None:  # in bfloat16, "mean" and "x0" would give a rough eps at small t
-        args.amp = machine.has_bfloat16(args.device) and args.predicts not in ("mean", "x0")
-    if args.compile is None:  # it takes a minute or more
-        args.compile = args.steps >= 5000 and machine.can_compile(args.device)
-    args.preview_gap = 0 if args.preview_every else 25  # each preview takes as long as 240 images
-    args.preview_every = args.preview_every or max(25 * 240 // args.batch, args.steps // 100, 1)
+        sys.exit(f"train.py: {error}")
     return args, weights
-
-
-def refuse_overridden(parser, args, weights):
-    """Exit if a given flag differs from what the weights of --init decide."""
-    decided = {name: weights.settings[name] for name in checkpoint.SHAPE if name != "norm_groups"}
-    decided |= {"channels": weights.settings["in_channels"], "predicts": weights.predicts}
-    betas = weights.diffusion.betas
-    schedules = [n for n, make in checkpoint.SCHEDULES.items() if torch.equal(make(), betas)]
-    decided["schedule"] = schedules[0] if schedules else "weights"
-    parser.set_defaults(**dict.fromkeys(decided))
-    given = vars(parser.parse_args())
-    flags = [
-        f"--{name.replace('_', '-')}"
-        for name, value in decided.items()
-        if given[name] not in (None, value, list(value) if isinstance(value, tuple) else value)
-    ]
-    if flags:
-        parser.error(f"{args.init} decides {', '.join(flags)}; leave out what differs from it")
 
 
 # -------------------------------------------------------------------------------------- the program
 
 
-class Interrupts:
-    """Whether the program was told to stop: by Ctrl-C, SIGTERM or SIGHUP (a closed terminal).
-
-    The step is finished then. A second Ctrl-C, 2 seconds later or more, ends it at once.
-    """
-
-    def __init__(self):
-        self.since = None
-        signal.signal(signal.SIGINT, self.stop)
-        signal.signal(signal.SIGTERM, self.stop)
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            signal.signal(signal.SIGHUP, self.stop)  # unless nohup started the program
-
-    def stop(self, number, _):
-        if self.since is None:
-            self.since = time.monotonic()
-            if number == signal.SIGINT and RANK == 0:  # print may be interrupted, os.write is not
-                os.write(2, b"\nfinishing the step, to save it; a second Ctrl-C ends it at once\n")
-        elif number == signal.SIGINT and WORLD == 1 and time.monotonic() - self.since > 2:
-            sys.exit("stopped within a step: what was not saved is lost, and the checkpoint stays")
-
-
-def say_how_long(bar, seconds_per_step, args):
-    """Print how long the run will take if that is long, and on a CPU what is quicker."""
-    left = seconds_per_step * (bar.total - bar.n)
-    if left < LONG:
-        return
-    said = f"at {seconds_per_step:.2g} s per step, the run will take {checkpoint.duration(left)}"
-    if args.device.type == "cpu":
-        said += "; --quick --out quick, a smaller network, takes 8 minutes on two cores at 32x32"
-    bar.write(said)
-
-
 def main():
     print_any_name()
-    args, weights = arguments()
-    is_main, device, out = RANK == 0, args.device, args.out
+    given, is_main = given_flags(), RANK == 0
+    out = given.get("out", Settings.out)
+    device = machine.choose_device(given.get("device", "auto"))
     machine.prefer_speed()
 
     # -- the checkpoint, if this run is resumed; the first process reads it for all
-    state, version = checkpoint.find_run(out) if is_main else (None, None)
-    states = [state]
-    if WORLD > 1:
-        machine.join_processes(device)
-        dist.broadcast_object_list(states)
-    state = states.pop()
+    state, version = run.find_run(out) if is_main else (None, None)
+    machine.join_processes(device)
+    state = machine.from_rank_0(state)
     start = state["step"] if state else 0
-    checkpoint.complete(args, state)
-    checkpoint.refuse_other_run(out, state, checkpoint.make_config(args, weights), args.steps)
+    args, weights = decide(given, device, state)
+    channels = args.channels or (state and state["config"]["model"]["in_channels"])
+    run.refuse_other_run(out, state, run.make_config(args, channels, state=state), args.steps)
 
     # -- the training set, which the first process of each machine decodes
-    if WORLD > 1 and LOCAL_RANK > 0:
-        dist.barrier()
-    images, labels = demo_images(), None
-    if args.data is not None:
-        shape = args.image_size, args.channels
-        images, labels = read_folder(args.data, *shape, classes=args.classes, cache=out)
-    if WORLD > 1 and LOCAL_RANK == 0:
-        dist.barrier()
-    args.channels = images.shape[1]
-    config = checkpoint.make_config(args, weights, fingerprint(images))
-    if WORLD > 1:
-        everyone = [None] * WORLD
-        mine = config["train"] | {"steps": args.steps, "accumulate": args.accumulate}
-        dist.all_gather_object(everyone, config | {"train": mine})
-        checkpoint.refuse_other_ranks(everyone)
-    checkpoint.refuse_other_run(out, state, config, args.steps)
+    with machine.first_process_first():
+        images, labels = data.demo_images(), None
+        if args.data is not None:
+            images, labels = data.read_folder(
+                args.data, args.image_size, channels, classes=args.classes, cache=out
+            )
+    config = run.make_config(args, images.shape[1], data.fingerprint(images), state)
+    ours = config["train"] | {"steps": args.steps, "accumulate": args.accumulate}
+    run.refuse_other_ranks(machine.from_all_ranks(config | {"train": ours}))
+    run.refuse_other_run(out, state, config, args.steps)
     if args.data is not None and LOCAL_RANK == 0:
-        forget_others(images, out)
+        data.forget_others(images, out)
     images = torch.from_numpy(images)
     images = images.to(device) if images.nbytes < 2e9 else images  # else moved batch by batch
     labels = None if labels is None else torch.from_numpy(labels).to(images.device)
@@ -336,9 +294,11 @@ def main():
     diffusion = Diffusion(**config["diffusion"])
     model = UNet(**config["model"]).to(device)
     if weights and not state:
-        checkpoint.start_from(weights, model, args.classes)
+        trained.start_from(weights, model, args.classes)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     if args.optimizer == "muon":
+        from support.muon import Muon
+
         optimizer = Muon(model, args.lr)
     else:
         optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
@@ -350,27 +310,14 @@ def main():
     network = machine.compiled(network) if args.compile else network
     loss_of_part = loss_of(network, diffusion, args)
     if is_main:
-        size = sum(p.numel() for p in model.parameters())
-        where = f"{device}, {'bfloat16' if args.amp else 'float32'}" + ", compiled" * args.compile
-        changed = {name: v for name, v in vars(args).items() if v != PAPER.get(name, v)}
-        kind = f", in {len(args.classes):,} classes" * bool(args.classes)
-        kind += "; the network will memorise the images" * (len(images) < 100)
-        print(f"images   {len(images):,} of {'x'.join(map(str, images.shape[1:]))}{kind}")
-        print(f"settings the paper's{f', but {changed}' if changed else ''}")
-        print(f"network  {size:,} parameters on {WORLD} x {where}")
-        if not args.classes and images[0].numel() <= 300 and images.numel() <= 100_000:  # fast
-            all_weights = loss_weights(diffusion, args.weighting, args.predicts)
-            floor = loss_floor(diffusion, from_pixels(images.cpu()), all_weights, args.flip)
-            print(f"floor    {floor:.4f}; no network's loss is lower, on average (docs/beyond.md)")
+        describe(args, images, diffusion, sum(p.numel() for p in model.parameters()))
         print(f"steps    {start:,} to {args.steps:,}; previews every {args.preview_every} or more")
 
     # -- the loop
-    decay_steps = args.steps if args.lr_decay else None
-    lr_at = partial(learning_rate, lr=args.lr, warmup=args.warmup, decay_steps=decay_steps)
-    interrupts, said_how_long = Interrupts(), False
-    # The (step, time) from which steps are timed; steps that may compile do not count.
-    timed_from = (start, time.monotonic()) if device.type == "cpu" and not args.compile else None
-    run = checkpoint.Run(out, start, lr_at, version) if is_main else None
+    decay_steps, warmup = args.steps if args.lr_decay else None, config["train"]["warmup"]
+    lr_at = partial(learning_rate, lr=args.lr, warmup=warmup, decay_steps=decay_steps)
+    interrupts = cli.Interrupts()
+    folder = run.Run(args, config, start, lr_at, version) if is_main else None
     bar = tqdm(total=args.steps, initial=start, unit="step", mininterval=1, disable=not is_main)
     done, pending = start, []
     for step in range(start, args.steps):
@@ -384,47 +331,56 @@ def main():
             continue
 
         # The losses, the norms, and whether a process was told to stop, in one reduction:
-        values = torch.stack([*pending, pending[0].new_tensor([bool(interrupts.since), 0])])
-        if WORLD > 1:
-            dist.all_reduce(values)
-        *losses, (stops, _) = values.tolist()
+        flags = pending[0].new_tensor([bool(interrupts.since), 0])
+        *losses, (stops, _) = machine.sum_over_ranks(torch.stack([*pending, flags])).tolist()
         done, pending = step + 1, []
         if not np.isfinite(losses).all():
             sys.exit(f"the loss or its gradient became infinite or NaN by step {done:,}; the step "
                      "is not saved. Try a lower --lr, a longer --warmup, or --no-amp.")  # fmt: skip
         if is_main:
-            mean = run.log(done, losses)
-            show = last or (show and run.preview_is_due(args.preview_gap))
-            if last or stops or run.save_is_due(args.save_minutes, show):
-                run.save(config, done, model, ema, optimizer)
+            mean = folder.log(done, losses)
+            show = last or (show and folder.preview_is_due())
+            if last or stops or folder.save_is_due(show):
+                folder.save(done, model, ema, optimizer)
             bar.set_postfix_str(f"loss {mean:.4f}", refresh=False)  # after SIGHUP, this may fail
             bar.update(len(losses))
             if show:
-                run.preview(done, ema, diffusion, images.shape[1:], args)
-            now = time.monotonic()
-            timed_from = timed_from or (done, now)
-            if not said_how_long and now - timed_from[1] > 10 and done > timed_from[0]:
-                say_how_long(bar, (now - timed_from[1]) / (done - timed_from[0]), args)
-                said_how_long = True
+                folder.preview(done, ema, diffusion)
+            if line := folder.time_left(done):
+                bar.write(line)
         if stops:
             break
     bar.close()
-
-    if WORLD > 1:
-        dist.barrier()  # a process that ends before the others sometimes aborts
-        dist.destroy_process_group()
+    machine.leave_processes()
     if done < args.steps:
         program = "torchrun ..." if WORLD > 1 else "python"
-        words = checkpoint.command(*sys.argv)
+        words = cli.command(*sys.argv)
         sys.exit(f"stopped at step {done:,}; to resume:\n  {program} {words}" if is_main else 1)
     if is_main:
         if start == done:
             print("no step was taken: to train again after a change to the code, use another --out")
         path = (out / "checkpoint.pt").as_posix()
         print(f"done: {path} is at step {done:,}; next:")
-        name = checkpoint.name_of(out)
+        name = cli.name_of(out)
         words = [] if name == "run" else ["--onnx", f"{name}.onnx"]
-        print("  python", checkpoint.command("export.py", "--checkpoint", path, *words))
+        print("  python", cli.command("export.py", "--checkpoint", path, *words))
+
+
+def describe(args, images, diffusion, size):
+    """Print what is trained on what: the images, the settings, the network, and the floor."""
+    names = {*run.SHAPE, *run.TRAINING, "dropout", "schedule", "variance", "steps"} - {"seed"}
+    paper = {f.name: f.default for f in fields(Settings) if f.name in names}
+    changed = {n: v for n in paper if (v := getattr(args, n)) != paper[n]}
+    kind = f", in {len(args.classes):,} classes" * bool(args.classes)
+    kind += "; the network will memorise the images" * (len(images) < 100)
+    where = f"{args.device}, {'bfloat16' if args.amp else 'float32'}" + ", compiled" * args.compile
+    print(f"images   {len(images):,} of {'x'.join(map(str, images.shape[1:]))}{kind}")
+    print(f"settings the paper's{f', but {changed}' if changed else ''}")
+    print(f"network  {size:,} parameters on {WORLD} x {where}")
+    if not args.classes and images[0].numel() <= 300 and images.numel() <= 100_000:  # fast
+        weights = loss_weights(diffusion, args.weighting, args.predicts)
+        floor = loss_floor(diffusion, from_pixels(images.cpu()), weights, args.flip)
+        print(f"floor    {floor:.4f}; no network's loss is lower, on average (docs/beyond.md)")
 
 
 if __name__ == "__main__":

@@ -33,14 +33,13 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 import ddpm_numpy  # noqa: E402
-import device  # noqa: E402
 import export  # noqa: E402
-import reduced  # noqa: E402
 import train  # noqa: E402
-from checkpoint import Trained  # noqa: E402
-from data import read_folder  # noqa: E402
 from ddpm import Diffusion, UNet, linear_betas  # noqa: E402
 from images import from_pixels  # noqa: E402
+from support import device, reduced  # noqa: E402
+from support.data import read_folder  # noqa: E402
+from support.trained import Trained  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CIFAR = {
@@ -171,8 +170,7 @@ def train_py(images, batch):
 
     The network is compiled where and as train.py does. images: uint8 (N, 3, 32, 32).
     """
-    args = train.make_parser().parse_args(["--batch", str(batch)])
-    args.device, args.amp = DEVICE, device.has_bfloat16(DEVICE)
+    args = train.Settings(batch=batch, device=DEVICE, amp=device.has_bfloat16(DEVICE))
     model, diffusion, images = UNet().to(DEVICE), Diffusion(linear_betas()), images.to(DEVICE)
     network = model
     if device.can_compile(DEVICE):
@@ -335,59 +333,6 @@ def loop_line(path, batch=16, steps=6):
     )
 
 
-def growth_table(rounds):
-    """Return the time per GFLOP as batch and size grow; it should not rise."""
-    rows = []
-    for size, batches in ((32, (1, 4, 16, 64)), (64, (16,)), (128, (4,))):
-        model = UNet(size, base_channels=32).eval()
-        gflop = flops(model, size) / 1e9
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.onnx"
-            settings = {"in_channels": 3, "image_size": size}
-            trained = Trained(model, Diffusion(linear_betas()), settings, 0, "random")
-            with contextlib.redirect_stdout(io.StringIO()):
-                export.write_onnx(trained, path)
-            network = ddpm_numpy.Network(path)
-            for batch in batches:
-                x, t = np.zeros((batch, *network.shape), np.float32), np.zeros(batch, np.int64)
-                s = in_turn({"": lambda n=network, x=x, t=t: n(x, t)}, rounds)[""] / batch
-                rows.append([f"{size}x{size}", str(batch), f"{1000 * s:.2f}", f"{gflop:.2f}",
-                             f"{1000 * s / gflop:.2f}"])  # fmt: skip
-    head = ["images, 32 channels", "batch", "ms an image", "GFLOP an image", "ms a GFLOP"]
-    return table(head, rows)
-
-
-def start_line(folder):
-    """Return a sentence on the seconds from a command to its first training step or image."""
-    small = "--image-size 32 --base-channels 32 --channel-mults 1 2 --num-res-blocks 1".split()
-    run = folder.parent / "start"
-    log, model = run / "log.csv", run / "model.onnx"
-    began = time.perf_counter()
-    flags = ["--data", folder, "--steps", "1", "--batch", "16", "--out", run, *small]
-    training = subprocess.Popen(
-        [sys.executable, HERE.parent / "train.py", *flags],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    while training.poll() is None and not (log.exists() and log.read_text().count("\n") > 1):
-        time.sleep(0.01)
-    first_step = time.perf_counter() - began
-    training.wait()
-    flags = ["--checkpoint", run / "checkpoint.pt", "--onnx", model]
-    subprocess.run([sys.executable, HERE.parent / "export.py", *flags], capture_output=True)
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        flags = ["--onnx", model, "-n", "1", "--steps", "1", "--out", run / "s.png"]
-        subprocess.run([sys.executable, HERE.parent / "sample.py", *flags], check=True,
-                       capture_output=True)  # fmt: skip
-        seconds.append(time.perf_counter() - began)
-    return (
-        f"From the command, train.py finishes its first step, on {len(list(folder.iterdir()))} new "
-        f"images, after {first_step:.1f} s; sample.py with one step of a small network takes "
-        f"{statistics.median(seconds):.1f} s.\n"
-    )
-
-
 def processor():
     """Return the name of the CPU."""
     with contextlib.suppress(OSError, StopIteration):  # on ARM, the file names no model
@@ -458,8 +403,6 @@ def main():
             training_table(folder, args.batch, args.rounds, 3 * floors[torch.bfloat16]),
             network_table(model, paths, args.rounds, floors[torch.float32]),
             loop_line(next(iter(paths.values()))),
-            start_line(folder),
-            growth_table(args.rounds),
         ]
     text = "\n".join(parts)
     print(text)

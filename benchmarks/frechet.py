@@ -1,6 +1,6 @@
 """Measure the Frechet distance of samples to Fashion-MNIST, in the features of a small classifier.
 
-    python sample.py --onnx docs/fashion-mnist.onnx -n 1000 --steps 10 --dir samples
+    python sample.py --onnx page/fashion-mnist.onnx -n 1000 --steps 10 --dir samples
     python benchmarks/frechet.py samples --data fashion-mnist
 
 --data has two folders of images, train and test, with a sub-folder for each class or with the class
@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import class_names, class_of, image_files, labels_of, read_folder
 from images import from_pixels
+from support.data import class_names, class_of, image_files, labels_of, read_folder
 
 SIZE = 32
 

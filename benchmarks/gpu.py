@@ -34,15 +34,16 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-import checkpoint  # noqa: E402
 import ddpm_numpy  # noqa: E402
 import train  # noqa: E402
 from benchmarks.compare import processor  # noqa: E402
-from data import demo_images  # noqa: E402
 from ddpm import Diffusion, UNet, linear_betas  # noqa: E402
-from device import can_compile, compiled, has_bfloat16  # noqa: E402
 from images import save_image, to_image  # noqa: E402
-from muon import Muon  # noqa: E402
+from support.data import demo_images  # noqa: E402
+from support.device import can_compile, compiled, has_bfloat16  # noqa: E402
+from support.muon import Muon  # noqa: E402
+from support.run import Run, make_config  # noqa: E402
+from support.trained import load  # noqa: E402
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 IS_CUDA = DEVICE.type == "cuda"  # on ROCm, too
@@ -197,15 +198,14 @@ def steps(report, args, compile_too=False):
         model = network(args.tiny).to(DEVICE)
         ema = copy.deepcopy(model).requires_grad_(False)
         optimizer = Muon(model, 1e-5) if muon else torch.optim.Adam(model.parameters(), fused=True)
-        words = ["--batch", str(batch), "--amp" if args.amp else "--no-amp"]
-        flags, numbers = train.make_parser().parse_args(words), itertools.count()
-        flags.device, model = DEVICE, make(model)
-        loss = train.loss_of(model, DIFFUSION, flags)
+        settings = train.Settings(batch=batch, amp=args.amp, device=DEVICE)
+        model, numbers = make(model), itertools.count()
+        loss = train.loss_of(model, DIFFUSION, settings)
 
         def step():
             k = next(numbers)
-            drawn = train.draw_batch(k, images, None, DIFFUSION.T, flags)
-            return train.train_step(drawn, loss, model, ema, optimizer, k, flags)
+            drawn = train.draw_batch(k, images, None, DIFFUSION.T, settings)
+            return train.train_step(drawn, loss, model, ema, optimizer, k, settings)
 
         began = time.perf_counter()
         assert step().isfinite().all()
@@ -246,20 +246,20 @@ def steps(report, args, compile_too=False):
 def preview(report, args):
     """Time what a preview and a checkpoint cost."""
     model, size = network(args.tiny).to(DEVICE).eval(), 8 if args.tiny else 32
-    run, times = checkpoint.Run(args.out, 0, lambda k: 1e-4), 1 if args.tiny else 3
+    settings = train.Settings(out=args.out, image_size=size, amp=args.amp, device=DEVICE)
+    run, times = Run(settings, make_config(settings, 3), 0, lambda k: 1e-4), 1 if args.tiny else 3
     run.log(50_000, [(0.05, 0.1)] * 50_000)
     ema, optimizer = copy.deepcopy(model), torch.optim.Adam(model.parameters(), fused=True)
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
     optimizer.step()  # so that it has its averages
-    flags = argparse.Namespace(device=DEVICE, seed=0, classes=[], amp=args.amp, predicts="eps")
 
     def seconds(call, *args):
         return f"{ms(functools.partial(call, *args), times) / 1000:.2f}"
 
     report.head("of a run of 50,000 steps", "s")
-    report.row("preview", seconds, run.preview, 1, model, DIFFUSION, (3, size, size), flags)
-    report.row("checkpoint", seconds, run.save, {}, 1, model, ema, optimizer)
+    report.row("preview", seconds, run.preview, 1, model, DIFFUSION)
+    report.row("checkpoint", seconds, run.save, 1, model, ema, optimizer)
     (args.out / "checkpoint.pt").unlink(missing_ok=True)
 
 
@@ -293,7 +293,7 @@ def sampling(report, args):
     """Compare eps of ONNX Runtime with torch, and time it and the loop of sampling around it."""
     names = "float32", "float16"
     paths = {name: args.out / f"{name}.onnx" for name in names}
-    trained = checkpoint.load(args.out / "run")
+    trained = load(args.out / "run")
     random = torch.Generator().manual_seed(0)
     x0 = torch.from_numpy(demo_images()[:8] / np.float32(127.5) - 1)
     x0 = torch.nn.functional.interpolate(x0, trained.shape[1:])

@@ -30,12 +30,12 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import compare  # noqa: E402
 import frechet  # noqa: E402
 
-import checkpoint  # noqa: E402
 import ddpm_numpy  # noqa: E402
 import export  # noqa: E402
 from beyond import as_eps, sample  # noqa: E402
 from ddpm import Diffusion, linear_betas  # noqa: E402
 from images import from_pixels, to_pixels  # noqa: E402
+from support.trained import load, open_checkpoint  # noqa: E402
 
 GOALS = 30, 10  # the distances of which the table says when they were reached
 SECONDS = 480  # of a peer's training
@@ -133,7 +133,7 @@ def peer_samples(network, diffusion, steps, count):
 def samples(path, steps, count):
     """Return `count` samples of a checkpoint, drawn as sample.py draws, uint8 (count, C, H, W)."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        export.write_onnx(checkpoint.load(path), Path(folder, "model.onnx"))
+        export.write_onnx(load(path), Path(folder, "model.onnx"))
         network = ddpm_numpy.Network(Path(folder, "model.onnx"), "cpu")
     pixels = []
     for first in range(0, count, 50):
@@ -173,7 +173,7 @@ def main():
             ten, fifty = (distance(samples(last, steps, args.samples)) for steps in (10, 50))
             curve = [(at, distance(samples(path, 10, args.samples))) for at, path in copies[:-1]]
             curve.append((seconds, ten))
-            step = checkpoint.open_checkpoint(last)["step"]
+            step = open_checkpoint(last)["step"]
     reached = [next((f"{at:.0f} s" for at, d in curve if d <= goal), "-") for goal in GOALS]
     print("distance in 10 steps, by time:", *(f"{at:.0f} s: {d:.1f}," for at, d in curve))
     commit = subprocess.run(

@@ -18,16 +18,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-import checkpoint  # noqa: E402
+
 import train  # noqa: E402
-from data import demo_images  # noqa: E402
 from images import from_pixels, grid, save_image, to_pixels  # noqa: E402
+from support.data import count_right, demo_images  # noqa: E402
+from support.trained import load  # noqa: E402
 
 ROWS = [
     ("mean", "vlb"), ("mean", "native"), ("eps", "vlb"), ("eps", "simple"), ("eps", "min-snr"),
@@ -37,21 +37,9 @@ ROWS = [
 SAMPLES = 64
 
 
-def are_right(pixels):
-    """Return which of uint8 (N, 3, 8, 8) are demo images, to within 48 of 255 in each value."""
-    allowed = demo_images().astype(int)
-    nearest = [np.abs(allowed - image).max((1, 2, 3)).min() for image in pixels.astype(int)]
-    return np.array(nearest) <= 48
-
-
-def count_right(pixels):
-    """Return how many of uint8 (N, 3, 8, 8) are demo images."""
-    return are_right(pixels).sum()
-
-
 def judge(run):
     """Return how many of a run's SAMPLES are right, and its bound in bits per dimension."""
-    trained, images = checkpoint.load(run), torch.from_numpy(demo_images())
+    trained, images = load(run), torch.from_numpy(demo_images())
     x0 = trained.diffusion.sample(
         trained.eps, (SAMPLES, 3, 8, 8), generator=torch.Generator().manual_seed(0)
     )

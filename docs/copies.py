@@ -21,14 +21,14 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-import checkpoint  # noqa: E402
 from beyond import sample  # noqa: E402
-from data import read_folder  # noqa: E402
 from ddpm import Diffusion, linear_betas  # noqa: E402
 from ddpm_numpy import Network  # noqa: E402
-from docs.make_figures import plot, show  # noqa: E402
+from docs.make_figures import FIGURES, PAGE, plot, show  # noqa: E402
 from exact import exact_network, squared_error  # noqa: E402
 from images import from_pixels  # noqa: E402
+from support.data import read_folder  # noqa: E402
+from support.trained import load  # noqa: E402
 
 SIZES, STEPS = (100, 300, 1_000, 10_000, 30_000), 4_000
 TIMES = (0, 5, 20, 50, 100, 200, 300, 400, 500, 600, 700, 850, 999)
@@ -65,7 +65,7 @@ def train(sets, runs):
             [str(word) for word in (sys.executable, HERE.parent / "train.py", *words)],
             check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
-        return checkpoint.load(out)
+        return load(out)
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(sets, pool.map(run, sets), strict=True))
@@ -87,7 +87,10 @@ def nearest(x, images):
 
 def included_and_exact(data):
     """Compare both networks on 512 training images and 512 test images, at each of TIMES."""
-    diffusion, network = Diffusion(linear_betas()), Network(HERE / "fashion-mnist.onnx", "cpu")
+    diffusion, network = (
+        Diffusion(linear_betas()),
+        Network(PAGE / "fashion-mnist.onnx", "cpu"),
+    )
     images, unseen = read(data / "train", 32), read(data / "test", 32)
     generator = torch.Generator().manual_seed(0)
     seen = images[torch.randperm(len(images), generator=generator)[:512]]
@@ -109,7 +112,7 @@ def main():
     )
     parser.add_argument("--data", type=Path, required=True, help="with train/ and test/")
     parser.add_argument("--runs", type=Path, required=True, help="where the runs are, or will be")
-    parser.add_argument("--out", type=Path, default=HERE / "copies.png", help="[docs/copies.png]")
+    parser.add_argument("--out", type=Path, default=FIGURES / "copies.png", help="[docs/figures]")
     args = parser.parse_args()
 
     sets = split(args.data, args.runs)

@@ -20,16 +20,16 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 HERE = Path(__file__).parent
+FIGURES, PAGE = HERE / "figures", HERE.parent / "page"
 sys.path.insert(0, str(HERE.parent))
 
 import ddpm_numpy  # noqa: E402
-from benchmarks.table2 import are_right  # noqa: E402
 from beyond import cosine_betas, respaced  # noqa: E402
-from data import demo_images, read_folder  # noqa: E402
 from ddpm import Bound, Diffusion, linear_betas  # noqa: E402
 from evaluate import rate_distortion  # noqa: E402
 from exact import exact_network, squared_error  # noqa: E402
 from images import from_pixels, grid, save_animation, to_pixels  # noqa: E402
+from support.data import are_right, demo_images, read_folder  # noqa: E402
 
 DPI, BATCH = 100, 16
 TABLE_4 = [  # of the paper: bits per dimension, RMSE
@@ -277,7 +277,7 @@ def beside(x, x0):
 
 
 def page_noise(seed, k, count):
-    """Return the first `count` numbers that noiseOf of docs/sampler.js draws for image k."""
+    """Return the first `count` numbers that noiseOf of page/sampler.js draws for image k."""
     mask = 2**32 - 1
     a, b, c, counter = seed & mask, k, seed >> 32, 1
 
@@ -297,7 +297,7 @@ def page_noise(seed, k, count):
 
 
 def draw_recorded(path, network):
-    """Save what docs/page.js shows before its network is loaded: 16 x_t and x0_hat of Algorithm 2.
+    """Save what page/page.js shows before its network is loaded: 16 x_t and x0_hat of Algorithm 2.
 
     The chain begins with the page's noise of seed 0. Each row is one of 26 levels of t.
     """
@@ -459,10 +459,12 @@ def main():
     )
     parser.add_argument("--data", type=Path, required=True, help="images it has not seen")
     parser.add_argument(
-        "--onnx", default=HERE / "fashion-mnist.onnx", help="[the included network]"
+        "--onnx", default=PAGE / "fashion-mnist.onnx", help="[the included network]"
     )
     parser.add_argument("--demo", help="the demo's network")
-    parser.add_argument("--out", type=Path, default=HERE, help="where to put the figures [docs]")
+    parser.add_argument(
+        "--out", type=Path, default=FIGURES, help="where to put them [docs/figures]"
+    )
     args = parser.parse_args()
 
     args.out.mkdir(parents=True, exist_ok=True)
@@ -476,7 +478,7 @@ def main():
     draw_unet(args.out / "unet.png")
     draw_strip(args.out, network)
     if network.shape == (1, 32, 32):  # the included network's
-        draw_recorded(args.out / "recorded.png", network)
+        draw_recorded((PAGE if args.out == FIGURES else args.out) / "recorded.png", network)
     draw_ends(args.out / "ends.png", network)
     draw_steps(args.out / "steps.png", network)
     if network.classes:

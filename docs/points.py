@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 HERE = Path(__file__).parent
+FIGURES = HERE / "figures"
 sys.path.insert(0, str(HERE.parent))
 
 from beyond import as_eps, guided, loss_weights, sample, sample_progressive  # noqa: E402
@@ -179,13 +180,13 @@ def main():
         torch.manual_seed(1)
         return sample(diffusion, eps, (N, 2, 1, 1), **kwargs)
 
-    draw_guidance(HERE / "guidance.png", paper, fit(paper, labelled_moons))
+    draw_guidance(FIGURES / "guidance.png", paper, fit(paper, labelled_moons))
     angles, panels = torch.arange(8) * torch.pi / 4, []
     circle = 1.8 * torch.stack([angles.cos(), angles.sin()], 1)[..., None, None]
     for name, data in (("mixture", mixture), ("moons", moons)):
         model = fit(paper, data)
         if data is mixture:
-            draw_field(HERE / "field.png", paper, model)
+            draw_field(FIGURES / "field.png", paper, model)
         chain = sample_progressive(paper, model, (8, 2, 1, 1), steps=200, eta=0, x_T=circle)
         paths = [x_t for _, x_t, _ in chain]
         panels += [
@@ -216,7 +217,7 @@ def main():
             limits = -1.2, 1.2
         axes.set(aspect="equal", xlim=limits, ylim=limits)
         axes.set_title(title, fontsize=10)
-    figure.savefig(HERE / "points.png", dpi=85)
+    figure.savefig(FIGURES / "points.png", dpi=85)
 
 
 if __name__ == "__main__":

@@ -15,15 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoint
 import evaluate
 import export
 import sample
 import train
-from checkpoint import Trained
-from data import demo_images
 from ddpm import Diffusion, UNet, linear_betas, timestep_embedding
 from images import from_pixels
+from support.data import demo_images
+from support.trained import Trained, load
 from test_ddpm import PAPER, VARIANCES, close, randn, small_unet  # noqa: F401
 
 if sys.platform == "darwin":  # where gloo may not find the machine by its own name
@@ -258,5 +257,5 @@ def coloured(class_folder, tmp_path_factory):
         words = ["train.py", "--data", class_folder, "--out", out, *CLASSES, "--steps", 160]
         patch.setattr("sys.argv", [*map(str, words)])
         train.main()
-    export.write_onnx(checkpoint.load(out), out / "model.onnx")
+    export.write_onnx(load(out), out / "model.onnx")
     return out

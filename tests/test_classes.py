@@ -13,14 +13,14 @@ import torch
 from conftest import COLOURS, HERE, TINY, randn, read, small_unet
 from PIL import Image
 
-import checkpoint
-import data
 import ddpm_numpy
 import export
 import train
 from beyond import guided
 from ddpm import Diffusion, linear_betas
 from images import from_pixels, read_image
+from support import data
+from support.trained import Trained, load
 
 
 def cells(path, rows, columns):
@@ -86,7 +86,7 @@ def test_interpolation_within_a_class(coloured, class_folder, tmp_path, run):
 
 
 def test_guidance_in_numpy_is_that_of_ddpm_py(coloured):
-    trained, network = checkpoint.load(coloured), ddpm_numpy.Network(coloured / "model.onnx", "cpu")
+    trained, network = load(coloured), ddpm_numpy.Network(coloured / "model.onnx", "cpu")
     x = np.random.default_rng(0).standard_normal((4, 3, 8, 8), np.float32)
     t, y = np.array([0, 10, 500, 999]), np.array([0, 1, 2, 0])
     assert network.classes == list(COLOURS)
@@ -105,7 +105,7 @@ def test_file_has_a_third_input(kind, tmp_path):
     """Of one level, which is exported faster. `coloured` is exported in float32."""
     settings = dict(image_size=8, in_channels=3, num_classes=3, channel_mults=(1,))
     model = small_unet(0.01, **settings, attention_resolutions=())
-    trained = checkpoint.Trained(model, Diffusion(linear_betas()), settings, 1, "", list("abc"))
+    trained = Trained(model, Diffusion(linear_betas()), settings, 1, "", list("abc"))
     export.write_onnx(trained, tmp_path / "model.onnx", kind)
     session = ort.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     inputs = {i.name: (i.type, len(i.shape)) for i in session.get_inputs()}
@@ -122,7 +122,7 @@ def test_bound_is_given_the_class(coloured, class_folder, tmp_path, run):
     torch.save(state, tmp_path / "checkpoint.pt")
     said = run("evaluate.py", "--data", class_folder, "--checkpoint", ".", "--images", 6,
                cwd=tmp_path)  # fmt: skip
-    trained, random = checkpoint.load(tmp_path), torch.Generator().manual_seed(0)
+    trained, random = load(tmp_path), torch.Generator().manual_seed(0)
     images, labels = data.read_folder(class_folder, 8, 3, 6, trained.classes)
     order = torch.randperm(len(images), generator=random)
     network = partial(trained.eps, y=torch.from_numpy(labels)[order])
@@ -138,7 +138,7 @@ def test_diffusers_has_the_same_network(coloured, tmp_path, run):
                cwd=tmp_path)  # fmt: skip
     assert "class_labels" in said
     theirs = diffusers.UNet2DModel.from_pretrained(tmp_path / "theirs", subfolder="unet").eval()
-    ours, x = checkpoint.load(coloured).model, torch.randn(4, 3, 8, 8)
+    ours, x = load(coloured).model, torch.randn(4, 3, 8, 8)
     t, y = torch.tensor([0, 10, 500, 999]), torch.tensor([0, 1, 2, 3])
     with torch.no_grad():
         expected = theirs(x, t, class_labels=y).sample
@@ -236,7 +236,7 @@ def test_weights_with_classes_keep_or_lose_them(class_folder, coloured, tmp_path
     same, before = read(tmp_path / "same")["model"], read(coloured)["ema"]
     assert all(torch.equal(same[name], before[name]) for name in before)
     run("train.py", *flags, "--out", "none", cwd=tmp_path)
-    none, classes = checkpoint.load(tmp_path / "none"), checkpoint.load(coloured)
+    none, classes = load(tmp_path / "none"), load(coloured)
     x, t = randn(3, 3, 8, 8), torch.tensor([0, 500, 999])
     with torch.no_grad():
         torch.testing.assert_close(none.model(x, t), classes.model(x, t), rtol=0, atol=1e-5)
@@ -252,7 +252,7 @@ def test_folders_that_are_no_classes_are_one_line(class_folder, image_folder, tm
     Image.new("RGB", (8, 8)).save(tmp_path / "one" / "red" / "0.png")
     said = run("train.py", "--data", "one", "--classes", cwd=tmp_path, code=1)
     assert "needs images in two sub-folders" in said
-    assert "--classes need --data" in run("train.py", "--classes", cwd=tmp_path, code=2)
+    assert "--classes need --data" in run("train.py", "--classes", cwd=tmp_path, code=1)
 
 
 def test_names_that_are_no_classes_are_one_line(coloured, trained, image_folder, tmp_path, run):

@@ -10,8 +10,8 @@ import pytest
 from conftest import HERE, posix, python
 from PIL import EpsImagePlugin, Image
 
-import data
 import images
+from support import data
 
 
 def first_pixels(images):
@@ -321,18 +321,18 @@ def test_demo_has_each_glyph_in_each_colour_at_nine_places():
 
 
 def test_decoding_needs_no_torch():
-    code = "import sys, data; print({'torch', 'matplotlib'} & set(sys.modules))"
+    code = "import sys, support.data; print({'torch', 'matplotlib'} & set(sys.modules))"
     assert python("-c", code, cwd=HERE).strip() == "set()"
 
 
 def test_program_writes_the_images_as_the_network_sees_them(image_folder, tmp_path):
     """The folder may exist if it is empty. Nothing is made before the input has been read."""
     (tmp_path / "real").mkdir()
-    words = ["data.py", image_folder, "real", 8]
-    said = python(HERE / "data.py", "nowhere", "new", 8, cwd=tmp_path, code=1)
+    words = ["-m", "support.data", image_folder, tmp_path / "real", 8]
+    said = python("-m", "support.data", "nowhere", tmp_path / "new", 8, cwd=HERE, code=1)
     assert "no such folder" in said and not (tmp_path / "new").exists()
-    assert "real: 12 images" in python(HERE / words[0], *words[1:], cwd=tmp_path)
+    assert "real: 12 images" in python(*words, cwd=HERE)
     paths = sorted((tmp_path / "real").iterdir())
     written = [np.asarray(Image.open(path)).transpose(2, 0, 1) for path in paths]
     assert np.array_equal(written, read(image_folder, 8))
-    assert "a new or empty" in python(HERE / words[0], *words[1:], cwd=tmp_path, code=2)
+    assert "a new or empty" in python(*words, cwd=HERE, code=2)

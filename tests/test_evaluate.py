@@ -10,10 +10,10 @@ import torch
 from conftest import posix, read
 from PIL import Image
 
-import images
-from data import demo_images, read_folder
 from ddpm import Diffusion, UNet, linear_betas
 from images import from_pixels
+from support.data import demo_images, read_folder
+from support.plot import figure_class
 
 BETAS = linear_betas(100, 1e-4, 0.2)
 
@@ -114,10 +114,10 @@ def test_signal_ends_it_without_a_traceback(network, image_folder, tmp_path, sta
 
 def test_without_matplotlib_it_writes_the_table(network, image_folder, tmp_path, run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    images.figure_class.cache_clear()
+    figure_class.cache_clear()
     words = ["--data", image_folder, "--checkpoint", "checkpoint.pt", "--images", 1]
     said = run("evaluate.py", *words, cwd=tmp_path)
-    images.figure_class.cache_clear()
+    figure_class.cache_clear()
     assert "matplotlib is missing: pip install matplotlib" in said
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint.pt", "rate-distortion.csv"}
 

@@ -15,14 +15,13 @@ from PIL import Image
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 import beyond
-from benchmarks.table2 import are_right
 from beyond import loss_weights
-from data import demo_images
 from ddpm import Diffusion, linear_betas
 from docs import copies
 from docs.points import only_first
 from exact import exact_network, loss_floor, squared_error
 from images import from_pixels, save_image, to_pixels
+from support.data import are_right, demo_images
 from test_ddpm import oracle
 
 DEMO = from_pixels(torch.from_numpy(demo_images()))

@@ -14,14 +14,14 @@ import torch
 from conftest import HERE, PAPER, RunsCode, SmallDiT, posix, python, randn, read
 from PIL import Image
 
-import checkpoint
 import export
-import reduced
 from beyond import eps_of_output
-from data import demo_images
 from ddpm import UNet, linear_betas
 from images import from_pixels
-from pretrained import largest_difference
+from support import reduced
+from support.data import demo_images
+from support.pretrained import largest_difference
+from support.trained import load
 
 DOUBLE = onnx.TensorProto.DOUBLE
 FLOAT, FLOAT16 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
@@ -65,7 +65,7 @@ def doubles(graph):
 @pytest.mark.parametrize("predicts", ["eps", "v", "x0", "mean"])
 def test_no_file_holds_float64(predicts, trained, tmp_path):
     """Browsers cannot run it. The output is eps for every target, as in ddpm.py."""
-    source = checkpoint.load(trained[0] / "run")
+    source = load(trained[0] / "run")
     source.predicts = predicts
     exact = export.to_onnx(source, source.model)
     assert not doubles(exact.graph)
@@ -122,7 +122,7 @@ def test_onnx_file_is_the_averaged_network(trained):
 
 def test_file_that_differs_from_torch_is_not_written(trained, tmp_path, monkeypatch):
     folder, _ = trained
-    source, eps = checkpoint.load(folder / "run"), reduced.eps_of(folder / "model.onnx")
+    source, eps = load(folder / "run"), reduced.eps_of(folder / "model.onnx")
     assert largest_difference(source.model, eps, (3, 8, 8), 1000) < 1e-5
     (tmp_path / "model.onnx").write_text("of before")
     monkeypatch.setattr(export, "to_onnx", lambda *_: onnx.load(folder / "model.onnx"))

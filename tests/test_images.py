@@ -12,9 +12,9 @@ from images import (
     read_image,
     save_animation,
     save_image,
-    save_plot,
     to_pixels,
 )
+from support.plot import save_plot
 
 
 @pytest.fixture

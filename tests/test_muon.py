@@ -6,7 +6,7 @@ import torch
 from conftest import SmallDiT
 
 from ddpm import Diffusion, UNet, linear_betas
-from muon import Muon, hidden_weights
+from support.muon import Muon, hidden_weights
 
 LR = 1e-3
 

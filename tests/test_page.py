@@ -1,4 +1,4 @@
-"""The page docs/index.html, in a real browser: its numbers are Python's, its promises hold."""
+"""The page page/index.html, in a real browser: its numbers are Python's, its promises hold."""
 
 import base64
 import functools
@@ -19,22 +19,22 @@ from PIL import Image
 
 import beyond
 import ddpm_numpy
-from benchmarks.table2 import count_right
 from beyond import as_eps, loss_weights
 from ddpm import Diffusion, linear_betas, timestep_embedding
 from docs.make_figures import page_noise
 from docs.points import MEANS, STD
 from exact import exact_network
 from images import read_image, save_image, to_image, to_pixels
-from reduced import TOLERANCE
+from support.data import count_right
+from support.reduced import TOLERANCE
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the page's tests need playwright")
 BROWSERS = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
-DOCS = HERE / "docs"
-RUNTIME = DOCS / "node_modules" / "onnxruntime-web"
-VERSION = re.search(r"onnxruntime-web@[0-9.]+", (DOCS / "page.js").read_text("utf-8"))[0]
-INSTALL = f"npm install --no-save --no-package-lock --prefix docs {VERSION}"
+PAGE = HERE / "page"
+RUNTIME = PAGE / "node_modules" / "onnxruntime-web"
+VERSION = re.search(r"onnxruntime-web@[0-9.]+", (PAGE / "page.js").read_text("utf-8"))[0]
+INSTALL = f"npm install --no-save --no-package-lock --prefix page {VERSION}"
 pytestmark = [
     pytest.mark.page,
     pytest.mark.skipif(CHROMIUM is None, reason="the page's tests need Chromium"),
@@ -54,8 +54,8 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def address():
-    """Where docs/ is served, as `python -m http.server -d docs` does."""
-    handler = functools.partial(Quiet, directory=DOCS)
+    """Where docs/ is served, as `python -m http.server -d page` does."""
+    handler = functools.partial(Quiet, directory=PAGE)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
@@ -322,7 +322,7 @@ EPS = """async ([content, x, times]) => {
 
 @pytest.mark.parametrize("kind", ["shipped", "None", "int8"])
 def test_eps_is_pythons(kind, page, files):
-    path = DOCS / "fashion-mnist.onnx" if kind == "shipped" else files[0] / f"{kind}.onnx"
+    path = PAGE / "fashion-mnist.onnx" if kind == "shipped" else files[0] / f"{kind}.onnx"
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     metadata = session.get_modelmeta().custom_metadata_map
     shape, times = (3, *json.loads(metadata["ddpm.image_shape"])), [0, 300, 999]
@@ -384,7 +384,7 @@ TRAIN = """async ([options, batches]) => {
 
 
 def inputs_of(x_t, t, y, classes):
-    """What the network of docs/trainer.js reads."""
+    """What the network of page/trainer.js reads."""
     x = x_t.flatten(1)
     waves = torch.cat([w * x for w in (3, 6, 12, 24)], 1)
     parts = [4 * x, waves.sin(), waves.cos(), timestep_embedding(t, 32)]
@@ -487,7 +487,7 @@ def test_shipped_model_draws_what_python_draws(page):
     page.fill("#seed", "3")
     page.click("#sample")
     assert "4 images: 10 steps in" in until_idle(page)
-    network = ddpm_numpy.Network(DOCS / "fashion-mnist.onnx", "cpu")
+    network = ddpm_numpy.Network(PAGE / "fashion-mnist.onnx", "cpu")
     start = first_noise(page, 3, 4, math.prod(network.shape)).reshape(4, *network.shape)
     model = ddpm_numpy.guided(network, np.arange(4), 0)  # the classes in turn
     steps = list(ddpm_numpy.sample_progressive(model, lambda: start, network.betas, steps=10))
@@ -574,8 +574,9 @@ def test_changes_of_the_training(page, tmp_path):
     code = page.text_content("#learn-code")
     assert '"vlb", "v"' in code and len(re.findall(r"\[-?0\.", code)) == 10
     script = code.replace("steps=1000", "steps=3").replace("1000, 2", "10, 2")
-    (tmp_path / "points.py").write_text((DOCS / "points.py").read_text("utf-8").replace(
-        "HERE = Path(__file__).parent", f"HERE = Path({str(DOCS)!r})"), "utf-8")  # fmt: skip
+    points, there = (HERE / "docs" / "points.py").read_text("utf-8"), str(HERE / "docs")
+    points = points.replace("HERE = Path(__file__).parent", f"HERE = Path({there!r})")
+    (tmp_path / "points.py").write_text(points, "utf-8")
     (tmp_path / "run.py").write_text(script, "utf-8")
     python("run.py", cwd=tmp_path)
     assert Image.open(tmp_path / "samples.png").width > 100
@@ -643,7 +644,7 @@ def test_points_that_are_drawn(page):
 
 def test_recording_is_algorithm_2_from_the_noise_of_the_page(opened, page):
     """Before anybody clicks, the page shows the end of the recording."""
-    fresh, network = opened(), ddpm_numpy.Network(DOCS / "fashion-mnist.onnx", "cpu")
+    fresh, network = opened(), ddpm_numpy.Network(PAGE / "fashion-mnist.onnx", "cpu")
     assert fresh.text_content("#at") == "26 of 26" and fresh.text_content("#number-t") == "0"
     size = math.prod(network.shape)
     for seed in (0, 5 * 2**32 + 7):
@@ -849,7 +850,7 @@ def test_classes_and_guidance(files, page):
     """Of the included network, after one without classes."""
     assert "Ready. None.onnx" in choose(page, files[0] / "None.onnx")
     assert page.locator("#class").is_hidden() and page.locator("#w").is_hidden()
-    assert "Ready. fashion-mnist.onnx" in choose(page, DOCS / "fashion-mnist.onnx")
+    assert "Ready. fashion-mnist.onnx" in choose(page, PAGE / "fashion-mnist.onnx")
     page.select_option("#steps", "10")
     page.select_option("#sampler", "dpm")
     page.select_option("#count", "4")
@@ -857,7 +858,7 @@ def test_classes_and_guidance(files, page):
     page.select_option("#class", label="trouser")
     page.click("#sample")
     assert "4 images: 10 steps in" in until_idle(page)
-    network = ddpm_numpy.Network(DOCS / "fashion-mnist.onnx", "cpu")
+    network = ddpm_numpy.Network(PAGE / "fashion-mnist.onnx", "cpu")
     trouser, n = network.classes.index("trouser"), len(network.classes)
     start = first_noise(page, 3, 4, math.prod(network.shape)).reshape(4, *network.shape)
 

@@ -11,12 +11,11 @@ import torch
 from conftest import HERE, PAPER, VARIANCES, RunsCode, python, randn, read, small_unet
 from safetensors.torch import load_file, save_file
 
-import checkpoint
 import export
-import pretrained
-import reduced
 from beyond import cosine_betas
 from ddpm import Diffusion, linear_betas
+from support import pretrained, reduced
+from support.trained import Trained, load
 
 SHAPES = {  # size, base, mults, attention, groups
     "CIFAR-10": (32, 128, (1, 2, 2, 2), 16, 32),
@@ -77,7 +76,7 @@ def assert_same_network(ours, theirs):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_network_is_diffusers_network_in_both_directions(shape, tmp_path):
     theirs = save_published(tmp_path / "in", shape, flat=False)
-    trained = checkpoint.load(tmp_path / "in")
+    trained = load(tmp_path / "in")
     assert_same_network(trained.model, theirs)
     assert trained.diffusion.variance == "large" and not trained.model.training
     assert torch.equal(trained.diffusion.betas, linear_betas())
@@ -101,7 +100,7 @@ def test_published_weights_are_read_in_the_old_layout_too(tmp_path):
         state = {k.replace(f".{new}.", f".{old}."): v for k, v in state.items()}
     assert any("proj_attn" in k for k in state)
     torch.save(state, path)
-    assert_same_network(checkpoint.load(tmp_path).model, theirs)
+    assert_same_network(load(tmp_path).model, theirs)
 
 
 @pytest.mark.parametrize("variance", VARIANCES)
@@ -112,14 +111,14 @@ def test_diffusers_pipeline_draws_what_ddpm_py_draws(variance, betas, tmp_path):
 
     model = small_unet(dropout=0.0)
     diffusion = Diffusion(betas, variance)
-    pretrained.to_diffusers(checkpoint.Trained(model, diffusion, SMALL, 0, ""), tmp_path)
+    pretrained.to_diffusers(Trained(model, diffusion, SMALL, 0, ""), tmp_path)
     pipeline = DDPMPipeline.from_pretrained(tmp_path)
     pipeline.set_progress_bar_config(disable=True)
     drawn = pipeline(2, torch.Generator().manual_seed(0), 40, output_type="np").images
     x0 = diffusion.sample(model, (2, 3, 8, 8), generator=torch.Generator().manual_seed(0))
     assert x0.std() > 0.1
     np.testing.assert_allclose(drawn, (x0.permute(0, 2, 3, 1) + 1) / 2, rtol=0, atol=1e-4)
-    back = checkpoint.load(tmp_path)
+    back = load(tmp_path)
     torch.testing.assert_close(back.diffusion.betas, betas, rtol=1e-15, atol=0)
     assert back.diffusion.variance == variance
 
@@ -127,7 +126,7 @@ def test_diffusers_pipeline_draws_what_ddpm_py_draws(variance, betas, tmp_path):
 def test_file_computes_eps_whatever_is_predicted(tmp_path):
     """Of a network that predicts the mean; the other files of the tests predict eps."""
     model = small_unet(channel_mults=(1,), attention_resolutions=())  # is exported faster
-    trained = checkpoint.Trained(model, PAPER, SMALL, 1, "", predicts="mean")
+    trained = Trained(model, PAPER, SMALL, 1, "", predicts="mean")
     export.write_onnx(trained, tmp_path / "x.onnx")
     x, t = randn(3, 3, 8, 8), torch.tensor([5, 500, 999])
     with torch.no_grad():
@@ -144,9 +143,9 @@ def test_outputs_are_those_of_diffusers(predicts, tmp_path):
     from diffusers import DDPMScheduler
 
     model = small_unet(dropout=0.0)
-    trained = checkpoint.Trained(model, PAPER, SMALL, 0, "", predicts=predicts)
+    trained = Trained(model, PAPER, SMALL, 0, "", predicts=predicts)
     pretrained.to_diffusers(trained, tmp_path)
-    assert checkpoint.load(tmp_path).predicts == predicts
+    assert load(tmp_path).predicts == predicts
     scheduler = DDPMScheduler.from_pretrained(tmp_path / "scheduler")
     x, t = randn(1, 3, 8, 8), torch.tensor([500])
     with torch.no_grad():
@@ -174,7 +173,7 @@ def test_published_weights_to_images_and_back(image_folder, tmp_path, run):
     assert "on 1 image" in run("evaluate.py", *flags, cwd=tmp_path)
     assert (tmp_path / "published" / "rate-distortion.csv").is_file()
     run("export.py", "--to-diffusers", "mine", cwd=tmp_path)
-    mine, ema = checkpoint.load(tmp_path / "mine").model.state_dict(), read(tmp_path / "run")["ema"]
+    mine, ema = load(tmp_path / "mine").model.state_dict(), read(tmp_path / "run")["ema"]
     assert all(torch.equal(mine[k], ema[k]) for k in mine)
 
 
@@ -200,7 +199,7 @@ def change(path, **settings):
 def refusal(folder):
     """Return the line with which a folder is refused."""
     with pytest.raises(SystemExit) as refused:
-        checkpoint.load(folder)
+        load(folder)
     said = refused.value.code
     del refused
     gc.collect()  # the file is mapped until then, and Windows does not let one change it
@@ -254,7 +253,7 @@ def test_other_words_for_the_same_network_are_understood(copy):
 
     change(copy / "config.json", sample_size=[8, 8], act_fn="swish", attention_head_dim=16)
     (copy / "scheduler_config.json").write_text('{"_class_name": "DDPMScheduler"}')
-    trained = checkpoint.load(copy)
+    trained = load(copy)
     assert_same_network(trained.model, UNet2DModel.from_pretrained(copy).eval())
     assert trained.diffusion.variance == "small"  # what diffusers takes an omitted key for
 
@@ -265,7 +264,7 @@ def test_schedules_of_diffusers(schedule, copy):
 
     theirs = DDPMScheduler(300, 2e-4, 0.03, schedule)
     theirs.save_pretrained(copy)
-    betas = checkpoint.load(copy).diffusion.betas
+    betas = load(copy).diffusion.betas
     torch.testing.assert_close(betas.float(), theirs.betas, rtol=1e-6, atol=1e-9)
 
 
@@ -304,9 +303,7 @@ def test_folders_and_names_without_a_config_are_one_line(copy, run):
 
 def test_to_diffusers_refuses_what_it_cannot_write(tmp_path):
     model = small_unet(dropout=0.0)
-    mean, eps = (
-        checkpoint.Trained(model, PAPER, SMALL, 0, "", predicts=p) for p in ("mean", "eps")
-    )
+    mean, eps = (Trained(model, PAPER, SMALL, 0, "", predicts=p) for p in ("mean", "eps"))
     with pytest.raises(SystemExit, match="can't express a network that predicts 'mean'"):
         pretrained.to_diffusers(mean, tmp_path / "theirs")
     (tmp_path / "mine").touch()

@@ -18,12 +18,16 @@ from ddpm import Diffusion, UNet, linear_betas
 from docs import make_figures
 
 README = (HERE / "README.md").read_text("utf-8")
-BEYOND, FORMULAS, GUIDE, NOTES = (
-    (HERE / "docs" / f"{name}.md").read_text("utf-8")
-    for name in ("beyond", "formulas", "guide", "notes")
+NAMES = "lesson", "beyond", "formulas", "guide", "notes"
+LESSON, BEYOND, FORMULAS, GUIDE, NOTES = (
+    (HERE / "docs" / f"{name}.md").read_text("utf-8") for name in NAMES
 )
-PAGES = {"README.md": README, "docs/beyond.md": BEYOND, "docs/formulas.md": FORMULAS}
-PAGES |= {"docs/guide.md": GUIDE, "docs/notes.md": NOTES}
+PAGES = {"README.md": README}
+PAGES |= dict(
+    zip(
+        [f"docs/{name}.md" for name in NAMES], [LESSON, BEYOND, FORMULAS, GUIDE, NOTES], strict=True
+    )
+)
 TEST_NAMES = "".join(
     p.read_text("utf-8") for p in [HERE / "test_ddpm.py", *HERE.glob("tests/*.py")]
 )
@@ -41,13 +45,13 @@ def anchors(page):
 
 
 def test_quotes_are_the_code():
-    """Every block of Python in the README and in beyond.md stands in a program, line by line."""
+    """Every Python block of the README, the lesson and beyond.md stands in a program."""
     texts = [
         (HERE / name).read_text("utf-8").splitlines()
         for name in ("ddpm.py", "beyond.py", "train.py", "exact.py")
     ]
     programs = [[line.strip() for line in text] for text in texts]
-    quotes = blocks(README + BEYOND, "python")
+    quotes = blocks(README + LESSON + BEYOND, "python")
     assert len(quotes) >= 20
     for quote in quotes:
         lines = [line.strip() for line in quote.splitlines()]
@@ -57,7 +61,7 @@ def test_quotes_are_the_code():
 
 def test_equations_are_in_the_code_with_their_numbers():
     """All but the definition (1) and (16), of which no line of code is the equation."""
-    numbers = re.findall(r"\\tag\{(\d+)\}", README)
+    numbers = re.findall(r"\\tag\{(\d+)\}", LESSON)
     assert sorted(map(int, numbers)) == [1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 14, 15, 16]
     for number in set(numbers) - {"1", "16"}:
         assert re.search(rf"\({number}\)", (HERE / "ddpm.py").read_text("utf-8")), number
@@ -94,11 +98,11 @@ def test_parameters_by_part():
     edges = count(model.conv_in, model.norm_out, model.conv_out)
     for number in (count(model.middle), count(model.time_mlp), edges, count(model)):
         assert number in NOTES.split("## The parameters")[1].split("\n## ")[0], number
-    assert count(model) in README
+    assert count(model) in README and count(model) in LESSON
 
 
 def test_tests_that_the_lesson_names_exist():
-    names = re.findall(r"`(test_\w+)`", README + FORMULAS + BEYOND + NOTES)
+    names = re.findall(r"`(test_\w+)`", README + LESSON + FORMULAS + BEYOND + NOTES)
     assert len(names) >= 15
     for name in names:
         assert f"def {name}(" in TEST_NAMES, name
@@ -126,8 +130,8 @@ def test_flags_files_and_anchors_exist(run, tmp_path):
             assert target.is_file() or target.is_dir(), link
             assert not anchor or anchor in anchors(target.read_text("utf-8")), link
     assert seen == set(helps)
-    linked = re.findall(r'data-readme="([^"]+)"', (HERE / "docs" / "index.html").read_text("utf-8"))
-    assert len(linked) >= 5 and set(linked) <= anchors(README)
+    linked = re.findall(r'data-lesson="([^"]+)"', (HERE / "page" / "index.html").read_text("utf-8"))
+    assert len(linked) >= 5 and set(linked) <= anchors(LESSON)
 
 
 @pytest.mark.parametrize("program", ["train.py", "sample.py"])
@@ -214,14 +218,14 @@ def test_figures_are_made(trained, image_folder, tmp_path):
             assert image.width >= 400 or path.suffix == ".gif"
     with Image.open(tmp_path / "docs" / "reverse.gif") as gif:
         assert gif.n_frames > 50 and gif.info["loop"] == 0
-    shown = re.findall(r"(?:\]\(|src=\")(?:docs/)?([^)\"]+)", "".join(PAGES.values()))
+    shown = re.findall(r"(?:\]\(|src=\")(?:docs/)?(?:figures/)?([^)\"]+)", "".join(PAGES.values()))
     assert {path.name for path in made} <= set(shown)
 
 
 @pytest.mark.slow
 def test_points_are_learnt(tmp_path):
     """docs/points.py in a copy of the repository: what it prints, and its figures."""
-    for name in ("ddpm.py", "beyond.py", "exact.py", "docs/points.py"):
+    for name in ("ddpm.py", "beyond.py", "exact.py", "docs/points.py", "docs/figures/field.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(HERE / name, tmp_path / name)
     said = python(tmp_path / "docs" / "points.py", cwd=tmp_path, timeout=600)
@@ -232,7 +236,7 @@ def test_points_are_learnt(tmp_path):
     assert len(shares) == 10
     assert shares["mixture: Algorithm 2"] < 5 > shares["moons: Algorithm 2"]
     assert shares["moons: without z"] > 25 < shares["moons: the mean"]
-    assert {p.name for p in (tmp_path / "docs").glob("*.png")} == {
+    assert {p.name for p in (tmp_path / "docs" / "figures").glob("*.png")} == {
         "field.png",
         "guidance.png",
         "points.png",
@@ -241,13 +245,15 @@ def test_points_are_learnt(tmp_path):
 
 def test_commands_to_paste_end_on_a_cpu():
     """--quick, the demo, or a flag that needs a GPU, which the text beside it says."""
-    page = (HERE / "docs" / "index.html").read_text("utf-8")
+    page = (HERE / "page" / "index.html").read_text("utf-8")
     commands = re.findall(r"^(?:python|torchrun .*) train\.py.*", "\n".join(PAGES.values()), re.M)
     commands += re.findall(r"<code>(python train\.py.*?)</code>", page)
     assert len(commands) >= 7
     slow = [c for c in commands if c.startswith("python") and "--data" in c and "--quick" not in c]
     flags = {re.sub(r" +#.*|^.* --data ./images ", "", command) for command in slow}
-    assert flags == {"--out paper", "--init hf:google/ddpm-cifar10-32"}
+    ordered = "python train.py --data ./images"
+    assert flags == {ordered, "--out paper", "--init hf:google/ddpm-cifar10-32"}
+    assert re.search(rf"for a GPU:\n\n```\n{ordered}\n", README)
     for command in re.findall(r"^python sample\.py.*(?:--inpaint|--interpolate).*", GUIDE, re.M):
         assert "--steps" in command
 
@@ -280,7 +286,7 @@ def test_notebook_alone_clones_what_it_needs(tmp_path):
     assert "set REPOSITORY" in python("-c", first.source, cwd=tmp_path, code=1)
     code = first.source.replace('REPOSITORY = ""', f"REPOSITORY = {str(HERE)!r}")
     for _ in range(2):  # as when a cell is run again
-        python("-c", f"{code}\nimport ddpm, points, data", cwd=tmp_path)
+        python("-c", f"{code}\nimport ddpm, points, support.data", cwd=tmp_path)
     assert (tmp_path / "ddpm" / "docs" / "points.py").is_file()
 
 

@@ -18,10 +18,9 @@ from PIL import Image
 import beyond
 import ddpm_numpy
 import sample
-from benchmarks.table2 import count_right
-from data import demo_images
 from ddpm import Diffusion, UNet, linear_betas
 from images import from_pixels, read_image, to_pixels
+from support.data import count_right, demo_images
 
 
 @pytest.fixture

@@ -30,11 +30,12 @@ let comparable = []; // those that began with the noise of the frames
 /** The network, or that of the recording until there is one. */
 const shown = () => network ?? RECORDED;
 
-// A link to the README works only on GitHub Pages, where the repository's address is known.
+// A link to the lesson works only on GitHub Pages, where the repository's address is known.
 const [, owner] = location.hostname.match(/^(.+)\.github\.io$/) ?? [];
-for (const link of document.querySelectorAll("[data-readme]")) {
+for (const link of document.querySelectorAll("[data-lesson]")) {
   const repository = location.pathname.split("/")[1];
-  if (owner) link.href = `https://github.com/${owner}/${repository}#${link.dataset.readme}`;
+  const lesson = `https://github.com/${owner}/${repository}/blob/HEAD/docs/lesson.md`;
+  if (owner) link.href = `${lesson}#${link.dataset.lesson}`;
 }
 
 function say(text, isError = false) {
@@ -354,7 +355,7 @@ async function open(name, bytes, keepsRecording = false) {
   } catch (error) {
     const message = error.message.split("\n")[0];
     say(/import/i.test(message)
-      ? `onnxruntime-web could not be loaded. Sections 1 and 2 work in full without it. For the others, connect and reload; to use them offline later, install a copy: npm install --no-save --no-package-lock --prefix docs ${RUNTIME}`
+      ? `onnxruntime-web could not be loaded. Sections 1 and 2 work in full without it. For the others, connect and reload; to use them offline later, install a copy: npm install --no-save --no-package-lock --prefix page ${RUNTIME}`
       : $("refused").textContent = `${name} is not a model from export.py that this browser can run: ${message}.`
         + (network ? ` ${network.name} still draws.` : ""), true);
     return false;

@@ -1,5 +1,6 @@
 """The device that a process computes on, and its place among the processes of torchrun."""
 
+import contextlib
 import os
 import shutil
 import sys
@@ -76,12 +77,54 @@ def compiled(network):
 
 def join_processes(device):
     """Connect the processes through gloo and, for tensors on a GPU, its maker's library."""
+    if WORLD == 1:
+        return
     backend = "gloo"  # without a name, torch chooses by the accelerator that it was built for
     if device.type == "cuda" and dist.is_nccl_available():  # not on Windows
         backend = "cpu:gloo,cuda:nccl"
     elif device.type == "xpu":
         backend = "cpu:gloo,xpu:xccl"
     dist.init_process_group(backend, timeout=timedelta(hours=4))  # decoding images can take hours
+
+
+def leave_processes():
+    """Disconnect the processes, which end together; one that ends first sometimes aborts."""
+    if WORLD > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def from_rank_0(value):
+    """Return the first process's value in every process."""
+    values = [value]
+    if WORLD > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def from_all_ranks(value):
+    """Return a list of the values of all processes."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def sum_over_ranks(tensor):
+    """Return the sum of the tensors of all processes; `tensor` may hold it."""
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """Run the block in the first process of each machine, then in the others."""
+    if WORLD > 1 and LOCAL_RANK > 0:
+        dist.barrier()
+    yield
+    if WORLD > 1 and LOCAL_RANK == 0:
+        dist.barrier()
 
 
 def to_device(x, device):

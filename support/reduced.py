@@ -15,16 +15,12 @@ import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
 from beyond import sample_progressive
+from support.trained import example_labels
 
 TIMES = (0, 1, 2, 5, 10, 20, 35, 50, 75, 100, 150, 200, 500)  # t for errors, besides T - 1
 TOLERANCE = 0.02  # the largest rms error allowed at any t, relative to the rms of eps
 
 # ------------------------------------------------------------------------------- files and networks
-
-
-def example_labels(trained, batch):
-    """Return (y,), the classes in turn with "no class" among them, or () without classes."""
-    return (torch.arange(batch) % (len(trained.classes) + 1),) if trained.classes else ()
 
 
 def feed(inputs):

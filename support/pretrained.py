@@ -14,6 +14,7 @@ import torch
 
 from ddpm import Diffusion, UNet, linear_betas
 from images import check_output
+from support.trained import largest_difference
 
 NAMES = (  # regular expressions that turn our names into diffusers', in this order
     (r"^(down|up)\.(\d+)\.\d+\.conv\.", r"\1_blocks.\2.\1samplers.0.conv."),
@@ -45,23 +46,6 @@ def diffusers_names(model):
     for pattern, replacement in NAMES:
         names = {ours: re.sub(pattern, replacement, name) for ours, name in names.items()}
     return names
-
-
-@torch.no_grad()
-def largest_difference(model, eps, shape, T, num_classes=0):
-    """Return max |model(x_t, t) - eps(x_t, t)| over batches of 1, 2 and 3, scales of x_t, and t.
-
-    shape: (C, H, W) of an image. num_classes: with classes, both functions take (x_t, t, y). The
-    result is NaN if any eps is.
-    """
-    random, differences = torch.Generator().manual_seed(0), []
-    for batch, scale in ((1, 1.0), (2, 0.01), (3, 2.0)):
-        x_t = scale * torch.randn(batch, *shape, generator=random)
-        for times in ((0, 1, 2), (T - 1, T // 2, T // 4)):
-            t = torch.tensor(times[:batch]).clamp(0, T - 1)
-            inputs = (x_t, t, num_classes - torch.arange(batch))[: 3 if num_classes else 2]
-            differences.append((model(*inputs) - eps(*inputs)).abs().max())
-    return torch.stack(differences).max().item()
 
 
 def import_diffusers(what):

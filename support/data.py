@@ -1,7 +1,7 @@
 """The training set: a folder of images as one uint8 array (N, C, size, size), and the demo.
 
-    images, labels = data.read_folder("./images", 32)
-    python data.py ./images real 32    # the same as PNG files in the new folder `real`, for FID
+    images, labels = read_folder("./images", 32)
+    python -m support.data ./images real 32    # the same as PNG files in the new folder `real`
 
 It needs no torch: torch.from_numpy(images) makes a tensor of the result.
 """
@@ -295,12 +295,24 @@ def demo_images():
     return np.stack(images)
 
 
+def are_right(pixels):
+    """Return which of uint8 (N, 3, 8, 8) are demo images, to within 48 of 255 in each value."""
+    allowed = demo_images().astype(int)
+    nearest = [np.abs(allowed - image).max((1, 2, 3)).min() for image in pixels.astype(int)]
+    return np.array(nearest) <= 48
+
+
+def count_right(pixels):
+    """Return how many of uint8 (N, 3, 8, 8) are demo images."""
+    return are_right(pixels).sum()
+
+
 # -------------------------------------------------------------------------------------- the program
 
 
 def main():
     """Write the images of a folder as the network sees them, as PNG files in a new folder."""
-    parser = argparse.ArgumentParser(usage="python data.py ./images NEW_FOLDER 32")
+    parser = argparse.ArgumentParser(usage="python -m support.data ./images NEW_FOLDER 32")
     parser.add_argument("folder")
     parser.add_argument("out", type=Path)
     parser.add_argument("size", type=int)
