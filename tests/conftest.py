@@ -3,12 +3,18 @@
 import contextlib
 import functools
 import gc
+import io
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two processes with one thread each need less time than two processes with two threads each.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -22,8 +28,9 @@ import train
 from ddpm import Diffusion, UNet, linear_betas, timestep_embedding
 from images import from_pixels
 from support.data import demo_images
+from support.muon import Muon
 from support.trained import Trained, load
-from test_ddpm import PAPER, VARIANCES, close, randn, small_unet  # noqa: F401
+from test_ddpm import PAPER, VARIANCES, close, oracle, randn, seeded, small_unet  # noqa: F401
 
 if sys.platform == "darwin":  # where gloo may not find the machine by its own name
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0")
@@ -31,13 +38,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a connection, nor waits for 
 HERE = Path(__file__).parent.parent
 TINY = "--image-size 8 --base-channels 8 --channel-mults 1 2 --num-res-blocks 1 --batch 8".split()
 TINY += "--attention-resolutions 4 --device cpu".split()
+SMALL = dict(image_size=8, in_channels=3, base_channels=8, channel_mults=(1, 2), num_res_blocks=1,
+             attention_resolutions=(4,), dropout=0.0)  # fmt: skip
 COLOURS = {"blue": (40, 60, 220), "green": (40, 180, 60), "red": (220, 50, 40)}
-CLASSES = (
-    "--classes --image-size 8 --base-channels 16 --channel-mults 1 2 --num-res-blocks 1".split()
-)
-CLASSES += "--attention-resolutions 4 --dropout 0 --batch 32 --lr-decay --no-flip".split()
-CLASSES += ["--device", "cpu"]
-CLASSES += "--predicts v --weighting min-snr --optimizer muon --lr 6e-3".split()
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals or torchrun")
 MAINS = {f"{module.__name__}.py": module.main for module in (train, evaluate, export, sample)}
 
@@ -49,44 +52,67 @@ def pytest_configure(config):
         torch.accelerator.current_accelerator = lambda check_available=True: None
 
 
+def command(*args):
+    """The command that runs Python, or a program by its name, in a process of its own."""
+    return [sys.executable, *(str(HERE / arg) if arg in MAINS else str(arg) for arg in args)]
+
+
 def python(*args, cwd, code=0, timeout=170, **kwargs):
     """Run a program in a process of its own; returns what it printed."""
-    args = [str(HERE / a) if a in MAINS else str(a) for a in args]
     done = subprocess.run(
-        [sys.executable, *args], cwd=cwd, capture_output=True, text=True, timeout=timeout, **kwargs
+        command(*args), cwd=cwd, capture_output=True, text=True, timeout=timeout, **kwargs
     )
     said = done.stderr + done.stdout
     assert done.returncode == code, said
     return said
 
 
+def call_main(patch, program, *args, cwd):
+    """Run a program in this process, which takes less time, and restore the signal handlers."""
+    patch.chdir(cwd)
+    patch.setattr(sys, "argv", [program, *map(str, args)])
+    numbers = [signal.SIGINT, signal.SIGTERM, *[signal.SIGHUP] * (sys.platform != "win32")]
+    handlers = [(number, signal.getsignal(number)) for number in numbers]
+    try:
+        MAINS[program]()
+    finally:
+        for number, handler in handlers:
+            signal.signal(number, handler)
+
+
+def printed_by(function, *args, **kwargs):
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        function(*args, **kwargs)
+    return printed.getvalue()
+
+
+def close_mapped_files():
+    """Close the memory-mapped files that nobody uses: Windows does not let one replace them."""
+    if sys.platform == "win32":
+        gc.collect()
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Run a program in this process, which takes less time; returns what it printed.
+    """Run a program in this process; returns what it printed.
 
     An error of the user is a SystemExit with one line. Any other exception fails the test.
     """
-    numbers = [signal.SIGINT, signal.SIGTERM, *[signal.SIGHUP] * (sys.platform != "win32")]
-    handlers = [(number, signal.getsignal(number)) for number in numbers]
 
     def call(program, *args, cwd, code=0):
-        monkeypatch.chdir(cwd)
-        monkeypatch.setattr(sys, "argv", [program, *map(str, args)])
         status, message = 0, ""
         try:
-            MAINS[program]()
+            call_main(monkeypatch, program, *args, cwd=cwd)
         except SystemExit as error:
             message = error.code if isinstance(error.code, str) else ""
             status = 1 if message else int(error.code or 0)
-        gc.collect()  # closes memory-mapped files, which Windows does not let one remove
+        close_mapped_files()
         said = capsys.readouterr()
         assert status == code, said.out + said.err + message
         assert "\n" not in message or message.startswith("stopped at step")
         return said.err + message + "\n" + said.out
 
-    yield call
-    for number, handler in handlers:
-        signal.signal(number, handler)
+    return call
 
 
 # Runs a program as if the disk were full after 100 kB of a file.
@@ -106,21 +132,20 @@ class SmallDiT(torch.nn.Module):
     def __init__(self):
         super().__init__()
         nn = torch.nn
-        self.patches = nn.Conv2d(3, 16, 2, stride=2)
-        self.time = nn.Linear(16, 16)
+        self.patches, self.time = nn.Conv2d(3, 16, 2, stride=2), nn.Linear(16, 16)
         self.blocks = nn.ModuleList(
-            nn.ModuleDict({"norm": nn.LayerNorm(16), "mix": nn.Linear(16, 16)}) for _ in range(2)
+            nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16)) for _ in range(2)
         )
         self.last = nn.Linear(16, 12)
 
     def forward(self, x_t, t, y=None):
-        B, _, H, W = x_t.shape
-        temb = self.time(timestep_embedding(t, 16).to(self.time.weight.dtype))[:, None]
+        temb = self.time(timestep_embedding(t, 16))[:, None]
         h = self.patches(x_t).flatten(2).transpose(1, 2)
         for block in self.blocks:
-            h = h + block["mix"](block["norm"](h) + temb.to(h.dtype))
-        h = self.last(h).view(B, H // 2, W // 2, 3, 2, 2)
-        return h.permute(0, 3, 1, 4, 2, 5).reshape(B, 3, H, W)
+            h = h + block(h + temb)
+        half_size = [side // 2 for side in x_t.shape[2:]]
+        h = self.last(h).transpose(1, 2).unflatten(2, half_size)
+        return torch.nn.functional.pixel_shuffle(h, 2)
 
 
 @pytest.fixture
@@ -129,10 +154,9 @@ def start():
     processes = []
 
     def call(*args, cwd, **kwargs):
-        args = [str(HERE / a) if a in MAINS else str(a) for a in args]
         process = subprocess.Popen(
-            [sys.executable, *args], cwd=cwd, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, start_new_session=sys.platform != "win32", **kwargs,
+            command(*args), cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=sys.platform != "win32", **kwargs,
         )  # fmt: skip
         processes.append(process)
         return process
@@ -145,6 +169,20 @@ def start():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+
+
+def colour_name(colour):
+    """The name of the nearest of the COLOURS, None if it is far."""
+    far = {name: np.abs(colour - target).max() for name, target in COLOURS.items()}
+    nearest = min(far, key=far.get)
+    return nearest if far[nearest] < 60 else None
+
+
+def listing(begins):
+    """The Python code of the manual that begins so."""
+    guide = (HERE / "docs" / "guide.md").read_text("utf-8")
+    (code,) = re.findall(rf"```python\n({begins}.*?)```", guide, re.S)
+    return code
 
 
 def read(folder):
@@ -185,12 +223,26 @@ def image_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, image_folder):
     """The three commands on a tiny setting, in a folder of their own, and what they printed."""
-    folder, warn = tmp_path_factory.mktemp("work"), ["-W", "always::ResourceWarning"]
-    said = [python(*warn, "train.py", "--data", image_folder, *TINY, "--steps", 12, cwd=folder)]
-    said.append(python(*warn, "export.py", cwd=folder))
-    said.append(python(*warn, "sample.py", "--onnx", "model.onnx", "-n", 5, "--steps", 20,
-                       cwd=folder))  # fmt: skip
+    folder = tmp_path_factory.mktemp("work")
+    commands = (
+        ["train.py", "--data", image_folder, *TINY, "--steps", 12],
+        ["export.py"],
+        ["sample.py", "--onnx", "model.onnx", "-n", 5, "--steps", 20],
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        said = [printed_by(call_main, patch, *words, cwd=folder) for words in commands]
     return folder, said
+
+
+def write_three(source, folder):
+    """Write None.onnx, half.onnx and int8.onnx; returns what export.py printed, {kind: text}."""
+    to_onnx, said = functools.cache(functools.partial(export.to_onnx, source)), {}
+    with pytest.MonkeyPatch.context() as patch:  # float32 is needed thrice, and exported once
+        patch.setattr(export, "to_onnx", lambda _, model: to_onnx(model))
+        for kind in (None, "half", "int8"):
+            said[kind] = printed_by(export.write_onnx, source, folder / f"{kind}.onnx", kind)
+    assert len(list(folder.iterdir())) == 3
+    return said
 
 
 @pytest.fixture(scope="session")
@@ -199,39 +251,37 @@ def files(tmp_path_factory):
 
     (the folder of None.onnx, half.onnx and int8.onnx, the Trained, what export.py printed of each)
     """
-    folder = tmp_path_factory.mktemp("files")
-    settings = dict(image_size=8, in_channels=3, base_channels=16, channel_mults=(1, 2),
-                    num_res_blocks=1, attention_resolutions=(4,), dropout=0.0)  # fmt: skip
+    folder, settings = tmp_path_factory.mktemp("files"), SMALL | {"base_channels": 16}
     torch.manual_seed(0)
     model, images = UNet(**settings), from_pixels(torch.from_numpy(demo_images()))
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for _ in range(200):
+    optimizer = Muon(model, 0.04)
+    for _ in range(120):
         optimizer.zero_grad()
-        PAPER.loss(model, images[torch.randint(len(images), (32,))]).backward()
+        PAPER.loss(model, images[torch.randint(len(images), (16,))]).backward()
         optimizer.step()
-    source, said = (
-        Trained(model.eval(), Diffusion(linear_betas(), "small"), settings, 7, "a test"),
-        {},
-    )
-    to_onnx = functools.cache(lambda model: export_once(source, model))  # float32 is needed thrice
-    with pytest.MonkeyPatch.context() as patch:
-        export_once = export.to_onnx
-        patch.setattr(export, "to_onnx", lambda _, model: to_onnx(model))
-        for kind in (None, "half", "int8"):
-            lines = []
-            patch.setattr("builtins.print", lambda *words, lines=lines: lines.append(words[0]))
-            export.write_onnx(source, folder / f"{kind}.onnx", kind)
-            said[kind] = "\n".join(lines)
-    assert len(list(folder.iterdir())) == 3
-    return folder, source, said
+    source = Trained(model.eval(), Diffusion(linear_betas(), "small"), settings, 7, "a test")
+    return folder, source, write_three(source, folder)
 
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    """The demo, trained and exported by the README's commands: a folder with its model.onnx."""
-    folder = tmp_path_factory.mktemp("demo")
+    """The demo, trained and exported by the README's commands: a folder with its model.onnx.
+
+    One of the processes of pytest-xdist trains it for all.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "demo"
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        began = time.monotonic()
+        while not (folder / "exported").exists():
+            assert time.monotonic() - began < 1300, "the other process did not train the demo"
+            time.sleep(1)
+        return folder
     python("train.py", cwd=folder, timeout=1200)
     python("export.py", cwd=folder)
+    (folder / "exported").touch()
     return folder
 
 
@@ -253,9 +303,21 @@ def class_folder(tmp_path_factory):
 def coloured(class_folder, tmp_path_factory):
     """The run folder of a network that has learnt the three classes, with its model.onnx."""
     out = tmp_path_factory.mktemp("coloured") / "run"
+    flags = "--classes --base-channels 16 --attention-resolutions --dropout 0 --batch 24 --no-flip"
+    flags += " --predicts v --weighting min-snr --optimizer muon --lr 6e-3 --lr-decay --steps 160"
+    words = ["--data", class_folder, "--out", out, *TINY, *flags.split()]
     with pytest.MonkeyPatch.context() as patch:
-        words = ["train.py", "--data", class_folder, "--out", out, *CLASSES, "--steps", 160]
-        patch.setattr("sys.argv", [*map(str, words)])
-        train.main()
+        call_main(patch, "train.py", *words, cwd=out.parent)
     export.write_onnx(load(out), out / "model.onnx")
     return out
+
+
+@pytest.fixture
+def tiny(run, image_folder, tmp_path):
+    """Train a tiny network on the image folder, in tmp_path; returns what was printed."""
+
+    def call(*words, code=0):
+        words = ["--data", image_folder, *TINY, *words]
+        return run("train.py", *words, cwd=tmp_path, code=code)
+
+    return call

@@ -1,8 +1,9 @@
 """evaluate.py: the bound that it prints, and the rate-distortion curve that it saves."""
 
-import shutil
+import itertools
 import signal
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,18 +11,13 @@ import torch
 from conftest import posix, read
 from PIL import Image
 
-from ddpm import Diffusion, UNet, linear_betas
+from ddpm import Diffusion, linear_betas
 from images import from_pixels
 from support.data import demo_images, read_folder
 from support.plot import figure_class
+from support.trained import load
 
 BETAS = linear_betas(100, 1e-4, 0.2)
-
-
-def printed(said, name):
-    """The number behind a name in what evaluate.py printed."""
-    line = next(line for line in said.splitlines() if line.startswith(f"  {name} "))
-    return float(line.removeprefix(f"  {name} ").split()[0])
 
 
 @pytest.fixture
@@ -30,31 +26,39 @@ def network(trained, tmp_path):
     state = read(trained[0] / "run")
     state["config"]["diffusion"]["betas"] = BETAS.tolist()
     torch.save(state, tmp_path / "checkpoint.pt")
-    network = UNet(**state["config"]["model"]).eval()
-    network.load_state_dict(state["ema"])
-    return network
+    return load(tmp_path).model
 
 
-def test_bound_and_curve_are_those_of_ddpm_py(network, image_folder, tmp_path, run):
+@pytest.fixture
+def measure(network, image_folder, tmp_path, run):
+    """Run evaluate.py on the images of a folder; returns what it printed."""
+    words = ["--data", image_folder, "--checkpoint", "checkpoint.pt"]
+    return partial(run, "evaluate.py", *words, cwd=tmp_path)
+
+
+def printed(said, name):
+    """The number behind a name in what evaluate.py printed."""
+    line = next(line for line in said.splitlines() if line.startswith(f"  {name} "))
+    return float(line.removeprefix(f"  {name} ").split()[0])
+
+
+def test_bound_and_curve_are_those_of_ddpm_py(network, image_folder, tmp_path, measure):
     """The program against Diffusion.vlb, and the curve against the sums that define it."""
-    d = Diffusion(BETAS)
-    words = ["--data", image_folder, "--checkpoint", "checkpoint.pt", "--images", 5]
-    said = run("evaluate.py", *words, "--batch", 3, "--seed", 2, cwd=tmp_path)
+    said = measure("--images", 5, "--batch", 3, "--seed", 2)
     assert "on 5 images" in said and "500/500" in said  # passes of the network: 5 x T
     x0 = from_pixels(torch.from_numpy(read_folder(image_folder, 8, most=5)[0]))
     x0 = x0[torch.randperm(5, generator=torch.Generator().manual_seed(2))]
     noise = torch.Generator().manual_seed(2)
-    bounds = [d.vlb(network, part, noise) for part in x0.split(3)]
+    bounds = [Diffusion(BETAS).vlb(network, part, noise) for part in x0.split(3)]
     L_T, L_t, total, mse = (torch.cat(part).mean(0) for part in zip(*bounds, strict=True))
-    assert printed(said, "L_T") == pytest.approx(L_T.item(), abs=1e-6)
-    assert printed(said, "L_1 + .. + L_T-1") == pytest.approx(L_t[1:].sum().item(), abs=1e-3)
-    assert printed(said, "L_0") == pytest.approx(L_t[0].item(), abs=1e-3)
-    assert printed(said, "total") == pytest.approx(total.item(), abs=1e-3)
     rmse = 127.5 * mse.sqrt()
-    assert printed(said, "RMSE") == pytest.approx(rmse[0].item(), abs=1e-2)
-    rows = (tmp_path / "rate-distortion.csv").read_text().split()
-    assert rows[0] == "t,L_t,rate,rmse" and len(rows) == 101
-    table = np.array([row.split(",") for row in rows[1:]], float)
+    for name, expected, error in (
+        ("L_T", L_T, 1e-6), ("L_1 + .. + L_T-1", L_t[1:].sum(), 1e-3), ("L_0", L_t[0], 1e-3),
+        ("total", total, 1e-3), ("RMSE", rmse[0], 1e-2),
+    ):  # fmt: skip
+        assert printed(said, name) == pytest.approx(expected.item(), abs=error)
+    assert (tmp_path / "rate-distortion.csv").read_text().startswith("t,L_t,rate,rmse\n")
+    table = np.loadtxt(tmp_path / "rate-distortion.csv", delimiter=",", skiprows=1)
     assert table[:, 0].tolist() == list(range(100))
     np.testing.assert_allclose(table[:, 1], L_t, rtol=1e-3, atol=1e-6)
     for t in (0, 1, 50, 99):  # what is known before the step at t: L_T and the terms above t
@@ -74,62 +78,54 @@ def test_without_data_it_is_the_demo(network, tmp_path, run):
     assert {p.suffix for p in (tmp_path / "new").iterdir()} == {".csv", ".png"}
     x0 = from_pixels(torch.from_numpy(demo_images()))
     x0 = x0[torch.randperm(216, generator=torch.Generator().manual_seed(0))][:1]
-    small = Diffusion(BETAS, "small")
-    total = small.vlb(network, x0, torch.Generator().manual_seed(0)).total.item()
-    assert printed(said, "total") == pytest.approx(total, abs=1e-3)
+    bound = Diffusion(BETAS, "small").vlb(network, x0, torch.Generator().manual_seed(0))
+    assert printed(said, "total") == pytest.approx(bound.total.item(), abs=1e-3)
 
 
-def test_interrupt_keeps_what_is_measured(network, image_folder, tmp_path, run, monkeypatch):
-    words = ["--data", image_folder, "--checkpoint", "checkpoint.pt", "--batch", 2]
-    vlb, done = Diffusion.vlb, []
+def test_interrupt_keeps_what_is_measured(tmp_path, measure, monkeypatch):
+    vlb, batches = Diffusion.vlb, itertools.count(1)
 
     def interrupted(*args):
-        done.append(1)
-        if len(done) == limit:
+        if next(batches) in (1, 4):  # at once, then after two batches
             raise KeyboardInterrupt
         return vlb(*args)
 
     monkeypatch.setattr(Diffusion, "vlb", interrupted)
-    limit = 1
-    assert "stopped before a batch was" in run("evaluate.py", *words, cwd=tmp_path, code=1)
-    limit = 4
-    said = run("evaluate.py", *words, cwd=tmp_path, code=1)
+    assert "stopped before a batch was" in measure(code=1)
+    said = measure("--batch", 2, code=1)
     assert "on 4 images of" in said and "stopped after 4 of 12 images" in said
-    rows = (tmp_path / "rate-distortion.csv").read_text().split()
     total = printed(said, "L_1 + .. + L_T-1") + printed(said, "L_0")
-    assert sum(float(row.split(",")[1]) for row in rows[1:]) == pytest.approx(total, abs=1e-3)
+    table = np.loadtxt(tmp_path / "rate-distortion.csv", delimiter=",", skiprows=1)
+    assert table[:, 1].sum() == pytest.approx(total, abs=1e-3)
 
 
 @posix
 def test_signal_ends_it_without_a_traceback(network, image_folder, tmp_path, start):
-    words = ["--data", image_folder, "--checkpoint", "checkpoint.pt", "--batch", 1]
-    process = start("evaluate.py", *words, cwd=tmp_path)
-    for line in iter(lambda: process.stdout.read(40), ""):
-        if "in the last batch" in line or "bits" in line:
-            break
+    process = start("evaluate.py", "--data", image_folder, "--checkpoint", "checkpoint.pt",
+                    "--batch", 1, cwd=tmp_path)  # fmt: skip
+    assert any("bits/dim in the last batch" in line for line in process.stdout)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in said and "evaluate.py: stopped" in said
 
 
-def test_without_matplotlib_it_writes_the_table(network, image_folder, tmp_path, run, monkeypatch):
+def test_without_matplotlib_it_writes_the_table(tmp_path, measure, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     figure_class.cache_clear()
-    words = ["--data", image_folder, "--checkpoint", "checkpoint.pt", "--images", 1]
-    said = run("evaluate.py", *words, cwd=tmp_path)
+    said = measure("--images", 1)
     figure_class.cache_clear()
     assert "matplotlib is missing: pip install matplotlib" in said
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint.pt", "rate-distortion.csv"}
 
 
 def test_errors_of_the_user_are_one_line(trained, image_folder, tmp_path, run):
-    shutil.copy(trained[0] / "run" / "checkpoint.pt", tmp_path / "other.pt")
+    whole, image = ["--checkpoint", trained[0] / "run"], image_folder / "0.png"
     for words, said in (
         (["--data", image_folder], "run/checkpoint.pt does not exist; python train.py writes"),
         (["--checkpoint", "rnu"], "rnu does not exist"),
-        (["--checkpoint", "other.pt"], "--data must be a folder of images"),
-        (["--checkpoint", "other.pt", "--data", "none"], "none: no such folder"),
-        (["--checkpoint", "other.pt", "--data", image_folder, "--out", "other.pt"], "not a folder"),
+        (whole, "--data must be a folder of images"),
+        ([*whole, "--data", "none"], "none: no such folder"),
+        ([*whole, "--data", image_folder, "--out", image], "0.png is not a folder"),
     ):
         assert said in run("evaluate.py", *words, cwd=tmp_path, code=1)
     assert "must be at least 1" in run("evaluate.py", "--batch", 0, cwd=tmp_path, code=2)

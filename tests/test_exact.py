@@ -7,7 +7,6 @@ without any training.
 import math
 import re
 
-import numpy as np
 import pytest
 import torch
 from conftest import HERE, PAPER, VARIANCES, close, randn
@@ -56,49 +55,46 @@ def test_no_loss_is_below_the_floor():
     """Any change of the exact network increases its loss: section 6 of the lesson."""
     images, t = randn(5, 1, 4, 4).repeat(400, 1, 1, 1), torch.full((2000,), 400)
     network = exact_network(PAPER, images[:5])
-    least = squared_error(PAPER, network, images, t).mean()
-    for other in (
+    others = (
         lambda x, t: 1.02 * network(x, t),
         lambda x, t: network(x, t) + 0.02,
         lambda x, t: network(1.02 * x, t),
-    ):
-        assert squared_error(PAPER, other, images, t).mean() > least
+    )
+    least, *losses = (squared_error(PAPER, n, images, t).mean() for n in (network, *others))
+    assert min(losses) > least
 
 
 def test_loss_of_the_exact_network_of_the_demo():
-    network, found = exact_network(PAPER, DEMO), []
+    network, x0, found = exact_network(PAPER, DEMO), DEMO.repeat(40, 1, 1, 1), []
     for t, expected in (
         (0, 0), (100, 0), (200, 2.4e-4), (300, 0.0038), (400, 0.0170), (450, 0.0210),
         (500, 0.0187), (600, 0.0081), (700, 0.0024),
     ):  # fmt: skip
-        x0 = DEMO.repeat(40, 1, 1, 1)
         errors = squared_error(PAPER, network, x0, torch.full((len(x0),), t))
         tolerance = 4 * errors.std().item() / len(x0) ** 0.5 + 5e-5
-        assert errors.mean().item() == pytest.approx(expected, abs=tolerance), t
         found.append(errors.mean().item())
+        assert found[-1] == pytest.approx(expected, abs=tolerance), t
     assert max(found) == found[5]
     assert loss_floor(PAPER, DEMO) == pytest.approx(0.0050, abs=5e-4)
     assert loss_floor(PAPER, DEMO, flip=True) == pytest.approx(0.0050, abs=5e-4)  # flips are in it
     assert loss_floor(PAPER, DEMO, loss_weights(PAPER, "min-snr")) < loss_floor(PAPER, DEMO)
 
 
+def how_many_differ(*args, **options):
+    """How many of the demo images there are among 128 samples, which must all be demo images."""
+    samples = beyond.sample(PAPER, exact_network(PAPER, DEMO), (128, 3, 8, 8), *args, **options)
+    assert are_right(to_pixels(samples.numpy())).all()
+    return torch.cdist(samples.flatten(1), DEMO.flatten(1)).argmin(1).unique().numel()
+
+
 @pytest.mark.parametrize("sampler, steps", [("ddpm", 20), ("ddim", 10), ("dpm", 10), ("dpm", 50)])
 def test_few_steps_of_every_sampler_suffice_for_the_exact_network(sampler, steps):
     random = torch.Generator().manual_seed(0)
-    network = exact_network(PAPER, DEMO)
-    samples = beyond.sample(PAPER, network, (128, 3, 8, 8), steps, sampler, generator=random)
-    assert are_right(to_pixels(samples.numpy())).all()
-    assert 80 < how_many_different(samples) < 110  # uniform draws: 97 on average
+    assert 80 < how_many_differ(steps, sampler, generator=random) < 110  # uniform draws: about 97
 
 
 def test_without_z_the_samples_are_right_but_two():
-    noise = only_first(randn(128, 3, 8, 8))
-    samples = beyond.sample(PAPER, exact_network(PAPER, DEMO), (128, 3, 8, 8), draw_noise=noise)
-    assert are_right(to_pixels(samples.numpy())).all() and how_many_different(samples) < 5
-
-
-def how_many_different(samples):
-    return torch.cdist(samples.flatten(1), DEMO.flatten(1)).argmin(1).unique().numel()
+    assert how_many_differ(draw_noise=only_first(randn(128, 3, 8, 8))) < 5
 
 
 def test_jump_to_the_estimate_costs_width():
@@ -111,10 +107,9 @@ def test_jump_to_the_estimate_costs_width():
         s, sampler = float(s), {"DDIM": "ddim", "DPM-Solver++": "dpm"}[name]
         network = exact_network(PAPER, torch.zeros(1, 1, 1, 1), std=s)
         for steps, cell in zip((5, 10, 20, 50, 200), cells.split("|"), strict=True):
-            chain = beyond.sample_progressive(
+            *_, (t, x_t, x0) = beyond.sample_progressive(
                 PAPER, network, x_T.shape, steps, sampler, x_T=x_T, clip=False
             )
-            *_, (t, x_t, x0) = chain
             abar = PAPER.alphas_bar[t].item()
             found = x0.item() / s, x_t.item() / math.sqrt(abar * s**2 + 1 - abar)
             assert [*map(float, re.findall(r"[\d.]+", cell))] == pytest.approx(found, abs=0.0051)
@@ -136,10 +131,9 @@ def test_bound_of_the_exact_network_is_the_oracles_and_the_number_of_the_image(v
 @pytest.mark.slow
 def test_copies_are_measured(tmp_path, monkeypatch, capsys):
     """docs/copies.py with networks that learn nothing: the nearest image is found all the same."""
-    random = np.random.default_rng(0)
     for part, count in (("train", 8), ("test", 4)):
-        for k in range(count):
-            image = Image.fromarray(random.integers(0, 256, (28, 28), dtype=np.uint8))
+        for k, noise in enumerate(randn(count, 28, 28, seed=count).numpy()):
+            image = Image.fromarray(to_pixels(noise))
             save_image(tmp_path / part / f"{k}.png", image)
     monkeypatch.setattr(copies, "SIZES", (4,))
     monkeypatch.setattr(copies, "STEPS", 2)

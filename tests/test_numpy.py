@@ -1,10 +1,10 @@
 """The promises of ddpm_numpy.py, the library: the same samples as the programs, from any thread."""
 
-import re
 import shutil
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from io import BytesIO
 from urllib.error import HTTPError
 from urllib.request import urlopen
@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from conftest import COLOURS, HERE
+from conftest import COLOURS, HERE, colour_name, listing
 from PIL import Image
 
 import ddpm_numpy
@@ -27,21 +27,19 @@ def test_sample_draws_the_images_of_the_program(coloured, tmp_path, run):
     proto = onnx.load(coloured / "model.onnx")
     next(p for p in proto.metadata_props if p.key == "ddpm.variance").value = "small"
     onnx.save(proto, path)
+    flags = "--class red blue --guidance 1 --sampler ddpm --steps 10 -n 5 --dir out".split()
+    run("sample.py", "--onnx", path, *flags, cwd=tmp_path)
     network = ddpm_numpy.Network(path, "cpu")
-    flags = ["--class", "red", "blue", "--guidance", 1, "--sampler", "ddpm", "--steps", 10]
-    run("sample.py", "--onnx", path, *flags, "-n", 5, "--dir", "out", cwd=tmp_path)
-    one, other = (ddpm_numpy.sample(network, 2, name, 1) for name in ("red", ["red"]))
-    assert np.array_equal(one, other)
-    kwargs = dict(classes=["red", "blue"], guidance=1, sampler="ddpm")
-    x0 = np.concatenate([
-        ddpm_numpy.sample(network, 3, **kwargs), ddpm_numpy.sample(network, 2, first=3, **kwargs)
-    ])  # fmt: skip
+    draw = partial(ddpm_numpy.sample, network, guidance=1)
+    assert np.array_equal(draw(2, "red"), draw(2, ["red"]))
+    draw = partial(draw, classes=["red", "blue"], sampler="ddpm")
+    x0 = np.concatenate([draw(3), draw(2, first=3)])
     assert x0.dtype == np.float32 and x0.shape == (5, 3, 8, 8)
     for k, pixels in enumerate(to_pixels(x0).astype(int)):
         path = tmp_path / "out" / ("red", "blue")[k % 2] / f"{k:06d}.png"
         assert np.abs(pixels - read_image(path, 8, 3)).max() <= 1
     network.variance = "large"
-    assert np.abs(ddpm_numpy.sample(network, 5, **kwargs) - x0).max() > 0.1
+    assert np.abs(draw(5) - x0).max() > 0.1
 
 
 def test_one_network_serves_several_threads(coloured):
@@ -56,43 +54,44 @@ def test_one_network_serves_several_threads(coloured):
         assert list(pool.map(draw, range(12))) == expected
 
 
-def test_options_are_those_of_the_session(coloured):
+def test_network_says_what_it_is_and_takes_options_of_the_session(coloured):
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     network = ddpm_numpy.Network(coloured / "model.onnx", "cpu", options)
     assert network.session.get_session_options().intra_op_num_threads == 1
     assert network.provider == "CPUExecutionProvider" and network.shape == (3, 8, 8)
     assert network.classes == list(COLOURS)
+    names = (name for name in ["red", "blue"])  # may come from a generator
+    assert network.labels(names, 3).tolist() == [2, 0, 2]
     np.testing.assert_array_equal(network.betas, linear_betas())  # to the bit
 
 
 def test_mistakes_are_value_errors(coloured, trained, tmp_path):
     with pytest.raises(ValueError, match=r"x.onnx does not exist; python export.py writes it"):
         ddpm_numpy.Network(tmp_path / "x.onnx")
-    network = ddpm_numpy.Network(coloured / "model.onnx", "cpu")
-    plain = ddpm_numpy.Network(trained[0] / "model.onnx", "cpu")
+    network, plain = (
+        ddpm_numpy.Network(folder / "model.onnx", "cpu") for folder in (coloured, trained[0])
+    )
     x, t = np.zeros((2, 3, 8, 8), np.float32), np.zeros(2, np.int64)
     for y in (np.array([0]), np.array([0, 4]), np.array([-1, 0]), np.zeros((2, 1), np.int64)):
         with pytest.raises(ValueError, match=r"y must have the shape \(2,\) and values 0..3"):
             network(x, t, y)
-    for wrong, said in (
-        (lambda: ddpm_numpy.sample(network, 2, ["pink"]), "no class pink; there are blue, green"),
-        (lambda: ddpm_numpy.sample(plain, 2, ["red"]), "has no classes"),
-        (lambda: ddpm_numpy.sample(plain, 2, guidance=1), "guidance needs a network with classes"),
-        (lambda: ddpm_numpy.sample(plain, 2, steps=0), "steps must be"),
+    for wrong, options, said in (
+        (network, {"classes": ["pink"]}, "no class pink; there are blue, green"),
+        (plain, {"classes": ["red"]}, "has no classes"),
+        (plain, {"guidance": 1}, "guidance needs a network with classes"),
+        (plain, {"steps": 0}, "steps must be"),
     ):
         with pytest.raises(ValueError, match=said):
-            wrong()
+            ddpm_numpy.sample(wrong, 2, **options)
 
 
 def test_service_of_the_manual_answers_with_images(coloured, tmp_path, start):
     """Beside the files that the manual names, and no others."""
-    guide = (HERE / "docs" / "guide.md").read_text("utf-8")
-    (code,) = re.findall(r"```python\n(import io\n.*?)```", guide, re.S)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    (tmp_path / "serve.py").write_text(code.replace("8001", str(port)))
+    (tmp_path / "serve.py").write_text(listing("import io").replace("8001", str(port)))
     for path in (HERE / "ddpm_numpy.py", HERE / "images.py", coloured / "model.onnx"):
         shutil.copy(path, tmp_path)
     process, url = start(tmp_path / "serve.py", cwd=tmp_path), f"http://localhost:{port}/?class="
@@ -108,16 +107,13 @@ def test_service_of_the_manual_answers_with_images(coloured, tmp_path, start):
                 break
     names = [*COLOURS] * 2
     with ThreadPoolExecutor(4) as pool:
-        images = list(pool.map(ask, names))
-    for name, image in zip(names, images, strict=True):
-        colour = np.asarray(image).mean((0, 1))
-        assert min(COLOURS, key=lambda c: np.abs(colour - COLOURS[c]).max()) == name
+        for name, image in zip(names, pool.map(ask, names), strict=True):
+            assert colour_name(np.asarray(image).mean((0, 1))) == name
     for query in ("pink", "%E7%8C%AB", "x%0d%0aSet-Cookie:%20a=evil", "red&class=<b>"):
         with pytest.raises(HTTPError, match="400") as error:  # no header of a stranger, no script
             ask(query)
         said = error.value.read().decode()
-        assert (
-            "no class " in said and "<b>" not in said and error.value.headers["Set-Cookie"] is None
-        )
+        assert "no class " in said and "<b>" not in said
+        assert error.value.headers["Set-Cookie"] is None
     process.kill()
     assert "Traceback" not in process.stdout.read()

@@ -3,6 +3,8 @@
 import importlib
 import re
 import shutil
+import subprocess
+import sys
 from itertools import pairwise
 
 import nbformat
@@ -132,6 +134,62 @@ def test_flags_files_and_anchors_exist(run, tmp_path):
     assert seen == set(helps)
     linked = re.findall(r'data-lesson="([^"]+)"', (HERE / "page" / "index.html").read_text("utf-8"))
     assert len(linked) >= 5 and set(linked) <= anchors(LESSON)
+
+
+METHOD = """
+import torch
+from ddpm import Diffusion, UNet, linear_betas
+diffusion, model = Diffusion(linear_betas(9, 0.01, 0.3)), UNet(8, 3, 8, (1, 2), 1, (4,))
+optimizer = torch.optim.Adam(model.parameters())
+for _ in range(2):
+    optimizer.zero_grad()
+    diffusion.loss(model, torch.rand(4, 3, 8, 8) * 2 - 1).backward()
+    optimizer.step()
+assert diffusion.sample(model.eval(), (2, 3, 8, 8)).isfinite().all()
+"""
+AFTER = (
+    METHOD
+    + """
+from beyond import as_eps, guided, sample
+x0 = sample(diffusion, as_eps(model, diffusion, "v"), (2, 3, 8, 8), steps=3)
+assert x0.isfinite().all()
+"""
+)
+SERVICE = """
+import sys
+from ddpm_numpy import Network, sample
+assert sample(Network("model.onnx"), 2, steps=3).shape == (2, 3, 8, 8)
+assert "torch" not in sys.modules
+"""
+COPIES = {
+    "the method": [["-c", METHOD]],
+    "what came after": [["-c", AFTER]],
+    "a service that draws": [["-c", SERVICE]],
+    "the sampling program": [["sample.py", "--steps", "2", "-n", "2"]],
+    "training, export, evaluation": [
+        ["train.py", "--steps", "1", "--base-channels", "8"], ["export.py"],
+        ["evaluate.py", "--images", "1"],
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", COPIES)
+def test_copied_files_suffice(what, trained, tmp_path):
+    """The table of the README, in an empty folder."""
+    (row,) = re.findall(rf"^\| {what}.*", README, re.M)
+    for name in re.findall(r"`([\w.]+/?)`", row):
+        source = trained[0] / name if name == "model.onnx" else HERE / name
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / name)
+        else:
+            shutil.copy(source, tmp_path)
+    if "top level" in row:
+        for path in HERE.glob("[!t]*.py"):
+            shutil.copy(path, tmp_path)
+        shutil.copy(HERE / "train.py", tmp_path)
+    assert list(tmp_path.iterdir())
+    for words in COPIES[what]:
+        subprocess.run([sys.executable, *words], cwd=tmp_path, check=True, capture_output=True)
 
 
 @pytest.mark.parametrize("program", ["train.py", "sample.py"])

@@ -1,0 +1,283 @@
+"""Accelerators, real and pretended, and several processes."""
+
+import contextlib
+import copy
+import os
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import HERE, PAPER, TINY, posix, read
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import support.run
+import train
+from beyond import as_eps, loss_weights, sample
+from ddpm import Diffusion, UNet, linear_betas
+from support import device, ranks
+
+CPU = torch.device("cpu")
+EXACT = ["--dropout", 0, "--no-amp", "--warmup", 0]  # one and two processes differ by rounding
+
+# ------------------------------------------------------------------------------------- accelerators
+
+
+class StandIn(TorchDispatchMode):
+    """Makes the meta device a stand-in for an accelerator: it has no float64, as Apple's, no
+    operation but a copy mixes it with the CPU, and reads counts the copies to the CPU."""
+
+    reads = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        is_copy = function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        if is_copy and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
+            self.reads += 1
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        on_device = {x.is_meta for x in tensors if x.ndim}
+        assert is_copy or len(on_device) < 2, f"{function} mixes devices"
+        results = function(*args, **kwargs)
+        for x in tree_leaves(results):
+            if isinstance(x, torch.Tensor) and x.is_meta:
+                assert x.dtype != torch.float64, f"{function} makes a float64"
+        return results
+
+
+@pytest.mark.parametrize("weighting", ["simple", "vlb"])
+def test_ddpm_needs_no_float64_on_the_device_and_mixes_none(weighting):
+    diffusion = Diffusion(linear_betas(9, 0.01, 0.2))
+    with torch.device("meta"):
+        model, x0 = UNet(8, 3, 8, (1, 2), 1, (4,)), torch.zeros(2, 3, 8, 8)
+    with StandIn() as device:
+        eps, weights = as_eps(model, diffusion, "v"), loss_weights(diffusion, weighting, "v")
+        diffusion.loss(eps, x0, weights=weights).backward()
+        image = x0, x0 > 0
+        for steps, sampler, eta, known in (
+            (None, "ddpm", None, None), (4, "ddpm", None, image), (4, "dpm", None, None),
+            (4, "ddim", 1.0, image),
+        ):  # fmt: skip
+            out = sample(diffusion, eps, x0.shape, steps, sampler, eta, device="meta", known=known)
+            assert out.is_meta and out.shape == x0.shape
+        assert device.reads == 0
+        bound = diffusion.vlb(model, x0)
+    assert device.reads < 9  # not one for each t
+    assert all(part.dtype == torch.float64 and part.is_cpu for part in bound)
+
+
+def test_step_never_waits_for_the_device(monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # no meta
+    monkeypatch.setattr(train, "set_seed", lambda *_: None)
+    with torch.device("meta"):
+        model, images = UNet(8, 3, 8, (1, 2), 1, (4,)), torch.zeros(20, 3, 8, 8, dtype=torch.uint8)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.Adam(model.parameters())
+    args = train.Settings(batch=8, accumulate=2, device=torch.device("meta"))
+    with StandIn() as device:
+        loss = train.make_loss(model, PAPER, args)
+        for step in range(2):
+            batch = train.draw_batch(step, images, None, PAPER.T, args)
+            parts = train.parts_of(batch, step, images, args)
+            status = train.train_step(parts, loss, model, ema, optimizer, step, args)
+    assert device.reads == 0 and status.is_meta and status.shape == (2,)
+    with pytest.raises(RuntimeError), StandIn():
+        status.sum().item()  # so that a read would not have passed
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Pretend that torch sees accelerators. Returns a list of the indices that are set."""
+
+    def pretend(kind, count, rank=0, world=1):
+        indices, found = [], kind and torch.device(kind)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: found)
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+        monkeypatch.setattr(torch.accelerator, "set_device_index", indices.append)
+        monkeypatch.setattr(torch, "ones", lambda *_, **__: None)
+        monkeypatch.setattr(device, "LOCAL_RANK", rank)
+        monkeypatch.setattr(device, "WORLD", world)
+        return indices
+
+    return pretend
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
+def test_auto_is_the_accelerator_of_the_machine(kind, machine):
+    machine(kind, 1)
+    for name in ("auto", kind, f"{kind}:0"):
+        assert device.choose_device(name) == torch.device(kind, 0)
+    assert device.choose_device("cpu") == CPU
+    indices = machine(kind, 4)
+    assert device.choose_device(f"{kind}:3") == torch.device(kind, 3) and indices == [3]
+    indices = machine(kind, 4, rank=2, world=4)
+    assert device.choose_device(kind) == torch.device(kind, 2) and indices == [2]
+    machine(kind, 1, rank=2, world=4)  # a launcher that shows each process one card
+    one = CPU if kind == "mps" else torch.device(kind, 0)  # gloo has no mps
+    assert device.choose_device("auto") == one
+
+
+def test_devices_that_are_not_there_are_refused(capsys):
+    assert device.choose_device("auto") == CPU
+    assert capsys.readouterr().out.startswith("no accelerator is used; for a GPU, see Accelerators")
+    absent = ["mps"] * (not torch.backends.mps.is_available())  # which cannot be hidden
+    for name in ("cuda", "xpu:1", "quantum", *absent):
+        with pytest.raises(SystemExit, match=rf"^--device {name}: .*[a-z]"):
+            device.choose_device(name)
+
+
+def test_card_for_which_torch_has_no_kernels_is_refused(machine, monkeypatch):
+    machine("cuda", 1)
+
+    def fail(*_, **__):
+        raise RuntimeError("CUDA error: no kernel image is available\nCompile with ...")
+
+    monkeypatch.setattr(torch, "ones", fail)
+    with pytest.raises(
+        SystemExit, match=r"^--device auto: CUDA error: no kernel image is available$"
+    ):
+        device.choose_device("auto")
+
+
+@pytest.mark.parametrize("lacks", [None, "triton", "gcc", "Python.h"])
+def test_compiling_needs_triton_and_a_c_compiler_and_its_header(lacks, tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "find_spec", lambda name: name != lacks)
+    monkeypatch.setattr(device.shutil, "which", lambda name: name == "gcc" != lacks)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(device.sysconfig, "get_path", lambda *_: str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
+    (tmp_path / ("Python.h" if lacks != "Python.h" else "other.h")).touch()
+    assert device.can_compile(torch.device("cuda", 0)) is (lacks is None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1))
+    assert not device.can_compile(torch.device("cuda", 0))  # Pascal
+    assert not device.can_compile(CPU)
+
+
+@pytest.mark.parametrize(
+    "kind, nccl, backend",
+    [
+        ("cpu", True, "gloo"),
+        ("cuda", True, "cpu:gloo,cuda:nccl"),
+        ("cuda", False, "gloo"),  # Windows
+        ("xpu", False, "cpu:gloo,xpu:xccl"),
+    ],
+)
+def test_processes_are_connected_by_the_library_of_their_device(kind, nccl, backend, monkeypatch):
+    used = []
+    monkeypatch.setattr(ranks, "WORLD", 2)
+    monkeypatch.setattr(ranks.dist, "is_nccl_available", lambda: nccl)
+    monkeypatch.setattr(ranks.dist, "init_process_group", lambda name, **_: used.append(name))
+    ranks.join(torch.device(kind))
+    assert used == [backend]
+
+
+def test_bfloat16_is_asked_of_the_device(monkeypatch):
+    for answer in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda a=answer: {"amx_bf16": not a})
+        for module in (torch.cuda, torch.xpu):
+            monkeypatch.setattr(
+                module, "is_bf16_supported", lambda including_emulation, a=answer: a
+            )
+        assert device.has_bfloat16(torch.device("cpu")) is not answer
+        assert device.has_bfloat16(torch.device("cuda", 1)) is answer
+        assert device.has_bfloat16(torch.device("xpu")) is answer
+    assert not device.has_bfloat16(torch.device("mps"))
+
+
+# -------------------------------------------------------------------------------- several processes
+
+TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=2 --local-addr=127.0.0.1".split()
+
+
+def assert_same_weights(a, b, rtol=1e-5, atol=1e-6):
+    for part in ("model", "ema"):
+        for name, value in a[part].items():
+            torch.testing.assert_close(b[part][name], value, rtol=rtol, atol=atol)
+
+
+@pytest.fixture
+def two(start):
+    """Train with two processes, as torchrun starts them: [(exit status, what it printed)].
+
+    folders: where each runs; in different folders, they are on two machines.
+    """
+
+    def call(folders, *words):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        env = os.environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        env |= {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        runs = [
+            start("train.py", *words, cwd=folder,
+                  env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank * (len({*folders}) == 1))})
+            for rank, folder in enumerate(folders)
+        ]  # fmt: skip
+        said = [process.communicate(timeout=120)[0] for process in runs]
+        return [(process.returncode, text) for process, text in zip(runs, said, strict=True)]
+
+    return call
+
+
+@posix
+def test_two_processes_and_accumulation_give_the_same_weights(image_folder, tmp_path, tiny, two):
+    tiny(*EXACT, "--steps", 16, "--out", "one")
+    tiny(*EXACT, "--steps", 16, "--out", "parts", "--accumulate", 3)
+    tiny(*EXACT, "--steps", 9, "--out", "two")  # resumed by two processes
+    words = ["--data", image_folder, *TINY, *EXACT, "--steps", 16, "--out", "two"]
+    (one, said), (other, silent) = two([tmp_path, tmp_path], *words, "--accumulate", 2)
+    assert one == other == 0, said + silent
+    assert "steps    9 to 16" in said and "done: two" in said and "steps" not in silent
+    for other in ("parts", "two"):
+        assert_same_weights(read(tmp_path / "one"), read(tmp_path / other))
+        losses = [np.loadtxt(tmp_path / name / "log.csv", delimiter=",", skiprows=1)
+                  for name in ("one", other)]  # fmt: skip
+        np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+@posix
+def test_torchrun_stops_all_processes_together(image_folder, tmp_path, start):
+    words = ["--data", image_folder, *TINY, "--steps", 100_000, "--preview-every", 5]
+    process = start(*TORCHRUN, HERE / "train.py", *words, cwd=tmp_path)
+    deadline = time.time() + 60
+    while time.time() < deadline and not list((tmp_path / "run").glob("preview*")):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    step = read(tmp_path / "run")["step"]
+    assert f"stopped at step {step:,}" in said and "torchrun ..." in said
+    assert (tmp_path / "run" / "log.csv").read_text().splitlines()[-1].startswith(f"{step},")
+
+
+@posix
+def test_two_machines_train_as_one(tmp_path, run, two):
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder in (a, b):
+        (folder / "images").mkdir(parents=True)
+        for k in range(9):
+            Image.new("RGB", (8, 8), (20 * k, 90, 30)).save(folder / "images" / f"{k}.png")
+    words = ["--data", "images", *TINY, *EXACT, "--steps"]
+    run("train.py", *words, 6, "--out", "alone", cwd=a)
+    run("train.py", *words, 3, cwd=a)  # which the two resume
+    run("train.py", *words, 1, "--seed", 5, cwd=b)  # a stale run, which is left alone
+    stale = (b / "run" / "checkpoint.pt").read_bytes()
+    (one, said), (other, silent) = two((a, b), *words, 6)
+    assert one == other == 0, said + silent
+    assert "steps    3 to 6" in said and "steps" not in silent
+    assert (b / "run" / "checkpoint.pt").read_bytes() == stale
+    assert_same_weights(read(a / "alone"), read(a / "run"), 1e-3, 1e-5)
+
+
+def test_processes_with_other_images_or_settings_are_refused():
+    mine = {"model": {}, "diffusion": {}, "train": {"images": "a", "data": "x", "steps": 9}}
+    for other, said in (
+        ({"images": "b"}, "rank 1 has other images than rank 0"),
+        ({"steps": 8, "seed": 1}, "rank 1 has other seed and other steps than rank 0"),
+    ):
+        with pytest.raises(SystemExit, match=said):
+            support.run.refuse_other_ranks([mine, mine | {"train": mine["train"] | other}])
+    support.run.refuse_other_ranks([mine, mine | {"train": mine["train"] | {"data": "y"}}])
