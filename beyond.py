@@ -70,6 +70,9 @@ def as_eps(model, diffusion, predicts):
     return eps
 
 
+WEIGHTINGS = "simple", "vlb", "min-snr", "native"
+
+
 def loss_weights(diffusion, name, predicts="eps"):
     """Return the weights (T,) of the squared error of eps for Diffusion.loss, or None if all are 1.
 
@@ -81,15 +84,14 @@ def loss_weights(diffusion, name, predicts="eps"):
     Raises ValueError for an unknown name or target.
     """
     _, b = eps_of_output(diffusion, predicts)
-    weights = {
+    if name not in WEIGHTINGS:
+        raise ValueError(f"the weights must be in {[*WEIGHTINGS]}, not {name!r}")
+    return {
         "simple": None,
         "vlb": diffusion.bound_weights(),
         "min-snr": (5 * (1 - diffusion.alphas_bar) / diffusion.alphas_bar).clamp(max=1),
         "native": 1 / b**2,
-    }
-    if name not in weights:
-        raise ValueError(f"the weights must be in {[*weights]}, not {name!r}")
-    return weights[name]
+    }[name]
 
 
 # -------------------------------------------------------------------------------------- fewer steps
@@ -112,18 +114,17 @@ def respaced(diffusion, model, steps):
     abar = diffusion.alphas_bar[tau]
     betas = 1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])
 
-    def eps(x_t, t, *y):
-        return model(x_t, tau.to(t.device, non_blocking=t.is_cuda)[t], *y)
+    def eps(x_t, t, *y, **named):  # y, if the model takes classes
+        return model(x_t, tau.to(t.device, non_blocking=t.is_cuda)[t], *y, **named)
 
     return type(diffusion)(betas, diffusion.variance), eps, tau
 
 
-# Each sampler is a step: a function that returns x_{t-1} from (x0_hat, x_t, t, z), where z() draws
-# noise. It may keep what it has seen.
-
-
 def ddpm_step(chain):
-    """Return the step of Algorithm 2."""
+    """Return the step of Algorithm 2: step(x0_hat, x_t, t, z) returns x_{t-1}, and z() draws noise.
+
+    Each sampler is such a step. It may keep what it has seen.
+    """
 
     def step(x0, x_t, t, z):
         mean, _ = chain.q_posterior(x0, x_t, t)
@@ -204,11 +205,12 @@ def sample_progressive(
         device = device if x_T is None else x_T.device
         draw_noise = partial(torch.randn, shape, generator=generator, device=device)
     if sampler == "ddpm" and not known:  # the loop of ddpm.py
-        steps = chain.sample_progressive(eps, shape, None, draw_noise, x_T, device, clip)
-        yield from ((tau[i].item(), x, x0) for i, x, x0 in steps)
+        algorithm_2 = chain.sample_progressive(eps, shape, None, draw_noise, x_T, device, clip)
+        yield from ((tau[i].item(), x, x0) for i, x, x0 in algorithm_2)
         return
-    step = {"ddpm": ddpm_step, "ddim": partial(ddim_step, eta=eta or 0.0), "dpm": dpm_step}[sampler]
-    step, (image, mask) = step(chain), known or (None, None)
+    make_step = {"ddpm": ddpm_step, "ddim": partial(ddim_step, eta=eta or 0.0), "dpm": dpm_step}
+    step = make_step[sampler](chain)
+    image, mask = known or (None, None)
 
     x = draw_noise() if x_T is None else x_T
     for i in reversed(range(chain.T)):
@@ -223,9 +225,9 @@ def sample_progressive(
             x = step(x0, x, t, draw_noise)
 
 
-def sample(*args, **kwargs):
+def sample(diffusion, eps, shape, *args, **kwargs):
     """Return the last x0_hat of sample_progressive, with its arguments: (B, C, H, W)."""
-    for _, _, x0_hat in sample_progressive(*args, **kwargs):
+    for _, _, x0_hat in sample_progressive(diffusion, eps, shape, *args, **kwargs):
         x0 = x0_hat
     return x0
 

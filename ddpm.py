@@ -76,6 +76,7 @@ class Diffusion:
 
     def __init__(self, betas, variance="large"):
         betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
+        # 1 - betas < 1: no beta is lost to rounding
         if betas.ndim != 1 or not len(betas) or not ((betas < 1) & (1 - betas < 1)).all():
             raise ValueError("betas must be a 1-d list of numbers between 0 and 1")
         if variance not in ("large", "small"):
@@ -214,9 +215,9 @@ class Diffusion:
             z = draw_noise() if i > 0 else 0
             x = mean + self.sigma[i].item() * z
 
-    def sample(self, *args, **kwargs):
+    def sample(self, model, shape, *args, **kwargs):
         """Return the last x0_hat of sample_progressive, with its arguments: (B, C, H, W)."""
-        for _, _, x0_hat in self.sample_progressive(*args, **kwargs):
+        for _, _, x0_hat in self.sample_progressive(model, shape, *args, **kwargs):
             x0 = x0_hat
         return x0
 

@@ -14,7 +14,7 @@ ddpm.py.
 import json
 import math
 import shutil
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 import numpy as np
 
@@ -77,13 +77,15 @@ def sample_progressive(
     if sampler != "ddpm":
         sigma2 = (eta or 0) ** 2 * posterior_variance
     log_snr = np.log(alphas_bar / (1 - alphas_bar)).tolist()
-    # Rows of Python floats, which keep float32 arrays float32.
-    tables = np.stack([betas, alphas, alphas_bar, alphas_bar_prev, np.sqrt(sigma2)], 1).tolist()
+    posterior_x0 = np.sqrt(alphas_bar_prev) * betas / (1 - alphas_bar)
+    posterior_x_t = np.sqrt(alphas) * (1 - alphas_bar_prev) / (1 - alphas_bar)
+    columns = alphas_bar, alphas_bar_prev, posterior_x0, posterior_x_t, np.sqrt(sigma2)
+    tables = np.stack(columns, 1).tolist()  # Python floats, which keep float32 arrays float32
 
     x = draw_noise() if x_T is None else x_T
     x0_before = None
     for i in reversed(range(len(betas))):
-        beta, alpha, abar, abar_prev, sigma = tables[i]
+        abar, abar_prev, factor_x0, factor_x_t, sigma = tables[i]
         if known:
             image, mask = known
             x_t = math.sqrt(abar) * image + math.sqrt(1 - abar) * draw_noise()  # (4)
@@ -96,10 +98,7 @@ def sample_progressive(
         if i == 0:  # the last step adds no noise, and its mean is x0_hat itself
             return
         if sampler == "ddpm":
-            mean = (
-                math.sqrt(abar_prev) * beta / (1 - abar) * x0
-                + math.sqrt(alpha) * (1 - abar_prev) / (1 - abar) * x
-            )  # (7)
+            mean = factor_x0 * x0 + factor_x_t * x  # (7)
         else:
             x0_middle = x0  # "dpm" extrapolates it to the middle of the step in lambda
             if sampler == "dpm" and x0_before is not None:
@@ -126,7 +125,8 @@ def mix(x0, x0_b, t, betas, draw_noise):
 def guided(network, y, w):
     """Return eps_model(x_t, t) of classifier-free guidance: (1 + w) eps given y, minus w eps.
 
-    y: classes of the Network, int64 (B,). w: 0 is no guidance. Others use the scale s = 1 + w.
+    Unlike in beyond.py, one call of the Network computes both. y: its classes, int64 (B,). w: 0 is
+    no guidance. Others use the scale s = 1 + w.
     """
     none = np.full_like(y, len(network.classes))
 
@@ -174,6 +174,34 @@ def sample(network, n, classes=None, guidance=0, steps=10, seed=0, first=0, **op
 # -------------------------------------------------------------------------------------- the network
 
 
+def open_session(path, device, options):
+    """Return an onnxruntime.InferenceSession. The arguments and errors are those of Network."""
+    try:
+        import onnxruntime as ort
+    except ModuleNotFoundError:
+        raise ValueError("ONNX Runtime is missing: pip install onnxruntime") from None
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder, not the model.onnx that export.py writes; for a "
+                         f"run, first: python export.py --checkpoint {path}")  # fmt: skip
+    if not Path(path).is_file():
+        raise ValueError(f"{path} does not exist; python export.py writes it")
+    if device not in ("auto", "cuda", "cpu"):
+        raise ValueError(f'device must be "auto", "cuda" or "cpu", not {device!r}')
+    providers = ["CPUExecutionProvider"]
+    has_cuda = "CUDAExecutionProvider" in ort.get_available_providers()
+    # Without NVIDIA's driver, ONNX Runtime would print an error.
+    if has_cuda and (device == "cuda" or (device == "auto" and shutil.which("nvidia-smi"))):
+        ort.preload_dlls()  # the CUDA libraries that pip installed; it prints what is missing
+        providers.insert(0, ("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC"}))
+    try:
+        session = ort.InferenceSession(path, options, providers=providers)
+    except Exception as error:  # ONNX Runtime raises many kinds
+        raise ValueError(f"{path} can't be opened by ONNX Runtime: {str(error)!a}") from None
+    if device == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
+        raise ValueError("ONNX Runtime can't use CUDA; see Accelerators in docs/guide.md")
+    return session
+
+
 class Network:
     """eps_theta(x_t, t) from a model.onnx: float32 (B, C, H, W) and int64 (B,) to eps, for any B.
 
@@ -190,35 +218,15 @@ class Network:
     """
 
     def __init__(self, path, device="auto", options=None):
-        try:
-            import onnxruntime as ort
-        except ModuleNotFoundError:
-            raise ValueError("ONNX Runtime is missing: pip install onnxruntime") from None
-        if Path(path).is_dir():
-            raise ValueError(f"{path} is a folder, not the model.onnx that export.py writes; for a "
-                             f"run, first: python export.py --checkpoint {path}")  # fmt: skip
-        if not Path(path).is_file():
-            raise ValueError(f"{path} does not exist; python export.py writes it")
-        if device not in ("auto", "cuda", "cpu"):
-            raise ValueError(f'device must be "auto", "cuda" or "cpu", not {device!r}')
-        providers = ["CPUExecutionProvider"]
-        has_cuda = "CUDAExecutionProvider" in ort.get_available_providers()
-        # Without NVIDIA's driver, ONNX Runtime would print an error.
-        if has_cuda and (device == "cuda" or (device == "auto" and shutil.which("nvidia-smi"))):
-            ort.preload_dlls()  # the CUDA libraries that pip installed; it prints what is missing
-            providers.insert(0, ("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC"}))
-        try:
-            self.session = ort.InferenceSession(path, options, providers=providers)
-        except Exception as error:  # ONNX Runtime raises many kinds
-            raise ValueError(f"{path} can't be opened by ONNX Runtime: {str(error)!a}") from None
+        self.session = open_session(path, device, options)
         self.provider = self.session.get_providers()[0]  # the CPU if CUDA does not load
-        if device == "cuda" and self.provider != "CUDAExecutionProvider":
-            raise ValueError("ONNX Runtime can't use CUDA; see Accelerators in docs/guide.md")
         metadata = self.session.get_modelmeta().custom_metadata_map
         missing = {"ddpm.betas", "ddpm.variance", "ddpm.image_shape"} - metadata.keys()
         if missing:
             raise ValueError(f"{path} was not written by export.py: it lacks {min(missing)}")
-        try:  # the metadata, and a first call, which fails if they do not fit the network
+        from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+
+        try:  # the metadata, and a first call, which is invalid if they do not fit the network
             self.betas = np.array(json.loads(metadata["ddpm.betas"]), np.float64)
             self.variance = metadata["ddpm.variance"]
             self.shape = tuple(map(int, json.loads(metadata["ddpm.image_shape"])))
@@ -229,13 +237,9 @@ class Network:
             if len({*self.classes}) < len(self.classes):
                 raise ValueError(f"the classes are {self.classes}")
             self(np.zeros((1, *self.shape), np.float32), np.zeros(1, np.int64))
-        except Exception as error:  # ONNX Runtime raises many kinds
+        except (TypeError, ValueError, InvalidArgument) as error:
             why = ascii(str(error).partition("\n")[0])
             raise ValueError(f"{path} has metadata that do not fit: {why}") from None
-        for name in self.classes:  # sample.py prints it, and --dir makes a folder of this name
-            is_folder = name == PureWindowsPath(name).name == Path(name).name
-            if not is_folder or name in ("", "..") or not name.isprintable():
-                raise ValueError(f"{path}: a class must not be named {name!r}")
 
     def __call__(self, x_t, t, y=None):
         feeds, K = {"x_t": x_t, "t": t}, len(self.classes)

@@ -20,11 +20,12 @@ import torch
 from tqdm import tqdm
 
 from ddpm import Bound, Diffusion
-from images import check_output, from_pixels, print_any_name, replacing
-from support import cli, trained
+from images import check_output, escape_unprintable, from_pixels, replacing
+from support import cli
 from support.data import demo_images, read_folder
 from support.device import choose_device
 from support.plot import save_plot
+from support.trained import DEMO, HUB, load
 
 
 def rate_distortion(bound):
@@ -39,6 +40,7 @@ def rate_distortion(bound):
 
 
 def arguments():
+    """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(
         usage="python evaluate.py --data ./test-images [options]",
         description=__doc__,
@@ -58,36 +60,15 @@ def arguments():
     return parser.parse_args()
 
 
-def main():
-    print_any_name()
-    args = arguments()
-    network = trained.load(args.checkpoint)
-    channels, size, _ = network.shape
-    if args.data is not None:
-        images, labels = read_folder(args.data, size, channels, args.images, network.classes)
-    elif network.source == trained.DEMO:
-        images, labels = demo_images(), None
-    else:
-        sys.exit("evaluate.py: --data must be a folder of images that the network has not seen")
-    images = torch.from_numpy(images)
-    random = torch.Generator().manual_seed(args.seed)  # so that all batches are alike
-    order = torch.randperm(len(images), generator=random)[: args.images]
-    path = Path(args.checkpoint.removeprefix(cli.HUB))
-    out = args.out or (path if path.is_dir() else path.parent if path.exists() else Path())
-    curve = out / "rate-distortion.csv"
-    check_output(curve)
-
-    device = choose_device(args.device)
-    network.model.to(device)
-    variance = args.variance or network.diffusion.variance
-    diffusion = Diffusion(network.diffusion.betas, variance)
+def measure(trained, diffusion, images, labels, order, device, args):
+    """Return the Bound of the images in this order, in batches; Ctrl-C keeps those finished."""
     noise, bounds = torch.Generator(device).manual_seed(args.seed), []
     total = len(order) * diffusion.T
     with tqdm(total=total, unit=" passes", unit_scale=True, mininterval=1) as bar:
 
         def eps(x_t, t, y):
             bar.update(len(x_t))
-            return network.eps(x_t, t, y)
+            return trained.eps(x_t, t, y)
 
         try:
             for part in order.split(args.batch):
@@ -97,31 +78,73 @@ def main():
                 bar.set_postfix_str(f"{bounds[-1].total.mean():.3f} bits/dim in the last batch")
         except KeyboardInterrupt:
             if not bounds:
-                sys.exit("evaluate.py: stopped before a batch was finished; try a smaller --batch")
+                raise
+    return Bound(*map(torch.cat, zip(*bounds, strict=True)))
 
-    bound = Bound(*map(torch.cat, zip(*bounds, strict=True)))
-    n, (L_t, rate, rmse) = len(bound.total), rate_distortion(bound)
+
+def print_bound(bound, L_t, rmse):
+    """Print the terms of the bound, in bits per dimension."""
+    n = len(bound.total)
     error = f" +- {bound.total.std() / math.sqrt(n):.4f} (standard error)" if n > 1 else ""
-    step = f" (step {network.step:,})" if network.step else ""
-    given = ", given the class of each" if network.classes else ""
-    of = f"{n:,} image{'s' * (n > 1)} of {args.data or 'the demo'}"
-    print(f"{path}{step} on {of}{given}, bits per dimension")
     print(f"  L_T                  {bound.L_T.mean():8.6f}")
     print(f"  L_1 + .. + L_T-1     {L_t[1:].sum():8.4f}    with L_T, the rate")
     print(f"  L_0                  {L_t[0]:8.4f}    the distortion")
     print(f"  total                {bound.total.mean():8.4f}{error}")
     print(f"  RMSE                 {rmse[0]:8.4f}    of x0_hat at t = 0, on the scale 0..255")
-    table = torch.stack([torch.arange(diffusion.T), L_t, rate, rmse], 1).numpy()
-    with replacing(curve) as file:
+
+
+def save_curve(path, L_t, rate, rmse):
+    """Save the rate-distortion curve as a table and as a PNG."""
+    table = torch.stack([torch.arange(len(rate)), L_t, rate, rmse], 1).numpy()
+    with replacing(path) as file:
         np.savetxt(file, table, "%.9g", ",", header="t,L_t,rate,rmse", comments="")
     titles = "rate, bits per dimension", "RMSE of x0_hat, of 255"
-    save_plot(curve.with_suffix(".png"), rate.tolist(), rmse.tolist(), *titles)
-    print(f"the curve: {curve} and .png")
+    save_plot(path.with_suffix(".png"), rate.tolist(), rmse.tolist(), *titles)
+    print(f"the curve: {path} and .png")
+
+
+def evaluate(args):
+    """Measure the bound, print it, and save the curve."""
+    path = Path(args.checkpoint.removeprefix(HUB))
+    out = args.out or (path if path.is_dir() else path.parent if path.exists() else Path())
+    curve = out / "rate-distortion.csv"
+    check_output(curve)
+    device = choose_device(args.device)
+    trained = load(args.checkpoint)
+    channels, size, _ = trained.shape
+    if args.data is not None:
+        images, labels = read_folder(args.data, size, channels, args.images, trained.classes)
+    elif trained.source == DEMO:
+        images, labels = demo_images(), None
+    else:
+        sys.exit("evaluate.py: --data must be a folder of images that the network has not seen")
+    images = torch.from_numpy(images)
+    # Shuffled, so that the batches finished before Ctrl-C are a fair sample:
+    random = torch.Generator().manual_seed(args.seed)
+    order = torch.randperm(len(images), generator=random)[: args.images]
+    trained.model.to(device)
+    diffusion = Diffusion(trained.diffusion.betas, args.variance or trained.variance)
+    bound = measure(trained, diffusion, images, labels, order, device, args)
+    n, (L_t, rate, rmse) = len(bound.total), rate_distortion(bound)
+    step = f" (step {trained.step:,})" if trained.step else ""
+    given = ", given the class of each" if trained.classes else ""
+    of = f"{n:,} image{'s' * (n > 1)} of {args.data or 'the demo'}"
+    print(f"{path}{step} on {of}{given}, bits per dimension")
+    print_bound(bound, L_t, rmse)
+    save_curve(curve, L_t, rate, rmse)
     if n < len(order):
         sys.exit(f"evaluate.py: stopped after {n:,} of {len(order):,} images")
 
 
-if __name__ == "__main__":
+def main():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
+    escape_unprintable()
+    try:
+        evaluate(arguments())
+    except KeyboardInterrupt:
+        sys.exit("evaluate.py: stopped before a batch was finished; try a smaller --batch")
+
+
+if __name__ == "__main__":
     main()

@@ -41,15 +41,15 @@ def exact_network(diffusion, x0, labels=None, std=0.0):
 
 
 @torch.no_grad()
-def squared_error(diffusion, eps_model, x0, t, seed=0):
+def squared_error(diffusion, network, x0, t, seed=0):
     """Return the mean squared error of eps for each image of x0 (N, C, H, W) at t (N,): (N,).
 
-    eps_model(x_t, t) returns eps. The noise depends on the seed and N alone.
+    network(x_t, t) returns eps. The noise depends on the seed and N alone.
     """
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0.device)
     errors = []
-    for x, i, eps in zip(x0.split(256), t.split(256), noise.split(256), strict=True):
-        predicted = eps_model(diffusion.q_sample(x, i, eps), i)
+    for x, i, eps in zip(x0.split(256), t.split(256), noise.split(256), strict=True):  # memory
+        predicted = network(diffusion.q_sample(x, i, eps), i)
         errors.append((eps - predicted).square().flatten(1).mean(1))
     return torch.cat(errors)
 

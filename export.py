@@ -17,7 +17,6 @@ import argparse
 import ast
 import json
 import logging
-import re
 import sys
 import tempfile
 import warnings
@@ -36,10 +35,10 @@ except ModuleNotFoundError as error:
 
 
 from beyond import as_eps, eps_of_output
-from images import check_output, print_any_name, replacing
+from images import check_new_folder, check_output, escape_unprintable, replacing
 from support import cli
-from support.pretrained import to_diffusers
-from support.trained import example_labels, largest_difference, load
+from support.pretrained import import_diffusers, to_diffusers
+from support.trained import HUB, example_labels, largest_difference, load
 
 OPSET = 20  # ONNX Runtime has kernels for it on the CPU, on CUDA and in the browser
 TOLERANCE = 1e-4  # the largest difference from torch, in an output that is about N(0, 1)
@@ -73,7 +72,8 @@ class Eps(torch.nn.Module):
 
     def __init__(self, trained, model):
         super().__init__()
-        self.model, self.eps = model, as_eps(model, trained.diffusion, trained.predicts)
+        self.model = model  # registered, so that the exporter sees its weights; eps calls it
+        self.eps = as_eps(model, trained.diffusion, trained.predicts)
 
     def forward(self, x_t, t, y=None):
         return self.eps(x_t, t, y)
@@ -82,8 +82,7 @@ class Eps(torch.nn.Module):
 def to_onnx(trained, model):
     """Return eps_theta as an onnx.ModelProto with a dynamic batch and the schedule as metadata.
 
-    model: the network, or its Half. Nodes are named after their modules, as in
-    "down.0.0.conv1/Conv_20". The file has no paths of this machine.
+    model: the network, or its Half.
     """
     # The example has a batch of two: the exporter would treat a batch of 1 as a constant.
     example = (
@@ -110,14 +109,7 @@ def to_onnx(trained, model):
             },
         )
     proto = program.model_proto
-    for k, node in enumerate(proto.graph.node):
-        notes = {prop.key: prop.value for prop in node.metadata_props}
-        scopes = ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "[]"))
-        module = next((name for name in reversed(scopes[:-1]) if name), "")
-        module = ".".join(part for part in module.split(".") if part != "model")  # of Eps and Half
-        node.name = f"{module}/{node.op_type}_{k}"
-        del node.metadata_props[:]  # the source lines that it comes from
-        node.doc_string = ""
+    name_nodes(proto.graph)
     metadata = {
         "ddpm.betas": json.dumps(trained.diffusion.betas.tolist()),
         "ddpm.variance": trained.diffusion.variance,
@@ -129,6 +121,21 @@ def to_onnx(trained, model):
         metadata["ddpm.classes"] = json.dumps(trained.classes)
     onnx.helper.set_model_props(proto, metadata)
     return proto
+
+
+def name_nodes(graph):
+    """Name the nodes after their modules, as in "down.0.0.conv1/Conv_20".
+
+    What else the exporter notes of them, such as paths of this machine, is removed.
+    """
+    for k, node in enumerate(graph.node):
+        notes = {prop.key: prop.value for prop in node.metadata_props}
+        scopes = ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "[]"))
+        module = next((name for name in reversed(scopes[:-1]) if name), "")
+        module = ".".join(part for part in module.split(".") if part != "model")  # of Eps and Half
+        node.name = f"{module}/{node.op_type}_{k}"
+        del node.metadata_props[:]
+        node.doc_string = ""
 
 
 # -------------------------------------------------------------------------------------- the program
@@ -162,8 +169,8 @@ def write_onnx(trained, path, kind=None):
     print("next:\n  python", cli.command(*words))
 
 
-def main():
-    print_any_name()
+def arguments():
+    """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(
         usage="python export.py [options]",
         description=__doc__,
@@ -188,14 +195,20 @@ def main():
         parser.error("--onnx must be a file such as model.onnx")
     if args.kind and not args.onnx:
         parser.error("--half and --int8 need --onnx")
+    return args
 
+
+def main():
+    escape_unprintable()
+    args = arguments()
     if args.onnx:
         check_output(args.onnx, args.checkpoint)
-    source = args.checkpoint
-    if args.diffusers:
-        is_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", args.diffusers)  # of weights on the hub
-        source = cli.HUB * (is_name is not None and not Path(args.diffusers).exists())
-        source += args.diffusers
+    if args.to_diffusers:
+        check_new_folder(args.to_diffusers)
+        import_diffusers("--to-diffusers")
+    source = args.diffusers or args.checkpoint
+    if args.diffusers and not Path(args.diffusers).exists():
+        source = HUB + args.diffusers.removeprefix(HUB)
     trained = load(source)
     if args.to_diffusers:
         to_diffusers(trained, args.to_diffusers)

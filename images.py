@@ -1,7 +1,7 @@
 """One image: read a file, convert its pixels, arrange images in a grid, save them.
 
-Programs check with check_output, before they work, that a file can be written, and write it with
-`replacing`: the old file is replaced whole, or stays as it was.
+The rest is what sample.py needs without support/: check_output says before the work whether a file
+can be written, and `replacing` writes it, so that an old file is replaced whole or stays.
 
 Pixels are uint8, (C, H, W) for one image and (B, C, H, W) for several; C is 1 for grey images and
 3 for colour. The networks work on float32 in [-1, 1].
@@ -10,9 +10,10 @@ Pixels are uint8, (C, H, W) for one image and (B, C, H, W) for several; C is 1 f
 import contextlib
 import math
 import os
+import re
 import secrets
 import sys
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -23,17 +24,10 @@ with contextlib.suppress(ImportError):  # HEIC, the format of iPhone photos
     register_heif_opener()
 
 Image.init()
-FORMATS = [kind for kind in Image.OPEN if kind != "EPS"]  # which would start another program
+FORMATS = [kind for kind in Image.OPEN if kind != "EPS"]  # EPS would start Ghostscript
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")  # the names of what `replacing` writes
 
 # ------------------------------------------------------------------------------------------- images
-
-
-def is_grey(image):
-    """Return whether a Pillow image has no colour, by its mode or its palette."""
-    if image.mode in ("P", "PA"):
-        red, green, blue = np.reshape(image.getpalette("RGB"), (-1, 3)).T
-        return bool((red == green).all() and (green == blue).all())
-    return image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
 
 
 def read_image(path, size, channels):
@@ -85,10 +79,9 @@ def grid(pixels, columns=None, rows=None, names=()):
     """
     if rows and 1 < rows <= len(pixels):
         columns = math.ceil(len(pixels) / rows)
-        missing = (0, rows * columns - len(pixels)), (0, 0), (0, 0), (0, 0)
-        pixels = np.pad(pixels, missing, constant_values=255)
-        pixels = pixels.reshape(columns, rows, *pixels.shape[1:]).swapaxes(0, 1)
-        pixels = pixels.reshape(-1, *pixels.shape[2:])
+        blank = np.full((rows * columns - len(pixels), *pixels.shape[1:]), 255, np.uint8)
+        order = np.arange(rows * columns).reshape(columns, rows).T.ravel()
+        pixels = np.concatenate([pixels, blank])[order]
     columns = columns or math.ceil(math.sqrt(len(pixels)))
     padding = (0, -len(pixels) % columns), (0, 0), (1, 1), (1, 1)
     pixels = np.pad(pixels, padding, constant_values=255)
@@ -97,13 +90,17 @@ def grid(pixels, columns=None, rows=None, names=()):
     image = to_image(pixels.reshape(c, -1, columns * w))
     scale = max(1, round(512 / image.width), round(64 / h))
     image = ImageOps.scale(image, scale, Image.Resampling.NEAREST)
-    if len(names) * h * scale != image.height:
-        return image
+    has_all_rows = len(names) * h * scale == image.height  # not with fewer images than names
+    return label_rows(image, names) if has_all_rows else image
+
+
+def label_rows(image, names):
+    """Return a Pillow image whose rows of equal height have their names to the left."""
     font = ImageFont.load_default(16)
     margin = 16 + math.ceil(max(font.getlength(name) for name in names))
     canvas = ImageOps.expand(image, (margin, 0, 0, 0), fill="white")
     for row, name in enumerate(names):
-        middle = (row + 0.5) * h * scale
+        middle = (row + 0.5) * image.height / len(names)
         ImageDraw.Draw(canvas).text((8, middle), name, "black", font, anchor="lm")
     return canvas
 
@@ -123,6 +120,19 @@ def check_output(path, *inputs):
             sys.exit(f"{path} is also read, so it is not written; choose another name")
 
 
+def check_new_folder(path):
+    """Exit unless `path` is a new or empty folder that can be written."""
+    check_output(Path(path) / "x")
+    if os.path.exists(path) and (not os.path.isdir(path) or os.listdir(path)):
+        sys.exit(f"{path} must be a new or empty folder")
+
+
+def is_folder_name(name):
+    """Return whether every system allows a folder of this name, and a terminal can show it."""
+    is_name = name == PureWindowsPath(name).name == Path(name).name
+    return is_name and name not in ("", "..") and name.isprintable()
+
+
 @contextlib.contextmanager
 def replacing(path):
     """Yield a new binary file, which becomes the file `path` at the end of the block.
@@ -139,8 +149,9 @@ def replacing(path):
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(error, OSError):
-            sys.exit(f"{path} can't be written and stays as it was: {error.strerror or error}")
+        # Not an error of other files, which is a bug, and not one of Pillow, which has no errno:
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary)):
+            sys.exit(f"{path} can't be written and stays as it was: {error.strerror}")
         raise
 
 
@@ -160,12 +171,7 @@ def save_animation(path, images, each=60, last=2000):
 # ----------------------------------------------------------------------------------------- the text
 
 
-def printable(text):
-    """Return a text from a stranger, such as the name of a file, without control characters."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
-
-
-def print_any_name():
+def escape_unprintable():
     """Let print write names that the terminal's encoding lacks."""
     if hasattr(sys.stdout, "reconfigure"):  # Jupyter's has no such method, and no need of it
         sys.stdout.reconfigure(errors="backslashreplace")

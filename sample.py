@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -30,9 +31,10 @@ try:
     from ddpm_numpy import LAMBDAS, SAMPLERS, Network, guided, mix, noise_of, sample_progressive
     from images import (
         check_output,
+        escape_unprintable,
         from_pixels,
         grid,
-        print_any_name,
+        is_folder_name,
         read_image,
         replacing,
         save_animation,
@@ -101,12 +103,16 @@ def arguments():
         parser.error("--t needs --interpolate")
     if not math.isfinite(args.guidance):
         parser.error("--guidance must be a finite number")
-    inputs = *(args.inpaint or ()), *(args.interpolate or ()), args.onnx
-    for path in (args.out, args.gif, args.strip, args.dir and args.dir / NOTE):
-        if path:
-            check_output(path, *inputs)
     if args.eta is not None and (args.sampler in ("ddpm", "dpm") or not 0 <= args.eta <= 1):
         parser.error("--eta must be from 0 to 1, and is only for --sampler ddim")
+    inputs = *(args.inpaint or ()), *(args.interpolate or ()), args.onnx
+    outputs = [
+        path for path in (args.out, args.gif, args.strip, args.dir and args.dir / NOTE) if path
+    ]
+    if len({os.path.abspath(path) for path in outputs}) < len(outputs):
+        parser.error("--out, --gif and --strip must be different files")
+    for path in outputs:
+        check_output(path, *inputs)
     return args
 
 
@@ -127,9 +133,7 @@ def read_mask(path, shape):
     with Image.open(path) as image:
         alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
     if alpha.getextrema()[0] < 128:
-        path = io.BytesIO()
-        alpha.save(path, "PNG")
-        grey = read(path, (1, *shape[1:]))
+        grey = np.asarray(ImageOps.fit(alpha, shape[:0:-1], Image.Resampling.LANCZOS))[None]
     mask = grey > grey.max() / 2
     print(f"the mask selects {mask.mean():.0%} of the image")
     return mask
@@ -142,26 +146,30 @@ def pixels_of(x0):
     return to_pixels(x0)
 
 
+def reverse(network, args, y, draw_noise, betas, **options):
+    """Return sample_progressive with the sampler, the classes and the guidance of the flags."""
+    model = network if y is None else guided(network, y, args.guidance)
+    options |= {"sampler": args.sampler, "eta": args.eta}
+    return sample_progressive(model, draw_noise, betas, network.variance, **options)
+
+
 def draw_interpolation(network, args, y):
     """Save a grid with a row for each --t: the two images, and between them the mixtures."""
-    ends = [read(path, network.shape) for path in args.interpolate]
-    model = guided(network, np.resize(y, len(LAMBDAS)), args.guidance) if args.classes else network
-    rows = []
+    ends, rows = [read(path, network.shape) for path in args.interpolate], []
+    y = np.resize(y, len(LAMBDAS)) if args.classes else None
     try:
         for t in args.t:
             draw_noise = noise_of(args.seed, 0, (1, *network.shape))  # the same for all mixtures
             x_t = mix(*map(from_pixels, ends), t, network.betas, draw_noise)
             steps = min(args.steps, t + 1)
-            chain = sample_progressive(
-                model, draw_noise, network.betas[: t + 1], network.variance, steps, args.sampler,
-                args.eta, x_t,
-            )  # fmt: skip
+            betas = network.betas[: t + 1]
+            chain = reverse(network, args, y, draw_noise, betas, steps=steps, x_T=x_t)
             for _, _, x0 in tqdm(chain, f"t = {t}", steps, unit="step", mininterval=1):
                 mixtures = x0
             rows += [ends[0], *pixels_of(mixtures), ends[1]]
     except KeyboardInterrupt:
         if not rows:
-            sys.exit("sample.py: stopped before a row was finished")
+            raise
     columns = len(LAMBDAS) + 2
     names = [f"t = {t}" for t in args.t[: len(rows) // columns]]
     save_image(args.out, grid(np.stack(rows), columns, names=names))
@@ -170,62 +178,70 @@ def draw_interpolation(network, args, y):
         sys.exit(f"sample.py: stopped after {len(names)} of {len(args.t)} rows")
 
 
+def draw_batch(network, args, y, batch, known, bar, frames):
+    """Return the images `batch`, a slice, as pixels; append the (x_t, x0_hat) to show to frames.
+
+    frames: None if nothing of this batch is shown.
+    """
+    draw_noise = noise_of(args.seed, batch.start, (batch.stop - batch.start, *network.shape))
+    y, options = None if y is None else y[batch], {"steps": args.steps, "known": known}
+    start_time = time.monotonic()
+    kept = {*np.linspace(0, args.steps - 1, FRAMES).round().astype(int)}
+    chain = reverse(network, args, y, draw_noise, network.betas, **options)
+    for i, (_, x, x0) in enumerate(chain):
+        if frames is not None and i in kept:
+            frames.append((to_pixels(x[:GRID]), to_pixels(x0[:GRID])))
+        bar.update()
+        if bar.n == 5:
+            estimate_time(bar, time.monotonic() - start_time, args.steps)
+    return pixels_of(x0)
+
+
 def draw_samples(network, args, y):
     """Save -n samples: the grid, and the folder, the GIF and the strip if asked for.
 
     y: the class of each image, or None. Each class has a row in the grid, and a sub-folder. Ctrl-C
     keeps the batches that are finished. Images that --dir already holds are not drawn again.
     """
-    n, known, shown, frames = args.n, None, [], []  # frames: (x_t, x0_hat) of the first batch
+    n, known, shown, frames = args.n, None, [], []
     names = [] if y is None else list(dict.fromkeys(network.classes[k] for k in y))
     root = args.dir or Path()
     folders = [root] * n if y is None else [root / network.classes[k] for k in y]
     paths = [folder / f"{k:06d}.png" for k, folder in enumerate(folders)]
-    kept = {*np.linspace(0, args.steps - 1, FRAMES).round().astype(int)}
     if args.inpaint:
-        known = from_pixels(read(args.inpaint[0], network.shape))
-        known = known, read_mask(args.inpaint[1], network.shape)
-    begun = begin_folder(args, paths) if args.dir else 0
-    if begun:
+        image = from_pixels(read(args.inpaint[0], network.shape))
+        known = image, read_mask(args.inpaint[1], network.shape)
+    done = resumed_at = begin_folder(args, paths) if args.dir else 0
+    if resumed_at:
         hint = ", so --gif and --strip have nothing to show" if args.gif or args.strip else ""
-        print(f"{args.dir} has the first {begun:,} images already{hint}")
-        shown = [read(path, network.shape) for path in paths[: min(begun, GRID)]]
-    began, drawn = time.monotonic(), 0
-    bar = tqdm(total=-(-(n - begun) // args.batch) * args.steps, unit="step", mininterval=1)
+        print(f"{args.dir} has the first {resumed_at:,} images already{hint}")
+        shown = [read(path, network.shape) for path in paths[: min(resumed_at, GRID)]]
+    start_time = time.monotonic()
+    bar = tqdm(total=-(-(n - done) // args.batch) * args.steps, unit="step", mininterval=1)
     try:
-        for first in range(begun, n, args.batch):
-            batch = slice(first, min(first + args.batch, n))
-            draw_noise = noise_of(args.seed, first, (batch.stop - first, *network.shape))
-            model = network if y is None else guided(network, y[batch], args.guidance)
-            chain = sample_progressive(
-                model, draw_noise, network.betas, network.variance, args.steps, args.sampler,
-                args.eta, known=known,
-            )  # fmt: skip
-            for i, (_, x, x0) in enumerate(chain):
-                if first == 0 and i in kept and (args.gif or args.strip):
-                    frames.append((to_pixels(x[:GRID]), to_pixels(x0[:GRID])))
-                bar.update()
-                if first == begun and i == 4:
-                    say_how_long(bar, time.monotonic() - began, args.steps)
-            pixels = pixels_of(x0)
-            for path, image in zip(paths[batch], pixels if args.dir else (), strict=False):
-                save_image(path, to_image(image))
+        while done < n:
+            batch = slice(done, min(done + args.batch, n))
+            to_show = frames if done == 0 and (args.gif or args.strip) else None
+            pixels = draw_batch(network, args, y, batch, known, bar, to_show)
+            if args.dir:
+                for path, image in zip(paths[batch], pixels, strict=True):
+                    save_image(path, to_image(image))
             shown.extend(pixels[: GRID - len(shown)])
-            drawn += len(pixels)
+            done = batch.stop
     except KeyboardInterrupt:
         if not shown:
-            sys.exit("sample.py: stopped before an image was finished")
+            raise
     finally:
         bar.close()
-    seconds, total = time.monotonic() - began, begun + drawn
+    seconds, drawn = time.monotonic() - start_time, done - resumed_at
     save_outputs(args, np.stack(shown), frames, names)
-    number = f"{total:,} image{'s' * (total > 1)}"
-    shows = f"the first {GRID} of {number}" if total > GRID else number
+    number = f"{done:,} image{'s' * (done > 1)}"
+    shows = f"the first {GRID} of {number}" if done > GRID else number
     of = f" of {', '.join(names)}" if names else ""
     speed = f", {seconds:.1f} s, {seconds / drawn:.2f} s each" if drawn else ""
     print(f"{args.out}: {shows}{of}{speed}")
-    if total < n:
-        sys.exit(f"sample.py: stopped after {total:,} of {n:,} images")
+    if done < n:
+        sys.exit(f"sample.py: stopped after {done:,} of {n:,} images")
 
 
 def begin_folder(args, paths):
@@ -252,7 +268,7 @@ def begin_folder(args, paths):
     return next((k for k, path in enumerate(paths) if not path.is_file()), len(paths))
 
 
-def say_how_long(bar, seconds, steps):
+def estimate_time(bar, seconds, steps):
     """Print how long all steps will take if it is more than a minute, and how long 20 would."""
     seconds *= bar.total / bar.n
     if seconds > 60 and steps > 50:
@@ -280,9 +296,8 @@ def strip(frames):
     return grid(rows.swapaxes(0, 1).reshape(-1, *rows.shape[3:]), columns)
 
 
-def main():
-    print_any_name()
-    args = arguments()
+def draw(args):
+    """Open the network, and draw what the flags ask for."""
     args.classes = args.classes and list(dict.fromkeys(args.classes))  # each has one row
     try:
         network = Network(args.onnx, args.device)
@@ -291,6 +306,8 @@ def main():
         y = network.labels(args.classes, args.n)
     except ValueError as error:
         sys.exit(f"sample.py: {error}")
+    if bad := [name for name in network.classes if not is_folder_name(name)]:  # of --dir
+        sys.exit(f"sample.py: {args.onnx}: a class must not be named {bad[0]!r}")
     T = len(network.betas)
     args.steps = T if args.steps is None else args.steps
     args.t = args.t or [T // 5]
@@ -304,7 +321,17 @@ def main():
     (draw_interpolation if args.interpolate else draw_samples)(network, args, y)
 
 
+def main():
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # SIGHUP: a closed terminal, unless under nohup
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+            signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
+    escape_unprintable()
+    try:
+        draw(arguments())
+    except KeyboardInterrupt:
+        sys.exit("sample.py: stopped before an image was finished")
+
+
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
     main()

@@ -26,62 +26,76 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from beyond import TARGETS, as_eps, loss_weights
+from beyond import TARGETS, WEIGHTINGS, as_eps, loss_weights
 from ddpm import Diffusion, UNet
 from exact import loss_floor
-from images import from_pixels, print_any_name
-from support import cli, data, run, trained
-from support import device as machine
-from support.device import LOCAL_RANK, RANK, WORLD, to_device
+from images import escape_unprintable, from_pixels
+from support import cli, data, device, ranks, run, trained
+from support.device import to_device
+from support.ranks import LOCAL_RANK, RANK, WORLD
 
-LOG_TOGETHER = {"cpu": 1}  # steps logged at once; reading their losses waits for the device
+LOG_EVERY = {"cpu": 1}  # steps per log entry, else 10; reading a loss waits for the device
 
 # -------------------------------------------------------------------------------------- Algorithm 1
 
 
 def draw_batch(step, images, labels, T, args):
+    """Return (index, flip, y, t, noise) of a batch, which depends on the seed and the step alone.
+
+    index: of the images, int64 (B,). flip: whether to mirror them. t: (B,). noise: float32
+    (B, C, H, W). y: classes (B,), or None. images: uint8 (N, C, H, W). labels: int64 (N,), or None.
+    """
+    set_seed(args.device, args.seed, step, 0)
+    index = torch.randint(len(images), (args.batch,), device=images.device)
+    flip = torch.rand(args.batch, 1, 1, 1, device=args.device) < (0.5 if args.flip else 0)
+    t = torch.randint(T, (args.batch,), device=args.device)
+    noise = torch.randn(args.batch, *images.shape[1:], device=args.device)
+    if labels is None:
+        return index, flip, None, t, noise
+    # A tenth of the labels is dropped, because guidance needs eps without a class, too:
+    drop = torch.rand(args.batch, device=images.device) < 0.1
+    y = labels[index].masked_fill(drop, len(args.classes))
+    return index, flip, to_device(y, args.device), t, noise
+
+
+def parts_of(batch, step, images, args):
     """Yield (x0, y, t, noise) for each of the --accumulate parts that this process computes.
 
-    x0, noise: float32 (B, C, H, W). t: (B,). y: classes (B,), or None. images: uint8 (N, C, H, W).
-    labels: int64 (N,), or None. The batch does not depend on the number of processes.
+    It seeds the dropout of a part before it yields the part, so it must not run ahead.
     """
-    device, parts = args.device, WORLD * args.accumulate
-    set_seed(device, args.seed, step, 0)
-    index = torch.randint(len(images), (args.batch,), device=images.device)
-    flip = torch.rand(args.batch, 1, 1, 1, device=device) < (0.5 if args.flip else 0)
-    t = torch.randint(T, (args.batch,), device=device)
-    noise = torch.randn(args.batch, *images.shape[1:], device=device)
-    y = [None] * parts
-    if labels is not None:  # a tenth is dropped, because guidance needs eps without a class too
-        drop = torch.rand(args.batch, device=images.device) < 0.1
-        drawn_labels = labels[index].masked_fill(drop, len(args.classes))
-        y = to_device(drawn_labels, device).tensor_split(parts)
-    index, flip, t, noise = (drawn.tensor_split(parts) for drawn in (index, flip, t, noise))
     for k in range(RANK * args.accumulate, (RANK + 1) * args.accumulate):
-        set_seed(device, args.seed, step, 1 + k)  # for the dropout in the step of this part
-        x0 = from_pixels(to_device(images[index[k]], device))
-        yield torch.where(flip[k], x0.flip(3), x0), y[k], t[k], noise[k]
+        set_seed(args.device, args.seed, step, 1 + k)
+        index, flip, y, t, noise = (
+            drawn if drawn is None else drawn.tensor_split(WORLD * args.accumulate)[k]
+            for drawn in batch
+        )
+        x0 = from_pixels(to_device(images[index], args.device))
+        yield torch.where(flip, x0.flip(3), x0), y, t, noise
 
 
-def loss_of(network, diffusion, args):
+def make_loss(network, diffusion, args):
     """Return loss(x0, y, t, noise), in which the network computes in bfloat16 with --amp."""
-    autocast = torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp)
-    eps = autocast(as_eps(network, diffusion, args.predicts))
+    eps = as_eps(network, diffusion, args.predicts)
     weights = loss_weights(diffusion, args.weighting, args.predicts)
-    return lambda x0, y, t, noise: diffusion.loss(partial(eps, y=y), x0, t, noise, weights)
+
+    def loss(x0, y, t, noise):
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
+            return diffusion.loss(partial(eps, y=y), x0, t, noise, weights)
+
+    return loss
 
 
-def train_step(batch, loss_of_part, network, ema, optimizer, step, args):
-    """Take a gradient step of Algorithm 1 on the batch of draw_batch, and update the average.
+def train_step(parts, loss_fn, network, ema, optimizer, step, args):
+    """Take a gradient step of Algorithm 1 on the parts of a batch, and update the average.
 
     The result is a tensor (2,), whose sum over the processes is the loss and the norm of the
     gradient. Nothing here waits for CUDA, so that Python can prepare the next step.
     """
     batch_loss = torch.zeros((), device=args.device)
-    for part, (x0, y, t, noise) in enumerate(batch, 1):
+    for part, (x0, y, t, noise) in enumerate(parts, 1):
         defer_sync = WORLD > 1 and part < args.accumulate  # exchange the gradients only once
         with network.no_sync() if defer_sync else contextlib.nullcontext():
-            loss = loss_of_part(x0, y, t, noise) * len(x0) / args.batch
+            loss = loss_fn(x0, y, t, noise) * len(x0) / args.batch
             (loss * WORLD).backward()  # DistributedDataParallel averages over the processes
         batch_loss += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -126,7 +140,7 @@ def flag(default, meaning, **options):
 
 
 RUN, CPU = Path("run"), torch.device("cpu")
-count, index, amount = cli.number(int, 1), cli.number(int, 0, 2**63), cli.number(float, 0)
+count, whole, amount = cli.number(int, 1), cli.number(int, 0, 2**63), cli.number(float, 0)
 share, switch = cli.number(float, 0, 1), argparse.BooleanOptionalAction
 
 
@@ -150,23 +164,22 @@ class Settings:
     betas: list = None  # of the weights of --init, instead of the schedule
     variance: str = flag("large", "sigma_t^2", choices=("large", "small"))
     predicts: str = flag("eps", "network's output", choices=TARGETS)
-    weighting: str = flag("simple", "weight of each t; see the manual",
-                          choices=("simple", "vlb", "min-snr", "native"))  # fmt: skip
+    weighting: str = flag("simple", "weight of each t; see the manual", choices=WEIGHTINGS)
     batch: int = flag(128, "images per step, over all GPUs", type=count)
     accumulate: int = flag(1, "parts to split each batch into", type=count)
     optimizer: str = flag("adam", "muon suits short runs", choices=("adam", "muon"))
     lr: float = flag(2e-4, "learning rate", type=amount)
-    warmup: int = flag(None, "steps until --lr is reached [min(5000, steps / 20)]", type=index)
+    warmup: int = flag(None, "steps until --lr is reached [min(5000, steps / 20)]", type=whole)
     lr_decay: bool = flag(False, "let --lr fall to 0 at --steps, for short runs", action=switch)
     steps: int = flag(800_000, "number of training steps", type=count)
     ema: float = flag(0.9999, "decay of the averaged weights", type=share)
     flip: bool = flag(True, "flip images left to right at random", action=switch)
-    seed: int = flag(0, "seed of all random numbers", type=index)
+    seed: int = flag(0, "seed of all random numbers", type=whole)
     device: torch.device = flag(CPU, "auto, cpu, cuda, cuda:1, mps or xpu [auto]")
     amp: bool = flag(False, "bfloat16 [if supported, except to predict mean or x0]", action=switch)
     compile: bool = flag(False, "torch.compile [on CUDA, for 5,000 steps or more]", action=switch)
     preview_every: int = flag(8000, "steps between previews [at most 4 %% of the time]", type=count)
-    preview_gap: float = 0  # times what the last preview took: the least time until the next
+    preview_gap: float = 0  # the minimum gap, in multiples of the last preview's duration
     save_minutes: float = flag(5.0, "minutes between saves", type=amount)
 
 
@@ -204,31 +217,36 @@ def given_flags():
     return vars(parser.parse_args())
 
 
-def decide(given, device, state=None):
-    """Return the Settings from the flags that are given, and the Trained of --init or None.
+def decided_by(weights, given):
+    """Return the settings that the weights of --init decide. Exits if a given flag differs."""
+    betas = weights.diffusion.betas.tolist()
+    names = [name for name, make in run.SCHEDULES.items() if make().tolist() == betas]
+    decided = {name: weights.settings[name] for name in run.SHAPE}
+    decided |= {"channels": weights.settings["in_channels"], "predicts": weights.predicts}
+    decided |= {"schedule": names[0] if names else "weights"}
+    if wrong := [name for name in decided if given.get(name, decided[name]) != decided[name]]:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
+        sys.exit(f"train.py: {given['init']} decides {flags}; leave out what differs from it")
+    return decided | {"betas": betas, "init": trained.name_of(given["init"])}
 
-    The weights of --init, or of the run that began with them (state), decide the network and its
-    schedule. Other flags that are not given come from the presets above. Exits if they do not fit.
+
+def decide(given, weights=None):
+    """Return the Settings from the flags that are given. Exits if they do not fit.
+
+    weights: the Trained of --init. Other flags that are not given come from the presets above.
+    given["device"] is a torch.device.
     """
     is_demo, quick = given.get("data") is None, given.get("quick")
     if is_demo and (quick or "classes" in given):
         sys.exit("train.py: --quick and --classes need --data; the demo is quick by itself")
-    values = {f.name: f.default for f in fields(Settings)} | {"device": device}
+    values = {f.name: f.default for f in fields(Settings)}
     values |= DEMO if is_demo else QUICK if quick else {}
-    weights, decided = None, {}
-    if given.get("init") is not None:  # a resumed run has its own weights; the others may be gone
-        weights = trained.of_checkpoint(state) if state else trained.load(given["init"])
-        betas = weights.betas.tolist()
-        names = [name for name, make in run.SCHEDULES.items() if make().tolist() == betas]
-        decided = {name: weights.settings[name] for name in run.SHAPE}
-        decided |= {"channels": weights.settings["in_channels"], "predicts": weights.predicts}
-        decided |= {"schedule": names[0] if names else "weights"}
-        if wrong := [name for name in decided if given.get(name, decided[name]) != decided[name]]:
-            wrong = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
-            sys.exit(f"train.py: {given['init']} decides {wrong}; leave out what differs from it")
-        decided |= {"betas": betas, "init": cli.name_of(given["init"])}
+    if weights:
         values["variance"] = weights.variance
-    values |= {name: v for name, v in given.items() if name not in ("quick", "device")} | decided
+    values |= {name: value for name, value in given.items() if name != "quick"}
+    if weights:
+        values |= decided_by(weights, given)
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     if is_demo and (values["image_size"], values["channels"] or 3) != (8, 3):
         sys.exit("train.py: without --data the images are those of the demo, 8x8 in colour")
     if values["batch"] < WORLD * values["accumulate"]:
@@ -236,63 +254,71 @@ def decide(given, device, state=None):
     if values["classes"]:
         values["classes"] = data.class_names(values["data"])
     if "amp" not in given:  # in bfloat16, "mean" and "x0" would give a rough eps at small t
-        rough = values["predicts"] in ("mean", "x0")
-        values["amp"] = machine.has_bfloat16(device) and not rough
+        is_rough = values["predicts"] in ("mean", "x0")
+        values["amp"] = not is_rough and device.has_bfloat16(given["device"])
     if "compile" not in given:  # it takes a minute or more
-        values["compile"] = values["steps"] >= 5000 and machine.can_compile(device)
+        values["compile"] = values["steps"] >= 5000 and device.can_compile(given["device"])
     if "preview_every" not in given:  # each preview takes as long as 240 images
         values["preview_every"] = max(25 * 240 // values["batch"], values["steps"] // 100, 1)
         values["preview_gap"] = 25
-    args = Settings(**values)
-    config = run.make_config(args, args.channels or 3)
+    return Settings(**values)
+
+
+def refuse_impossible(network):
+    """Exit if UNet refuses these arguments. The number of channels may not be known yet."""
     try:
         with torch.device("meta"):
-            UNet(**config["model"])
+            UNet(**network | {"in_channels": network["in_channels"] or 3})
     except ValueError as error:
         sys.exit(f"train.py: {error}")
-    return args, weights
 
 
 # -------------------------------------------------------------------------------------- the program
 
 
 def main():
-    print_any_name()
+    escape_unprintable()
     given, is_main = given_flags(), RANK == 0
     out = given.get("out", Settings.out)
-    device = machine.choose_device(given.get("device", "auto"))
-    machine.prefer_speed()
+    given["device"] = device.choose_device(given.get("device", "auto"))
+    device.prefer_speed()
 
     # -- the checkpoint, if this run is resumed; the first process reads it for all
     state, version = run.find_run(out) if is_main else (None, None)
-    machine.join_processes(device)
-    state = machine.from_rank_0(state)
+    ranks.join(given["device"])
+    state, weights = ranks.from_first(state), None
     start = state["step"] if state else 0
-    args, weights = decide(given, device, state)
+    if given.get("init") is not None:  # a resumed run has its own weights; the others may be gone
+        weights = trained.from_checkpoint(state) if state else trained.load(given["init"])
+    args = decide(given, weights)
     channels = args.channels or (state and state["config"]["model"]["in_channels"])
-    run.refuse_other_run(out, state, run.make_config(args, channels, state=state), args.steps)
+    config = run.make_config(args, channels, state)
+    refuse_impossible(config["model"])
+    run.refuse_other_run(out, state, config, args.steps)
 
     # -- the training set, which the first process of each machine decodes
-    with machine.first_process_first():
+    with ranks.first_of_machine_first():
         images, labels = data.demo_images(), None
         if args.data is not None:
             images, labels = data.read_folder(
                 args.data, args.image_size, channels, classes=args.classes, cache=out
             )
-    config = run.make_config(args, images.shape[1], data.fingerprint(images), state)
+    config["model"]["in_channels"] = images.shape[1]
+    config["train"]["images"] = data.fingerprint(images)
     ours = config["train"] | {"steps": args.steps, "accumulate": args.accumulate}
-    run.refuse_other_ranks(machine.from_all_ranks(config | {"train": ours}))
+    run.refuse_other_ranks(ranks.from_all(config | {"train": ours}))
     run.refuse_other_run(out, state, config, args.steps)
     if args.data is not None and LOCAL_RANK == 0:
         data.forget_others(images, out)
     images = torch.from_numpy(images)
-    images = images.to(device) if images.nbytes < 2e9 else images  # else moved batch by batch
+    if images.nbytes < 2e9:  # else they are moved batch by batch
+        images = images.to(args.device)
     labels = None if labels is None else torch.from_numpy(labels).to(images.device)
 
     # -- the network, its average and the optimizer, as they start or as they were saved
     torch.manual_seed(args.seed)
     diffusion = Diffusion(**config["diffusion"])
-    model = UNet(**config["model"]).to(device)
+    model = UNet(**config["model"]).to(args.device)
     if weights and not state:
         trained.start_from(weights, model, args.classes)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
@@ -307,8 +333,8 @@ def main():
             part.load_state_dict(state[name])
     del state, weights  # they are as large as the network
     network = DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD > 1 else model
-    network = machine.compiled(network) if args.compile else network
-    loss_of_part = loss_of(network, diffusion, args)
+    network = device.compiled(network) if args.compile else network
+    loss_fn = make_loss(network, diffusion, args)
     if is_main:
         describe(args, images, diffusion, sum(p.numel() for p in model.parameters()))
         print(f"steps    {start:,} to {args.steps:,}; previews every {args.preview_every} or more")
@@ -317,22 +343,23 @@ def main():
     decay_steps, warmup = args.steps if args.lr_decay else None, config["train"]["warmup"]
     lr_at = partial(learning_rate, lr=args.lr, warmup=warmup, decay_steps=decay_steps)
     interrupts = cli.Interrupts()
-    folder = run.Run(args, config, start, lr_at, version) if is_main else None
+    folder = run.RunFolder(args, config, start, lr_at, version) if is_main else None
     bar = tqdm(total=args.steps, initial=start, unit="step", mininterval=1, disable=not is_main)
     done, pending = start, []
     for step in range(start, args.steps):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step)
         batch = draw_batch(step, images, labels, diffusion.T, args)
-        pending.append(train_step(batch, loss_of_part, network, ema, optimizer, step, args))
+        parts = parts_of(batch, step, images, args)
+        pending.append(train_step(parts, loss_fn, network, ema, optimizer, step, args))
         show, last = (step + 1) % args.preview_every == 0, step + 1 == args.steps
-        must_log = show or last or (step + 1) % LOG_TOGETHER.get(device.type, 10) == 0
+        must_log = show or last or (step + 1) % LOG_EVERY.get(args.device.type, 10) == 0
         if not must_log and not (WORLD == 1 and interrupts.since):  # processes stop together
             continue
 
         # The losses, the norms, and whether a process was told to stop, in one reduction:
-        flags = pending[0].new_tensor([bool(interrupts.since), 0])
-        *losses, (stops, _) = machine.sum_over_ranks(torch.stack([*pending, flags])).tolist()
+        stop = pending[0].new_tensor([bool(interrupts.since), 0])
+        *losses, (stops, _) = ranks.sum_of_all(torch.stack([*pending, stop])).tolist()
         done, pending = step + 1, []
         if not np.isfinite(losses).all():
             sys.exit(f"the loss or its gradient became infinite or NaN by step {done:,}; the step "
@@ -351,19 +378,13 @@ def main():
         if stops:
             break
     bar.close()
-    machine.leave_processes()
+    ranks.leave()
     if done < args.steps:
         program = "torchrun ..." if WORLD > 1 else "python"
         words = cli.command(*sys.argv)
         sys.exit(f"stopped at step {done:,}; to resume:\n  {program} {words}" if is_main else 1)
     if is_main:
-        if start == done:
-            print("no step was taken: to train again after a change to the code, use another --out")
-        path = (out / "checkpoint.pt").as_posix()
-        print(f"done: {path} is at step {done:,}; next:")
-        name = cli.name_of(out)
-        words = [] if name == "run" else ["--onnx", f"{name}.onnx"]
-        print("  python", cli.command("export.py", "--checkpoint", path, *words))
+        say_what_is_next(out, start, done)
 
 
 def describe(args, images, diffusion, size):
@@ -371,9 +392,10 @@ def describe(args, images, diffusion, size):
     names = {*run.SHAPE, *run.TRAINING, "dropout", "schedule", "variance", "steps"} - {"seed"}
     paper = {f.name: f.default for f in fields(Settings) if f.name in names}
     changed = {n: v for n in paper if (v := getattr(args, n)) != paper[n]}
-    kind = f", in {len(args.classes):,} classes" * bool(args.classes)
-    kind += "; the network will memorise the images" * (len(images) < 100)
-    where = f"{args.device}, {'bfloat16' if args.amp else 'float32'}" + ", compiled" * args.compile
+    kind = f", in {len(args.classes):,} classes" if args.classes else ""
+    kind += "; the network will memorise the images" if len(images) < 100 else ""
+    where = f"{args.device}, {'bfloat16' if args.amp else 'float32'}"
+    where += ", compiled" if args.compile else ""
     print(f"images   {len(images):,} of {'x'.join(map(str, images.shape[1:]))}{kind}")
     print(f"settings the paper's{f', but {changed}' if changed else ''}")
     print(f"network  {size:,} parameters on {WORLD} x {where}")
@@ -381,6 +403,16 @@ def describe(args, images, diffusion, size):
         weights = loss_weights(diffusion, args.weighting, args.predicts)
         floor = loss_floor(diffusion, from_pixels(images.cpu()), weights, args.flip)
         print(f"floor    {floor:.4f}; no network's loss is lower, on average (docs/beyond.md)")
+
+
+def say_what_is_next(out, start, done):
+    """Print where the checkpoint is, and the command that exports it."""
+    if start == done:
+        print("no step was taken: to train again after a change to the code, use another --out")
+    path, name = (out / "checkpoint.pt").as_posix(), trained.name_of(out)
+    words = [] if name == "run" else ["--onnx", f"{name}.onnx"]
+    print(f"done: {path} is at step {done:,}; next:")
+    print("  python", cli.command("export.py", "--checkpoint", path, *words))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import torch
 
 HERE = Path(__file__).parent
@@ -42,7 +41,7 @@ from images import save_image, to_image  # noqa: E402
 from support.data import demo_images  # noqa: E402
 from support.device import can_compile, compiled, has_bfloat16  # noqa: E402
 from support.muon import Muon  # noqa: E402
-from support.run import Run, make_config  # noqa: E402
+from support.run import RunFolder, make_config  # noqa: E402
 from support.trained import load  # noqa: E402
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -200,12 +199,13 @@ def steps(report, args, compile_too=False):
         optimizer = Muon(model, 1e-5) if muon else torch.optim.Adam(model.parameters(), fused=True)
         settings = train.Settings(batch=batch, amp=args.amp, device=DEVICE)
         model, numbers = make(model), itertools.count()
-        loss = train.loss_of(model, DIFFUSION, settings)
+        loss = train.make_loss(model, DIFFUSION, settings)
 
         def step():
             k = next(numbers)
-            drawn = train.draw_batch(k, images, None, DIFFUSION.T, settings)
-            return train.train_step(drawn, loss, model, ema, optimizer, k, settings)
+            batch = train.draw_batch(k, images, None, DIFFUSION.T, settings)
+            parts = train.parts_of(batch, k, images, settings)
+            return train.train_step(parts, loss, model, ema, optimizer, k, settings)
 
         began = time.perf_counter()
         assert step().isfinite().all()
@@ -247,7 +247,10 @@ def preview(report, args):
     """Time what a preview and a checkpoint cost."""
     model, size = network(args.tiny).to(DEVICE).eval(), 8 if args.tiny else 32
     settings = train.Settings(out=args.out, image_size=size, amp=args.amp, device=DEVICE)
-    run, times = Run(settings, make_config(settings, 3), 0, lambda k: 1e-4), 1 if args.tiny else 3
+    run, times = (
+        RunFolder(settings, make_config(settings, 3), 0, lambda k: 1e-4),
+        1 if args.tiny else 3,
+    )
     run.log(50_000, [(0.05, 0.1)] * 50_000)
     ema, optimizer = copy.deepcopy(model), torch.optim.Adam(model.parameters(), fused=True)
     for weight in model.parameters():
@@ -313,16 +316,14 @@ def sampling(report, args):
     for name in names:
         report.row(name, errors, name)
 
-    def forward(name, batch, options):
-        return f"{ms(eps_of(paths[name], batch, options), 3 if args.tiny else 20):.2f}"
+    def forward(name, batch):
+        network = ddpm_numpy.Network(paths[name], ORT_DEVICE)
+        x, t = np.zeros((batch, *network.shape), np.float32), np.full(batch, 500)
+        return f"{ms(lambda: network(x, t), 3 if args.tiny else 20):.2f}"
 
-    ways = {"session.run": None}
-    if ORT_DEVICE == "cuda":
-        ways |= {"IO binding": {}, "TF32 off": {"use_tf32": "0"}}
-        ways |= {"CUDA graph": {"enable_cuda_graph": "1"}, "NHWC": {"prefer_nhwc": "1"}}
     report.head("one forward pass", "ms")
-    for name, batch, way in itertools.product(names, (64, 256), ways):
-        report.row(f"{name}, batch {batch}, {way}", forward, name, batch, ways[way])
+    for name, batch in itertools.product(names, (64, 256)):
+        report.row(f"{name}, batch {batch}", forward, name, batch)
 
     def loop(name, in_thread):
         network = ddpm_numpy.Network(paths[name], ORT_DEVICE)
@@ -352,23 +353,6 @@ def ahead(draw_noise, pool):
         return waiting.pop(0).result()
 
     return draw
-
-
-def eps_of(path, batch, options):
-    """Return a function that computes eps once. options: of CUDA; None is what sample.py does."""
-    opened = ddpm_numpy.Network(path, ORT_DEVICE)
-    x, t = np.zeros((batch, *opened.shape), np.float32), np.full(batch, 500)
-    if options is None:
-        return lambda: opened(x, t)
-    options = {"cudnn_conv_algo_search": "HEURISTIC"} | options  # as in ddpm_numpy.py
-    cuda = [("CUDAExecutionProvider", options)]
-    session = ort.InferenceSession(path, providers=cuda, enable_fallback=0)
-    binding = session.io_binding()
-    values = [ort.OrtValue.ortvalue_from_numpy(value, "cuda", 0) for value in (x, t, x)]
-    binding.bind_ortvalue_input("x_t", values[0])
-    binding.bind_ortvalue_input("t", values[1])
-    binding.bind_ortvalue_output("eps", values[2])
-    return lambda: session.run_with_iobinding(binding)
 
 
 def compiling(report, args):

@@ -471,7 +471,10 @@ $("brush").onchange = ({ target }) => {
 };
 $("unmark").onclick = () => network && clearMask();
 $("take").onclick = takeSample;
-$("image-file").onchange = ({ target }) => network && target.files[0] && useImage(target.files[0]);
+$("image-file").onchange = async ({ target }) => {
+  if (network && target.files[0]) await useImage(target.files[0]);
+  target.value = ""; // so that the same file can be chosen again
+};
 $("model").onchange = ({ target }) => openFile(target.files[0]).then(() => { target.value = ""; });
 
 const canvasPlace = ({ offsetX, offsetY }) =>

@@ -8,11 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-from support.device import RANK, WORLD
-
-HUB = "hf:"  # before the name of published weights on the Hugging Face Hub
+from support.ranks import RANK, WORLD
 
 
 def number(kind, low, high=math.inf):
@@ -32,20 +29,6 @@ def number(kind, low, high=math.inf):
 def command(*words):
     """Return the words as a command line that the user's shell understands."""
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
-
-
-def name_of(path):
-    """Return the name of a run, of its checkpoint, or of published weights."""
-    path = Path(os.path.abspath(str(path).removeprefix(HUB)))
-    return path.parent.name if path.name == "checkpoint.pt" else path.name
-
-
-def duration(seconds):
-    """Return a time in words, such as "about 5 months"."""
-    for unit, length in (("years", 365 * 86400), ("months", 30 * 86400), ("days", 86400)):
-        if seconds >= 2 * length:
-            return f"about {seconds / length:.0f} {unit}"
-    return f"about {seconds / 3600:.0f} hours"
 
 
 class Interrupts:

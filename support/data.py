@@ -18,7 +18,7 @@ import warnings
 from functools import partial
 from itertools import product
 from multiprocessing.pool import ThreadPool
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 import numpy as np
 from numpy.lib import format as npy
@@ -27,16 +27,16 @@ from tqdm import tqdm
 
 from images import (
     FORMATS,
-    check_output,
-    is_grey,
-    print_any_name,
-    printable,
+    check_new_folder,
+    escape_unprintable,
+    is_folder_name,
     read_image,
     replacing,
     to_image,
 )
 
-LARGE = 16_384  # the size of an image file, in bytes, from which threads read faster
+LARGE = 16_384  # bytes; from this file size on, threads are faster
+PILLOW = OSError, ValueError, SyntaxError, Image.DecompressionBombError  # what it raises
 
 # ------------------------------------------------------------------------------ a folder of images
 
@@ -87,7 +87,7 @@ def class_names(folder):
         first = next(os.path.basename(path) for path in paths if not class_of(path, folder))
         sys.exit(f"--classes: {folder} has images outside of its sub-folders, which are the "
                  f"classes: move or remove {printable(first)}")  # fmt: skip
-    if bad := [n for n in names if n != PureWindowsPath(n).name or not n.isprintable()]:
+    if bad := [name for name in names if not is_folder_name(name)]:
         sys.exit(f"--classes: not every system allows a folder named {bad[0]!r}")
     if len(names) < 2:
         sys.exit(f"--classes: {folder} needs images in two sub-folders or more, one for each class")
@@ -105,6 +105,14 @@ def labels_of(paths, folder, classes):
         what = f"the sub-folder {unknown[0]}" if unknown[0] else "images outside of the sub-folders"
         sys.exit(f"{folder} has {what}, but the classes are {', '.join(classes)}")
     return np.array([index[name] for name in names])
+
+
+def is_grey(image):
+    """Return whether a Pillow image has no colour, by its mode or its palette."""
+    if image.mode in ("P", "PA"):
+        red, green, blue = np.reshape(image.getpalette("RGB"), (-1, 3)).T
+        return bool((red == green).all() and (green == blue).all())
+    return image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
 
 
 def has_colour(path):
@@ -167,14 +175,19 @@ def decode(paths, size, channels, file):
     header["shape"] = len(paths) - len(broken), *shape
     npy.write_array_header_1_0(file, header)  # numpy keeps its length the same for any N
     if len(broken) == len(paths):
-        if not isinstance(broken[0][1], OSError | ValueError | SyntaxError):  # Pillow's
+        if not isinstance(broken[0][1], PILLOW):
             raise broken[0][1]  # a bug in read_image
-        say_what_is_broken(paths, broken)
+        report_unreadable(paths, broken)
         sys.exit("there is no image that can be read")
     return channels, [(index, str(error)) for index, error in broken]
 
 
-def say_what_is_broken(paths, broken):
+def printable(text):
+    """Return a text from a stranger, such as the name of a file, without control characters."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def report_unreadable(paths, broken):
     """Print how many of the paths can't be read, and the first three: broken is [(index, why)]."""
     print(f"left out {len(broken):,} of {len(paths):,} files as unreadable:")
     print("\n".join(f"  {printable(f'{paths[index]}: {why}')}" for index, why in broken[:3]))
@@ -210,9 +223,9 @@ def read_folder(folder, size, channels=None, most=None, classes=None, cache=None
         file, broken = decoded(paths, folder, size, channels, cache or Path(temporary))
         images = np.load(file, mmap_mode="c" if cache else None)
     if broken:
-        say_what_is_broken(paths, broken)
-        for index, _ in reversed(broken):
-            del paths[index]
+        report_unreadable(paths, broken)
+        unreadable = {index for index, _ in broken}
+        paths = [path for index, path in enumerate(paths) if index not in unreadable]
     return images, labels_of(paths, folder, classes) if classes else None
 
 
@@ -225,26 +238,29 @@ def decoded(paths, folder, size, channels, cache):
     states = [(os.path.relpath(path, folder), *size_and_time(path)) for path in paths]
     key = repr((size, states, inspect.getsource(read_image)))
     file = cache / f"images-{digest(key.encode(errors='surrogateescape'))}.npy"
-    asked, found, broken, _ = read_note(file) or (0, 0, [], "")
-    if channels not in (asked, found):
+    note = read_note(file)
+    if note is None or channels not in (note["asked"], note["found"]):
         with replacing(file) as new:
             found, broken = decode(paths, size, channels, new)
-        note = [channels, found, broken, digest_of(np.load(file, mmap_mode="r"))]
+        note = {"asked": channels, "found": found, "broken": broken}
+        note["digest"] = digest_of(np.load(file, mmap_mode="r"))
         with replacing(file.with_suffix(".json")) as new:
-            new.write(json.dumps([*note, file.stat().st_size]).encode())
-    return file, broken
+            new.write(json.dumps(note).encode())
+    return file, note["broken"]
 
 
 def read_note(file):
-    """Return what is known of a decoded .npy file, or None if it is missing or damaged.
+    """Return what is known of a decoded .npy file, or None if either is missing or damaged.
 
-    That is: the channels as asked for, those found, `broken` of decode, and the fingerprint.
+    It is {"asked": the channels as asked for, "found": those of the file, "broken": of `decode`,
+    "digest": of the images}.
     """
     try:
-        asked, found, broken, fingerprint, size = json.loads(file.with_suffix(".json").read_bytes())
-        np.load(file, mmap_mode="r")
-        return (asked, found, broken, fingerprint) if size == file.stat().st_size else None
-    except (OSError, ValueError, TypeError):
+        note = json.loads(file.with_suffix(".json").read_bytes())
+        images = np.load(file, mmap_mode="r")  # raises if the array is cut
+        is_whole = images.shape[1] == note["found"] and {"asked", "broken", "digest"} <= note.keys()
+        return note if is_whole else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
@@ -272,7 +288,7 @@ def digest_of(images):
 def fingerprint(images):
     """Return digest_of the images of read_folder, which is known if they come from its cache."""
     note = read_note(Path(images.filename)) if isinstance(images, np.memmap) else None
-    return note[-1] if note else digest_of(images)
+    return note["digest"] if note else digest_of(images)
 
 
 # ----------------------------------------------------------------------------------------- the demo
@@ -317,12 +333,10 @@ def main():
     parser.add_argument("out", type=Path)
     parser.add_argument("size", type=int)
     args = parser.parse_args()
-    print_any_name()
+    escape_unprintable()
     if args.size < 1:
         parser.error("the size must be at least 1")
-    check_output(args.out / "000000.png")
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        parser.error(f"{args.out} must be a new or empty folder")
+    check_new_folder(args.out)
     images, _ = read_folder(args.folder, args.size)
     args.out.mkdir(parents=True, exist_ok=True)
     for k, pixels in enumerate(images):

@@ -1,20 +1,15 @@
-"""The device that a process computes on, and its place among the processes of torchrun."""
+"""The device that a process computes on, and what it can do."""
 
-import contextlib
 import os
 import shutil
 import sys
 import sysconfig
-from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-# torchrun sets these: the rank of this process, the number of all, and its rank on its machine.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+from support.ranks import LOCAL_RANK, RANK, WORLD
 
 
 def choose_device(name):
@@ -24,7 +19,7 @@ def choose_device(name):
     says if the device is not there.
     """
     found = torch.accelerator.current_accelerator(check_available=True)
-    if WORLD > 1 and found and found.type == "mps":  # over which processes can't communicate
+    if WORLD > 1 and found and found.type == "mps":  # MPS processes can't communicate
         found = None
     if name == "auto" and not found and RANK == 0:
         print("no accelerator is used; for a GPU, see Accelerators in docs/guide.md")
@@ -73,58 +68,6 @@ def compiled(network):
     """Return torch.compile of a network whose inputs keep their shape."""
     # channels_last suits tensor cores. Without this option, torch often keeps a U-Net contiguous.
     return torch.compile(network, dynamic=False, options={"force_layout_optimization": True})
-
-
-def join_processes(device):
-    """Connect the processes through gloo and, for tensors on a GPU, its maker's library."""
-    if WORLD == 1:
-        return
-    backend = "gloo"  # without a name, torch chooses by the accelerator that it was built for
-    if device.type == "cuda" and dist.is_nccl_available():  # not on Windows
-        backend = "cpu:gloo,cuda:nccl"
-    elif device.type == "xpu":
-        backend = "cpu:gloo,xpu:xccl"
-    dist.init_process_group(backend, timeout=timedelta(hours=4))  # decoding images can take hours
-
-
-def leave_processes():
-    """Disconnect the processes, which end together; one that ends first sometimes aborts."""
-    if WORLD > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def from_rank_0(value):
-    """Return the first process's value in every process."""
-    values = [value]
-    if WORLD > 1:
-        dist.broadcast_object_list(values)
-    return values[0]
-
-
-def from_all_ranks(value):
-    """Return a list of the values of all processes."""
-    values = [value] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-def sum_over_ranks(tensor):
-    """Return the sum of the tensors of all processes; `tensor` may hold it."""
-    if WORLD > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
-@contextlib.contextmanager
-def first_process_first():
-    """Run the block in the first process of each machine, then in the others."""
-    if WORLD > 1 and LOCAL_RANK > 0:
-        dist.barrier()
-    yield
-    if WORLD > 1 and LOCAL_RANK == 0:
-        dist.barrier()
 
 
 def to_device(x, device):

@@ -59,6 +59,7 @@ class Muon(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self):
+        """Take a step with the gradients of the parameters."""
         lr = self.param_groups[0]["lr"]
         for weights, average in zip(self.stacks, self.momenta, strict=True):
             gradient = torch.stack([weight.grad.flatten(1) for weight in weights])

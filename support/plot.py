@@ -5,9 +5,9 @@ from functools import cache
 from images import replacing
 
 
-@cache  # so that it is said once
+@cache  # so that the message appears once
 def figure_class():
-    """Return matplotlib's Figure, or None without matplotlib, which a line then says."""
+    """Return matplotlib's Figure, or None, with one message, if it is missing."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:

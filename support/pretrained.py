@@ -13,8 +13,7 @@ import numpy as np
 import torch
 
 from ddpm import Diffusion, UNet, linear_betas
-from images import check_output
-from support.trained import largest_difference
+from support.trained import Trained, largest_difference
 
 NAMES = (  # regular expressions that turn our names into diffusers', in this order
     (r"^(down|up)\.(\d+)\.\d+\.conv\.", r"\1_blocks.\2.\1samplers.0.conv."),
@@ -73,31 +72,48 @@ def read_part(cls, source, part):
 
 
 def from_diffusers(source):
-    """Return (UNet in eval mode, its arguments, Diffusion, what it predicts) of published weights.
+    """Return the Trained of published weights.
 
     source: a folder, or a name on the hub. No code in the files is executed. Exits if ddpm.py can't
     express the model.
     """
     diffusers = import_diffusers(f"{source} is not a checkpoint; to read published weights")
+    theirs, model, settings = read_unet(diffusers, source)
+    diffusion, predicts = read_diffusion(diffusers, source)
+    name = f"diffusers, {Path(source).name}"
+    trained = Trained(model, diffusion, settings, 0, name, predicts=predicts)
 
-    def refuse(why):
-        sys.exit(f"{source} is not a DDPM that ddpm.py can express: {why}")
+    def eps(x_t, t):
+        return theirs(x_t, t).sample
 
+    difference = largest_difference(model, eps, trained.shape, diffusion.T)
+    if not difference < 1e-4:
+        refuse(source, f"eps differs by {difference:.1g} between diffusers and ddpm.py")
+    return trained
+
+
+def refuse(source, why):
+    """Exit, because ddpm.py can't express the model."""
+    sys.exit(f"{source} is not a DDPM that ddpm.py can express: {why}")
+
+
+def read_unet(diffusers, source):
+    """Return (their UNet2DModel, our UNet with the same weights in eval mode, its arguments)."""
     config, place = read_part(diffusers.UNet2DModel, source, "unet")
     if config.get("_class_name") != "UNet2DModel":
-        refuse(f"its class is {config.get('_class_name')}")
+        refuse(source, f"its class is {config.get('_class_name')}")
     try:
         theirs, report = diffusers.UNet2DModel.from_pretrained(
             source, **place, output_loading_info=True
         )
     except Exception as error:  # diffusers and safetensors raise many kinds
-        refuse(" ".join(str(error).split()))
+        refuse(source, " ".join(str(error).split()))
     c = theirs.eval().float().config
     base, attends = c.block_out_channels[0], ["Attn" in name for name in c.down_block_types]
     sizes = set(np.ravel(c.sample_size or 0).tolist())
     size = max(sizes)
     if c.in_channels not in (1, 3) or len(sizes) > 1:
-        refuse(f"its images have {c.in_channels} channels and the size {c.sample_size}")
+        refuse(source, f"its images have {c.in_channels} channels and the size {c.sample_size}")
     settings = {
         "image_size": size,
         "in_channels": c.in_channels,
@@ -111,49 +127,44 @@ def from_diffusers(source):
     try:
         model = UNet(**settings).eval()
     except ValueError as error:
-        refuse(error)
+        refuse(source, error)
     names, weights = diffusers_names(model), theirs.state_dict()
-    ours = {(names[name], tuple(w.shape)) for name, w in model.state_dict().items()}
-    different = {name for name, _ in ours ^ {(name, tuple(w.shape)) for name, w in weights.items()}}
+    wanted = {(names[name], tuple(w.shape)) for name, w in model.state_dict().items()}
+    found = {(name, tuple(w.shape)) for name, w in weights.items()}
+    different = {name for name, _ in wanted ^ found}
     different |= {*report["missing_keys"], *report["unexpected_keys"]}
     if different:
-        refuse(f"tensors missing or left over: {len(different)}, such as {min(different)}")
-    model.load_state_dict({ours: weights[name] for ours, name in names.items()})
+        refuse(source, f"tensors missing or left over: {len(different)}, such as {min(different)}")
+    model.load_state_dict({name: weights[their_name] for name, their_name in names.items()})
+    return theirs, model, settings
 
+
+def read_diffusion(diffusers, source):
+    """Return (Diffusion, what the network predicts) of the scheduler."""
     config, place = read_part(diffusers.DDPMScheduler, source, "scheduler")
     if config.get("_class_name") not in ("DDPMScheduler", "DDIMScheduler"):
-        refuse(f"the class of its scheduler is {config.get('_class_name')}")
+        refuse(source, f"the class of its scheduler is {config.get('_class_name')}")
     scheduler = diffusers.DDPMScheduler.from_pretrained(source, **place)
     c = scheduler.config
     for key, values in SCHEDULER.items():
         if c[key] not in values:
-            refuse(f"{key} is {c[key]}, not {' or '.join(map(str, values))}")
+            refuse(source, f"{key} is {c[key]}, not {' or '.join(map(str, values))}")
     betas = c.trained_betas or scheduler.betas.tolist()
     if c.beta_schedule == "linear" and not c.trained_betas:  # theirs are rounded to float32
         betas = linear_betas(c.num_train_timesteps, c.beta_start, c.beta_end)
-    predicts = next(ours for ours, name in PREDICTS.items() if name == c.prediction_type)
-    diffusion = Diffusion(betas, c.variance_type.removeprefix("fixed_"))
-
-    shape = settings["in_channels"], size, size
-    difference = largest_difference(model, lambda x, t: theirs(x, t).sample, shape, diffusion.T)
-    if not difference < 1e-4:
-        refuse(f"eps differs by {difference:.1g} between diffusers and ddpm.py")
-    return model, settings, diffusion, predicts
+    predicts = next(name for name, theirs in PREDICTS.items() if theirs == c.prediction_type)
+    return Diffusion(betas, c.variance_type.removeprefix("fixed_")), predicts
 
 
 def to_diffusers(trained, folder):
-    """Write a Trained to a folder, new or empty, that diffusers' DDPMPipeline opens.
+    """Write a Trained to a folder that diffusers' DDPMPipeline opens.
 
-    Exits if the folder is not empty, or if diffusers can't express the model.
+    Exits if diffusers can't express the model.
     """
-    model, settings, diffusion = trained.model, trained.settings, trained.diffusion
     diffusers = import_diffusers("--to-diffusers")
-    folder = Path(folder)
-    check_output(folder / "model_index.json")
+    model, settings, diffusion = trained.model, trained.settings, trained.diffusion
     if trained.predicts not in PREDICTS:
         sys.exit(f"diffusers can't express a network that predicts {trained.predicts!r}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        sys.exit(f"--to-diffusers {folder} must be a new or empty folder")
     attends = [
         settings["image_size"] >> level in settings["attention_resolutions"]
         for level in range(len(settings["channel_mults"]))

@@ -18,7 +18,7 @@ from beyond import sample_progressive
 from support.trained import example_labels
 
 TIMES = (0, 1, 2, 5, 10, 20, 35, 50, 75, 100, 150, 200, 500)  # t for errors, besides T - 1
-TOLERANCE = 0.02  # the largest rms error allowed at any t, relative to the rms of eps
+MAX_ERROR = 0.02  # the largest rms error allowed at any t, relative to the rms of eps
 
 # ------------------------------------------------------------------------------- files and networks
 
@@ -82,16 +82,16 @@ def cast_inputs(module, inputs):
     return tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
 
 
-def quantize(exact, path, chain, float32_modules):
+def quantize(exact, path, chain, precise):
     """Write a float32 file again with 8-bit integers in most of its convolutions and products.
 
     chain: [(x_t, t) or (x_t, t, y)], what the network sees while it samples; the ranges of the
-    activations are calibrated on it. The float32_modules and 1x1 convolutions stay float32: they
-    take little of the time and cause most of the error.
+    activations are calibrated on it. precise: names of modules that stay float32, like all 1x1
+    convolutions: these take little of the time and cause most of the error.
     """
     graph = onnx.load(exact).graph
     sizes = {tensor.name: tensor.dims[2:] for tensor in graph.initializer}
-    precise = tuple(f"{name}." for name in float32_modules)
+    precise = tuple(f"{name}." for name in precise)
     nodes = [
         node.name
         for node in graph.node
@@ -169,7 +169,7 @@ def compare(trained, exact, path, x0):
     """Return {t: the error of a file of lower precision}, and the t at which it is too large."""
     y = example_labels(trained, len(x0))
     errors = relative_errors(eps_of(path), eps_of(exact), trained.diffusion, x0, *y)
-    return errors, [t for t, error in errors.items() if not error < TOLERANCE]
+    return errors, [t for t, error in errors.items() if not error < MAX_ERROR]
 
 
 def print_table(errors):

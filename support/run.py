@@ -1,4 +1,4 @@
-"""The folder of a run of train.py: its settings, checkpoint, log and previews.
+"""The run folder of train.py: its settings, checkpoint, log and previews.
 
 run/checkpoint.pt holds
 
@@ -22,17 +22,16 @@ import torch
 
 from beyond import as_eps, cosine_betas, sample
 from ddpm import linear_betas
-from images import check_output, grid, replacing, save_image, to_pixels
-from support.cli import duration
+from images import TEMPORARY, check_output, grid, replacing, save_image, to_pixels
 from support.data import digest
-from support.device import RANK
 from support.plot import save_plot
+from support.ranks import RANK
 from support.trained import open_checkpoint
 
 HEADER = "step,loss,grad_norm,lr\n"
 ROW = re.compile(r"\d{1,15}(,-?\d+(\.\d+)?(e[-+]\d+)?){3}\n")  # of log.csv
-LONG = 3 * 3600  # seconds; the time of a run that takes longer is said in words
-WAIT = 2  # seconds after which a file that is being written has changed
+LONG = 3 * 3600  # runs longer than this many seconds are announced
+WAIT = 2  # seconds within which an active writer changes its file
 SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
 SHAPE = (  # the settings of the network's shape
     "image_size", "base_channels", "channel_mults", "num_res_blocks", "attention_resolutions",
@@ -45,13 +44,13 @@ TRAINING = (
 # ------------------------------------------------------------------------------------ the settings
 
 
-def make_config(args, channels, images=None, state=None):
+def make_config(args, channels, state=None):
     """Return the "config" of a checkpoint from the Settings of train.py.
 
-    channels: of the images. images: a fingerprint of the training set, None if not yet known.
-    state: the run's own checkpoint, if there is one, whose warm-up and --init it keeps.
+    channels: of the images, None if not yet known. The fingerprint of the images is None until they
+    are decoded. state: the run's own checkpoint, whose warm-up and --init are kept.
     """
-    betas = SCHEDULES[args.schedule]().tolist() if args.betas is None else args.betas
+    betas = SCHEDULES[args.schedule]().tolist() if args.betas is None else [*args.betas]
     old = state["config"]["train"] if state else {}
     warmup = old.get("warmup", min(5000, args.steps // 20)) if args.warmup is None else args.warmup
     model = {name: getattr(args, name) for name in (*SHAPE, "dropout")} | {"in_channels": channels}
@@ -62,7 +61,7 @@ def make_config(args, channels, images=None, state=None):
         "init": args.init or old.get("init"),
         "data": args.data and Path(args.data).resolve().name,
         "folder": args.data and digest(os.fsencode(Path(args.data).resolve())),
-        "images": images,
+        "images": None,
         "code": digest(*(Path(sys.modules[m].__file__).read_bytes() for m in ("ddpm", "beyond"))),
     }
     if args.classes:
@@ -81,6 +80,7 @@ def differences(old, new):
 def refuse_other_run(out, state, config, steps):
     """Exit unless the checkpoint in the folder `out` belongs to a run with this config.
 
+    It is called before the images are decoded, when the config has no fingerprint, and after it.
     Changed images in the same folder are accepted, and so are the same images in another folder.
     """
     if state is None:
@@ -117,8 +117,16 @@ def refuse_other_ranks(configs):
 # --------------------------------------------------------------------------------------- the folder
 
 
-class Run:
-    """The folder of a run: it writes the checkpoint, the log, previews and the loss curve.
+def duration(seconds):
+    """Return a time in words, such as "about 5 months"."""
+    for unit, length in (("years", 365 * 86400), ("months", 30 * 86400), ("days", 86400)):
+        if seconds >= 2 * length:
+            return f"about {seconds / length:.0f} {unit}"
+    return f"about {seconds / 3600:.0f} hours"
+
+
+class RunFolder:
+    """The run folder: it writes the checkpoint, the log, previews and the loss curve.
 
     args: the Settings. config: of the checkpoint. step: the number of steps taken so far.
     lr_at(k): the learning rate of step k, counted from 0. version: what version_of said of the
@@ -134,10 +142,12 @@ class Run:
         # The (step, time) from which steps are timed; steps that may compile do not count.
         self.timed_from = None if args.compile or args.device.type != "cpu" else (step, self.saved)
         self.said_how_long = False
-        path = self.out / "log.csv"
-        if not path.exists():
-            return
-        rows, is_foreign = read_log(path, step)  # its rows may be newer than the checkpoint
+        if (self.out / "log.csv").exists():
+            self.continue_log(self.out / "log.csv", step)
+
+    def continue_log(self, path, step):
+        """Cut the log back to the step of the checkpoint; keep a foreign one as log-edited.csv."""
+        rows, is_foreign = read_log(path, step)
         if is_foreign:
             with replacing(self.out / "log-edited.csv") as file:
                 file.write(path.read_bytes())
@@ -177,9 +187,12 @@ class Run:
         left = each * (self.args.steps - step)
         if left < LONG:
             return None
-        hint = "; --quick --out quick, a smaller network, takes 8 minutes on two cores at 32x32"
-        return (f"at {each:.2g} s per step, the run will take {duration(left)}"
-                + hint * (self.args.device.type == "cpu"))  # fmt: skip
+        line = f"at {each:.2g} s per step, the run will take {duration(left)}"
+        if self.args.device.type == "cpu":
+            line += (
+                "; --quick --out quick, a smaller network, takes 8 minutes on two cores at 32x32"
+            )
+        return line
 
     def save(self, step, model, ema, optimizer):
         """Replace the checkpoint. Exits if another process has written it in the meantime."""
@@ -210,10 +223,7 @@ class Run:
         return time.monotonic() - self.previewed >= gap
 
     def preview(self, step, ema, diffusion):
-        """Save 36 images that the averaged network draws, in a row for each class, and loss.png.
-
-        The curve is averaged over up to 200 intervals of equal length.
-        """
+        """Save 36 images that the averaged network draws, in a row for each class, and loss.png."""
         began, args = time.monotonic(), self.args
         noise, rows = torch.Generator(args.device).manual_seed(args.seed), len(args.classes)
         y = torch.arange(36, device=args.device) % rows if rows else None
@@ -224,13 +234,16 @@ class Run:
                         generator=noise, device=args.device)  # fmt: skip
         image = grid(to_pixels(x0.cpu().numpy()), rows=rows, names=args.classes)
         save_image(self.out / f"preview-{step:07d}.png", image)
-        rows, _ = read_log(self.out / "log.csv", step)
-        table = np.loadtxt(rows, delimiter=",", ndmin=2)[:, :2]
+        self.plot_loss(step)
+        self.previewed = time.monotonic()
+        self.preview_seconds = self.previewed - began
+
+    def plot_loss(self, step):
+        """Save loss.png, averaged over up to 200 intervals of equal length."""
+        table = np.loadtxt(read_log(self.out / "log.csv", step)[0], delimiter=",", ndmin=2)[:, :2]
         length = -(-len(table) // 200)
         parts = [table[k : k + length].mean(0) for k in range(0, len(table) - length + 1, length)]
         save_plot(self.out / "loss.png", *np.transpose(parts), "step", "loss", log=True)
-        self.previewed = time.monotonic()
-        self.preview_seconds = self.previewed - began
 
 
 def read_log(path, last):
@@ -251,7 +264,7 @@ def version_of(path):
 
 
 def find_run(out):
-    """Return the checkpoint in the folder of a run and its version_of, or (None, None).
+    """Return the checkpoint in a run folder and its version_of, or (None, None).
 
     Exits if the folder holds files of other programs instead, or can't be written.
     """
@@ -272,12 +285,12 @@ def find_run(out):
 
 
 def remove_remains(out):
-    """Remove what processes have left that were killed while they wrote into the folder of a run.
+    """Remove what processes have left that were killed while they wrote into a run folder.
 
     Exits if one of them still writes.
     """
     for path in out.glob(".*.tmp"):
-        if not re.fullmatch(r"\..+\.[0-9a-f]{16}\.tmp", path.name):  # of images.replacing
+        if not TEMPORARY.fullmatch(path.name):
             continue
         before = version_of(path)
         time.sleep(WAIT)

@@ -1,5 +1,6 @@
 """A trained network and what is known of it: from a checkpoint, a run, or published weights."""
 
+import os
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,9 +11,9 @@ import torch
 from beyond import as_eps
 from ddpm import Diffusion, UNet
 from ddpm_numpy import Network
-from support.cli import HUB
 
 DEMO = "train.py, the demo"  # the source of its weights
+HUB = "hf:"  # before the name of published weights on the Hugging Face Hub
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Trained:
     classes: list | tuple = ()  # the names of the classes, if the network has any
     predicts: str = "eps"  # what the network returns, see beyond.py
 
-    labels = Network.labels
+    labels = Network.labels  # which reads self.classes alone
 
     @cached_property
     def eps(self):
@@ -52,6 +53,12 @@ class Trained:
         return self.settings["in_channels"], size, size
 
 
+def name_of(path):
+    """Return the name of a run, of its checkpoint, or of published weights."""
+    path = Path(os.path.abspath(str(path).removeprefix(HUB)))
+    return path.parent.name if path.name == "checkpoint.pt" else path.name
+
+
 def open_checkpoint(path):
     """Return the dict of a checkpoint. Exits if the file is not one. No code in it is executed."""
     try:
@@ -66,7 +73,7 @@ def open_checkpoint(path):
     return state
 
 
-def of_checkpoint(state):
+def from_checkpoint(state):
     """Return the Trained of the averaged weights in the dict of a checkpoint."""
     config, training = state["config"], state["config"]["train"]
     model, data = UNet(**config["model"]).eval(), training["data"]
@@ -79,35 +86,28 @@ def of_checkpoint(state):
 
 
 def load(path):
-    """Return the Trained of a checkpoint, of the folder of a run, or of published weights.
+    """Return the Trained of a checkpoint, of a run folder, or of published weights.
 
     Published weights are a folder or, as in "hf:google/ddpm-cifar10-32", a name on the hub. The
     weights of a checkpoint are the averaged ones. Exits if `path` is none of these.
     """
-    if str(path).startswith(HUB):
-        return published(str(path).removeprefix(HUB))
-    path = Path(path)
-    if (path / "checkpoint.pt").is_file():
-        path /= "checkpoint.pt"
-    if path.is_file():
-        return of_checkpoint(open_checkpoint(path))
-    if not path.is_dir():
-        is_name = len(path.parts) == 2 and path.suffix != ".pt"
-        hub = f" ({HUB}{path.as_posix()} is a name on the hub)" * is_name
-        sys.exit(f"{path.as_posix()} does not exist; python train.py writes checkpoint.pt into the "
-                 f"folder of its --out{hub}")  # fmt: skip
-    if not [*path.glob("*config.json"), *path.glob("*/*config.json")]:
-        sys.exit(f"{path} has neither a checkpoint.pt nor weights in diffusers' format")
-    return published(path.as_posix())
-
-
-def published(source):
-    """Return the Trained of weights in diffusers' format, a folder or a name on the hub."""
+    source, path = str(path), Path(path)
+    if not source.startswith(HUB):
+        if (path / "checkpoint.pt").is_file():
+            path /= "checkpoint.pt"
+        if path.is_file():
+            return from_checkpoint(open_checkpoint(path))
+        if not path.is_dir():
+            is_name = len(path.parts) == 2 and path.suffix != ".pt"
+            hub = f" ({HUB}{path.as_posix()} is a name on the hub)" * is_name
+            sys.exit(f"{path.as_posix()} does not exist; python train.py writes checkpoint.pt into "
+                     f"the folder of its --out{hub}")  # fmt: skip
+        if not [*path.glob("*config.json"), *path.glob("*/*config.json")]:
+            sys.exit(f"{path} has neither a checkpoint.pt nor weights in diffusers' format")
+        source = path.as_posix()
     from support.pretrained import from_diffusers
 
-    model, settings, diffusion, predicts = from_diffusers(source)
-    name = f"diffusers, {Path(source).name}"
-    return Trained(model, diffusion, settings, 0, name, predicts=predicts)
+    return from_diffusers(source.removeprefix(HUB))
 
 
 def start_from(weights, model, classes):

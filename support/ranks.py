@@ -1,0 +1,63 @@
+"""The processes that torchrun starts. Without torchrun, there is one."""
+
+import contextlib
+import os
+from datetime import timedelta
+
+import torch.distributed as dist
+
+# torchrun sets these: the rank of this process, the number of all, and its rank on its machine.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+
+
+def join(device):
+    """Connect the processes through gloo and, for tensors on a GPU, its maker's library."""
+    if WORLD == 1:
+        return
+    backend = "gloo"  # without a name, torch chooses by the accelerator that it was built for
+    if device.type == "cuda" and dist.is_nccl_available():  # not on Windows
+        backend = "cpu:gloo,cuda:nccl"
+    elif device.type == "xpu":
+        backend = "cpu:gloo,xpu:xccl"
+    dist.init_process_group(backend, timeout=timedelta(hours=4))  # decoding images can take hours
+
+
+def leave():
+    """Disconnect the processes, which end together; one that ends first sometimes aborts."""
+    if WORLD > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def from_first(value):
+    """Return the first process's value in every process."""
+    values = [value]
+    if WORLD > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def from_all(value):
+    """Return a list of the values of all processes."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def sum_of_all(tensor):
+    """Return the sum of the tensors of all processes; `tensor` may hold it."""
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+@contextlib.contextmanager
+def first_of_machine_first():
+    """Run the block in the first process of each machine, then in the others."""
+    if WORLD > 1 and LOCAL_RANK > 0:
+        dist.barrier()
+    yield
+    if WORLD > 1 and LOCAL_RANK == 0:
+        dist.barrier()
