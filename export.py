@@ -27,14 +27,14 @@ import torch
 
 try:
     import onnx
+    import onnxruntime  # noqa: F401  Network needs it
     from onnxscript import opset20 as op
-
-    from support.reduced import Half, eps_of, write_half, write_int8
 except ModuleNotFoundError as error:
     sys.exit(f"export.py needs {error.name}: pip install -r requirements.txt")
 
 
 from beyond import as_eps, eps_of_output
+from ddpm_numpy import Network
 from images import check_new_folder, check_output, escape_unprintable, replacing
 from support import cli
 from support.pretrained import import_diffusers, to_diffusers
@@ -141,6 +141,12 @@ def name_nodes(graph):
 # -------------------------------------------------------------------------------------- the program
 
 
+def eps_of(path):
+    """Return eps(x_t, t, y=None), on torch tensors, of a file that is opened as sample.py does."""
+    network = Network(path, "cpu")
+    return lambda *inputs: torch.from_numpy(network(*(x.numpy() for x in inputs)))
+
+
 def write_onnx(trained, path, kind=None):
     """Write the network as one file, compared with torch before it is put in place.
 
@@ -156,6 +162,8 @@ def write_onnx(trained, path, kind=None):
         if not worst < TOLERANCE * max(1, b.abs().max()):
             sys.exit(f"eps differs from torch's by {worst:.1e}; {path} is not written")
         print(f"largest difference from torch {worst:.1e}, for batches of 1, 2 and 3")
+        if kind:
+            from support.reduced import Half, write_half, write_int8
         if kind == "half":
             write_half(trained, exact, reduced, to_onnx(trained, Half(trained.model)))
         elif kind == "int8":
