@@ -108,6 +108,13 @@ def test_awkward_files_are_read_or_left_out(tmp_path, capsys, monkeypatch):
     assert not opened
 
 
+def test_decompression_bomb_is_one_line(tmp_path, monkeypatch):
+    save(tmp_path / "bomb.png", size=(60, 60))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(SystemExit, match="there is no image that can be read"):
+        read_folder(tmp_path, 4)
+
+
 def test_folder_without_images_is_one_line(tmp_path, capsys):
     """As one with nothing but a run: a sub-folder that holds a checkpoint.pt is left out whole."""
     with pytest.raises(SystemExit, match="nowhere: no such folder"):

@@ -11,6 +11,7 @@ import torch
 from conftest import posix, read
 from PIL import Image
 
+import evaluate
 from ddpm import Diffusion, linear_betas
 from images import from_pixels
 from support.data import demo_images, read_folder
@@ -116,6 +117,16 @@ def test_without_matplotlib_it_writes_the_table(tmp_path, measure, monkeypatch):
     figure_class.cache_clear()
     assert "matplotlib is missing: pip install matplotlib" in said
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint.pt", "rate-distortion.csv"}
+
+
+def test_device_and_output_are_checked_before_images_are_read(trained, tmp_path, run, monkeypatch):
+    monkeypatch.setattr(evaluate, "read_folder", None)
+    (tmp_path / "file").touch()
+    words = ["--checkpoint", trained[0] / "run", "--data", "."]
+    assert "--device quantum" in run("evaluate.py", *words, "--device", "quantum", cwd=tmp_path,
+                                     code=1)  # fmt: skip
+    said = run("evaluate.py", *words, "--out", "file", cwd=tmp_path, code=1)
+    assert "can't be written" in said and "is not a folder" in said
 
 
 def test_errors_of_the_user_are_one_line(trained, image_folder, tmp_path, run):

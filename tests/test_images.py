@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from images import from_pixels, grid, read_image, to_pixels
+from images import from_pixels, grid, read_image, replacing, to_pixels
 from support.data import is_grey
 from support.plot import save_plot
 
@@ -96,6 +96,13 @@ def test_grid_shows_every_image(channels):
     tiles = image.reshape(*image.shape[:2], channels)[middle, middle]
     assert tiles[..., 0].tolist() == [[0, 64, 128], [191, 255, 255]]  # the sixth is left white
     assert (tiles == tiles[..., :1]).all()
+
+
+def test_error_of_another_file_keeps_its_traceback(tmp_path):
+    (tmp_path / "x.png").write_text("whole")
+    with pytest.raises(FileNotFoundError), replacing(tmp_path / "x.png"):
+        (tmp_path / "missing").read_bytes()
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["whole"]
 
 
 @pytest.mark.parametrize("log", [False, True])

@@ -221,7 +221,8 @@ def test_folders_and_names_without_a_config_are_one_line(published, run):
     def said(name):
         return run("export.py", "--diffusers", name, cwd=published.parent, code=1)
 
-    assert "no/such-repository: no config.json can be read" in said("no/such-repository")
+    for name in ("no/such-repository", "hf:no/such-repository"):  # as train.py --init spells it
+        assert "\nno/such-repository: no config.json can be read" in "\n" + said(name)
     (published / "scheduler_config.json").unlink()
     assert "published: no scheduler_config.json can be read" in said("published")
     (published / "config.json").write_text("{")
