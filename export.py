@@ -27,18 +27,17 @@ import torch
 
 try:
     import onnx
-    import onnxruntime  # noqa: F401  Network needs it
+    import onnxruntime  # noqa: F401  eps_of needs it
     from onnxscript import opset20 as op
 except ModuleNotFoundError as error:
     sys.exit(f"export.py needs {error.name}: pip install -r requirements.txt")
 
 
 from beyond import as_eps, eps_of_output
-from ddpm_numpy import Network
 from images import check_new_folder, check_output, escape_unprintable, replacing
 from support import cli
 from support.pretrained import import_diffusers, to_diffusers
-from support.trained import HUB, example_labels, largest_difference, load
+from support.trained import HUB, eps_of, example_labels, largest_difference, load
 
 OPSET = 20  # ONNX Runtime has kernels for it on the CPU, on CUDA and in the browser
 TOLERANCE = 1e-4  # the largest difference from torch, in an output that is about N(0, 1)
@@ -139,12 +138,6 @@ def name_nodes(graph):
 
 
 # -------------------------------------------------------------------------------------- the program
-
-
-def eps_of(path):
-    """Return eps(x_t, t, y=None), on torch tensors, of a file that is opened as sample.py does."""
-    network = Network(path, "cpu")
-    return lambda *inputs: torch.from_numpy(network(*(x.numpy() for x in inputs)))
 
 
 def write_onnx(trained, path, kind=None):

@@ -10,33 +10,14 @@ import sys
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
 from beyond import sample_progressive
-from support.trained import example_labels
+from support.trained import eps_of, example_labels, feed
 
 TIMES = (0, 1, 2, 5, 10, 20, 35, 50, 75, 100, 150, 200, 500)  # t for errors, besides T - 1
 MAX_ERROR = 0.02  # the largest rms error allowed at any t, relative to the rms of eps
-
-# ------------------------------------------------------------------------------- files and networks
-
-
-def feed(inputs):
-    """Return (x_t, t) or (x_t, t, y) as what ONNX Runtime takes."""
-    return dict(zip(("x_t", "t", "y"), (tensor.numpy() for tensor in inputs), strict=False))
-
-
-def eps_of(path):
-    """Return eps(x_t, t) or eps(x_t, t, y), on torch tensors, of an ONNX file on the CPU."""
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-
-    def eps(*inputs):
-        return torch.from_numpy(session.run(["eps"], feed(inputs))[0])
-
-    return eps
-
 
 # ---------------------------------------------------------------------------------- the two kinds
 

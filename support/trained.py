@@ -142,3 +142,20 @@ def largest_difference(model, eps, shape, T, num_classes=0):
             inputs = (x_t, t, num_classes - torch.arange(batch))[: 3 if num_classes else 2]
             differences.append((model(*inputs) - eps(*inputs)).abs().max())
     return torch.stack(differences).max().item()
+
+
+def feed(inputs):
+    """Return (x_t, t) or (x_t, t, y) as what ONNX Runtime takes."""
+    return dict(zip(("x_t", "t", "y"), (tensor.numpy() for tensor in inputs), strict=False))
+
+
+def eps_of(path):
+    """Return eps(x_t, t) or eps(x_t, t, y), on torch tensors, of an ONNX file on the CPU."""
+    import onnxruntime as ort  # which training does not need
+
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def eps(*inputs):
+        return torch.from_numpy(session.run(["eps"], feed(inputs))[0])
+
+    return eps
