@@ -189,9 +189,8 @@ class RunFolder:
             return None
         line = f"at {each:.2g} s per step, the run will take {duration(left)}"
         if self.args.device.type == "cpu":
-            line += (
-                "; --quick --out quick, a smaller network, takes 8 minutes on two cores at 32x32"
-            )
+            quick = "--quick --out quick, a smaller network"
+            line += f"; {quick}, takes 8 minutes on two cores at 32x32"
         return line
 
     def save(self, step, model, ema, optimizer):
