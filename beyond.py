@@ -3,7 +3,7 @@
     cosine_betas                another schedule
     as_eps, loss_weights        networks that predict v, x_0 or the mean; weights of the loss
     respaced                    a shorter chain for the same network
-    sample_progressive, sample  DDIM and DPM-Solver++ in few steps; inpainting
+    sample_progressive, sample  DDIM and SA-Solver in few steps; inpainting
     guided                      classifier-free guidance, for a network with classes
 
     eps = as_eps(model, diffusion, "v")                      # what the network returns
@@ -123,53 +123,85 @@ def respaced(diffusion, model, steps):
 def ddpm_step(chain):
     """Return the step of Algorithm 2: step(x0_hat, x_t, t, z) returns x_{t-1}, and z() draws noise.
 
-    Each sampler is such a step. It may keep what it has seen.
+    Each sampler is such a step. It may keep what it has seen. t is the int that all images share,
+    so the factors are plain numbers.
     """
+    factor_x0, factor_x_t = chain.posterior_x0.tolist(), chain.posterior_x_t.tolist()
+    sigma = chain.sigma.tolist()
 
     def step(x0, x_t, t, z):
-        mean, _ = chain.q_posterior(x0, x_t, t)
-        return mean + look_up(chain.sigma, t, x_t) * z()
+        return factor_x0[t] * x0 + factor_x_t[t] * x_t + sigma[t] * z()  # (7)
 
     return step
 
 
 def ddim_step(chain, eta=0.0):
     """Return DDIM's step (Song et al. 2021, arXiv:2010.02502, eq. 12 and 16)."""
-    signal, spread = chain.sqrt_alphas_bar, chain.sqrt_one_minus_alphas_bar
+    signal, spread = chain.sqrt_alphas_bar.tolist(), chain.sqrt_one_minus_alphas_bar.tolist()
     sigma2 = eta**2 * chain.posterior_variance
-    factor_x0, sigma = chain.alphas_bar_prev.sqrt(), sigma2.sqrt()
-    factor_eps = (1 - chain.alphas_bar_prev - sigma2).sqrt()
+    factor_x0, sigma = chain.alphas_bar_prev.sqrt().tolist(), sigma2.sqrt().tolist()
+    factor_eps = (1 - chain.alphas_bar_prev - sigma2).sqrt().tolist()
 
     def step(x0, x_t, t, z):
-        # The eps that fits x0, which may have been clipped:
-        eps = (x_t - look_up(signal, t, x_t) * x0) / look_up(spread, t, x_t)
-        mean = look_up(factor_x0, t, x_t) * x0 + look_up(factor_eps, t, x_t) * eps
-        return mean + look_up(sigma, t, x_t) * z() if eta else mean
+        eps = (x_t - signal[t] * x0) / spread[t]  # the noise that fits x0, which may be clipped
+        mean = factor_x0[t] * x0 + factor_eps[t] * eps
+        return mean + sigma[t] * z() if eta else mean
 
     return step
 
 
-def dpm_step(chain):
-    """Return the step of DPM-Solver++(2M), which is DDIM's step with an extrapolated x0_hat.
+def node_weights(nodes, start, end):
+    """Return the weights c of: integral from start to end of e^(s - end) x0(s) ds = sum c_k x0_k.
 
-    Lu et al. 2022 (arXiv:2211.01095), algorithm 2. The line through the last two x0_hat is extended
-    to the middle of the step in lambda = log sqrt(abar / (1 - abar)).
+    x0(s) is the polynomial through the points (nodes[k], x0_k). All are floats.
     """
-    h = -chain.alphas_bar.logit().diff() / 2  # from t to t-1, for t = 1..T-1
-    ratio = torch.zeros_like(chain.alphas_bar)
-    ratio[1:-1] = h[:-1] / (2 * h[1:])
-    ddim, x0_before = ddim_step(chain), None
+    nodes, h = [node - end for node in nodes], end - start
+    moments = [-math.expm1(-h)]  # the integrals of e^s s^k from -h to 0
+    for k in range(1, len(nodes)):
+        moments.append(-math.exp(-h) * (-h) ** k - k * moments[-1])
+    weights = []
+    for node in nodes:
+        powers = [1.0]  # the coefficients of Lagrange's polynomial, which is 1 at this node
+        for other in nodes:
+            if other != node:  # multiply it by (s - other) / (node - other)
+                pairs = zip([0.0, *powers], [*powers, 0.0], strict=True)
+                powers = [(lower - other * same) / (node - other) for lower, same in pairs]
+        weights.append(sum(m * power for m, power in zip(moments, powers, strict=True)))
+    return weights
+
+
+def sa_solver_step(chain, order=3, correct=True):
+    """Return the step of SA-Solver without noise (Xue et al. 2023, arXiv:2309.05019).
+
+    In the exact solution of the step, x_0 is an integral over lambda = log sqrt(abar / (1 - abar));
+    the polynomial through the last `order` estimates x0_hat takes its place. Once the network has
+    answered at the end of the step, the same step is taken again with this answer as a node
+    (`correct`), which costs no call. Order 1 without the correction is DDIM.
+    """
+    lam = (chain.alphas_bar.logit() / 2).tolist()
+    signal, spread = chain.sqrt_alphas_bar.tolist(), chain.sqrt_one_minus_alphas_bar.tolist()
+    nodes, estimates, start = [], [], None  # the latest first; where the last step began
+
+    def solve(x, s, t):
+        """Return x_t of the exact solution that passes through x at s."""
+        weights = node_weights(nodes, lam[s], lam[t])
+        x = spread[t] / spread[s] * x
+        for weight, x0 in zip(weights, estimates, strict=True):
+            x = x + signal[t] * weight * x0
+        return x
 
     def step(x0, x_t, t, z):
-        nonlocal x0_before
-        change = 0 if x0_before is None else x0 - x0_before
-        x0_before = x0
-        return ddim(x0 + look_up(ratio, t, x_t) * change, x_t, t, z)
+        nonlocal start
+        nodes.insert(0, lam[t])
+        estimates.insert(0, x0)
+        del nodes[order:], estimates[order:]
+        start = x_t if start is None or not correct else solve(start, t + 1, t)
+        return solve(start, t, t - 1)
 
     return step
 
 
-SAMPLERS = "ddpm", "ddim", "dpm"
+SAMPLERS = "ddpm", "ddim", "sa-solver"
 
 
 @torch.no_grad()
@@ -183,8 +215,8 @@ def sample_progressive(
     here are those of Diffusion.sample_progressive.
 
     steps: how many of the T steps to take; all if None.
-    sampler: "ddpm" is Algorithm 2, the default with all T steps. "dpm" is DPM-Solver++(2M), the
-        default with fewer. "ddim" is DDIM.
+    sampler: "ddpm" is Algorithm 2, the default with all T steps. "sa-solver" is SA-Solver without
+        noise, the default with fewer. "ddim" is DDIM.
     eta: only for "ddim", which is selected if eta is given. 0, the default, is deterministic; 1
         equals "ddpm" with the "small" variance.
     known: for inpainting, (image, mask), which broadcast to x_t. Where the mask is False, x_t is
@@ -194,9 +226,9 @@ def sample_progressive(
     """
     chain, eps, tau = respaced(diffusion, eps, diffusion.T if steps is None else steps)
     if sampler is None:
-        sampler = "ddim" if eta is not None else "dpm" if chain.T < diffusion.T else "ddpm"
+        sampler = "ddim" if eta is not None else "sa-solver" if chain.T < diffusion.T else "ddpm"
     if sampler not in SAMPLERS:
-        raise ValueError(f'sampler must be "ddpm", "ddim" or "dpm", not {sampler!r}')
+        raise ValueError(f"the sampler must be in {[*SAMPLERS]}, not {sampler!r}")
     if eta is not None and (sampler != "ddim" or not 0 <= eta <= 1):
         raise ValueError(
             f'eta must be from 0 to 1, and is only for "ddim"; it is {eta} for {sampler!r}'
@@ -208,8 +240,8 @@ def sample_progressive(
         algorithm_2 = chain.sample_progressive(eps, shape, None, draw_noise, x_T, device, clip)
         yield from ((tau[i].item(), x, x0) for i, x, x0 in algorithm_2)
         return
-    make_step = {"ddpm": ddpm_step, "ddim": partial(ddim_step, eta=eta or 0.0), "dpm": dpm_step}
-    step = make_step[sampler](chain)
+    ddim = partial(ddim_step, eta=eta or 0.0)
+    step = {"ddpm": ddpm_step, "ddim": ddim, "sa-solver": sa_solver_step}[sampler](chain)
     image, mask = known or (None, None)
 
     x = draw_noise() if x_T is None else x_T
@@ -222,7 +254,7 @@ def sample_progressive(
         x0 = torch.where(mask, x0, image) if known else x0
         yield tau[i].item(), x, x0
         if i > 0:
-            x = step(x0, x, t, draw_noise)
+            x = step(x0, x, i, draw_noise)
 
 
 def sample(diffusion, eps, shape, *args, **kwargs):

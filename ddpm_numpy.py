@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-SAMPLERS = "ddpm", "ddim", "dpm"
+SAMPLERS = "ddpm", "ddim", "sa-solver"
 LAMBDAS = np.linspace(0, 1, 11, dtype=np.float32)  # the mixtures of an interpolation
 
 # ------------------------------------------------------------------------------ the reverse process
@@ -46,8 +46,8 @@ def sample_progressive(
     eps_model(x_t, t) returns eps; t is int64 (B,). draw_noise() returns the next z.
     betas: float64 (T,). variance: sigma_t^2 is beta_t if "large", beta-tilde_t if "small".
     steps: how many of the T steps to take; all if None.
-    sampler: "ddpm" is the paper's Algorithm 2, the default with all T steps; "dpm" is
-        DPM-Solver++(2M), the default with fewer; "ddim" is DDIM.
+    sampler: "ddpm" is the paper's Algorithm 2, the default with all T steps; "sa-solver" is
+        SA-Solver without noise, the default with fewer; "ddim" is DDIM.
     eta: only for "ddim", which is selected if eta is given. 0, the default, is deterministic; 1
         equals "ddpm" with the "small" variance.
     x_T: where to start; pure noise if None. To continue from an x_t, pass betas[: t + 1] with it.
@@ -60,11 +60,11 @@ def sample_progressive(
     T = len(betas)
     betas, tau = respaced(betas, T if steps is None else steps)
     if sampler is None:
-        sampler = "ddim" if eta is not None else "dpm" if len(betas) < T else "ddpm"
+        sampler = "ddim" if eta is not None else "sa-solver" if len(betas) < T else "ddpm"
     if variance not in ("large", "small"):
         raise ValueError(f'variance must be "large" or "small", not {variance!r}')
     if sampler not in SAMPLERS:
-        raise ValueError(f'sampler must be "ddpm", "ddim" or "dpm", not {sampler!r}')
+        raise ValueError(f"the sampler must be in {[*SAMPLERS]}, not {sampler!r}")
     if eta is not None and (sampler != "ddim" or not 0 <= eta <= 1):
         raise ValueError(
             f'eta must be from 0 to 1, and is only for "ddim"; it is {eta} for {sampler!r}'
@@ -76,14 +76,12 @@ def sample_progressive(
     sigma2 = betas if variance == "large" else posterior_variance
     if sampler != "ddpm":
         sigma2 = (eta or 0) ** 2 * posterior_variance
-    log_snr = np.log(alphas_bar / (1 - alphas_bar)).tolist()
     posterior_x0 = np.sqrt(alphas_bar_prev) * betas / (1 - alphas_bar)
     posterior_x_t = np.sqrt(alphas) * (1 - alphas_bar_prev) / (1 - alphas_bar)
     columns = alphas_bar, alphas_bar_prev, posterior_x0, posterior_x_t, np.sqrt(sigma2)
     tables = np.stack(columns, 1).tolist()  # Python floats, which keep float32 arrays float32
 
-    x = draw_noise() if x_T is None else x_T
-    x0_before = None
+    x, step = draw_noise() if x_T is None else x_T, sa_solver_step(alphas_bar)
     for i in reversed(range(len(betas))):
         abar, abar_prev, factor_x0, factor_x_t, sigma = tables[i]
         if known:
@@ -99,15 +97,57 @@ def sample_progressive(
             return
         if sampler == "ddpm":
             mean = factor_x0 * x0 + factor_x_t * x  # (7)
+        elif sampler == "ddim":
+            eps = (x - math.sqrt(abar) * x0) / math.sqrt(1 - abar)  # the noise that fits x0
+            mean = math.sqrt(abar_prev) * x0 + math.sqrt(1 - abar_prev - sigma**2) * eps
         else:
-            x0_middle = x0  # "dpm" extrapolates it to the middle of the step in lambda
-            if sampler == "dpm" and x0_before is not None:
-                h, h_before = log_snr[i - 1] - log_snr[i], log_snr[i] - log_snr[i + 1]
-                x0_middle = x0 + h / (2 * h_before) * (x0 - x0_before)
-            x0_before = x0
-            eps = (x - math.sqrt(abar) * x0_middle) / math.sqrt(1 - abar)  # the noise that fits it
-            mean = math.sqrt(abar_prev) * x0_middle + math.sqrt(1 - abar_prev - sigma**2) * eps
+            mean = step(x0, x, i)
         x = mean + sigma * draw_noise() if sigma else mean
+
+
+def node_weights(nodes, start, end):
+    """Return the weights c of: integral from start to end of e^(s - end) x0(s) ds = sum c_k x0_k.
+
+    x0(s) is the polynomial through the points (nodes[k], x0_k). All are floats.
+    """
+    nodes, h = [node - end for node in nodes], end - start
+    moments = [-math.expm1(-h)]  # the integrals of e^s s^k from -h to 0
+    for k in range(1, len(nodes)):
+        moments.append(-math.exp(-h) * (-h) ** k - k * moments[-1])
+    weights = []
+    for node in nodes:
+        powers = [1.0]  # the coefficients of Lagrange's polynomial, which is 1 at this node
+        for other in nodes:
+            if other != node:  # multiply it by (s - other) / (node - other)
+                pairs = zip([0.0, *powers], [*powers, 0.0], strict=True)
+                powers = [(lower - other * same) / (node - other) for lower, same in pairs]
+        weights.append(sum(m * power for m, power in zip(moments, powers, strict=True)))
+    return weights
+
+
+def sa_solver_step(abar, order=3):
+    """Return step(x0_hat, x_t, t), which returns x_{t-1}: that of beyond.py, for numpy."""
+    lam = (np.log(abar / (1 - abar)) / 2).tolist()
+    signal, spread = np.sqrt(abar).tolist(), np.sqrt(1 - abar).tolist()
+    nodes, estimates, start = [], [], None  # the latest first; where the last step began
+
+    def solve(x, s, t):
+        """Return x_t of the exact solution that passes through x at s."""
+        weights = node_weights(nodes, lam[s], lam[t])
+        x = spread[t] / spread[s] * x
+        for weight, x0 in zip(weights, estimates, strict=True):
+            x = x + signal[t] * weight * x0
+        return x
+
+    def step(x0, x_t, t):
+        nonlocal start
+        nodes.insert(0, lam[t])
+        estimates.insert(0, x0)
+        del nodes[order:], estimates[order:]
+        start = x_t if start is None else solve(start, t + 1, t)
+        return solve(start, t, t - 1)
+
+    return step
 
 
 def mix(x0, x0_b, t, betas, draw_noise):

@@ -83,7 +83,7 @@ def arguments():
     flag("--interpolate", nargs=2, metavar="FILE", help="two images; draw 11 mixtures of them")
     flag("--t", type=int, nargs="+", help="t at which to mix, one row each, 0..T-1 [T / 5]")
     flag("--steps", type=int, help="steps of the reverse process, 1..T [T, as in the paper]")
-    flag("--sampler", choices=SAMPLERS, help="[ddpm (the paper's) with T steps, dpm with fewer]")
+    flag("--sampler", choices=SAMPLERS, help="[ddpm with all T steps, sa-solver with fewer]")
     flag("--eta", type=float, help="noise of DDIM, 0 to 1; selects --sampler ddim [0, none]")
     flag("--batch", default=64, type=int, help="images drawn together [%(default)s]")
     flag("--seed", default=0, type=int, help="the same seed draws the same images [%(default)s]")
@@ -103,7 +103,7 @@ def arguments():
         parser.error("--t needs --interpolate")
     if not math.isfinite(args.guidance):
         parser.error("--guidance must be a finite number")
-    if args.eta is not None and (args.sampler in ("ddpm", "dpm") or not 0 <= args.eta <= 1):
+    if args.eta is not None and (args.sampler not in (None, "ddim") or not 0 <= args.eta <= 1):
         parser.error("--eta must be from 0 to 1, and is only for --sampler ddim")
     inputs = *(args.inpaint or ()), *(args.interpolate or ()), args.onnx
     outputs = [

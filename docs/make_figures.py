@@ -334,7 +334,7 @@ def draw_steps(path, network):
     """Draw sixteen samples from the same first noise, by each sampler and number of steps."""
     counts, figure = (5, 10, 20, 50, network.betas.size), Figure(figsize=(9.6, 6.2))
     figure.set_layout_engine("constrained")
-    names = {"ddpm": "Algorithm 2", "ddim": "DDIM", "dpm": "DPM-Solver++"}
+    names = {"ddpm": "Algorithm 2", "ddim": "DDIM", "sa-solver": "SA-Solver"}
     for axes_row, sampler in zip(figure.subplots(len(names), len(counts)), names, strict=True):
         for axes, steps in zip(axes_row, counts, strict=True):
             images = last(reverse(network, steps=steps, sampler=sampler))

@@ -48,8 +48,8 @@ export function respaced(betas, steps) {
  * epsModel(x, t) returns eps, or a promise of it. drawNoise() returns the next z.
  * variance: sigma_t^2 is beta_t if "large", the posterior variance (7) if "small".
  * steps: how many of the T steps to take; all by default.
- * sampler: "ddpm" is the paper's Algorithm 2, the default with all T steps; "dpm" is
- * DPM-Solver++(2M), the default with fewer; "ddim" is DDIM.
+ * sampler: "ddpm" is the paper's Algorithm 2, the default with all T steps; "sa-solver" is SA-Solver
+ * without noise, the default with fewer; "ddim" is DDIM.
  * eta: for "ddim" alone, and selects it. 0, the default, is deterministic; 1 equals "ddpm" with
  * "small" variance.
  * xT: where to start; pure noise by default. To continue from an x_t, pass betas.slice(0, t + 1) too.
@@ -63,11 +63,11 @@ export async function* sampleProgressive(
 ) {
   const fill = (x, given) => (known ? x.map((value, k) => (known.mask[k] ? value : given[k])) : x);
   const chain = respaced(betas, steps), abars = alphasBar(chain.betas);
-  sampler ??= eta !== null ? "ddim" : steps < betas.length ? "dpm" : "ddpm";
-  if (!["ddpm", "ddim", "dpm"].includes(sampler)) throw new RangeError(`no sampler ${sampler}`);
+  sampler ??= eta !== null ? "ddim" : steps < betas.length ? "sa-solver" : "ddpm";
+  if (!["ddpm", "ddim", "sa-solver"].includes(sampler)) throw new RangeError(`no sampler ${sampler}`);
   if (eta !== null && sampler !== "ddim") throw new RangeError("eta is for ddim alone");
-  const logSNR = abars.map((abar) => Math.log(abar / (1 - abar)));
-  let x = xT ?? drawNoise(), x0Before = null;
+  const solverStep = saSolverStep(abars);
+  let x = xT ?? drawNoise();
   for (let i = steps - 1; i >= 0; i--) {
     const beta = chain.betas[i], abar = abars[i], abarPrev = i ? abars[i - 1] : 1;
     const posteriorVariance = ((1 - abarPrev) / (1 - abar)) * beta; // (7), 0 in the last step
@@ -81,6 +81,10 @@ export async function* sampleProgressive(
     x0 = fill(x0, known?.x0);
     yield { t: chain.tau[i], x, x0, sigma };
     if (i === 0) return;
+    if (sampler === "sa-solver") {
+      x = solverStep(x0, x, i);
+      continue;
+    }
     let fromX0, fromX; // the mean is fromX0 x_0 + fromX x_t
     if (sampler === "ddpm") { // (7)
       fromX0 = (Math.sqrt(abarPrev) * beta) / (1 - abar);
@@ -89,15 +93,47 @@ export async function* sampleProgressive(
       fromX = Math.sqrt((1 - abarPrev - sigma ** 2) / (1 - abar));
       fromX0 = Math.sqrt(abarPrev) - Math.sqrt(abar) * fromX;
     }
-    let x0Middle = x0; // "dpm" extrapolates x0_hat to the middle of the step in lambda
-    if (sampler === "dpm" && x0Before) {
-      const h = logSNR[i - 1] - logSNR[i], hBefore = logSNR[i] - logSNR[i + 1];
-      x0Middle = x0.map((value, k) => value + (h / (2 * hBefore)) * (value - x0Before[k]));
-    }
-    x0Before = x0;
     const z = sigma ? drawNoise() : null;
-    x = x.map((value, k) => fromX0 * x0Middle[k] + fromX * value + (z ? sigma * z[k] : 0));
+    x = x.map((value, k) => fromX0 * x0[k] + fromX * value + (z ? sigma * z[k] : 0));
   }
+}
+
+/**
+ * The weights c of: integral from start to end of e^(s - end) x0(s) ds = sum of c_k x0_k. x0(s) is
+ * the polynomial through the points (nodes[k], x0_k).
+ */
+export function nodeWeights(nodes, start, end) {
+  const h = end - start, moments = [-Math.expm1(-h)]; // the integrals of e^s s^k from -h to 0
+  for (let k = 1; k < nodes.length; k++) moments.push(-Math.exp(-h) * (-h) ** k - k * moments[k - 1]);
+  return nodes.map((node) => {
+    let powers = [1]; // the coefficients of Lagrange's polynomial, which is 1 at this node
+    for (const other of nodes) {
+      if (other === node) continue; // multiply it by (s - other) / (node - other)
+      const lower = [0, ...powers], same = [...powers, 0];
+      powers = lower.map((value, k) => (value - (other - end) * same[k]) / (node - other));
+    }
+    return powers.reduce((sum, power, k) => sum + moments[k] * power, 0);
+  });
+}
+
+/** The function step(x0, x, t), which returns x_{t-1}, of SA-Solver without noise: that of beyond.py. */
+function saSolverStep(abar, order = 3) {
+  const lambda = abar.map((value) => Math.log(value / (1 - value)) / 2);
+  const signal = abar.map(Math.sqrt), spread = abar.map((value) => Math.sqrt(1 - value));
+  const nodes = [], estimates = []; // the latest first
+  let start = null; // where the last step began
+  const solve = (x, s, t) => { // x_t of the exact solution that passes through x at s
+    const weights = nodeWeights(nodes, lambda[s], lambda[t]);
+    return x.map((value, k) => estimates.reduce(
+      (sum, x0, n) => sum + signal[t] * weights[n] * x0[k], (spread[t] / spread[s]) * value));
+  };
+  return (x0, x, t) => {
+    nodes.unshift(lambda[t]);
+    estimates.unshift(x0);
+    nodes.length = estimates.length = Math.min(order, nodes.length);
+    start = start ? solve(start, t + 1, t) : x;
+    return solve(start, t, t - 1);
+  };
 }
 
 /**

@@ -128,7 +128,7 @@ def draw_images(trained):
     chain = list(
         sample_progressive(
             trained.diffusion, lambda x_t, t: trained.eps(x_t, t, *y), (8, *trained.shape),
-            min(25, trained.diffusion.T), "dpm", generator=torch.Generator().manual_seed(0),
+            min(25, trained.diffusion.T), "sa-solver", generator=torch.Generator().manual_seed(0),
         )
     )  # fmt: skip
     return chain[-1][2], [(x_t, torch.full((8,), t), *y) for t, x_t, _ in chain]

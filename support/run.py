@@ -229,7 +229,7 @@ class RunFolder:
         shape = 36, self.config["model"]["in_channels"], args.image_size, args.image_size
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
             eps = partial(as_eps(ema, diffusion, args.predicts), y=y)
-            x0 = sample(diffusion, eps, shape, min(20, diffusion.T), "dpm",
+            x0 = sample(diffusion, eps, shape, min(20, diffusion.T), "sa-solver",
                         generator=noise, device=args.device)  # fmt: skip
         image = grid(to_pixels(x0.cpu().numpy()), rows=rows, names=args.classes)
         save_image(self.out / f"preview-{step:07d}.png", image)

@@ -16,7 +16,7 @@ from ddpm import Diffusion, linear_betas
 from test_ddpm import M, S, algorithm_2, best_network, mean_and_deviation, sample_moments, wobbly
 
 OUTPUTS = "eps", "mean", "x0", "v"
-SAMPLERS = "ddpm", "ddim", "dpm"
+SAMPLERS = "ddpm", "ddim", "sa-solver"
 
 # ------------------------------------------------------------- schedules, targets and their weights
 
@@ -90,7 +90,7 @@ def test_samples_and_bound_do_not_depend_on_what_is_predicted():
     """The same eps in another form draws the same Gaussian, and has the same bound."""
     x0 = (M + S * randn(16, 1, 8, 8)).clamp(-1, 1)
     networks = [as_eps(network_of(best_network(), p), PAPER, p) for p in OUTPUTS[1:]]
-    for steps, sampler in ((None, "ddpm"), (100, "ddpm"), (50, "ddim"), (20, "dpm")):
+    for steps, sampler in ((None, "ddpm"), (100, "ddpm"), (50, "ddim"), (20, "sa-solver")):
         expected, *drawn = (
             beyond.sample(PAPER, eps, (64, 1, 1, 1), steps, sampler, generator=seeded())
             for eps in (best_network(), *networks)
@@ -185,7 +185,7 @@ def test_numpy_sampler_is_the_torch_sampler(variance, steps, sampler, eta):
     check_numpy(d, (2, 3, 4, 4), steps=steps, sampler=sampler, eta=eta)
 
 
-@pytest.mark.parametrize("sampler, eta", [("ddpm", None), ("ddim", 0.7), ("dpm", None)])
+@pytest.mark.parametrize("sampler, eta", [("ddpm", None), ("ddim", 0.7), ("sa-solver", None)])
 def test_samplers_have_the_same_options(sampler, eta):
     """In torch and numpy, also for points; tests/test_page.py compares numpy and JavaScript."""
     d, shape, x_T = Diffusion(linear_betas(50)), (2, 3, 4, 4), randn(2, 3, 4, 4, seed=1)
@@ -198,7 +198,7 @@ def test_samplers_have_the_same_options(sampler, eta):
     chain = check(shape, known=(image, mask))
     for _, _, x0 in chain:
         assert torch.equal(x0[..., ~mask], image[..., ~mask].expand(2, -1, -1))
-    if sampler == "dpm":  # x_t is drawn from q(x_t | x_0) of the image
+    if sampler == "sa-solver":  # x_t is drawn from q(x_t | x_0) of the image
         for noise, (t, x, _) in zip(randn(50, *shape)[1:21], chain, strict=True):
             x_t = d.q_sample(image, torch.tensor([t]), noise)
             torch.testing.assert_close(x[..., ~mask], x_t[..., ~mask])
@@ -226,13 +226,13 @@ def draw(d, *options):
 
 
 def test_default_sampler_is_the_papers_with_all_steps():
-    """With fewer, it is "dpm"; an eta selects "ddim", where 0 is the default."""
+    """With fewer, it is "sa-solver"; an eta selects "ddim", where 0 is the default."""
     d, noise = Diffusion(linear_betas(50)), iter(randn(50, 2, 1, 4, 4))
     paper = draw(d, 50, "ddpm")
     close(paper, d.sample(wobbly, (2, 1, 4, 4), draw_noise=partial(next, noise)))
     assert torch.equal(draw(d, None), paper) and torch.equal(draw(d, 50), paper)
-    dpm, ddim = draw(d, 49, "dpm"), draw(d, 49, "ddim")
-    assert torch.equal(draw(d, 49), dpm) and not torch.equal(dpm, ddim)
+    solver, ddim = draw(d, 49, "sa-solver"), draw(d, 49, "ddim")
+    assert torch.equal(draw(d, 49), solver) and not torch.equal(solver, ddim)
     assert torch.equal(draw(d, 49, "ddim", 0.0), ddim)
     assert torch.equal(draw(d, 50, None, 0.5), draw(d, 50, "ddim", 0.5))
 
@@ -246,7 +246,7 @@ def test_ddim_with_eta_1_is_the_small_ancestral_step():
 def test_samplers_refuse_wrong_names_and_numbers():
     in_numpy = partial(ddpm_numpy.sample_progressive, wobbly, None, linear_betas().numpy())
     for options in (dict(steps=0), dict(steps=1001), dict(eta=1.5), dict(eta=math.nan),
-                    dict(sampler="DPM"), dict(sampler="dpm", eta=0.5)):  # fmt: skip
+                    dict(sampler="dpm"), dict(sampler="sa-solver", eta=0.5)):  # fmt: skip
         word = [*options][-1]
         with pytest.raises(ValueError, match=word):
             beyond.sample(PAPER, wobbly, (1, 1, 4, 4), **options)
@@ -268,23 +268,36 @@ def test_every_sampler_returns_the_image_of_an_oracle(variance, sampler, steps):
 
 
 @pytest.mark.filterwarnings("ignore:__array__")
-@pytest.mark.parametrize("steps", [1, 2, 10, 20, 1000])
+@pytest.mark.parametrize("steps", [1, 2, 10, 20, 200])
 def test_samplers_equal_diffusers(steps):
-    """In steps that divide T: where they do not, diffusers rounds to the nearest t."""
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+    """Each x_t, in steps that divide T: where they do not, diffusers rounds to the nearest t.
+
+    In its first steps, diffusers changes the second-order coefficients of SA-Solver, but not their
+    sum. So here x0_hat is constant until its third order is reached.
+    """
+    from diffusers import DDIMScheduler, SASolverScheduler
 
     schedule = {"beta_start": 1e-4, "beta_end": 0.02, "timestep_spacing": "trailing"}
     clip = {"thresholding": True, "sample_max_value": 1.0}
-    for sampler, scheduler, options in (
-        ("dpm", DPMSolverMultistepScheduler(**schedule, **clip), {}),
-        ("ddim", DDIMScheduler(**schedule), {"use_clipped_model_output": True}),
+    orders = {"predictor_order": 3, "corrector_order": 3, "lower_order_final": False}
+    solver = SASolverScheduler(**schedule, **clip, **orders, tau_func=lambda t: 0)
+    third, x_T = 1000 - 2 * (1000 // steps), randn(2, 3, 4, 4)
+    constant = oracle(torch.full((2, 3, 4, 4), 0.5))
+
+    def at_first_constant(x, t):
+        return constant(x, t) if t[0] > third else wobbly(x, t)
+
+    for sampler, eps, scheduler, options in (
+        ("ddim", wobbly, DDIMScheduler(**schedule), {"use_clipped_model_output": True}),
+        ("sa-solver", at_first_constant, solver, {}),
     ):
-        x = x_T = randn(2, 3, 4, 4)
+        x = x_T
         scheduler.set_timesteps(steps)
-        for t in scheduler.timesteps:
-            x = scheduler.step(wobbly(x, t.expand(2)), t, x, **options).prev_sample
-        ours = beyond.sample(PAPER, wobbly, x_T.shape, steps, sampler, x_T=x_T)
-        torch.testing.assert_close(ours, x, rtol=0, atol=1e-4)
+        ours = beyond.sample_progressive(PAPER, eps, x_T.shape, steps, sampler, x_T=x_T)
+        for t, (t_, x_t, _) in zip(scheduler.timesteps, ours, strict=True):
+            assert t == t_
+            torch.testing.assert_close(x_t, x, rtol=0, atol=1e-4)
+            x = scheduler.step(eps(x, t.expand(2)), t, x, **options).prev_sample
 
 
 def ddim_step(abar, abar_prev, eta):
@@ -310,24 +323,71 @@ def test_fewer_steps_equal_the_recursion(variance, steps, eta):
         assert deviation / S == pytest.approx(0.990, abs=5e-4)
 
 
-@pytest.mark.parametrize("sampler, order", [("ddim", 1), ("dpm", 2)])
-def test_order_of_the_sampler(sampler, order):
-    """Double the steps, uniform in lambda, and the error of x_t halves or falls to a quarter.
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_weights_of_the_nodes_are_the_integral_of_the_polynomial(count):
+    """For steps of all lengths, with nodes before the step, and with one at its end."""
+    points, masses = np.polynomial.legendre.leggauss(40)
+    for h in (0.01, 0.3, 3.0):
+        for latest in (0, 1):  # in steps: the start or, for the correction, the end of the step
+            nodes = -0.7 + h * (latest - np.arange(count) ** 1.1)
+            start, end = -0.7, -0.7 + h
+            s = start + h * (points + 1) / 2
+            weights = beyond.node_weights(nodes.tolist(), start, end)
+            assert weights == pytest.approx(ddpm_numpy.node_weights(nodes.tolist(), start, end))
+            for k, weight in enumerate(weights):
+                others = np.delete(nodes, k)
+                lagrange = np.prod((s[:, None] - others) / (nodes[k] - others), axis=1)
+                integral = h / 2 * (masses * np.exp(s - end) * lagrange).sum()
+                assert weight == pytest.approx(integral, rel=1e-8)
 
-    Without noise, a sampler solves an ODE. For Gaussian data, the standardised x_t stays constant.
+
+def solution_of(step, x0_hat, x, T):
+    """Return the x_t at t = 0 of steps without noise from x at T-1, for x0_hat(x, t)."""
+    for t in reversed(range(1, T)):
+        x = step(x0_hat(x, t), x, t, None)
+    return x
+
+
+def test_sa_solver_with_one_node_is_ddim():
+    chain, _, _ = respaced(PAPER, None, 10)
+    steps = beyond.ddim_step(chain), beyond.sa_solver_step(chain, order=1, correct=False)
+    x_T = randn(4, 3, 8, 8).double()
+    ddim, one = (solution_of(step, lambda x, t: x.sin() + t, x_T, 10) for step in steps)
+    close(one, ddim, 1e-12)
+
+
+def error_of(make_step, abar, deviation):
+    """Return the rms error of x_t at t = 0, for the data N(M, deviation^2) and the levels abar.
+
+    Without noise, a sampler solves an ODE, in which the standardised x_t stays constant.
     """
-    errors, x_T = [], randn(64, 1, 1, 1)
-    for n in (40, 80, 160):
-        abar = torch.sigmoid(2 * torch.linspace(1, -2, n + 1, dtype=torch.float64))
-        d = Diffusion(1 - abar / torch.cat([torch.ones(1), abar[:-1]]))
-        mean, deviation = abar.sqrt() * 0.3, (abar * 0.5**2 + 1 - abar).sqrt()  # of x_t
-        solution = mean[0] + deviation[0] / deviation[-1] * (x_T - mean[-1])
-        *_, (_, x_t, _) = beyond.sample_progressive(
-            d, best_network(0.3, 0.5, d), x_T.shape, None, sampler, x_T=x_T, clip=False
-        )
-        errors.append((x_t - solution).square().mean().sqrt())
+    chain = Diffusion(1 - abar / torch.cat([torch.ones(1), abar[:-1]]))
+    x_T, signal = randn(64, 1, 1, 1).double(), abar.sqrt()
+    widths = (abar * deviation**2 + 1 - abar).sqrt()  # the standard deviation of x_t
+    exact = signal[0] * M + widths[0] / widths[-1] * (x_T - signal[-1] * M)
+
+    def x0_hat(x, t):  # E[x_0 | x_t]
+        return M + signal[t] * deviation**2 / widths[t] ** 2 * (x - signal[t] * M)
+
+    x = solution_of(make_step(chain), x0_hat, x_T, chain.T)
+    return (x - exact).square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("order, correct", [(1, False), (2, False), (3, False), (3, True)])
+def test_order_of_sa_solver(order, correct):
+    """Double the steps, and the error falls to 2^-order of itself if they are uniform in lambda.
+
+    With those that are uniform in t, the last ones do not become shorter in lambda, and the error
+    of every order is about inversely proportional to the number of steps.
+    """
+    step = partial(beyond.sa_solver_step, order=order, correct=correct)
+    lambdas = (torch.linspace(1, -4, n + 1, dtype=torch.float64) for n in (80, 160, 320))
+    errors = [error_of(step, torch.sigmoid(2 * lam), 0.15) for lam in lambdas]
     for rough, fine in pairwise(errors):
-        assert rough / fine == pytest.approx(2**order, rel=0.1)
+        assert math.log2(rough / fine) == pytest.approx(order, abs=0.3)
+    chains = (respaced(PAPER, None, n)[0] for n in (20, 200))
+    rough, fine = (error_of(step, chain.alphas_bar, 0.5) for chain in chains)
+    assert math.log10(rough / fine) == pytest.approx(1, abs=0.3)
 
 
 # ----------------------------------------------------------------------------------------- guidance
@@ -389,7 +449,7 @@ def test_guided_samples_are_those_of_a_fine_solution():
         k4 = slope(x + h * k3, u + h)
         x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
     assert (x[y == 0] < -0.3).all() and (x[y == 1] > 0.4).all()
-    for sampler, error in (("ddim", 0.02), ("dpm", 0.002)):
+    for sampler, error in (("ddim", 0.02), ("sa-solver", 0.002)):
         *_, (_, x_t, _) = beyond.sample_progressive(
             PAPER, guided(exact_model, y, w), x_T.shape, None, sampler, x_T=x_T, clip=False
         )

@@ -59,7 +59,7 @@ def test_ddpm_needs_no_float64_on_the_device_and_mixes_none(weighting):
         diffusion.loss(eps, x0, weights=weights).backward()
         image = x0, x0 > 0
         for steps, sampler, eta, known in (
-            (None, "ddpm", None, None), (4, "ddpm", None, image), (4, "dpm", None, None),
+            (None, "ddpm", None, None), (4, "ddpm", None, image), (4, "sa-solver", None, None),
             (4, "ddim", 1.0, image),
         ):  # fmt: skip
             out = sample(diffusion, eps, x0.shape, steps, sampler, eta, device="meta", known=known)

@@ -87,7 +87,9 @@ def how_many_differ(*args, **options):
     return torch.cdist(samples.flatten(1), DEMO.flatten(1)).argmin(1).unique().numel()
 
 
-@pytest.mark.parametrize("sampler, steps", [("ddpm", 20), ("ddim", 10), ("dpm", 10), ("dpm", 50)])
+@pytest.mark.parametrize(
+    "sampler, steps", [("ddpm", 20), ("ddim", 10), ("sa-solver", 10), ("sa-solver", 50)]
+)
 def test_few_steps_of_every_sampler_suffice_for_the_exact_network(sampler, steps):
     random = torch.Generator().manual_seed(0)
     assert 80 < how_many_differ(steps, sampler, generator=random) < 110  # uniform draws: about 97
@@ -104,7 +106,7 @@ def test_jump_to_the_estimate_costs_width():
     assert len(rows) == 4
     x_T = torch.ones(1, 1, 1, 1)  # every step is linear here
     for s, name, cells in rows:
-        s, sampler = float(s), {"DDIM": "ddim", "DPM-Solver++": "dpm"}[name]
+        s, sampler = float(s), {"DDIM": "ddim", "SA-Solver": "sa-solver"}[name]
         network = exact_network(PAPER, torch.zeros(1, 1, 1, 1), std=s)
         for steps, cell in zip((5, 10, 20, 50, 200), cells.split("|"), strict=True):
             *_, (t, x_t, x0) = beyond.sample_progressive(

@@ -156,7 +156,7 @@ def set_value(page, name, value):
 
 def start_sampling(page, **controls):
     """Start section 3, with these values of its controls."""
-    values = {"steps": 10, "sampler": "dpm", "count": 4, "seed": 0, "class": "all", "w": 0}
+    values = {"steps": 10, "sampler": "sa-solver", "count": 4, "seed": 0, "class": "all", "w": 0}
     for name, value in (values | controls).items():
         page.locator(f"#{name}").evaluate("(element, value) => { element.value = value; }", value)
     page.click("#sample")
@@ -268,12 +268,12 @@ def assert_steps_equal(page, name, options, expected, left, atol=1e-5):
 @pytest.mark.parametrize("variance, steps, sampler, eta, given", [
     ("large", None, None, None, ""), ("small", None, "ddpm", None, "x_T"),
     ("large", 7, "ddpm", None, "x_T"), ("small", 7, "ddpm", None, ""),
-    ("large", 7, None, None, ""), ("large", None, "dpm", None, "x_T"),
-    ("small", 2, "dpm", None, "x_T"), ("large", 7, "ddim", None, ""),
+    ("large", 7, None, None, ""), ("large", None, "sa-solver", None, "x_T"),
+    ("small", 2, "sa-solver", None, "x_T"), ("large", 7, "ddim", None, ""),
     ("small", 7, None, 0.5, "x_T"), ("large", None, "ddim", 1, ""),
     ("small", 1, None, None, "x_T"), ("large", 1, "ddim", 1, ""),
     ("large", 7, "ddpm", None, "known"), ("large", 40, "ddpm", None, "known"),
-    ("large", 7, "dpm", None, "known"), ("large", 40, "dpm", None, "known"),
+    ("large", 7, "sa-solver", None, "known"), ("large", 40, "sa-solver", None, "known"),
 ])  # fmt: skip
 def test_reverse_process_is_that_of_sample_py(variance, steps, sampler, eta, given, page):
     """Also from a given x_T, and with a known part of the images (inpainting)."""
@@ -289,7 +289,7 @@ def test_reverse_process_is_that_of_sample_py(variance, steps, sampler, eta, giv
     assert_steps_equal(page, "sampleProgressive", theirs, expected, left)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "dpm"])
+@pytest.mark.parametrize("sampler", ["ddpm", "sa-solver"])
 @pytest.mark.parametrize("change", ["none", "withoutZ", "clip", "short", "lastNoise"])
 def test_changes_of_the_method(change, sampler, page):
     """Each change of the page, made in Python."""
@@ -642,7 +642,7 @@ def test_runs_side_by_side(page):
     assert np.abs(own - other).mean() > 2
     set_value(page, "image-lastNoise", True)  # samples again
     until_idle(page)
-    page.select_option("#other", label="DPM-Solver++, 10 steps, all in turn")
+    page.select_option("#other", label="SA-Solver, 10 steps, all in turn")
     noise = tiles(page, "grid", shape) - tiles(page, "other-grid", shape)
     inner = (own > 90) & (own < 165)  # where the noise of 0.32 is not cut
     assert 25 < noise[inner].std() < 50 and "grain" in page.text_content("#image-change")
@@ -660,7 +660,7 @@ def test_changes_during_a_pass_start_one_more(page):
     page.click("#stop")
     until_idle(page)
     names = page.eval_on_selector_all("#other option", "all => all.map((one) => one.text)")
-    assert names == ["DPM-Solver++, 50 steps, all in turn, w = 2", "nothing"]
+    assert names == ["SA-Solver, 50 steps, all in turn, w = 2", "nothing"]
 
 
 def test_stop_in_the_middle_and_again(page):

@@ -169,7 +169,7 @@ def test_seed_fixes_each_image_at_any_batch_and_n(draw):
 
 @pytest.mark.parametrize(
     "flags, sampler, eta",
-    [("", "dpm", None), ("--sampler ddpm", "ddpm", None), ("--sampler ddim", "ddim", 0.0),
+    [("", "sa-solver", None), ("--sampler ddpm", "ddpm", None), ("--sampler ddim", "ddim", 0.0),
      ("--eta 0.5", "ddim", 0.5)],
 )  # fmt: skip
 def test_program_equals_the_torch_sampler(flags, sampler, eta, network, draw):
@@ -321,7 +321,7 @@ def test_grid_shows_the_first_256_images(program, tmp_path):
         (2, "-n 257 needs --dir, because --out shows at most 256 images", ["-n 257"]),
         (2, "-n: invalid int value", ["-n x"]), (2, "--seed at least 0", ["--seed -1"]),
         (2, "--eta must be from 0 to 1", ["--eta 2", "--eta nan"]),
-        (2, "is only for --sampler ddim", ["--eta 0 --sampler dpm"]),
+        (2, "is only for --sampler ddim", ["--eta 0 --sampler sa-solver"]),
         (2, "--sampler: invalid choice: 'euler'", ["--sampler euler"]),
         (2, "--guidance must be a finite number", ["--guidance nan"]),
         (2, "--t needs --interpolate", ["--t 5"]),
