@@ -165,7 +165,7 @@ def write_onnx(trained, path, kind=None):
             file.write((exact if kind is None else reduced).read_bytes())
     step = f", step {trained.step:,}" if trained.step else ""
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, from {trained.source}{step}")
-    words = ["sample.py", "--onnx", path.as_posix(), "--steps", "20"]
+    words = ["sample.py", "--onnx", path.as_posix(), "--steps", "10"]
     words += ["--guidance", "1"] if trained.classes else []
     print("next:\n  python", cli.command(*words))
 

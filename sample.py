@@ -1,7 +1,7 @@
 """Sample images from model.onnx with ONNX Runtime, on CUDA or a CPU, without torch.
 
     python sample.py --onnx model.onnx                     # 64 images in samples.png
-    python sample.py --onnx model.onnx --steps 10          # 100 times as fast
+    python sample.py --onnx model.onnx --steps 10          # a hundredth of the time
     python sample.py --onnx model.onnx -n 10000 --dir out  # one PNG per image
     python sample.py --onnx model.onnx --interpolate a.png b.png  # between two images
     python sample.py --onnx model.onnx --inpaint image.png mask.png  # redraw the white part
@@ -269,10 +269,10 @@ def begin_folder(args, paths):
 
 
 def estimate_time(bar, seconds, steps):
-    """Print how long all steps will take if it is more than a minute, and how long 20 would."""
+    """Print how long all steps will take if it is more than a minute, and how long 10 would."""
     seconds *= bar.total / bar.n
     if seconds > 60 and steps > 50:
-        bar.write(f"about {seconds / 60:.0f} min; --steps 20: about {seconds * 20 / steps:.0f} s")
+        bar.write(f"about {seconds / 60:.0f} min; --steps 10: about {seconds * 10 / steps:.0f} s")
 
 
 def save_outputs(args, pixels, frames, names):
