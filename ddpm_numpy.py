@@ -11,9 +11,11 @@ Numbers in parentheses are the paper's equation numbers (arXiv:2006.11239). t is
 ddpm.py.
 """
 
+import hashlib
 import json
 import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -184,9 +186,21 @@ def noise_of(seed, first, shape):
     """Return a draw_noise() for images first, first + 1, ...: standard normal, (B, C, H, W).
 
     The noise of image k depends on (seed, k) alone, so the number of images changes none of them.
+    A thread draws the next noise while the network computes.
     """
     streams = [np.random.default_rng((seed, first + k)) for k in range(shape[0])]
-    return lambda: np.stack([s.standard_normal(shape[1:], dtype=np.float32) for s in streams])
+    thread = ThreadPoolExecutor(1)
+
+    def draw():
+        return np.stack([s.standard_normal(shape[1:], dtype=np.float32) for s in streams])
+
+    def draw_noise():
+        nonlocal ahead
+        noise, ahead = ahead.result(), thread.submit(draw)
+        return noise
+
+    ahead = thread.submit(draw)
+    return draw_noise
 
 
 def sample(network, n, classes=None, guidance=0, steps=10, seed=0, first=0, **options):
@@ -199,14 +213,11 @@ def sample(network, n, classes=None, guidance=0, steps=10, seed=0, first=0, **op
     Raises ValueError for an unknown class, for guidance without classes, and wherever
     sample_progressive does.
     """
-    model, draw_noise = network, noise_of(seed, first, (n, *network.shape))
     y = network.labels(classes, first + n)
-    if y is not None:
-        model = guided(network, y[first:], guidance)
-    elif guidance:
+    if guidance and y is None:
         raise ValueError("guidance needs a network with classes")
-    chain = sample_progressive(model, draw_noise, network.betas, network.variance, steps, **options)
-    for _, _, x0_hat in chain:
+    y, draw_noise = None if y is None else y[first:], noise_of(seed, first, (n, *network.shape))
+    for _, _, x0_hat in network.reverse(y, guidance, draw_noise, steps=steps, **options):
         x0 = x0_hat
     return x0
 
@@ -258,7 +269,7 @@ class Network:
     """
 
     def __init__(self, path, device="auto", options=None):
-        self.session = open_session(path, device, options)
+        self.path, self.session = path, open_session(path, device, options)
         self.provider = self.session.get_providers()[0]  # the CPU if CUDA does not load
         metadata = self.session.get_modelmeta().custom_metadata_map
         missing = {"ddpm.betas", "ddpm.variance", "ddpm.image_shape"} - metadata.keys()
@@ -288,6 +299,20 @@ class Network:
             if feeds["y"].shape != t.shape or not ((feeds["y"] >= 0) & (feeds["y"] <= K)).all():
                 raise ValueError(f"y must have the shape {t.shape} and values 0..{K}, not {y}")
         return self.session.run(["eps"], feeds)[0]
+
+    def reverse(self, y, guidance, draw_noise, betas=None, **options):
+        """Return sample_progressive of this network, with its own betas if None.
+
+        y: the class of each image, int64 (B,), or None. guidance: the w of `guided`.
+        """
+        model = self if y is None else guided(self, y, guidance)
+        betas = self.betas if betas is None else betas
+        return sample_progressive(model, draw_noise, betas, self.variance, **options)
+
+    def digest(self):
+        """Return a hash of the file, as a string."""
+        with open(self.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def labels(self, names, n):
         """Return the classes of n images that take these names in turn, int64 (n,).

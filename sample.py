@@ -1,14 +1,16 @@
-"""Sample images from model.onnx with ONNX Runtime, on CUDA or a CPU, without torch.
+"""Sample images from model.onnx with ONNX Runtime, or from a checkpoint with torch.
 
     python sample.py --onnx model.onnx                     # 64 images in samples.png
+    python sample.py --checkpoint run                      # the same in torch, without an export
     python sample.py --onnx model.onnx --steps 10          # a hundredth of the time
     python sample.py --onnx model.onnx -n 10000 --dir out  # one PNG per image
     python sample.py --onnx model.onnx --interpolate a.png b.png  # between two images
     python sample.py --onnx model.onnx --inpaint image.png mask.png  # redraw the white part
     python sample.py --onnx model.onnx --class boot bag --guidance 2  # if it has classes
 
-The program needs ddpm_numpy.py, images.py, numpy, Pillow, tqdm and onnxruntime (for CUDA, see the
-manual).
+With --onnx, the program runs on CUDA or a CPU, and needs ddpm_numpy.py, images.py, numpy, Pillow,
+tqdm and onnxruntime (for CUDA, see the manual), but not torch. With --checkpoint, it runs on every
+device of torch, and needs the files of train.py, but no ONNX package.
 """
 
 import argparse
@@ -28,7 +30,7 @@ try:
     from PIL import Image, ImageOps
     from tqdm import tqdm
 
-    from ddpm_numpy import LAMBDAS, SAMPLERS, Network, guided, mix, noise_of, sample_progressive
+    from ddpm_numpy import LAMBDAS, SAMPLERS, Network, mix, noise_of
     from images import (
         check_output,
         escape_unprintable,
@@ -71,7 +73,9 @@ def arguments():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     flag = parser.add_argument
-    flag("--onnx", default="model.onnx", help="network written by export.py [%(default)s]")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--onnx", help="network written by export.py [model.onnx]")
+    source.add_argument("--checkpoint", help="a run, a checkpoint, or published weights, in torch")
     flag("-n", type=int, help="number of images [64, or 8 of each class]")
     flag("--out", default="samples.png", type=image_file, help="a grid of images [%(default)s]")
     flag("--dir", type=Path, help="a new folder, one PNG per image, or one that this command began;"
@@ -89,8 +93,13 @@ def arguments():
     flag("--seed", default=0, type=int, help="the same seed draws the same images [%(default)s]")
     flag("--class", dest="classes", nargs="+", metavar="NAME", help="classes to draw [all]")
     flag("--guidance", type=float, default=0.0, help="w: makes images more typical of a class [0]")
-    flag("--device", default="auto", choices=("auto", "cuda", "cpu"), help="[%(default)s]")
+    flag("--device", default="auto", help="auto, cuda, cpu; in torch also cuda:1, mps, xpu [auto]")
+    flag("--amp", action=argparse.BooleanOptionalAction,
+         help="torch in bfloat16 [if the device has it]")  # fmt: skip
     args = parser.parse_args()
+    if args.amp is not None and not args.checkpoint:
+        parser.error("--amp needs --checkpoint")
+    args.onnx = args.onnx or "model.onnx"
     if min(args.batch, 1 if args.n is None else args.n) < 1 or args.seed < 0:
         parser.error("-n and --batch must be at least 1, and --seed at least 0")
     if (args.n or 1) > GRID and not args.dir:
@@ -105,7 +114,8 @@ def arguments():
         parser.error("--guidance must be a finite number")
     if args.eta is not None and (args.sampler not in (None, "ddim") or not 0 <= args.eta <= 1):
         parser.error("--eta must be from 0 to 1, and is only for --sampler ddim")
-    inputs = *(args.inpaint or ()), *(args.interpolate or ()), args.onnx
+    network = args.checkpoint or args.onnx
+    inputs = *(args.inpaint or ()), *(args.interpolate or ()), network
     outputs = [
         path for path in (args.out, args.gif, args.strip, args.dir and args.dir / NOTE) if path
     ]
@@ -139,18 +149,27 @@ def read_mask(path, shape):
     return mask
 
 
-def pixels_of(x0):
-    """Return samples as pixels. Exits if they are not finite."""
-    if not np.isfinite(x0).all():
+def pixels_of(x):
+    """Return x_t or x0_hat, an array or a tensor on any device, as pixels. Exits if not finite."""
+    x = x if isinstance(x, np.ndarray) else x.cpu().numpy()
+    if not np.isfinite(x).all():
         sys.exit("sample.py: the network's output is not finite, so no image is saved")
-    return to_pixels(x0)
+    return to_pixels(x)
 
 
-def reverse(network, args, y, draw_noise, betas, **options):
-    """Return sample_progressive with the sampler, the classes and the guidance of the flags."""
-    model = network if y is None else guided(network, y, args.guidance)
-    options |= {"sampler": args.sampler, "eta": args.eta}
-    return sample_progressive(model, draw_noise, betas, network.variance, **options)
+def open_network(args):
+    """Return the network of --checkpoint in torch, or that of --onnx in ONNX Runtime.
+
+    sample.py asks both for the same: betas, shape, classes, labels, provider, digest, and reverse,
+    the loop that yields (t, x_t, x0_hat).
+    """
+    if not args.checkpoint:
+        return Network(args.onnx, args.device)
+    try:
+        from support.torch_network import TorchNetwork
+    except ModuleNotFoundError as error:
+        sys.exit(f"sample.py: --checkpoint needs {error.name}; see requirements.txt")
+    return TorchNetwork(args.checkpoint, args.device, args.amp, args.batch)
 
 
 def draw_interpolation(network, args, y):
@@ -162,8 +181,8 @@ def draw_interpolation(network, args, y):
             draw_noise = noise_of(args.seed, 0, (1, *network.shape))  # the same for all mixtures
             x_t = mix(*map(from_pixels, ends), t, network.betas, draw_noise)
             steps = min(args.steps, t + 1)
-            betas = network.betas[: t + 1]
-            chain = reverse(network, args, y, draw_noise, betas, steps=steps, x_T=x_t)
+            chain = network.reverse(y, args.guidance, draw_noise, network.betas[: t + 1], x_T=x_t,
+                                    steps=steps, sampler=args.sampler, eta=args.eta)  # fmt: skip
             for _, _, x0 in tqdm(chain, f"t = {t}", steps, unit="step", mininterval=1):
                 mixtures = x0
             rows += [ends[0], *pixels_of(mixtures), ends[1]]
@@ -184,13 +203,14 @@ def draw_batch(network, args, y, batch, known, bar, frames):
     frames: None if nothing of this batch is shown.
     """
     draw_noise = noise_of(args.seed, batch.start, (batch.stop - batch.start, *network.shape))
-    y, options = None if y is None else y[batch], {"steps": args.steps, "known": known}
+    options = {"steps": args.steps, "sampler": args.sampler, "eta": args.eta, "known": known}
     start_time = time.monotonic()
     kept = {*np.linspace(0, args.steps - 1, FRAMES).round().astype(int)}
-    chain = reverse(network, args, y, draw_noise, network.betas, **options)
+    y = None if y is None else y[batch]
+    chain = network.reverse(y, args.guidance, draw_noise, network.betas, **options)
     for i, (_, x, x0) in enumerate(chain):
         if frames is not None and i in kept:
-            frames.append((to_pixels(x[:GRID]), to_pixels(x0[:GRID])))
+            frames.append((pixels_of(x[:GRID]), pixels_of(x0[:GRID])))
         bar.update()
         if bar.n == 5:
             estimate_time(bar, time.monotonic() - start_time, args.steps)
@@ -211,7 +231,7 @@ def draw_samples(network, args, y):
     if args.inpaint:
         image = from_pixels(read(args.inpaint[0], network.shape))
         known = image, read_mask(args.inpaint[1], network.shape)
-    done = resumed_at = begin_folder(args, paths) if args.dir else 0
+    done = resumed_at = begin_folder(args, network, paths) if args.dir else 0
     if resumed_at:
         hint = ", so --gif and --strip have nothing to show" if args.gif or args.strip else ""
         print(f"{args.dir} has the first {resumed_at:,} images already{hint}")
@@ -244,7 +264,7 @@ def draw_samples(network, args, y):
         sys.exit(f"sample.py: stopped after {done:,} of {n:,} images")
 
 
-def begin_folder(args, paths):
+def begin_folder(args, network, paths):
     """Return how many of the first images of --dir are there already, from the same command.
 
     -n, --batch and the files of the grid and the animation may differ. Exits if the folder holds
@@ -252,8 +272,8 @@ def begin_folder(args, paths):
     """
     names = "steps", "sampler", "eta", "seed", "classes", "guidance"
     settings = {name: getattr(args, name) for name in names}
-    settings["files"] = []
-    for path in (args.onnx, *(args.inpaint or ())):
+    settings["files"] = [network.digest()]
+    for path in args.inpaint or ():
         with open(path, "rb") as file:
             settings["files"].append(hashlib.file_digest(file, "sha256").hexdigest())
     note = json.dumps(settings).encode()
@@ -299,15 +319,16 @@ def strip(frames):
 def draw(args):
     """Open the network, and draw what the flags ask for."""
     args.classes = args.classes and list(dict.fromkeys(args.classes))  # each has one row
+    source = args.checkpoint or args.onnx
     try:
-        network = Network(args.onnx, args.device)
+        network = open_network(args)
         classes = len(args.classes or network.classes)
         args.n = args.n or (min(8 * classes, GRID) if classes > 1 else 64)
         y = network.labels(args.classes, args.n)
     except ValueError as error:
         sys.exit(f"sample.py: {error}")
     if bad := [name for name in network.classes if not is_folder_name(name)]:  # of --dir
-        sys.exit(f"sample.py: {args.onnx}: a class must not be named {bad[0]!r}")
+        sys.exit(f"sample.py: {source}: a class must not be named {bad[0]!r}")
     T = len(network.betas)
     args.steps = T if args.steps is None else args.steps
     args.t = args.t or [T // 5]
@@ -317,7 +338,7 @@ def draw(args):
         sys.exit("sample.py: --guidance needs classes, but the network has no classes")
     name = network.provider.removesuffix("ExecutionProvider")
     hint = "; to use a GPU, see Accelerators in docs/guide.md"
-    print(f"{args.onnx} on {name}{hint if name == 'CPU' and args.device == 'auto' else ''}")
+    print(f"{source} on {name}{hint if name == 'CPU' and args.device == 'auto' else ''}")
     (draw_interpolation if args.interpolate else draw_samples)(network, args, y)
 
 

@@ -406,13 +406,11 @@ def describe(args, images, diffusion, size):
 
 
 def say_what_is_next(out, start, done):
-    """Print where the checkpoint is, and the command that exports it."""
+    """Print where the checkpoint is, and the command that draws with it."""
     if start == done:
         print("no step was taken: to train again after a change to the code, use another --out")
-    path, name = (out / "checkpoint.pt").as_posix(), trained.name_of(out)
-    words = [] if name == "run" else ["--onnx", f"{name}.onnx"]
-    print(f"done: {path} is at step {done:,}; next:")
-    print("  python", cli.command("export.py", "--checkpoint", path, *words))
+    print(f"done: {(out / 'checkpoint.pt').as_posix()} is at step {done:,}; next:")
+    print("  python", cli.command("sample.py", "--checkpoint", out.as_posix()))
 
 
 if __name__ == "__main__":

@@ -71,10 +71,10 @@ def interrupted(number):
     """sample_progressive, but Ctrl-C comes when the chain of this number, 1 or more, begins."""
     chains = itertools.count(1)
 
-    def sample_progressive(*args, **kwargs):
+    def sample_progressive(*args, complete=ddpm_numpy.sample_progressive, **kwargs):
         if next(chains) == number:
             raise KeyboardInterrupt
-        yield from ddpm_numpy.sample_progressive(*args, **kwargs)
+        yield from complete(*args, **kwargs)
 
     return sample_progressive
 
@@ -253,7 +253,7 @@ def test_long_sampling_says_what_fewer_steps_would_take(program, monkeypatch):
 
 
 def test_bug_keeps_its_traceback(program, monkeypatch, tmp_path):
-    monkeypatch.setattr(sample, "sample_progressive", lambda *_, **__: misspelt)  # noqa: F821
+    monkeypatch.setattr(ddpm_numpy, "sample_progressive", lambda *_, **__: misspelt)  # noqa: F821
     with pytest.raises(NameError, match="misspelt"):
         program()
     assert not list(tmp_path.iterdir())
@@ -266,7 +266,7 @@ def test_interrupted_folder_is_continued(program, tmp_path, monkeypatch):
     """By the same command, also with a larger -n: the images are those of one command."""
     program("--batch", 2, "-n", 7, "--dir", "whole", "--out", "whole.png")
     words = ["--batch", 2, "--dir", "parts", "--out", "parts.png", "-n"]
-    monkeypatch.setattr(sample, "sample_progressive", interrupted(3))
+    monkeypatch.setattr(ddpm_numpy, "sample_progressive", interrupted(3))
     assert "stopped after 4 of 6" in program(*words, 6, code=1)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("*.png")}
     said = program(*words, 6)
@@ -350,7 +350,7 @@ def test_grid_shows_the_first_256_images(program, tmp_path):
 def test_impossible_flags_are_refused_before_sampling(
     code, said, flags, image_folder, tmp_path, program, monkeypatch
 ):
-    monkeypatch.setattr(sample, "sample_progressive", None)  # no step may be taken
+    monkeypatch.setattr(ddpm_numpy, "sample_progressive", None)  # no step may be taken
     mine, good = tmp_path / "photos" / "mine.png", image_folder / "0.png"
     mine.parent.mkdir()
     mine.write_text("mine")
@@ -363,7 +363,7 @@ def test_impossible_flags_are_refused_before_sampling(
 
 
 def test_outputs_that_can_not_be_written_are_refused_before_sampling(program, monkeypatch):
-    monkeypatch.setattr(sample, "sample_progressive", None)  # no step may be taken
+    monkeypatch.setattr(ddpm_numpy, "sample_progressive", None)  # no step may be taken
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     for words in ([], ["--gif", "new/x.gif"], ["--dir", "out"]):
         assert "can't be written" in program(*words, code=1)
@@ -385,10 +385,10 @@ def test_interrupted_interpolation_keeps_its_rows(program, image_folder, tmp_pat
     good = image_folder / "0.png"
     rows = ["--interpolate", good, good, "--t", 10, 20, 30, 40]
     for words in [], rows:
-        monkeypatch.setattr(sample, "sample_progressive", interrupted(1))
+        monkeypatch.setattr(ddpm_numpy, "sample_progressive", interrupted(1))
         said = program(*words, code=1)
         assert "stopped before an image was finished" in said and not list(tmp_path.iterdir())
-    monkeypatch.setattr(sample, "sample_progressive", interrupted(3))
+    monkeypatch.setattr(ddpm_numpy, "sample_progressive", interrupted(3))
     assert "stopped after 2 of 4 rows" in program(*rows, code=1)
     assert Image.open(tmp_path / "samples.png").height == 2 * 60
 

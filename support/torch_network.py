@@ -1,0 +1,63 @@
+"""The network of a checkpoint or of published weights in torch, as sample.py draws with it."""
+
+import hashlib
+from functools import partial
+
+import torch
+
+from beyond import as_eps, guided, sample_progressive
+from ddpm import Diffusion
+from ddpm_numpy import Network
+from support.device import can_compile, choose_device, compiled, has_bfloat16, to_device
+from support.trained import load
+
+
+class TorchNetwork:
+    """A trained network on a device, with what sample.py asks of a ddpm_numpy.Network.
+
+    path: see support.trained.load. device: see choose_device. amp: whether the network computes in
+    bfloat16; None if and only if the device has it. batch: the number of images for which the
+    network is compiled, where train.py would compile it.
+
+    Attributes: betas, variance, shape, classes and labels are those of Network, and provider says
+    where and in which numbers it computes. Exits if the weights or the device are not there.
+    """
+
+    labels = Network.labels
+
+    def __init__(self, path, device="auto", amp=None, batch=64):
+        trained, self.device = load(path), choose_device(device)
+        self.betas, self.variance = trained.betas, trained.variance
+        self.shape, self.classes = trained.shape, list(trained.classes)
+        self.amp = has_bfloat16(self.device) if amp is None else amp
+        self.provider = f"{self.device}, {'bfloat16' if self.amp else 'float32'}"
+        self.model, self.batch = trained.model.to(self.device), batch
+        self.fast = compiled(self.model) if can_compile(self.device) else self.model
+        self.eps = as_eps(self.forward, trained.diffusion, trained.predicts)
+
+    def forward(self, x_t, *inputs):
+        """Return the output of the network in float32. Only a full batch is worth compiling for."""
+        model = self.fast if len(x_t) == self.batch else self.model
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            return model(x_t, *inputs).float()
+
+    def digest(self):
+        """Return a hash of the weights, as a string."""
+        total = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            total.update(name.encode() + tensor.cpu().numpy().tobytes())
+        return total.hexdigest()
+
+    def reverse(self, y, guidance, draw_noise, betas, x_T=None, known=None, **options):
+        """Return the loop of beyond.py on the device, for the arguments of Network.reverse.
+
+        x_t and x0_hat are float32 tensors on the device.
+        """
+        to = partial(to_device, device=self.device)
+        eps = self.eps if y is None else guided(self.eps, to(torch.from_numpy(y)), guidance)
+        return sample_progressive(
+            Diffusion(torch.from_numpy(betas), self.variance), eps, None,
+            draw_noise=lambda: to(torch.from_numpy(draw_noise())),
+            x_T=None if x_T is None else to(torch.from_numpy(x_T)),
+            known=known and [to(torch.from_numpy(part)) for part in known], **options,
+        )  # fmt: skip
