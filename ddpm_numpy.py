@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import numpy as np
 
 SAMPLERS = "ddpm", "ddim", "sa-solver"
 LAMBDAS = np.linspace(0, 1, 11, dtype=np.float32)  # the mixtures of an interpolation
+MAX_ERROR = 0.05  # of eps on a GPU, relative to the eps that export.py has computed on a CPU
 
 # ------------------------------------------------------------------------------ the reverse process
 
@@ -253,10 +255,24 @@ def open_session(path, device, options):
     return session
 
 
+def example(shape, T):
+    """Return the input (x_t, t) of the eps in the metadata of a file, which the page knows, too."""
+    x_t = math.sqrt(2) * np.sin(np.arange(math.prod(shape)))
+    return x_t.reshape(1, *shape).astype(np.float32), np.full(1, T // 2)
+
+
+def error_of(eps, values):
+    """Return the relative rms difference between eps, at evenly spaced places, and the values."""
+    difference = eps.ravel()[:: -(-eps.size // 64)] - values
+    return float(np.sqrt(np.square(difference).mean() / np.square(values).mean()))
+
+
 class Network:
     """eps_theta(x_t, t) from a model.onnx: float32 (B, C, H, W) and int64 (B,) to eps, for any B.
 
-    device: "auto" prefers CUDA, "cuda" requires it, "cpu" avoids it.
+    device: "auto" prefers CUDA, "cuda" requires it, "cpu" avoids it. CUDA must be able to compute
+    eps of the `example`, and agree with the eps in the file; otherwise, "auto" prints why it does
+    not, and uses the CPU.
     options: onnxruntime.SessionOptions, for example the number of threads.
 
     Attributes: betas, float64 (T,), and variance are those of the file, shape is (C, H, W) of an
@@ -265,12 +281,11 @@ class Network:
     class", and a network without classes ignores it.
 
     Raises ValueError if the file is missing or was not written by export.py, if CUDA is required
-    but not available, and if y is not what the network expects.
+    but not available or wrong, and if y is not what the network expects.
     """
 
     def __init__(self, path, device="auto", options=None):
         self.path, self.session = path, open_session(path, device, options)
-        self.provider = self.session.get_providers()[0]  # the CPU if CUDA does not load
         metadata = self.session.get_modelmeta().custom_metadata_map
         missing = {"ddpm.betas", "ddpm.variance", "ddpm.image_shape"} - metadata.keys()
         if missing:
@@ -287,10 +302,34 @@ class Network:
                 raise ValueError("they have no schedule")
             if len({*self.classes}) < len(self.classes):
                 raise ValueError(f"the classes are {self.classes}")
-            self(np.zeros((1, *self.shape), np.float32), np.zeros(1, np.int64))
+            values = np.array(json.loads(metadata.get("ddpm.eps_of_example", "[]")), np.float64)
+            fault = self.fault_of_provider(values)
+            if fault and device == "auto":
+                print(f"{path}: CUDA {fault}; the CPU computes instead", file=sys.stderr)
+                self.session, fault = open_session(path, "cpu", options), None
+            if not fault:
+                self(np.zeros((1, *self.shape), np.float32), np.zeros(1, np.int64))
         except (TypeError, ValueError, InvalidArgument) as error:
             why = ascii(str(error).partition("\n")[0])
             raise ValueError(f"{path} has metadata that do not fit: {why}") from None
+        if fault:
+            raise ValueError(f"{path}: CUDA {fault}; see Accelerators in docs/guide.md")
+        self.provider = self.session.get_providers()[0]  # the CPU if CUDA does not load
+
+    def fault_of_provider(self, values):
+        """Return what is wrong with eps of the `example`, None if it is right, or from the CPU.
+
+        values: those of the file, (<= 64,), which earlier versions of export.py did not write.
+        """
+        if self.session.get_providers()[0] == "CPUExecutionProvider":
+            return None
+        try:
+            eps = self(*example(self.shape, len(self.betas)))
+        except Exception as error:  # ONNX Runtime raises many kinds
+            why = str(error).partition("\n")[0]
+            return f"fails: {why!a}"
+        error = error_of(eps, values) if len(values) else 0.0
+        return None if error < MAX_ERROR else f"computes an eps that is wrong by {error:.0%}"
 
     def __call__(self, x_t, t, y=None):
         feeds, K = {"x_t": x_t, "t": t}, len(self.classes)

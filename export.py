@@ -34,6 +34,7 @@ except ModuleNotFoundError as error:
 
 
 from beyond import as_eps, eps_of_output
+from ddpm_numpy import Network, example
 from images import check_new_folder, check_output, escape_unprintable, replacing
 from support import cli
 from support.pretrained import import_diffusers, to_diffusers
@@ -137,6 +138,18 @@ def name_nodes(graph):
         node.doc_string = ""
 
 
+def add_example(path):
+    """Add the eps of ddpm_numpy's example to the metadata of a file, at up to 64 places.
+
+    Where another device computes the network, ddpm_numpy.py and the page compare their eps with it.
+    """
+    network, proto = Network(path, "cpu"), onnx.load(path)
+    eps = network(*example(network.shape, len(network.betas))).ravel()
+    values = [round(float(value), 5) for value in eps[:: -(-eps.size // 64)]]
+    proto.metadata_props.add(key="ddpm.eps_of_example", value=json.dumps(values))
+    onnx.save(proto, path)
+
+
 # -------------------------------------------------------------------------------------- the program
 
 
@@ -161,8 +174,10 @@ def write_onnx(trained, path, kind=None):
             write_half(trained, exact, reduced, to_onnx(trained, Half(trained.model)))
         elif kind == "int8":
             write_int8(trained, exact, reduced)
+        written = exact if kind is None else reduced
+        add_example(written)
         with replacing(path) as file:
-            file.write((exact if kind is None else reduced).read_bytes())
+            file.write(written.read_bytes())
     step = f", step {trained.step:,}" if trained.step else ""
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, from {trained.source}{step}")
     words = ["sample.py", "--onnx", path.as_posix(), "--steps", "10"]

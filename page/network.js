@@ -64,8 +64,10 @@ export class Network {
       network.#answer({ error: event.message ?? "the worker did not start" });
     };
     try {
-      const { shape, classes } = network;
-      const { device, noWebGPU } = await network.#ask({ bytes, runtime, fallback, shape, classes });
+      const { shape, classes, betas, metadata } = network, T = betas.length;
+      const values = JSON.parse(metadata["ddpm.eps_of_example"] ?? "[]");
+      const { device, noWebGPU } =
+        await network.#ask({ bytes, runtime, fallback, shape, classes, T, values });
       return Object.assign(network, { device, noWebGPU });
     } catch (error) {
       network.close();
@@ -127,26 +129,39 @@ export class Network {
 
 let ort, session, shape, classes;
 
-async function start({ bytes, runtime, fallback, ...file }) {
+/** As in ddpm_numpy.py: the input of which a file has the eps, and the error that is allowed. */
+const MAX_ERROR = 0.05;
+
+async function check(T, values) {
+  const size = shape[0] * shape[1] * shape[2];
+  const x = Float32Array.from({ length: size }, (_, k) => Math.SQRT2 * Math.sin(k));
+  const answer = await eps({ x, t: Math.floor(T / 2) }), apart = Math.ceil(size / 64);
+  const differences = values.map((value, k) => (answer.eps[k * apart] - value) ** 2);
+  const sum = (numbers) => numbers.reduce((total, number) => total + number, 0);
+  const error = Math.sqrt(sum(differences) / sum(values.map((value) => value ** 2)));
+  if (values.length && !(error < MAX_ERROR))
+    throw new Error(`it computes an eps that is wrong by ${(100 * error).toFixed(0)} %`);
+}
+
+async function start({ bytes, runtime, fallback, T, values, ...file }) {
   ort = await import(runtime).catch(() => import(fallback));
   ({ shape, classes } = file);
   ort.env.wasm.numThreads = self.crossOriginIsolated ? navigator.hardwareConcurrency : 1;
   const create = (provider) => ort.InferenceSession.create(bytes, {
     executionProviders: [provider], logSeverityLevel: 4, // the errors are thrown
   });
-  const zeros = new Float32Array(shape[0] * shape[1] * shape[2]);
   let noWebGPU = "this browser has no WebGPU";
   if (await navigator.gpu?.requestAdapter().catch(() => null)) {
     try {
       session = await create("webgpu");
-      await eps({ x: zeros, t: 0 });
+      await check(T, values);
       return { device: "WebGPU" };
     } catch (error) {
       noWebGPU = `WebGPU fails: ${error.message}`;
     }
   } else if (navigator.gpu) noWebGPU = "WebGPU finds no device";
   session = await create("wasm");
-  await eps({ x: zeros, t: 0 });
+  await check(T, values);
   const threads = ort.env.wasm.numThreads;
   return { device: `WebAssembly, ${threads} thread${threads > 1 ? "s" : ""}`, noWebGPU };
 }

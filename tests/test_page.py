@@ -11,6 +11,7 @@ import shutil
 import threading
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -752,7 +753,11 @@ def test_layout(width, scheme, page):
 def test_other_files_and_then_another_model(page, exported, tmp_path):
     """What is not a model leaves the one before; one that was trained with --quick replaces it."""
     model = (exported / "model.onnx").read_bytes()
+    changed = onnx.load_from_string(model)
+    (answer,) = (p for p in changed.metadata_props if p.key == "ddpm.eps_of_example")
+    answer.value = json.dumps([-value for value in json.loads(answer.value)])
     for name, content, what in (
+        ("changed.onnx", changed.SerializeToString(), "an eps that is wrong by 200 %"),
         ("text.onnx", b"hello, world", "it is"),
         ("empty.onnx", b"", "its metadata lacks ddpm.betas"),
         ("half.onnx", model[: len(model) // 2], "it is cut off"),

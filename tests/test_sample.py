@@ -135,6 +135,81 @@ def test_missing_packages_and_a_missing_gpu_are_one_line(program, monkeypatch):
     assert "pip install onnxruntime" in program(code=1)
 
 
+class Cuda:
+    """A session on the CPU that claims to be on CUDA, where run is as given."""
+
+    def __init__(self, session, run):
+        self.session, self.run = session, partial(run, session)
+
+    def get_providers(self):
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def __getattr__(self, name):
+        return getattr(self.session, name)
+
+
+def wrong(session, names, feeds):
+    """eps is not a number, as of kernels that a card lacks."""
+    return [np.nan * eps for eps in session.run(names, feeds)]
+
+
+def rough(session, names, feeds):
+    """eps is off by 2 %, more than by TF32."""
+    return [1.02 * eps for eps in session.run(names, feeds)]
+
+
+def turned(session, names, feeds):
+    """eps has its rows for columns, as after a mistake in a layout."""
+    return [eps.swapaxes(2, 3) for eps in session.run(names, feeds)]
+
+
+def failing(session, names, feeds):
+    raise RuntimeError("[ONNXRuntimeError] : 1 : FAIL : libcudnn.so.9 is missing\nat line 7")
+
+
+@pytest.mark.parametrize(
+    "compute, fault",
+    [(rough, None), (wrong, "wrong by nan%"), (turned, "eps that is wrong by "),
+     (failing, "libcudnn.so.9 is missing'")],
+)  # fmt: skip
+def test_cuda_must_agree_with_the_eps_of_the_file(compute, fault, program, monkeypatch):
+    """Otherwise, auto goes on with the CPU and says so, and cuda ends in a line."""
+    complete = ddpm_numpy.open_session
+
+    def open_session(path, device, options):
+        session = complete(path, "cpu", options)
+        return session if device == "cpu" else Cuda(session, compute)
+
+    monkeypatch.setattr(ddpm_numpy, "open_session", open_session)
+    said = program("-n", 1)
+    assert ("model.onnx on CUDA" in said) == (fault is None)
+    if fault:
+        assert fault in said and "; the CPU computes instead" in said and "on CPU" in said
+        said = program("-n", 1, "--device", "cuda", code=1)
+        assert fault in said and said.strip().endswith("; see Accelerators in docs/guide.md")
+    monkeypatch.setattr(ddpm_numpy, "MAX_ERROR", 0.01)
+    assert "wrong by 2%" in program("-n", 1) or fault
+
+
+def test_changed_answer_is_refused_on_cuda_only(trained, run, tmp_path, monkeypatch):
+    """Files of earlier versions, without an answer, are opened."""
+    proto, complete = onnx.load(trained[0] / "model.onnx"), ddpm_numpy.open_session
+    (entry,) = (p for p in proto.metadata_props if p.key == "ddpm.eps_of_example")
+    values = json.loads(entry.value)
+    assert 32 < len(values) <= 64 and len(entry.value) < 1000
+    entry.value = json.dumps([-value for value in values])
+    onnx.save(proto, tmp_path / "model.onnx")
+    program = partial(run, "sample.py", "-n", 1, "--steps", 1, cwd=tmp_path)
+    assert "instead" not in program()
+    monkeypatch.setattr(ddpm_numpy, "open_session", lambda path, device, options: (
+        Cuda(complete(path, "cpu", options), lambda session, *args: session.run(*args))
+    ))  # fmt: skip
+    assert "CUDA computes an eps that is wrong by 200%" in program("--device", "cuda", code=1)
+    proto.metadata_props.remove(entry)
+    onnx.save(proto, tmp_path / "model.onnx")
+    assert "model.onnx on CUDA" in program()
+
+
 def test_sampling_and_decoding_need_no_torch(trained, tmp_path):
     """Importing sample.py does not load ONNX Runtime."""
     hidden = "torch", "onnx", "onnxscript", "ddpm", "support", "train", "export"
