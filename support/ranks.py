@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -12,7 +13,15 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 
 def join(device):
-    """Connect the processes through gloo and, for tensors on a GPU, its maker's library."""
+    """Connect the processes through gloo and, for tensors on a GPU, its maker's library.
+
+    Exits if srun has started several processes without torchrun: each would train by itself.
+    """
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # srun sets it, and sbatch does not
+    if tasks != "1" and "WORLD_SIZE" not in os.environ:
+        sys.exit(f"srun has started {tasks} processes, which can't find each other; let it start "
+                 "torchrun, once on each machine (docs/guide.md), or set WORLD_SIZE=1 if each of "
+                 "them is to train a network of its own")  # fmt: skip
     if WORLD == 1:
         return
     backend = "gloo"  # without a name, torch chooses by the accelerator that it was built for

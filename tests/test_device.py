@@ -223,6 +223,16 @@ def two(start):
     return call
 
 
+def test_processes_of_srun_without_torchrun_are_refused(tiny, tmp_path, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    said = tiny("--steps", 1, code=1)
+    assert "srun has started 4 processes" in said and "let it start torchrun" in said
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")  # as torchrun does, also for one process
+    tiny("--steps", 1)
+
+
 @posix
 def test_two_processes_and_accumulation_give_the_same_weights(image_folder, tmp_path, tiny, two):
     tiny(*EXACT, "--steps", 16, "--out", "one")
