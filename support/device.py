@@ -53,15 +53,24 @@ def prefer_speed():
 
 
 def can_compile(device):
-    """Return whether torch.compile has what it needs on CUDA.
+    """Return whether torch.compile has what it needs on CUDA, and say what is missing.
 
-    It needs Triton, a C compiler and Python.h, and a card of the Volta generation or newer.
+    It needs Triton, a C compiler and Python.h, and a card of the Volta generation or newer. On
+    Windows, Triton's package has a compiler, and Python's installer the header.
     """
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
-    if device.type != "cuda" or not all((find_spec("triton"), compiler, header.is_file())):
+    if device.type != "cuda":
         return False
-    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (7, 0)
+    if not torch.version.hip and torch.cuda.get_device_capability(device) < (7, 0):
+        return False
+    has = {"Triton": find_spec("triton")}
+    if sys.platform != "win32":
+        has["a C compiler"] = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+        header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
+        has["Python.h"] = header.is_file()
+    missing = [name for name, found in has.items() if not found]
+    if missing and RANK == 0:
+        print(f"torch.compile is not used: {' and '.join(missing)} can't be found")
+    return not missing
 
 
 def compiled(network):

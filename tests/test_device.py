@@ -143,18 +143,30 @@ def test_card_for_which_torch_has_no_kernels_is_refused(machine, monkeypatch):
         device.choose_device("auto")
 
 
-@pytest.mark.parametrize("lacks", [None, "triton", "gcc", "Python.h"])
-def test_compiling_needs_triton_and_a_c_compiler_and_its_header(lacks, tmp_path, monkeypatch):
+NEEDS = {None: "", "triton": "Triton", "gcc": "a C compiler", "Python.h": "Python.h"}
+
+
+@pytest.mark.parametrize("system", ["linux", "win32"])
+@pytest.mark.parametrize("lacks", NEEDS)
+def test_compiling_needs_triton_and_a_c_compiler_and_its_header(
+    lacks, system, tmp_path, monkeypatch, capsys
+):
+    """On Windows, only Triton: a compiler comes with it. What is missing is said."""
     monkeypatch.setattr(device, "find_spec", lambda name: name != lacks)
     monkeypatch.setattr(device.shutil, "which", lambda name: name == "gcc" != lacks)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(device.sysconfig, "get_path", lambda *_: str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
     (tmp_path / ("Python.h" if lacks != "Python.h" else "other.h")).touch()
-    assert device.can_compile(torch.device("cuda", 0)) is (lacks is None)
+    monkeypatch.setattr(device.sys, "platform", system)
+    can = lacks is None or (system == "win32" and lacks != "triton")
+    assert device.can_compile(torch.device("cuda", 0)) is can
+    said = "" if can else f"torch.compile is not used: {NEEDS[lacks]} can't be found\n"
+    assert capsys.readouterr().out == said
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1))
     assert not device.can_compile(torch.device("cuda", 0))  # Pascal
     assert not device.can_compile(CPU)
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
