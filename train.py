@@ -279,8 +279,8 @@ def refuse_impossible(network):
 def main():
     escape_unprintable()
     given, is_main = given_flags(), RANK == 0
-    out = given.get("out", Settings.out)
-    given["device"] = device.choose_device(given.get("device", "auto"))
+    out, name = given.get("out", Settings.out), given.get("device", "auto")
+    given["device"] = device.choose_device(name)
     device.prefer_speed()
 
     # -- the checkpoint, if this run is resumed; the first process reads it for all
@@ -291,6 +291,8 @@ def main():
     if given.get("init") is not None:  # a resumed run has its own weights; the others may be gone
         weights = trained.from_checkpoint(state) if state else trained.load(given["init"])
     args = decide(given, weights)
+    if name == "auto" and args.base_channels >= Settings.base_channels and args.steps >= 5000:
+        device.refuse_idle_gpu(args.device)
     channels = args.channels or (state and state["config"]["model"]["in_channels"])
     config = run.make_config(args, channels, state)
     refuse_impossible(config["model"])

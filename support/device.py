@@ -37,6 +37,14 @@ def choose_device(name):
     return device
 
 
+def refuse_idle_gpu(device):
+    """Exit if this is the CPU of a machine with an NVIDIA GPU: its driver may be too old."""
+    if device.type == "cpu" and shutil.which("nvidia-smi"):
+        sys.exit("nvidia-smi is installed, but torch finds no GPU, and on a CPU this run may take "
+                 "months. Install a newer driver or another torch (see Accelerators in "
+                 "docs/guide.md), or add --device cpu")  # fmt: skip
+
+
 def has_bfloat16(device):
     """Return whether the device computes in bfloat16; emulating it would only cost time."""
     if device.type == "cpu":

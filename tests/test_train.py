@@ -4,6 +4,7 @@ import ast
 import copy
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -246,7 +247,7 @@ NO_NUMBERS = "dropout 2, batch 0, steps 0, seed -1, lr nan, lr inf, ema 1, chann
 
 def test_impossible_flags_are_one_line(tmp_path, run):
     for words, said in REFUSED.items():
-        assert said in run("train.py", *words.split(" "), cwd=tmp_path, code=1)
+        assert said in run("train.py", "--device", "cpu", *words.split(" "), cwd=tmp_path, code=1)
     for words in NO_NUMBERS:
         name, value = words.split()
         said = run("train.py", f"--{name}", value, cwd=tmp_path, code=2)
@@ -257,6 +258,21 @@ def test_impossible_flags_are_one_line(tmp_path, run):
     ):
         assert said in run("train.py", *words.split(), cwd=tmp_path, code=2)
     assert not list(tmp_path.iterdir())
+
+
+def test_paper_run_starts_on_no_cpu_beside_a_gpu(image_folder, tmp_path, run, monkeypatch):
+    """Whose driver is too old for torch. A short run and a small network start."""
+    monkeypatch.setattr(device.shutil, "which", lambda name: name == "nvidia-smi" or None)
+    monkeypatch.setattr(train.data, "read_folder", lambda *_, **__: sys.exit("the images are read"))
+    for words, said in (
+        ("", "nvidia-smi is installed, but torch finds no GPU"),
+        ("--device auto --lr 1e-4", "add --device cpu"),
+        ("--device cpu", "the images are read"),
+        ("--quick --steps 13000", "the images are read"),
+        ("--steps 100", "the images are read"),
+    ):
+        words = ["--data", image_folder, *words.split()]
+        assert said in run("train.py", *words, cwd=tmp_path, code=1)
 
 
 def test_quick_is_the_settings_that_it_prints(image_folder, tmp_path, run):
