@@ -256,6 +256,9 @@ def decide(given, weights=None):
     if "amp" not in given:  # in bfloat16, "mean" and "x0" would give a rough eps at small t
         is_rough = values["predicts"] in ("mean", "x0")
         values["amp"] = not is_rough and device.has_bfloat16(given["device"])
+    where = given["device"]
+    if values["amp"] and where.type not in ("cpu", "mps") and not device.has_bfloat16(where):
+        sys.exit(f"train.py: {where} can only emulate bfloat16, which is slow; leave out --amp")
     if "compile" not in given:  # it takes a minute or more
         values["compile"] = values["steps"] >= 5000 and device.can_compile(given["device"])
     if "preview_every" not in given:  # each preview takes as long as 240 images

@@ -197,6 +197,17 @@ def test_bfloat16_is_asked_of_the_device(monkeypatch):
         assert device.has_bfloat16(torch.device("cpu")) is not answer
         assert device.has_bfloat16(torch.device("cuda", 1)) is answer
         assert device.has_bfloat16(torch.device("xpu")) is answer
+        for kind in ("cuda", "xpu"):  # which emulate it if they are old
+            given = {"data": ".", "device": torch.device(kind), "steps": 1}
+            assert train.decide(given).amp is answer
+            assert not train.decide(given | {"amp": False}).amp
+            refused = pytest.raises(
+                SystemExit, match=f"^train.py: {kind} can only emulate bfloat16"
+            )
+            with contextlib.nullcontext() if answer else refused:
+                assert train.decide(given | {"amp": True}).amp
+    for kind in ("cpu", "mps"):
+        assert train.decide({"device": torch.device(kind), "amp": True}).amp
     assert not device.has_bfloat16(torch.device("mps"))
 
 
