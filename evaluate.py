@@ -23,7 +23,7 @@ from ddpm import Bound, Diffusion
 from images import check_output, escape_unprintable, from_pixels, replacing
 from support import cli
 from support.data import demo_images, read_folder
-from support.device import choose_device
+from support.device import choose_device, prefer_accuracy
 from support.plot import save_plot
 from support.trained import DEMO, HUB, load
 
@@ -110,6 +110,7 @@ def evaluate(args):
     curve = out / "rate-distortion.csv"
     check_output(curve)
     device = choose_device(args.device)
+    prefer_accuracy()
     trained = load(args.checkpoint)
     channels, size, _ = trained.shape
     if args.data is not None:

@@ -60,6 +60,11 @@ def prefer_speed():
     torch.backends.cudnn.benchmark = True  # batches always have the same shape
 
 
+def prefer_accuracy():
+    """Compute float32 as float32, whereas cuDNN's convolutions use TF32 by default."""
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee"
+
+
 def can_compile(device):
     """Return whether torch.compile has what it needs on CUDA, and say what is missing.
 

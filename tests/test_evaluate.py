@@ -3,6 +3,7 @@
 import itertools
 import signal
 import sys
+import warnings
 from functools import partial
 
 import numpy as np
@@ -66,6 +67,16 @@ def test_bound_and_curve_are_those_of_ddpm_py(network, image_folder, tmp_path, m
         assert table[t, 2] == pytest.approx(L_T.item() + L_t[t + 1 :].sum().item(), rel=1e-3)
         assert table[t, 3] == pytest.approx(rmse[t].item(), rel=1e-3)
     assert Image.open(tmp_path / "rate-distortion.png").size == (640, 440)
+
+
+def test_float32_is_not_rounded_to_tf32(measure):
+    """Which cuDNN does in convolutions, and torch in products of matrices if it is told to."""
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    for operation in settings:
+        operation.fp32_precision = "tf32"
+    with warnings.catch_warnings(action="error"):  # torch deprecates older ways to say it
+        measure("--images", 1)
+    assert [operation.fp32_precision for operation in settings] == ["ieee", "ieee"]
 
 
 def test_without_data_it_is_the_demo(network, tmp_path, run):
