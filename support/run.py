@@ -139,6 +139,8 @@ class RunFolder:
         self.recent = deque(maxlen=100)  # losses
         self.saved = self.previewed = time.monotonic()
         self.preview_seconds = 0  # how long the last one took
+        # On an accelerator, the first one may take long, because kernels are chosen by timing them.
+        self.count_preview = args.device.type == "cpu"
         # The (step, time) from which steps are timed; steps that may compile do not count.
         self.timed_from = None if args.compile or args.device.type != "cpu" else (step, self.saved)
         self.said_how_long = False
@@ -235,7 +237,9 @@ class RunFolder:
         save_image(self.out / f"preview-{step:07d}.png", image)
         self.plot_loss(step)
         self.previewed = time.monotonic()
-        self.preview_seconds = self.previewed - began
+        if self.count_preview:
+            self.preview_seconds = self.previewed - began
+        self.count_preview = True
 
     def plot_loss(self, step):
         """Save loss.png, averaged over up to 200 intervals of equal length."""

@@ -334,6 +334,28 @@ def test_previews_take_a_25th_of_the_time_unless_their_steps_are_given(tiny, tmp
         assert sorted(int(path.stem[-7:]) for path in previews) == steps
 
 
+@pytest.mark.parametrize("kind, due", [("cpu", [False, False]), ("xpu", [True, False])])
+def test_first_preview_that_may_tune_kernels_delays_no_other(kind, due, tmp_path, monkeypatch):
+    """Each preview takes a minute here, and the gap is 25 minutes."""
+    now = [0.0]
+
+    def minute(*_, **__):
+        now[0] += 60
+        return torch.zeros(36, 3, 4, 4)
+
+    monkeypatch.setattr("support.run.sample", minute)
+    monkeypatch.setattr("support.run.torch.Generator", lambda _: torch.default_generator)
+    monkeypatch.setattr("support.run.time.monotonic", lambda: now[0])
+    args = train.Settings(out=tmp_path, image_size=4, device=torch.device(kind), preview_gap=25)
+    run, seen = RunFolder(args, make_config(args, 3), 0, lambda k: 0.1), []
+    monkeypatch.setattr(run, "plot_loss", lambda _: None)
+    for step in range(2):
+        run.preview(step, None, PAPER)
+        now[0] += 24 * 60
+        seen.append(run.preview_is_due())
+    assert seen == due
+
+
 def test_without_matplotlib_a_run_ends_without_its_curve(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     figure_class.cache_clear()
