@@ -14,13 +14,13 @@ import copy
 import importlib.metadata
 import io
 import itertools
-import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,7 @@ from support.data import read_folder  # noqa: E402
 from support.trained import Trained  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ONNX = "cpu" if torch.version.hip else DEVICE.type  # what ONNX Runtime computes on
 CIFAR = {
     "sample_size": 32,
     "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
@@ -210,10 +211,11 @@ def print_memory(which, folder, batch):
         step = diffusers_loop(from_pixels(images), batch, dtype)
     for _ in range(3):
         step()
+    if DEVICE.type == "cuda":
+        return print(torch.cuda.max_memory_allocated() / 1e9)
     # not of getrusage, which counts the process before this one's exec
     status = Path("/proc/self/status").read_text().split()
-    peak = int(status[status.index("VmHWM:") + 1]) * 1024
-    print((torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else peak) / 1e9)
+    print(int(status[status.index("VmHWM:") + 1]) * 1024 / 1e9)
 
 
 # --------------------------------------------------------------------------------------- the tables
@@ -227,6 +229,10 @@ def table(head, rows):
 
 def training_table(folder, batch, rounds, floor):
     """Time and memory of a training step. floor: the least seconds that an image can take."""
+    kinds = {"train.py": "train.py", "diffusers, float32": "f32", "diffusers, bfloat16": "bf16"}
+    if DEVICE.type == "cpu" and sys.platform != "linux":  # which says it in /proc
+        kinds = {}
+    memory = {name: f"{peak_memory(kind, folder, batch):.2f}" for name, kind in kinds.items()}
     images = torch.from_numpy(read_folder(folder, 32)[0])
     lucidrains, size, larger = lucidrains_loop(folder, batch)
     steps = {
@@ -239,13 +245,11 @@ def training_table(folder, batch, rounds, floor):
         name: seconds / batch / (larger if name.startswith("denoising") else 1)
         for name, seconds in in_turn(steps, rounds, warm_up=2).items()
     }
-    memory = {"train.py": "train.py", "diffusers, float32": "f32", "diffusers, bfloat16": "bf16"}
     rows = []
     for name, s in times.items():
-        gb = f"{peak_memory(memory[name], folder, batch):.2f}" if name in memory else ""
         ratio = s / times["diffusers, float32"]
         of_floor = "" if name.startswith("denoising") else f"{s / floor:.2f}"  # another network
-        rows.append([name, f"{1000 * s:.1f}", f"{ratio:.2f}", of_floor, gb])
+        rows.append([name, f"{1000 * s:.1f}", f"{ratio:.2f}", of_floor, memory.get(name, "")])
     head = "a training step", "ms an image", "of diffusers, float32", "of the bf16 floor", "peak GB"
     return table(head, rows)
 
@@ -276,8 +280,8 @@ def network_table(model, paths, rounds, floor):
             "torch, diffusers": torch_step(theirs, *on_device),
         }
         for name, path in paths.items():
-            network = ddpm_numpy.Network(path, DEVICE.type)
-            steps[f"ONNX Runtime, {name}"] = lambda n=network, x=x, t=t: n(x, t)
+            network = ddpm_numpy.Network(path, ONNX)
+            steps[f"ONNX Runtime on {ONNX}, {name}"] = lambda n=network, x=x, t=t: n(x, t)
         seconds = in_turn(steps, rounds)
         for name, s in seconds.items():
             rows.append([
@@ -343,7 +347,6 @@ def main():
     parser.add_argument("--memory", help=argparse.SUPPRESS)  # how it calls itself
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     if args.memory:
         return print_memory(args.memory, args.folder, args.batch)
 
@@ -358,7 +361,7 @@ def main():
         torch.manual_seed(0)
         model = UNet().eval()
         kinds = {"float32": None, "int8": "int8"}
-        if DEVICE.type == "cuda":  # ONNX Runtime uses TF32 there
+        if ONNX == "cuda":  # ONNX Runtime uses TF32 there
             kinds = {"TF32": None, "float16": "half"}
         paths = {name: Path(temporary) / f"{name}.onnx" for name in kinds}
         settings = {"in_channels": 3, "image_size": 32}
@@ -372,7 +375,7 @@ def main():
         forward = flops(model)
         rates = {dtype: matmul_flops(dtype) for dtype in (torch.float32, torch.bfloat16)}
         floors = {dtype: forward / rate for dtype, rate in rates.items()}
-        parts = [
+        text = "\n".join([
             "# Side by side\n",
             f"`python benchmarks/compare.py`, {time.strftime('%Y-%m-%d')}: {machine()}.\n",
             f"A forward pass of the network is {forward / 1e9:.2f} GFLOP an image. Large matrices "
@@ -380,13 +383,15 @@ def main():
             f"{rates[torch.bfloat16] / 1e9:.0f} in bfloat16. The floors are what that leaves: "
             f"{1000 * floors[torch.float32]:.1f} and {1000 * floors[torch.bfloat16]:.1f} ms an "
             "image, three times as much for a training step.\n",
-            training_table(folder, args.batch, args.rounds, 3 * floors[torch.bfloat16]),
-            network_table(model, paths, args.rounds, floors[torch.float32]),
-            loop_line(next(iter(paths.values()))),
-        ]
-    text = "\n".join(parts)
+        ])  # fmt: skip
+        for make in (
+            partial(training_table, folder, args.batch, args.rounds, 3 * floors[torch.bfloat16]),
+            partial(network_table, model, paths, args.rounds, floors[torch.float32]),
+            partial(loop_line, next(iter(paths.values()))),
+        ):
+            text += "\n" + make()
+            Path(args.out).write_text(text)  # after each part, because a later one may fail
     print(text)
-    Path(args.out).write_text(text)
 
 
 if __name__ == "__main__":

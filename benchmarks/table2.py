@@ -68,6 +68,27 @@ def train_and_judge(predicts, weighting, seed, folder, threads, steps):
     return answer
 
 
+def table(answers, args, minutes):
+    """Return the page, in Markdown. answers: {(predicts, weighting): those of its seeds}."""
+    steps, version = args.steps or train.DEMO["steps"], torch.__version__.split("+")[0]
+    lines = [
+        "# The paper's Table 2, on the built-in demo\n",
+        f"`python benchmarks/table2.py --jobs {args.jobs}`, {time.strftime('%Y-%m-%d')}, "
+        f"{args.seeds} seeds a row, {steps:,} steps each, torch {version}, "
+        f"Python {platform.python_version()}, {minutes:.0f} minutes.\n",
+        f"| the network predicts | the loss is weighted | right of {SAMPLES} samples | "
+        "bound, bits per dimension |",
+        "| --- | --- | --- | --- |",
+    ]
+    for (predicts, weighting), runs in answers.items():
+        good = [run for run in runs if run]
+        right = ", ".join(str(run["right"]) if run else "diverged" for run in runs)
+        bits = ", ".join(f"{run['bits']:.2f}" for run in good)
+        mean = f" (mean {statistics.mean(run['bits'] for run in good):.2f})" if good else ""
+        lines.append(f"| {predicts} | {weighting} | {right} | {bits}{mean} |")
+    return "\n".join(lines) + "\n"
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -82,37 +103,23 @@ def main():
     if args.judge:
         return print(json.dumps(judge(args.judge)))
 
-    threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
+    threads = max(1, torch.get_num_threads() // args.jobs)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(args.jobs) as pool:
         folder = args.keep or temporary
-        answers = {
+        futures = {
             row: [
                 pool.submit(train_and_judge, *row, seed, folder, threads, args.steps)
                 for seed in range(args.seeds)
             ]
             for row in ROWS
         }
-        answers = {row: [f.result() for f in futures] for row, futures in answers.items()}
-    steps, version = args.steps or train.DEMO["steps"], torch.__version__.split("+")[0]
-    lines = [
-        "# The paper's Table 2, on the built-in demo\n",
-        f"`python benchmarks/table2.py --jobs {args.jobs}`, {time.strftime('%Y-%m-%d')}, "
-        f"{args.seeds} seeds a row, {steps:,} steps each, torch {version}, "
-        f"Python {platform.python_version()}, {(time.monotonic() - began) / 60:.0f} minutes.\n",
-        f"| the network predicts | the loss is weighted | right of {SAMPLES} samples | "
-        "bound, bits per dimension |",
-        "| --- | --- | --- | --- |",
-    ]
-    for (predicts, weighting), runs in answers.items():
-        good = [run for run in runs if run]
-        right = ", ".join(str(run["right"]) if run else "diverged" for run in runs)
-        bits = ", ".join(f"{run['bits']:.2f}" for run in good)
-        mean = f" (mean {statistics.mean(run['bits'] for run in good):.2f})" if good else ""
-        lines.append(f"| {predicts} | {weighting} | {right} | {bits}{mean} |")
-    text = "\n".join(lines) + "\n"
+        answers = {}
+        for row in ROWS:  # the table is written after each, because a later one may fail
+            answers[row] = [future.result() for future in futures[row]]
+            text = table(answers, args, (time.monotonic() - began) / 60)
+            Path(args.out).write_text(text)
     print(text)
-    Path(args.out).write_text(text)
 
 
 if __name__ == "__main__":
