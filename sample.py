@@ -169,7 +169,9 @@ def open_network(args):
         from support.torch_network import TorchNetwork
     except ModuleNotFoundError as error:
         sys.exit(f"sample.py: --checkpoint needs {error.name}; see requirements.txt")
-    return TorchNetwork(args.checkpoint, args.device, args.amp, args.batch)
+    return TorchNetwork(
+        args.checkpoint, args.device, args.amp, args.n or 64, args.batch, args.steps
+    )
 
 
 def draw_interpolation(network, args, y):

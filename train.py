@@ -253,12 +253,7 @@ def decide(given, weights=None):
         sys.exit("train.py: --batch must be at least the number of GPUs times --accumulate")
     if values["classes"]:
         values["classes"] = data.class_names(values["data"])
-    if "amp" not in given:  # in bfloat16, "mean" and "x0" would give a rough eps at small t
-        is_rough = values["predicts"] in ("mean", "x0")
-        values["amp"] = not is_rough and device.has_bfloat16(given["device"])
-    where = given["device"]
-    if values["amp"] and where.type not in ("cpu", "mps") and not device.has_bfloat16(where):
-        sys.exit(f"train.py: {where} can only emulate bfloat16, which is slow; leave out --amp")
+    values["amp"] = device.uses_bfloat16(values["predicts"], given["device"], given.get("amp"))
     if "compile" not in given:  # it takes a minute or more
         values["compile"] = values["steps"] >= 5000 and device.can_compile(given["device"])
     if "preview_every" not in given:  # each preview takes as long as 240 images

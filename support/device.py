@@ -54,6 +54,19 @@ def has_bfloat16(device):
     return torch.get_device_module(device).is_bf16_supported(including_emulation=False)
 
 
+def uses_bfloat16(predicts, device, asked=None):
+    """Return whether a network computes in bfloat16: as asked, or if it is fast and good enough.
+
+    predicts: see beyond.py. From "mean" and "x0", eps follows by a factor of up to 100, which the
+    rounding is multiplied by, too. Exits if bfloat16 is asked of a device that would emulate it.
+    """
+    if asked is None:
+        return predicts not in ("mean", "x0") and has_bfloat16(device)
+    if asked and device.type not in ("cpu", "mps") and not has_bfloat16(device):
+        sys.exit(f"{device} can only emulate bfloat16, which is slow; leave out --amp")
+    return asked
+
+
 def prefer_speed():
     """Use TF32 for products that stay float32, and let cuDNN choose algorithms by timing them."""
     torch.set_float32_matmul_precision("high")

@@ -8,7 +8,7 @@ import torch
 from beyond import as_eps, guided, sample_progressive
 from ddpm import Diffusion
 from ddpm_numpy import Network
-from support.device import can_compile, choose_device, compiled, has_bfloat16, to_device
+from support.device import can_compile, choose_device, compiled, to_device, uses_bfloat16
 from support.trained import load
 
 
@@ -16,27 +16,31 @@ class TorchNetwork:
     """A trained network on a device, with what sample.py asks of a ddpm_numpy.Network.
 
     path: see support.trained.load. device: see choose_device. amp: whether the network computes in
-    bfloat16; None if and only if the device has it. batch: the number of images for which the
-    network is compiled, where train.py would compile it.
+    bfloat16; if None, where train.py would. images, batch, steps: how many images will be drawn, in
+    all and together, in how many steps (T if None). The network is compiled where train.py would
+    compile it, for 5,000 calls with full batches.
 
     Attributes: betas, variance, shape, classes and labels are those of Network, and provider says
-    where and in which numbers it computes. Exits if the weights or the device are not there.
+    where and in which numbers it computes. Exits if the weights or the device are not there, or if
+    the device can only emulate bfloat16.
     """
 
     labels = Network.labels
 
-    def __init__(self, path, device="auto", amp=None, batch=64):
+    def __init__(self, path, device="auto", amp=None, images=64, batch=64, steps=None):
         trained, self.device = load(path), choose_device(device)
         self.betas, self.variance = trained.betas, trained.variance
         self.shape, self.classes = trained.shape, list(trained.classes)
-        self.amp = has_bfloat16(self.device) if amp is None else amp
+        self.amp = uses_bfloat16(trained.predicts, self.device, amp)
         self.provider = f"{self.device}, {'bfloat16' if self.amp else 'float32'}"
         self.model, self.batch = trained.model.to(self.device), batch
-        self.fast = compiled(self.model) if can_compile(self.device) else self.model
+        calls = images // batch * (steps or len(self.betas))
+        compiles = calls >= 5000 and can_compile(self.device)
+        self.fast = compiled(self.model) if compiles else self.model
         self.eps = as_eps(self.forward, trained.diffusion, trained.predicts)
 
     def forward(self, x_t, *inputs):
-        """Return the output of the network in float32. Only a full batch is worth compiling for."""
+        """Return the output of the network in float32."""
         model = self.fast if len(x_t) == self.batch else self.model
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             return model(x_t, *inputs).float()

@@ -13,7 +13,7 @@ from PIL import Image
 from test_device import StandIn
 
 import ddpm_numpy
-from support import torch_network
+from support import device, torch_network
 from support.torch_network import TorchNetwork
 from support.trained import load
 
@@ -107,7 +107,7 @@ def test_device_computes_everything_but_the_noise(coloured, monkeypatch):
     network, shape = TorchNetwork(coloured, "meta", amp=True, batch=2), (2, 3, 8, 8)
     assert network.provider == "meta, bfloat16"
     image, x_T = np.zeros(shape[1:], np.float32), np.zeros(shape, np.float32)
-    with StandIn() as device:
+    with StandIn() as stand_in:
         for options in (
             {"sampler": "ddpm"},
             {"eta": 1.0},
@@ -117,10 +117,11 @@ def test_device_computes_everything_but_the_noise(coloured, monkeypatch):
             noise = ddpm_numpy.noise_of(0, 0, shape)
             chain = network.reverse(np.array([0, 1]), 2, noise, network.betas, steps=3, **options)
             assert all(x.is_meta and x0.is_meta for _, x, x0 in chain)
-    assert device.reads == 0
+    assert stand_in.reads == 0
 
 
-def test_full_batches_are_compiled_where_training_is(coloured, run, tmp_path, monkeypatch):
+def test_full_batches_of_many_calls_are_compiled(coloured, run, tmp_path, monkeypatch):
+    """From 5,000 calls on, as in training; what is left after the full batches is not."""
     sizes = []
 
     def compiled(model):
@@ -132,21 +133,31 @@ def test_full_batches_are_compiled_where_training_is(coloured, run, tmp_path, mo
 
     monkeypatch.setattr(torch_network, "can_compile", lambda device: True)
     monkeypatch.setattr(torch_network, "compiled", compiled)
-    words = ["--checkpoint", coloured, "-n", 10, "--batch", 4, "--steps", 3]
-    run("sample.py", *words, cwd=tmp_path)
-    assert sizes == 6 * [4]
+    words = ["sample.py", "--checkpoint", coloured, "--batch", 1, "--steps", 1000]
+    run(*words, "-n", 4, cwd=tmp_path)
+    assert not sizes
+    network = TorchNetwork(coloured, "cpu", False, images=1003, batch=4, steps=20)
+    with torch.no_grad():
+        for batch in (4, 3, 4):
+            network.eps(torch.zeros(batch, 3, 8, 8), torch.zeros(batch, dtype=torch.int64))
+    assert sizes == [4, 4]
 
 
-def test_bfloat16_is_used_where_the_device_has_it(coloured, monkeypatch):
+def test_bfloat16_is_used_where_training_uses_it(coloured, monkeypatch):
     x, t = np.random.default_rng(0).standard_normal((2, 3, 8, 8), np.float32), torch.tensor([9, 99])
-    monkeypatch.setattr(torch_network, "has_bfloat16", lambda device: True)
+    for has in (True, False):
+        monkeypatch.setattr(device, "has_bfloat16", lambda device, has=has: has)
+        assert device.uses_bfloat16("v", torch.device("cpu")) == has
+        assert not device.uses_bfloat16("x0", torch.device("cpu"))
+    with pytest.raises(SystemExit, match="cuda:1 can only emulate bfloat16"):
+        device.uses_bfloat16("v", torch.device("cuda:1"), True)
     with torch.no_grad():
         exact = load(coloured).eps(torch.from_numpy(x), t)
-        for amp in (None, False):
+        for amp in (True, False):
             network = TorchNetwork(coloured, "cpu", amp)
             eps = network.eps(torch.from_numpy(x), t)
-            assert eps.dtype == torch.float32
-            assert torch.equal(eps, exact) == (amp is False)
+            assert eps.dtype == torch.float32 and network.amp == amp
+            assert torch.equal(eps, exact) == (not amp)
 
 
 def test_noise_is_drawn_while_the_network_computes(monkeypatch):
