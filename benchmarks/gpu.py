@@ -1,21 +1,18 @@
 """Try this project on a GPU within ten minutes, and write a report to paste into an issue.
 
-So far it has run only on CPUs, with --tiny.
+So far it has run only on CPUs, with --tiny. Its times replace the estimates of docs/guide.md.
 
     pip install -r requirements-dev.txt
     python benchmarks/gpu.py              # prints the report, and writes it to gpu-report/report.md
     python benchmarks/gpu.py --tiny       # every part with a tiny network, also on a CPU
 
-Cheap measurements come first, and the report grows line by line. If one fails, its traceback goes
-to gpu-report/errors.txt. Programs have a time limit, and a log each. What no time is left for is
-skipped.
+The report grows line by line. If a measurement fails, its traceback goes to gpu-report/errors.txt.
+Programs have a time limit, and a log each. What no time is left for is skipped.
 """
 
 import argparse
-import contextlib
 import copy
 import functools
-import itertools
 import platform
 import shutil
 import signal
@@ -23,11 +20,9 @@ import subprocess
 import sys
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import torch
 
 HERE = Path(__file__).parent
@@ -39,10 +34,9 @@ from benchmarks.compare import processor  # noqa: E402
 from ddpm import Diffusion, UNet, linear_betas  # noqa: E402
 from images import save_image, to_image  # noqa: E402
 from support.data import demo_images  # noqa: E402
-from support.device import can_compile, compiled, has_bfloat16  # noqa: E402
-from support.muon import Muon  # noqa: E402
+from support.device import can_compile, compiled, has_bfloat16, prefer_speed  # noqa: E402
 from support.run import RunFolder, make_config  # noqa: E402
-from support.trained import load  # noqa: E402
+from support.torch_network import TorchNetwork  # noqa: E402
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 IS_CUDA = DEVICE.type == "cuda"  # on ROCm, too
@@ -65,14 +59,14 @@ class Report:
             file.write(line + "\n")
 
     def head(self, *columns):
-        self.say(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+        self.say(f"\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
 
-    def row(self, name, measure, *args):
-        """Call measure(*args) for the other cells of a row, unless no time is left."""
+    def row(self, name, measure, *args, **options):
+        """Call measure for the other cells of a row, unless no time is left."""
         if time.monotonic() > self.end:
             return self.say(f"| {name} | skipped: no time left |")
         try:
-            cells = measure(*args)
+            cells = measure(*args, **options)
         except (Exception, SystemExit) as error:  # the time on a card is short; go on
             (first, *_) = traceback.format_exception_only(error)[-1].splitlines()
             cells = f"failed: {first}"
@@ -84,37 +78,33 @@ class Report:
     def program(self, log, limit, *command, interrupt=None):
         """Run a program for at most `limit` seconds, and return its seconds and its last line.
 
-        log: the name of the file that gets what it prints. interrupt: (a file, seconds); the
-        program receives Ctrl-C so long after the file appears.
+        log: the name of the file for what it prints. interrupt: the file that brings it Ctrl-C.
         """
         began, path = time.monotonic(), self.out / f"{log}.log"
         limit = min(limit, self.end - began)
         with open(path, "w") as file:
-            process = subprocess.Popen(
-                [sys.executable, *map(str, command)], stdout=file, stderr=subprocess.STDOUT
-            )
-            try:
-                if interrupt:
-                    appears, seconds = interrupt
-                    while process.poll() is None and not appears.exists():
-                        if time.monotonic() - began > limit:
-                            raise subprocess.TimeoutExpired(command, limit)
-                        time.sleep(0.05)
-                    time.sleep(seconds)
-                    process.send_signal(signal.SIGINT)
-                process.wait(limit - (time.monotonic() - began))
-            except subprocess.TimeoutExpired:
-                process.terminate()  # torchrun then ends its processes
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(10)
-                raise RuntimeError(f"{log} was stopped after {limit:.0f} s; see {path}") from None
-            finally:
-                process.kill()
-        lines = path.read_text(errors="replace").replace("\r", "\n").strip().splitlines() or [""]
-        stopped = any(line.startswith("stopped at step") for line in lines)
-        if process.returncode != bool(interrupt) or stopped != bool(interrupt):
+            words = [sys.executable, *map(str, command)]
+            process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            while interrupt and process.poll() is None and not interrupt.exists():
+                if time.monotonic() - began > limit:
+                    raise subprocess.TimeoutExpired(words, limit)
+                time.sleep(0.05)
+            if interrupt:
+                process.send_signal(signal.SIGINT)
+            process.wait(max(0, limit - (time.monotonic() - began)))
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun then ends its processes
+            process.wait(10)
+            raise RuntimeError(f"{log} was stopped after {limit:.0f} s; see {path}") from None
+        finally:
+            process.kill()
+        said = path.read_text(errors="replace").replace("\r", "\n").strip()
+        is_stopped = "\nstopped at step" in said
+        if process.returncode != bool(interrupt) or is_stopped != bool(interrupt):
             raise RuntimeError(f"{log} ended with status {process.returncode}; see {path}")
-        return f"{time.monotonic() - began:.0f} s | {lines[-1].strip()}"
+        *_, last = ["", *said.splitlines()]
+        return f"{time.monotonic() - began:.0f} s | {last.strip()}"
 
 
 def network(tiny):
@@ -125,19 +115,13 @@ def network(tiny):
 
 def ms(call, times):
     """Return the milliseconds of a call, the last of which waits for the device."""
-    for _ in range(3):
-        call()
-    if IS_CUDA:
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(times):
-        call()
-    if IS_CUDA:
-        torch.cuda.synchronize()
+    for count in (3, times):  # the first three are not counted
+        began = time.perf_counter()
+        for _ in range(count):
+            call()
+        if IS_CUDA:
+            torch.cuda.synchronize()
     return (time.perf_counter() - began) / times * 1000
-
-
-# ---------------------------------------------------------------------------------------- the parts
 
 
 def machine(report, args):
@@ -145,16 +129,16 @@ def machine(report, args):
     query = "nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"
     if shutil.which("nvidia-smi"):
         report.say(subprocess.run(query, capture_output=True, text=True).stdout.strip())
-    packages = {(d.name or "").lower(): d.version for d in metadata.distributions()}
     names = "torch", "triton", "onnxruntime-gpu", "onnxruntime", "nvidia-cudnn-cu13"
-    versions = [f"{name} {packages[name]}" for name in names if name in packages]
+    versions = [f"{d.name} {d.version}" for d in metadata.distributions() if d.name in names]
     report.say(
         f"{processor()}, {torch.get_num_threads()} threads; {platform.platform()}, "
         f"Python {platform.python_version()}, {', '.join(versions)}"
+        f"{'' if args.compile else '; torch.compile lacks something, see support/device.py'}"
     )
 
 
-def gradients(report, args, compile_too=False):
+def gradients(report, args):
     """Compare the gradient of the loss on the device with that of float32 on the CPU."""
     model, size = network(args.tiny).eval(), 8 if args.tiny else 32  # without dropout
     for p in model.parameters():  # so that no layer is close to 0
@@ -168,48 +152,44 @@ def gradients(report, args, compile_too=False):
             DIFFUSION.loss(module, x0.to(device), t.to(device), noise.to(device)).backward()
         return torch.cat([p.grad.cpu().flatten() for p in module.parameters()])
 
-    def error(tf32, amp, compile_it=False):
+    def error(tf32, amp, prepare=lambda model: model):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-        on_device = copy.deepcopy(model).to(DEVICE)
-        on_device = compiled(on_device) if compile_it and not args.tiny else on_device
+        on_device = prepare(copy.deepcopy(model).to(DEVICE))
         return f"{(gradient(on_device, DEVICE, amp) - exact).norm() / exact.norm():.1e}"
 
     exact = gradient(model, torch.device("cpu"), False)
     report.head("gradient", "relative error")
-    if compile_too:
-        return report.row("compiled", error, True, args.amp, True)
     report.row("float32", error, False, False)
     report.row("TF32", error, True, False)
     if args.amp:
         report.row("bfloat16", error, True, True)
+    if args.compile:
+        report.row("compiled", error, True, args.amp, args.compile)
 
 
-def steps(report, args, compile_too=False):
-    """Time the training step: eager or compiled, with and without cudnn.benchmark."""
-    images = torch.from_numpy(demo_images())
-    images = images if args.tiny else images.repeat_interleave(4, 2).repeat_interleave(4, 3)
-    images, count = images.to(DEVICE), 3 if args.tiny else 30
+def steps(report, args):
+    """Time the training step, and what the 800,000 of the paper's run would take."""
+    size = 8 if args.tiny else 32
+    images = torch.randint(256, (1000, 3, size, size), dtype=torch.uint8, device=DEVICE)
 
-    def measure(batch, make=lambda model: model, benchmark=True, muon=False):
+    def measure(batch, prepare=lambda model: model, accumulate=1):
         torch.compiler.reset()
-        torch.set_float32_matmul_precision("high")  # as train.py does
-        torch.backends.cudnn.benchmark = benchmark
+        prefer_speed()  # as train.py does
         model = network(args.tiny).to(DEVICE)
         ema = copy.deepcopy(model).requires_grad_(False)
-        optimizer = Muon(model, 1e-5) if muon else torch.optim.Adam(model.parameters(), fused=True)
-        settings = train.Settings(batch=batch, amp=args.amp, device=DEVICE)
-        model, numbers = make(model), itertools.count()
+        optimizer = torch.optim.Adam(model.parameters(), fused=True)
+        settings = train.Settings(batch=batch, accumulate=accumulate, amp=args.amp, device=DEVICE)
+        model = prepare(model)
         loss = train.make_loss(model, DIFFUSION, settings)
 
         def step():
-            k = next(numbers)
-            batch = train.draw_batch(k, images, None, DIFFUSION.T, settings)
-            parts = train.parts_of(batch, k, images, settings)
-            return train.train_step(parts, loss, model, ema, optimizer, k, settings)
+            batch = train.draw_batch(0, images, None, DIFFUSION.T, settings)
+            parts = train.parts_of(batch, 0, images, settings)
+            return train.train_step(parts, loss, model, ema, optimizer, 0, settings)
 
         began = time.perf_counter()
         assert step().isfinite().all()
-        first, busy, memory = time.perf_counter() - began, "", ""
+        first = time.perf_counter() - began
         if IS_CUDA:
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.set_sync_debug_mode("error")  # no step may wait for the device
@@ -217,48 +197,32 @@ def steps(report, args, compile_too=False):
                 step()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        each = ms(step, count)
-        if IS_CUDA:
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-                ms(step, 3)  # with the warm-up, six steps
-            kernels = sum(event.self_device_time_total for event in seen.key_averages())
-            busy, memory = f"{kernels / 6 / 1000 / each:.0%}", torch.cuda.max_memory_allocated()
-            memory = f"{memory / 1e9:.1f}"
-            torch.cuda.empty_cache()
+        each = ms(step, 3 if args.tiny else 30)
+        memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if IS_CUDA else ""
         report.step_ms = report.step_ms or each
-        return f"{each:.2f} | {first:.1f} | {busy} | {memory}"
+        return f"{each:.2f} | {each * 800_000 / 3.6e6:.2f} | {first:.1f} | {memory}"
 
-    report.head("step of train.py", "ms", "first, s", "device busy", "GB")
-    if compile_too:
-        backend = {"backend": "eager"} if args.tiny else {}
-        own = functools.partial(torch.compile, dynamic=False, **backend)
-        ours = own if args.tiny else compiled
-        report.row("batch 128, compiled in channels_last", measure, 128, ours)
-        report.row("batch 128, compiled in torch's layout", measure, 128, own)
-        return report.row("batch 16, compiled in channels_last", measure, 16, ours)
+    report.head("step of train.py", "ms", "hours for 800,000 steps", "first, s", "GB")
     report.row("batch 128", measure, 128)
-    report.row("batch 128, without cudnn.benchmark", measure, 128, lambda model: model, False)
-    report.row("batch 128, Muon", functools.partial(measure, muon=True), 128)
-    report.row("batch 16", measure, 16)
-    torch.backends.cudnn.benchmark = False
+    report.row("batch 128 in two parts", measure, 128, accumulate=2)
+    if args.compile:
+        report.row("batch 128, compiled", measure, 128, args.compile)
+        report.row("batch 16, compiled", measure, 16, args.compile)
 
 
 def preview(report, args):
     """Time what a preview and a checkpoint cost."""
     model, size = network(args.tiny).to(DEVICE).eval(), 8 if args.tiny else 32
     settings = train.Settings(out=args.out, image_size=size, amp=args.amp, device=DEVICE)
-    run, times = (
-        RunFolder(settings, make_config(settings, 3), 0, lambda k: 1e-4),
-        1 if args.tiny else 3,
-    )
+    run = RunFolder(settings, make_config(settings, 3), 0, lambda k: 1e-4)
     run.log(50_000, [(0.05, 0.1)] * 50_000)
     ema, optimizer = copy.deepcopy(model), torch.optim.Adam(model.parameters(), fused=True)
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
     optimizer.step()  # so that it has its averages
 
-    def seconds(call, *args):
-        return f"{ms(functools.partial(call, *args), times) / 1000:.2f}"
+    def seconds(call, *words):
+        return f"{ms(functools.partial(call, *words), 1 if args.tiny else 3) / 1000:.2f}"
 
     report.head("of a run of 50,000 steps", "s")
     report.row("preview", seconds, run.preview, 1, model, DIFFUSION)
@@ -269,98 +233,71 @@ def preview(report, args):
 def programs(report, args):
     """Train on the demo's images at 32x32, interrupt, resume, evaluate, export and draw."""
     folder, run, root = args.out / "images", args.out / "run", HERE.parent
-    count = max(100, min(1000, int(60_000 / (report.step_ms or 600))))  # a minute of training
+    count = 60 if args.tiny else int(60_000 / (report.step_ms or 600))  # a minute of training
     for k, pixels in enumerate(demo_images()):
         save_image(folder / f"{k}.png", to_image(pixels))
     words = [root / "train.py", "--data", folder, "--out", run, "--device", DEVICE.type]
-    words += [*TINY, "--steps", 60] if args.tiny else ["--steps", count]
+    words += ["--steps", count, *(TINY if args.tiny else [])]
     report.head("program", "s", "its last line")
     if sys.platform != "win32":  # which has no SIGINT for other processes
-        stop = run / "log.csv", 0 if args.tiny else 3
-        train_it = functools.partial(report.program, interrupt=stop)
-        report.row("train.py, interrupted", train_it, "interrupted", 120, *words)
+        log = run / "log.csv"  # which has the first steps
+        report.row("train.py, interrupted", report.program, "stop", 120, *words, interrupt=log)
     report.row("train.py, resumed", report.program, "train", 150, *words)
-    flags = "--checkpoint", run, "--data", folder, "--images", 2 if args.tiny else count // 30
-    flags += "--device", DEVICE.type
+    flags = "--data", folder, "--images", count // 30, "--checkpoint", run, "--device", DEVICE.type
     report.row("evaluate.py", report.program, "evaluate", 60, root / "evaluate.py", *flags)
+    draw = root / "sample.py", "--steps", 10, "--out"
+    flags = *draw, args.out / "samples-torch.png", "--checkpoint", run, "--device", DEVICE.type
+    report.row("sample.py, torch", report.program, "sample-torch", 120, *flags)
     for name, flag in (("float32", []), ("float16", ["--half"])):
         path = args.out / f"{name}.onnx"
         flags = root / "export.py", "--checkpoint", run, "--onnx", path, *flag
         report.row(f"export.py, {name}", report.program, f"export-{name}", 120, *flags)
-        flags = root / "sample.py", "--onnx", path, "--device", ORT_DEVICE, "--steps", 10
-        flags += "--out", args.out / f"samples-{name}.png"
+        flags = *draw, args.out / f"samples-{name}.png", "--onnx", path, "--device", ORT_DEVICE
         report.row(f"sample.py, {name}", report.program, f"sample-{name}", 60, *flags)
 
 
+@torch.no_grad()
 def sampling(report, args):
-    """Compare eps of ONNX Runtime with torch, and time it and the loop of sampling around it."""
-    names = "float32", "float16"
-    paths = {name: args.out / f"{name}.onnx" for name in names}
-    trained = load(args.out / "run")
-    random = torch.Generator().manual_seed(0)
-    x0 = torch.from_numpy(demo_images()[:8] / np.float32(127.5) - 1)
-    x0 = torch.nn.functional.interpolate(x0, trained.shape[1:])
+    """Compare eps on the device with float32 in torch on the CPU, and time Algorithm 2."""
+    torch.backends.cudnn.benchmark = False  # as when sample.py begins
+    torch.set_float32_matmul_precision("highest")
+    run, random = args.out / "run", torch.Generator().manual_seed(0)
+    reference, inputs = TorchNetwork(run, "cpu", amp=False), []
+    x0 = torch.from_numpy(demo_images()[:64]) / 127.5 - 1
+    x0 = torch.nn.functional.interpolate(x0, reference.shape[1:])
+    for i in (0, 10, 100, 500, 999):
+        t = torch.full((64,), i)
+        x_t = DIFFUSION.q_sample(x0, t, torch.randn(x0.shape, generator=random))
+        inputs.append((x_t, t, reference.eps(x_t, t)))
+
+    def open_network(name, batch=64):
+        if name == "torch":
+            return TorchNetwork(run, DEVICE.type, batch=batch)
+        return ddpm_numpy.Network(args.out / name, ORT_DEVICE)
 
     def errors(name):
-        network, cells = ddpm_numpy.Network(paths[name], ORT_DEVICE), []
-        for i in (0, 10, 100, 500, 999):
-            t = torch.full((8,), i)
-            x_t = trained.diffusion.q_sample(x0, t, torch.randn(x0.shape, generator=random))
-            with torch.no_grad():
-                exact = trained.eps(x_t, t).numpy()
-            eps = network(x_t.numpy(), t.numpy())
-            cells.append(f"{np.linalg.norm(eps - exact) / np.linalg.norm(exact):.1e}")
+        network, cells = open_network(name), []
+        for x_t, t, exact in inputs:
+            if name == "torch":
+                eps = network.eps(x_t.to(DEVICE), t.to(DEVICE)).cpu()
+            else:
+                eps = torch.from_numpy(network(x_t.numpy(), t.numpy()))
+            cells.append(f"{(eps - exact).norm() / exact.norm():.1e}")
         return " | ".join(cells)
 
-    report.head("eps against torch on the CPU, relative error at t =", *"0 10 100 500 999".split())
-    for name in names:
+    def loop(name, batch):
+        network = open_network(name, batch)
+        draw_noise = ddpm_numpy.noise_of(0, 0, (batch, *network.shape))
+        chain = network.reverse(None, 0, draw_noise, network.betas)
+        each = ms(functools.partial(next, chain), 3 if args.tiny else 100)
+        return f"{each:.2f} | {each * 1000 * -(-50_000 // batch) / 3.6e6:.2f}"
+
+    report.head("relative error of eps at t =", *"0 10 100 500 999".split())
+    for name in ("torch", "float32.onnx", "float16.onnx"):
         report.row(name, errors, name)
-
-    def forward(name, batch):
-        network = ddpm_numpy.Network(paths[name], ORT_DEVICE)
-        x, t = np.zeros((batch, *network.shape), np.float32), np.full(batch, 500)
-        return f"{ms(lambda: network(x, t), 3 if args.tiny else 20):.2f}"
-
-    report.head("one forward pass", "ms")
-    for name, batch in itertools.product(names, (64, 256)):
-        report.row(f"{name}, batch {batch}", forward, name, batch)
-
-    def loop(name, in_thread):
-        network = ddpm_numpy.Network(paths[name], ORT_DEVICE)
-        with ThreadPoolExecutor(1) as pool:
-            draw = ddpm_numpy.noise_of(0, 0, (64, *network.shape))
-            draw, count = ahead(draw, pool) if in_thread else draw, 5 if args.tiny else 100
-            began = time.perf_counter()
-            chain = ddpm_numpy.sample_progressive(
-                network, draw, network.betas, network.variance, count, "ddpm"
-            )
-            *_, (_, _, x0) = chain
-            seconds = time.perf_counter() - began
-        return f"{1000 * seconds / count:.2f} | {x0.sum():.3f}"
-
-    report.head("Algorithm 2, 64 images", "ms a step", "sum of the images")
-    for name, in_thread in itertools.product(names, (False, True)):
-        where = "the next z drawn in a thread" if in_thread else "as in sample.py"
-        report.row(f"{name}, {where}", loop, name, in_thread)
-
-
-def ahead(draw_noise, pool):
-    """Return a draw_noise that has the next z drawn in a thread."""
-    waiting = [pool.submit(draw_noise)]
-
-    def draw():
-        waiting.append(pool.submit(draw_noise))
-        return waiting.pop(0).result()
-
-    return draw
-
-
-def compiling(report, args):
-    """Time the compiled step, and compare its gradient."""
-    if not args.tiny and not can_compile(DEVICE):
-        return report.say("not run: Triton, a C compiler or Python.h is missing, or an old card")
-    steps(report, args, compile_too=True)
-    gradients(report, args, compile_too=True)
+    report.head("a step of Algorithm 2", "ms", "hours for 50,000 images in 1000 steps")
+    for name, batch in (("torch", 64), ("torch", 512), ("float32.onnx", 64), ("float16.onnx", 64)):
+        report.row(f"{name}, batch {batch}", loop, name, batch)
 
 
 def tests(report, args):
@@ -371,15 +308,13 @@ def tests(report, args):
         report.row("pytest -m gpu", report.program, "pytest", 120, *flags)
     if torch.cuda.device_count() < 2 and not args.tiny:
         return report.say("| two processes | not run: one card only |")
-    words = ["--data", args.out / "images", "--out", args.out / "two", "--steps", 20]
-    words += TINY if args.tiny else ["--batch", 256]
-    words += ["--device", DEVICE.type]
-    launch = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
-    words = [*launch, HERE.parent / "train.py", *words]
-    return report.row("two processes", report.program, "two", 120, *words)
+    words = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+    words += [HERE.parent / "train.py", "--data", args.out / "images", "--out", args.out / "two"]
+    words += ["--steps", 20, "--device", DEVICE.type, *(TINY if args.tiny else ["--batch", 256])]
+    report.row("two processes", report.program, "two", 120, *words)
 
 
-PARTS = machine, gradients, steps, preview, programs, sampling, tests, compiling
+PARTS = machine, gradients, steps, preview, programs, sampling, tests
 
 
 def main():
@@ -396,14 +331,18 @@ def main():
         parser.error(f"{args.out} exists; choose a new folder")
     args.out.mkdir(parents=True)
     args.amp = args.tiny or has_bfloat16(DEVICE)
+    args.compile = compiled if can_compile(DEVICE) else None
+    if args.tiny:
+        args.compile = functools.partial(torch.compile, backend="eager", dynamic=False)
     report = Report(args.out, args.minutes)
     for part in PARTS:
-        report.say(f"\n## {part.__name__}\n")
+        report.say(f"\n## {part.__name__}")
         try:
             part(report, args)
         except (Exception, SystemExit):
             report.failed.append(part.__name__)
             report.say(traceback.format_exc())
+        torch.cuda.empty_cache()  # the programs need memory, too
     sys.exit(f"failed: {', '.join(report.failed)}" if report.failed else 0)
 
 

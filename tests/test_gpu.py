@@ -1,5 +1,6 @@
 """benchmarks/gpu.py, every part of which runs on a CPU too, and what other benchmarks save."""
 
+import math
 import os
 import re
 import runpy
@@ -19,13 +20,23 @@ def test_every_part_of_the_report_runs_on_a_cpu(tmp_path):
     assert re.findall(r"^## (.*)", said, re.M) == [part.__name__ for part in gpu.PARTS]
     assert "failed" not in said and "skipped" not in said
     assert (tmp_path / "gpu-report" / "report.md").read_text() == said
-    assert len(re.findall(r"^\| batch .* \| [\d.]+ \|", said, re.M)) == 7
     assert "| float32 | 0.0e+00 |" in said  # the gradient
+    steps = re.findall(r"^\| batch .* \| ([\d.]+) \| ([\d.]+) \| [\d.]+ \|", said, re.M)
+    assert len(steps) == 4
+    for ms, hours in steps:
+        assert float(hours) == pytest.approx(800_000 * float(ms) / 3.6e6, abs=0.01)
     assert len(re.findall(r"^\| train.py, (interrupted|resumed) \| \d+ s \|", said, re.M)) == 2
-    plain, threaded = re.findall(r"^\| float32, .* \| [\d.]+ \| (-?[\d.]+) \|", said, re.M)
-    assert plain == threaded
-    for kind in ("float32", "float16"):
-        assert Image.open(tmp_path / "gpu-report" / f"samples-{kind}.png").width > 64
+    kinds = {"torch": 0.03, "float32.onnx": 1e-5, "float16.onnx": 0.01}
+    for kind, bound in kinds.items():
+        (errors,) = re.findall(rf"^\| {kind} \|((?: [\d.e-]+ \|){{5}})$", said, re.M)
+        assert all(0 < float(error) < bound for error in errors.replace("|", "").split())
+        name = f"samples-{kind.removesuffix('.onnx')}.png"
+        assert Image.open(tmp_path / "gpu-report" / name).width > 64
+    draws = re.findall(r"^\| (\S+), batch (\d+) \| ([\d.]+) \| ([\d.]+) \|$", said, re.M)
+    assert [kind for kind, *_ in draws] == ["torch", *kinds]
+    for _, batch, ms, hours in draws:
+        batches = math.ceil(50_000 / int(batch))
+        assert float(hours) == pytest.approx(batches * 1000 * float(ms) / 3.6e6, abs=0.01)
 
 
 def test_failures_and_hanging_programs_leave_the_other_rows(tmp_path, capsys):
