@@ -8,7 +8,14 @@ import torch
 from beyond import as_eps, guided, sample_progressive
 from ddpm import Diffusion
 from ddpm_numpy import Network
-from support.device import can_compile, choose_device, compiled, to_device, uses_bfloat16
+from support.device import (
+    can_compile,
+    choose_device,
+    compiled,
+    prefer_speed,
+    to_device,
+    uses_bfloat16,
+)
 from support.trained import load
 
 
@@ -32,6 +39,8 @@ class TorchNetwork:
         self.betas, self.variance = trained.betas, trained.variance
         self.shape, self.classes = trained.shape, list(trained.classes)
         self.amp = uses_bfloat16(trained.predicts, self.device, amp)
+        if self.amp:
+            prefer_speed()
         self.provider = f"{self.device}, {'bfloat16' if self.amp else 'float32'}"
         self.model, self.batch = trained.model.to(self.device), batch
         calls = images // batch * (steps or len(self.betas))

@@ -526,10 +526,6 @@ def test_printed_commands_are_quoted_for_the_shell(name, said, monkeypatch):
     assert cli.command("train.py", "--data", "my images") == f"train.py {said}"
 
 
-def test_command_after_training_names_a_file(tiny, tmp_path):
-    assert f"--onnx {tmp_path.name}.onnx" in tiny("--steps", 1, "--out", ".")
-
-
 def test_mistyped_path_is_not_looked_up_on_the_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "support.pretrained", None)
     for name in ("run1/chekpoint", "runs/best", "mine"):

@@ -104,6 +104,7 @@ def test_device_computes_everything_but_the_noise(coloured, monkeypatch):
     meta = torch.device("meta")
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # no meta
     monkeypatch.setattr(torch_network, "choose_device", lambda name: meta)
+    monkeypatch.setattr(torch_network, "uses_bfloat16", lambda *_: True)
     network, shape = TorchNetwork(coloured, "meta", amp=True, batch=2), (2, 3, 8, 8)
     assert network.provider == "meta, bfloat16"
     image, x_T = np.zeros(shape[1:], np.float32), np.zeros(shape, np.float32)
