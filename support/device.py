@@ -75,7 +75,8 @@ def prefer_speed():
 
 def prefer_accuracy():
     """Compute float32 as float32, whereas cuDNN's convolutions use TF32 by default."""
-    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def can_compile(device):

@@ -15,6 +15,7 @@ from PIL import Image
 import evaluate
 from ddpm import Diffusion, linear_betas
 from images import from_pixels
+from support import device
 from support.data import demo_images, read_folder
 from support.plot import figure_class
 from support.trained import load
@@ -71,12 +72,12 @@ def test_bound_and_curve_are_those_of_ddpm_py(network, image_folder, tmp_path, m
 
 def test_float32_is_not_rounded_to_tf32(measure):
     """Which cuDNN does in convolutions, and torch in products of matrices if it is told to."""
-    settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    for operation in settings:
-        operation.fp32_precision = "tf32"
-    with warnings.catch_warnings(action="error"):  # torch deprecates older ways to say it
+    device.prefer_speed()
+    torch.backends.cudnn.allow_tf32 = True
+    with warnings.catch_warnings(action="error"):  # torch may deprecate a way to say it
         measure("--images", 1)
-    assert [operation.fp32_precision for operation in settings] == ["ieee", "ieee"]
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_without_data_it_is_the_demo(network, tmp_path, run):

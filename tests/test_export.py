@@ -61,7 +61,9 @@ def test_onnx_file_is_what_it_promises(kind, files):
         shape = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
         found[value.name] = tensor.elem_type, shape
     assert found == {"x_t": image, "t": (TensorProto.INT64, ["batch"]), "eps": image}
-    assert {p.key: p.value for p in proto.metadata_props} == {
+    metadata = {p.key: p.value for p in proto.metadata_props}
+    answer = np.array(json.loads(metadata.pop("ddpm.eps_of_example")))
+    assert metadata == {
         "ddpm.betas": json.dumps(linear_betas().tolist()), "ddpm.variance": "small",
         "ddpm.image_shape": "[3, 8, 8]", "ddpm.step": "7", "ddpm.source": "a test",
     }  # fmt: skip
@@ -72,6 +74,8 @@ def test_onnx_file_is_what_it_promises(kind, files):
     for trace in (b"site-packages", str(HERE).encode(), b"ddpm.py", b"stack_trace"):
         assert trace not in content
     eps = reduced.eps_of(path)
+    x_t, t = map(torch.from_numpy, ddpm_numpy.example((3, 8, 8), 1000))
+    np.testing.assert_allclose(answer, eps(x_t, t).flatten()[::3], rtol=0, atol=1e-4)
     for batch in (1, 2, 3):
         out = eps(randn(batch, 3, 8, 8), torch.full((batch,), 500))
         assert out.dtype == torch.float32 and out.shape == (batch, 3, 8, 8)
