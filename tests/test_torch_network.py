@@ -157,7 +157,8 @@ def test_bfloat16_is_used_where_training_uses_it(coloured, monkeypatch):
         for amp in (True, False):
             network = TorchNetwork(coloured, "cpu", amp)
             eps = network.eps(torch.from_numpy(x), t)
-            assert eps.dtype == torch.float32 and network.amp == amp
+            output = network.forward(torch.from_numpy(x), t)
+            assert eps.dtype == output.dtype == torch.float32 and network.amp == amp
             assert torch.equal(eps, exact) == (not amp)
 
 
