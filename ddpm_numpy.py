@@ -136,7 +136,7 @@ def sa_solver_step(abar, order=3):
     nodes, estimates, start = [], [], None  # the latest first; where the last step began
 
     def solve(x, s, t):
-        """Return x_t of the exact solution that passes through x at s."""
+        """Return x at the level t, from x at the level s."""
         weights = node_weights(nodes, lam[s], lam[t])
         x = spread[t] / spread[s] * x
         for weight, x0 in zip(weights, estimates, strict=True):

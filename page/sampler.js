@@ -122,7 +122,7 @@ function saSolverStep(abar, order = 3) {
   const signal = abar.map(Math.sqrt), spread = abar.map((value) => Math.sqrt(1 - value));
   const nodes = [], estimates = []; // the latest first
   let start = null; // where the last step began
-  const solve = (x, s, t) => { // x_t of the exact solution that passes through x at s
+  const solve = (x, s, t) => { // x at the level t, from x at the level s
     const weights = nodeWeights(nodes, lambda[s], lambda[t]);
     return x.map((value, k) => estimates.reduce(
       (sum, x0, n) => sum + signal[t] * weights[n] * x0[k], (spread[t] / spread[s]) * value));
