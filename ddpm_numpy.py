@@ -249,9 +249,10 @@ def open_session(path, device, options):
     try:
         session = ort.InferenceSession(path, options, providers=providers)
     except Exception as error:  # ONNX Runtime raises many kinds
+        if device == "auto" and len(providers) > 1:  # the card may be full, for example
+            print(f"{path}: CUDA fails: {str(error)!a}; the CPU computes instead", file=sys.stderr)
+            return open_session(path, "cpu", options)
         raise ValueError(f"{path} can't be opened by ONNX Runtime: {str(error)!a}") from None
-    if device == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
-        raise ValueError("ONNX Runtime can't use CUDA; see Accelerators in docs/guide.md")
     return session
 
 
@@ -315,6 +316,8 @@ class Network:
         if fault:
             raise ValueError(f"{path}: CUDA {fault}; see Accelerators in docs/guide.md")
         self.provider = self.session.get_providers()[0]  # the CPU if CUDA does not load
+        if device == "cuda" and self.provider != "CUDAExecutionProvider":
+            raise ValueError("ONNX Runtime can't use CUDA; see Accelerators in docs/guide.md")
 
     def fault_of_provider(self, values):
         """Return what is wrong with eps of the `example`, None if it is right, or from the CPU.

@@ -206,16 +206,18 @@ def draw_batch(network, args, y, batch, known, bar, frames):
     """
     draw_noise = noise_of(args.seed, batch.start, (batch.stop - batch.start, *network.shape))
     options = {"steps": args.steps, "sampler": args.sampler, "eta": args.eta, "known": known}
-    start_time = time.monotonic()
-    kept = {*np.linspace(0, args.steps - 1, FRAMES).round().astype(int)}
+    clock, kept = [], {*np.linspace(0, args.steps - 1, FRAMES).round().astype(int)}
     y = None if y is None else y[batch]
     chain = network.reverse(y, args.guidance, draw_noise, network.betas, **options)
     for i, (_, x, x0) in enumerate(chain):
         if frames is not None and i in kept:
             frames.append((pixels_of(x[:GRID]), pixels_of(x0[:GRID])))
         bar.update()
-        if bar.n == 5:
-            estimate_time(bar, time.monotonic() - start_time, args.steps)
+        if bar.n in (1, 6):  # in the first step, a GPU may compile or choose its kernels
+            pixels_of(x0[:1])  # waits for the GPU
+            clock.append(time.monotonic())
+        if bar.n == 6 and args.steps > 50:
+            estimate_time(bar, (clock[1] - clock[0]) / 5, args.steps)
     return pixels_of(x0)
 
 
@@ -291,9 +293,12 @@ def begin_folder(args, network, paths):
 
 
 def estimate_time(bar, seconds, steps):
-    """Print how long all steps will take if it is more than a minute, and how long 10 would."""
-    seconds *= bar.total / bar.n
-    if seconds > 60 and steps > 50:
+    """Print how long all steps will take if it is more than a minute, and how long 10 would.
+
+    seconds: of one step.
+    """
+    seconds *= bar.total
+    if seconds > 60:
         bar.write(f"about {seconds / 60:.0f} min; --steps 10: about {seconds * 10 / steps:.0f} s")
 
 

@@ -70,13 +70,14 @@ def uses_bfloat16(predicts, device, asked=None):
 def prefer_speed():
     """Use TF32 for products that stay float32, and let cuDNN choose algorithms by timing them."""
     torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True  # batches always have the same shape
 
 
 def prefer_accuracy():
     """Compute float32 as float32, whereas cuDNN's convolutions use TF32 by default."""
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = False, True
 
 
 def can_compile(device):

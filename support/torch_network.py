@@ -12,6 +12,7 @@ from support.device import (
     can_compile,
     choose_device,
     compiled,
+    prefer_accuracy,
     prefer_speed,
     to_device,
     uses_bfloat16,
@@ -39,8 +40,7 @@ class TorchNetwork:
         self.betas, self.variance = trained.betas, trained.variance
         self.shape, self.classes = trained.shape, list(trained.classes)
         self.amp = uses_bfloat16(trained.predicts, self.device, amp)
-        if self.amp:
-            prefer_speed()
+        (prefer_speed if self.amp else prefer_accuracy)()
         self.provider = f"{self.device}, {'bfloat16' if self.amp else 'float32'}"
         self.model, self.batch = trained.model.to(self.device), batch
         calls = images // batch * (steps or len(self.betas))

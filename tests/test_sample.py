@@ -191,6 +191,34 @@ def test_cuda_must_agree_with_the_eps_of_the_file(compute, fault, program, monke
     assert "wrong by 2%" in program("-n", 1) or fault
 
 
+def test_cuda_that_does_not_start_or_gives_up_is_not_used(trained, program, monkeypatch):
+    """auto uses the CPU; cuda ends in a line, also if ONNX Runtime itself turns to the CPU."""
+    import onnxruntime
+
+    complete = onnxruntime.InferenceSession
+
+    class Session:
+        def __new__(cls, path, options=None, providers=()):
+            if full and len(providers) > 1:
+                raise Full("Failed to allocate memory")
+            return complete(path, options, providers=["CPUExecutionProvider"])
+
+    class Full(Exception):
+        """Neither a RuntimeError nor a ValueError, like those of ONNX Runtime."""
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    available = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    monkeypatch.setattr(ddpm_numpy.shutil, "which", lambda name: name)
+    full = True
+    said = program("-n", 1)
+    assert "CUDA fails: 'Failed to allocate memory'; the CPU computes instead" in said
+    assert "can't be opened by ONNX Runtime" in program("-n", 1, "--device", "cuda", code=1)
+    full = False
+    assert "ONNX Runtime can't use CUDA" in program("-n", 1, "--device", "cuda", code=1)
+
+
 def test_changed_answer_is_refused_on_cuda_only(trained, run, tmp_path, monkeypatch):
     """Files of earlier versions, without an answer, are opened."""
     proto, complete = onnx.load(trained[0] / "model.onnx"), ddpm_numpy.open_session
@@ -322,8 +350,8 @@ def test_samples_that_are_not_finite_are_not_saved(image_folder, tmp_path, progr
 def test_long_sampling_says_what_fewer_steps_would_take(program, monkeypatch):
     clock = iter(range(0, 10**6, 5))
     monkeypatch.setattr(sample.time, "monotonic", lambda: next(clock))
-    said = program("-n", 2, "--steps", 100)
-    assert len(re.findall(r"about 2 min; --steps 10: about \d\d s", said)) == 1
+    said = program("-n", 2, "--steps", 100)  # the clock is read after steps 1 and 6
+    assert len(re.findall(r"about 2 min; --steps 10: about 10 s", said)) == 1
     assert "--steps 10" not in program("-n", 2, "--steps", 20)
 
 
