@@ -99,7 +99,7 @@ def arguments():
     args = parser.parse_args()
     if args.amp is not None and not args.checkpoint:
         parser.error("--amp needs --checkpoint")
-    args.onnx = args.onnx or "model.onnx"
+    args.source = args.checkpoint or args.onnx or "model.onnx"
     if min(args.batch, 1 if args.n is None else args.n) < 1 or args.seed < 0:
         parser.error("-n and --batch must be at least 1, and --seed at least 0")
     if (args.n or 1) > GRID and not args.dir:
@@ -114,8 +114,7 @@ def arguments():
         parser.error("--guidance must be a finite number")
     if args.eta is not None and (args.sampler not in (None, "ddim") or not 0 <= args.eta <= 1):
         parser.error("--eta must be from 0 to 1, and is only for --sampler ddim")
-    network = args.checkpoint or args.onnx
-    inputs = *(args.inpaint or ()), *(args.interpolate or ()), network
+    inputs = *(args.inpaint or ()), *(args.interpolate or ()), args.source
     outputs = [
         path for path in (args.out, args.gif, args.strip, args.dir and args.dir / NOTE) if path
     ]
@@ -164,14 +163,12 @@ def open_network(args):
     the loop that yields (t, x_t, x0_hat).
     """
     if not args.checkpoint:
-        return Network(args.onnx, args.device)
+        return Network(args.source, args.device)
     try:
         from support.torch_network import TorchNetwork
     except ModuleNotFoundError as error:
         sys.exit(f"sample.py: --checkpoint needs {error.name}; see requirements.txt")
-    return TorchNetwork(
-        args.checkpoint, args.device, args.amp, args.n or 64, args.batch, args.steps
-    )
+    return TorchNetwork(args.checkpoint, args.device, args.amp, args.n or 0, args.batch, args.steps)
 
 
 def draw_interpolation(network, args, y):
@@ -326,7 +323,6 @@ def strip(frames):
 def draw(args):
     """Open the network, and draw what the flags ask for."""
     args.classes = args.classes and list(dict.fromkeys(args.classes))  # each has one row
-    source = args.checkpoint or args.onnx
     try:
         network = open_network(args)
         classes = len(args.classes or network.classes)
@@ -335,7 +331,7 @@ def draw(args):
     except ValueError as error:
         sys.exit(f"sample.py: {error}")
     if bad := [name for name in network.classes if not is_folder_name(name)]:  # of --dir
-        sys.exit(f"sample.py: {source}: a class must not be named {bad[0]!r}")
+        sys.exit(f"sample.py: {args.source}: a class must not be named {bad[0]!r}")
     T = len(network.betas)
     args.steps = T if args.steps is None else args.steps
     args.t = args.t or [T // 5]
@@ -345,7 +341,7 @@ def draw(args):
         sys.exit("sample.py: --guidance needs classes, but the network has no classes")
     name = network.provider.removesuffix("ExecutionProvider")
     hint = "; to use a GPU, see Accelerators in docs/guide.md"
-    print(f"{source} on {name}{hint if name == 'CPU' and args.device == 'auto' else ''}")
+    print(f"{args.source} on {name}{hint if name == 'CPU' and args.device == 'auto' else ''}")
     (draw_interpolation if args.interpolate else draw_samples)(network, args, y)
 
 

@@ -259,8 +259,6 @@ def programs(report, args):
 @torch.no_grad()
 def sampling(report, args):
     """Compare eps on the device with float32 in torch on the CPU, and time Algorithm 2."""
-    torch.backends.cudnn.benchmark = False  # as when sample.py begins
-    torch.set_float32_matmul_precision("highest")
     run, random = args.out / "run", torch.Generator().manual_seed(0)
     reference, inputs = TorchNetwork(run, "cpu", amp=False), []
     x0 = torch.from_numpy(demo_images()[:64]) / 127.5 - 1

@@ -35,7 +35,7 @@ class TorchNetwork:
 
     labels = Network.labels
 
-    def __init__(self, path, device="auto", amp=None, images=64, batch=64, steps=None):
+    def __init__(self, path, device="auto", amp=None, images=0, batch=64, steps=None):
         trained, self.device = load(path), choose_device(device)
         self.betas, self.variance = trained.betas, trained.variance
         self.shape, self.classes = trained.shape, list(trained.classes)
