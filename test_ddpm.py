@@ -1,6 +1,6 @@
 """The proof that ddpm.py is the paper: each equation against a closed form or a second derivation.
 
-pytest                # all tests, those of beyond.py and of the programs in tests/ included
+pytest                # all tests, also those in tests/, except the slow, page and gpu ones
 pytest test_ddpm.py   # the paper alone
 
 The tests stand in the order of ddpm.py. Numbers in parentheses are the paper's equation numbers.
@@ -244,6 +244,37 @@ def test_bound_of_gaussian_data_is_the_closed_form(variance):
     abar_T = abar[-1].item()
     L_T = (abar_T * x0.square().mean().item() - abar_T - math.log1p(-abar_T)) / 2 / math.log(2)
     assert bound.L_T.mean().item() == pytest.approx(L_T, rel=1e-3)
+
+
+def test_bound_is_an_area_under_the_squared_error_of_x0_hat():
+    """With the small variance: L_{t-1} = (SNR_{t-1} - SNR_t) |x_0 - x0_hat|^2 / 2 for t > 1."""
+    d = Diffusion(linear_betas(), "small")
+    snr = d.alphas_bar / (1 - d.alphas_bar)
+    widths = (snr[:-1] - snr[1:]) / 2
+    of_error = (d.posterior_x0**2 / (2 * d.posterior_variance))[1:]  # by (7) and (8)
+    torch.testing.assert_close(of_error, widths, rtol=1e-11, atol=0)
+    bound = d.vlb(wobbly, randn(4, 3, 8, 8).clamp(-1, 1), seeded())
+    terms = widths * bound.mse[:, 1:] / math.log(2)
+    # In float32, x0_hat changes the mean (7) at large t by little more than the rounding.
+    torch.testing.assert_close(bound.L_t[:, 1:], terms, rtol=1e-3, atol=0)
+    torch.testing.assert_close(bound.L_t[:, 1:500], terms[:, :499], rtol=1e-5, atol=0)
+
+
+def test_with_many_steps_only_the_ends_of_the_schedule_matter():
+    """For Gaussian data, the terms t > 1 tend to an integral over the SNR between the ends."""
+    ends = PAPER.alphas_bar[[-1, 0]].logit()  # log SNR
+    noisy, clean = (1 + S**2 * ends.exp()).log2() / 2
+    for power in (1, 2):  # two schedules between the same ends
+        excess = []
+        for n in (1000, 10_000):
+            log_snr = ends[1] - (ends[1] - ends[0]) * torch.linspace(0, 1, n).double() ** power
+            abar = log_snr.sigmoid()
+            d = Diffusion(1 - abar / torch.cat([torch.ones(1), abar[:-1]]), "small")
+            left = S**2 * (1 - abar) / (abar * S**2 + 1 - abar)  # the error of the best network
+            terms = d.posterior_x0**2 / (2 * d.posterior_variance) * left / math.log(2)
+            excess.append((terms[1:].sum() - (clean - noisy)).item())
+        assert 0 < excess[0] < 0.06
+        assert excess[0] / excess[1] == pytest.approx(10, rel=0.05)
 
 
 def algorithm_2(abar, abar_prev, variance):

@@ -13,6 +13,7 @@ import beyond
 import ddpm_numpy
 from beyond import as_eps, cosine_betas, guided, loss_weights, respaced
 from ddpm import Diffusion, linear_betas
+from exact import exact_network
 from test_ddpm import M, S, algorithm_2, best_network, mean_and_deviation, sample_moments, wobbly
 
 OUTPUTS = "eps", "mean", "x0", "v"
@@ -388,6 +389,47 @@ def test_order_of_sa_solver(order, correct):
     chains = (respaced(PAPER, None, n)[0] for n in (20, 200))
     rough, fine = (error_of(step, chain.alphas_bar, 0.5) for chain in chains)
     assert math.log10(rough / fine) == pytest.approx(1, abs=0.3)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("steps", [10, 100])
+def test_ddim_is_euler_in_the_coordinates_of_flow_matching(steps, clip):
+    """In z = (1 - tau) x_0 + tau eps, a multiple of x_t, with the velocity eps_hat - x0_hat."""
+    (chain, eps, _), x_T = respaced(PAPER, wobbly, steps), randn(4, 1, 4, 4).double()
+    signal, spread = chain.sqrt_alphas_bar, chain.sqrt_one_minus_alphas_bar
+    scale, tau = signal + spread, spread / (signal + spread)
+    # If u is wrong, x0_hat = z - tau u is off by tau times as much: its weight in the loss of u.
+    snr = chain.alphas_bar / (1 - chain.alphas_bar)
+    close(1 / tau**2, (1 + snr.sqrt()) ** 2, 1e-12)
+    z = x_T / scale[-1]
+    for i in reversed(range(steps)):
+        noise = eps(scale[i] * z, torch.full((4,), i))
+        x0 = (z - tau[i] * noise) / (1 - tau[i])
+        x0 = x0.clamp(-1, 1) if clip else x0
+        noise = (z - (1 - tau[i]) * x0) / tau[i]
+        z = z + (tau[i - 1] - tau[i]) * (noise - x0)
+    close(beyond.sample(PAPER, wobbly, x_T.shape, steps, "ddim", x_T=x_T, clip=clip), x0)
+
+
+@pytest.mark.parametrize(
+    "steps, sampler, expected",
+    [(1000, "ddim", -0.672), (100, "ddim", -0.676), (50, "sa-solver", -0.671)],
+)
+def test_without_noise_quantiles_stay_quantiles(steps, sampler, expected):
+    """One image of four is at -1: a sample is there if x_T is below its 25 % quantile.
+
+    This is -0.674 for N(0, 1), and -0.671 for q(x_T). The image at -1 is the nearest wherever
+    x_T < 0, but the three images at +1 have more weight together.
+    """
+    x_T, images = torch.linspace(-0.8, 0.1, 901), torch.tensor([-1.0, 1.0, 1.0, 1.0])
+    x_T = x_T.view(-1, 1, 1, 1)
+    network = exact_network(PAPER, images.view(4, 1, 1, 1))
+    x0 = beyond.sample(PAPER, network, x_T.shape, steps, sampler, x_T=x_T).flatten()
+    close(x0.abs(), torch.ones(901), 0.05)
+    is_lone = x0 < 0
+    assert not (is_lone[1:] > is_lone[:-1]).any()  # paths do not cross
+    threshold = x_T.flatten()[is_lone].max().item() + 0.0005  # the middle of two x_T
+    assert threshold == pytest.approx(expected, abs=0.001)
 
 
 # ----------------------------------------------------------------------------------------- guidance
