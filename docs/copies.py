@@ -1,13 +1,17 @@
 """Why samples are not copies of the training images: measurements on Fashion-MNIST.
 
-    python docs/copies.py --data fashion-mnist --runs runs    # about 40 minutes on two cores
+    python docs/copies.py --data fashion-mnist                # minutes: transition.png
+    python docs/copies.py --data fashion-mnist --runs runs    # also copies.png, 40 minutes more
+    python docs/copies.py --data images --samples samples     # how near each sample is to an image
 
 The folder fashion-mnist has the images in train/ and test/. The program compares the included
-network with the exact one of its 60,000 training images. It trains ten small networks, on two
-disjoint sets for each of five sizes, prints the numbers of beyond.md, and draws copies.png.
+network with the exact ones of 100 to 60,000 training images. With --runs, it trains ten small
+networks, on two disjoint sets for each of five sizes. It prints the numbers of beyond.md. With
+--samples, it only prints the distance from each sample to its nearest image in --data.
 """
 
 import argparse
+import math
 import os
 import random
 import subprocess
@@ -15,6 +19,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 
@@ -24,14 +29,15 @@ sys.path.insert(0, str(HERE.parent))
 from beyond import sample  # noqa: E402
 from ddpm import Diffusion, linear_betas  # noqa: E402
 from ddpm_numpy import Network  # noqa: E402
-from docs.make_figures import FIGURES, PAGE, plot, show  # noqa: E402
+from docs.make_figures import FIGURES, PAGE, save_sheet  # noqa: E402
 from exact import exact_network, squared_error  # noqa: E402
 from images import from_pixels  # noqa: E402
-from support.data import read_folder  # noqa: E402
+from support.data import image_files, read_folder  # noqa: E402
 from support.trained import load  # noqa: E402
 
 SIZES, STEPS = (100, 300, 1_000, 10_000, 30_000), 4_000
-TIMES = (0, 5, 20, 50, 100, 200, 300, 400, 500, 600, 700, 850, 999)
+TIMES = (0, 5, 20, 50, 100, 200, 250, 300, 350, 400, 450, 500, 550, 600, 700, 850, 999)
+EXACT = (100, 1_000, 10_000, 60_000)  # images of the exact networks
 TRAIN = "--quick --image-size 16 --no-flip --preview-every 1000000".split()
 
 
@@ -85,43 +91,87 @@ def nearest(x, images):
     return index, 127.5 * distance / x[0].numel() ** 0.5
 
 
-def included_and_exact(data):
-    """Compare both networks on 512 training images and 512 test images, at each of TIMES."""
-    diffusion, network = (
-        Diffusion(linear_betas()),
-        Network(PAGE / "fashion-mnist.onnx", "cpu"),
-    )
+def print_nearest(folder, data):
+    """Print how far each image of a folder is from its nearest image of the data, nearest first."""
+    paths, images = image_files(folder)[0], from_pixels(torch.from_numpy(read_folder(data, 32)[0]))
+    samples = from_pixels(torch.from_numpy(read_folder(folder, 32, images.shape[1])[0]))
+    _, distance = nearest(samples, images)
+    for value, path in sorted(zip(distance.tolist(), paths, strict=True)):
+        print(f"{value:5.1f}  {path}")
+    apart = torch.cdist(images.flatten(1), images.flatten(1)).fill_diagonal_(torch.inf).amin(1)
+    apart = 127.5 * apart.median() / images[0].numel() ** 0.5
+    print(f"median {distance.median():.1f}; from an image of the data to another {apart:.1f}")
+
+
+def bits_known(diffusion, error, size):
+    """Return how many bits x_t tells about an image of `size` values, (T,), by a network's error.
+
+    error: the squared error of eps at every t, (T,). The bits are the rate with the small variance:
+    the area under half the squared error of x0_hat against the SNR, from T to t.
+    """
+    snr = diffusion.alphas_bar / (1 - diffusion.alphas_bar)
+    terms = (snr[:-1] - snr[1:]) * error[1:] / snr[1:] / (2 * math.log(2))
+    return size * torch.cat([terms.flip(0).cumsum(0).flip(0), torch.zeros(1)])
+
+
+def at_every_t(values):
+    """Return the errors at TIMES, interpolated on a logarithmic scale, (T,)."""
+    log_values = np.log(np.maximum(values, 1e-30))
+    return torch.from_numpy(np.exp(np.interp(np.arange(1000), TIMES, log_values)))
+
+
+def draw_transition(path, data):
+    """Compare the included network with exact ones: print their errors, and draw them against t.
+
+    N images can stand in for all possible ones only where x_t tells less than log2 N bits about
+    x_0. The dotted lines show from which t on that is so, by the error of the included network on
+    test images.
+    """
+    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+    axes, diffusion = figure.subplots(), Diffusion(linear_betas())
+    network = Network(PAGE / "fashion-mnist.onnx", "cpu")
     images, unseen = read(data / "train", 32), read(data / "test", 32)
     generator = torch.Generator().manual_seed(0)
-    seen = images[torch.randperm(len(images), generator=generator)[:512]]
+    images = images[torch.randperm(len(images), generator=generator)]
     unseen = unseen[torch.randperm(len(unseen), generator=generator)[:512]]
-    models = {
-        "included": lambda x, t: torch.from_numpy(network(x.numpy(), t.numpy())),
-        "exact": exact_network(diffusion, images),
-    }
-    return {
-        f"{name} network, {kind} images": errors(diffusion, model, x0)
-        for name, model in models.items()
-        for kind, x0 in (("training", seen), ("test", unseen))
-    }
 
+    def included(x, t):
+        return torch.from_numpy(network(x.numpy(), t.numpy()))
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True, help="with train/ and test/")
-    parser.add_argument("--runs", type=Path, required=True, help="where the runs are, or will be")
-    parser.add_argument("--out", type=Path, default=FIGURES / "copies.png", help="[docs/figures]")
-    args = parser.parse_args()
+    def compare(name, model, n):
+        """Print and return the errors on at most 512 of n training images, and on test images."""
+        found = [errors(diffusion, model, x0) for x0 in (images[: min(n, 512)], unseen)]
+        for kind, values in zip(("training", "test"), found, strict=True):
+            print(*(f"{e:.5f}" for e in values), f"{name}, {kind} images", sep="\t")
+        return found
 
-    sets = split(args.data, args.runs)
-    trained, test = train(sets, args.runs), read(args.data / "test", 16)[:512]
-    curves = included_and_exact(args.data)
     print("t", *TIMES, sep="\t")
-    for name, values in curves.items():
-        print(*(f"{value:.5f}" for value in values), name, sep="\t")
+    _, of_included = compare("included network", included, len(images))
+    axes.plot(TIMES, of_included, "k", label="included network, test images")
+    bits = bits_known(diffusion, at_every_t(of_included), unseen[0].numel())
+    for k, n in enumerate(EXACT):
+        colour, model = f"C{k}", exact_network(diffusion, images[:n])
+        seen, other = compare(f"exact network of {n}", model, n)
+        axes.plot(TIMES, seen, colour, label=f"exact, its {n:,} images")
+        axes.plot(TIMES, other, colour, linestyle="--")
+        known = (bits > math.log2(n)).nonzero().max().item()
+        half = (at_every_t(seen) < at_every_t(of_included) / 2).nonzero().max().item()
+        axes.axvline(known, color=colour, linestyle=":")
+        print(f"  log2 {n} = {math.log2(n):.1f} bits are known at t = {known}; the error on its "
+              f"images is half that of the included network at t = {half}")  # fmt: skip
+    print("bits known:", *(f"{bits[t]:.1f} at t = {t}," for t in range(300, 601, 50)))
+    axes.plot([], [], "0.5", linestyle="--", label="the same, test images")
+    axes.plot([], [], "0.5", linestyle=":", label="$x_t$ tells $\\log_2 N$ bits")
+    axes.set(xlabel="t", ylabel="squared error of the noise", yscale="log", ylim=(1e-4, 100))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
 
+
+def draw_copies(path, data, runs):
+    """Train the ten networks, print how far their samples are from images, and draw samples."""
+    sets = split(data, runs)
+    trained, test = train(sets, runs), read(data / "test", 16)[:512]
     x_T = torch.randn(128, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     rows, names = [], []
     for n in SIZES:
@@ -146,14 +196,24 @@ def main():
         rows += [samples[0][:10], images[index[:10]], samples[1][:10]]
         names += [f"{n:,} images", "the nearest of them", f"{n:,} others"]
 
-    figure = Figure(figsize=(10, 7.6), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(4, 5))
-    scales = {"yscale": "log", "ylim": (1e-5, 100)}
-    curves = {name: (TIMES, values) for name, values in curves.items()}
-    plot(left, curves, "t", "squared error of the noise", **scales)
-    left.set_box_aspect(1.2)
-    show(right, torch.stack(rows).clamp(-1, 1).numpy(), rows=names)
-    figure.savefig(args.out, dpi=100)
+    save_sheet(path, torch.stack(rows).clamp(-1, 1).numpy(), rows=names, inches=0.45)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="images, in train/ and test/")
+    parser.add_argument("--runs", type=Path, help="where the runs are, or will be")
+    parser.add_argument("--samples", type=Path, help="32x32 images to find in --data")
+    parser.add_argument("--out", type=Path, default=FIGURES, help="[docs/figures]")
+    args = parser.parse_args()
+
+    if args.samples:
+        return print_nearest(args.samples, args.data)
+    draw_transition(args.out / "transition.png", args.data)
+    if args.runs:
+        draw_copies(args.out / "copies.png", args.data, args.runs)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python docs/make_figures.py --data fashion-mnist/test                  # the included network
     python docs/make_figures.py --data ./test --onnx model.onnx --out figures
-    python docs/make_figures.py --data ./test --demo demo.onnx             # demo.png, floor.png
+    python docs/make_figures.py --data ./test --demo demo.onnx             # demo.png
 
 It takes about ten minutes on two cores. Every figure has a white background, so that it can be read
 on a dark page. Values of t count from 0, as in the code.
@@ -24,12 +24,12 @@ FIGURES, PAGE = HERE / "figures", HERE.parent / "page"
 sys.path.insert(0, str(HERE.parent))
 
 import ddpm_numpy  # noqa: E402
-from beyond import cosine_betas, respaced  # noqa: E402
+from beyond import cosine_betas, respaced, sample_progressive  # noqa: E402
 from ddpm import Bound, Diffusion, linear_betas  # noqa: E402
 from evaluate import rate_distortion  # noqa: E402
-from exact import exact_network, squared_error  # noqa: E402
+from exact import exact_network  # noqa: E402
 from images import from_pixels, grid, save_animation, to_pixels  # noqa: E402
-from support.data import are_right, demo_images, read_folder  # noqa: E402
+from support.data import are_right, read_folder  # noqa: E402
 
 DPI, BATCH = 100, 16
 TABLE_4 = [  # of the paper: bits per dimension, RMSE
@@ -169,18 +169,32 @@ def draw_small_steps(path):
     figure.savefig(path, dpi=DPI)
 
 
-def draw_weights(path):
-    """Plot the weights of (12), with the large variance, and of L_simple, both with mean 1."""
-    diffusion, ones, curves = Diffusion(linear_betas()), torch.ones(1, 1, 1, 1), {}
-    weights = {"the bound (12)": diffusion.bound_weights(), "$L_{simple}$ (14)": None}
-    for name, w in weights.items():
-        losses = [  # of a network whose squared error is 1
-            diffusion.loss(lambda x_t, t: 0 * x_t, ones, torch.tensor([t]), ones, w).item()
-            for t in range(diffusion.T)
-        ]
-        curves[name] = range(diffusion.T), np.array(losses) / np.mean(losses)
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    plot(figure.subplots(), curves, "t", "weight, divided by its mean", yscale="log")
+def draw_two_points(path):
+    """Draw E[x_0 | x_t] and q(x_t) of the two points at four t, and paths of DDIM."""
+    paper = Diffusion(linear_betas())
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    x, estimates, densities = torch.linspace(-3, 3, 601).double(), {}, {}
+    for t in (50, 200, 400, 700):
+        log_q = log_two(paper, t, x)
+        estimates[f"t = {t}"] = x, log_q.softmax(1) @ TWO
+        densities[f"t = {t}"] = x, log_q.exp().mean(1)
+    plot(left, estimates, "$x_t$", "$E[x_0\\mid x_t]$")
+    plot(middle, densities, "$x_t$", "$q(x_t)$")
+    middle.get_legend().remove()
+    middle.lines[-1].set_linestyle("--")  # it lies on the line before it
+    network = exact_network(paper, TWO.view(2, 1, 1, 1))
+    x_T = torch.special.ndtri((torch.arange(14).double() + 0.5) / 14)  # as probable as each other
+    chain = sample_progressive(paper, network, None, 1000, "ddim", x_T=x_T.view(14, 1, 1, 1))
+    paths = torch.stack([x_t.flatten() for _, x_t, _ in chain], 1)
+    for path_of_one in paths:
+        colour = "tab:purple" if path_of_one[-1] > 0 else "tab:olive"
+        right.plot(range(999, -1, -1), path_of_one, colour, linewidth=1)
+    right.set(xlabel="t", ylabel="$x_t$", xlim=(999, 0))
+    right.grid(alpha=0.3)
+    for axes, title in ((left, "the mean of $x_0$, given $x_t$"), (middle, "the density of $x_t$"),
+                        (right, "paths of DDIM")):  # fmt: skip
+        axes.set_title(title, fontsize=10)
     figure.savefig(path, dpi=DPI)
 
 
@@ -371,9 +385,9 @@ def draw_interpolation(path, network, pair):
 
 
 def draw_loss_and_bound(folder, network, x0, labels):
-    """Save by-t.png, the loss and L_t against t, and rate-distortion.png, the paper's figure 5.
+    """Save by-t.png, the loss and L_t against t, rate-distortion.png (figure 5), and snr.png.
 
-    With classes, both are given the labels (N,) of the images.
+    With classes, the network is given the labels (N,) of the images.
     """
 
     def eps(x_t, t, y=labels):
@@ -397,6 +411,7 @@ def draw_loss_and_bound(folder, network, x0, labels):
     print(f"  bound {bits:.3f} +- {error:.3f}, rate {bits - L_t[0]:.3f}, distortion {L_t[0]:.3f}, "
           f"RMSE {rmse[0]:.3f} on {len(x0)} images")  # fmt: skip
 
+    draw_snr(folder / "snr.png", diffusion, bound)
     figure = Figure(figsize=(8.4, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     ticks = (0, 9, 99, 299, 999)
@@ -418,6 +433,48 @@ def draw_loss_and_bound(folder, network, x0, labels):
     figure.savefig(folder / "rate-distortion.png", dpi=DPI)
 
 
+def draw_snr(path, diffusion, bound):
+    """Plot the error of x0_hat against the SNR, its cost in bits, and the weights of the losses.
+
+    With the small variance, the terms of the bound are (SNR_{t-1} - SNR_t) mse_t / 2 nats, so the
+    rate is the area under SNR mse / 2 on an axis of log SNR.
+    """
+    snr, mse = diffusion.alphas_bar / (1 - diffusion.alphas_bar), bound.mse.mean(0)
+    falls = snr[:-1] - snr[1:]  # of the step to each t > 0
+    terms = torch.cat([torch.zeros(1), falls * mse[1:] / (2 * np.log(2))])
+    _, rate, _ = rate_distortion(bound._replace(L_t=terms[None]))
+    figure = Figure(figsize=(10, 3.9), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    plot(left, {"": (snr, mse)}, "SNR", "squared error of $\\hat x_0$", yscale="log")
+    per_decade = snr * mse * np.log2(10) / 2
+    curves = {
+        "per factor of 10 in the SNR": (snr, per_decade),
+        "the terms of the bound, summed": (snr, rate),
+    }
+    plot(middle, curves, "SNR", "bits per dimension", ylim=(0, 1.4 * rate[0]))
+    middle.fill_between(snr, per_decade, alpha=0.3)
+    weights = {  # of the squared error of x0_hat, for uniform t
+        "the bound (12)": falls,
+        "$L_{simple}$ (14)": snr,
+        "v": snr + 1,
+        "$x_0$": torch.ones_like(snr),
+        "min-SNR": snr.clamp(max=5),
+    }
+    curves = {name: (snr[-len(w) :], w / w.mean()) for name, w in weights.items()}
+    scales = {"yscale": "log", "ylim": (1e-8, 1e8)}
+    plot(right, curves, "SNR", "weight, divided by its mean", **scales)
+    times = (0, 9, 99, 299, 499, 999)
+    for axes in (left, middle, right):
+        axes.set(xscale="log", xticks=(1e-4, 1e-2, 1, 1e2, 1e4))
+        if axes is not left:
+            axes.legend(fontsize=8, loc="upper left")
+        above = axes.secondary_xaxis("top")
+        above.set_xticks(snr[list(times)].tolist(), times, fontsize=8)
+        above.minorticks_off()
+        above.set_xlabel("t")
+    figure.savefig(path, dpi=DPI)
+
+
 def draw_demo(path, onnx):
     """Draw 64 samples of the demo's network, and mark the wrong ones."""
     network = ddpm_numpy.Network(onnx, "cpu")
@@ -426,31 +483,6 @@ def draw_demo(path, onnx):
     print(f"  {right.sum()} of 64 samples of the demo are right")
     frames = [divmod(k, 16) for k in np.flatnonzero(~right)]
     save_sheet(path, images.reshape(4, 16, *images.shape[1:]), frames=frames, inches=0.5)
-
-
-def draw_floor(path, onnx):
-    """Plot the loss of the demo's network and of the exact one against t."""
-    network, diffusion = ddpm_numpy.Network(onnx, "cpu"), Diffusion(linear_betas())
-    images, times = from_pixels(torch.from_numpy(demo_images())), [0, *range(9, 1000, 10)]
-    models = {
-        "the trained network": lambda x, t: torch.from_numpy(network(x.numpy(), t.numpy())),
-        "the exact network": exact_network(diffusion, images),
-    }
-    x0, curves = images.repeat(10, 1, 1, 1), {}
-    index = torch.randint(len(images), (20_000,), generator=torch.Generator().manual_seed(0))
-    every = images[index]  # for the mean over all t
-    for name, model in models.items():
-        losses = [
-            squared_error(diffusion, model, x0, torch.full((len(x0),), t), seed=t).mean().item()
-            for t in times
-        ]
-        curves[name] = times, losses
-        mean = squared_error(diffusion, model, every, torch.arange(1000).repeat(20)).mean()
-        print(f"  the demo's loss of {name}: {mean:.4f}")
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    scales = {"yscale": "log", "ylim": (1e-6, 1)}
-    plot(figure.subplots(), curves, "t", "squared error of the noise", **scales)
-    figure.savefig(path, dpi=DPI)
 
 
 def main():
@@ -474,7 +506,7 @@ def main():
     x0 = from_pixels(torch.from_numpy(images))
     draw_schedule(args.out / "schedule.png", x0[:1])
     draw_small_steps(args.out / "small-steps.png")
-    draw_weights(args.out / "weights.png")
+    draw_two_points(args.out / "two-points.png")
     draw_unet(args.out / "unet.png")
     draw_strip(args.out, network)
     if network.shape == (1, 32, 32):  # the included network's
@@ -488,7 +520,6 @@ def main():
     draw_loss_and_bound(args.out, network, x0, labels)
     if args.demo:
         draw_demo(args.out / "demo.png", args.demo)
-        draw_floor(args.out / "floor.png", args.demo)
 
 
 if __name__ == "__main__":

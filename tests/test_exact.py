@@ -52,7 +52,7 @@ def test_exact_network_takes_a_t_and_a_class_for_each_image():
 
 
 def test_no_loss_is_below_the_floor():
-    """Any change of the exact network increases its loss: section 6 of the lesson."""
+    """Any change of the exact network increases its loss: section 3 of the lesson."""
     images, t = randn(5, 1, 4, 4).repeat(400, 1, 1, 1), torch.full((2000,), 400)
     network = exact_network(PAPER, images[:5])
     others = (
@@ -130,6 +130,15 @@ def test_bound_of_the_exact_network_is_the_oracles_and_the_number_of_the_image(v
     assert exact.mean().item() == pytest.approx(expected, abs=0.002)
 
 
+def test_bits_known_are_those_of_a_gaussian_channel():
+    """For Gaussian data, x_t tells log2(1 + s^2 SNR) / 2 bits about each value."""
+    s, abar = 0.5, PAPER.alphas_bar
+    error = abar * s**2 / (abar * s**2 + 1 - abar)  # of the best network
+    expected = (1 + s**2 * abar / (1 - abar)).log2() / 2
+    bits = copies.bits_known(PAPER, error, 1)
+    torch.testing.assert_close(bits[50:900], expected[50:900], rtol=0.01, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_copies_are_measured(tmp_path, monkeypatch, capsys):
     """docs/copies.py with networks that learn nothing: the nearest image is found all the same."""
@@ -140,13 +149,22 @@ def test_copies_are_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(copies, "SIZES", (4,))
     monkeypatch.setattr(copies, "STEPS", 2)
     words = ["copies.py", "--data", tmp_path, "--runs", tmp_path / "runs"]
-    monkeypatch.setattr("sys.argv", [*map(str, words), "--out", str(tmp_path / "copies.png")])
+    monkeypatch.setattr("sys.argv", [*map(str, words), "--out", str(tmp_path)])
     copies.main()
     said = capsys.readouterr().out
     assert re.search(r"^4 images: samples are [\d.]+ from the nearest", said, re.M)
+    assert re.search(r"^(0\.00000\t){9}.*exact network of 100, training images$", said, re.M)
+    assert re.search(r"^  log2 100 = 6.6 bits are known at t = \d+; .* at t = \d+$", said, re.M)
     halves = [{p.name for p in (tmp_path / "runs" / f"images-4-{side}").iterdir()} for side in "01"]
     assert len(halves[0] | halves[1]) == 8
-    assert Image.open(tmp_path / "copies.png").width == 1000
+    for name in ("transition.png", "copies.png"):
+        assert Image.open(tmp_path / name).width > 400
+    words = ["copies.py", "--data", tmp_path / "train", "--samples", tmp_path / "train"]
+    monkeypatch.setattr("sys.argv", list(map(str, words)))
+    copies.main()
+    said = capsys.readouterr().out
+    assert len(re.findall(r"^  0\.0  .*\.png$", said, re.M)) == 8
+    assert float(re.search(r"^median 0\.0; .* another ([\d.]+)$", said, re.M)[1]) > 20
     images = randn(5, 1, 2, 2)
     index, distance = copies.nearest(images[[3, 1]] + 0.02, images)
     assert index.tolist() == [3, 1] and distance.tolist() == pytest.approx([2.55, 2.55], rel=1e-4)
