@@ -1,4 +1,4 @@
-"""What came after the paper, as functions around ddpm.py: it needs that file and torch, no more.
+"""What came after the paper, as functions around ddpm.py. Only that file and torch are needed.
 
     cosine_betas                another schedule
     as_eps, loss_weights        networks that predict v, x_0 or the mean; weights of the loss
@@ -10,7 +10,7 @@
     eps = guided(eps, y, 2)                                  # if it has classes
     x0 = sample(diffusion, eps, (16, 3, 32, 32), steps=10)
 
-As in ddpm.py, a model is any function (x_t, t), with classes (x_t, t, y), that returns a tensor
+As in ddpm.py, a model is any function (x_t, t), or (x_t, t, y) with classes, that returns a tensor
 shaped like x_t, and t is an int64 tensor (B,) with values 0..T-1.
 """
 
@@ -55,7 +55,7 @@ def eps_of_output(diffusion, predicts):
 
 
 def as_eps(model, diffusion, predicts):
-    """Return eps(x_t, t, y=None), the noise in x_t, of a network that predicts something else.
+    """Return eps(x_t, t, y=None), the noise in x_t, from a network that predicts something else.
 
     predicts: see eps_of_output. Raises ValueError for an unknown target.
     """
@@ -156,14 +156,14 @@ def node_weights(nodes, start, end):
     x0(s) is the polynomial through the points (nodes[k], x0_k). All are floats.
     """
     nodes, h = [node - end for node in nodes], end - start
-    moments = [-math.expm1(-h)]  # the integrals of e^s s^k from -h to 0
+    moments = [-math.expm1(-h)]  # the integrals of e^u u^k from -h to 0
     for k in range(1, len(nodes)):
         moments.append(-math.exp(-h) * (-h) ** k - k * moments[-1])
     weights = []
     for node in nodes:
         powers = [1.0]  # the coefficients of Lagrange's polynomial, which is 1 at this node
         for other in nodes:
-            if other != node:  # multiply it by (s - other) / (node - other)
+            if other != node:  # multiply it by (u - other) / (node - other)
                 pairs = zip([0.0, *powers], [*powers, 0.0], strict=True)
                 powers = [(lower - other * same) / (node - other) for lower, same in pairs]
         weights.append(sum(m * power for m, power in zip(moments, powers, strict=True)))
@@ -175,28 +175,28 @@ def sa_solver_step(chain, order=3, correct=True):
 
     The exact step is an integral of x0_hat over lambda = log sqrt(abar / (1 - abar)), in which the
     polynomial through the last `order` estimates takes the place of x0_hat. If `correct`, the same
-    step is taken again when the network has answered at its end, with this answer as a node, which
-    costs no call. Order 1 without the correction is DDIM.
+    step is taken again once the network has given the estimate at its end, with this estimate as a
+    node; it costs no extra call. Order 1 without the correction is DDIM.
     """
     lam = (chain.alphas_bar.logit() / 2).tolist()
     signal, spread = chain.sqrt_alphas_bar.tolist(), chain.sqrt_one_minus_alphas_bar.tolist()
-    nodes, estimates, start = [], [], None  # the latest first; where the last step began
+    nodes, estimates, begin = [], [], None  # the latest first; where the last step began
 
-    def solve(x, s, t):
-        """Return x at the level t, from x at the level s."""
-        weights = node_weights(nodes, lam[s], lam[t])
-        x = spread[t] / spread[s] * x
+    def solve(x, before, after):
+        """Return x at the level `after`, from x at the level `before`."""
+        weights = node_weights(nodes, lam[before], lam[after])
+        x = spread[after] / spread[before] * x
         for weight, x0 in zip(weights, estimates, strict=True):
-            x = x + signal[t] * weight * x0
+            x = x + signal[after] * weight * x0
         return x
 
     def step(x0, x_t, t, z):
-        nonlocal start
+        nonlocal begin
         nodes.insert(0, lam[t])
         estimates.insert(0, x0)
         del nodes[order:], estimates[order:]
-        start = x_t if start is None or not correct else solve(start, t + 1, t)
-        return solve(start, t, t - 1)
+        begin = x_t if begin is None or not correct else solve(begin, t + 1, t)
+        return solve(begin, t, t - 1)
 
     return step
 
@@ -272,7 +272,7 @@ def guided(eps, y, w):
 
     Classifier-free guidance of Ho and Salimans 2022 (arXiv:2207.12598, eq. 6). y: classes (B,).
     w: 0 samples the class as it is, and larger values sample what is more typical of it. Others use
-    the scale s = 1 + w, such as diffusers' guidance_scale, so that s = 1 means no guidance.
+    the scale s = 1 + w (diffusers' guidance_scale), for which s = 1 means no guidance.
     """
     if w == 0:
         return lambda x_t, t: eps(x_t, t, y)

@@ -12,7 +12,7 @@ It presents the method in this order:
 
 Numbers in parentheses are the paper's equation numbers. Images are float32 (B, C, H, W) in [-1, 1].
 A model is any function (x_t, t) that returns the noise in x_t. What came after the paper, such as
-samplers of few steps and classes, is in beyond.py.
+few-step samplers and classes, is in beyond.py.
 
 Time: the paper counts t = 1..T and calls the data x_0. Here t is an int64 tensor of shape (B,) with
 values 0..T-1 that indexes the tables, so t = 0 is the paper's t = 1: an image with one step of
@@ -102,7 +102,7 @@ class Diffusion:
     # ----------------------------------------------------------------------- q, the forward process
 
     def q_sample(self, x0, t, noise):
-        """Return x_t ~ q(x_t | x_0) (4), (B, C, H, W) as x0 and the noise."""
+        """Return x_t ~ q(x_t | x_0) (4), (B, C, H, W) like x0 and the noise."""
         signal, spread = self.sqrt_alphas_bar, self.sqrt_one_minus_alphas_bar
         return look_up(signal, t, noise) * x0 + look_up(spread, t, noise) * noise
 
@@ -163,7 +163,7 @@ class Diffusion:
         sampling. The result is a Bound, float64 on the CPU.
         """
         abar_T, mean_square = self.alphas_bar[-1].item(), x0.square().flatten(1).mean(1)
-        # KL(q(x_T | x_0) || N(0, I)):
+        # KL(q(x_T | x_0) || N(0, I)), of means sqrt(abar_T) x_0 and 0, variances 1 - abar_T and 1:
         L_T = (abar_T * mean_square.cpu().double() - abar_T - math.log1p(-abar_T)) / 2 / math.log(2)
         L_t, mse = [], []
         for i in range(self.T):
@@ -198,7 +198,7 @@ class Diffusion:
         shape: (B, C, H, W). device: of the noise; the CPU if None.
         generator: a torch.Generator on this device.
         draw_noise: replaces the generator; it returns the next z.
-        x_T: where to start; pure noise if None. Diffusion(betas[: t + 1], ...) starts from an x_t.
+        x_T: where to start; pure noise if None. Diffusion(betas[: t + 1]) can start from an x_t.
         clip: keep x0_hat in [-1, 1]. Algorithm 2 does not clip; the authors' code does, because the
             error of x0_hat is the error of eps times sqrt((1 - abar_t) / abar_t), 157 at t = T-1.
         """
@@ -251,7 +251,7 @@ class Attention(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """norm, swish, conv, + time embedding; norm, swish, dropout, conv, + input; then attention."""
+    """norm, SiLU, conv, + time embedding; norm, SiLU, dropout, conv, + input; then attention."""
 
     def __init__(self, in_channels, out_channels, time_channels, groups, dropout, attention):
         super().__init__()
@@ -307,7 +307,7 @@ class UNet(nn.Module):
     attention_resolutions: sizes in pixels of the levels whose blocks end in attention; the middle
         always has attention.
     dropout: probability of dropping an activation in a residual block.
-    norm_groups: of each group norm. By default gcd(32, base_channels / 4), the paper's 32 at 128.
+    norm_groups: groups in each norm. By default gcd(32, base_channels / 4), the paper's 32 at 128.
     num_classes: number of classes that forward accepts as y; 0 for none, as in the paper.
 
     Raises ValueError for sizes that do not fit together.

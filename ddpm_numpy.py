@@ -115,14 +115,14 @@ def node_weights(nodes, start, end):
     x0(s) is the polynomial through the points (nodes[k], x0_k). All are floats.
     """
     nodes, h = [node - end for node in nodes], end - start
-    moments = [-math.expm1(-h)]  # the integrals of e^s s^k from -h to 0
+    moments = [-math.expm1(-h)]  # the integrals of e^u u^k from -h to 0
     for k in range(1, len(nodes)):
         moments.append(-math.exp(-h) * (-h) ** k - k * moments[-1])
     weights = []
     for node in nodes:
         powers = [1.0]  # the coefficients of Lagrange's polynomial, which is 1 at this node
         for other in nodes:
-            if other != node:  # multiply it by (s - other) / (node - other)
+            if other != node:  # multiply it by (u - other) / (node - other)
                 pairs = zip([0.0, *powers], [*powers, 0.0], strict=True)
                 powers = [(lower - other * same) / (node - other) for lower, same in pairs]
         weights.append(sum(m * power for m, power in zip(moments, powers, strict=True)))
@@ -133,23 +133,23 @@ def sa_solver_step(abar, order=3):
     """Return step(x0_hat, x_t, t), which returns x_{t-1}: that of beyond.py, for numpy."""
     lam = (np.log(abar / (1 - abar)) / 2).tolist()
     signal, spread = np.sqrt(abar).tolist(), np.sqrt(1 - abar).tolist()
-    nodes, estimates, start = [], [], None  # the latest first; where the last step began
+    nodes, estimates, begin = [], [], None  # the latest first; where the last step began
 
-    def solve(x, s, t):
-        """Return x at the level t, from x at the level s."""
-        weights = node_weights(nodes, lam[s], lam[t])
-        x = spread[t] / spread[s] * x
+    def solve(x, before, after):
+        """Return x at the level `after`, from x at the level `before`."""
+        weights = node_weights(nodes, lam[before], lam[after])
+        x = spread[after] / spread[before] * x
         for weight, x0 in zip(weights, estimates, strict=True):
-            x = x + signal[t] * weight * x0
+            x = x + signal[after] * weight * x0
         return x
 
     def step(x0, x_t, t):
-        nonlocal start
+        nonlocal begin
         nodes.insert(0, lam[t])
         estimates.insert(0, x0)
         del nodes[order:], estimates[order:]
-        start = x_t if start is None else solve(start, t + 1, t)
-        return solve(start, t, t - 1)
+        begin = x_t if begin is None else solve(begin, t + 1, t)
+        return solve(begin, t, t - 1)
 
     return step
 
@@ -250,14 +250,14 @@ def open_session(path, device, options):
         session = ort.InferenceSession(path, options, providers=providers)
     except Exception as error:  # ONNX Runtime raises many kinds
         if device == "auto" and len(providers) > 1:  # the card may be full, for example
-            print(f"{path}: CUDA fails: {str(error)!a}; the CPU computes instead", file=sys.stderr)
+            print(f"{path}: CUDA fails: {str(error)!a}; using the CPU instead", file=sys.stderr)
             return open_session(path, "cpu", options)
         raise ValueError(f"{path} can't be opened by ONNX Runtime: {str(error)!a}") from None
     return session
 
 
 def example(shape, T):
-    """Return the input (x_t, t) of the eps in the metadata of a file, which the page knows, too."""
+    """Return the input (x_t, t) whose eps is in a file's metadata; the page uses the same input."""
     x_t = math.sqrt(2) * np.sin(np.arange(math.prod(shape)))
     return x_t.reshape(1, *shape).astype(np.float32), np.full(1, T // 2)
 
@@ -306,7 +306,7 @@ class Network:
             values = np.array(json.loads(metadata.get("ddpm.eps_of_example", "[]")), np.float64)
             fault = self.fault_of_provider(values)
             if fault and device == "auto":
-                print(f"{path}: CUDA {fault}; the CPU computes instead", file=sys.stderr)
+                print(f"{path}: CUDA {fault}; using the CPU instead", file=sys.stderr)
                 self.session, fault = open_session(path, "cpu", options), None
             if not fault:
                 self(np.zeros((1, *self.shape), np.float32), np.zeros(1, np.int64))
@@ -320,7 +320,7 @@ class Network:
             raise ValueError("ONNX Runtime can't use CUDA; see Accelerators in docs/guide.md")
 
     def fault_of_provider(self, values):
-        """Return what is wrong with eps of the `example`, None if it is right, or from the CPU.
+        """Return what is wrong with eps of the `example`; None if it is right, or from the CPU.
 
         values: those of the file, (<= 64,), which earlier versions of export.py did not write.
         """
@@ -367,6 +367,6 @@ class Network:
         if unknown and not self.classes:
             raise ValueError("the network has no classes")
         if unknown:
-            raise ValueError(f"no class {unknown[0]}; there are {', '.join(self.classes)}")
+            raise ValueError(f"no class {unknown[0]}; the classes are {', '.join(self.classes)}")
         index = [self.classes.index(name) for name in names or self.classes]
         return np.resize(index, n) if index else None
