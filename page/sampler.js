@@ -26,6 +26,19 @@ export function qSample(x0, t, noise, betas) {
   return x0.map((value, k) => signal * value + deviation * noise[k]);
 }
 
+/** [sqrt(abar), sqrt(1 - abar)] at a level from -1, which is x_0, to T - 1; also between two levels. */
+export function partsAt(level) {
+  const low = Math.floor(level), at = (t) => (t < 0 ? 1 : ABAR[Math.min(t, T - 1)]);
+  const abar = at(low) + (level - low) * (at(low + 1) - at(low));
+  return [Math.sqrt(abar), Math.sqrt(1 - abar)];
+}
+
+/** x on DDIM's way from a state {t, x, x0} down to a level: the estimate x0 and the noise stay. */
+export function between({ t, x, x0 }, level) {
+  const [signal, noise] = partsAt(level), [before, rest] = partsAt(t);
+  return rest ? x.map((value, k) => signal * x0[k] + (noise / rest) * (value - before * x0[k])) : x;
+}
+
 /**
  * A chain through some of the noise levels: {betas, tau}, both of length `steps`. tau lists the
  * t of the full chain that the shorter one visits. Throws a RangeError if steps is not 1..T.
@@ -103,12 +116,12 @@ export async function* sampleProgressive(
  * the polynomial through the points (nodes[k], x0_k).
  */
 export function nodeWeights(nodes, start, end) {
-  const h = end - start, moments = [-Math.expm1(-h)]; // the integrals of e^s s^k from -h to 0
+  const h = end - start, moments = [-Math.expm1(-h)]; // the integrals of e^u u^k from -h to 0
   for (let k = 1; k < nodes.length; k++) moments.push(-Math.exp(-h) * (-h) ** k - k * moments[k - 1]);
   return nodes.map((node) => {
     let powers = [1]; // the coefficients of Lagrange's polynomial, which is 1 at this node
     for (const other of nodes) {
-      if (other === node) continue; // multiply it by (s - other) / (node - other)
+      if (other === node) continue; // multiply it by (u - other) / (node - other)
       const lower = [0, ...powers], same = [...powers, 0];
       powers = lower.map((value, k) => (value - (other - end) * same[k]) / (node - other));
     }
@@ -121,18 +134,19 @@ function saSolverStep(abar, order = 3) {
   const lambda = abar.map((value) => Math.log(value / (1 - value)) / 2);
   const signal = abar.map(Math.sqrt), spread = abar.map((value) => Math.sqrt(1 - value));
   const nodes = [], estimates = []; // the latest first
-  let start = null; // where the last step began
-  const solve = (x, s, t) => { // x at the level t, from x at the level s
-    const weights = nodeWeights(nodes, lambda[s], lambda[t]);
+  let begin = null; // where the last step began
+  const solve = (x, before, after) => { // x at the level `after`, from x at the level `before`
+    const weights = nodeWeights(nodes, lambda[before], lambda[after]);
     return x.map((value, k) => estimates.reduce(
-      (sum, x0, n) => sum + signal[t] * weights[n] * x0[k], (spread[t] / spread[s]) * value));
+      (sum, x0, n) => sum + signal[after] * weights[n] * x0[k],
+      (spread[after] / spread[before]) * value));
   };
   return (x0, x, t) => {
     nodes.unshift(lambda[t]);
     estimates.unshift(x0);
     nodes.length = estimates.length = Math.min(order, nodes.length);
-    start = start ? solve(start, t + 1, t) : x;
-    return solve(start, t, t - 1);
+    begin = begin ? solve(begin, t + 1, t) : x;
+    return solve(begin, t, t - 1);
   };
 }
 

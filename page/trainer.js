@@ -7,9 +7,9 @@
 import { ABAR, BETAS, T, uniform } from "./sampler.js";
 
 const WAVES = [3, 6, 12, 24]; // frequencies of sines of x_t, with which fine detail is learnt sooner
-const HALF = 16, INPUTS = 2 + 4 * WAVES.length + 2 * HALF; // sines and cosines of t, as in ddpm.py
-const EMBEDDING = Array.from({ length: T }, (_, t) => {
-  const angles = Array.from({ length: HALF }, (_, k) => t * Math.exp((-Math.log(10000) / (HALF - 1)) * k));
+const HALF = 8, INPUTS = 2 + 4 * WAVES.length + 2 * HALF;
+const EMBEDDING = ABAR.map((abar) => { // sines and cosines of half the logarithm of the signal-to-noise ratio
+  const angles = Array.from({ length: HALF }, (_, k) => 0.15 * (k + 1) * Math.log(abar / (1 - abar)) / 2);
   return [...angles.map(Math.sin), ...angles.map(Math.cos)];
 });
 
@@ -70,10 +70,10 @@ const siluBackward = (x, dy) => x.map((value, k) => dy[k] * sigmoid(value) * (1 
  *
  * options: width of the layers; classes, how many y there are, of which `classes` means "no class";
  * target and weights, names of TARGETS and WEIGHTS; rate, the learning rate at first, which is halved
- * by step 2000; decay, of the average.
+ * by step 1000; decay, of the average.
  */
 export class Trainer {
-  constructor({ width = 64, classes = 0, target = "eps", weights = "simple", rate = 8e-3, decay = 0.999, seed = 0 } = {}) {
+  constructor({ width = 64, classes = 0, target = "eps", weights = "simple", rate = 0.012, decay = 0.999, seed = 0 } = {}) {
     const random = uniform(seed, 0), n = INPUTS + (classes && classes + 1);
     const glorot = (rows, columns) => Float32Array.from({ length: rows * columns }, () =>
       (2 * random() - 1) * Math.sqrt(6 / (rows + columns)));
@@ -88,11 +88,17 @@ export class Trainer {
 
   /** What the network reads: x_t and its sines, the embedding of t, and one input for each y. */
   features(x, t, y) {
-    const n = this.inputs, rows = new Float32Array((x.length / 2) * n);
+    const n = this.inputs, rows = new Float32Array((x.length / 2) * n), many = WAVES.length;
     t.forEach((level, i) => {
-      const point = [x[2 * i], x[2 * i + 1]], angles = WAVES.flatMap((w) => point.map((value) => w * value));
-      const values = [...point.map((value) => 4 * value), ...angles.map(Math.sin), ...angles.map(Math.cos)];
-      rows.set([...values, ...EMBEDDING[level]], i * n);
+      for (let c = 0; c < 2; c++) {
+        const value = x[2 * i + c], at = i * n + c;
+        rows[at] = 4 * value;
+        WAVES.forEach((w, k) => {
+          rows[at + 2 + 2 * k] = Math.sin(w * value);
+          rows[at + 2 + 2 * (many + k)] = Math.cos(w * value);
+        });
+      }
+      rows.set(EMBEDDING[level], i * n + 2 + 4 * many);
       if (this.classes) rows[i * n + INPUTS + (y ? y[i] : this.classes)] = 1;
     });
     return rows;
@@ -136,7 +142,7 @@ export class Trainer {
 
   /** Adam with its usual constants, and the average of the weights (EMA), as in train.py. */
   adam(gradient) {
-    const rate = this.rate / (1 + this.steps / 2000), k = ++this.steps, decay = Math.min(this.decay, k / (9 + k));
+    const rate = this.rate / (1 + this.steps / 1000), k = ++this.steps, decay = Math.min(this.decay, k / (9 + k));
     const [bias1, bias2] = [1 - 0.9 ** k, 1 - 0.999 ** k];
     this.parameters.forEach((p, i) => {
       const [g, m, s, mean] = [gradient[i], this.first[i], this.second[i], this.average[i]];

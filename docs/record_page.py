@@ -1,0 +1,97 @@
+"""Record the opening scene of page/index.html: points and a picture go to noise, and come back.
+
+    python docs/record_page.py    # needs playwright and an installed Chromium; a minute
+
+Chromium opens the page in dark colours, and the program moves the scene from the data to the noise
+and on the way back, where the network of the page draws the picture. What the plane and the picture
+show is written to docs/figures: moons.webp, which repeats, and moons.png, a moment of the way back.
+"""
+
+import argparse
+import base64
+import functools
+import http.server
+import io
+import shutil
+import threading
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+HERE = Path(__file__).parent
+BROWSERS = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
+SIZE, GAP = 360, 12  # of the picture, and between it and the plane, in pixels
+FORWARD, BACK, RATE = 30, 75, 20  # frames to the noise and back, and how many are shown a second
+DATA, NOISE, RESULT = 900, 500, 2200  # how long these frames stay, in milliseconds
+STILL = 0.11  # the place of moons.png, on the way back from 1 to 0
+STYLE = f"#scene-plane {{ width: 560px !important; height: {SIZE}px !important; }}"
+
+SHOWN_AT = """async (place) => {
+    const scene = await import("./scene.js");
+    scene.moveTo(place);
+    await new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve)));
+    return ["scene-plane", "scene-picture"].map((id) => document.getElementById(id).toDataURL());
+}"""
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+def shown_at(page, place):
+    """Return what the scene shows at a place, from 0 (the data) to 1 (the noise), side by side."""
+    images = []
+    for url in page.evaluate(SHOWN_AT, place):
+        content = io.BytesIO(base64.b64decode(url.partition(",")[2]))
+        images.append(Image.open(content).convert("RGB"))
+    plane, picture = images
+    frame = Image.new("RGB", (plane.width + GAP + SIZE, SIZE), "#0e1015")
+    frame.paste(plane, (0, 0))
+    frame.paste(picture.resize((SIZE, SIZE), Image.Resampling.NEAREST), (plane.width + GAP, 0))
+    return frame
+
+
+def record(page):
+    """Return the frames to the noise, those of the way back, and the still."""
+    there = [shown_at(page, k / FORWARD) for k in range(FORWARD + 1)]
+    page.evaluate("import('./scene.js').then((s) => { s.sendBack('many'); s.stop(); })")
+    while not page.evaluate("import('./scene.js').then((s) => s.isComplete())"):
+        page.wait_for_timeout(200)
+    back = [shown_at(page, 1 - k / BACK) for k in range(1, BACK + 1)]
+    return there, back, back[round((1 - STILL) * BACK) - 1]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=HERE / "figures", help="folder [docs/figures]")
+    args = parser.parse_args()
+    handler = functools.partial(Quiet, directory=HERE.parent / "page")
+    with (
+        http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server,
+        sync_playwright() as playwright,
+    ):
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        chromium = next(filter(None, map(shutil.which, BROWSERS)), None)
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(
+            color_scheme="dark", reduced_motion="reduce", viewport={"width": 1280, "height": 900}
+        )
+        page.goto(f"http://127.0.0.1:{server.server_port}/")
+        if not page.evaluate("window.ready"):
+            raise SystemExit(page.text_content("#status"))
+        page.add_style_tag(content=STYLE)
+        there, back, still = record(page)
+        browser.close()
+        server.shutdown()
+    each = 1000 // RATE
+    durations = [DATA, *[each] * (FORWARD - 1), NOISE, *[each] * (BACK - 1), RESULT]
+    # Because of the haze, a GIF would be three times as large, even with 64 colours.
+    there[0].save(args.out / "moons.webp", save_all=True, append_images=there[1:] + back,
+                  duration=durations, loop=0, quality=45, method=4)  # fmt: skip
+    still.save(args.out / "moons.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main()
