@@ -5,7 +5,7 @@
 
 It prints the terms of the bound in bits per dimension, and saves the rate-distortion curve (the
 paper's figure 5) as rate-distortion.csv and .png. Each image takes T passes through the network.
-Ctrl-C ends it with the batches that are finished.
+After Ctrl-C, it reports on the batches that are finished.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def arguments():
     seed = cli.number(int, 0, 2**63)
     flag("--data", help="folder of images [the demo, if the network was trained on it]")
     flag("--checkpoint", default="run/checkpoint.pt",
-         help="a run, or weights of diffusers: a folder, or hf:NAME [%(default)s]")  # fmt: skip
+         help="a run, or diffusers weights: a folder, or hf:NAME [%(default)s]")  # fmt: skip
     flag("--images", type=count, help="how many images, evenly spread over the folder [all]")
     flag("--out", type=Path, help="folder of the curve [the checkpoint's]")
     flag("--variance", choices=("large", "small"), help="sigma_t^2 [as in training]")

@@ -126,7 +126,7 @@ def to_onnx(trained, model):
 def name_nodes(graph):
     """Name the nodes after their modules, as in "down.0.0.conv1/Conv_20".
 
-    What else the exporter notes of them, such as paths of this machine, is removed.
+    Anything else that the exporter notes about them, such as local paths, is removed.
     """
     for k, node in enumerate(graph.node):
         notes = {prop.key: prop.value for prop in node.metadata_props}

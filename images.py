@@ -1,7 +1,7 @@
 """One image: read a file, convert its pixels, arrange images in a grid, save them.
 
-The rest is what sample.py needs without support/: check_output says before the work whether a file
-can be written, and `replacing` writes it, so that an old file is replaced whole or stays.
+The rest is what sample.py needs without support/: check_output checks beforehand whether a file
+can be written, and `replacing` writes it, so that an old file is replaced as a whole or kept.
 
 Pixels are uint8, (C, H, W) for one image and (B, C, H, W) for several; C is 1 for grey images and
 3 for colour. The networks work on float32 in [-1, 1].
@@ -109,7 +109,7 @@ def label_rows(image, names):
 
 
 def check_output(path, *inputs):
-    """Exit unless a file can be made at `path`, and if the file there is one of the inputs."""
+    """Exit if no file can be made at `path`, or if the file there is one of the inputs."""
     folder = next(p for p in Path(os.path.abspath(path)).parents if os.path.lexists(p))
     if not folder.is_dir():
         sys.exit(f"{path} can't be written: {folder} is not a folder")
@@ -173,5 +173,5 @@ def save_animation(path, images, each=60, last=2000):
 
 def escape_unprintable():
     """Let print write names that the terminal's encoding lacks."""
-    if hasattr(sys.stdout, "reconfigure"):  # Jupyter's has no such method, and no need of it
+    if hasattr(sys.stdout, "reconfigure"):  # Jupyter's has no such method, and no need for it
         sys.stdout.reconfigure(errors="backslashreplace")

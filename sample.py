@@ -10,7 +10,7 @@
 
 With --onnx, the program runs on CUDA or a CPU, and needs ddpm_numpy.py, images.py, numpy, Pillow,
 tqdm and onnxruntime (for CUDA, see the manual), but not torch. With --checkpoint, it runs on every
-device of torch, and needs the files of train.py, but no ONNX package.
+device that torch supports, and needs the files of train.py, but no ONNX package.
 """
 
 import argparse
@@ -78,8 +78,8 @@ def arguments():
     source.add_argument("--checkpoint", help="a run, a checkpoint, or published weights, in torch")
     flag("-n", type=int, help="number of images [64, or 8 of each class]")
     flag("--out", default="samples.png", type=image_file, help="a grid of images [%(default)s]")
-    flag("--dir", type=Path, help="a new folder, one PNG per image, or one that this command began;"
-         f" needed if -n is above {GRID}")  # fmt: skip
+    flag("--dir", type=Path, help="one PNG per image, in a new folder or one that this command "
+         f"began; needed if -n is above {GRID}")  # fmt: skip
     animation_file = partial(image_file, kinds=Image.SAVE_ALL)
     flag("--gif", type=animation_file, help="an animation of the reverse process, first batch only")
     flag("--strip", type=image_file, help="x_t and x0_hat along the chain, first four images only")
@@ -159,8 +159,8 @@ def pixels_of(x):
 def open_network(args):
     """Return the network of --checkpoint in torch, or that of --onnx in ONNX Runtime.
 
-    sample.py asks both for the same: betas, shape, classes, labels, provider, digest, and reverse,
-    the loop that yields (t, x_t, x0_hat).
+    sample.py asks both for the same things: betas, shape, classes, labels, provider, digest, and
+    reverse, the loop that yields (t, x_t, x0_hat).
     """
     if not args.checkpoint:
         return Network(args.source, args.device)
@@ -197,7 +197,7 @@ def draw_interpolation(network, args, y):
 
 
 def draw_batch(network, args, y, batch, known, bar, frames):
-    """Return the images `batch`, a slice, as pixels; append the (x_t, x0_hat) to show to frames.
+    """Return the images `batch`, a slice, as pixels; append to frames the (x_t, x0_hat) to show.
 
     frames: None if nothing of this batch is shown.
     """
@@ -290,7 +290,7 @@ def begin_folder(args, network, paths):
 
 
 def estimate_time(bar, seconds, steps):
-    """Print how long all steps will take if it is more than a minute, and how long 10 would.
+    """Print how long all steps will take, if that is over a minute, and how long 10 would.
 
     seconds: of one step.
     """

@@ -107,7 +107,7 @@ def train_step(parts, loss_fn, network, ema, optimizer, step, args):
 
 @torch.no_grad()
 def update_ema(ema, model, step, decay):
-    """Update the average of the weights, with which samples are drawn, in place.
+    """Update the averaged weights in place; samples are drawn with them.
 
     Unlike in the authors' code, the decay grows with the step, so that the first weights are soon
     forgotten.
@@ -190,7 +190,7 @@ QUICK = dict(
     lr_decay=True, steps=1500,
 )  # fmt: skip
 
-# The demo: a small network, which learns it on two CPU cores in under four minutes.
+# The demo: a small network that learns the 216 images on two CPU cores in under four minutes.
 DEMO = dict(
     image_size=8, base_channels=32, channel_mults=(1, 2), num_res_blocks=1,
     attention_resolutions=(), dropout=0.0, batch=64, lr=3e-3, lr_decay=True, steps=2400,
@@ -238,7 +238,7 @@ def decide(given, weights=None):
     """
     is_demo, quick = given.get("data") is None, given.get("quick")
     if is_demo and (quick or "classes" in given):
-        sys.exit("train.py: --quick and --classes need --data; the demo is quick by itself")
+        sys.exit("train.py: --quick and --classes need --data; the demo is already quick")
     values = {f.name: f.default for f in fields(Settings)}
     values |= DEMO if is_demo else QUICK if quick else {}
     if weights:
@@ -337,7 +337,7 @@ def main():
     loss_fn = make_loss(network, diffusion, args)
     if is_main:
         describe(args, images, diffusion, sum(p.numel() for p in model.parameters()))
-        print(f"steps    {start:,} to {args.steps:,}; previews every {args.preview_every} or more")
+        print(f"steps    {start:,} to {args.steps:,}; previews at least {args.preview_every} apart")
 
     # -- the loop
     decay_steps, warmup = args.steps if args.lr_decay else None, config["train"]["warmup"]

@@ -1,11 +1,11 @@
-"""Compare the speed of this project and its peers, with the same network and the same images.
+"""Compare the speed of this project and its peers on the same images.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/compare.py            # prints the tables and writes benchmarks/RESULTS.md
 
 All run in one process and take turns. Each figure is the median over the rounds, without the first
-ones. Run nothing else meanwhile. The network is the paper's CIFAR-10 U-Net with 35.7 M random
-weights; denoising-diffusion-pytorch has a U-Net of its own, of the nearest size.
+ones. Run nothing else meanwhile. This project and diffusers have the paper's CIFAR-10 U-Net with
+35.7 M random weights, and denoising-diffusion-pytorch has its own U-Net, of the nearest size.
 """
 
 import argparse
@@ -141,7 +141,7 @@ def diffusers_loop(images, batch, dtype=None):
 def lucidrains_loop(folder, batch):
     """Return a function that takes a step of denoising-diffusion-pytorch's Trainer.
 
-    Beside it, return the number of its parameters, and how many times larger its batch is.
+    Also return the number of its parameters, and how many times larger its batch is.
     """
     from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
 
@@ -213,7 +213,7 @@ def print_memory(which, folder, batch):
         step()
     if DEVICE.type == "cuda":
         return print(torch.cuda.max_memory_allocated() / 1e9)
-    # not of getrusage, which counts the process before this one's exec
+    # not from getrusage, which counts the process before this one's exec
     status = Path("/proc/self/status").read_text().split()
     print(int(status[status.index("VmHWM:") + 1]) * 1024 / 1e9)
 
@@ -228,7 +228,7 @@ def table(head, rows):
 
 
 def training_table(folder, batch, rounds, floor):
-    """Time and memory of a training step. floor: the least seconds that an image can take."""
+    """Time and memory of a training step. floor: the least seconds per image."""
     kinds = {"train.py": "train.py", "diffusers, float32": "f32", "diffusers, bfloat16": "bf16"}
     if DEVICE.type == "cpu" and sys.platform != "linux":  # which says it in /proc
         kinds = {}
@@ -250,7 +250,10 @@ def training_table(folder, batch, rounds, floor):
         ratio = s / times["diffusers, float32"]
         of_floor = "" if name.startswith("denoising") else f"{s / floor:.2f}"  # another network
         rows.append([name, f"{1000 * s:.1f}", f"{ratio:.2f}", of_floor, memory.get(name, "")])
-    head = "a training step", "ms an image", "of diffusers, float32", "of the bf16 floor", "peak GB"
+    head = (
+        "a training step", "ms per image", "ratio to diffusers, float32", "ratio to the bf16 floor",
+        "peak GB",
+    )  # fmt: skip
     return table(head, rows)
 
 
@@ -288,7 +291,8 @@ def network_table(model, paths, rounds, floor):
                 f"{name}, batch {batch}", f"{1000 * s / batch:.3g}",
                 f"{s / seconds['torch, diffusers']:.2f}", f"{s / batch / floor:.2f}",
             ])  # fmt: skip
-    return table(["one eps", "ms an image", "of diffusers", "of the float32 floor"], rows)
+    head = "one eps", "ms per image", "ratio to diffusers", "ratio to the float32 floor"
+    return table(head, rows)
 
 
 def loop_line(path, batch=16, steps=6):
@@ -313,7 +317,8 @@ def loop_line(path, batch=16, steps=6):
             pass
         whole.append((time.perf_counter() - began) / sum(inside))
     return (
-        f"The loop of sample.py takes {statistics.median(whole):.3f} of the network's own time.\n"
+        f"The loop of sample.py takes {statistics.median(whole):.3f} times as long as the network "
+        "alone.\n"
     )
 
 
@@ -378,11 +383,11 @@ def main():
         text = "\n".join([
             "# Side by side\n",
             f"`python benchmarks/compare.py`, {time.strftime('%Y-%m-%d')}: {machine()}.\n",
-            f"A forward pass of the network is {forward / 1e9:.2f} GFLOP an image. Large matrices "
-            f"are multiplied at {rates[torch.float32] / 1e9:.0f} GFLOP/s in float32 and "
-            f"{rates[torch.bfloat16] / 1e9:.0f} in bfloat16. The floors are what that leaves: "
-            f"{1000 * floors[torch.float32]:.1f} and {1000 * floors[torch.bfloat16]:.1f} ms an "
-            "image, three times as much for a training step.\n",
+            f"A forward pass of the network takes {forward / 1e9:.2f} GFLOP per image. Large "
+            f"matrices are multiplied at {rates[torch.float32] / 1e9:.0f} GFLOP/s in float32 and "
+            f"{rates[torch.bfloat16] / 1e9:.0f} in bfloat16. These rates imply floors of "
+            f"{1000 * floors[torch.float32]:.1f} and {1000 * floors[torch.bfloat16]:.1f} ms "
+            "per image, and three times as much for a training step.\n",
         ])  # fmt: skip
         for make in (
             partial(training_table, folder, args.batch, args.rounds, 3 * floors[torch.bfloat16]),

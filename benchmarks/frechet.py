@@ -5,8 +5,8 @@
 
 --data has two folders of images, train and test, with a sub-folder for each class or with the class
 in each name: 00000_9_boot.png is of class 9. The classifier trains for some minutes the first time,
-and is then kept in that folder.
-FID is the same distance in the features of the Inception network, which was trained on photographs.
+and is then kept in that folder. FID is the same distance in the features of the Inception network,
+which was trained on photographs.
 
 If the samples are in sub-folders named after the classes, as sample.py --dir writes them, the
 program also prints what share of them, and of the test images, the classifier recognises.

@@ -7,7 +7,7 @@ So far it has run only on CPUs, with --tiny. Its times replace the estimates of 
     python benchmarks/gpu.py --tiny       # every part with a tiny network, also on a CPU
 
 The report grows line by line. If a measurement fails, its traceback goes to gpu-report/errors.txt.
-Programs have a time limit, and a log each. What no time is left for is skipped.
+Each program has a time limit and a log. Once the time is over, the remaining parts are skipped.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def network(tiny):
 
 
 def ms(call, times):
-    """Return the milliseconds of a call, the last of which waits for the device."""
+    """Return the mean milliseconds per call; wait for the device after the last one."""
     for count in (3, times):  # the first three are not counted
         began = time.perf_counter()
         for _ in range(count):

@@ -1,4 +1,4 @@
-"""Draw 300 pictures of four shapes, as somebody with few images of their own has them.
+"""Draw a small data set: 300 pictures of four shapes.
 
     python benchmarks/shapes.py shapes
     python train.py --data shapes/images --classes --quick --no-flip --out shapes-run

@@ -4,12 +4,12 @@
     python benchmarks/speedrun.py --data fashion-mnist --seed 1 --lr 3e-3   # with flags of train.py
     python benchmarks/speedrun.py --data fashion-mnist --peer diffusers     # another project
 
---data is that of frechet.py. The time is that of the whole command train.py, with the start, the
-decoding and the previews. A copy of the checkpoint each minute shows when a distance was reached.
+--data is that of frechet.py. The time is that of the whole command train.py, with start-up,
+decoding and previews. A copy of the checkpoint each minute shows when a distance was reached.
 
-A peer trains for 480 s, without start and decoding, with its own defaults (optimizer, rate,
-loss, average) and a network of its own that is about as large as that of --quick. Its samples come
-from the same sampler. The peers need `pip install -r benchmarks/requirements.txt`.
+A peer trains for 480 s, without start and decoding, with its own defaults (optimizer, rate, loss,
+average), which are meant for longer runs, and its own network in a size of our choice, about that
+of --quick. The sampler is the same. The peers need `pip install -r benchmarks/requirements.txt`.
 """
 
 import argparse
@@ -37,12 +37,12 @@ from ddpm import Diffusion, linear_betas  # noqa: E402
 from images import from_pixels, to_pixels  # noqa: E402
 from support.trained import load, open_checkpoint  # noqa: E402
 
-GOALS = 30, 10  # the distances of which the table says when they were reached
+GOALS = 30, 10  # the distances for which the table says when they were reached
 SECONDS = 480  # of a peer's training
 
 
 def train(data, flags, folder):
-    """Run train.py; returns [(seconds, a copy of the checkpoint)], the last one of the end."""
+    """Run train.py; return [(seconds, a copy of the checkpoint)], with the final one last."""
     command = [sys.executable, HERE.parent / "train.py", "--data", data / "train", *flags]
     command += ["--out", folder / "run", "--save-minutes", "1"]
     began, copies = time.perf_counter(), []
@@ -91,7 +91,7 @@ def diffusers_peer():
 
 
 def lucidrains_peer():
-    """Return the same of denoising-diffusion-pytorch, with the settings of its Trainer."""
+    """Return the same for denoising-diffusion-pytorch, with its Trainer's settings."""
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
     from ema_pytorch import EMA
 
@@ -105,7 +105,7 @@ def lucidrains_peer():
 
 
 def train_peer(peer, images):
-    """Train a peer for SECONDS; returns the network, its Diffusion and the number of steps."""
+    """Train a peer for SECONDS; return the network, its Diffusion and the number of steps."""
     torch.manual_seed(0)
     network, diffusion, loss, optimizer, (update, use_average) = peer()
     began, steps = time.perf_counter(), 0

@@ -1,9 +1,10 @@
-"""Repeat the paper's Table 2 on the demo: what is predicted, and how the loss is weighted.
+"""Measure a toy analogue of the paper's Table 2: what is predicted, and how the loss is weighted.
 
     python benchmarks/table2.py            # writes benchmarks/TABLE2.md
     python benchmarks/table2.py --judge run    # counts the correct samples of one run of the demo
 
-Each row is trained as `python train.py` trains the demo, with three seeds.
+Each row is trained as `python train.py` trains the demo, with three seeds. Its numbers cannot be
+compared with the paper's, which are FIDs on CIFAR-10.
 """
 
 import argparse
@@ -72,11 +73,14 @@ def table(answers, args, minutes):
     """Return the page, in Markdown. answers: {(predicts, weighting): those of its seeds}."""
     steps, version = args.steps or train.DEMO["steps"], torch.__version__.split("+")[0]
     lines = [
-        "# The paper's Table 2, on the built-in demo\n",
+        "# A toy analogue of the paper's Table 2\n",
+        "The networks are trained on the 216 images of the demo, and judged by how many of their "
+        "samples are correct. The paper's table has FIDs on CIFAR-10, so the numbers cannot be "
+        "compared with it.\n",
         f"`python benchmarks/table2.py --jobs {args.jobs}`, {time.strftime('%Y-%m-%d')}, "
-        f"{args.seeds} seeds a row, {steps:,} steps each, torch {version}, "
+        f"{args.seeds} seeds per row, {steps:,} steps each, torch {version}, "
         f"Python {platform.python_version()}, {minutes:.0f} minutes.\n",
-        f"| the network predicts | the loss is weighted | right of {SAMPLES} samples | "
+        f"| the network predicts | the loss is weighted | correct out of {SAMPLES} samples | "
         "bound, bits per dimension |",
         "| --- | --- | --- | --- |",
     ]
@@ -94,7 +98,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=3, help="[3]")
-    parser.add_argument("--steps", type=int, help="of the training [that of the demo]")
+    parser.add_argument("--steps", type=int, help="training steps per run [as in the demo]")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time [1]")
     parser.add_argument("--keep", type=Path, help="a folder for the runs [a temporary one]")
     parser.add_argument("--out", default=str(HERE / "TABLE2.md"), help="[benchmarks/TABLE2.md]")

@@ -34,7 +34,7 @@ def command(*words):
 class Interrupts:
     """Whether the program was told to stop: by Ctrl-C, SIGTERM or SIGHUP (a closed terminal).
 
-    The step is finished then. A second Ctrl-C, 2 seconds later or more, ends it at once.
+    The program then finishes the step. A second Ctrl-C, 2 seconds later or more, ends it at once.
     """
 
     def __init__(self):
@@ -50,4 +50,4 @@ class Interrupts:
             if number == signal.SIGINT and RANK == 0:  # print may be interrupted, os.write is not
                 os.write(2, b"\nfinishing the step, to save it; a second Ctrl-C ends it at once\n")
         elif number == signal.SIGINT and WORLD == 1 and time.monotonic() - self.since > 2:
-            sys.exit("stopped within a step: what was not saved is lost, and the checkpoint stays")
+            sys.exit("stopped mid-step: what was not saved is lost, but the checkpoint is kept")

@@ -133,7 +133,7 @@ def try_to_read(path, size, channels):
 
 
 def size_and_time(path):
-    """Return the size of a file and when it was changed, or (0, 0) for a link to nothing."""
+    """Return the size of a file and when it was changed, or (0, 0) for a broken link."""
     state = os.stat(path) if os.path.exists(path) else None
     return (state.st_size, state.st_mtime_ns) if state else (0, 0)
 
@@ -183,7 +183,7 @@ def decode(paths, size, channels, file):
 
 
 def printable(text):
-    """Return a text from a stranger, such as the name of a file, without control characters."""
+    """Return text from a stranger, such as the name of a file, without control characters."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
@@ -232,7 +232,7 @@ def read_folder(folder, size, channels=None, most=None, classes=None, cache=None
 def decoded(paths, folder, size, channels, cache):
     """Return the .npy file of these images in the folder `cache`, and what `decode` returns.
 
-    They are decoded again if a file, or the code of read_image, has changed, and if what was
+    They are decoded again if a file, or the code of read_image, has changed, or if what was
     decoded is damaged.
     """
     states = [(os.path.relpath(path, folder), *size_and_time(path)) for path in paths]
@@ -252,12 +252,12 @@ def decoded(paths, folder, size, channels, cache):
 def read_note(file):
     """Return what is known of a decoded .npy file, or None if either is missing or damaged.
 
-    It is {"asked": the channels as asked for, "found": those of the file, "broken": of `decode`,
+    It is {"asked": the channels as requested, "found": those of the file, "broken": of `decode`,
     "digest": of the images}.
     """
     try:
         note = json.loads(file.with_suffix(".json").read_bytes())
-        images = np.load(file, mmap_mode="r")  # raises if the array is cut
+        images = np.load(file, mmap_mode="r")  # raises if the array is truncated
         is_whole = images.shape[1] == note["found"] and {"asked", "broken", "digest"} <= note.keys()
         return note if is_whole else None
     except (OSError, ValueError, TypeError, KeyError):

@@ -55,10 +55,10 @@ def has_bfloat16(device):
 
 
 def uses_bfloat16(predicts, device, asked=None):
-    """Return whether a network computes in bfloat16: as asked, or if it is fast and good enough.
+    """Return whether to use bfloat16: as asked or, by default, if it is fast and good enough.
 
-    predicts: see beyond.py. From "mean" and "x0", eps follows by a factor of up to 100, which the
-    rounding is multiplied by, too. Exits if bfloat16 is asked of a device that would emulate it.
+    predicts: see beyond.py. A factor of up to 100 turns "mean" or "x0" into eps, and multiplies the
+    rounding error, too. Exits if bfloat16 is asked of a device that would emulate it.
     """
     if asked is None:
         return predicts not in ("mean", "x0") and has_bfloat16(device)

@@ -30,8 +30,8 @@ def orthogonalize(G):
 def hidden_weights(model):
     """Return the weights of the linear and convolutional layers between x_t and eps.
 
-    Left out are the first convolution (or, without any, the first layer), which reads x_t, and the
-    last module of the network, which returns eps.
+    The first convolution (without any, the first layer), which reads x_t, and the last module of
+    the network, which returns eps, are left out.
     """
     kinds = torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d
     layers = [module for module in model.modules() if isinstance(module, kinds)]

@@ -1,4 +1,4 @@
-"""A curve as a PNG, if matplotlib is there."""
+"""A curve as a PNG, if matplotlib is installed."""
 
 from functools import cache
 
@@ -17,7 +17,7 @@ def figure_class():
 
 
 def save_plot(path, x, y, x_label, y_label, log=False):
-    """Save a curve as a PNG, if there is matplotlib. log: whether the y axis is logarithmic."""
+    """Save a curve as a PNG, if matplotlib is there. log: whether the y axis is logarithmic."""
     if figure_class() is None:
         return
     figure = figure_class()(figsize=(6.4, 4.4), layout="constrained")

@@ -56,7 +56,7 @@ def from_all(value):
 
 
 def sum_of_all(tensor):
-    """Return the sum of the tensors of all processes; `tensor` may hold it."""
+    """Return the sum of the tensors of all processes, which may replace the values of `tensor`."""
     if WORLD > 1:
         dist.all_reduce(tensor)
     return tensor

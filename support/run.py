@@ -80,7 +80,7 @@ def differences(old, new):
 def refuse_other_run(out, state, config, steps):
     """Exit unless the checkpoint in the folder `out` belongs to a run with this config.
 
-    It is called before the images are decoded, when the config has no fingerprint, and after it.
+    It is called before the images are decoded, when the config has no fingerprint, and again after.
     Changed images in the same folder are accepted, and so are the same images in another folder.
     """
     if state is None:
@@ -111,7 +111,7 @@ def refuse_other_ranks(configs):
     """Exit unless all processes have the same settings and images. configs: one per process."""
     for rank, config in enumerate(configs):
         if names := differences(configs[0], config).keys() - {"data", "folder", "init"}:
-            sys.exit(f"rank {rank} has other {' and other '.join(sorted(names))} than rank 0")
+            sys.exit(f"rank {rank} differs from rank 0 in {' and '.join(sorted(names))}")
 
 
 # --------------------------------------------------------------------------------------- the folder
@@ -139,7 +139,7 @@ class RunFolder:
         self.recent = deque(maxlen=100)  # losses
         self.saved = self.previewed = time.monotonic()
         self.preview_seconds = 0  # how long the last one took
-        # On an accelerator, the first one may take long, because kernels are chosen by timing them.
+        # On an accelerator, the first one can be slow, because kernels are chosen by timing them.
         self.count_preview = args.device.type == "cpu"
         # The (step, time) from which steps are timed; steps that may compile do not count.
         self.timed_from = None if args.compile or args.device.type != "cpu" else (step, self.saved)
@@ -153,8 +153,8 @@ class RunFolder:
         if is_foreign:
             with replacing(self.out / "log-edited.csv") as file:
                 file.write(path.read_bytes())
-            print(f"{path} has lines of another program; it is kept as log-edited.csv, and "
-                  "continued")  # fmt: skip
+            print(f"{path} has lines from another program; a copy is kept as log-edited.csv, "
+                  "and the log is continued")  # fmt: skip
         with replacing(path) as file:
             file.write((HEADER + "".join(rows)).encode())
         self.recent.extend(float(row.split(",")[1]) for row in rows[-100:])
@@ -203,7 +203,7 @@ class RunFolder:
         with replacing(path) as file:
             try:
                 torch.save({"config": self.config, "step": step, **states}, file)
-            except RuntimeError as error:  # torch's own hides the one of a full disk
+            except RuntimeError as error:  # torch's own error hides that of a full disk
                 raise error.__context__ or error from None
             if version_of(path) not in (None, self.version):
                 sys.exit(f"{path} was written by another process, which trains in the same folder. "
@@ -219,7 +219,7 @@ class RunFolder:
         return first or time.monotonic() - self.saved > 60 * self.args.save_minutes
 
     def preview_is_due(self):
-        """Return whether the time since the last preview is long, compared with what it took."""
+        """Return whether the time since the last preview is long, compared with its duration."""
         gap = self.args.preview_gap * self.preview_seconds
         return time.monotonic() - self.previewed >= gap
 
@@ -252,8 +252,8 @@ class RunFolder:
 def read_log(path, last):
     """Return the rows of a log.csv, as text, up to the step `last`, and whether it has others.
 
-    Left out are the lines of a spreadsheet, say, and one that a killed run did not finish. Of a
-    step that was logged twice, the second row counts.
+    It leaves out lines from a spreadsheet, say, and one that a killed run did not finish. If a
+    step was logged twice, the second row counts.
     """
     lines = path.read_text(errors="replace").splitlines(keepends=True)
     rows = {int(line.split(",")[0]): line for line in lines if ROW.fullmatch(line)}
@@ -288,9 +288,9 @@ def find_run(out):
 
 
 def remove_remains(out):
-    """Remove what processes have left that were killed while they wrote into a run folder.
+    """Remove the temporary files of processes that were killed while writing into a run folder.
 
-    Exits if one of them still writes.
+    Exits if one of these files is still being written.
     """
     for path in out.glob(".*.tmp"):
         if not TEMPORARY.fullmatch(path.name):

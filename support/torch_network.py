@@ -24,13 +24,13 @@ class TorchNetwork:
     """A trained network on a device, with what sample.py asks of a ddpm_numpy.Network.
 
     path: see support.trained.load. device: see choose_device. amp: whether the network computes in
-    bfloat16; if None, where train.py would. images, batch, steps: how many images will be drawn, in
-    all and together, in how many steps (T if None). The network is compiled where train.py would
+    bfloat16; if None, where train.py would. images, batch, steps: how many images will be drawn in
+    total and at a time, in how many steps (T if None). The network is compiled where train.py would
     compile it, for 5,000 calls with full batches.
 
     Attributes: betas, variance, shape, classes and labels are those of Network, and provider says
-    where and in which numbers it computes. Exits if the weights or the device are not there, or if
-    the device can only emulate bfloat16.
+    where and in which precision it computes. Exits if the weights or the device are not there, or
+    if the device can only emulate bfloat16.
     """
 
     labels = Network.labels

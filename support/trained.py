@@ -1,4 +1,4 @@
-"""A trained network and what is known of it: from a checkpoint, a run, or published weights."""
+"""A trained network and what is known about it: from a checkpoint, a run, or published weights."""
 
 import os
 import sys
@@ -18,7 +18,7 @@ HUB = "hf:"  # before the name of published weights on the Hugging Face Hub
 
 @dataclass
 class Trained:
-    """A trained network in eval mode, and what is known of it.
+    """A trained network in eval mode, and what is known about it.
 
     Like ddpm_numpy.Network, it has betas (T,), variance, the shape (C, H, W) of an image, classes,
     and labels(names, n).

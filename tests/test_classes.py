@@ -225,7 +225,7 @@ def test_names_that_are_no_classes_are_one_line(
     draw, coloured, trained, image_folder, tmp_path, run
 ):
     said = draw("--class", "red", "pink", code=1)
-    assert "no class pink; there are blue, green, red" in said
+    assert "no class pink; the classes are blue, green, red" in said
     ends = image_folder / "0.png", image_folder / "1.png"
     said = draw("--class", "red", "blue", "--interpolate", *ends, code=2)
     assert "at most one class" in said

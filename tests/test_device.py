@@ -306,8 +306,8 @@ def test_two_machines_train_as_one(tmp_path, run, two):
 def test_processes_with_other_images_or_settings_are_refused():
     mine = {"model": {}, "diffusion": {}, "train": {"images": "a", "data": "x", "steps": 9}}
     for other, said in (
-        ({"images": "b"}, "rank 1 has other images than rank 0"),
-        ({"steps": 8, "seed": 1}, "rank 1 has other seed and other steps than rank 0"),
+        ({"images": "b"}, "rank 1 differs from rank 0 in images"),
+        ({"steps": 8, "seed": 1}, "rank 1 differs from rank 0 in seed and steps"),
     ):
         with pytest.raises(SystemExit, match=said):
             support.run.refuse_other_ranks([mine, mine | {"train": mine["train"] | other}])

@@ -111,6 +111,8 @@ def test_float32_modules_are_those_that_read_x_t_and_t_and_y_and_return_eps():
     assert types == [torch.float32, torch.float16]
     with torch.no_grad():
         torch.testing.assert_close(half(*inputs), model(*inputs), rtol=0, atol=1e-2)
+    with pytest.raises(SystemExit, match="ModuleList"):
+        reduced.float32_modules(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1)))
 
 
 def test_onnx_file_is_the_averaged_network_and_no_other_is_written(trained, tmp_path, monkeypatch):

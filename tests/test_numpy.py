@@ -77,7 +77,7 @@ def test_mistakes_are_value_errors(coloured, trained, tmp_path):
         with pytest.raises(ValueError, match=r"y must have the shape \(2,\) and values 0..3"):
             network(x, t, y)
     for wrong, options, said in (
-        (network, {"classes": ["pink"]}, "no class pink; there are blue, green"),
+        (network, {"classes": ["pink"]}, "no class pink; the classes are blue, green"),
         (plain, {"classes": ["red"]}, "has no classes"),
         (plain, {"guidance": 1}, "guidance needs a network with classes"),
         (plain, {"steps": 0}, "steps must be"),

@@ -467,7 +467,7 @@ def test_nohup_and_a_second_interrupt(monkeypatch, run):
     assert interrupts.since == 5.0
     clock[0] = 8.0
     os.kill(os.getpid(), signal.SIGTERM)
-    with pytest.raises(SystemExit, match="stopped within a step"):
+    with pytest.raises(SystemExit, match="stopped mid-step"):
         os.kill(os.getpid(), signal.SIGINT)
 
 

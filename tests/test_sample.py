@@ -184,7 +184,7 @@ def test_cuda_must_agree_with_the_eps_of_the_file(compute, fault, program, monke
     said = program("-n", 1)
     assert ("model.onnx on CUDA" in said) == (fault is None)
     if fault:
-        assert fault in said and "; the CPU computes instead" in said and "on CPU" in said
+        assert fault in said and "; using the CPU instead" in said and "on CPU" in said
         said = program("-n", 1, "--device", "cuda", code=1)
         assert fault in said and said.strip().endswith("; see Accelerators in docs/guide.md")
     monkeypatch.setattr(ddpm_numpy, "MAX_ERROR", 0.01)
@@ -213,7 +213,7 @@ def test_cuda_that_does_not_start_or_gives_up_is_not_used(trained, program, monk
     monkeypatch.setattr(ddpm_numpy.shutil, "which", lambda name: name)
     full = True
     said = program("-n", 1)
-    assert "CUDA fails: 'Failed to allocate memory'; the CPU computes instead" in said
+    assert "CUDA fails: 'Failed to allocate memory'; using the CPU instead" in said
     assert "can't be opened by ONNX Runtime" in program("-n", 1, "--device", "cuda", code=1)
     full = False
     assert "ONNX Runtime can't use CUDA" in program("-n", 1, "--device", "cuda", code=1)
