@@ -197,7 +197,7 @@ class Diffusion:
 
         shape: (B, C, H, W). device: of the noise; the CPU if None.
         generator: a torch.Generator on this device.
-        draw_noise: replaces the generator; it returns the next z.
+        draw_noise: replaces the generator; it returns x_T, unless that is given, then each z.
         x_T: where to start; pure noise if None. Diffusion(betas[: t + 1]) can start from an x_t.
         clip: keep x0_hat in [-1, 1]. Algorithm 2 does not clip; the authors' code does, because the
             error of x0_hat is the error of eps times sqrt((1 - abar_t) / abar_t), 157 at t = T-1.
