@@ -14,21 +14,25 @@ import http.server
 import io
 import shutil
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
 HERE = Path(__file__).parent
+PAGE = HERE.parent / "page"
 BROWSERS = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 SIZE, GAP = 360, 12  # of the picture, and between it and the plane, in pixels
 FORWARD, BACK, RATE = 30, 75, 20  # frames to the noise and back, and how many are shown a second
 DATA, NOISE, RESULT = 900, 500, 2200  # how long these frames stay, in milliseconds
 STILL = 0.11  # the place of moons.png, on the way back from 1 to 0
 STYLE = f"#scene-plane {{ width: 560px !important; height: {SIZE}px !important; }}"
 
+SCENE = "import('./opening.js').then(({ scene }) => %s)"
 SHOWN_AT = """async (place) => {
-    const scene = await import("./scene.js");
+    const { scene } = await import("./opening.js");
     scene.moveTo(place);
     await new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve)));
     return ["scene-plane", "scene-picture"].map((id) => document.getElementById(id).toDataURL());
@@ -38,6 +42,21 @@ SHOWN_AT = """async (place) => {
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *args):
         pass
+
+
+@contextmanager
+def browser_and_address():
+    """Serve the page as `python -m http.server -d page` does; yield a Chromium and the address."""
+    handler = functools.partial(Quiet, directory=PAGE)
+    with (
+        http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server,
+        sync_playwright() as playwright,
+    ):
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser, f"http://127.0.0.1:{server.server_port}/"
+        browser.close()
+        server.shutdown()
 
 
 def shown_at(page, place):
@@ -56,8 +75,8 @@ def shown_at(page, place):
 def record(page):
     """Return the frames to the noise, those of the way back, and the still."""
     there = [shown_at(page, k / FORWARD) for k in range(FORWARD + 1)]
-    page.evaluate("import('./scene.js').then((s) => { s.sendBack('many'); s.stop(); })")
-    while not page.evaluate("import('./scene.js').then((s) => s.isComplete())"):
+    page.evaluate(SCENE % "(scene.sendBack('many'), scene.stop())")
+    while not page.evaluate(SCENE % "scene.isComplete"):
         page.wait_for_timeout(200)
     back = [shown_at(page, 1 - k / BACK) for k in range(1, BACK + 1)]
     return there, back, back[round((1 - STILL) * BACK) - 1]
@@ -67,24 +86,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=HERE / "figures", help="folder [docs/figures]")
     args = parser.parse_args()
-    handler = functools.partial(Quiet, directory=HERE.parent / "page")
-    with (
-        http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server,
-        sync_playwright() as playwright,
-    ):
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        chromium = next(filter(None, map(shutil.which, BROWSERS)), None)
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+    with browser_and_address() as (browser, address):
         page = browser.new_page(
             color_scheme="dark", reduced_motion="reduce", viewport={"width": 1280, "height": 900}
         )
-        page.goto(f"http://127.0.0.1:{server.server_port}/")
+        page.goto(address)
         if not page.evaluate("window.ready"):
             raise SystemExit(page.text_content("#status"))
         page.add_style_tag(content=STYLE)
         there, back, still = record(page)
-        browser.close()
-        server.shutdown()
     each = 1000 // RATE
     durations = [DATA, *[each] * (FORWARD - 1), NOISE, *[each] * (BACK - 1), RESULT]
     # Because of the haze, a GIF would be three times as large, even with 64 colours.
