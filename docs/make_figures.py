@@ -306,21 +306,20 @@ def page_noise(seed, k, count):
     z = []
     while len(z) < count:
         radius, angle = np.sqrt(-2 * np.log(1 - uniform())), 2 * np.pi * uniform()
-        z += [radius * np.cos(angle), radius * np.sin(angle)]
-    return z[:count]
+        z.append(radius * np.cos(angle))
+    return z
 
 
 def draw_recorded(path, network):
-    """Save what page/page.js shows before its network is loaded: 16 x_t and x0_hat of Algorithm 2.
+    """Save what the page's opening scene shows before its network is loaded: 20 rows of x0_hat.
 
-    The chain begins with the page's noise of seed 0. Each row is one of 26 levels of t.
+    They are those of DDIM in 20 steps, without a class, from the page's noise of image 1.
     """
-    size, rows = int(np.prod(network.shape)), []
-    x_T = np.array([page_noise(0, k, size) for k in range(16)], np.float32)
-    for t, x, x0 in reverse(network, batch=16, x_T=x_T.reshape(16, *network.shape)):
-        if t % 40 == 39 or t == 0:
-            rows.append(np.concatenate(list(to_pixels(np.concatenate([x, x0]))), -1))
-    Image.fromarray(np.concatenate(rows, 1)[0]).save(path, optimize=True)
+    x_T = np.array(page_noise(0, 1, int(np.prod(network.shape))), np.float32)
+    x_T = x_T.reshape(1, *network.shape)
+    chain = reverse(network, batch=1, w=None, steps=20, sampler="ddim", x_T=x_T)
+    rows = [to_pixels(x0)[0, 0] for _, _, x0 in chain]
+    Image.fromarray(np.concatenate(rows)).save(path, quality=90, method=6)
 
 
 def draw_ends(path, network):
@@ -510,7 +509,7 @@ def main():
     draw_unet(args.out / "unet.png")
     draw_strip(args.out, network)
     if network.shape == (1, 32, 32):  # the included network's
-        draw_recorded((PAGE if args.out == FIGURES else args.out) / "recorded.png", network)
+        draw_recorded((PAGE if args.out == FIGURES else args.out) / "recorded.webp", network)
     draw_ends(args.out / "ends.png", network)
     draw_steps(args.out / "steps.png", network)
     if network.classes:

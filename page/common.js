@@ -7,17 +7,7 @@ export const scheme = matchMedia("(prefers-color-scheme: dark)");
 export const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
 /** The pace: from 1, the noise, to 0, the data. Half of the time belongs to t < 250, where most is decided. */
 export const levelAt = (place) => T * place ** 2 - 1;
-export const placeOf = (level) => Math.sqrt((level + 1) / T);
 export const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
-
-const channel = new MessageChannel();
-channel.port1.start();
-
-/** Let the page react and draw; setTimeout would also wait for 4 ms. */
-export function breathe() {
-  channel.port2.postMessage(null);
-  return new Promise((resolve) => channel.port1.addEventListener("message", resolve, { once: true }));
-}
 
 /**
  * Let controls show and change a state. The control of a key has the id prefix + key, and may be
@@ -67,27 +57,30 @@ export class Owner {
     const before = this.stop(), run = this.#run = { stopped: false };
     run.ended = (async () => {
       await before;
-      if (!run.stopped) await task(run);
-      if (this.#run === run) this.#run = null;
-      this.changed();
+      try {
+        if (!run.stopped) await task(run);
+      } finally {
+        if (this.#run === run) this.#run = null;
+        this.changed();
+      }
     })();
     this.changed();
     return run.ended;
   }
 }
 
-export function inSight(element) {
-  const { top, bottom } = element.getBoundingClientRect();
-  return bottom > 0 && top < innerHeight;
+/** Call call(isSeen) when an element comes into sight, or leaves it. */
+export function follow(element, call) {
+  new IntersectionObserver(([entry]) => call(entry.isIntersecting)).observe(element);
 }
 
 /** Call step(milliseconds) in the next frame, and again while it returns true and the element is in
  * sight. Returns the function that asks for it. */
 export function animate(element, step) {
-  let before = null, asked = false, inSight = true;
+  let before = null, asked = false, isSeen = false;
   const ask = () => {
-    if (!asked && inSight) requestAnimationFrame(frame);
-    asked ||= inSight;
+    if (!asked && isSeen) requestAnimationFrame(frame);
+    asked ||= isSeen;
   };
   function frame(now) {
     asked = false;
@@ -95,10 +88,10 @@ export function animate(element, step) {
     before = goesOn ? now : null;
     if (goesOn) ask();
   }
-  new IntersectionObserver(([entry]) => {
-    inSight = entry.isIntersecting;
+  follow(element, (value) => {
+    isSeen = value;
     ask();
-  }).observe(element);
+  });
   new ResizeObserver(ask).observe(element);
   scheme.addEventListener("change", ask);
   return ask;
@@ -110,26 +103,4 @@ let waiting;
 export function announce(text) {
   clearTimeout(waiting);
   waiting = setTimeout(() => { $("live").textContent = text; }, 1000);
-}
-
-/** What a reader may change in the method, by its name in sampleChanged; noClip is clip: false. */
-export const CHANGES = {
-  withoutZ: "leave out the fresh noise of each step",
-  noClip: "do not keep the estimate within the range of the data",
-  short: "use only 100 noise levels in place of 1000",
-  lastNoise: "add noise in the last step",
-};
-
-/** Make a box for each change, for `bind`, before the paragraph that will say what they do. */
-export function offerChanges(fieldset, prefix) {
-  for (const [name, text] of Object.entries(CHANGES)) {
-    const label = fieldset.appendChild(document.createElement("label"));
-    label.append(Object.assign(document.createElement("input"), { type: "checkbox", id: prefix + name }), ` ${text}`);
-  }
-}
-
-/** {withoutZ, ...} of a state, for sampleChanged, and the names of those that are ticked. */
-export function changesOf(state) {
-  const changes = Object.fromEntries(Object.keys(CHANGES).map((name) => [name, state[name]]));
-  return [{ ...changes, clip: !state.noClip }, Object.keys(CHANGES).filter((name) => state[name])];
 }

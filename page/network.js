@@ -1,5 +1,4 @@
 // eps_theta(x_t, t) from a model.onnx of export.py, computed by ONNX Runtime in a worker.
-//
 // Images are Float32Array, in the order (B, C, H, W).
 
 /** The metadata_props of a ModelProto (its field 14) as an object of strings. */
@@ -41,6 +40,9 @@ function* fields(bytes) {
   }
 }
 
+/** What the worker could not do; the message is a sentence for the user. */
+export class NetworkError extends Error {}
+
 /**
  * eps_theta(x_t, t) from the bytes of a model.onnx, computed in a worker.
  *
@@ -51,7 +53,6 @@ function* fields(bytes) {
  * betas, variance, shape ([C, H, W]) and classes (their names, [] if there are none) are the file's;
  * metadata is all that it says about itself.
  * device says what the network runs on, and noWebGPU why that is not WebGPU, if it is not.
- * Errors are thrown as an Error whose message is a sentence for the user.
  */
 export class Network {
   static async open(bytes, runtime, fallback = runtime) {
@@ -64,11 +65,9 @@ export class Network {
       network.#answer({ error: event.message ?? "the worker did not start" });
     };
     try {
-      const { shape, classes, betas, metadata } = network, T = betas.length;
+      const { shape, classes, betas: { length: T }, metadata } = network;
       const values = JSON.parse(metadata["ddpm.eps_of_example"] ?? "[]");
-      const { device, noWebGPU } =
-        await network.#ask({ bytes, runtime, fallback, shape, classes, T, values });
-      return Object.assign(network, { device, noWebGPU });
+      return Object.assign(network, await network.#ask({ bytes, runtime, fallback, shape, classes, T, values }));
     } catch (error) {
       network.close();
       throw error;
@@ -86,17 +85,12 @@ export class Network {
     [this.betas, this.shape] = [JSON.parse(this.metadata[names[0]]), JSON.parse(this.metadata[names[2]])];
     this.variance = this.metadata[names[1]];
     this.classes = JSON.parse(this.metadata["ddpm.classes"] ?? "[]");
-    const valid = Array.isArray(this.betas) && this.betas.length &&
-      this.betas.every((beta) => beta > 0 && beta < 1) &&
-      ["large", "small"].includes(this.variance) &&
-      this.shape?.length === 3 && [1, 3].includes(this.shape[0]);
-    if (!valid) throw new Error("its metadata makes no sense");
     this.size = this.shape[0] * this.shape[1] * this.shape[2];
   }
 
   #ask(question) {
     return new Promise((...callbacks) => {
-      if (!this.#worker) throw new Error("the network was closed");
+      if (!this.#worker) throw new NetworkError("the network was closed");
       this.#waiting.push(callbacks);
       this.#worker.postMessage(question);
     });
@@ -104,14 +98,11 @@ export class Network {
 
   #answer(data) {
     const [resolve, reject] = this.#waiting.shift() ?? [];
-    if (data.error) reject?.(new Error(data.error));
+    if (data.error) reject?.(new NetworkError(data.error));
     else resolve?.(data);
   }
 
-  /**
-   * x: Float32Array of B images. t: an integer. y: B classes, by default "no class"; a network
-   * without classes ignores them. The result is shaped like x.
-   */
+  /** x: Float32Array of B images. t: an integer. y: B classes, by default "no class". The result is shaped like x. */
   async eps(x, t, y) {
     const { eps } = await this.#ask({ x, t, y });
     return eps;
@@ -125,7 +116,7 @@ export class Network {
   }
 }
 
-// ----------------------------------------------------------------------------------- in the worker
+// ---- in the worker
 
 let ort, session, shape, classes;
 
@@ -136,32 +127,31 @@ async function check(T, values) {
   const size = shape[0] * shape[1] * shape[2];
   const x = Float32Array.from({ length: size }, (_, k) => Math.SQRT2 * Math.sin(k));
   const answer = await eps({ x, t: Math.floor(T / 2) }), apart = Math.ceil(size / 64);
-  const differences = values.map((value, k) => (answer.eps[k * apart] - value) ** 2);
-  const sum = (numbers) => numbers.reduce((total, number) => total + number, 0);
-  const error = Math.sqrt(sum(differences) / sum(values.map((value) => value ** 2)));
-  if (values.length && !(error < MAX_ERROR))
+  const error = Math.hypot(...values.map((value, k) => answer.eps[k * apart] - value)) / Math.hypot(...values);
+  if (values.length && !(error < MAX_ERROR)) {
     throw new Error(`it computes an eps that is wrong by ${(100 * error).toFixed(0)} %`);
+  }
 }
 
 async function start({ bytes, runtime, fallback, T, values, ...file }) {
   ort = await import(runtime).catch(() => import(fallback));
   ({ shape, classes } = file);
   ort.env.wasm.numThreads = self.crossOriginIsolated ? navigator.hardwareConcurrency : 1;
-  const create = (provider) => ort.InferenceSession.create(bytes, {
-    executionProviders: [provider], logSeverityLevel: 4, // the errors are thrown
-  });
-  let noWebGPU = "this browser has no WebGPU";
+  const create = async (provider) => {
+    const options = { executionProviders: [provider], logSeverityLevel: 4 }; // the errors are thrown
+    session = await ort.InferenceSession.create(bytes, options);
+    await check(T, values);
+  };
+  let noWebGPU;
   if (await navigator.gpu?.requestAdapter().catch(() => null)) {
     try {
-      session = await create("webgpu");
-      await check(T, values);
+      await create("webgpu");
       return { device: "WebGPU" };
     } catch (error) {
       noWebGPU = `WebGPU fails: ${error.message}`;
     }
-  } else if (navigator.gpu) noWebGPU = "WebGPU finds no device";
-  session = await create("wasm");
-  await check(T, values);
+  }
+  await create("wasm");
   const threads = ort.env.wasm.numThreads;
   return { device: `WebAssembly, ${threads} thread${threads > 1 ? "s" : ""}`, noWebGPU };
 }
@@ -169,13 +159,9 @@ async function start({ bytes, runtime, fallback, T, values, ...file }) {
 async function eps({ x, t, y }) {
   const batch = x.length / (shape[0] * shape[1] * shape[2]);
   const integers = (values) => new ort.Tensor("int64", BigInt64Array.from(values, BigInt), [batch]);
-  const feeds = {
-    x_t: new ort.Tensor("float32", x, [batch, ...shape]),
-    t: integers(Array(batch).fill(t)),
-  };
+  const feeds = { x_t: new ort.Tensor("float32", x, [batch, ...shape]), t: integers(Array(batch).fill(t)) };
   if (classes.length) feeds.y = integers(y ?? Array(batch).fill(classes.length));
-  const results = await session.run(feeds);
-  const result = await results.eps.getData();
+  const results = await session.run(feeds), result = await results.eps.getData();
   if (!result.every(Number.isFinite)) throw new Error(`eps is not finite at t = ${t}`);
   return { eps: result.slice() }; // a copy, because the runtime may use its memory again
 }

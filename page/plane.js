@@ -66,6 +66,13 @@ export function drawRing({ context, at }, place, radius, colour, width = 2) {
   context.stroke();
 }
 
+/** Write a word under a place. */
+export function drawWord({ context, at }, word, place, colour) {
+  const [x, y] = at(...place), style = { font: "600 13px system-ui, sans-serif", textAlign: "center", fillStyle: colour };
+  Object.assign(context, style, { lineWidth: 4, strokeStyle: colours.card });
+  for (const write of ["strokeText", "fillText"]) context[write](word, x, y + 22);
+}
+
 /** Draw the density of x_t as a haze. */
 export function drawHaze({ context, width, height, wide, limit }, abar, centres, std, scale = 1) {
   const deviation = Math.sqrt(1 - abar + abar * std ** 2); // of each centre: a cell is at most a third of it
@@ -74,7 +81,7 @@ export function drawHaze({ context, width, height, wide, limit }, abar, centres,
   const largest = q.reduce((a, b) => Math.max(a, b)), image = new ImageData(columns, rows);
   const [haze, ground] = [colours.data, colours.card].map((hex) => [1, 3, 5].map((k) => parseInt(hex.slice(k, k + 2), 16)));
   q.forEach((value, k) => { // opaque, which is faster than to blend
-    const share = 0.43 * Math.sqrt(value / largest);
+    const share = (0.16 + 0.3 * Math.sqrt(abar)) * Math.sqrt(value / largest); // paler where there is more noise
     for (let c = 0; c < 3; c++) image.data[4 * k + c] = ground[c] + share * (haze[c] - ground[c]);
     image.data[4 * k + 3] = 255;
   });

@@ -1,15 +1,11 @@
 // One reverse process at a time, with the network of the page, for the sections that use it.
 
 import { $, Owner, announce, pause } from "./common.js";
-import { guided, sampleChanged } from "./sampler.js";
+import { NetworkError } from "./network.js";
+import { guided, sampleProgressive } from "./sampler.js";
 
-export const work = new Owner(() => followers.forEach((call) => call()));
+export const work = new Owner();
 export let network = null; // the open Network
-const followers = []; // what is called when the work begins or ends
-
-export function follow(call) {
-  followers.push(call);
-}
 
 export function useNetwork(opened) {
   network = opened;
@@ -24,42 +20,28 @@ export function tell(ids, text, { isError = false, passes = false } = {}) {
   if (!passes) announce(text);
 }
 
-/** Run the reverse process, and call `each` with every step. The status says how it ends. */
+/** Run the reverse process, and call each(step, isLast). The status says how it ends. */
 export function reverse(status, what, model, drawNoise, betas, options, each) {
   return work.start(async (run) => {
     const { steps } = options, began = performance.now();
-    let done = 0, milliseconds = 0;
-    const epsModel = async (x, t) => {
-      const asked = performance.now(), eps = await model(x, t);
-      milliseconds += performance.now() - asked;
-      return eps;
-    };
+    let done = 0;
     try {
-      for await (const step of sampleChanged(epsModel, drawNoise, betas, options)) {
+      for await (const step of sampleProgressive(model, drawNoise, betas, options)) {
         if (run.stopped) break; // while eps was computed
-        done++;
-        each(step, milliseconds / done, done === steps);
+        each(step, ++done === steps);
         tell([status], `${what}: step ${done} of ${steps}`, { passes: true });
         await pause(0); // lets the page paint
         if (run.stopped) break;
       }
-      if (run.stopped && work.busy) return; // another run has begun
-      const seconds = ((performance.now() - began) / 1000).toFixed(1);
-      tell([status], done === steps ? `${what}: ${steps} step${steps > 1 ? "s" : ""} in ${seconds} s`
-        : `Stopped after step ${done} of ${steps}.`);
     } catch (error) {
-      tell([status], explained(error), { isError: true });
+      if (!(error instanceof NetworkError)) throw error;
+      return tell([status], `The network failed: ${error.message.split("\n")[0]}`, { isError: true });
     }
+    if (run.stopped && work.busy) return; // another run has begun
+    const seconds = ((performance.now() - began) / 1000).toFixed(1);
+    tell([status], done === steps ? `${what}: ${steps} step${steps > 1 ? "s" : ""} in ${seconds} s`
+      : `Stopped after step ${done} of ${steps}.`);
   });
-}
-
-/** What an error of the network means for the user. */
-function explained(error) {
-  const message = error.message.split("\n")[0];
-  if (/out of memory|bad_alloc|allocation failed|memory access/i.test(message)) {
-    return `The network does not fit in this browser's memory; try fewer images. (${message})`;
-  }
-  return `The network failed: ${message}`;
 }
 
 /** The epsModel of `count` images. value: a class, or "all", which means all in turn. */

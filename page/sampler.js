@@ -1,14 +1,6 @@
 // The diffusion process of ddpm.py in JavaScript: the forward process, the samplers, guidance.
-//
 // Numbers in brackets are equations of the paper, arXiv:2006.11239. t counts 0..T-1, as in ddpm.py.
 // Images are Float32Array in [-1, 1], in the order (B, C, H, W).
-
-// ---------------------------------------------------------------------------- the diffusion process
-
-/** The paper's betas: T numbers from beta_1 to beta_T. */
-export function linearBetas(T = 1000, beta1 = 1e-4, betaT = 0.02) {
-  return Array.from({ length: T }, (_, t) => beta1 + ((betaT - beta1) * t) / Math.max(1, T - 1));
-}
 
 /** The running products abar_t of alpha_t = 1 - beta_t. */
 export function alphasBar(betas) {
@@ -17,12 +9,12 @@ export function alphasBar(betas) {
 }
 
 /** The paper's schedule. */
-export const BETAS = linearBetas(), T = BETAS.length, ABAR = alphasBar(BETAS);
+export const T = 1000, BETAS = Array.from({ length: T }, (_, t) => 1e-4 + ((0.02 - 1e-4) * t) / (T - 1));
+export const ABAR = alphasBar(BETAS);
 
 /** x_t ~ q(x_t | x_0) (4): sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise. */
 export function qSample(x0, t, noise, betas) {
-  const abar = alphasBar(betas)[t];
-  const signal = Math.sqrt(abar), deviation = Math.sqrt(1 - abar);
+  const abar = alphasBar(betas)[t], signal = Math.sqrt(abar), deviation = Math.sqrt(1 - abar);
   return x0.map((value, k) => signal * value + deviation * noise[k]);
 }
 
@@ -40,74 +32,51 @@ export function between({ t, x, x0 }, level) {
 }
 
 /**
- * A chain through some of the noise levels: {betas, tau}, both of length `steps`. tau lists the
- * t of the full chain that the shorter one visits. Throws a RangeError if steps is not 1..T.
+ * A chain through some of the T noise levels: {betas, tau}, both of length `steps`, 1..T. tau lists
+ * the t of the full chain that the shorter one visits.
  */
 export function respaced(betas, steps) {
   const T = betas.length;
-  if (!(steps >= 1 && steps <= T)) throw new RangeError(`steps must be 1..${T}, not ${steps}`);
   const tau = Array.from({ length: steps }, (_, k) => Math.floor((T * (k + 1)) / steps) - 1);
   const abar = alphasBar(betas);
   return { tau, betas: tau.map((t, i) => 1 - abar[t] / (i ? abar[tau[i - 1]] : 1)) };
 }
 
 /**
- * The reverse process as an async generator: yields {t, x, x0, sigma} from t = T-1 down.
- *
+ * The reverse process as an async generator: yields {t, x, x0} from t = T-1 down.
  * x is x_t, the input of the network; x0 is the current estimate of the clean images, clipped to
- * [-1, 1], and the last one is the sample. sigma is the standard deviation of the noise that is
- * added next.
- *
+ * [-1, 1], and the last one is the sample.
  * epsModel(x, t) returns eps, or a promise of it. drawNoise() returns the next z.
- * variance: sigma_t^2 is beta_t if "large", the posterior variance (7) if "small".
+ * variance: sigma_t^2 of "ddpm" is beta_t if "large", the posterior variance (7) if "small".
  * steps: how many of the T steps to take; all by default.
- * sampler: "ddpm" is the paper's Algorithm 2, the default with all T steps; "sa-solver" is SA-Solver
- * without noise, the default with fewer; "ddim" is DDIM.
- * eta: for "ddim" alone, and selects it. 0, the default, is deterministic; 1 equals "ddpm" with
- * "small" variance.
+ * sampler: "ddpm" is the paper's Algorithm 2, and "no-noise" the same without its noise, broken on purpose;
+ * "ddim" is DDIM; "sa-solver" is SA-Solver without noise.
  * xT: where to start; pure noise by default. To continue from an x_t, pass betas.slice(0, t + 1) too.
- * clip: whether x0 is clipped to [-1, 1].
- * known: for inpainting, {x0, mask}, shaped like x. Where the mask is 0, x_t is drawn from
- * q(x_t | x_0) (4) in each step, and x0 is the given one.
  */
 export async function* sampleProgressive(
-  epsModel, drawNoise, betas,
-  { variance = "large", steps = betas.length, sampler = null, eta = null, xT, clip = true, known } = {},
+  epsModel, drawNoise, betas, { variance = "large", steps = betas.length, sampler = "ddpm", xT } = {},
 ) {
-  const fill = (x, given) => (known ? x.map((value, k) => (known.mask[k] ? value : given[k])) : x);
-  const chain = respaced(betas, steps), abars = alphasBar(chain.betas);
-  sampler ??= eta !== null ? "ddim" : steps < betas.length ? "sa-solver" : "ddpm";
-  if (!["ddpm", "ddim", "sa-solver"].includes(sampler)) throw new RangeError(`no sampler ${sampler}`);
-  if (eta !== null && sampler !== "ddim") throw new RangeError("eta is for ddim alone");
-  const solverStep = saSolverStep(abars);
+  const chain = respaced(betas, steps), abars = alphasBar(chain.betas), solverStep = saSolverStep(abars);
   let x = xT ?? drawNoise();
   for (let i = steps - 1; i >= 0; i--) {
-    const beta = chain.betas[i], abar = abars[i], abarPrev = i ? abars[i - 1] : 1;
-    const posteriorVariance = ((1 - abarPrev) / (1 - abar)) * beta; // (7), 0 in the last step
-    const large = i && variance === "large"; // the last step adds no noise
-    const sigma = sampler === "ddpm" ? Math.sqrt(large ? beta : posteriorVariance)
-      : (eta ?? 0) * Math.sqrt(posteriorVariance);
-    if (known) x = fill(x, qSample(known.x0, chain.tau[i], drawNoise(), betas));
-    const eps = await epsModel(x, chain.tau[i]);
-    let x0 = x.map((value, k) => (value - Math.sqrt(1 - abar) * eps[k]) / Math.sqrt(abar)); // (15)
-    if (clip) x0 = x0.map((value) => Math.min(1, Math.max(-1, value)));
-    x0 = fill(x0, known?.x0);
-    yield { t: chain.tau[i], x, x0, sigma };
-    if (i === 0) return;
+    const beta = chain.betas[i], abar = abars[i], eps = await epsModel(x, chain.tau[i]);
+    const x0 = x.map((value, k) => // (15)
+      Math.min(1, Math.max(-1, (value - Math.sqrt(1 - abar) * eps[k]) / Math.sqrt(abar))));
+    yield { t: chain.tau[i], x, x0 };
+    if (i === 0) return; // the last step adds no noise, and its mean is x0 itself
+    const abarPrev = abars[i - 1];
     if (sampler === "sa-solver") {
       x = solverStep(x0, x, i);
-      continue;
+    } else if (sampler === "ddim") { // with eps recomputed from the clipped x_0
+      const fromX = Math.sqrt((1 - abarPrev) / (1 - abar)), fromX0 = Math.sqrt(abarPrev) - Math.sqrt(abar) * fromX;
+      x = x.map((value, k) => fromX0 * x0[k] + fromX * value);
+    } else { // (7)
+      const fromX0 = (Math.sqrt(abarPrev) * beta) / (1 - abar);
+      const fromX = (Math.sqrt(1 - beta) * (1 - abarPrev)) / (1 - abar);
+      const noise = sampler === "no-noise" ? 0 : variance === "large" ? beta : ((1 - abarPrev) / (1 - abar)) * beta;
+      const sigma = Math.sqrt(noise), z = drawNoise();
+      x = x.map((value, k) => fromX0 * x0[k] + fromX * value + sigma * z[k]);
     }
-    let fromX0, fromX; // the mean is fromX0 x_0 + fromX x_t
-    if (sampler === "ddpm") { // (7)
-      fromX0 = (Math.sqrt(abarPrev) * beta) / (1 - abar);
-      fromX = (Math.sqrt(1 - beta) * (1 - abarPrev)) / (1 - abar);
-    } else { // DDIM, with eps recomputed from the clipped x_0
-      fromX = Math.sqrt((1 - abarPrev - sigma ** 2) / (1 - abar));
-      fromX0 = Math.sqrt(abarPrev) - Math.sqrt(abar) * fromX;
-    }
-    const z = sigma ? drawNoise() : null;
-    x = x.map((value, k) => fromX0 * x0[k] + fromX * value + (z ? sigma * z[k] : 0));
   }
 }
 
@@ -115,7 +84,7 @@ export async function* sampleProgressive(
  * The weights c of: integral from start to end of e^(s - end) x0(s) ds = sum of c_k x0_k. x0(s) is
  * the polynomial through the points (nodes[k], x0_k).
  */
-export function nodeWeights(nodes, start, end) {
+function nodeWeights(nodes, start, end) {
   const h = end - start, moments = [-Math.expm1(-h)]; // the integrals of e^u u^k from -h to 0
   for (let k = 1; k < nodes.length; k++) moments.push(-Math.exp(-h) * (-h) ** k - k * moments[k - 1]);
   return nodes.map((node) => {
@@ -151,43 +120,8 @@ function saSolverStep(abar, order = 3) {
 }
 
 /**
- * sampleProgressive, broken on purpose, as the exercises of ddpm.ipynb do. t counts the levels of
- * `betas`, as before.
- *
- * withoutZ: no noise is added to the mean of p.
- * short: a tenth of the T steps, with betas from the first to the last of the given ones.
- * lastNoise: the last step adds noise as well.
- */
-export async function* sampleChanged(
-  epsModel, drawNoise, betas, { withoutZ, short, lastNoise, steps = betas.length, xT, ...options },
-) {
-  const abar = alphasBar(betas), T = short ? Math.ceil(betas.length / 10) : betas.length;
-  const chain = short ? linearBetas(T, betas[0], betas.at(-1)) : betas;
-  const level = alphasBar(chain).map((value) => closest(abar, value));
-  const noise = xT ?? drawNoise(), zeros = noise.map(() => 0);
-  options = { ...options, steps: Math.min(steps, T), xT: noise };
-  const drawZ = withoutZ ? () => zeros : drawNoise;
-  let done = 0;
-  for await (const step of sampleProgressive((x, t) => epsModel(x, level[t]), drawZ, chain, options)) {
-    const t = level[step.t];
-    if (++done === options.steps && lastNoise) {
-      const z = drawNoise(), sigma = Math.sqrt(1 - abar[t]); // of the shorter chain, beta_1 = 1 - abar_1
-      yield { ...step, t, sigma, x0: step.x0.map((value, k) => value + sigma * z[k]) };
-    } else yield { ...step, t };
-  }
-}
-
-/** The index of the number that is closest to `value`. */
-export function closest(numbers, value) {
-  const distances = numbers.map((number) => Math.abs(number - value));
-  return distances.indexOf(Math.min(...distances));
-}
-
-/**
  * An epsModel(x, t) of classifier-free guidance: (1 + w) eps given the classes y, minus w eps.
- *
- * y has the index of the class of each image; classes.length stands for "no class". w = 0 is no
- * guidance.
+ * y has the index of the class of each image, or classes.length for "no class".
  */
 export function guided(network, y, w) {
   const none = y.map(() => network.classes.length);
@@ -201,26 +135,16 @@ export function guided(network, y, w) {
   };
 }
 
-/**
- * A drawNoise() for `batch` images of `size` numbers each: standard normal. The noise of image k
- * depends on (seed, k) alone.
- */
+/** A standard normal number by the Box-Muller transform. random: a function of `uniform`. */
+export const normal = (random) => Math.sqrt(-2 * Math.log(1 - random())) * Math.cos(2 * Math.PI * random());
+
+/** A drawNoise() for `batch` images of `size` standard normal numbers; those of image k depend on (seed, k) alone. */
 export function noiseOf(seed, batch, size) {
   const streams = Array.from({ length: batch }, (_, k) => uniform(seed, k));
-  return () => {
-    const z = new Float32Array(batch * size);
-    streams.forEach((next, k) => {
-      for (let j = 0; j < size; j += 2) { // the Box-Muller transform gives two at a time
-        const radius = Math.sqrt(-2 * Math.log(1 - next())), angle = 2 * Math.PI * next();
-        z[k * size + j] = radius * Math.cos(angle);
-        if (j + 1 < size) z[k * size + j + 1] = radius * Math.sin(angle);
-      }
-    });
-    return z;
-  };
+  return () => Float32Array.from({ length: batch * size }, (_, k) => normal(streams[Math.floor(k / size)]));
 }
 
-/** A function that draws uniform numbers in [0, 1) by the generator sfc32 of PractRand, seeded with two integers. */
+/** A function that draws uniform numbers in [0, 1): sfc32 of PractRand, seeded with two integers. */
 export function uniform(seed, stream) {
   let a = seed >>> 0, b = stream >>> 0, c = Math.floor(seed / 2 ** 32), counter = 1;
   const next = () => {

@@ -1,245 +1,296 @@
-// The opening scene: points and a picture dissolve into noise, and come back. One place, from 0 (the
-// data) to 1 (noise), is the state of the slider, of the points and of the picture.
+// A scene: points in the plane dissolve into noise, and come back. One place, from 0 (the data) to 1
+// (the noise), is the state of the slider, of the points, and of a picture beside them.
 
-import { $, Owner, animate, announce, levelAt, still } from "./common.js";
-import {
-  clear, colours, drawArrows, drawDots, drawHaze, drawImages, drawLine, drawRing, grid, toPixels, viewOf,
-} from "./plane.js";
-import { CLOUDS, STD, exactEps, nearest, posterior } from "./points.js";
-import { BETAS, T, between, noiseOf, partsAt, sampleProgressive } from "./sampler.js";
+import { $, animate, announce, levelAt } from "./common.js";
+import { Passage } from "./passage.js";
+import { clear, colours, drawArrows, drawDots, drawHaze, drawLine, drawRing, drawWord, grid, viewOf } from "./plane.js";
+import { STD, exactEps, nearest, posterior } from "./points.js";
+import { ABAR, between, noiseOf, partsAt } from "./sampler.js";
 
-const LIMIT = 1.8, STEPS = 60, PICTURE_STEPS = 40, SHAPE = [1, 32, 32], SIZE = 1024;
-const RECORDED = 7; // which of the recorded pictures this is, whose noise is the recording's
-const BY = { // who sends the picture back
-  network: "The picture is drawn by the network of this page.",
-  recording: "The picture is recorded, until the network of this page is loaded.",
-  "": "The picture waits for the network of this page.",
-};
-const PACE = { rest: 1800, noising: 4500, noise: 800, many: 8000, one: 2200 }; // milliseconds
+export const N = 240; // points
+const PACE = { rest: 2600, noising: 3500, noise: 800, many: 8000, one: 1200 }; // milliseconds
+const START = 0.45; // where there is something to see, for a point that is chosen among the data
 
-const data = CLOUDS["two moons"](), N = data.length / 2;
-const labelsOf = (x) => Array.from({ length: N }, (_, k) => data.labels[nearest(x[2 * k], x[2 * k + 1], data).index]);
-const state = {
-  place: 0, phase: "rest", // or "noising", or on the way back in "many" steps or "one" jump
-  moving: !still, repeats: !still, waited: 1700, // how long the phase lasts, in milliseconds
-  then: "many", // what follows the noise
-  from: 1, // where the way back begins
-  chosen: -1, pinned: -1, // of the points: whose origins are shown, and go on being shown
-};
-let round = 0; // how often they came back
-// x0 and noise make x on the way to the noise; steps are those of the way back.
-let points = { x0: data, noise: noiseOf(1, N, 2)(), steps: null, labels: data.labels };
-let picture = { x0: null, noise: noiseOf(0, RECORDED + 1, SIZE)().slice(-SIZE), steps: null, by: "" };
-let network = null, recording = null;
-let ask; // for a frame
-const drawing = new Owner();
+export class Scene {
+  place = 0;
+  phase = "rest"; // or "noising", or on the way back in "many" steps or "one" jump
+  then = "many"; // what follows the noise
+  moving = false;
+  repeats = false;
+  waited = 0; // how long the phase lasts, in milliseconds
+  chosen = -1; // of the points: whose origins are shown
+  pinned = -1; // the same, if no pointer is over another one
+  straight = false; // whether a point is shown divided by the sum of the factors of data and noise
+  isDrawn = false; // whether a reader draws the data
+  #round = 1; // the seed of the noise
 
-/** x_t of what has x0 and noise. */
-function noised({ x0, noise }, level) {
-  const [signal, spread] = partsAt(level);
-  return x0.map((value, k) => signal * value + spread * noise[k]);
-}
-
-/** The state at a level: on the way back, the last step that is not below it. */
-const stepAt = (steps, level) => steps.findLast(({ t }) => t >= level) ?? steps[0];
-
-// ---- the points
-
-/** The estimate of x_0 in the mean over all that is possible. */
-function estimate(x, level) {
-  const [signal, noise] = partsAt(level), eps = exactEps(x, signal ** 2, data, STD);
-  return x.map((value, k) => (value - noise * eps[k]) / signal);
-}
-
-/** The points at a place; on the way back, this takes the steps that are missing. */
-export function pointsAt(place) {
-  const level = levelAt(place), { steps } = points;
-  if (!steps) return noised(points, level);
-  if (state.phase === "one") return jumped(steps[0], place);
-  while (steps.at(-1).t > Math.max(level, -0.99)) {
-    const t = levelAt(state.from * (1 - steps.length / STEPS)), x = between(steps.at(-1), t);
-    steps.push({ t, x, x0: t > -0.99 ? estimate(x, t) : x });
+  /**
+   * prefix: of the ids of its canvas, slider and buttons. data: the cloud of points. limit: of the view,
+   * upwards. every: of how many points one shows its path. isFree: whether the way back begins at any
+   * place, and leads to the next data; else, it begins at the noise, and the data stay. say(): says what
+   * is seen, and returns it. drawBeside(): draws what else there is.
+   */
+  constructor(prefix, { data, limit, every, steps, say, isFree = false, drawBeside = () => {} }) {
+    Object.assign(this, { prefix, limit, every, isFree, drawBeside, say });
+    const eps = (x, t) => exactEps(x, ABAR[t], this.data, STD);
+    this.points = new Passage(eps, { sampler: "ddim", steps }, () => this.render());
+    [this.passages, this.canvas] = [[this.points], this.$("plane")];
+    this.useData(data);
+    this.#listen();
+    this.ask = animate(this.canvas, (passed) => {
+      if (this.moving) this.#advance(passed);
+      this.#draw();
+      return this.moving;
+    });
   }
-  return between(stepAt(steps, level), level);
-}
 
-/** On the straight line from a state to its estimate. */
-const jumped = ({ x, x0 }, place) => x.map((value, k) => x0[k] + (place / state.from) * (value - x0[k]));
-
-// ---- the picture
-
-/** The picture at a place; on the way back, as far as the network has come. */
-export function pictureAt(place) {
-  const level = levelAt(place), { steps } = picture;
-  if (!steps) return noised(picture, level);
-  if (!steps.length) return noised(picture, levelAt(state.from)); // the network has not answered yet
-  if (state.phase === "one") return jumped(steps[0], place);
-  const last = steps.at(-1), next = last.t < 0 ? -1 : last.t - T / PICTURE_STEPS;
-  return between(stepAt(steps, level), Math.max(level, next));
-}
-
-/** The network's way back, or the recorded one. */
-function sendPictureBack() {
-  const t = Math.max(0, Math.round(levelAt(state.from))), x = noised(picture, t), own = picture;
-  own.steps = [];
-  own.by = network ? "network" : recording ? "recording" : "";
-  if (!network) {
-    own.steps = recording?.filter((step) => step.t <= t) ?? [];
-    return drawing.stop();
+  $(name) {
+    return $(`${this.prefix}-${name}`);
   }
-  return drawing.start(async (run) => {
-    const steps = Math.min(PICTURE_STEPS, t + 1), options = { sampler: "ddim", steps, xT: x };
-    try {
-      for await (const step of sampleProgressive((...args) => network.eps(...args), null, BETAS.slice(0, t + 1), options)) {
-        if (run.stopped) return;
-        own.steps.push({ t: step.t, x: step.x, x0: step.x0 });
-        if (state.phase === "one") break;
-        render();
+
+  /** Let these points be the data. */
+  useData(data) {
+    this.data = data;
+    const x0 = Float32Array.from({ length: data.length ? 2 * N : 0 }, (_, k) => data[k % data.length]);
+    this.points.begin(x0, noiseOf(this.#round, 1, x0.length)());
+    this.#colour();
+    this.chosen = this.pinned = -1;
+    this.phase = this.place ? "noising" : "rest";
+  }
+
+  /** Give each point the colour of its origin. */
+  #colour() {
+    const { data, points: { x0 } } = this;
+    this.labels = Array.from({ length: x0.length / 2 }, (_, k) => {
+      const { index } = nearest(x0[2 * k], x0[2 * k + 1], data);
+      return data.labels?.[index] ?? Number(data[2 * index] > 0);
+    });
+  }
+
+  // ---- what happens
+
+  /** Whether all are back, or nobody sends them. */
+  get isComplete() {
+    return this.passages.every((passage) => passage.isComplete);
+  }
+
+  /** Begin the way back from where they are, in "many" steps or "one" jump; from the data, by the noise.
+   * In the middle of a jump, they are nowhere on the way, so it begins where the jump began. */
+  sendBack(kind) {
+    this.then = kind;
+    if (this.place === 0 || (!this.isFree && this.place < 1)) return this.#go("noising");
+    if (this.phase !== kind) {
+      if (this.phase === "one") this.place = this.points.from;
+      this.phase = kind;
+      for (const passage of this.passages) passage.sendBack(this.place, kind === "one");
+    }
+    this.#go(kind);
+  }
+
+  /** Send them back for the reader. Only what is in sight moves. */
+  press(kind) {
+    this.stop();
+    this.canvas.scrollIntoView({ block: "nearest" });
+    this.sendBack(kind);
+  }
+
+  #go(phase) {
+    if (phase === "noising" && this.points.steps) this.#arrive();
+    Object.assign(this, { phase, moving: true, waited: 0 });
+    this.render();
+  }
+
+  /** What is there now are the data, which fresh noise will dissolve; but a jump leads to no data. */
+  #arrive() {
+    this.#round++;
+    for (const passage of this.passages) {
+      const isNew = this.isFree && this.phase === "many" && passage.eps && passage.isComplete;
+      const x0 = isNew ? passage.at(0).x : passage.x0;
+      passage.begin(x0, noiseOf(this.#round, 1, x0.length)());
+    }
+    this.#colour();
+  }
+
+  /** Move to a place. Above the beginning of the way back, there is only the way to the noise. */
+  moveTo(place) {
+    if (this.isFree && this.points.steps && this.place === 0 && place) this.#arrive();
+    else if (this.points.steps && place > this.points.from) {
+      for (const passage of this.passages) passage.begin(passage.x0, passage.noise);
+    }
+    this.place = place;
+    if (!this.points.steps) this.phase = place ? "noising" : "rest";
+    this.render();
+  }
+
+  /** Stop for the reader, who takes over. */
+  stop() {
+    Object.assign(this, { repeats: false, moving: false });
+  }
+
+  /** What happens in some milliseconds. */
+  #advance(passed) {
+    const { phase, place, repeats } = this;
+    this.waited += passed;
+    if (phase === "rest") {
+      if (this.waited > PACE.rest) this.#go("noising");
+    } else if (phase === "noising" && place < 1) {
+      this.place = Math.min(1, place + passed / PACE.noising);
+      this.waited = 0;
+    } else if (phase === "noising") {
+      if (this.waited > PACE.noise) this.sendBack(this.then);
+    } else if (place) {
+      this.place = Math.max(0, place - passed / (phase === "many" ? PACE.many : PACE.one / this.points.from));
+      this.waited = 0;
+    } else if (!repeats) {
+      this.moving = !this.isComplete;
+      if (!this.moving) announce(this.say());
+    } else if (this.waited > PACE.rest && this.isComplete) this.#go("noising");
+    this.render();
+  }
+
+  /** Say what is seen, and draw it in the next frame. */
+  render() {
+    const level = `level ${Math.max(0, Math.round(levelAt(this.place)))}`, slider = this.$("place");
+    [slider.value, slider.ariaValueText, this.$("at").textContent] = [1000 * this.place, level, level];
+    this.$("many").textContent = this.place && this.isFree ? "Send them back" : "To noise, and back";
+    const pause = this.$("pause");
+    if (pause) [pause.textContent, pause.ariaLabel] = this.moving ? ["❚❚", "Pause"] : ["►", "Play"];
+    this.say();
+    this.ask?.();
+  }
+
+  // ---- the drawing
+
+  /** In the coordinates of straight paths, a point is divided by this number. */
+  #scaleAt(level) {
+    const [signal, spread] = partsAt(level);
+    return this.straight ? signal + spread : 1;
+  }
+
+  #draw() {
+    const plane = clear(this.canvas, this.limit), { data, labels, phase, chosen } = this;
+    const { x, level } = this.points.at(this.place), [signal, spread] = partsAt(level), abar = signal ** 2;
+    const scale = this.#scaleAt(level), scaled = (values, by) => values.map((value) => value * by);
+    const isBack = this.points.steps !== null, shrunk = scaled(data, signal / scale), shown = scaled(x, 1 / scale);
+    if (data.length) drawHaze(plane, abar, data, 0.045, scale);
+    drawDots(plane, shrunk, 1.6, colours.dim, 0.5);
+    if ((isBack || chosen >= 0) && this.place && data.length) {
+      const places = grid(plane), from = scaled(places, scale), eps = exactEps(from, abar, data, STD);
+      const ways = this.straight ? from.map((value, k) => (value - spread * eps[k]) / signal - eps[k]) : scaled(eps, -1);
+      drawArrows(plane, places, ways, colours.arrow);
+    }
+    const colourOf = (label) => (label ? colours.data : colours.other);
+    if (isBack && phase === "many") {
+      for (let k = 0; k < labels.length; k += this.every) {
+        const way = [...this.#path(k, level), shown.subarray(2 * k, 2 * k + 2)];
+        drawLine(plane, way, colourOf(labels[k]), 1.2, [], 0.55);
       }
-      own.steps.push({ t: -1, x: own.steps.at(-1).x0, x0: own.steps.at(-1).x0 });
-    } catch {
-      own.by = ""; // another network was opened
     }
-    render();
-  });
-}
-
-/** Let the page's network draw the picture, if it draws such pictures. */
-export function useNetwork(opened) {
-  network = String(opened.shape) === String(SHAPE) ? opened : null;
-  render();
-}
-
-/** Until then, show this recorded way: [{t, x, x0}] of 16 pictures, as pixels. */
-export function useRecording(frames) {
-  const one = (pixels) => Float32Array.from(pixels.slice(RECORDED * SIZE, (RECORDED + 1) * SIZE), (v) => v / 127.5 - 1);
-  recording = frames.map(({ t, x, x0 }) => ({ t, x: one(x), x0: one(x0) }));
-  recording.push({ ...recording.at(-1), t: -1, x: recording.at(-1).x0 });
-}
-
-// ---- what happens
-
-/** Begin the way back from where they are, in "many" steps or "one" jump; from the data, by the noise. */
-export function sendBack(kind) {
-  state.then = kind;
-  if (state.place === 0) return go("noising");
-  if (state.phase !== kind) {
-    const x = pointsAt(state.place), level = levelAt(state.place), x0 = estimate(x, level);
-    if (points.steps) { // on the other way: it may be left again from here
-      const step = picture.steps?.length && stepAt(picture.steps, level);
-      split(picture, pictureAt(state.place), step ? step.x0 : picture.x0, level);
-      split(points, x, x0, level);
+    for (const label of [0, 1]) drawDots(plane, shown, 3.2, colourOf(label), 0.9, (k) => labels[k] === label);
+    if (chosen >= 0 && phase !== "one") {
+      drawOrigins(plane, shown.subarray(2 * chosen, 2 * chosen + 2), this.weightsOf(chosen), shrunk);
     }
-    [state.from, state.phase] = [state.place, kind];
-    points.steps = [{ t: level, x, x0 }];
-    sendPictureBack();
+    const lowest = Math.min(...shrunk.filter((_, k) => k % 2));
+    if (!data.length) drawWord(plane, "draw some points here", [0, 0], colours.lit);
+    else if (this.place > 0.2 && lowest < -0.1) drawWord(plane, "the data, shrunk", [0, lowest], colours.dim);
+    this.drawBeside();
   }
-  go(kind);
-}
 
-/** Let x be the noised x0. */
-function split(what, x, x0, level) {
-  const [signal, spread] = partsAt(level);
-  Object.assign(what, { x0, noise: x.map((value, k) => (value - signal * x0[k]) / spread), steps: null });
-}
-
-/** What is there now are the data, which fresh noise will dissolve; but a jump leads to no data. */
-function arrive() {
-  const isJump = state.phase === "one", x0 = isJump ? data : pointsAt(0), { steps } = picture;
-  points = { x0, noise: noiseOf(++round, N, 2)(), steps: null, labels: labelsOf(x0) };
-  if (!isJump && steps?.at(-1)?.t < 0) picture.x0 = steps.at(-1).x0;
-  Object.assign(picture, { noise: noiseOf(round, 1, SIZE)(), steps: null });
-  drawing.stop();
-}
-
-function go(phase) {
-  if (phase === "noising" && points.steps) arrive();
-  Object.assign(state, { phase, moving: true, waited: 0 });
-  render();
-}
-
-/** Move to a place. Above the beginning of the way back, there is only the way to the noise. */
-export function moveTo(place) {
-  if (points.steps && state.place === 0 && place) arrive();
-  else if (points.steps && place > state.from) {
-    drawing.stop();
-    points.steps = picture.steps = null;
+  /** The places of point k on its way back, above a level. DDIM moves it smoothly between two steps. */
+  #path(k, level) {
+    const { steps, options } = this.points, own = (values) => values.subarray(2 * k, 2 * k + 2), places = [];
+    const parts = options.sampler === "ddim" && steps.length < 60 ? 10 : 1;
+    steps.filter(({ t }) => t > level).forEach(({ t, x, x0 }, i) => {
+      const end = Math.max(level, steps[i + 1]?.t ?? level);
+      for (let part = 0; part < parts; part++) {
+        const middle = t + ((end - t) * part) / parts, scale = this.#scaleAt(middle);
+        places.push(Array.from(between({ t, x: own(x), x0: own(x0) }, middle), (value) => value / scale));
+      }
+    });
+    return places;
   }
-  state.place = place;
-  if (!points.steps) state.phase = place ? "noising" : "rest";
-  render();
-}
 
-/** Whether the picture is back, too, or nobody draws it. */
-export const isComplete = () => !picture.by || !picture.steps || picture.steps.at(-1)?.t < 0;
+  // ---- the reader
 
-/** What happens in some milliseconds. */
-function advance(passed) {
-  const { phase, place, repeats } = state;
-  state.waited += passed;
-  if (phase === "rest") {
-    if (state.waited > PACE.rest) go("noising");
-  } else if (phase === "noising" && place < 1) {
-    state.place = Math.min(1, place + passed / PACE.noising);
-    state.waited = 0;
-  } else if (phase === "noising") {
-    if (state.waited > PACE.noise) sendBack(state.then);
-  } else if (place) {
-    state.place = Math.max(0, place - passed / (phase === "many" ? PACE.many : PACE.one / state.from));
-    state.waited = 0;
-    if (!state.place && !repeats) announce(captions()[1]);
-  } else if (!repeats) state.moving = !isComplete();
-  else if (state.waited > PACE.rest && isComplete()) go("noising");
-}
-
-/** Say what is seen, and draw it in the next frame. */
-function render() {
-  const { place } = state;
-  $("scene-place").value = 1000 * place;
-  $("scene-at").textContent = `noise level ${Math.max(0, Math.round(levelAt(place)))}`;
-  [$("scene-title").textContent, $("scene-text").textContent] = captions();
-  $("scene-many").textContent = place ? "Send them back" : "To noise, and back";
-  $("scene-by").textContent = points.steps ? BY[picture.by] : "";
-  ask();
-}
-
-/** Stop for the reader, who takes over. */
-export function stop() {
-  Object.assign(state, { repeats: false, moving: false });
-}
-
-// ---- the drawing
-
-function draw() {
-  const plane = clear($("scene-plane"), LIMIT), { place, phase, chosen } = state, level = levelAt(place);
-  const [signal] = partsAt(level), abar = signal ** 2, x = pointsAt(place);
-  const back = points.steps !== null, shrunk = data.map((value) => signal * value);
-  drawHaze(plane, abar, data, 0.045);
-  drawDots(plane, shrunk, 1.6, colours.dim, 0.5);
-  if (place) {
-    const places = grid(plane), eps = exactEps(places, abar, data, STD);
-    plane.context.globalAlpha = back ? 1 : 0.35;
-    drawArrows(plane, places, eps.map((value) => -value), colours.arrow);
-    plane.context.globalAlpha = 1;
+  /** The probabilities of the origins of point k. */
+  weightsOf(k) {
+    const { x, level } = this.points.at(this.place), [signal] = partsAt(level);
+    return posterior(x[2 * k], x[2 * k + 1], signal ** 2, this.data, STD);
   }
-  if (back && phase === "many") {
-    for (let k = 0; k < N; k += 9) {
-      const way = points.steps.filter(({ t }) => t > level).map((step) => [step.x[2 * k], step.x[2 * k + 1]]);
-      way.push([x[2 * k], x[2 * k + 1]]);
-      drawLine(plane, way, points.labels[k] ? colours.data : colours.other, 1.2, [], 0.55);
+
+  /** What the chosen point shows, or an empty string. */
+  get sentence() {
+    if (this.chosen < 0 || !this.place || this.phase === "one") return "";
+    // as many equal ones have the same entropy
+    const n = Math.round(Math.exp(this.weightsOf(this.chosen).reduce((sum, w) => sum - (w && w * Math.log(w)), 0)));
+    const all = this.data.length / 2, some = n > 0.9 * all ? "almost any" : `about ${n}`;
+    return n > 1 ? `It may have come from ${some} of the ${all} data points. The thicker its line, the more probable an origin is. The ring is their mean: its arrow points there.`
+      : "Only one origin is left: its arrow points there.";
+  }
+
+  #pointNear({ offsetX, offsetY }) {
+    const { x, level } = this.points.at(this.place), scale = this.#scaleAt(level);
+    const [right, up] = viewOf(this.canvas, this.limit).place(offsetX, offsetY).map((value) => value * scale);
+    const { index, distance } = nearest(right, up, x);
+    return distance < 0.3 * scale ? index : -1;
+  }
+
+  /** Show the origins of a point from now on; among the data, there is nothing to see. */
+  choose(k) {
+    if (!this.data.length || (k < 0 && this.pinned < 0)) return;
+    this.stop();
+    if (this.place === 0 && k >= 0) this.moveTo(START);
+    this.chosen = this.pinned = k;
+    this.render();
+  }
+
+  #listen() {
+    const slider = this.$("place"), { canvas } = this;
+    let byPointer = false;
+    slider.autocomplete = "off";
+    slider.onpointerdown = () => { byPointer = true; };
+    slider.onkeydown = () => { byPointer = false; };
+    slider.oninput = () => {
+      this.stop();
+      this.moveTo(slider.value / 1000);
+    };
+    slider.onfocus = () => this.repeats && this.stop();
+    slider.onchange = () => {
+      if (this.isFree && byPointer && this.place) this.press("many"); // let go
+      else announce(this.say());
+    };
+    for (const kind of ["many", "one"]) {
+      this.$(kind)?.addEventListener("click", () => this.press(kind));
     }
+    this.$("pause")?.addEventListener("click", () => {
+      this.moving = this.repeats = !this.moving;
+      this.render();
+    });
+    canvas.onpointermove = (event) => {
+      if (event.pointerType !== "mouse") return;
+      const near = this.#pointNear(event);
+      this.chosen = near < 0 ? this.pinned : near;
+      this.render();
+    };
+    canvas.onpointerleave = () => {
+      this.chosen = this.pinned;
+      this.render();
+    };
+    canvas.onclick = (event) => (this.isDrawn && !this.place) || this.choose(this.#pointNear(event));
+    canvas.onkeydown = (event) => {
+      const turn = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1, Escape: 0 }[event.key];
+      if (turn === undefined) return;
+      event.preventDefault();
+      event.stopPropagation(); // Escape would also stop the network
+      this.choose(turn ? (Math.max(this.pinned, turn < 0 ? 0 : -1) + turn + N) % N : -1);
+      announce(turn ? `Point ${this.pinned + 1} of ${N}. ${this.say()}` : "No point is chosen.");
+    };
   }
-  for (const label of [0, 1]) {
-    const colour = label ? colours.data : colours.other;
-    drawDots(plane, x, 3.2, colour, 0.9, (k) => points.labels[k] === label);
-  }
-  if (chosen >= 0 && phase !== "one") drawOrigins(plane, x.subarray(2 * chosen, 2 * chosen + 2), abar, shrunk);
-  if (picture.x0) drawImages($("scene-picture"), toPixels(pictureAt(place)), SHAPE);
 }
 
-/** Lines from a point to the data it may have come from, and a ring at their mean. */
-function drawOrigins(plane, point, abar, shrunk) {
-  const weights = posterior(...point, abar, data, STD), mean = [0, 0], largest = Math.max(...weights);
+/** Draw lines from a point to the data it may have come from, and a ring at their mean. */
+function drawOrigins(plane, point, weights, shrunk) {
+  const mean = [0, 0], largest = Math.max(...weights);
   weights.forEach((weight, m) => {
     const origin = [shrunk[2 * m], shrunk[2 * m + 1]];
     mean[0] += weight * origin[0];
@@ -253,101 +304,4 @@ function drawOrigins(plane, point, abar, shrunk) {
   drawRing(plane, mean, 9, colours.lit, 3);
   drawDots(plane, point, 5.5, colours.ink);
   drawDots(plane, point, 4, colours.lit);
-}
-
-/** How many data points a point may have come from: the number of equal ones with the same entropy. */
-function originsOf(x, y, abar) {
-  const weights = posterior(x, y, abar, data, STD);
-  return Math.round(Math.exp(weights.reduce((sum, w) => sum - (w ? w * Math.log(w) : 0), 0)));
-}
-
-/** The heading beside the picture, and what to see. */
-function captions() {
-  const { phase, place, chosen } = state, [signal] = partsAt(levelAt(place));
-  if (chosen >= 0 && place && phase !== "one") {
-    const x = pointsAt(place), n = originsOf(x[2 * chosen], x[2 * chosen + 1], signal ** 2);
-    return ["One point", n > 1
-      ? `It may have come from about ${n} of the ${N} data points. The thicker its line, the more likely an origin is. The ring is their mean: its arrow points there.`
-      : "Only one origin is left: its arrow points there."];
-  }
-  if (phase === "rest") return ["Data", `${N} points that form two moons, and a picture of a shoe.`];
-  if (phase === "noising") {
-    return place < 1 ? ["Noise is added", "The points shrink towards the middle and scatter. The picture fades in the same way."]
-      : ["Only noise is left", "Nobody can tell where a point was. Or can one?"];
-  }
-  if (phase === "one") {
-    return ["Back in one jump", "Each point jumps to the mean of all its possible origins. The mean of many points is no moon, and the mean of many pictures is a blur."];
-  }
-  return place ? ["Back in many steps", "Each point follows its arrow a little, the shrinking is undone a little, and it asks again: with less noise, fewer origins are possible."]
-    : ["They are back", "The shape is the same, but each point is at a new place, as the mixed colours show: these are new data."];
-}
-
-// ---- the reader
-
-/** The point that is nearest to a place of the canvas, if one is near. */
-function pointNear({ offsetX, offsetY }) {
-  const { place } = viewOf($("scene-plane"), LIMIT), x = pointsAt(state.place);
-  const { index, distance } = nearest(...place(offsetX, offsetY), x);
-  return distance < 0.3 ? index : -1;
-}
-
-/** Make the scene work. */
-export async function startScene() {
-  const slider = $("scene-place"), canvas = $("scene-plane");
-  let byPointer = false;
-  slider.autocomplete = "off";
-  slider.onpointerdown = () => { byPointer = true; };
-  slider.onkeydown = () => { byPointer = false; };
-  slider.oninput = () => {
-    stop();
-    moveTo(slider.value / 1000);
-  };
-  slider.onchange = () => byPointer && state.place && sendBack("many"); // let go
-  for (const kind of ["many", "one"]) {
-    $(`scene-${kind}`).onclick = () => {
-      stop();
-      sendBack(kind);
-    };
-  }
-  canvas.onpointermove = (event) => {
-    if (event.pointerType !== "mouse") return;
-    state.chosen = pointNear(event);
-    if (state.chosen < 0) state.chosen = state.pinned;
-    render();
-  };
-  canvas.onpointerleave = () => {
-    state.chosen = state.pinned;
-    render();
-  };
-  canvas.onclick = (event) => {
-    stop();
-    state.chosen = state.pinned = pointNear(event);
-    if (state.place === 0 && state.pinned >= 0) moveTo(0.45); // where there is something to see
-    render();
-  };
-  canvas.onkeydown = (event) => {
-    const turn = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1, Escape: 0 }[event.key];
-    if (turn === undefined) return;
-    event.preventDefault();
-    stop();
-    if (state.place === 0 && turn) moveTo(0.45);
-    state.chosen = state.pinned = turn ? (state.pinned + turn + N) % N : -1;
-    render();
-    announce(captions().join(". "));
-  };
-  ask = animate(canvas, (passed) => {
-    if (state.moving) {
-      advance(passed);
-      render();
-    }
-    draw();
-    return state.moving;
-  });
-  const image = $("scene-source");
-  await image.decode();
-  const context = new OffscreenCanvas(32, 32).getContext("2d");
-  context.drawImage(image, 0, 0);
-  const { data: bytes } = context.getImageData(0, 0, 32, 32);
-  picture.x0 = Float32Array.from({ length: SIZE }, (_, k) => bytes[4 * k] / 127.5 - 1);
-  render();
 }

@@ -15,9 +15,11 @@ from conftest import HERE, MAINS, python
 from nbclient import NotebookClient
 from PIL import Image
 
+import ddpm_numpy
 from beyond import respaced
 from ddpm import Diffusion, UNet, linear_betas
 from docs import make_figures
+from images import to_pixels
 
 README = (HERE / "README.md").read_text("utf-8")
 NAMES = "lesson", "beyond", "formulas", "guide", "notes"
@@ -300,6 +302,23 @@ def test_small_reverse_steps_are_nearly_gaussian():
     assert bits[2:] == pytest.approx([6e-10, 1.5e-6, 2e-7, 2.1e-11], rel=0.05)
     ten, _, _ = respaced(Diffusion(linear_betas()), None, 10)
     assert make_figures.distance_to_gaussian(ten, 1) == pytest.approx(0.22, abs=0.01)
+
+
+def test_recording_of_the_page_is_what_python_draws():
+    """Each of its 20 rows, but for the loss of the compression."""
+    network = ddpm_numpy.Network(make_figures.PAGE / "fashion-mnist.onnx", "cpu")
+    x_T = np.array(make_figures.page_noise(0, 1, 1024), np.float32).reshape(1, 1, 32, 32)
+    chain = list(
+        ddpm_numpy.sample_progressive(
+            network, None, network.betas, steps=20, sampler="ddim", x_T=x_T
+        )
+    )
+    assert [t for t, _, _ in chain] == list(range(999, 0, -50))
+    with Image.open(make_figures.PAGE / "recorded.webp") as image:
+        rows = np.asarray(image.convert("L"), int).reshape(20, 32, 32)
+    expected = np.concatenate([to_pixels(x0)[0] for _, _, x0 in chain])
+    assert np.abs(rows - expected).mean((1, 2)).max() < 3
+    assert rows[-1].std() > 60  # a bright bag before black
 
 
 @pytest.mark.slow
