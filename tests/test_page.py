@@ -518,8 +518,9 @@ def test_scene_moves_at_once_and_until_it_is_touched(opened):
     at = page.input_value("#scene-place")
     page.wait_for_timeout(1000)
     assert page.input_value("#scene-place") == at
-    page.click("#scene-many")  # goes on to the noise if it is at the data, and back
-    until(page, "scene-title", "Back in many steps|They are back")
+    scene(page, "scene.moveTo(1)")
+    page.click("#scene-many")
+    assert page.text_content("#scene-title") == "Back in many steps"
     for name, moves in (("Pause", False), ("Play", True)):
         page.get_by_role("button", name=name, exact=True).first.click()
         at = page.input_value("#scene-place")
@@ -1097,5 +1098,8 @@ def test_onnxruntime_comes_from_jsdelivr_where_there_is_no_copy(opened):
 def test_demo_is_drawn_in_the_page(demo, page):
     """The network of the demo, judged as in Python."""
     assert "Ready. model.onnx" in choose(page, demo / "model.onnx")
-    assert "50 steps in" in sampled(page, steps=50, count=16)
-    assert count_right(tiles(page, "grid", (3, 8, 8))) >= 13
+    right = 0
+    for seed in (0, 1):
+        assert "50 steps in" in sampled(page, steps=50, count=16, seed=seed)
+        right += count_right(tiles(page, "grid", (3, 8, 8)))
+    assert right >= 24  # of 32
