@@ -5,7 +5,7 @@ import { drawImages, toPixels } from "./plane.js";
 import { modelOf, network, reverse, tell, work } from "./reverse.js";
 import { noiseOf } from "./sampler.js";
 
-const QUICK = 50, NOTHING = { steps: 0, frames: [] }; // so many steps are taken again when a control changes
+const QUICK = 50, NOTHING = { steps: 0, frames: [] }; // QUICK: up to so many steps, a changed control draws again
 
 const state = { steps: 10, sampler: "sa-solver", count: innerWidth < 800 ? 4 : 16, seed: 0, class: "all", w: 0, step: 0 };
 // What is shown: {name, of, count, shape, steps, frames}, of the same noise and kind if `of` is the same, with pixels in {t, x, x0}; t = -1 is the result.
