@@ -111,29 +111,34 @@ class Diffusion:
         signal, spread = self.sqrt_alphas_bar, self.sqrt_one_minus_alphas_bar
         return (x_t - look_up(spread, t, x_t) * eps) / look_up(signal, t, x_t)
 
+    def q_posterior_mean(self, x0, x_t, t):
+        """Return the mean of q(x_{t-1} | x_t, x_0) (7), (B, C, H, W)."""
+        return look_up(self.posterior_x0, t, x_t) * x0 + look_up(self.posterior_x_t, t, x_t) * x_t
+
     def q_posterior(self, x0, x_t, t):
         """Return mean (B, C, H, W) and variance (B, 1, 1, 1) of q(x_{t-1} | x_t, x_0) (6), (7)."""
-        mean = look_up(self.posterior_x0, t, x_t) * x0 + look_up(self.posterior_x_t, t, x_t) * x_t
-        return mean, look_up(self.posterior_variance, t, x_t)
+        return self.q_posterior_mean(x0, x_t, t), look_up(self.posterior_variance, t, x_t)
 
     # ------------------------------------------------------------------------ training, Algorithm 1
 
-    def loss(self, model, x0, t=None, noise=None, weights=None):
+    def squared_error(self, model, x0, t, noise):
+        """Return the squared error of the predicted noise, (B, C, H, W), at t (B,).
+
+        Everything but the network is float32, also under autocast: in bfloat16, abar_t would round
+        to 1 for the first ten steps, which leaves no noise.
+        """
+        x_t = self.q_sample(x0, t, noise)
+        return (noise - model(x_t, t)).square()
+
+    def loss(self, model, x0, t=None, noise=None):
         """Return L_simple (14), the mean squared error of the predicted noise, a scalar.
 
         It is the mean over the dimensions; (14) has the sum. t (B,) and noise (B, C, H, W)
-        are drawn unless given. Everything but the network is float32, also under autocast: in
-        bfloat16, abar_t would round to 1 for the first ten steps, which leaves no noise.
-
-        weights: of the squared error at each t, (T,); all are 1 in (14). With bound_weights(), the
-            loss is, for t > 0, L_t in nats per dimension, up to a constant; for t = 0, it uses the
-            decoder's density, not its probability.
+        are drawn unless given.
         """
         t = torch.randint(self.T, (len(x0),), device=x0.device) if t is None else t
         noise = torch.randn_like(x0) if noise is None else noise
-        x_t = self.q_sample(x0, t, noise)
-        error = (noise - model(x_t, t)).square()
-        return (error if weights is None else look_up(weights, t, error) * error).mean()
+        return self.squared_error(model, x0, t, noise).mean()
 
     def bound_weights(self):
         """Return the weight that (12) gives the squared error of eps at each t. Float64, (T,)."""
@@ -172,7 +177,7 @@ class Diffusion:
             x_t = self.q_sample(x0, t, noise)
             x0_hat = self.predict_x0(x_t, t, model(x_t, t)).clamp(-1, 1)
             mean, variance = self.q_posterior(x0, x_t, t)
-            mean_hat, _ = self.q_posterior(x0_hat, x_t, t)
+            mean_hat = self.q_posterior_mean(x0_hat, x_t, t)
             sigma2 = look_up(self.sigma2, t, x0)
             if i == 0:
                 term = -self.decoder_log_likelihood(x0, mean_hat, sigma2.sqrt()).to(x0)
@@ -211,7 +216,7 @@ class Diffusion:
             x0 = self.predict_x0(x, t, model(x, t))  # (15)
             x0 = x0.clamp(-1, 1) if clip else x0
             yield i, x, x0
-            mean, _ = self.q_posterior(x0, x, t)  # (7); without the clip, it is (11)
+            mean = self.q_posterior_mean(x0, x, t)  # (7); without the clip, it is (11)
             z = draw_noise() if i > 0 else 0
             x = mean + self.sigma[i].item() * z
 
@@ -278,7 +283,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x, temb):  # called like a ResBlock, without using the time embedding
+    def forward(self, x):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -405,7 +410,7 @@ class UNet(nn.Module):
         skips = [h]
         for level in self.down:
             for layer in level:
-                h = layer(h, temb)
+                h = layer(h, temb) if isinstance(layer, ResBlock) else layer(h)
                 skips.append(h)
         for block in self.middle:
             h = block(h, temb)

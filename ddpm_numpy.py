@@ -1,13 +1,11 @@
-"""The reverse process of ddpm.py in numpy, and a network that ONNX Runtime runs: no torch.
+"""Draw images with the network of a model.onnx, in numpy and ONNX Runtime: no torch.
 
     network = Network("model.onnx")                    # a file written by export.py
     x0 = sample(network, 16, steps=10)                 # float32 in [-1, 1], (16, C, H, W)
     x0 = sample(network, 16, ["boot", "bag"], guidance=2, steps=10)    # if it has classes
 
-A service needs this file, a model.onnx, numpy and onnxruntime (or onnxruntime-gpu[cuda,cudnn]). One
-Network may be used from several threads.
-
-Numbers in parentheses are the paper's equation numbers (arXiv:2006.11239). t is 0..T-1, as in
+A service needs this file, samplers.py, a model.onnx, numpy and onnxruntime (for an NVIDIA GPU,
+onnxruntime-gpu[cuda,cudnn]). One Network may be used from several threads. t is 0..T-1, as in
 ddpm.py.
 """
 
@@ -17,141 +15,26 @@ import math
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from ctypes.util import find_library
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
-SAMPLERS = "ddpm", "ddim", "sa-solver"
+from samplers import reverse
+
 LAMBDAS = np.linspace(0, 1, 11, dtype=np.float32)  # the mixtures of an interpolation
 MAX_ERROR = 0.05  # of eps on a GPU, relative to the eps that export.py has computed on a CPU
 
 # ------------------------------------------------------------------------------ the reverse process
 
 
-def respaced(betas, steps):
-    """Return a chain through some of the noise levels: its betas and its tau, both (steps,)."""
-    T = len(betas)
-    if not 1 <= steps <= T:
-        raise ValueError(f"steps must be 1..{T}, not {steps}")
-    tau = T * np.arange(1, steps + 1) // steps - 1
-    alphas_bar = (1 - betas).cumprod()[tau]
-    return 1 - alphas_bar / np.append(1.0, alphas_bar[:-1]), tau
+def sample_progressive(eps_model, *args, **options):
+    """Yield (t, x_t, x0_hat) of samplers.reverse, with its arguments, as float32 (B, C, H, W).
 
-
-def sample_progressive(
-    eps_model, draw_noise, betas, variance="large", steps=None, sampler=None, eta=None, x_T=None,
-    clip=True, known=None,
-):  # fmt: skip
-    """Yield (t, x_t, x0_hat) of the reverse process, from t = T-1 down.
-
-    x_t is the input of the network and x0_hat the current estimate of the clean image; the last
-    x0_hat is the sample. All are float32 (B, C, H, W).
-
-    eps_model(x_t, t) returns eps; t is int64 (B,). draw_noise() returns the next z.
-    betas: float64 (T,). variance: sigma_t^2 is beta_t if "large", beta-tilde_t if "small".
-    steps: how many of the T steps to take; all if None.
-    sampler: "ddpm" is the paper's Algorithm 2, the default with all T steps; "sa-solver" is
-        SA-Solver without noise, the default with fewer; "ddim" is DDIM.
-    eta: only for "ddim", which is selected if eta is given. 0, the default, is deterministic; 1
-        equals "ddpm" with the "small" variance.
-    x_T: where to start; pure noise if None. To continue from an x_t, pass betas[: t + 1] with it.
-    clip: keep x0_hat in [-1, 1].
-    known: for inpainting, (image, mask), which broadcast to x_t. Where the mask is False, x_t is
-        drawn from q(x_t | x_0) of the image (4) in each step, and x0_hat is the image.
-
-    Raises ValueError for an unknown variance or sampler, and for steps or eta out of range.
+    eps_model(x_t, t) returns eps, as there, but t is an int64 array (B,).
     """
-    T = len(betas)
-    betas, tau = respaced(betas, T if steps is None else steps)
-    if sampler is None:
-        sampler = "ddim" if eta is not None else "sa-solver" if len(betas) < T else "ddpm"
-    if variance not in ("large", "small"):
-        raise ValueError(f'variance must be "large" or "small", not {variance!r}')
-    if sampler not in SAMPLERS:
-        raise ValueError(f"the sampler must be in {[*SAMPLERS]}, not {sampler!r}")
-    if eta is not None and (sampler != "ddim" or not 0 <= eta <= 1):
-        raise ValueError(
-            f'eta must be from 0 to 1, and is only for "ddim"; it is {eta} for {sampler!r}'
-        )
-    alphas = 1 - betas
-    alphas_bar = alphas.cumprod()
-    alphas_bar_prev = np.append(1.0, alphas_bar[:-1])
-    posterior_variance = (1 - alphas_bar_prev) / (1 - alphas_bar) * betas  # (7)
-    sigma2 = betas if variance == "large" else posterior_variance
-    if sampler != "ddpm":
-        sigma2 = (eta or 0) ** 2 * posterior_variance
-    posterior_x0 = np.sqrt(alphas_bar_prev) * betas / (1 - alphas_bar)
-    posterior_x_t = np.sqrt(alphas) * (1 - alphas_bar_prev) / (1 - alphas_bar)
-    columns = alphas_bar, alphas_bar_prev, posterior_x0, posterior_x_t, np.sqrt(sigma2)
-    tables = np.stack(columns, 1).tolist()  # Python floats, which keep float32 arrays float32
-
-    x, step = draw_noise() if x_T is None else x_T, sa_solver_step(alphas_bar)
-    for i in reversed(range(len(betas))):
-        abar, abar_prev, factor_x0, factor_x_t, sigma = tables[i]
-        if known:
-            image, mask = known
-            x_t = math.sqrt(abar) * image + math.sqrt(1 - abar) * draw_noise()  # (4)
-            x = np.where(mask, x, x_t)
-        eps = eps_model(x, np.full(len(x), tau[i]))
-        x0 = (x - math.sqrt(1 - abar) * eps) / math.sqrt(abar)  # (15)
-        x0 = x0.clip(-1, 1) if clip else x0
-        x0 = np.where(mask, x0, image) if known else x0
-        yield int(tau[i]), x, x0
-        if i == 0:  # the last step adds no noise, and its mean is x0_hat itself
-            return
-        if sampler == "ddpm":
-            mean = factor_x0 * x0 + factor_x_t * x  # (7)
-        elif sampler == "ddim":
-            eps = (x - math.sqrt(abar) * x0) / math.sqrt(1 - abar)  # the noise that fits x0
-            mean = math.sqrt(abar_prev) * x0 + math.sqrt(1 - abar_prev - sigma**2) * eps
-        else:
-            mean = step(x0, x, i)
-        x = mean + sigma * draw_noise() if sigma else mean
-
-
-def node_weights(nodes, start, end):
-    """Return the weights c of: integral from start to end of e^(s - end) x0(s) ds = sum c_k x0_k.
-
-    x0(s) is the polynomial through the points (nodes[k], x0_k). All are floats.
-    """
-    nodes, h = [node - end for node in nodes], end - start
-    moments = [-math.expm1(-h)]  # the integrals of e^u u^k from -h to 0
-    for k in range(1, len(nodes)):
-        moments.append(-math.exp(-h) * (-h) ** k - k * moments[-1])
-    weights = []
-    for node in nodes:
-        powers = [1.0]  # the coefficients of Lagrange's polynomial, which is 1 at this node
-        for other in nodes:
-            if other != node:  # multiply it by (u - other) / (node - other)
-                pairs = zip([0.0, *powers], [*powers, 0.0], strict=True)
-                powers = [(lower - other * same) / (node - other) for lower, same in pairs]
-        weights.append(sum(m * power for m, power in zip(moments, powers, strict=True)))
-    return weights
-
-
-def sa_solver_step(abar, order=3):
-    """Return step(x0_hat, x_t, t), which returns x_{t-1}: that of beyond.py, for numpy."""
-    lam = (np.log(abar / (1 - abar)) / 2).tolist()
-    signal, spread = np.sqrt(abar).tolist(), np.sqrt(1 - abar).tolist()
-    nodes, estimates, begin = [], [], None  # the latest first; where the last step began
-
-    def solve(x, before, after):
-        """Return x at the level `after`, from x at the level `before`."""
-        weights = node_weights(nodes, lam[before], lam[after])
-        x = spread[after] / spread[before] * x
-        for weight, x0 in zip(weights, estimates, strict=True):
-            x = x + signal[after] * weight * x0
-        return x
-
-    def step(x0, x_t, t):
-        nonlocal begin
-        nodes.insert(0, lam[t])
-        estimates.insert(0, x0)
-        del nodes[order:], estimates[order:]
-        begin = x_t if begin is None else solve(begin, t + 1, t)
-        return solve(begin, t, t - 1)
-
-    return step
+    return reverse(lambda x_t, t: eps_model(x_t, np.full(len(x_t), t)), *args, **options)
 
 
 def mix(x0, x0_b, t, betas, draw_noise):
@@ -205,17 +88,31 @@ def noise_of(seed, first, shape):
     return draw_noise
 
 
+def class_labels(classes, names, n):
+    """Return the classes of n images that take these names in turn, int64 (n,), or None.
+
+    classes: the names of all classes; without any, the result is None. names: a list, or one name;
+    all classes if None. Raises ValueError for a name that is not one of the classes.
+    """
+    names = [names] if isinstance(names, str) else [*(names or [])]
+    if unknown := sorted({*names} - {*classes}):
+        those = f"no class {unknown[0]}; the classes are {', '.join(classes)}"
+        raise ValueError(those if classes else "the network has no classes")
+    index = [classes.index(name) for name in names or classes]
+    return np.resize(index, n) if index else None
+
+
 def sample(network, n, classes=None, guidance=0, steps=10, seed=0, first=0, **options):
     """Return n images that a Network draws together: float32 in [-1, 1], (n, C, H, W).
 
     classes: names, which the images take in turn; all classes if None. guidance: the w of `guided`.
     steps: 1..T. seed, first: the images are those with the numbers first, first + 1, ... of this
-    seed. options: those of sample_progressive.
+    seed. options: those of samplers.reverse.
 
     Raises ValueError for an unknown class, for guidance without classes, and wherever
-    sample_progressive does.
+    samplers.reverse does.
     """
-    y = network.labels(classes, first + n)
+    y = class_labels(network.classes, classes, first + n)
     if guidance and y is None:
         raise ValueError("guidance needs a network with classes")
     y, draw_noise = None if y is None else y[first:], noise_of(seed, first, (n, *network.shape))
@@ -241,19 +138,30 @@ def open_session(path, device, options):
     if device not in ("auto", "cuda", "cpu"):
         raise ValueError(f'device must be "auto", "cuda" or "cpu", not {device!r}')
     providers = ["CPUExecutionProvider"]
-    has_cuda = "CUDAExecutionProvider" in ort.get_available_providers()
-    # Without NVIDIA's driver, ONNX Runtime would print an error.
-    if has_cuda and (device == "cuda" or (device == "auto" and shutil.which("nvidia-smi"))):
-        ort.preload_dlls()  # the CUDA libraries that pip installed; it prints what is missing
-        providers.insert(0, ("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC"}))
+    # Without NVIDIA's driver or libraries, ONNX Runtime would print errors.
+    if device == "cuda" or (device == "auto" and shutil.which("nvidia-smi")):
+        has_libraries = sys.platform != "linux" or find_spec("nvidia") or find_library("cublasLt")
+        if "CUDAExecutionProvider" not in ort.get_available_providers():
+            fault = "ONNX Runtime can't use CUDA; see Accelerators in docs/guide.md"
+        elif not has_libraries:
+            fault = "CUDA's libraries are missing: pip install -r requirements-cuda.txt"
+        else:
+            ort.preload_dlls()  # the CUDA libraries that pip installed
+            cuda = "CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC"}
+            providers, fault = [cuda, *providers], None
+        if fault and device == "cuda":
+            raise ValueError(fault)
+        if fault:
+            print(f"{fault}; using the CPU instead", file=sys.stderr)
     try:
-        session = ort.InferenceSession(path, options, providers=providers)
+        return ort.InferenceSession(path, options, providers=providers)
     except Exception as error:  # ONNX Runtime raises many kinds
-        if device == "auto" and len(providers) > 1:  # the card may be full, for example
-            print(f"{path}: CUDA fails: {str(error)!a}; using the CPU instead", file=sys.stderr)
-            return open_session(path, "cpu", options)
-        raise ValueError(f"{path} can't be opened by ONNX Runtime: {str(error)!a}") from None
-    return session
+        why = ascii(str(error))
+    if device == "auto" and len(providers) > 1:  # the card may be full, for example
+        session = open_session(path, "cpu", options)
+        print(f"{path}: CUDA fails: {why}; using the CPU instead", file=sys.stderr)
+        return session
+    raise ValueError(f"{path} can't be opened by ONNX Runtime: {why}")
 
 
 def example(shape, T):
@@ -291,30 +199,28 @@ class Network:
         missing = {"ddpm.betas", "ddpm.variance", "ddpm.image_shape"} - metadata.keys()
         if missing:
             raise ValueError(f"{path} was not written by export.py: it lacks {min(missing)}")
-        from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
-
-        try:  # the metadata, and a first call, which is invalid if they do not fit the network
+        try:
             self.betas = np.array(json.loads(metadata["ddpm.betas"]), np.float64)
             self.variance = metadata["ddpm.variance"]
             self.shape = tuple(map(int, json.loads(metadata["ddpm.image_shape"])))
             self.classes = [*map(str, json.loads(metadata.get("ddpm.classes", "[]")))]
-            is_schedule = self.betas.ndim == 1 and ((self.betas > 0) & (self.betas < 1)).all()
-            if not is_schedule or not len(self.betas) or self.variance not in ("large", "small"):
-                raise ValueError("they have no schedule")
-            if len({*self.classes}) < len(self.classes):
-                raise ValueError(f"the classes are {self.classes}")
-            values = np.array(json.loads(metadata.get("ddpm.eps_of_example", "[]")), np.float64)
-            fault = self.fault_of_provider(values)
-            if fault and device == "auto":
-                print(f"{path}: CUDA {fault}; using the CPU instead", file=sys.stderr)
-                self.session, fault = open_session(path, "cpu", options), None
-            if not fault:
-                self(np.zeros((1, *self.shape), np.float32), np.zeros(1, np.int64))
-        except (TypeError, ValueError, InvalidArgument) as error:
+            answer = np.array(json.loads(metadata.get("ddpm.eps_of_example", "[]")), np.float64)
+        except (TypeError, ValueError) as error:
             why = ascii(str(error).partition("\n")[0])
             raise ValueError(f"{path} has metadata that do not fit: {why}") from None
-        if fault:
-            raise ValueError(f"{path}: CUDA {fault}; see Accelerators in docs/guide.md")
+        inputs = {i.name: i.shape for i in self.session.get_inputs()}
+        is_schedule = self.betas.ndim == 1 and ((self.betas > 0) & (self.betas < 1)).all()
+        if not is_schedule or not len(self.betas) or self.variance not in ("large", "small"):
+            raise ValueError(f"{path} has metadata that do not fit: they have no schedule")
+        if inputs["x_t"][1:] != [*self.shape] or ("y" in inputs) != bool(self.classes):
+            raise ValueError(f"{path} has metadata that do not fit its inputs")
+        if len({*self.classes}) < len(self.classes):
+            raise ValueError(f"{path} has classes of the same name: {self.classes}")
+        if fault := self.fault_of_provider(answer):
+            if device != "auto":
+                raise ValueError(f"{path}: CUDA {fault}; see Accelerators in docs/guide.md")
+            print(f"{path}: CUDA {fault}; using the CPU instead", file=sys.stderr)
+            self.session = open_session(path, "cpu", options)
         self.provider = self.session.get_providers()[0]  # the CPU if CUDA does not load
         if device == "cuda" and self.provider != "CUDAExecutionProvider":
             raise ValueError("ONNX Runtime can't use CUDA; see Accelerators in docs/guide.md")
@@ -322,7 +228,7 @@ class Network:
     def fault_of_provider(self, values):
         """Return what is wrong with eps of the `example`; None if it is right, or from the CPU.
 
-        values: those of the file, (<= 64,), which earlier versions of export.py did not write.
+        values: those of the file, (<= 64,); without any, it is enough that eps can be computed.
         """
         if self.session.get_providers()[0] == "CPUExecutionProvider":
             return None
@@ -342,31 +248,17 @@ class Network:
                 raise ValueError(f"y must have the shape {t.shape} and values 0..{K}, not {y}")
         return self.session.run(["eps"], feeds)[0]
 
-    def reverse(self, y, guidance, draw_noise, betas=None, **options):
-        """Return sample_progressive of this network, with its own betas if None.
+    def reverse(self, y, guidance, draw_noise, start=None, **options):
+        """Return sample_progressive of this network, with its own schedule.
 
-        y: the class of each image, int64 (B,), or None. guidance: the w of `guided`.
+        y: the class of each image, int64 (B,), or None. guidance: the w of `guided`. start: the t
+        of an x_T in the options; T-1 if None.
         """
         model = self if y is None else guided(self, y, guidance)
-        betas = self.betas if betas is None else betas
+        betas = self.betas if start is None else self.betas[: start + 1]
         return sample_progressive(model, draw_noise, betas, self.variance, **options)
 
     def digest(self):
         """Return a hash of the file, as a string."""
         with open(self.path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-
-    def labels(self, names, n):
-        """Return the classes of n images that take these names in turn, int64 (n,).
-
-        names: a list, or one name; all classes if None. The result is None for a network without
-        classes. Raises ValueError for a name that is not one of the classes.
-        """
-        names = [names] if isinstance(names, str) else [*(names or [])]
-        unknown = sorted({*names} - {*self.classes})
-        if unknown and not self.classes:
-            raise ValueError("the network has no classes")
-        if unknown:
-            raise ValueError(f"no class {unknown[0]}; the classes are {', '.join(self.classes)}")
-        index = [self.classes.index(name) for name in names or self.classes]
-        return np.resize(index, n) if index else None

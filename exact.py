@@ -47,18 +47,17 @@ def squared_error(diffusion, network, x0, t, seed=0):
     network(x_t, t) returns eps. The noise depends on the seed and N alone.
     """
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0.device)
-    errors = []
-    for x, i, eps in zip(x0.split(256), t.split(256), noise.split(256), strict=True):  # memory
-        predicted = network(diffusion.q_sample(x, i, eps), i)
-        errors.append((eps - predicted).square().flatten(1).mean(1))
+    parts = zip(x0.split(256), t.split(256), noise.split(256), strict=True)  # memory
+    errors = [diffusion.squared_error(network, *part).flatten(1).mean(1) for part in parts]
     return torch.cat(errors)
 
 
 def loss_floor(diffusion, x0, weights=None, flip=False, draws=20_000):
     """Return the loss of the exact network, estimated from `draws` images with noise.
 
-    No network has a lower one, on average over x_0, t and the noise. weights: of Diffusion.loss.
-    flip: whether the images are flipped left to right at random.
+    No network has a lower one, on average over x_0, t and the noise. weights: of beyond.py's
+    weighted_loss, (T,); all are 1 if None. flip: whether the images are flipped left to right at
+    random.
     """
     x0 = torch.cat([x0, x0.flip(3)]) if flip else x0
     random = torch.Generator().manual_seed(0)

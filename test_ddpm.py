@@ -1,64 +1,36 @@
 """The proof that ddpm.py is the paper: each equation against a closed form or a second derivation.
 
-pytest                # all tests, also those in tests/, except the slow, page and gpu ones
-pytest test_ddpm.py   # the paper alone
+    pytest test_ddpm.py
 
-The tests stand in the order of ddpm.py. Numbers in parentheses are the paper's equation numbers.
+needs ddpm.py, tests/closed_forms.py, torch, numpy and pytest. The tests stand in the order of
+ddpm.py. Numbers in parentheses are the paper's equation numbers.
 """
 
 import math
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from closed_forms import (
+    PAPER,
+    VARIANCES,
+    M,
+    S,
+    algorithm_2,
+    at,
+    best_network,
+    close,
+    mean_and_deviation,
+    oracle,
+    randn,
+    sample_moments,
+    seeded,
+    small_unet,
+    wobbly,
+)
 
 from ddpm import Attention, Diffusion, Downsample, ResBlock, UNet, linear_betas, timestep_embedding
-
-PAPER = Diffusion(linear_betas())
-VARIANCES = ("large", "small")
-M, S = 0.3, 0.15  # mean and deviation of the Gaussian data
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=seeded(seed))
-
-
-def close(a, b, tolerance=1e-6):
-    a, b = (torch.as_tensor(v, dtype=torch.float64) for v in (a, b))
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-
-
-def at(table, t):
-    """Return the entries of a table at t, to broadcast over images."""
-    return table[t].view(-1, 1, 1, 1)
-
-
-def best_network(mean=M, deviation=S, diffusion=PAPER):
-    """Return E[eps | x_t], which is linear in x_t, for x_0 ~ N(mean, deviation^2)."""
-
-    def eps(x_t, t):
-        abar = at(diffusion.alphas_bar, t)
-        slope = (1 - abar).sqrt() / (abar * deviation**2 + 1 - abar)
-        return (slope * (x_t.double() - abar.sqrt() * mean)).float()
-
-    return eps
-
-
-def oracle(x0):
-    """Return a network that knows x_0, as if it were a Gaussian without width."""
-    return best_network(x0, 0)
-
-
-def wobbly(x_t, t):
-    """A stand-in for a network, for torch and numpy: nonlinear in x_t, different for each t."""
-    return x_t / (0.5 + abs(x_t)) + float(t[0]) / 1000
-
 
 # ------------------------------------------------------------------------------- the noise schedule
 
@@ -145,7 +117,9 @@ def test_loss_is_the_mean_squared_error_of_the_noise():
     loss = PAPER.loss(lambda x_t, t: seen.append((x_t, t)) or 0.5 * x_t, x0, t, noise)
     x_t = PAPER.q_sample(x0, t, noise)
     assert torch.equal(seen[0][0], x_t) and torch.equal(seen[0][1], t)
-    close(loss, ((noise - 0.5 * x_t) ** 2).mean())
+    error = PAPER.squared_error(lambda x_t, t: 0.5 * x_t, x0, t, noise)
+    close(error, (noise - 0.5 * x_t) ** 2)
+    close(loss, error.mean())
 
 
 def test_loss_draws_every_t_and_unit_noise():
@@ -185,8 +159,8 @@ def test_vlb_weights_have_the_papers_numbers():
     weights, x0, noise = PAPER.bound_weights(), torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
     weights[0] *= PAPER.sigma2[0] / PAPER.betas[0]  # sigma_1^2 = beta_1 in the paper's number
     for t, weight in ((0, 0.50005), (1, 0.27269), (999, 0.010204)):
-        loss = PAPER.loss(lambda x, t: 0 * x, x0, torch.tensor([t]), noise, weights)
-        assert loss.item() == pytest.approx(weight, rel=1e-4)
+        error = PAPER.squared_error(lambda x, t: 0 * x, x0, torch.tensor([t]), noise)
+        assert (weights[t] * error).item() == pytest.approx(weight, rel=1e-4)
 
 
 # ---------------------------------------------------------------------------- the variational bound
@@ -277,29 +251,6 @@ def test_with_many_steps_only_the_ends_of_the_schedule_matter():
         assert excess[0] / excess[1] == pytest.approx(10, rel=0.05)
 
 
-def algorithm_2(abar, abar_prev, variance):
-    """Return p, q and sigma^2 of the step as printed: x <- p x + q eps + sigma z."""
-    alpha = abar / abar_prev
-    beta = 1 - alpha
-    sigma2 = beta if variance == "large" else (1 - abar_prev) / (1 - abar) * beta
-    return 1 / math.sqrt(alpha), -beta / math.sqrt(1 - abar) / math.sqrt(alpha), sigma2
-
-
-def mean_and_deviation(step, choice, steps=1000):
-    """Return those of the samples of best_network(), by a recursion over t.
-
-    The recursion shares no code with the sampler, and needs no training.
-    """
-    abars = [PAPER.alphas_bar[k * 1000 // steps - 1].item() for k in range(steps, 0, -1)]
-    mean, variance = 0.0, 1.0
-    for abar, abar_prev in pairwise([*abars, 1.0]):
-        p, q, sigma2 = step(abar, abar_prev, choice)
-        slope = math.sqrt(1 - abar) / (abar * S**2 + 1 - abar)  # eps = slope (x - sqrt(abar) M)
-        mean = (p + q * slope) * mean - q * slope * math.sqrt(abar) * M
-        variance = (p + q * slope) ** 2 * variance + (sigma2 if abar_prev < 1 else 0)
-    return mean, math.sqrt(variance)
-
-
 @pytest.mark.parametrize("variance, gap", [("large", 0.142), ("small", 0.731)])
 def test_bound_is_above_the_exact_likelihood(variance, gap):
     """For Gaussian data and the best eps, p(x_0) is a Gaussian integrated over the bin of x_0.
@@ -340,17 +291,6 @@ def test_sampling_with_an_oracle_returns_its_image(variance):
     x0, sample = 2 * randn(2, 3, 4, 4), Diffusion(linear_betas(), variance).sample
     torch.testing.assert_close(sample(oracle(x0), x0.shape), x0.clamp(-1, 1), rtol=0, atol=1e-4)
     torch.testing.assert_close(sample(oracle(x0), x0.shape, clip=False), x0, rtol=0, atol=1e-4)
-
-
-def sample_moments(sample, draws):
-    """Return the exact mean and deviation of what a sampler draws with best_network().
-
-    Image k receives one unit of noise, at draw k, and the last image receives none.
-    """
-    noise = iter(torch.eye(draws + 1).view(-1, draws + 1, 1, 1, 1))
-    x0 = sample(best_network(), (draws + 1, 1, 1, 1), draw_noise=partial(next, noise), clip=False)
-    x0 = x0.double().flatten()
-    return x0[-1].item(), (x0[:-1] - x0[-1]).norm().item()
 
 
 @pytest.mark.parametrize("variance, width", [("large", 1.006), ("small", 0.975)])
@@ -400,17 +340,6 @@ def test_points_and_sequences_need_no_more_dimensions(shape):
 # -------------------------------------------------------------------------------------- the network
 
 
-def small_unet(jitter=0.1, **kwargs):
-    torch.manual_seed(0)
-    settings = dict(image_size=8, base_channels=8, channel_mults=(1, 2), num_res_blocks=1,
-                    attention_resolutions=(4,), dropout=0.5)  # fmt: skip
-    model = UNet(**(settings | kwargs)).eval()
-    with torch.no_grad():  # layers that are near zero would hide the others
-        for p in model.parameters():
-            p.add_(jitter * torch.randn_like(p))
-    return model
-
-
 def unet_without_values(**kwargs):
     with torch.device("meta"):
         return UNet(**kwargs)
@@ -439,7 +368,7 @@ def test_attention_is_softmax_of_scaled_products():
 def test_stride_2_is_padded_right_and_below():
     (down,) = layers(small_unet(), Downsample)
     x = randn(1, 8, 8, 8)
-    y = down(x, None)
+    y = down(x)
     assert y.shape == (1, 8, 4, 4)
     w, b = down.conv.weight, down.conv.bias
     close(y[0, :, 1, 2], (w * x[0, :, 2:5, 4:7]).sum((1, 2, 3)) + b, 1e-5)  # starts at 2 i, 2 j

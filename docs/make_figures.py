@@ -24,12 +24,14 @@ FIGURES, PAGE = HERE / "figures", HERE.parent / "page"
 sys.path.insert(0, str(HERE.parent))
 
 import ddpm_numpy  # noqa: E402
-from beyond import cosine_betas, respaced, sample_progressive  # noqa: E402
+from beyond import cosine_betas, sample_progressive  # noqa: E402
 from ddpm import Bound, Diffusion, linear_betas  # noqa: E402
 from evaluate import rate_distortion  # noqa: E402
 from exact import exact_network  # noqa: E402
 from images import from_pixels, grid, save_animation, to_pixels  # noqa: E402
-from support.data import are_right, read_folder  # noqa: E402
+from samplers import Chain  # noqa: E402
+from support.data import read_folder  # noqa: E402
+from support.demo import are_right  # noqa: E402
 
 DPI, BATCH = 100, 16
 TABLE_4 = [  # of the paper: bits per dimension, RMSE
@@ -138,13 +140,18 @@ def distance_to_gaussian(chain, t):
     return (weights @ kl).item() / np.log(2)
 
 
+def short_chain(steps):
+    """Return the paper's schedule in this many steps: a Diffusion, and the t that it visits."""
+    chain = Chain(linear_betas().tolist(), "large", steps)
+    return Diffusion(chain.betas), chain.tau
+
+
 def draw_small_steps(path):
     """Draw a reverse step of a long and of a short chain, and how far each is from a Gaussian."""
-    paper = Diffusion(linear_betas())
     figure = Figure(figsize=(10, 3.1), layout="constrained")
     *steps, distances = figure.subplots(1, 3, width_ratios=(3, 3, 4))
     for axes, n, t in ((steps[0], 1000, 199), (steps[1], 10, 1)):
-        chain, _, tau = respaced(paper, None, n)
+        chain, tau = short_chain(n)
         x_t, x = torch.tensor([0.15]).double(), torch.linspace(-1.6, 1.6, 801).double()
         curves = {
             "$q(x_s)$": (x, log_two(chain, t - 1, x).logsumexp(1)),
@@ -161,7 +168,7 @@ def draw_small_steps(path):
         axes.legend(fontsize=8, ncols=2, loc="upper left")
     curves = {}
     for n in (1000, 50, 10):
-        chain, _, tau = respaced(paper, None, n)
+        chain, tau = short_chain(n)
         bits = [distance_to_gaussian(chain, t) for t in range(1, n)]
         curves[f"{n} steps"] = tau[1:], bits
     scales = {"yscale": "log", "ylim": (1e-16, 3)}

@@ -19,7 +19,14 @@ HERE = Path(__file__).parent
 FIGURES = HERE / "figures"
 sys.path.insert(0, str(HERE.parent))
 
-from beyond import as_eps, guided, loss_weights, sample, sample_progressive  # noqa: E402
+from beyond import (  # noqa: E402
+    as_eps,
+    guided,
+    loss_weights,
+    sample,
+    sample_progressive,
+    weighted_loss,
+)
 from ddpm import Diffusion, linear_betas, timestep_embedding  # noqa: E402
 from exact import exact_network  # noqa: E402
 
@@ -95,7 +102,8 @@ def fit(
             x0, y = x0
             eps = partial(model_eps, y=y.masked_fill(torch.rand(batch) < drop, 2))
         optimizer.zero_grad()
-        diffusion.loss(eps, x0, weights=weights).backward()
+        t, noise = torch.randint(diffusion.T, (batch,)), torch.randn_like(x0)
+        weighted_loss(diffusion, eps, x0, t, noise, weights).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

@@ -9,7 +9,8 @@ import re
 
 import pytest
 import torch
-from conftest import HERE, PAPER, VARIANCES, close, randn
+from closed_forms import PAPER, VARIANCES, close, oracle, randn
+from conftest import HERE
 from PIL import Image
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
@@ -20,8 +21,7 @@ from docs import copies
 from docs.points import only_first
 from exact import exact_network, loss_floor, squared_error
 from images import from_pixels, save_image, to_pixels
-from support.data import are_right, demo_images
-from test_ddpm import oracle
+from support.demo import are_right, demo_images
 
 DEMO = from_pixels(torch.from_numpy(demo_images()))
 
