@@ -10,7 +10,6 @@ After Ctrl-C, it reports on the batches that are finished.
 
 import argparse
 import math
-import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -19,10 +18,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ddpm import Bound, Diffusion
-from images import check_output, escape_unprintable, from_pixels, replacing
+from ddpm import Bound
+from images import catch_signals, check_output, escape_unprintable, from_pixels, replacing
 from support import cli
-from support.data import demo_images, read_folder
+from support.data import read_folder
+from support.demo import demo_images
 from support.device import choose_device, prefer_accuracy
 from support.plot import save_plot
 from support.trained import DEMO, HUB, load
@@ -124,7 +124,8 @@ def evaluate(args):
     random = torch.Generator().manual_seed(args.seed)
     order = torch.randperm(len(images), generator=random)[: args.images]
     trained.model.to(device)
-    diffusion = Diffusion(trained.diffusion.betas, args.variance or trained.variance)
+    diffusion = trained.diffusion
+    diffusion = type(diffusion)(diffusion.betas, args.variance or diffusion.variance)
     bound = measure(trained, diffusion, images, labels, order, device, args)
     n, (L_t, rate, rmse) = len(bound.total), rate_distortion(bound)
     step = f" (step {trained.step:,})" if trained.step else ""
@@ -138,8 +139,7 @@ def evaluate(args):
 
 
 def main():
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
+    catch_signals()
     escape_unprintable()
     try:
         evaluate(arguments())

@@ -2,7 +2,7 @@
 
     python export.py                                # run/checkpoint.pt (EMA) to model.onnx
     python export.py --checkpoint run/checkpoint.pt --onnx model.onnx
-    python export.py --diffusers google/ddpm-cifar10-32    # published weights to model.onnx
+    python export.py --checkpoint hf:google/ddpm-cifar10-32    # published weights
     python export.py --half                         # float16, for CUDA: half the size
     python export.py --int8                         # 8-bit integers where they suffice, for CPUs
     python export.py --to-diffusers my-ddpm         # run/checkpoint.pt for diffusers' DDPMPipeline
@@ -15,8 +15,10 @@ names of the classes. The file is compared with torch before it is put in place.
 
 import argparse
 import ast
+import inspect
 import json
 import logging
+import math
 import sys
 import tempfile
 import warnings
@@ -38,7 +40,7 @@ from ddpm_numpy import Network, example
 from images import check_new_folder, check_output, escape_unprintable, replacing
 from support import cli
 from support.pretrained import import_diffusers, to_diffusers
-from support.trained import HUB, eps_of, example_labels, largest_difference, load
+from support.trained import eps_of, example_labels, largest_difference, load
 
 OPSET = 20  # ONNX Runtime has kernels for it on the CPU, on CUDA and in the browser
 TOLERANCE = 1e-4  # the largest difference from torch, in an output that is about N(0, 1)
@@ -47,24 +49,38 @@ TOLERANCE = 1e-4  # the largest difference from torch, in an output that is abou
 # ONNX Runtime leaves to the CPU: GroupNormalization, and a Shape that gives attention its scale.
 
 
-def group_norm(x, num_groups: int, weight, bias, eps: float = 1e-5, cudnn_enabled: bool = True):
+def group_norm(x, num_groups: int, weight=None, bias=None, eps: float = 1e-5,
+               cudnn_enabled: bool = True):  # fmt: skip
     """Express group norm as a layer norm over rows that hold one group each."""
-    channels, height, width = list(x.shape)[1:]
-    row = np.ones(channels // num_groups * height * width, x.dtype.numpy())
-    per_channel = op.Constant(value_ints=[channels, 1, 1])
+    channels, *sides = list(x.shape)[1:]
+    row = np.ones(channels // num_groups * math.prod(sides), x.dtype.numpy())
+    per_channel = op.Constant(value_ints=[channels, *[1] * len(sides)])
     h = op.Reshape(x, op.Constant(value_ints=[0, num_groups, -1]))
     ones = op.Constant(value=onnx.numpy_helper.from_array(row))
     h, _, _ = op.LayerNormalization(h, ones, epsilon=eps)
-    h = op.Reshape(h, op.Constant(value_ints=[-1, channels, height, width]))
-    return op.Add(op.Mul(h, op.Reshape(weight, per_channel)), op.Reshape(bias, per_channel))
+    h = op.Reshape(h, op.Constant(value_ints=[-1, channels, *sides]))
+    h = h if weight is None else op.Mul(h, op.Reshape(weight, per_channel))
+    return h if bias is None else op.Add(h, op.Reshape(bias, per_channel))
 
 
 def attention(q, k, v, attn_mask=None, dropout_p: float = 0.0, is_causal: bool = False,
               scale=None, enable_gqa: bool = False):  # fmt: skip
-    """Express softmax(q k^T / sqrt(channels)) v with the scale as a constant."""
-    scale = op.CastLike(op.Constant(value_float=float(q.shape[-1]) ** -0.5), q)
-    scores = op.MatMul(op.Mul(q, scale), op.Transpose(k, perm=[0, 1, 3, 2]))
+    """Express softmax(q k^T scale) v with the scale as a constant. Exits if there is a mask."""
+    if attn_mask is not None or is_causal:
+        sys.exit("export.py can't express attention with a mask")
+    scale = float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
+    scaled = op.Mul(q, op.CastLike(op.Constant(value_float=scale), q))
+    *others, last, channels = range(len(k.shape))
+    scores = op.MatMul(scaled, op.Transpose(k, perm=[*others, channels, last]))
     return op.MatMul(op.Softmax(scores, axis=-1), v)
+
+
+def refuse_other_inputs(trained):
+    """Exit if the network has an input that the file would lack."""
+    _, _, *others = inspect.signature(trained.model.forward).parameters
+    has_y = trained.classes or not trained.settings.get("num_classes")
+    if lost := [name for name in others if name != "y" or not has_y]:
+        sys.exit(f"export.py: the network also takes {lost[0]}, for which the file has no input")
 
 
 class Eps(torch.nn.Module):
@@ -114,8 +130,6 @@ def to_onnx(trained, model):
         "ddpm.betas": json.dumps(trained.diffusion.betas.tolist()),
         "ddpm.variance": trained.diffusion.variance,
         "ddpm.image_shape": json.dumps(trained.shape),
-        "ddpm.step": str(trained.step),
-        "ddpm.source": trained.source,
     }
     if trained.classes:
         metadata["ddpm.classes"] = json.dumps(trained.classes)
@@ -158,6 +172,7 @@ def write_onnx(trained, path, kind=None):
 
     kind: None for float32, "half" or "int8". Exits if the file differs too much from torch.
     """
+    refuse_other_inputs(trained)
     with tempfile.TemporaryDirectory() as folder:
         exact, reduced = Path(folder, "exact.onnx"), Path(folder, "reduced.onnx")
         onnx.save(to_onnx(trained, trained.model), exact)
@@ -192,10 +207,12 @@ def arguments():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    weights, kind = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
-    weights.add_argument("--checkpoint", default="run/checkpoint.pt", help="[%(default)s]")
-    weights.add_argument("--diffusers", metavar="WEIGHTS",
-                         help="published weights: a folder, or a name on the hub")  # fmt: skip
+    kind = parser.add_mutually_exclusive_group()
+    parser.add_argument(
+        "--checkpoint",
+        default="run/checkpoint.pt",
+        help="a run, or diffusers weights: a folder, or hf:NAME [%(default)s]",
+    )
     parser.add_argument(
         "--onnx", type=Path, help="the file to write [model.onnx; none with --to-diffusers]"
     )
@@ -222,10 +239,7 @@ def main():
     if args.to_diffusers:
         check_new_folder(args.to_diffusers)
         import_diffusers("--to-diffusers")
-    source = args.diffusers or args.checkpoint
-    if args.diffusers and not Path(args.diffusers).exists():
-        source = HUB + args.diffusers.removeprefix(HUB)
-    trained = load(source)
+    trained = load(args.checkpoint)
     if args.to_diffusers:
         to_diffusers(trained, args.to_diffusers)
         opens = "DDPMPipeline.from_pretrained opens it"

@@ -12,8 +12,9 @@ import math
 import os
 import re
 import secrets
+import signal
 import sys
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -128,9 +129,8 @@ def check_new_folder(path):
 
 
 def is_folder_name(name):
-    """Return whether every system allows a folder of this name, and a terminal can show it."""
-    is_name = name == PureWindowsPath(name).name == Path(name).name
-    return is_name and name not in ("", "..") and name.isprintable()
+    """Return whether this is the name of one folder here, and a terminal can show it."""
+    return name == Path(name).name and name not in ("", "..") and name.isprintable()
 
 
 @contextlib.contextmanager
@@ -145,6 +145,8 @@ def replacing(path):
     try:
         with open(temporary, "x+b") as file:  # x: no file or link of this name may be there
             yield file
+            file.flush()
+            os.fsync(file.fileno())  # else, after a power cut, the new name may have no content
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -168,10 +170,21 @@ def save_animation(path, images, each=60, last=2000):
     save_image(path, images[0], save_all=True, append_images=images[1:], duration=duration, loop=0)
 
 
-# ----------------------------------------------------------------------------------------- the text
+# ------------------------------------------------------------------------------------- the terminal
 
 
 def escape_unprintable():
     """Let print write names that the terminal's encoding lacks."""
     if hasattr(sys.stdout, "reconfigure"):  # Jupyter's has no such method, and no need for it
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def catch_signals(handler=signal.default_int_handler):
+    """Let a handler answer Ctrl-C, SIGTERM and SIGHUP (a closed terminal, unless under nohup).
+
+    The default raises KeyboardInterrupt.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+            signal.signal(number, handler)

@@ -8,18 +8,16 @@
     python sample.py --onnx model.onnx --inpaint image.png mask.png  # redraw the white part
     python sample.py --onnx model.onnx --class boot bag --guidance 2  # if it has classes
 
-With --onnx, the program runs on CUDA or a CPU, and needs ddpm_numpy.py, images.py, numpy, Pillow,
-tqdm and onnxruntime (for CUDA, see the manual), but not torch. With --checkpoint, it runs on every
-device that torch supports, and needs the files of train.py, but no ONNX package.
+With --onnx, the program runs on CUDA or a CPU, and needs ddpm_numpy.py, samplers.py, images.py,
+numpy, Pillow, tqdm and onnxruntime (for CUDA, see the manual), but not torch. With --checkpoint, it
+runs on every device that torch supports, and needs the files of train.py, but no ONNX package.
 """
 
 import argparse
 import hashlib
-import io
 import json
 import math
 import os
-import signal
 import sys
 import time
 from functools import partial
@@ -30,8 +28,9 @@ try:
     from PIL import Image, ImageOps
     from tqdm import tqdm
 
-    from ddpm_numpy import LAMBDAS, SAMPLERS, Network, mix, noise_of
+    from ddpm_numpy import LAMBDAS, Network, class_labels, mix, noise_of
     from images import (
+        catch_signals,
         check_output,
         escape_unprintable,
         from_pixels,
@@ -44,23 +43,18 @@ try:
         to_image,
         to_pixels,
     )
+    from samplers import SAMPLERS, choose_sampler
 except ModuleNotFoundError as error:
     sys.exit(f"sample.py needs {error.name}: pip install numpy Pillow tqdm onnxruntime")
 
 GRID = 256  # the largest number of images in one grid
-FRAMES, STRIP = 50, 10  # how many of the steps the GIF and the strip show
+FRAMES = 50  # how many of the steps the GIF shows
 NOTE = ".sample.json"  # in --dir: the settings of its images, so that the same command continues
 
 
-def image_file(name, kinds=Image.SAVE):
-    """Return the name of a file that Pillow can write an image to, as an argparse type."""
-    kind = Image.registered_extensions().get(Path(name).suffix.lower())
-    try:
-        for mode in ("L", "RGB"):
-            Image.new(mode, (8, 8)).save(io.BytesIO(), kind)
-    except Exception:  # Pillow raises many kinds, because some formats have no writer
-        kind = None
-    if kind not in kinds or Path(name).is_dir():
+def image_file(name, kinds=("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")):
+    """Return the name of a file for an image, as an argparse type."""
+    if Image.registered_extensions().get(Path(name).suffix.lower()) not in kinds:
         raise argparse.ArgumentTypeError(f"{name} must be a file such as x.png or x.gif")
     return name
 
@@ -80,9 +74,8 @@ def arguments():
     flag("--out", default="samples.png", type=image_file, help="a grid of images [%(default)s]")
     flag("--dir", type=Path, help="one PNG per image, in a new folder or one that this command "
          f"began; needed if -n is above {GRID}")  # fmt: skip
-    animation_file = partial(image_file, kinds=Image.SAVE_ALL)
+    animation_file = partial(image_file, kinds=("GIF", "WEBP"))
     flag("--gif", type=animation_file, help="an animation of the reverse process, first batch only")
-    flag("--strip", type=image_file, help="x_t and x0_hat along the chain, first four images only")
     flag("--inpaint", nargs=2, metavar=("IMAGE", "MASK"), help="redraw where the mask is white")
     flag("--interpolate", nargs=2, metavar="FILE", help="two images; draw 11 mixtures of them")
     flag("--t", type=int, nargs="+", help="t at which to mix, one row each, 0..T-1 [T / 5]")
@@ -104,22 +97,18 @@ def arguments():
         parser.error("-n and --batch must be at least 1, and --seed at least 0")
     if (args.n or 1) > GRID and not args.dir:
         parser.error(f"-n {args.n} needs --dir, because --out shows at most {GRID} images")
-    if args.interpolate and (args.inpaint or args.n or args.dir or args.gif or args.strip):
-        parser.error("--interpolate can't be combined with --inpaint, -n, --dir, --gif or --strip")
+    if args.interpolate and (args.inpaint or args.n or args.dir or args.gif):
+        parser.error("--interpolate can't be combined with --inpaint, -n, --dir or --gif")
     if args.interpolate and (len(args.classes or []) > 1 or (args.guidance and not args.classes)):
         parser.error("--interpolate takes at most one class, and exactly one with --guidance")
     if args.t and not args.interpolate:
         parser.error("--t needs --interpolate")
     if not math.isfinite(args.guidance):
         parser.error("--guidance must be a finite number")
-    if args.eta is not None and (args.sampler not in (None, "ddim") or not 0 <= args.eta <= 1):
-        parser.error("--eta must be from 0 to 1, and is only for --sampler ddim")
     inputs = *(args.inpaint or ()), *(args.interpolate or ()), args.source
-    outputs = [
-        path for path in (args.out, args.gif, args.strip, args.dir and args.dir / NOTE) if path
-    ]
+    outputs = [path for path in (args.out, args.gif, args.dir and args.dir / NOTE) if path]
     if len({os.path.abspath(path) for path in outputs}) < len(outputs):
-        parser.error("--out, --gif and --strip must be different files")
+        parser.error("--out and --gif must be different files")
     for path in outputs:
         check_output(path, *inputs)
     return args
@@ -159,8 +148,8 @@ def pixels_of(x):
 def open_network(args):
     """Return the network of --checkpoint in torch, or that of --onnx in ONNX Runtime.
 
-    sample.py asks both for the same things: betas, shape, classes, labels, provider, digest, and
-    reverse, the loop that yields (t, x_t, x0_hat).
+    sample.py asks both for the same things: betas, shape, classes, provider, digest, and reverse,
+    the loop that yields (t, x_t, x0_hat).
     """
     if not args.checkpoint:
         return Network(args.source, args.device)
@@ -180,8 +169,8 @@ def draw_interpolation(network, args, y):
             draw_noise = noise_of(args.seed, 0, (1, *network.shape))  # the same for all mixtures
             x_t = mix(*map(from_pixels, ends), t, network.betas, draw_noise)
             steps = min(args.steps, t + 1)
-            chain = network.reverse(y, args.guidance, draw_noise, network.betas[: t + 1], x_T=x_t,
-                                    steps=steps, sampler=args.sampler, eta=args.eta)  # fmt: skip
+            chain = network.reverse(y, args.guidance, draw_noise, start=t, x_T=x_t, steps=steps,
+                                    sampler=args.sampler, eta=args.eta)  # fmt: skip
             for _, _, x0 in tqdm(chain, f"t = {t}", steps, unit="step", mininterval=1):
                 mixtures = x0
             rows += [ends[0], *pixels_of(mixtures), ends[1]]
@@ -197,29 +186,27 @@ def draw_interpolation(network, args, y):
 
 
 def draw_batch(network, args, y, batch, known, bar, frames):
-    """Return the images `batch`, a slice, as pixels; append to frames the (x_t, x0_hat) to show.
+    """Return the images `batch`, a slice, as pixels; append what the GIF shows to the frames.
 
-    frames: None if nothing of this batch is shown.
+    frames: None if it shows nothing of this batch.
     """
     draw_noise = noise_of(args.seed, batch.start, (batch.stop - batch.start, *network.shape))
-    options = {"steps": args.steps, "sampler": args.sampler, "eta": args.eta, "known": known}
-    clock, kept = [], {*np.linspace(0, args.steps - 1, FRAMES).round().astype(int)}
-    y = None if y is None else y[batch]
-    chain = network.reverse(y, args.guidance, draw_noise, network.betas, **options)
-    for i, (_, x, x0) in enumerate(chain):
-        if frames is not None and i in kept:
-            frames.append((pixels_of(x[:GRID]), pixels_of(x0[:GRID])))
+    chosen = {*np.linspace(0, args.steps - 1, FRAMES).round().astype(int)}
+    chain = network.reverse(None if y is None else y[batch], args.guidance, draw_noise, known=known,
+                            steps=args.steps, sampler=args.sampler, eta=args.eta)  # fmt: skip
+    for i, (_, x, x0_hat) in enumerate(chain):
+        if frames is not None and i in chosen:
+            frames.append(pixels_of(x[:GRID]))
         bar.update()
-        if bar.n in (1, 6):  # in the first step, a GPU may compile or choose its kernels
-            pixels_of(x0[:1])  # waits for the GPU
-            clock.append(time.monotonic())
-        if bar.n == 6 and args.steps > 50:
-            estimate_time(bar, (clock[1] - clock[0]) / 5, args.steps)
-    return pixels_of(x0)
+        x0 = x0_hat
+    pixels = pixels_of(x0)
+    if frames is not None:
+        frames.append(pixels[:GRID])
+    return pixels
 
 
 def draw_samples(network, args, y):
-    """Save -n samples: the grid, and the folder, the GIF and the strip if asked for.
+    """Save -n samples: the grid, and the folder and the GIF if asked for.
 
     y: the class of each image, or None. Each class has a row in the grid, and a sub-folder. Ctrl-C
     keeps the batches that are finished. Images that --dir already holds are not drawn again.
@@ -234,19 +221,18 @@ def draw_samples(network, args, y):
         known = image, read_mask(args.inpaint[1], network.shape)
     done = resumed_at = begin_folder(args, network, paths) if args.dir else 0
     if resumed_at:
-        hint = ", so --gif and --strip have nothing to show" if args.gif or args.strip else ""
+        hint = ", so --gif has nothing to show" if args.gif else ""
         print(f"{args.dir} has the first {resumed_at:,} images already{hint}")
         shown = [read(path, network.shape) for path in paths[: min(resumed_at, GRID)]]
-    start_time = time.monotonic()
+    began = time.monotonic()
     bar = tqdm(total=-(-(n - done) // args.batch) * args.steps, unit="step", mininterval=1)
     try:
         while done < n:
             batch = slice(done, min(done + args.batch, n))
-            to_show = frames if done == 0 and (args.gif or args.strip) else None
-            pixels = draw_batch(network, args, y, batch, known, bar, to_show)
-            if args.dir:
-                for path, image in zip(paths[batch], pixels, strict=True):
-                    save_image(path, to_image(image))
+            of_gif = frames if args.gif and done == 0 else None
+            pixels = draw_batch(network, args, y, batch, known, bar, of_gif)
+            for path, image in zip(paths[batch] if args.dir else (), pixels, strict=False):
+                save_image(path, to_image(image))
             shown.extend(pixels[: GRID - len(shown)])
             done = batch.stop
     except KeyboardInterrupt:
@@ -254,8 +240,11 @@ def draw_samples(network, args, y):
             raise
     finally:
         bar.close()
-    seconds, drawn = time.monotonic() - start_time, done - resumed_at
-    save_outputs(args, np.stack(shown), frames, names)
+    seconds, drawn = time.monotonic() - began, done - resumed_at
+    save_image(args.out, grid(np.stack(shown), rows=len(names), names=names))
+    if frames and done:
+        states = [grid(x, rows=len(names)) for x in frames]
+        save_animation(args.gif, states, each=3000 // (len(frames) - 1))
     number = f"{done:,} image{'s' * (done > 1)}"
     shows = f"the first {GRID} of {number}" if done > GRID else number
     of = f" of {', '.join(names)}" if names else ""
@@ -273,51 +262,16 @@ def begin_folder(args, network, paths):
     """
     names = "steps", "sampler", "eta", "seed", "classes", "guidance"
     settings = {name: getattr(args, name) for name in names}
-    settings["files"] = [network.digest()]
-    for path in args.inpaint or ():
-        with open(path, "rb") as file:
-            settings["files"].append(hashlib.file_digest(file, "sha256").hexdigest())
-    note = json.dumps(settings).encode()
-    if args.dir.exists() and any(path.name[0] != "." or path.name == NOTE for path in
-                                 args.dir.iterdir()):  # fmt: skip
-        if not (args.dir / NOTE).is_file() or (args.dir / NOTE).read_bytes() != note:
-            sys.exit(f"sample.py: --dir {args.dir} must be a new or empty folder, or one that the "
-                     "same command has begun")  # fmt: skip
-    else:
+    inputs = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in args.inpaint or ()]
+    note = json.dumps(settings | {"files": [network.digest(), *inputs]}).encode()
+    here = [*args.dir.iterdir()] if args.dir.exists() else []
+    if not any(path.name[0] != "." or path.name == NOTE for path in here):
         with replacing(args.dir / NOTE) as file:
             file.write(note)
+    elif not (args.dir / NOTE).is_file() or (args.dir / NOTE).read_bytes() != note:
+        sys.exit(f"sample.py: --dir {args.dir} must be a new or empty folder, or one that the same "
+                 "command has begun")  # fmt: skip
     return next((k for k, path in enumerate(paths) if not path.is_file()), len(paths))
-
-
-def estimate_time(bar, seconds, steps):
-    """Print how long all steps will take, if that is over a minute, and how long 10 would.
-
-    seconds: of one step.
-    """
-    seconds *= bar.total
-    if seconds > 60:
-        bar.write(f"about {seconds / 60:.0f} min; --steps 10: about {seconds * 10 / steps:.0f} s")
-
-
-def save_outputs(args, pixels, frames, names):
-    """Save the grid of the samples and, if asked for, the GIF and the strip of the frames."""
-    save_image(args.out, grid(pixels, rows=len(names), names=names))
-    if args.gif and frames:  # not if the first batch was there already
-        states = [grid(x, rows=len(names)) for x in (*(x for x, _ in frames), frames[-1][1])]
-        save_animation(args.gif, states, each=3000 // len(frames))
-    if args.strip and frames:
-        save_image(args.strip, strip(frames))
-
-
-def strip(frames):
-    """Return [(x_t, x0_hat)], each uint8 (B, C, H, W), as one Pillow image.
-
-    For each of the first four samples, it has a row of x_t above a row of x0_hat.
-    """
-    columns = min(STRIP, len(frames))
-    chosen = [frames[i] for i in np.linspace(0, len(frames) - 1, columns).round().astype(int)]
-    rows = np.stack([np.stack(pair) for pair in chosen], 2)[:, :4]  # (2, B, columns, C, H, W)
-    return grid(rows.swapaxes(0, 1).reshape(-1, *rows.shape[3:]), columns)
 
 
 def draw(args):
@@ -325,31 +279,29 @@ def draw(args):
     args.classes = args.classes and list(dict.fromkeys(args.classes))  # each has one row
     try:
         network = open_network(args)
-        classes = len(args.classes or network.classes)
+        T, classes = len(network.betas), len(args.classes or network.classes)
         args.n = args.n or (min(8 * classes, GRID) if classes > 1 else 64)
-        y = network.labels(args.classes, args.n)
+        args.steps, args.t = T if args.steps is None else args.steps, args.t or [T // 5]
+        choose_sampler(args.sampler, args.eta, args.steps, T)
+        y = class_labels(network.classes, args.classes, args.n)
     except ValueError as error:
         sys.exit(f"sample.py: {error}")
     if bad := [name for name in network.classes if not is_folder_name(name)]:  # of --dir
         sys.exit(f"sample.py: {args.source}: a class must not be named {bad[0]!r}")
-    T = len(network.betas)
-    args.steps = T if args.steps is None else args.steps
-    args.t = args.t or [T // 5]
-    if not 1 <= args.steps <= T or not all(0 <= t < T for t in args.t):
-        sys.exit(f"sample.py: this model has T = {T}: --steps must be 1..{T}, --t 0..{T - 1}")
+    if not all(0 <= t < T for t in args.t):
+        sys.exit(f"sample.py: this model has T = {T}: --t must be 0..{T - 1}")
     if args.guidance and y is None:
         sys.exit("sample.py: --guidance needs classes, but the network has no classes")
     name = network.provider.removesuffix("ExecutionProvider")
     hint = "; to use a GPU, see Accelerators in docs/guide.md"
     print(f"{args.source} on {name}{hint if name == 'CPU' and args.device == 'auto' else ''}")
+    if args.steps > 50:
+        print(f"{args.steps} steps; --steps 10 takes {10 / args.steps:.1%} of the time")
     (draw_interpolation if args.interpolate else draw_samples)(network, args, y)
 
 
 def main():
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # SIGHUP: a closed terminal, unless under nohup
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
-            signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
+    catch_signals()
     escape_unprintable()
     try:
         draw(arguments())

@@ -170,24 +170,20 @@ def train_py(images, batch):
 
     The network is compiled where and as train.py does. images: uint8 (N, 3, 32, 32).
     """
-    args = train.Settings(batch=batch, device=DEVICE, amp=device.has_bfloat16(DEVICE))
-    model, diffusion, images = UNet().to(DEVICE), Diffusion(linear_betas()), images.to(DEVICE)
+    args = train.Settings(batch=batch, device=DEVICE, amp=device.has_bfloat16(DEVICE), warmup=5000)
+    model, images = UNet().to(DEVICE), images.to(DEVICE)
     network = model
     if device.can_compile(DEVICE):
         torch.compiler.reset()
         network = device.compiled(model)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    steps, loss = itertools.count(), train.make_loss(network, diffusion, args)
+    diffusion, steps = Diffusion(linear_betas()), itertools.count()
+    take = train.algorithm_1(network, ema, optimizer, diffusion, images, None, args)
 
     def step():
         device.prefer_speed()  # as train.py does
-        k = next(steps)
-        optimizer.param_groups[0]["lr"] = train.learning_rate(k, args.lr, 5000)
-        batch = train.draw_batch(k, images, None, diffusion.T, args)
-        train.train_step(
-            train.parts_of(batch, k, images, args), loss, network, ema, optimizer, k, args
-        )
+        take(next(steps))
         torch.set_float32_matmul_precision("highest")  # torch's defaults, for the peers
         torch.backends.cudnn.benchmark = False
 

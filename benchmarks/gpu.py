@@ -33,9 +33,9 @@ import train  # noqa: E402
 from benchmarks.compare import processor  # noqa: E402
 from ddpm import Diffusion, UNet, linear_betas  # noqa: E402
 from images import save_image, to_image  # noqa: E402
-from support.data import demo_images  # noqa: E402
+from support.demo import demo_images  # noqa: E402
 from support.device import can_compile, compiled, has_bfloat16, prefer_speed  # noqa: E402
-from support.run import RunFolder, make_config  # noqa: E402
+from support.run import preview, save  # noqa: E402
 from support.torch_network import TorchNetwork  # noqa: E402
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -178,26 +178,23 @@ def steps(report, args):
         model = network(args.tiny).to(DEVICE)
         ema = copy.deepcopy(model).requires_grad_(False)
         optimizer = torch.optim.Adam(model.parameters(), fused=True)
-        settings = train.Settings(batch=batch, accumulate=accumulate, amp=args.amp, device=DEVICE)
-        model = prepare(model)
-        loss = train.make_loss(model, DIFFUSION, settings)
-
-        def step():
-            batch = train.draw_batch(0, images, None, DIFFUSION.T, settings)
-            parts = train.parts_of(batch, 0, images, settings)
-            return train.train_step(parts, loss, model, ema, optimizer, 0, settings)
+        settings = train.Settings(
+            batch=batch, accumulate=accumulate, amp=args.amp, device=DEVICE, warmup=5000
+        )
+        prepared = prepare(model)
+        step = train.algorithm_1(prepared, ema, optimizer, DIFFUSION, images, None, settings)
 
         began = time.perf_counter()
-        assert step().isfinite().all()
+        assert step(0).isfinite().all()
         first = time.perf_counter() - began
         if IS_CUDA:
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.set_sync_debug_mode("error")  # no step may wait for the device
             try:
-                step()
+                step(1)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        each = ms(step, 3 if args.tiny else 30)
+        each = ms(functools.partial(step, 2), 3 if args.tiny else 30)
         memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if IS_CUDA else ""
         report.step_ms = report.step_ms or each
         return f"{each:.2f} | {each * 800_000 / 3.6e6:.2f} | {first:.1f} | {memory}"
@@ -210,24 +207,27 @@ def steps(report, args):
         report.row("batch 16, compiled", measure, 16, args.compile)
 
 
-def preview(report, args):
+def saving(report, args):
     """Time what a preview and a checkpoint cost."""
     model, size = network(args.tiny).to(DEVICE).eval(), 8 if args.tiny else 32
-    settings = train.Settings(out=args.out, image_size=size, amp=args.amp, device=DEVICE)
-    run = RunFolder(settings, make_config(settings, 3), 0, lambda k: 1e-4)
-    run.log(50_000, [(0.05, 0.1)] * 50_000)
+    settings = train.Settings(amp=args.amp, device=DEVICE)
     ema, optimizer = copy.deepcopy(model), torch.optim.Adam(model.parameters(), fused=True)
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
     optimizer.step()  # so that it has its averages
+    image, checkpoint = args.out / "preview.png", args.out / "checkpoint.pt"
+    calls = {
+        "preview": (preview, image, (3, size, size), ema, DIFFUSION, settings),
+        "checkpoint": (save, checkpoint, {}, 1, model, ema, optimizer),
+    }
 
     def seconds(call, *words):
         return f"{ms(functools.partial(call, *words), 1 if args.tiny else 3) / 1000:.2f}"
 
-    report.head("of a run of 50,000 steps", "s")
-    report.row("preview", seconds, run.preview, 1, model, DIFFUSION)
-    report.row("checkpoint", seconds, run.save, 1, model, ema, optimizer)
-    (args.out / "checkpoint.pt").unlink(missing_ok=True)
+    report.head("of a run", "s")
+    for name, words in calls.items():
+        report.row(name, seconds, *words)
+    checkpoint.unlink(missing_ok=True)
 
 
 def programs(report, args):
@@ -286,7 +286,7 @@ def sampling(report, args):
     def loop(name, batch):
         network = open_network(name, batch)
         draw_noise = ddpm_numpy.noise_of(0, 0, (batch, *network.shape))
-        chain = network.reverse(None, 0, draw_noise, network.betas)
+        chain = network.reverse(None, 0, draw_noise)
         each = ms(functools.partial(next, chain), 3 if args.tiny else 100)
         return f"{each:.2f} | {each * 1000 * -(-50_000 // batch) / 3.6e6:.2f}"
 
@@ -312,7 +312,7 @@ def tests(report, args):
     report.row("two processes", report.program, "two", 120, *words)
 
 
-PARTS = machine, gradients, steps, preview, programs, sampling, tests
+PARTS = machine, gradients, steps, saving, programs, sampling, tests
 
 
 def main():

@@ -27,7 +27,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import train  # noqa: E402
 from images import from_pixels, grid, save_image, to_pixels  # noqa: E402
-from support.data import count_right, demo_images  # noqa: E402
+from support.demo import are_right, demo_images  # noqa: E402
 from support.trained import load  # noqa: E402
 
 ROWS = [
@@ -48,7 +48,7 @@ def judge(run):
     random = torch.Generator().manual_seed(0)
     bound = trained.diffusion.vlb(trained.eps, from_pixels(images), random)
     save_image(Path(run, "samples.png"), grid(pixels))
-    return {"right": int(count_right(pixels)), "bits": bound.total.mean().item()}
+    return {"right": int(are_right(pixels).sum()), "bits": bound.total.mean().item()}
 
 
 def train_and_judge(predicts, weighting, seed, folder, threads, steps):

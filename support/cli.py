@@ -1,4 +1,4 @@
-"""What the command lines of the programs share: types for argparse, words, and signals."""
+"""What the command lines of the programs share: types, words, and whether to stop."""
 
 import argparse
 import math
@@ -6,10 +6,8 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
-import time
 
-from support.ranks import RANK, WORLD
+from images import catch_signals
 
 
 def number(kind, low, high=math.inf):
@@ -31,23 +29,19 @@ def command(*words):
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
-class Interrupts:
-    """Whether the program was told to stop: by Ctrl-C, SIGTERM or SIGHUP (a closed terminal).
+class StopRequest:
+    """Whether the program was told to stop by a signal: `made` is False until then.
 
-    The program then finishes the step. A second Ctrl-C, 2 seconds later or more, ends it at once.
+    The program then finishes what it is doing, and saves it.
     """
 
     def __init__(self):
-        self.since = None
-        signal.signal(signal.SIGINT, self.stop)
-        signal.signal(signal.SIGTERM, self.stop)
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            signal.signal(signal.SIGHUP, self.stop)  # unless nohup started the program
+        self.made = False
+        catch_signals(self.receive)
 
-    def stop(self, number, _):
-        if self.since is None:
-            self.since = time.monotonic()
-            if number == signal.SIGINT and RANK == 0:  # print may be interrupted, os.write is not
-                os.write(2, b"\nfinishing the step, to save it; a second Ctrl-C ends it at once\n")
-        elif number == signal.SIGINT and WORLD == 1 and time.monotonic() - self.since > 2:
-            sys.exit("stopped mid-step: what was not saved is lost, but the checkpoint is kept")
+    def receive(self, number, _):
+        """Note a signal, as its handler."""
+        is_first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun
+        if number == signal.SIGINT and not self.made and is_first:
+            os.write(2, b"\nfinishing the step, to save it\n")  # print may be interrupted
+        self.made = True

@@ -1,4 +1,4 @@
-"""The training set: a folder of images as one uint8 array (N, C, size, size), and the demo.
+"""The training set: a folder of images as one uint8 array (N, C, size, size).
 
     images, labels = read_folder("./images", 32)
     python -m support.data ./images real 32    # the same as PNG files in the new folder `real`
@@ -16,7 +16,6 @@ import sys
 import tempfile
 import warnings
 from functools import partial
-from itertools import product
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from images import (
     replacing,
     to_image,
 )
+from support import cli
 
 LARGE = 16_384  # bytes; from this file size on, threads are faster
 PILLOW = OSError, ValueError, SyntaxError, Image.DecompressionBombError  # what it raises
@@ -88,7 +88,7 @@ def class_names(folder):
         sys.exit(f"--classes: {folder} has images outside of its sub-folders, which are the "
                  f"classes: move or remove {printable(first)}")  # fmt: skip
     if bad := [name for name in names if not is_folder_name(name)]:
-        sys.exit(f"--classes: not every system allows a folder named {bad[0]!r}")
+        sys.exit(f"--classes: a class must not be named {bad[0]!r}")
     if len(names) < 2:
         sys.exit(f"--classes: {folder} needs images in two sub-folders or more, one for each class")
     return names
@@ -291,38 +291,6 @@ def fingerprint(images):
     return note["digest"] if note else digest_of(images)
 
 
-# ----------------------------------------------------------------------------------------- the demo
-
-# Images so simple that a test can tell a correct sample from a wrong one.
-DEMO_GLYPHS = [
-    ".#. ### .#.", "#.# .#. #.#", "### #.# ###", "### .#. .#.", "#.# #.# ###", "#.# ### #.#",
-]  # fmt: skip
-DEMO_COLOURS = [(230, 57, 70), (244, 162, 28), (56, 160, 75), (38, 110, 220)]
-
-
-def demo_images():
-    """Return each glyph in each colour at nine places, on white: uint8 (216, 3, 8, 8)."""
-    images = []
-    for glyph, colour, left, top in product(DEMO_GLYPHS, DEMO_COLOURS, range(3), range(3)):
-        cells = np.array([[cell == "#" for cell in row] for row in glyph.split()])
-        image = np.full((8, 8, 3), 255, np.uint8)
-        image[top : top + 6, left : left + 6][cells.repeat(2, 0).repeat(2, 1)] = colour
-        images.append(image.transpose(2, 0, 1))
-    return np.stack(images)
-
-
-def are_right(pixels):
-    """Return which of uint8 (N, 3, 8, 8) are demo images, to within 48 of 255 in each value."""
-    allowed = demo_images().astype(int)
-    nearest = [np.abs(allowed - image).max((1, 2, 3)).min() for image in pixels.astype(int)]
-    return np.array(nearest) <= 48
-
-
-def count_right(pixels):
-    """Return how many of uint8 (N, 3, 8, 8) are demo images."""
-    return are_right(pixels).sum()
-
-
 # -------------------------------------------------------------------------------------- the program
 
 
@@ -331,11 +299,9 @@ def main():
     parser = argparse.ArgumentParser(usage="python -m support.data ./images NEW_FOLDER 32")
     parser.add_argument("folder")
     parser.add_argument("out", type=Path)
-    parser.add_argument("size", type=int)
+    parser.add_argument("size", type=cli.number(int, 1))
     args = parser.parse_args()
     escape_unprintable()
-    if args.size < 1:
-        parser.error("the size must be at least 1")
     check_new_folder(args.out)
     images, _ = read_folder(args.folder, args.size)
     args.out.mkdir(parents=True, exist_ok=True)

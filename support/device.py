@@ -1,5 +1,6 @@
 """The device that a process computes on, and what it can do."""
 
+import copy
 import os
 import shutil
 import sys
@@ -37,12 +38,16 @@ def choose_device(name):
     return device
 
 
-def refuse_idle_gpu(device):
-    """Exit if this is the CPU of a machine with an NVIDIA GPU: its driver may be too old."""
-    if device.type == "cpu" and shutil.which("nvidia-smi"):
+def warn_of_cpu(device):
+    """Say that a long run is on a CPU. Exits beside an NVIDIA GPU, whose driver may be too old."""
+    if device.type != "cpu":
+        return
+    if shutil.which("nvidia-smi"):
         sys.exit("nvidia-smi is installed, but torch finds no GPU, and on a CPU this run may take "
                  "months. Install a newer driver or another torch (see Accelerators in "
                  "docs/guide.md), or add --device cpu")  # fmt: skip
+    print("on a CPU, this run may take months, as the bar will say; --quick --out quick, a smaller "
+          "network, takes 8 minutes on two cores at 32x32")  # fmt: skip
 
 
 def has_bfloat16(device):
@@ -103,7 +108,8 @@ def can_compile(device):
 
 def compiled(network):
     """Return torch.compile of a network whose inputs keep their shape."""
-    # channels_last suits tensor cores. Without this option, torch often keeps a U-Net contiguous.
+    # channels_last suits tensor cores. Without this option, torch often keeps a U-Net contiguous,
+    # as it does in any case on ROCm.
     return torch.compile(network, dynamic=False, options={"force_layout_optimization": True})
 
 
@@ -112,3 +118,15 @@ def to_device(x, device):
     if device.type == "cuda" and not x.is_cuda:
         x = x.pin_memory()
     return x.to(device, non_blocking=device.type == "cuda")
+
+
+def with_tables_on(diffusion, device):
+    """Return a copy of a Diffusion whose tables are float32 on the device.
+
+    A look-up then copies nothing. Copies to some accelerators wait for them.
+    """
+    moved = copy.copy(diffusion)
+    for name, table in vars(diffusion).items():
+        if isinstance(table, torch.Tensor):
+            setattr(moved, name, table.to(device, torch.float32))
+    return moved

@@ -1,8 +1,7 @@
 """Published weights: a DDPM in the format of the diffusers library, to and from ddpm.py.
 
-from_diffusers serves `train.py --init`, evaluate.py and `export.py --diffusers`; to_diffusers
-serves `export.py --to-diffusers`. diffusers itself reads and writes the files. After
-reading, both networks are compared: they must compute the same eps.
+from_diffusers serves trained.load, and to_diffusers serves `export.py --to-diffusers`. diffusers
+itself reads and writes the files. After reading, both networks must compute the same eps.
 """
 
 import re

@@ -1,6 +1,7 @@
 """The processes that torchrun starts. Without torchrun, there is one."""
 
 import contextlib
+import io
 import os
 import sys
 from datetime import timedelta
@@ -10,10 +11,11 @@ import torch.distributed as dist
 # torchrun sets these: the rank of this process, the number of all, and its rank on its machine.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+PATIENT = None  # the group that may wait long, for images that another process decodes
 
 
 def join(device):
-    """Connect the processes through gloo and, for tensors on a GPU, its maker's library.
+    """Connect the processes through gloo and, for gradients on a GPU, its maker's library.
 
     Exits if srun has started several processes without torchrun: each would train by itself.
     """
@@ -29,13 +31,15 @@ def join(device):
         backend = "cpu:gloo,cuda:nccl"
     elif device.type == "xpu":
         backend = "cpu:gloo,xpu:xccl"
-    dist.init_process_group(backend, timeout=timedelta(hours=4))  # decoding images can take hours
+    dist.init_process_group(backend)
+    global PATIENT
+    PATIENT = dist.new_group(backend="gloo", timeout=timedelta(hours=4))
 
 
 def leave():
     """Disconnect the processes, which end together; one that ends first sometimes aborts."""
     if WORLD > 1:
-        dist.barrier()
+        dist.barrier(PATIENT)
         dist.destroy_process_group()
 
 
@@ -43,7 +47,7 @@ def from_first(value):
     """Return the first process's value in every process."""
     values = [value]
     if WORLD > 1:
-        dist.broadcast_object_list(values)
+        dist.broadcast_object_list(values, group=PATIENT)
     return values[0]
 
 
@@ -51,7 +55,7 @@ def from_all(value):
     """Return a list of the values of all processes."""
     values = [value] * WORLD
     if WORLD > 1:
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=PATIENT)
     return values
 
 
@@ -64,9 +68,26 @@ def sum_of_all(tensor):
 
 @contextlib.contextmanager
 def first_of_machine_first():
-    """Run the block in the first process of each machine, then in the others."""
+    """Run the block in the first process of each machine, then, in silence, in the others."""
     if WORLD > 1 and LOCAL_RANK > 0:
-        dist.barrier()
-    yield
+        dist.barrier(PATIENT)
+    with said_by(LOCAL_RANK == 0):
+        yield
     if WORLD > 1 and LOCAL_RANK == 0:
-        dist.barrier()
+        dist.barrier(PATIENT)
+
+
+@contextlib.contextmanager
+def said_by(this):
+    """Run the block, in which several processes do the same, and let only one say what it says.
+
+    this: whether this process is the one. The others exit in silence where they exit.
+    """
+    if this:
+        yield
+        return
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            yield
+        except SystemExit:
+            sys.exit(1)

@@ -55,8 +55,8 @@ class Half(torch.nn.Module):
             if module is not self.model and next(module.parameters(), None) is not None:
                 module.register_forward_pre_hook(cast_inputs)
 
-    def forward(self, x_t, t, y=None):
-        return self.model(x_t, t, y).float()
+    def forward(self, x_t, t, *y):
+        return self.model(x_t, t, *y).float()
 
 
 def cast_inputs(module, inputs):

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from beyond import as_eps
-from ddpm import Diffusion, UNet
-from ddpm_numpy import Network
+from ddpm import Diffusion
+from ddpm import UNet as Network  # the network of the programs; another one takes its place here
 
 DEMO = "train.py, the demo"  # the source of its weights
 HUB = "hf:"  # before the name of published weights on the Hugging Face Hub
@@ -18,21 +18,15 @@ HUB = "hf:"  # before the name of published weights on the Hugging Face Hub
 
 @dataclass
 class Trained:
-    """A trained network in eval mode, and what is known about it.
+    """A trained network in eval mode, and what is known about it."""
 
-    Like ddpm_numpy.Network, it has betas (T,), variance, the shape (C, H, W) of an image, classes,
-    and labels(names, n).
-    """
-
-    model: UNet
+    model: torch.nn.Module
     diffusion: Diffusion
-    settings: dict  # the arguments of UNet
+    settings: dict  # the arguments of the network
     step: int  # the number of training steps, 0 if unknown
     source: str  # where the weights come from
     classes: list | tuple = ()  # the names of the classes, if the network has any
     predicts: str = "eps"  # what the network returns, see beyond.py
-
-    labels = Network.labels  # which reads self.classes alone
 
     @cached_property
     def eps(self):
@@ -40,15 +34,8 @@ class Trained:
         return as_eps(self.model, self.diffusion, self.predicts)
 
     @property
-    def betas(self):
-        return self.diffusion.betas.numpy()
-
-    @property
-    def variance(self):
-        return self.diffusion.variance
-
-    @property
     def shape(self):
+        """(C, H, W) of an image."""
         size = self.settings["image_size"]
         return self.settings["in_channels"], size, size
 
@@ -67,16 +54,13 @@ def open_checkpoint(path):
         state = None
     if not isinstance(state, dict) or not {"config", "step", "ema"} <= state.keys():
         sys.exit(f"{path.as_posix()} is damaged, or not a checkpoint of train.py")
-    config = state["config"]
-    if "predicts" in config["diffusion"]:  # of an earlier version
-        config["train"]["predicts"] = config["diffusion"].pop("predicts")
     return state
 
 
 def from_checkpoint(state):
     """Return the Trained of the averaged weights in the dict of a checkpoint."""
     config, training = state["config"], state["config"]["train"]
-    model, data = UNet(**config["model"]).eval(), training["data"]
+    model, data = Network(**config["model"]).eval(), training["data"]
     model.load_state_dict(state["ema"])
     source = DEMO if data is None else f"train.py, {ascii(data)[1:-1]}"  # for ONNX
     return Trained(

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -19,6 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import numpy as np
 import pytest
 import torch
+from closed_forms import PAPER
 from PIL import Image
 
 import evaluate
@@ -27,10 +29,9 @@ import sample
 import train
 from ddpm import Diffusion, UNet, linear_betas, timestep_embedding
 from images import from_pixels
-from support.data import demo_images
+from support.demo import demo_images
 from support.muon import Muon
 from support.trained import Trained, load
-from test_ddpm import PAPER, VARIANCES, close, oracle, randn, seeded, small_unet  # noqa: F401
 
 if sys.platform == "darwin":  # where gloo may not find the machine by its own name
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0")
@@ -71,10 +72,17 @@ def call_main(patch, program, *args, cwd):
     """Run a program in this process, which takes less time, and restore the signal handlers."""
     patch.chdir(cwd)
     patch.setattr(sys, "argv", [program, *map(str, args)])
+    with restoring_signals():
+        MAINS[program]()
+
+
+@contextlib.contextmanager
+def restoring_signals():
+    """Restore the handlers of signals at the end of the block."""
     numbers = [signal.SIGINT, signal.SIGTERM, *[signal.SIGHUP] * (sys.platform != "win32")]
     handlers = [(number, signal.getsignal(number)) for number in numbers]
     try:
-        MAINS[program]()
+        yield
     finally:
         for number, handler in handlers:
             signal.signal(number, handler)
@@ -146,6 +154,19 @@ class SmallDiT(torch.nn.Module):
         half_size = [side // 2 for side in x_t.shape[2:]]
         h = self.last(h).transpose(1, 2).unflatten(2, half_size)
         return torch.nn.functional.pixel_shuffle(h, 2)
+
+
+@pytest.fixture
+def wrap_step(monkeypatch):
+    """Let function(step, k) take the place of each step(k) of train.py."""
+
+    def call(function):
+        algorithm_1 = train.algorithm_1
+        monkeypatch.setattr(
+            train, "algorithm_1", lambda *args: partial(function, algorithm_1(*args))
+        )
+
+    return call
 
 
 @pytest.fixture

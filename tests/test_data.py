@@ -12,7 +12,8 @@ from PIL import EpsImagePlugin, Image
 
 import images
 from images import from_pixels, to_pixels
-from support import data
+from support import data, demo
+from support.demo import are_right, demo_images
 
 
 def save(path, colour=0, mode="L", size=(4, 4)):
@@ -284,18 +285,18 @@ def test_fingerprint_changes_with_the_images():
 
 def test_demo_has_each_glyph_in_each_colour_at_nine_places():
     """No other image is counted as right, and none that is faint."""
-    images = data.demo_images()
+    images = demo_images()
     assert images.shape == (216, 3, 8, 8) and images.dtype == np.uint8
     assert len(np.unique(images, axis=0)) == 216
     drawn = (images != 255).any(1)
     assert (drawn.sum((1, 2)) % 4 == 0).all() and drawn.any(0).all()  # of cells of 2 x 2
     colours = {tuple(image[:, mask][:, 0]) for image, mask in zip(images, drawn, strict=True)}
-    assert colours == set(data.DEMO_COLOURS)
+    assert colours == set(demo.COLOURS)
     moved = np.roll(images[0], 3, axis=1)
     noise = np.random.default_rng(0).integers(0, 256, (3, 8, 8), dtype=np.uint8)
-    assert data.count_right(np.stack([*images[[0, 215]], moved, noise, 0 * noise + 255])) == 2
+    assert are_right(np.stack([*images[[0, 215]], moved, noise, 0 * noise + 255])).sum() == 2
     faint, fainter = (to_pixels(from_pixels(images) * factor) for factor in (0.7, 0.5))
-    assert data.count_right(faint) == 216 and data.count_right(fainter) == 0
+    assert are_right(faint).all() and not are_right(fainter).any()
 
 
 def test_program_writes_the_images_as_the_network_sees_them(image_folder, tmp_path):

@@ -6,18 +6,20 @@ import os
 import signal
 import socket
 import time
+from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, PAPER, TINY, posix, read
+from closed_forms import PAPER
+from conftest import HERE, TINY, posix, read
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import support.run
 import train
-from beyond import as_eps, loss_weights, sample
+from beyond import as_eps, loss_weights, sample, weighted_loss
 from ddpm import Diffusion, UNet, linear_betas
 from support import device, ranks
 
@@ -29,9 +31,9 @@ EXACT = ["--dropout", 0, "--no-amp", "--warmup", 0]  # one and two processes dif
 
 class StandIn(TorchDispatchMode):
     """Makes the meta device a stand-in for an accelerator: it has no float64, as Apple's, no
-    operation but a copy mixes it with the CPU, and reads counts the copies to the CPU."""
+    operation but a copy mixes it with the CPU. reads and writes count the copies from and to it."""
 
-    reads = 0
+    reads = writes = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -40,6 +42,8 @@ class StandIn(TorchDispatchMode):
         if is_copy and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
             self.reads += 1
             return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        if is_copy and not args[0].is_meta and kwargs.get("device") == torch.device("meta"):
+            self.writes += 1
         on_device = {x.is_meta for x in tensors if x.ndim}
         assert is_copy or len(on_device) < 2, f"{function} mixes devices"
         results = function(*args, **kwargs)
@@ -56,7 +60,8 @@ def test_ddpm_needs_no_float64_on_the_device_and_mixes_none(weighting):
         model, x0 = UNet(8, 3, 8, (1, 2), 1, (4,)), torch.zeros(2, 3, 8, 8)
     with StandIn() as device:
         eps, weights = as_eps(model, diffusion, "v"), loss_weights(diffusion, weighting, "v")
-        diffusion.loss(eps, x0, weights=weights).backward()
+        t, noise = torch.ones(2, dtype=torch.int64, device="meta"), torch.zeros_like(x0)
+        weighted_loss(diffusion, eps, x0, t, noise, weights).backward()
         image = x0, x0 > 0
         for steps, sampler, eta, known in (
             (None, "ddpm", None, None), (4, "ddpm", None, image), (4, "sa-solver", None, None),
@@ -77,14 +82,14 @@ def test_step_never_waits_for_the_device(monkeypatch):
         model, images = UNet(8, 3, 8, (1, 2), 1, (4,)), torch.zeros(20, 3, 8, 8, dtype=torch.uint8)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters())
-    args = train.Settings(batch=8, accumulate=2, device=torch.device("meta"))
+    args = train.Settings(batch=8, accumulate=2, predicts="v", weighting="min-snr", warmup=0,
+                          device=torch.device("meta"))  # fmt: skip
     with StandIn() as device:
-        loss = train.make_loss(model, PAPER, args)
-        for step in range(2):
-            batch = train.draw_batch(step, images, None, PAPER.T, args)
-            parts = train.parts_of(batch, step, images, args)
-            status = train.train_step(parts, loss, model, ema, optimizer, step, args)
-    assert device.reads == 0 and status.is_meta and status.shape == (2,)
+        step = train.algorithm_1(model, ema, optimizer, PAPER, images, None, args)
+        device.writes = 0  # of the tables
+        for k in range(2):
+            status = step(k)
+    assert device.reads == device.writes == 0 and status.is_meta and status.shape == (2,)
     with pytest.raises(RuntimeError), StandIn():
         status.sum().item()  # so that a read would not have passed
 
@@ -182,9 +187,11 @@ def test_processes_are_connected_by_the_library_of_their_device(kind, nccl, back
     used = []
     monkeypatch.setattr(ranks, "WORLD", 2)
     monkeypatch.setattr(ranks.dist, "is_nccl_available", lambda: nccl)
-    monkeypatch.setattr(ranks.dist, "init_process_group", lambda name, **_: used.append(name))
+    monkeypatch.setattr(ranks, "PATIENT", None)
+    monkeypatch.setattr(ranks.dist, "init_process_group", used.append)
+    monkeypatch.setattr(ranks.dist, "new_group", lambda backend, timeout: (backend, timeout))
     ranks.join(torch.device(kind))
-    assert used == [backend]
+    assert used == [backend] and ("gloo", timedelta(hours=4)) == ranks.PATIENT
 
 
 def test_bfloat16_is_asked_of_the_device(monkeypatch):

@@ -16,7 +16,8 @@ import evaluate
 from ddpm import Diffusion, linear_betas
 from images import from_pixels
 from support import device
-from support.data import demo_images, read_folder
+from support.data import read_folder
+from support.demo import demo_images
 from support.plot import figure_class
 from support.trained import load
 

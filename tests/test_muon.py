@@ -1,7 +1,8 @@
 """muon.py against the singular value decomposition and against torch's Adam and Muon."""
 
 import torch
-from conftest import SMALL, SmallDiT, randn
+from closed_forms import randn
+from conftest import SMALL, SmallDiT
 
 from ddpm import UNet
 from support.muon import Muon, hidden_weights, orthogonalize

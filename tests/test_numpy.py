@@ -62,7 +62,7 @@ def test_network_says_what_it_is_and_takes_options_of_the_session(coloured):
     assert network.provider == "CPUExecutionProvider" and network.shape == (3, 8, 8)
     assert network.classes == list(COLOURS)
     names = (name for name in ["red", "blue"])  # may come from a generator
-    assert network.labels(names, 3).tolist() == [2, 0, 2]
+    assert ddpm_numpy.class_labels(network.classes, names, 3).tolist() == [2, 0, 2]
     np.testing.assert_array_equal(network.betas, linear_betas())  # to the bit
 
 
@@ -92,8 +92,9 @@ def test_service_of_the_manual_answers_with_images(coloured, tmp_path, start):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     (tmp_path / "serve.py").write_text(listing("import io").replace("8001", str(port)))
-    for path in (HERE / "ddpm_numpy.py", HERE / "images.py", coloured / "model.onnx"):
-        shutil.copy(path, tmp_path)
+    for name in ("ddpm_numpy.py", "samplers.py", "images.py"):
+        shutil.copy(HERE / name, tmp_path)
+    shutil.copy(coloured / "model.onnx", tmp_path)
     process, url = start(tmp_path / "serve.py", cwd=tmp_path), f"http://localhost:{port}/?class="
 
     def ask(name):

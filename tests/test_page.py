@@ -23,7 +23,7 @@ from docs.points import MEANS, STD
 from exact import exact_network
 from export import write_onnx
 from images import to_pixels
-from support.data import count_right
+from support.demo import are_right
 from support.reduced import MAX_ERROR
 from support.trained import load
 
@@ -1101,5 +1101,5 @@ def test_demo_is_drawn_in_the_page(demo, page):
     right = 0
     for seed in (0, 1):
         assert "50 steps in" in sampled(page, steps=50, count=16, seed=seed)
-        right += count_right(tiles(page, "grid", (3, 8, 8)))
+        right += are_right(tiles(page, "grid", (3, 8, 8))).sum()
     assert right >= 24  # of 32

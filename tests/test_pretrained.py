@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import PAPER, SMALL, VARIANCES, RunsCode, close_mapped_files, randn, read, small_unet
+from closed_forms import PAPER, VARIANCES, randn, small_unet
+from conftest import SMALL, RunsCode, close_mapped_files, read
 from safetensors.torch import load_file, save_file
 
 from beyond import cosine_betas
@@ -109,7 +110,7 @@ def test_published_weights_to_images_and_back(image_folder, tmp_path, run):
     """As a user: to model.onnx, to images, fine-tuned, evaluated, and to a folder again."""
     theirs = save_published(tmp_path / "published", "one level")
     change(tmp_path / "published" / "scheduler_config.json", num_train_timesteps=40, beta_end=0.3)
-    assert "diffusers, published" in run("export.py", "--diffusers", "published", cwd=tmp_path)
+    assert "diffusers, published" in run("export.py", "--checkpoint", "published", cwd=tmp_path)
     x, t = randn(2, 3, 8, 8), torch.tensor([3, 30])
     eps = reduced.eps_of(tmp_path / "model.onnx")(x, t)
     with torch.no_grad():
@@ -219,10 +220,10 @@ def test_weights_that_are_not_weights_are_refused(published):
 
 def test_folders_and_names_without_a_config_are_one_line(published, run):
     def said(name):
-        return run("export.py", "--diffusers", name, cwd=published.parent, code=1)
+        return run("export.py", "--checkpoint", name, cwd=published.parent, code=1)
 
-    for name in ("no/such-repository", "hf:no/such-repository"):  # as train.py --init spells it
-        assert "\nno/such-repository: no config.json can be read" in "\n" + said(name)
+    no = "\nno/such-repository: no config.json can be read"
+    assert no in "\n" + said("hf:no/such-repository")
     (published / "scheduler_config.json").unlink()
     assert "published: no scheduler_config.json can be read" in said("published")
     (published / "config.json").write_text("{")

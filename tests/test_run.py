@@ -11,13 +11,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import FULL_DISK, HERE, PAPER, TINY, posix, python, read
+from conftest import FULL_DISK, HERE, TINY, posix, python, read, restoring_signals
 from PIL import Image
 
 import train
-from support import cli, device
+from support import cli, run
 from support.plot import figure_class
-from support.run import RunFolder, duration, make_config
 from support.trained import load
 
 if sys.platform != "win32":
@@ -92,21 +91,25 @@ def test_signal_while_decoding(number, tmp_path, run, start):
     said, _ = process.communicate(timeout=30)
     if number != signal.SIGKILL:
         assert process.returncode == 1 and said.rstrip().endswith("stopped before the first step")
-        assert "Traceback" not in said and not list((tmp_path / "run").iterdir())
+        assert "Traceback" not in said and not (tmp_path / "run").exists()
         return
     assert list(tmp_path.glob("run/.images-*.tmp"))
     run("train.py", "--data", "images", *TINY, "--steps", 1, cwd=tmp_path)
-    assert not list(tmp_path.glob("run/.*")) and read(tmp_path / "run")["step"] == 1
+    assert not list(tmp_path.glob("run/.*.tmp")) and read(tmp_path / "run")["step"] == 1
 
 
 @pytest.mark.parametrize("left", [None, "", "step,lo", "step,loss,grad_norm,lr\n1,0.5,0.5,0.1\n"])
 def test_run_without_a_step_blocks_nobody(left, tiny, tmp_path, monkeypatch):
-    """It failed before its first checkpoint, and the command is corrected."""
+    """It failed before its first checkpoint, and the command is corrected.
+
+    Beside its log, there may be a folder of another program, such as TensorBoard's.
+    """
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(train, "train_step", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        patch.setattr(train, "algorithm_1", lambda *_: (_ for _ in ()).throw(MemoryError()))
         tiny("--steps", 3)
     if left is not None:
         (tmp_path / "run" / "log.csv").write_text(left)
+        (tmp_path / "run" / "tensorboard").mkdir()
     tiny("--steps", 3, "--lr", 1e-4)
     rows = np.loadtxt(tmp_path / "run" / "log.csv", delimiter=",", skiprows=1)
     assert rows[:, 0].tolist() == [1, 2, 3]
@@ -135,7 +138,7 @@ def test_other_settings_are_refused_in_one_line(trained, tiny, tmp_path):
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     for more, said in (
         (["--base-channels", 12, "--seed", 3], "base_channels was 8, now 12; seed was 0, now 3"),
-        (["--channels", 1], "in_channels was 3, now 1"),
+        (["--in-channels", 1], "in_channels was 3, now 1"),
         (["--schedule", "cosine"], "betas was one schedule, now another"),
         (["--steps", 5], "run is at step 12 already, so --steps must be larger"),
     ):
@@ -186,7 +189,7 @@ def test_changed_code_is_said(trained, tiny, tmp_path):
     state["config"]["train"]["code"] = "another"
     torch.save(state, tmp_path / "run" / "checkpoint.pt")
     said = tiny("--steps", 14)
-    assert "ddpm.py or beyond.py has changed since step 13; training continues with the" in said
+    assert "the code of the method has changed since step 13; training continues with the" in said
 
 
 def test_folder_of_other_files_is_refused(tiny, tmp_path, monkeypatch):
@@ -197,12 +200,14 @@ def test_folder_of_other_files_is_refused(tiny, tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "run") == ["thesis.txt"]
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "log.csv").write_text("step,accuracy\n1,0.9\n")
+    (tmp_path / "classes" / "cat").mkdir(parents=True)
     for out, said in (("run/thesis.txt", "is not a folder"), ("run/thesis.txt/x", "is not a f"),
-                      ("logs", "holds log.csv, but no checkpoint.pt")):  # fmt: skip
+                      ("logs", "holds log.csv, but no checkpoint.pt"),
+                      ("classes", "holds cat, but no checkpoint.pt")):  # fmt: skip
         assert said in tiny("--out", out, code=1)
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     assert "checkpoint.pt can't be written" in tiny("--out", "new", code=1)
-    assert {path.name for path in tmp_path.iterdir()} == {"run", "logs"}
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "logs", "classes"}
 
 
 def test_run_inside_the_data_is_not_trained_on(image_folder, tmp_path, run):
@@ -225,53 +230,38 @@ def test_broken_checkpoint_is_refused_and_kept(trained, tmp_path, run):
         assert path.read_bytes() == content
 
 
-def test_second_start_beside_the_first_is_one_line(tiny, tmp_path, monkeypatch):
-    """While the first one writes, for example the images that it decodes."""
-    (tmp_path / "run").mkdir()
-    file = tmp_path / "run" / f".images-0123.npy.{'0' * 16}.tmp"
-    file.touch()
-    monkeypatch.setattr("support.run.time.sleep", lambda _: file.write_text(file.read_text() + "x"))
-    said = tiny("--steps", 1, code=1)
-    assert "another process is writing into run; wait for it, or use another --out" in said
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [file.name]
-
-
-@pytest.mark.parametrize("first", [0, 2])
-def test_checkpoint_of_another_process_is_not_replaced(first, tiny, tmp_path, monkeypatch):
-    """Two terminals, the default run: the process that saves last ends, whatever its settings."""
-    path, step, other = tmp_path / "run" / "checkpoint.pt", train.train_step, []
-    if first:
-        tiny("--steps", first)
-
-    def interfere(*args):
-        if args[5] == 3:
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(b"of another process")
-            other.append(path.stat())
-        return step(*args)
-
-    monkeypatch.setattr(train, "train_step", interfere)
-    said = tiny("--steps", 5, code=1)
-    assert "run/checkpoint.pt was written by another process, which trains in the same" in said
-    assert path.stat() == other[0] and not list(path.parent.glob(".*"))
+def test_second_start_beside_the_first_is_one_line(tiny, tmp_path, image_folder, start):
+    """Whatever its settings; the first one goes on. After kill -9, the folder is free."""
+    words = ["--data", image_folder, *TINY, "--steps", 100_000, "--save-minutes", 0]
+    process = start("train.py", *map(str, words), cwd=tmp_path)
+    while not (tmp_path / "run" / "checkpoint.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    said = tiny("--steps", 100_000, code=1)
+    assert "another process trains in run; wait for it, or use another --out" in said
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+    (tmp_path / "run" / f".images-0123.npy.{'0' * 16}.tmp").touch()  # as killed while writing
+    step = read(tmp_path / "run")["step"]
+    tiny("--steps", step + 1)
+    assert not list(tmp_path.glob("run/.*.tmp")) and read(tmp_path / "run")["step"] == step + 1
 
 
 # ---------------------------------------------------------------------------------- what is written
 
 
-def run_folder(out, step=0):
-    args = train.Settings(out=out, image_size=4)
-    return RunFolder(args, make_config(args, 1), step, lambda k: 0.1)
+def log_of(folder, step=0):
+    return run.Log(folder / "log.csv", step, lambda k: 0.1)
 
 
 def test_shown_loss_continues_and_the_curve_has_equal_parts(tmp_path, monkeypatch):
-    run, curves = run_folder(tmp_path), []
-    assert run.log(450, [(k / 450, 1.0) for k in range(450)]) == pytest.approx(399.5 / 450)
-    monkeypatch.setattr("support.run.save_plot", lambda path, x, y, *_, **__: curves.append((x, y)))
-    monkeypatch.setattr("support.run.save_image", lambda *_: None)
-    run = run_folder(tmp_path, 440)  # resumed from an older checkpoint
-    assert run.log(441, [(439.5 / 450, 1.0)]) == pytest.approx(390.495 / 450)
-    run.preview(441, lambda x, t: x, PAPER)
+    log, curves = log_of(tmp_path), []
+    assert log.add(450, [(k / 450, 1.0) for k in range(450)]) == pytest.approx(399.5 / 450)
+    monkeypatch.setattr(run, "save_plot", lambda path, x, y, *_, **__: curves.append((x, y)))
+    log = log_of(tmp_path, 440)  # resumed from an older checkpoint
+    assert log.add(441, [(439.5 / 450, 1.0)]) == pytest.approx(390.495 / 450)
+    log.plot(tmp_path / "loss.png", 441)
     ((steps, losses),) = curves
     assert len(steps) == 147 and {*np.diff(steps)} == {3.0}
     assert losses == pytest.approx((steps - 1) / 450, abs=1e-3)
@@ -286,74 +276,41 @@ def test_foreign_line_in_the_log_stops_no_run(foreign, tiny, tmp_path):
     path = tmp_path / "run" / "log.csv"
     tiny("--steps", 3)
     rows = path.read_text()
-    edited = rows + rows.splitlines(keepends=True)[-1] + foreign
-    path.write_text(edited)
+    path.write_text(rows + rows.splitlines(keepends=True)[-1] + foreign)
     tiny("--steps", 5)
     assert path.read_text().startswith(rows)
     assert [row.split(",")[0] for row in path.read_text().split()] == ["step", *"12345"]
-    kept = path.with_name("log-edited.csv")
-    assert kept.read_text() == edited if foreign == SPREADSHEET else not kept.exists()
-    writer = run_folder(tmp_path / "run", 5)
+    log = log_of(tmp_path / "run", 5)
     path.write_text(path.read_text() + foreign)
-    writer.preview(5, lambda x, t: x, PAPER)
+    log.plot(tmp_path / "loss.png", 5)
 
 
 def test_locked_log_delays_its_rows(tmp_path, monkeypatch):
     """Excel on Windows locks a file that it shows."""
-    run = run_folder(tmp_path)
-    run.log(1, [(0.5, 1.0)])
+    log = log_of(tmp_path)
+    log.add(1, [(0.5, 1.0)])
     with monkeypatch.context() as locked:
         locked.setattr("builtins.open", lambda *_: (_ for _ in ()).throw(PermissionError()))
-        run.log(2, [(0.25, 1.0)])
-    run.log(3, [(0.125, 1.0)])
+        log.add(2, [(0.25, 1.0)])
+    log.add(3, [(0.125, 1.0)])
     rows = (tmp_path / "log.csv").read_text().splitlines()
     assert [row[:6] for row in rows] == ["step,l", "1,0.5,", "2,0.25", "3,0.12"]
 
 
-def test_previews_take_a_25th_of_the_time_unless_their_steps_are_given(tiny, tmp_path, monkeypatch):
-    """A step and a preview take a second each. There is always a checkpoint before a preview."""
-    now, seen, preview = [0.0], [], RunFolder.preview
+def test_previews_take_a_25th_of_the_steps_and_follow_a_checkpoint(tiny, tmp_path, monkeypatch):
+    """Unless their number is given."""
+    preview, seen = run.preview, []
 
-    def second(*_, **__):
-        now[0] += 1
-        return torch.ones(2)
+    def look(path, *args):
+        seen.append((int(path.stem[-7:]), read(path.parent)["step"]))
+        preview(path, *args)
 
-    def look(self, step, *args):
-        seen.append((step, read(self.out)["step"]))
-        preview(self, step, *args)
-
-    monkeypatch.setattr(train, "train_step", second)
-    monkeypatch.setattr(RunFolder, "preview", look)
-    monkeypatch.setattr("support.run.save_plot", second)
-    monkeypatch.setattr("support.run.time.monotonic", lambda: now[0])
-    for words, steps in (([], [11, 44, 65]), (["--preview-every", 30], [30, 60, 65])):
+    monkeypatch.setattr(run, "preview", look)
+    for words, steps in (([], [11, 22, 33]), (["--preview-every", 30], [30, 33])):
         seen.clear()
-        tiny(*words, "--batch", 512, "--steps", 65, "--out", f"run{len(words)}")
-        assert seen == [(step, 65 if step == 65 else steps[0]) for step in steps]
-        previews = (tmp_path / f"run{len(words)}").glob("preview*")
-        assert sorted(int(path.stem[-7:]) for path in previews) == steps
-
-
-@pytest.mark.parametrize("kind, due", [("cpu", [False, False]), ("xpu", [True, False])])
-def test_first_preview_that_may_tune_kernels_delays_no_other(kind, due, tmp_path, monkeypatch):
-    """Each preview takes a minute here, and the gap is 25 minutes."""
-    now = [0.0]
-
-    def minute(*_, **__):
-        now[0] += 60
-        return torch.zeros(36, 3, 4, 4)
-
-    monkeypatch.setattr("support.run.sample", minute)
-    monkeypatch.setattr("support.run.torch.Generator", lambda _: torch.default_generator)
-    monkeypatch.setattr("support.run.time.monotonic", lambda: now[0])
-    args = train.Settings(out=tmp_path, image_size=4, device=torch.device(kind), preview_gap=25)
-    run, seen = RunFolder(args, make_config(args, 3), 0, lambda k: 0.1), []
-    monkeypatch.setattr(run, "plot_loss", lambda _: None)
-    for step in range(2):
-        run.preview(step, None, PAPER)
-        now[0] += 24 * 60
-        seen.append(run.preview_is_due())
-    assert seen == due
+        tiny(*words, "--batch", 512, "--steps", 33, "--out", f"run{len(words)}")
+        assert seen == [(step, 33 if step == 33 else steps[0]) for step in steps]
+        assert len([*(tmp_path / f"run{len(words)}").glob("preview*")]) == len(steps)
 
 
 def test_without_matplotlib_a_run_ends_without_its_curve(tiny, tmp_path, monkeypatch):
@@ -398,14 +355,14 @@ def test_full_disk_is_one_line_and_leaves_the_checkpoint_whole(
     if before:
         assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
     else:
-        assert not list((tmp_path / "run").iterdir())
+        assert not (tmp_path / "run").exists()
 
 
 def test_full_disk_ends_the_log_in_one_line(tmp_path, monkeypatch):
-    run = run_folder(tmp_path)
+    log = log_of(tmp_path)
     monkeypatch.setattr("builtins.open", lambda *_: (_ for _ in ()).throw(OSError(28, "No space")))
     with pytest.raises(SystemExit, match=r"log.csv can't be written, so training ends: No space$"):
-        run.log(1, [(0.5, 1.0)])
+        log.add(1, [(0.5, 1.0)])
 
 
 # -------------------------------------------------------------------------- signals, time, losses
@@ -413,18 +370,20 @@ def test_full_disk_ends_the_log_in_one_line(tmp_path, monkeypatch):
 
 @posix
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signal_ends_training_after_a_step_that_is_saved(number, tiny, tmp_path, monkeypatch):
-    draw = train.draw_batch
+def test_signal_ends_training_after_a_step_that_is_saved(number, tiny, tmp_path, wrap_step):
+    """Also if it comes twice, as from torchrun or a nervous finger."""
 
-    def interrupted(k, *args):
+    def interrupted(step, k):
         if k == 5:
             os.kill(os.getpid(), number)
-        return draw(k, *args)
+            os.kill(os.getpid(), number)
+        return step(k)
 
-    monkeypatch.setattr(train, "draw_batch", interrupted)
-    # Interrupts may be ignored, as in a script's background job. SIGHUP is, by nohup, on purpose:
-    signal.signal(number, signal.SIG_DFL if number == signal.SIGHUP else signal.SIG_IGN)
-    said = tiny("--steps", 13, code=1)
+    wrap_step(interrupted)
+    with restoring_signals():
+        # They may be ignored, as in a script's background job. SIGHUP is, by nohup, on purpose:
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGHUP else signal.SIG_IGN)
+        said = tiny("--steps", 13, code=1)
     assert "stopped at step 6; to resume:\n  python train.py --data" in said
     assert read(tmp_path / "run")["step"] == 6
     rows = (tmp_path / "run" / "log.csv").read_text().splitlines()
@@ -455,61 +414,21 @@ def test_closed_terminal_saves_the_step(image_folder, tmp_path):
 
 
 @posix
-def test_nohup_and_a_second_interrupt(monkeypatch, run):
-    """`run` restores the handlers. With nohup, SIGHUP stays ignored."""
-    before, clock = signal.signal(signal.SIGHUP, signal.SIG_IGN), [5.0]
-    monkeypatch.setattr("support.cli.time.monotonic", lambda: clock[0])
-    interrupts = cli.Interrupts()
-    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and interrupts.since is None
-    signal.signal(signal.SIGHUP, before)
-    os.kill(os.getpid(), signal.SIGINT)
-    os.kill(os.getpid(), signal.SIGINT)  # both at once, as from torchrun or a nervous finger
-    assert interrupts.since == 5.0
-    clock[0] = 8.0
-    os.kill(os.getpid(), signal.SIGTERM)
-    with pytest.raises(SystemExit, match="stopped mid-step"):
-        os.kill(os.getpid(), signal.SIGINT)
-
-
-@pytest.mark.parametrize("kind, hint", [("cpu", "; --quick --out quick, a smaller"), ("xpu", "")])
-def test_run_of_years_is_said_in_words(kind, hint, tmp_path, monkeypatch):
-    now, first = [0.0], 0 if kind == "cpu" else 9  # on an accelerator, the first steps may compile
-    monkeypatch.setattr("support.run.time.monotonic", lambda: now[0])
-    args = train.Settings(out=tmp_path, device=torch.device(kind))
-    slow, quick = (RunFolder(args, make_config(args, 3), 0, lambda k: 0.1) for _ in range(2))
-    assert slow.time_left(first) is quick.time_left(first) is None
-    now[0] = 15.0
-    said = slow.time_left(first + 1)
-    assert said.startswith("at 15 s per step, the run will take about 5 months" + hint)
-    assert ("--quick" in said) == bool(hint)
-    assert slow.time_left(100) is quick.time_left(10_000) is None  # once; and 20 minutes
-    assert [duration(s) for s in (10_900, 3e5, 9e7)] == [
-        "about 3 hours", "about 3 days", "about 3 years"]  # fmt: skip
-
-
-@pytest.mark.parametrize("words, each", [([], "1e+02"), (["--compile"], "6")])
-def test_time_of_a_run_is_said_as_soon_as_it_is_known(words, each, tiny, monkeypatch):
-    """The first step takes 100 s here, and each of the others 6 s. To compile takes the first."""
-    now = [0.0]
-
-    def slow(*_):
-        now[0] += 6 if now[0] else 100
-        return torch.ones(2)
-
-    monkeypatch.setattr(train, "train_step", slow)
-    monkeypatch.setattr(device, "compiled", lambda network: network)
-    monkeypatch.setattr("support.run.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("support.run.LONG", 0)
-    assert re.findall("at (.*) s per step", tiny("--steps", 9, *words)) == [each]
+def test_under_nohup_a_closed_terminal_stops_nothing():
+    with restoring_signals():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        stop = cli.StopRequest()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and not stop.made
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.made
 
 
 @pytest.mark.parametrize("every", [1, 10])
-def test_loss_that_is_not_finite_reaches_no_checkpoint(every, tiny, tmp_path, monkeypatch):
-    step = train.train_step
+def test_loss_that_is_not_finite_reaches_no_checkpoint(
+    every, tiny, tmp_path, monkeypatch, wrap_step
+):
     monkeypatch.setitem(train.LOG_EVERY, "cpu", every)
-    monkeypatch.setattr(
-        train, "train_step", lambda *args: step(*args) * (float("nan") if args[5] == 5 else 1)
-    )
+    wrap_step(lambda step, k: step(k) * (float("nan") if k == 5 else 1))
     said = tiny("--save-minutes", 0, "--steps", 9, code=1)
     assert "the loss or its gradient became infinite or NaN" in said and "Try a lower --lr" in said
     if every == 1:

@@ -13,7 +13,7 @@ from PIL import Image
 from test_device import StandIn
 
 import ddpm_numpy
-from support import device, torch_network
+from support import device
 from support.torch_network import TorchNetwork
 from support.trained import load
 
@@ -39,9 +39,9 @@ def both(coloured, run, tmp_path):
     return call
 
 
-FLAGS = ["--steps 5 --gif x.gif --strip s.png", "--steps 5 --sampler ddpm --class red blue",
+FLAGS = ["--steps 5 --gif x.gif", "--steps 5 --sampler ddpm --class red blue",
          "--steps 5 --eta 0.5 --guidance 2", "--steps 5 --sampler ddim --seed 3", "-n 2",
-         "--steps 5 --inpaint {0} {1} --strip s.png", "--t 300 --steps 9 --interpolate {0} {2}",
+         "--steps 5 --inpaint {0} {1}", "--t 300 --steps 9 --interpolate {0} {2}",
          "--class red --guidance 1 --t 20 --interpolate {0} {2}"]  # fmt: skip
 
 
@@ -90,11 +90,13 @@ def test_mistakes_are_one_line(coloured, run, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_folder_is_continued_only_with_the_same_weights(coloured, run, tmp_path, tiny):
+def test_folder_is_continued_with_the_same_weights_and_precision(coloured, run, tmp_path, tiny):
     program = partial(run, "sample.py", "--steps", 2, "--dir", "out", cwd=tmp_path)
     program("--checkpoint", coloured, "-n", 3)
     said = program("--checkpoint", coloured / "checkpoint.pt", "-n", 4)
     assert "out has the first 3 images already" in said
+    other = "--amp" if "float32" in said else "--no-amp"
+    assert "must be a new or empty" in program("--checkpoint", coloured, other, "-n", 5, code=1)
     tiny("--steps", 1)
     assert "must be a new or empty folder" in program("--checkpoint", "run", "-n", 5, code=1)
 
@@ -103,8 +105,8 @@ def test_device_computes_everything_but_the_noise(coloured, monkeypatch):
     """On a stand-in without float64, which no operation but a copy mixes with the CPU."""
     meta = torch.device("meta")
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # no meta
-    monkeypatch.setattr(torch_network, "choose_device", lambda name: meta)
-    monkeypatch.setattr(torch_network, "uses_bfloat16", lambda *_: True)
+    monkeypatch.setattr(device, "choose_device", lambda name: meta)
+    monkeypatch.setattr(device, "uses_bfloat16", lambda *_: True)
     network, shape = TorchNetwork(coloured, "meta", amp=True, batch=2), (2, 3, 8, 8)
     assert network.provider == "meta, bfloat16"
     image, x_T = np.zeros(shape[1:], np.float32), np.zeros(shape, np.float32)
@@ -116,7 +118,7 @@ def test_device_computes_everything_but_the_noise(coloured, monkeypatch):
             {"x_T": x_T},
         ):
             noise = ddpm_numpy.noise_of(0, 0, shape)
-            chain = network.reverse(np.array([0, 1]), 2, noise, network.betas, steps=3, **options)
+            chain = network.reverse(np.array([0, 1]), 2, noise, steps=3, **options)
             assert all(x.is_meta and x0.is_meta for _, x, x0 in chain)
     assert stand_in.reads == 0
 
@@ -132,8 +134,8 @@ def test_full_batches_of_many_calls_are_compiled(coloured, run, tmp_path, monkey
 
         return call
 
-    monkeypatch.setattr(torch_network, "can_compile", lambda device: True)
-    monkeypatch.setattr(torch_network, "compiled", compiled)
+    monkeypatch.setattr(device, "can_compile", lambda device: True)
+    monkeypatch.setattr(device, "compiled", compiled)
     words = ["sample.py", "--checkpoint", coloured, "--batch", 1, "--steps", 1000]
     run(*words, "-n", 4, cwd=tmp_path)
     assert not sizes

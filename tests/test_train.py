@@ -5,11 +5,13 @@ import copy
 import re
 import shutil
 import sys
+from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, PAPER, TINY, close, python, read
+from closed_forms import PAPER, close
+from conftest import HERE, TINY, SmallDiT, python, read
 from PIL import Image
 
 import train
@@ -17,7 +19,9 @@ from beyond import loss_weights
 from ddpm import Diffusion, UNet, linear_betas
 from images import from_pixels
 from support import device
-from support.data import demo_images
+from support import run as support_run
+from support import trained as trained_module
+from support.demo import demo_images
 from support.trained import load
 
 CPU = torch.device("cpu")
@@ -26,9 +30,11 @@ CPU = torch.device("cpu")
 
 
 def test_learning_rate_ramps():
-    assert [train.learning_rate(s, 2e-4, 4) for s in (0, 1, 3, 9)] == [5e-5, 1e-4, 2e-4, 2e-4]
-    assert train.learning_rate(0, 1.0, 0) == 1.0
-    falling = [train.learning_rate(s, 1.0, 2, 10) for s in (0, 1, 5, 9)]
+    args = train.Settings(warmup=4)
+    assert [train.learning_rate(k, args) for k in (0, 1, 3, 9)] == [5e-5, 1e-4, 2e-4, 2e-4]
+    assert train.learning_rate(0, train.Settings(lr=1.0, warmup=0)) == 1.0
+    args = train.Settings(lr=1.0, warmup=2, steps=10, lr_decay=True)
+    falling = [train.learning_rate(k, args) for k in (0, 1, 5, 9)]
     assert falling == pytest.approx([0.5, 0.9, 0.5, 0.1])
 
 
@@ -36,13 +42,16 @@ def test_learning_rate_ramps():
     "step, decay, expected", [(0, 0.9999, 0.1), (90, 0.9999, 0.91), (10**6, 0.9999, 0.9999)]
 )
 def test_ema_forgets_the_first_weights(step, decay, expected):
-    model = torch.nn.Linear(3, 2)
+    """Buffers, such as those of batch norm, are copied."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     ema = copy.deepcopy(model).requires_grad_(False)
-    before = ema.weight.clone()
-    torch.nn.init.ones_(model.weight)
+    before = ema[0].weight.clone()
+    torch.nn.init.ones_(model[0].weight)
+    model(torch.randn(9, 3))
     train.update_ema(ema, model, step, decay)
-    close(ema.weight, expected * before + 1 - expected)
-    assert not ema.weight.requires_grad
+    close(ema[0].weight, expected * before + 1 - expected)
+    assert not ema[0].weight.requires_grad
+    assert torch.equal(ema[1].running_mean, model[1].running_mean) and ema[1].running_mean.any()
 
 
 def test_seeds_differ_for_every_seed_and_step_and_part():
@@ -54,16 +63,6 @@ def test_seeds_differ_for_every_seed_and_step_and_part():
                 seen.append(torch.initial_seed())
     assert len(set(seen)) == 3 * 999 * 3
     assert max(seen) > 2**63  # all 64 bits: of 32, some seeds of a long run would be equal
-
-
-def settings(**changes):
-    return train.Settings(**{"batch": 8, **changes})
-
-
-def take_step(model, ema, optimizer, images, args, step=0):
-    batch = train.draw_batch(step, images, None, PAPER.T, args)
-    parts, loss = train.parts_of(batch, step, images, args), train.make_loss(model, PAPER, args)
-    return train.train_step(parts, loss, model, ema, optimizer, step, args)
 
 
 @pytest.mark.parametrize("weighting, flip", [("simple", True), ("simple", False), ("vlb", True)])
@@ -78,8 +77,9 @@ def test_step_is_algorithm_1(weighting, flip):
     start, ema = copy.deepcopy(model), copy.deepcopy(model).requires_grad_(False)
     *others, last = model.parameters()
     groups = [{"params": others[::-1]}, {"params": [last]}]
-    args = settings(flip=flip, weighting=weighting)
-    loss, norm = take_step(model, ema, torch.optim.Adam(groups, 1e-3, fused=True), images, args)
+    args = train.Settings(batch=8, flip=flip, weighting=weighting, lr=1e-3, warmup=0)
+    adam = torch.optim.Adam(groups, 1e-3, fused=True)
+    loss, norm = train.algorithm_1(model, ema, adam, PAPER, images, None, args)(0)
 
     train.set_seed(CPU, 0, 0, 0)
     x0 = from_pixels(images[torch.randint(len(images), (8,))])
@@ -88,7 +88,9 @@ def test_step_is_algorithm_1(weighting, flip):
     if flip:
         x0 = torch.where(mirrored, x0.flip(3), x0)
     by_hand = copy.deepcopy(start)
-    expected = PAPER.loss(by_hand, x0, weights=loss_weights(PAPER, weighting))  # draws t, noise
+    t, noise = torch.randint(1000, (8,)), torch.randn_like(x0)
+    error = (noise - by_hand(PAPER.q_sample(x0, t, noise), t)).square()
+    expected = (loss_weights(PAPER, weighting)[t, None, None, None] * error).float().mean()
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     expected.backward()
     gradients = [p.grad for p in by_hand.parameters()]
@@ -181,20 +183,59 @@ def test_checkpoint_describes_itself(trained):
     model.load_state_dict(state["ema"])
     diffusion, network = Diffusion(**state["config"]["diffusion"]), load(trained[0] / "run")
     assert torch.equal(diffusion.betas, linear_betas()) and diffusion.variance == "large"
-    assert (network.betas == linear_betas().numpy()).all() and network.variance == "large"
-    assert network.shape == (3, 8, 8) and network.labels(None, 3) is None
+    assert network.shape == (3, 8, 8) and network.predicts == "eps" and not network.classes
 
 
-def test_checkpoint_of_the_last_version_opens_and_is_resumed(trained, tiny, tmp_path):
-    """There, what the network predicts was an argument of Diffusion."""
+def test_every_setting_has_its_place(trained):
+    """In the checkpoint's config, in the part that its flag names, or nowhere."""
+    config, kept = read(trained[0] / "run")["config"], {"schedule": "diffusion"}
+    for f in fields(train.Settings):
+        place = kept[f.name] = f.metadata["kept"]
+        assert place in (None, "model", "diffusion", "train"), f.name
+        found = {part for part, values in config.items() if f.name in values}
+        assert found == {place} - {None} or f.name == "schedule"  # which is kept as its betas
+    others = {"folder", "images", "code"}
+    assert {name for values in config.values() for name in values} <= kept.keys() | others
+    required = {"out", "accumulate", "device", "amp", "compile", "preview_every", "save_minutes"}
+    assert {name for name, place in kept.items() if place is None} == required
+
+
+def test_setting_that_an_older_run_did_not_know_has_its_default(trained, tiny, tmp_path):
+    """In a run that is resumed, and in one whose weights are a start."""
     shutil.copytree(trained[0] / "run", tmp_path / "run")
     state = read(tmp_path / "run")
-    state["config"]["diffusion"]["predicts"] = state["config"]["train"].pop("predicts")
+    del state["config"]["model"]["norm_groups"], state["config"]["train"]["weighting"]
+    del state["config"]["train"]["classes"]
     torch.save(state, tmp_path / "run" / "checkpoint.pt")
-    assert load(tmp_path / "run").predicts == "eps"
     tiny("--steps", 13)
-    state = read(tmp_path / "run")
-    assert state["step"] == 13 and Diffusion(**state["config"]["diffusion"]).T == 1000
+    assert read(tmp_path / "run")["config"]["train"]["weighting"] == "simple"
+    torch.save(state, tmp_path / "run" / "checkpoint.pt")
+    tiny("--init", "run", "--out", "b", "--steps", 1)
+    assert "weighting was simple, now vlb" in tiny("--weighting", "vlb", "--steps", 14, code=1)
+
+
+class OwnNetwork(SmallDiT):
+    """A network of another kind with the arguments that train.py gives its network."""
+
+    def __init__(self, image_size, in_channels, **_):
+        super().__init__()
+
+
+def test_network_is_chosen_in_one_place(tiny, tmp_path, run, monkeypatch):
+    """Another one trains with Muon, resumes, and is exported, also with --half, and sampled."""
+    monkeypatch.setattr(trained_module, "Network", OwnNetwork)
+    monkeypatch.setattr(train, "Network", OwnNetwork)
+    monkeypatch.setattr(support_run, "Network", OwnNetwork)
+    words = ["--optimizer", "muon", "--steps"]
+    tiny(*words, 2)
+    tiny(*words, 3)
+    assert "patches.weight" in read(tmp_path / "run")["ema"]
+    for flags in [], ["--half"]:
+        run("export.py", *flags, cwd=tmp_path)
+        run("sample.py", "-n", 2, "--steps", 2, cwd=tmp_path)
+    code = read(tmp_path / "run")["config"]["train"]["code"]
+    monkeypatch.setattr(support_run, "Network", UNet)  # of another file
+    assert support_run.config_of(train.Settings())["train"]["code"] != code
 
 
 def test_importing_train_loads_only_what_every_run_needs():
@@ -313,10 +354,20 @@ def test_training_starts_from_the_weights_of_a_checkpoint(
     init("other", "--steps", 1)
     assert "init was other, now run" in init(weights, "--steps", 5, code=1)
 
-    other = ["--base-channels", 16, "--channels", 1, "--schedule", "cosine", "--predicts", "v"]
+    other = ["--base-channels", 16, "--in-channels", 1, "--schedule", "cosine", "--predicts", "v"]
     said = init(weights, "--out", "b", *other, "--image-size", 8, code=1)
-    assert "run decides --base-channels, --channels, --predicts, --schedule; leave out" in said
-    same = ["--base-channels", 8, "--channel-mults", 1, 2, "--channels", 3, "--schedule", "linear"]
+    assert "run decides --in-channels, --base-channels, --predicts, --schedule; leave out" in said
+    same = [
+        "--base-channels",
+        8,
+        "--channel-mults",
+        1,
+        2,
+        "--in-channels",
+        3,
+        "--schedule",
+        "linear",
+    ]
     init(weights, "--steps", 1, "--out", "b", *same, "--quick")  # the weights decide
     config = read(tmp_path / "b")["config"]
     assert config["model"] == start["config"]["model"] | {"dropout": 0.0}
