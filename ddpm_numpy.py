@@ -137,22 +137,21 @@ def open_session(path, device, options):
         raise ValueError(f"{path} does not exist; python export.py writes it")
     if device not in ("auto", "cuda", "cpu"):
         raise ValueError(f'device must be "auto", "cuda" or "cpu", not {device!r}')
-    providers = ["CPUExecutionProvider"]
-    # Without NVIDIA's driver or libraries, ONNX Runtime would print errors.
+    providers, fault = ["CPUExecutionProvider"], None
     if device == "cuda" or (device == "auto" and shutil.which("nvidia-smi")):
         has_libraries = sys.platform != "linux" or find_spec("nvidia") or find_library("cublasLt")
         if "CUDAExecutionProvider" not in ort.get_available_providers():
             fault = "ONNX Runtime can't use CUDA; see Accelerators in docs/guide.md"
-        elif not has_libraries:
+        elif not has_libraries:  # ONNX Runtime would print errors
             fault = "CUDA's libraries are missing: pip install -r requirements-cuda.txt"
         else:
-            ort.preload_dlls()  # the CUDA libraries that pip installed
+            ort.preload_dlls()  # those that pip installed
             cuda = "CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC"}
-            providers, fault = [cuda, *providers], None
-        if fault and device == "cuda":
-            raise ValueError(fault)
-        if fault:
-            print(f"{fault}; using the CPU instead", file=sys.stderr)
+            providers.insert(0, cuda)
+    if fault and device == "cuda":
+        raise ValueError(fault)
+    if fault:
+        print(f"{fault}; using the CPU instead", file=sys.stderr)
     try:
         return ort.InferenceSession(path, options, providers=providers)
     except Exception as error:  # ONNX Runtime raises many kinds
@@ -199,23 +198,23 @@ class Network:
         missing = {"ddpm.betas", "ddpm.variance", "ddpm.image_shape"} - metadata.keys()
         if missing:
             raise ValueError(f"{path} was not written by export.py: it lacks {min(missing)}")
+        inputs = {i.name: i.shape for i in self.session.get_inputs()}
         try:
             self.betas = np.array(json.loads(metadata["ddpm.betas"]), np.float64)
             self.variance = metadata["ddpm.variance"]
             self.shape = tuple(map(int, json.loads(metadata["ddpm.image_shape"])))
             self.classes = [*map(str, json.loads(metadata.get("ddpm.classes", "[]")))]
             answer = np.array(json.loads(metadata.get("ddpm.eps_of_example", "[]")), np.float64)
+            is_schedule = self.betas.ndim == 1 and ((self.betas > 0) & (self.betas < 1)).all()
+            if not is_schedule or not len(self.betas) or self.variance not in ("large", "small"):
+                raise ValueError("they have no schedule")
+            if inputs["x_t"][1:] != [*self.shape] or ("y" in inputs) != bool(self.classes):
+                raise ValueError(f"the inputs are {inputs}")
+            if len({*self.classes}) < len(self.classes):
+                raise ValueError(f"the classes are {self.classes}")
         except (TypeError, ValueError) as error:
             why = ascii(str(error).partition("\n")[0])
             raise ValueError(f"{path} has metadata that do not fit: {why}") from None
-        inputs = {i.name: i.shape for i in self.session.get_inputs()}
-        is_schedule = self.betas.ndim == 1 and ((self.betas > 0) & (self.betas < 1)).all()
-        if not is_schedule or not len(self.betas) or self.variance not in ("large", "small"):
-            raise ValueError(f"{path} has metadata that do not fit: they have no schedule")
-        if inputs["x_t"][1:] != [*self.shape] or ("y" in inputs) != bool(self.classes):
-            raise ValueError(f"{path} has metadata that do not fit its inputs")
-        if len({*self.classes}) < len(self.classes):
-            raise ValueError(f"{path} has classes of the same name: {self.classes}")
         if fault := self.fault_of_provider(answer):
             if device != "auto":
                 raise ValueError(f"{path}: CUDA {fault}; see Accelerators in docs/guide.md")

@@ -17,7 +17,7 @@ import contextlib
 import copy
 import sys
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +33,13 @@ from support import cli, data, device, ranks, run, trained
 from support.demo import demo_images
 from support.device import to_device
 from support.ranks import LOCAL_RANK, RANK, WORLD
+from support.settings import (
+    config_of,
+    flag,
+    given_flags,
+    refuse_other_ranks,
+    refuse_other_run,
+)
 from support.trained import Network
 
 # -------------------------------------------------------------------------------------- Algorithm 1
@@ -120,17 +127,6 @@ def set_seed(device, *numbers):
 # -------------------------------------------------------------------------------------------- flags
 
 
-def flag(default, kept, meaning=None, **options):
-    """Declare a setting, which is a flag if it has a meaning.
-
-    kept: the part of the checkpoint's config that has it, so that another value is refused:
-    "model" for an argument of the network, "diffusion" for one of Diffusion, "train", or None.
-    options: those of argparse.
-    """
-    options |= {"help": meaning} if meaning else {}
-    return field(default=default, metadata={"kept": kept, "options": options})
-
-
 RUN, CPU = Path("run"), torch.device("cpu")
 SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
 LOG_EVERY = {"cpu": 1}  # steps between two readings of the losses, else 10; they wait for a GPU
@@ -188,27 +184,6 @@ DEMO = dict(
     image_size=8, base_channels=32, channel_mults=(1, 2), num_res_blocks=1,
     attention_resolutions=(), dropout=0.0, batch=64, lr=3e-3, lr_decay=True, steps=2400,
 )  # fmt: skip
-
-
-def given_flags():
-    """Return the flags of the command line, {name: value}, without those that are not given."""
-    parser = argparse.ArgumentParser(
-        usage="python train.py --data ./images [options]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument("--quick", action="store_true",
-                        help="a small network and a short run; see the manual")  # fmt: skip
-    for f in (f for f in fields(Settings) if "help" in f.metadata["options"]):
-        options = dict(f.metadata["options"])
-        shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        if "[" not in options["help"] and shown not in ("", None) and "action" not in options:
-            options["help"] += f" [{shown}]"
-        parser.add_argument(f"--{f.name.replace('_', '-')}", **options)
-    given = vars(parser.parse_args()).items()
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in given}
 
 
 def decided_by(weights, given):
@@ -273,7 +248,7 @@ def open_run(given):
     ranks.join(given["device"])
     state, weights = ranks.from_first(state), None
     if state:  # with the defaults of settings that an older run did not know
-        known = run.config_of(Settings())
+        known = config_of(Settings())
         state["config"] = {part: known[part] | state["config"][part] for part in known}
     if given.get("init") is not None:  # a resumed run has its own weights; the others may be gone
         weights = trained.from_checkpoint(state) if state else trained.load(given["init"])
@@ -281,13 +256,13 @@ def open_run(given):
         args = decide(given, weights, state)
         if name == "auto" and args.base_channels >= Settings.base_channels and args.steps >= 5000:
             device.warn_of_cpu(args.device)
-        config = run.config_of(args)
+        config = config_of(args)
         try:
             with torch.device("meta"):
                 Network(**config["model"] | {"in_channels": args.in_channels or 3})
         except ValueError as error:
             sys.exit(f"train.py: {error}")
-        run.refuse_other_run(args.out, state, config, args.steps)
+        refuse_other_run(args.out, state, config, args.steps)
     return args, config, state, weights
 
 
@@ -305,9 +280,9 @@ def load_images(args, config, state):
     config["model"]["in_channels"] = images.shape[1]
     config["train"]["images"] = data.fingerprint(images)
     ours = config["train"] | {"steps": args.steps, "accumulate": args.accumulate}
-    run.refuse_other_ranks(ranks.from_all(config | {"train": ours}))
+    refuse_other_ranks(ranks.from_all(config | {"train": ours}))
     with ranks.said_by(RANK == 0):
-        run.refuse_other_run(args.out, state, config, args.steps)
+        refuse_other_run(args.out, state, config, args.steps)
     if args.data is not None and LOCAL_RANK == 0:
         data.forget_others(images, args.out)
     images = torch.from_numpy(images)
@@ -398,7 +373,16 @@ def train(args, config, state, weights, images, labels):
 def main():
     escape_unprintable()
     with ranks.said_by(RANK == 0):
-        given = given_flags()
+        parser = argparse.ArgumentParser(
+            usage="python train.py --data ./images [options]",
+            description=__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
+        )
+        parser.add_argument("--quick", action="store_true",
+                            help="a small network and a short run; see the manual")  # fmt: skip
+        given = given_flags(parser, Settings)
     device.prefer_speed()
     args, config, state, weights = open_run(given)
     with run.locked(args.out) if RANK == 0 else contextlib.nullcontext():

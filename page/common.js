@@ -56,7 +56,7 @@ export class Owner {
   start(task) {
     const before = this.stop(), run = this.#run = { stopped: false };
     run.ended = (async () => {
-      await before;
+      await before?.catch(() => {}); // who started it learns of its error
       try {
         if (!run.stopped) await task(run);
       } finally {

@@ -9,8 +9,12 @@ import { noiseOf, partsAt } from "./sampler.js";
 
 const SHAPE = [1, 32, 32], SIZE = 1024;
 const STREAM = 1; // the noise of the recording: recorded.webp, by docs/make_figures.py
-const picture = new Passage(null, { sampler: "ddim", steps: 40 }, () => scene.render());
+const picture = new Passage(null, { sampler: "ddim", steps: 40 }, (error) => {
+  if (error) fault = ` The network failed: ${error.message.split("\n")[0]}`;
+  scene.render();
+});
 export let scene;
+let fault = ""; // of the network that draws the picture
 let recordedEps = null;
 
 /** The heading beside the picture, and what to see. */
@@ -34,7 +38,7 @@ function captions() {
 }
 
 function say() {
-  const [title, text] = captions();
+  const [title, words] = captions(), text = words + fault;
   [$("scene-title").textContent, $("scene-text").textContent] = [title, text];
   return `${title}. ${text}`;
 }
@@ -43,6 +47,7 @@ function say() {
  * network, resolves when the one of before is not asked any more. */
 export async function useNetwork(opened) {
   await picture.stop();
+  fault = "";
   picture.eps = String(opened?.shape) === String(SHAPE) ? (x, t) => opened.eps(x, t) : recordedEps;
   if (!picture.isComplete) picture.sample();
   scene.render();

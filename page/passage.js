@@ -14,7 +14,7 @@ export class Passage {
 
   /**
    * eps(x, t): the network, or null as long as there is none. options: {sampler, steps}, of
-   * sampleProgressive. changed(): what is called when there are more steps.
+   * sampleProgressive. changed(error): what is called when there are more steps, or eps has failed.
    */
   constructor(eps, options, changed) {
     Object.assign(this, { eps, options, changed });
@@ -80,6 +80,9 @@ export class Passage {
       }
       if (!this.jumps) steps.push({ t: -1, x: steps.at(-1).x0, x0: steps.at(-1).x0 });
       this.changed();
+    }).catch((error) => {
+      this.eps = null; // as if there were no network; the last step stays
+      this.changed(error);
     });
   }
 }

@@ -17,11 +17,10 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import support.run
 import train
 from beyond import as_eps, loss_weights, sample, weighted_loss
 from ddpm import Diffusion, UNet, linear_betas
-from support import device, ranks
+from support import device, ranks, settings
 
 CPU = torch.device("cpu")
 EXACT = ["--dropout", 0, "--no-amp", "--warmup", 0]  # one and two processes differ by rounding
@@ -317,5 +316,5 @@ def test_processes_with_other_images_or_settings_are_refused():
         ({"steps": 8, "seed": 1}, "rank 1 differs from rank 0 in seed and steps"),
     ):
         with pytest.raises(SystemExit, match=said):
-            support.run.refuse_other_ranks([mine, mine | {"train": mine["train"] | other}])
-    support.run.refuse_other_ranks([mine, mine | {"train": mine["train"] | {"data": "y"}}])
+            settings.refuse_other_ranks([mine, mine | {"train": mine["train"] | other}])
+    settings.refuse_other_ranks([mine, mine | {"train": mine["train"] | {"data": "y"}}])

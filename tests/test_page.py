@@ -468,7 +468,10 @@ def test_first_images_are_drawn_once_when_they_are_seen(opened):
 
 
 def test_owner_is_free_again_after_a_task_that_throws(page):
-    """And of three starts at the same time, the first and the last one run, one after the other."""
+    """And of three starts at the same time, the first and the last one run, one after the other.
+
+    One that waits while another throws runs, too.
+    """
     code = """async () => {
         const { Owner } = await import("./common.js"), owner = new Owner(), said = [];
         const task = (name) => async (run) => {
@@ -481,9 +484,27 @@ def test_owner_is_free_again_after_a_task_that_throws(page):
         await Promise.all([owner.start(task("b")), owner.start(task("c"))]);
         const wrong = owner.start(async () => { throw new Error("wrong"); });
         await wrong.catch((error) => said.push(error.message));
+        const late = owner.start(async () => { await new Promise((r) => setTimeout(r, 20)); throw 1; });
+        late.catch(() => {});
+        await new Promise((r) => setTimeout(r, 5));
+        await owner.start(async () => said.push("d"));
         return [...said, owner.busy];
     }"""
-    assert page.evaluate(code) == ["a", "a", "c", "c", "wrong", False]
+    assert page.evaluate(code) == ["a", "a", "c", "c", "wrong", "d", False]
+
+
+def test_network_that_fails_is_said_and_leaves_the_picture(page):
+    """Where it has come to; the points go on."""
+    code = """async () => {
+        const { Passage } = await import("./passage.js"), said = [], x = new Float32Array(4);
+        const eps = async (_, t) => { if (t < 500) throw new Error("full"); return x; };
+        const picture = new Passage(eps, { sampler: "ddim", steps: 4 }, (error) => said.push(error?.message));
+        picture.begin(x, x);
+        picture.sendBack(1);
+        for (let k = 0; k < 100 && !said.includes("full"); k++) await new Promise((r) => setTimeout(r, 9));
+        return [said.at(-1), picture.isComplete, picture.steps.length, picture.at(0).level];
+    }"""
+    assert page.evaluate(code) == ["full", True, 2, 499]
 
 
 # ---- the opening scene

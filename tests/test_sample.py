@@ -106,7 +106,7 @@ def test_foreign_and_missing_models_are_one_line(trained, tmp_path, run):
         ("variance", "no schedule", ["x"]),
         ("image_shape", "do not fit", [[3, 8], [3, 8, "x"], [1, 8, 8]]),
         ("classes", "do not fit", [[]]),
-        ("classes", "classes of the same name: ['a', 'a', 'b']", [["a", "a", "b"]]),
+        ("classes", "classes are ['a', 'a', 'b']", [["a", "a", "b"]]),
         ("classes", "a class must not be named '\\x1b[31m'", [["a", "\x1b[31m", "b"]]),
         ("classes", "a class must not be named", [["blue", name, "red"] for name in (
             "../../x", "/x", "..", "", "a/b")]),

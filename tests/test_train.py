@@ -18,8 +18,7 @@ import train
 from beyond import loss_weights
 from ddpm import Diffusion, UNet, linear_betas
 from images import from_pixels
-from support import device
-from support import run as support_run
+from support import device, settings
 from support import trained as trained_module
 from support.demo import demo_images
 from support.trained import load
@@ -225,7 +224,7 @@ def test_network_is_chosen_in_one_place(tiny, tmp_path, run, monkeypatch):
     """Another one trains with Muon, resumes, and is exported, also with --half, and sampled."""
     monkeypatch.setattr(trained_module, "Network", OwnNetwork)
     monkeypatch.setattr(train, "Network", OwnNetwork)
-    monkeypatch.setattr(support_run, "Network", OwnNetwork)
+    monkeypatch.setattr(settings, "Network", OwnNetwork)
     words = ["--optimizer", "muon", "--steps"]
     tiny(*words, 2)
     tiny(*words, 3)
@@ -234,8 +233,8 @@ def test_network_is_chosen_in_one_place(tiny, tmp_path, run, monkeypatch):
         run("export.py", *flags, cwd=tmp_path)
         run("sample.py", "-n", 2, "--steps", 2, cwd=tmp_path)
     code = read(tmp_path / "run")["config"]["train"]["code"]
-    monkeypatch.setattr(support_run, "Network", UNet)  # of another file
-    assert support_run.config_of(train.Settings())["train"]["code"] != code
+    monkeypatch.setattr(settings, "Network", UNet)  # of another file
+    assert settings.config_of(train.Settings())["train"]["code"] != code
 
 
 def test_importing_train_loads_only_what_every_run_needs():
@@ -320,9 +319,9 @@ def test_quick_is_the_settings_that_it_prints(image_folder, tmp_path, run):
     words = ["--data", image_folder, "--image-size", 16, "--batch", 4, "--steps", 2]
     said = run("train.py", *words, "--quick", "--out", "quick", cwd=tmp_path)
     (shown,) = re.findall("^settings the paper's, but (.*)", said, re.MULTILINE)
-    flags, settings = [], ast.literal_eval(shown)
-    assert settings["steps"] == 2 and settings.pop("lr_decay") is True
-    for name, value in settings.items():
+    flags, changed = [], ast.literal_eval(shown)
+    assert changed["steps"] == 2 and changed.pop("lr_decay") is True
+    for name, value in changed.items():
         flags += [f"--{name.replace('_', '-')}", *(value if isinstance(value, tuple) else [value])]
     run("train.py", *words[:2], *flags, "--lr-decay", "--out", "spelt", cwd=tmp_path)
     quick, spelt = (read(tmp_path / name) for name in ("quick", "spelt"))
