@@ -135,6 +135,47 @@ def test_onnx_file_is_the_averaged_network_and_no_other_is_written(trained, tmp_
         source.model.conv_out.bias.data.fill_(torch.nan)
 
 
+class Sequence(torch.nn.Module):
+    """Norms and attention of other shapes than the U-Net's, with a scale or a mask."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.options, self.scale = options, torch.nn.Parameter(torch.ones(()))
+        self.norm = torch.nn.GroupNorm(2, 4, affine=False)
+
+    def forward(self, x_t, t):
+        h = self.norm((self.scale * x_t).flatten(2))  # (B, C, N)
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return (attend(h, h, h, **self.options) + t[:, None, None] / 1000).view_as(x_t)
+
+
+def test_attention_of_other_networks_is_exported_or_named(tmp_path):
+    shape = {"in_channels": 4, "image_size": 4}
+    for options in ({}, {"scale": 0.3}):
+        source = Trained(Sequence(**options).eval(), PAPER, shape, 1, "")
+        export.write_onnx(source, tmp_path / "model.onnx")  # compares it with torch
+    for options in ({"is_causal": True}, {"attn_mask": torch.zeros(4, 4)}):
+        source = Trained(Sequence(**options).eval(), PAPER, shape, 1, "")
+        with pytest.raises(SystemExit, match=r"^export.py can't express attention with a mask$"):
+            export.write_onnx(source, tmp_path / "masked.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_input_that_the_file_would_lack_is_refused(tmp_path):
+    """As that of a network with another condition than classes."""
+
+    class Conditioned(SmallDiT):
+        def forward(self, x_t, t, y=None, text=None):
+            return super().forward(x_t, t)
+
+    vector = UNet(**SMALL, num_classes=1)  # whose y is no class: the classes have no names
+    for model, settings, lost in ((Conditioned(), SMALL, "text"),
+                                  (vector, SMALL | {"num_classes": 1}, "y")):  # fmt: skip
+        with pytest.raises(SystemExit, match=f"the network also takes {lost}, for which the file"):
+            export.write_onnx(Trained(model, PAPER, settings, 1, ""), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 # ------------------------------------------------------------------------------ errors of the user
 
 

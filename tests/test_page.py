@@ -23,6 +23,7 @@ from docs.points import MEANS, STD
 from exact import exact_network
 from export import write_onnx
 from images import to_pixels
+from samplers import Chain
 from support.demo import are_right
 from support.reduced import MAX_ERROR
 from support.trained import load
@@ -227,9 +228,9 @@ def steps_of_python(network, page, seed, y=None, w=0):
 def test_respaced(steps, page):
     betas = np.linspace(1e-4, 0.02, 1000)
     theirs = js(page, "sampler.respaced", betas, steps)
-    expected, tau = ddpm_numpy.respaced(betas, steps)
-    np.testing.assert_array_equal(theirs["tau"], tau)
-    np.testing.assert_allclose(theirs["betas"], expected, rtol=1e-9)
+    chain = Chain(betas, "large", steps)
+    np.testing.assert_array_equal(theirs["tau"], chain.tau)
+    np.testing.assert_allclose(theirs["betas"], chain.betas, rtol=1e-9)
 
 
 SAMPLE = """async (noises, betas, options) => {
@@ -484,9 +485,10 @@ def test_owner_is_free_again_after_a_task_that_throws(page):
         await Promise.all([owner.start(task("b")), owner.start(task("c"))]);
         const wrong = owner.start(async () => { throw new Error("wrong"); });
         await wrong.catch((error) => said.push(error.message));
-        const late = owner.start(async () => { await new Promise((r) => setTimeout(r, 20)); throw 1; });
+        const wait = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
+        const late = owner.start(async () => { await wait(20); throw new Error("late"); });
         late.catch(() => {});
-        await new Promise((r) => setTimeout(r, 5));
+        await wait(5);
         await owner.start(async () => said.push("d"));
         return [...said, owner.busy];
     }"""
@@ -498,10 +500,13 @@ def test_network_that_fails_is_said_and_leaves_the_picture(page):
     code = """async () => {
         const { Passage } = await import("./passage.js"), said = [], x = new Float32Array(4);
         const eps = async (_, t) => { if (t < 500) throw new Error("full"); return x; };
-        const picture = new Passage(eps, { sampler: "ddim", steps: 4 }, (error) => said.push(error?.message));
+        const changed = (error) => said.push(error?.message);
+        const picture = new Passage(eps, { sampler: "ddim", steps: 4 }, changed);
         picture.begin(x, x);
         picture.sendBack(1);
-        for (let k = 0; k < 100 && !said.includes("full"); k++) await new Promise((r) => setTimeout(r, 9));
+        for (let k = 0; k < 100 && !said.includes("full"); k++) {
+            await new Promise((resolve) => setTimeout(resolve, 9));
+        }
         return [said.at(-1), picture.isComplete, picture.steps.length, picture.at(0).level];
     }"""
     assert page.evaluate(code) == ["full", True, 2, 499]
@@ -786,11 +791,11 @@ BETWEEN = """(x, x0, t, levels) => {
 def test_straight_paths_are_those_of_ddim(page):
     """Each step of DDIM is straight in x_t / (sqrt(abar) + sqrt(1 - abar)), and else it is not."""
     diffusion, x, x0 = Diffusion(linear_betas()), NOISES[0].ravel(), 0.3 * NOISES[1].ravel()
-    chain, _, _ = beyond.respaced(diffusion, lambda *_: 0, 5)
+    abar = np.array(Chain(diffusion.betas, "large", 5).alphas_bar)
     step = js(page, BETWEEN, x, x0, 799, [799, 700, 599.5, 599])
-    (_, last), abar = step[-1], chain.alphas_bar
+    _, last = step[-1]
     np.testing.assert_allclose(last, [abar[2] ** 0.5, (1 - abar[2]) ** 0.5], rtol=1e-6)
-    eps = (x - abar[3].item() ** 0.5 * x0) / (1 - abar[3].item()) ** 0.5
+    eps = (x - abar[3] ** 0.5 * x0) / (1 - abar[3]) ** 0.5
     np.testing.assert_allclose(step[-1][0], last[0] * x0 + last[1] * eps, atol=1e-5)
     for scaled in (True, False):
         places = [np.array(place) / (sum(parts) if scaled else 1) for place, parts in step]

@@ -16,7 +16,6 @@ from nbclient import NotebookClient
 from PIL import Image
 
 import ddpm_numpy
-from beyond import respaced
 from ddpm import Diffusion, UNet, linear_betas
 from docs import make_figures
 from images import to_pixels
@@ -58,7 +57,7 @@ def test_quotes_are_the_code():
     """
     texts = [
         (HERE / name).read_text("utf-8").splitlines()
-        for name in ("ddpm.py", "beyond.py", "train.py", "exact.py")
+        for name in ("ddpm.py", "samplers.py", "beyond.py", "train.py", "exact.py")
     ]
     programs = [[line.strip() for line in text] for text in texts]
     quotes = blocks(README + LESSON + BEYOND, "python")
@@ -278,10 +277,7 @@ def test_share_off_counts_the_far_points(points):
 @pytest.mark.parametrize("steps, t", [(1000, 1), (1000, 199), (10, 1), (10, 5)])
 def test_reverse_step_of_two_points_is_bayes_rule(steps, t):
     """The mixture of posteriors against q(x_t | x_s) q(x_s) / q(x_t) on a fine grid."""
-    (chain, _, _), x_t = (
-        respaced(Diffusion(linear_betas()), None, steps),
-        torch.tensor([0.1]).double(),
-    )
+    (chain, _), x_t = make_figures.short_chain(steps), torch.tensor([0.1]).double()
     x, log_p, log_g = make_figures.reverse_step(chain, t, x_t, torch.linspace(-6, 6, 2001).double())
     bump = make_figures.log_normal(x_t, chain.alphas[t].sqrt() * x[0], chain.betas[t])
     joint = (bump + make_figures.log_two(chain, t - 1, x[0]).logsumexp(1)).softmax(0)
@@ -300,7 +296,7 @@ def test_small_reverse_steps_are_nearly_gaussian():
             for t in (2, 20, 50, 100, 200, 500)]  # fmt: skip
     assert bits[0] < 1e-16 and bits[1] < 1e-16
     assert bits[2:] == pytest.approx([6e-10, 1.5e-6, 2e-7, 2.1e-11], rel=0.05)
-    ten, _, _ = respaced(Diffusion(linear_betas()), None, 10)
+    ten, _ = make_figures.short_chain(10)
     assert make_figures.distance_to_gaussian(ten, 1) == pytest.approx(0.22, abs=0.01)
 
 
@@ -343,7 +339,8 @@ def test_figures_are_made(trained, image_folder, tmp_path):
 @pytest.mark.slow
 def test_points_are_learnt(tmp_path):
     """docs/points.py in a copy of the repository: what it prints, and its figures."""
-    for name in ("ddpm.py", "beyond.py", "exact.py", "docs/points.py", "docs/figures/field.png"):
+    names = "ddpm.py samplers.py beyond.py exact.py docs/points.py docs/figures/field.png"
+    for name in names.split():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(HERE / name, tmp_path / name)
     said = python(tmp_path / "docs" / "points.py", cwd=tmp_path, timeout=600)
