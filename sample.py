@@ -132,9 +132,7 @@ def read_mask(path, shape):
         alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
     if alpha.getextrema()[0] < 128:
         grey = np.asarray(ImageOps.fit(alpha, shape[:0:-1], Image.Resampling.LANCZOS))[None]
-    mask = grey > grey.max() / 2
-    print(f"the mask selects {mask.mean():.0%} of the image")
-    return mask
+    return grey > grey.max() / 2
 
 
 def pixels_of(x):
@@ -211,19 +209,14 @@ def draw_samples(network, args, y):
     y: the class of each image, or None. Each class has a row in the grid, and a sub-folder. Ctrl-C
     keeps the batches that are finished. Images that --dir already holds are not drawn again.
     """
-    n, known, shown, frames = args.n, None, [], []
+    n, known, frames = args.n, None, []
     names = [] if y is None else list(dict.fromkeys(network.classes[k] for k in y))
-    root = args.dir or Path()
-    folders = [root] * n if y is None else [root / network.classes[k] for k in y]
-    paths = [folder / f"{k:06d}.png" for k, folder in enumerate(folders)]
     if args.inpaint:
         image = from_pixels(read(args.inpaint[0], network.shape))
         known = image, read_mask(args.inpaint[1], network.shape)
-    done = resumed_at = begin_folder(args, network, paths) if args.dir else 0
-    if resumed_at:
-        hint = ", so --gif has nothing to show" if args.gif else ""
-        print(f"{args.dir} has the first {resumed_at:,} images already{hint}")
-        shown = [read(path, network.shape) for path in paths[: min(resumed_at, GRID)]]
+        print(f"the mask selects {known[1].mean():.0%} of the image")
+    paths, begun = begin_folder(args, network, y) if args.dir else ([], 0)
+    shown, done = [read(path, network.shape) for path in paths[: min(begun, GRID)]], begun
     began = time.monotonic()
     bar = tqdm(total=-(-(n - done) // args.batch) * args.steps, unit="step", mininterval=1)
     try:
@@ -231,7 +224,7 @@ def draw_samples(network, args, y):
             batch = slice(done, min(done + args.batch, n))
             of_gif = frames if args.gif and done == 0 else None
             pixels = draw_batch(network, args, y, batch, known, bar, of_gif)
-            for path, image in zip(paths[batch] if args.dir else (), pixels, strict=False):
+            for path, image in zip(paths[batch], pixels, strict=bool(paths)):
                 save_image(path, to_image(image))
             shown.extend(pixels[: GRID - len(shown)])
             done = batch.stop
@@ -240,7 +233,7 @@ def draw_samples(network, args, y):
             raise
     finally:
         bar.close()
-    seconds, drawn = time.monotonic() - began, done - resumed_at
+    seconds = time.monotonic() - began
     save_image(args.out, grid(np.stack(shown), rows=len(names), names=names))
     if frames and done:
         states = [grid(x, rows=len(names)) for x in frames]
@@ -248,18 +241,20 @@ def draw_samples(network, args, y):
     number = f"{done:,} image{'s' * (done > 1)}"
     shows = f"the first {GRID} of {number}" if done > GRID else number
     of = f" of {', '.join(names)}" if names else ""
-    speed = f", {seconds:.1f} s, {seconds / drawn:.2f} s each" if drawn else ""
+    speed = f", {seconds:.1f} s, {seconds / (done - begun):.2f} s each" if done > begun else ""
     print(f"{args.out}: {shows}{of}{speed}")
     if done < n:
         sys.exit(f"sample.py: stopped after {done:,} of {n:,} images")
 
 
-def begin_folder(args, network, paths):
-    """Return how many of the first images of --dir are there already, from the same command.
+def begin_folder(args, network, y):
+    """Return the paths of the images of --dir, and how many of the first are there already.
 
-    -n, --batch and the files of the grid and the animation may differ. Exits if the folder holds
-    anything else.
+    They are from the same command, in which -n, --batch and the files of the grid and the GIF may
+    have differed. Exits if the folder holds anything else.
     """
+    folders = [args.dir] * args.n if y is None else [args.dir / network.classes[k] for k in y]
+    paths = [folder / f"{k:06d}.png" for k, folder in enumerate(folders)]
     names = "steps", "sampler", "eta", "seed", "classes", "guidance"
     settings = {name: getattr(args, name) for name in names}
     inputs = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in args.inpaint or ()]
@@ -271,7 +266,11 @@ def begin_folder(args, network, paths):
     elif not (args.dir / NOTE).is_file() or (args.dir / NOTE).read_bytes() != note:
         sys.exit(f"sample.py: --dir {args.dir} must be a new or empty folder, or one that the same "
                  "command has begun")  # fmt: skip
-    return next((k for k, path in enumerate(paths) if not path.is_file()), len(paths))
+    begun = next((k for k, path in enumerate(paths) if not path.is_file()), len(paths))
+    if begun:
+        hint = ", so --gif has nothing to show" if args.gif else ""
+        print(f"{args.dir} has the first {begun:,} images already{hint}")
+    return paths, begun
 
 
 def draw(args):

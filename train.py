@@ -186,6 +186,20 @@ DEMO = dict(
 )  # fmt: skip
 
 
+def command_line():
+    """Return the flags that are given, {name: value}."""
+    parser = argparse.ArgumentParser(
+        usage="python train.py --data ./images [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--quick", action="store_true",
+                        help="a small network and a short run; see the manual")  # fmt: skip
+    return given_flags(parser, Settings)
+
+
 def decided_by(weights, given):
     """Return the settings that the weights of --init decide. Exits if a given flag differs."""
     shape = [f for f in fields(Settings) if f.metadata["kept"] == "model" and f.name != "dropout"]
@@ -280,8 +294,9 @@ def load_images(args, config, state):
     config["model"]["in_channels"] = images.shape[1]
     config["train"]["images"] = data.fingerprint(images)
     ours = config["train"] | {"steps": args.steps, "accumulate": args.accumulate}
-    refuse_other_ranks(ranks.from_all(config | {"train": ours}))
+    configs = ranks.from_all(config | {"train": ours})
     with ranks.said_by(RANK == 0):
+        refuse_other_ranks(configs)
         refuse_other_run(args.out, state, config, args.steps)
     if args.data is not None and LOCAL_RANK == 0:
         data.forget_others(images, args.out)
@@ -325,10 +340,9 @@ def describe(args, images, start, size):
     print(f"steps    {start:,} to {args.steps:,}; a preview every {args.preview_every:,}")
 
 
-def train(args, config, state, weights, images, labels):
-    """Run Algorithm 1 until the last step, or until the program is told to stop."""
-    start, is_main, path = state["step"] if state else 0, RANK == 0, args.out / "checkpoint.pt"
-    diffusion, model, ema, optimizer = build(args, config, state, weights)
+def train(args, config, start, diffusion, model, ema, optimizer, images, labels):
+    """Take the steps from `start` on, until the program is told to stop; return where it ends."""
+    is_main, path = RANK == 0, args.out / "checkpoint.pt"
     network = DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD > 1 else model
     network = device.compiled(network) if args.compile else network
     step = algorithm_1(network, ema, optimizer, diffusion, images, labels, args)
@@ -367,27 +381,20 @@ def train(args, config, state, weights, images, labels):
             break
     bar.close()
     ranks.leave()
-    return start, done
+    return done
 
 
 def main():
     escape_unprintable()
     with ranks.said_by(RANK == 0):
-        parser = argparse.ArgumentParser(
-            usage="python train.py --data ./images [options]",
-            description=__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-            argument_default=argparse.SUPPRESS,
-        )
-        parser.add_argument("--quick", action="store_true",
-                            help="a small network and a short run; see the manual")  # fmt: skip
-        given = given_flags(parser, Settings)
+        given = command_line()
     device.prefer_speed()
-    args, config, state, weights = open_run(given)
-    with run.locked(args.out) if RANK == 0 else contextlib.nullcontext():
+    with run.locked(given.get("out", RUN)) if RANK == 0 else contextlib.nullcontext():
+        args, config, state, weights = open_run(given)
         images, labels = load_images(args, config, state)
-        start, done = train(args, config, state, weights, images, labels)
+        parts, start = build(args, config, state, weights), state["step"] if state else 0
+        del state, weights  # they are as large as the network
+        done = train(args, config, start, *parts, images, labels)
     if done < args.steps:
         program, words = "torchrun ..." if WORLD > 1 else "python", cli.command(*sys.argv)
         said = f"stopped at step {done:,}; to resume:\n  {program} {words}"

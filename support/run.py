@@ -32,10 +32,9 @@ ROW = re.compile(r"\d{1,15}(,-?\d+(\.\d+)?(e[-+]\d+)?){3}\n")  # of log.csv
 def find_run(out):
     """Return the checkpoint in a run folder, or None.
 
-    Exits if the folder holds files of other programs instead, or can't be written.
+    Exits if the folder holds files of other programs instead.
     """
     path = out / "checkpoint.pt"
-    check_output(path)
     if path.is_file():
         return open_checkpoint(path)
     log = out / "log.csv"  # of a run that ended before its first checkpoint
@@ -50,11 +49,13 @@ def find_run(out):
 
 @contextlib.contextmanager
 def locked(out):
-    """Hold the lock of a run folder during the block. Exits if another process holds it.
+    """Hold the lock of a run folder during the block.
 
     The lock of a process that is killed is gone with it. What it left half written is removed, and
-    so is a new folder that stays empty.
+    so is a new folder that stays empty. Exits if another process holds the lock, or if the folder
+    can't be written.
     """
+    check_output(out / "checkpoint.pt")
     is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(out / ".lock")

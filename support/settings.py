@@ -13,7 +13,6 @@ from pathlib import Path
 from beyond import as_eps
 from ddpm import Diffusion
 from support.data import digest
-from support.ranks import RANK
 from support.trained import Network
 
 
@@ -98,7 +97,7 @@ def refuse_other_run(out, state, config, steps):
                  f"folder. What differs: {'; '.join(what)}")  # fmt: skip
     if step > steps:
         sys.exit(f"{out} is at step {step:,} already, so --steps must be larger")
-    if config["train"]["images"] and step < steps and RANK == 0:
+    if config["train"]["images"] and step < steps:
         for name, new in (("the images have", images[1]), ("the code of the method has", code)):
             if new:
                 print(f"{name} changed since step {step:,}; training continues with the change")

@@ -297,8 +297,11 @@ def test_locked_log_delays_its_rows(tmp_path, monkeypatch):
     assert [row[:6] for row in rows] == ["step,l", "1,0.5,", "2,0.25", "3,0.12"]
 
 
-def test_previews_take_a_25th_of_the_steps_and_follow_a_checkpoint(tiny, tmp_path, monkeypatch):
+def test_previews_take_a_25th_of_the_steps_and_follow_a_checkpoint(
+    tiny, tmp_path, monkeypatch, wrap_step
+):
     """Unless their number is given."""
+    wrap_step(lambda step, k: torch.ones(2))
     preview, seen = run.preview, []
 
     def look(path, *args):

@@ -123,7 +123,7 @@ def test_device_computes_everything_but_the_noise(coloured, monkeypatch):
     assert stand_in.reads == 0
 
 
-def test_full_batches_of_many_calls_are_compiled(coloured, run, tmp_path, monkeypatch):
+def test_full_batches_of_many_calls_are_compiled(coloured, monkeypatch):
     """From 5,000 calls on, as in training; what is left after the full batches is not."""
     sizes = []
 
@@ -136,14 +136,12 @@ def test_full_batches_of_many_calls_are_compiled(coloured, run, tmp_path, monkey
 
     monkeypatch.setattr(device, "can_compile", lambda device: True)
     monkeypatch.setattr(device, "compiled", compiled)
-    words = ["sample.py", "--checkpoint", coloured, "--batch", 1, "--steps", 1000]
-    run(*words, "-n", 4, cwd=tmp_path)
-    assert not sizes
-    network = TorchNetwork(coloured, "cpu", False, images=1003, batch=4, steps=20)
-    with torch.no_grad():
-        for batch in (4, 3, 4):
-            network.eps(torch.zeros(batch, 3, 8, 8), torch.zeros(batch, dtype=torch.int64))
-    assert sizes == [4, 4]
+    for images, expected in ((996, []), (1003, [4, 4])):
+        network = TorchNetwork(coloured, "cpu", False, images=images, batch=4, steps=20)
+        with torch.no_grad():
+            for batch in (4, 3, 4):
+                network.eps(torch.zeros(batch, 3, 8, 8), torch.zeros(batch, dtype=torch.int64))
+        assert sizes == expected
 
 
 def test_bfloat16_is_used_where_training_uses_it(coloured, monkeypatch):
