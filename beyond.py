@@ -1,4 +1,4 @@
-"""What came after the paper, as functions around ddpm.py. It needs samplers.py and torch, too.
+"""What came after the paper, as functions around ddpm.py and samplers.py.
 
     cosine_betas                another schedule
     as_eps                      networks that predict v, x_0 or the mean
@@ -59,8 +59,8 @@ def eps_of_output(diffusion, predicts):
 def as_eps(model, diffusion, predicts, device=None):
     """Return eps(x_t, t, y=None), the noise in x_t, from a network that predicts something else.
 
-    predicts: see eps_of_output. device: of the two tables; look_up copies them from another device
-    at each call. Raises ValueError for an unknown target.
+    predicts: see eps_of_output. device: where the network computes; without it, each call copies
+    two tables from the CPU. Raises ValueError for an unknown target.
     """
     a, b = (table.to(device, torch.float32) for table in eps_of_output(diffusion, predicts))
 
@@ -83,7 +83,7 @@ def loss_weights(diffusion, name, predicts="eps"):
     name: "simple" is (14), whatever the network predicts. "vlb" keeps the weight that (12) gives
         each term. "min-snr" (Hang et al. 2023, arXiv:2303.09556) gives the error of x0_hat the
         weight min(SNR, 5), whereas (14) gives it SNR = abar_t / (1 - abar_t). "native" gives the
-        squared error of what the network predicts.
+        squared error of what the network predicts the weight 1.
 
     Raises ValueError for an unknown name or target.
     """
@@ -116,7 +116,9 @@ def sample_progressive(
     diffusion, eps, shape, steps=None, sampler=None, eta=None, generator=None, draw_noise=None,
     x_T=None, device=None, clip=True, known=None,
 ):  # fmt: skip
-    """Yield (t, x_t, x0_hat) of samplers.reverse in torch, or of ddpm.py's loop with all T steps.
+    """Yield (t, x_t, x0_hat) of samplers.reverse in torch.
+
+    Algorithm 2 with all T steps and nothing known is the loop of ddpm.py itself.
 
     eps: a network, such as that of as_eps, which takes (x_t, t). The other arguments are those of
     Diffusion.sample_progressive and of samplers.reverse, which also says what is refused.

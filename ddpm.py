@@ -12,7 +12,7 @@ It presents the method in this order:
 
 Numbers in parentheses are the paper's equation numbers. Images are float32 (B, C, H, W) in [-1, 1].
 A model is any function (x_t, t) that returns the noise in x_t. What came after the paper, such as
-few-step samplers and classes, is in beyond.py.
+few-step samplers and guidance, is in beyond.py.
 
 Time: the paper counts t = 1..T and calls the data x_0. Here t is an int64 tensor of shape (B,) with
 values 0..T-1 that indexes the tables, so t = 0 is the paper's t = 1: an image with one step of
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 def linear_betas(T=1000, beta_1=1e-4, beta_T=0.02):
     """Return the paper's schedule (section 4): T variances from beta_1 to beta_T. Float64, (T,).
 
-    Change T and the betas together.
+    With a smaller T, larger betas are needed to leave as little of x_0 in x_T.
     """
     return torch.linspace(beta_1, beta_T, T, dtype=torch.float64)
 

@@ -142,7 +142,7 @@ def open_session(path, device, options):
         has_libraries = sys.platform != "linux" or find_spec("nvidia") or find_library("cublasLt")
         if "CUDAExecutionProvider" not in ort.get_available_providers():
             fault = "ONNX Runtime can't use CUDA; see Accelerators in docs/guide.md"
-        elif not has_libraries:  # ONNX Runtime would print errors
+        elif device == "auto" and not has_libraries:  # ONNX Runtime would print errors
             fault = "CUDA's libraries are missing: pip install -r requirements-cuda.txt"
         else:
             ort.preload_dlls()  # those that pip installed

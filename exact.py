@@ -52,16 +52,13 @@ def squared_error(diffusion, network, x0, t, seed=0):
     return torch.cat(errors)
 
 
-def loss_floor(diffusion, x0, weights=None, flip=False, draws=20_000):
+def loss_floor(diffusion, x0, draws=20_000):
     """Return the loss of the exact network, estimated from `draws` images with noise.
 
-    No network has a lower one, on average over x_0, t and the noise. weights: of beyond.py's
-    weighted_loss, (T,); all are 1 if None. flip: whether the images are flipped left to right at
-    random.
+    No network has a lower one, on average over x_0, t and the noise.
     """
-    x0 = torch.cat([x0, x0.flip(3)]) if flip else x0
     random = torch.Generator().manual_seed(0)
     index = torch.randint(len(x0), (draws,), generator=random)
     t = torch.randint(diffusion.T, (draws,), generator=random)
-    errors = squared_error(diffusion, exact_network(diffusion, x0), x0[index], t)
-    return (errors if weights is None else weights[t] * errors).mean().item()
+    network = exact_network(diffusion, x0)
+    return squared_error(diffusion, network, x0[index], t.to(x0.device)).mean().item()

@@ -65,9 +65,9 @@ def group_norm(x, num_groups: int, weight=None, bias=None, eps: float = 1e-5,
 
 def attention(q, k, v, attn_mask=None, dropout_p: float = 0.0, is_causal: bool = False,
               scale=None, enable_gqa: bool = False):  # fmt: skip
-    """Express softmax(q k^T scale) v with the scale as a constant. Exits if there is a mask."""
-    if attn_mask is not None or is_causal:
-        sys.exit("export.py can't express attention with a mask")
+    """Express softmax(q k^T scale) v with a constant scale. Exits for a mask or shared heads."""
+    if attn_mask is not None or is_causal or enable_gqa:
+        sys.exit("export.py can't express attention with a mask or shared heads")
     scale = float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
     scaled = op.Mul(q, op.CastLike(op.Constant(value_float=scale), q))
     *others, last, channels = range(len(k.shape))
@@ -84,7 +84,7 @@ def refuse_other_inputs(trained):
 
 
 class Eps(torch.nn.Module):
-    """eps_theta(x_t, t) of the network of a Trained, or of its Half."""
+    """eps_theta(x_t, t) as a module. model: the network of a Trained, or its Half."""
 
     def __init__(self, trained, model):
         super().__init__()
@@ -101,18 +101,15 @@ def to_onnx(trained, model):
     model: the network, or its Half.
     """
     # The example has a batch of two: the exporter would treat a batch of 1 as a constant.
-    example = (
-        torch.zeros(2, *trained.shape),
-        torch.zeros(2, dtype=torch.int64),
-        *example_labels(trained, 2),
-    )
-    names, batch = ["x_t", "t", "y"][: len(example)], torch.export.Dim("batch")
+    inputs = torch.zeros(2, *trained.shape), torch.zeros(2, dtype=torch.int64)
+    inputs += example_labels(trained, 2)
+    names, batch = ["x_t", "t", "y"][: len(inputs)], torch.export.Dim("batch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
             Eps(trained, model),
-            example,
+            inputs,
             input_names=names,
             output_names=["eps"],
             dynamic_shapes=[{0: batch} for _ in names],
@@ -238,7 +235,7 @@ def main():
         check_output(args.onnx, args.checkpoint)
     if args.to_diffusers:
         check_new_folder(args.to_diffusers)
-        import_diffusers("--to-diffusers")
+        import_diffusers("--to-diffusers needs diffusers")
     trained = load(args.checkpoint)
     if args.to_diffusers:
         to_diffusers(trained, args.to_diffusers)

@@ -116,6 +116,8 @@ def check_output(path, *inputs):
         sys.exit(f"{path} can't be written: {folder} is not a folder")
     if not os.access(folder, os.W_OK | os.X_OK):
         sys.exit(f"{path} can't be written: {folder} does not allow it")
+    if os.path.isdir(path):
+        sys.exit(f"{path} can't be written: it is a folder")
     for name in inputs:
         if os.path.exists(name) and os.path.exists(path) and os.path.samefile(name, path):
             sys.exit(f"{path} is also read, so it is not written; choose another name")
@@ -129,7 +131,7 @@ def check_new_folder(path):
 
 
 def is_folder_name(name):
-    """Return whether this is the name of one folder here, and a terminal can show it."""
+    """Return whether a folder can have this name, and a terminal can show it."""
     return name == Path(name).name and name not in ("", "..") and name.isprintable()
 
 

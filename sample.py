@@ -55,7 +55,7 @@ NOTE = ".sample.json"  # in --dir: the settings of its images, so that the same 
 def image_file(name, kinds=("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")):
     """Return the name of a file for an image, as an argparse type."""
     if Image.registered_extensions().get(Path(name).suffix.lower()) not in kinds:
-        raise argparse.ArgumentTypeError(f"{name} must be a file such as x.png or x.gif")
+        raise argparse.ArgumentTypeError(f"{name} must be a {', '.join(kinds)} file")
     return name
 
 

@@ -159,7 +159,8 @@ def reverse(
     known: for inpainting, (image, mask), which broadcast to x_t. Where the mask, of type bool, is
         False, x_t is drawn from q(x_t | x_0) of the image in each step, and x0_hat is the image.
 
-    Raises ValueError for an unknown variance or sampler, a number out of range, or another mask.
+    Raises ValueError for an unknown variance or sampler, steps or eta out of range, or a mask that
+    is not of type bool.
     """
     steps = len(betas) if steps is None else steps
     name, chain = choose_sampler(sampler, eta, steps, len(betas)), Chain(betas, variance, steps)

@@ -129,7 +129,7 @@ def set_seed(device, *numbers):
 
 RUN, CPU = Path("run"), torch.device("cpu")
 SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
-LOG_EVERY = {"cpu": 1}  # steps between two readings of the losses, else 10; they wait for a GPU
+LOG_EVERY = {"cpu": 1}  # steps between two readings of the losses, else 10: each waits for a GPU
 count, whole, amount = cli.number(int, 1), cli.number(int, 0, 2**63), cli.number(float, 0)
 share, switch = cli.number(float, 0, 1), argparse.BooleanOptionalAction
 
@@ -256,8 +256,8 @@ def open_run(given):
 
     The last two are None if there are none. Exits if the flags do not fit, or another run is there.
     """
-    name = given.get("device", "auto")
-    given["device"] = device.choose_device(name)
+    with ranks.said_by(LOCAL_RANK == 0):
+        given["device"] = device.choose_device(given.get("device", "auto"))
     state = run.find_run(given.get("out", RUN)) if RANK == 0 else None
     ranks.join(given["device"])
     state, weights = ranks.from_first(state), None
@@ -265,11 +265,10 @@ def open_run(given):
         known = config_of(Settings())
         state["config"] = {part: known[part] | state["config"][part] for part in known}
     if given.get("init") is not None:  # a resumed run has its own weights; the others may be gone
-        weights = trained.from_checkpoint(state) if state else trained.load(given["init"])
+        with ranks.said_by(LOCAL_RANK == 0):
+            weights = trained.from_checkpoint(state) if state else trained.load(given["init"])
     with ranks.said_by(RANK == 0):
         args = decide(given, weights, state)
-        if name == "auto" and args.base_channels >= Settings.base_channels and args.steps >= 5000:
-            device.warn_of_cpu(args.device)
         config = config_of(args)
         try:
             with torch.device("meta"):
@@ -363,15 +362,16 @@ def train(args, config, start, diffusion, model, ema, optimizer, images, labels)
         *losses, (stops, _) = ranks.sum_of_all(torch.stack([*pending, stops])).tolist()
         done, pending = k + 1, []
         if not np.isfinite(losses).all():
-            sys.exit(f"the loss or its gradient became infinite or NaN by step {done:,}; the step "
-                     "is not saved. Try a lower --lr, a longer --warmup, or --no-amp.")  # fmt: skip
+            why = f"the loss or its gradient became infinite or NaN by step {done:,}"
+            remedy = "the step is not saved. Try a lower --lr, a longer --warmup, or --no-amp."
+            sys.exit(f"{why}; {remedy}" if is_main else 1)
         if is_main:
             mean, is_late = log.add(done, losses), time.monotonic() - saved > 60 * args.save_minutes
             # There is a checkpoint before a preview: support/data.py then leaves out the folder.
             if done == args.steps or stops or is_late or (show and not path.exists()):
                 run.save(path, config, done, model, ema, optimizer)
                 saved = time.monotonic()
-            bar.set_postfix_str(f"loss {mean:.4f}", refresh=False)  # after SIGHUP, this may fail
+            bar.set_postfix_str(f"loss {mean:.4f}", refresh=False)
             bar.update(len(losses))
             if show:
                 image = args.out / f"preview-{done:07d}.png"

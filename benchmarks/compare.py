@@ -38,6 +38,7 @@ from ddpm import Diffusion, UNet, linear_betas  # noqa: E402
 from images import from_pixels  # noqa: E402
 from support import device, reduced  # noqa: E402
 from support.data import read_folder  # noqa: E402
+from support.settings import config_of  # noqa: E402
 from support.trained import Trained  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -170,16 +171,16 @@ def train_py(images, batch):
 
     The network is compiled where and as train.py does. images: uint8 (N, 3, 32, 32).
     """
-    args = train.Settings(batch=batch, device=DEVICE, amp=device.has_bfloat16(DEVICE), warmup=5000)
-    model, images = UNet().to(DEVICE), images.to(DEVICE)
-    network = model
+    args = train.Settings(
+        batch=batch, device=DEVICE, amp=device.has_bfloat16(DEVICE), in_channels=3, warmup=5000,
+        betas=tuple(linear_betas().tolist()),
+    )  # fmt: skip
+    diffusion, model, ema, optimizer = train.build(args, config_of(args), None, None)
     if device.can_compile(DEVICE):
         torch.compiler.reset()
-        network = device.compiled(model)
-    ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    diffusion, steps = Diffusion(linear_betas()), itertools.count()
-    take = train.algorithm_1(network, ema, optimizer, diffusion, images, None, args)
+        model = device.compiled(model)
+    images, steps = images.to(DEVICE), itertools.count()
+    take = train.algorithm_1(model, ema, optimizer, diffusion, images, None, args)
 
     def step():
         device.prefer_speed()  # as train.py does

@@ -183,7 +183,6 @@ def steps(report, args):
         )
         prepared = prepare(model)
         step = train.algorithm_1(prepared, ema, optimizer, DIFFUSION, images, None, settings)
-
         began = time.perf_counter()
         assert step(0).isfinite().all()
         first = time.perf_counter() - began

@@ -16,7 +16,7 @@ def number(kind, low, high=math.inf):
     def parse(text):
         value = kind(text)
         if not low <= value < high:
-            limit = f" and below {high}" if high < math.inf else ""
+            limit = f" and below {high}" if high < math.inf else " and finite" * (kind is float)
             raise argparse.ArgumentTypeError(f"{text} must be at least {low}{limit}")
         return value
 

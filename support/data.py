@@ -260,7 +260,7 @@ def read_note(file):
         images = np.load(file, mmap_mode="r")  # raises if the array is truncated
         is_whole = images.shape[1] == note["found"] and {"asked", "broken", "digest"} <= note.keys()
         return note if is_whole else None
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, EOFError, ValueError, TypeError, KeyError):
         return None
 
 

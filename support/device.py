@@ -38,18 +38,6 @@ def choose_device(name):
     return device
 
 
-def warn_of_cpu(device):
-    """Say that a long run is on a CPU. Exits beside an NVIDIA GPU, whose driver may be too old."""
-    if device.type != "cpu":
-        return
-    if shutil.which("nvidia-smi"):
-        sys.exit("nvidia-smi is installed, but torch finds no GPU, and on a CPU this run may take "
-                 "months. Install a newer driver or another torch (see Accelerators in "
-                 "docs/guide.md), or add --device cpu")  # fmt: skip
-    print("on a CPU, this run may take months, as the bar will say; --quick --out quick, a smaller "
-          "network, takes 8 minutes on two cores at 32x32")  # fmt: skip
-
-
 def has_bfloat16(device):
     """Return whether the device computes in bfloat16; emulating it would only cost time."""
     if device.type == "cpu":
@@ -123,7 +111,7 @@ def to_device(x, device):
 def with_tables_on(diffusion, device):
     """Return a copy of a Diffusion whose tables are float32 on the device.
 
-    A look-up then copies nothing. Copies to some accelerators wait for them.
+    A look-up then copies nothing. On some accelerators, a copy waits for all that was begun.
     """
     moved = copy.copy(diffusion)
     for name, table in vars(diffusion).items():

@@ -160,8 +160,10 @@ def to_diffusers(trained, folder):
 
     Exits if diffusers can't express the model.
     """
-    diffusers = import_diffusers("--to-diffusers")
+    diffusers = import_diffusers("--to-diffusers needs diffusers")
     model, settings, diffusion = trained.model, trained.settings, trained.diffusion
+    if not isinstance(model, UNet):
+        sys.exit(f"diffusers can't express {type(model).__name__}, only the UNet of ddpm.py")
     if trained.predicts not in PREDICTS:
         sys.exit(f"diffusers can't express a network that predicts {trained.predicts!r}")
     attends = [

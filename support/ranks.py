@@ -79,9 +79,9 @@ def first_of_machine_first():
 
 @contextlib.contextmanager
 def said_by(this):
-    """Run the block, in which several processes do the same, and let only one say what it says.
+    """Run a block in which several processes do the same, but print in one of them alone.
 
-    this: whether this process is the one. The others exit in silence where they exit.
+    this: whether this process is the one. Another one that exits does so without a message.
     """
     if this:
         yield

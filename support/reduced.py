@@ -14,7 +14,7 @@ import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
 from beyond import sample_progressive
-from support.trained import eps_of, example_labels, feed
+from support.trained import eps_of, example_labels
 
 TIMES = (0, 1, 2, 5, 10, 20, 35, 50, 75, 100, 150, 200, 500)  # t for errors, besides T - 1
 MAX_ERROR = 0.02  # the largest rms error allowed at any t, relative to the rms of eps
@@ -85,10 +85,11 @@ def quantize(exact, path, chain, precise):
     ]
 
     class Reader(CalibrationDataReader):
-        feeds = map(feed, chain)
+        inputs = iter(chain)
 
         def get_next(self):
-            return next(self.feeds, None)
+            values = map(torch.Tensor.numpy, next(self.inputs, ()))
+            return dict(zip(("x_t", "t", "y"), values, strict=False)) or None
 
     logging.disable(logging.WARNING)
     try:

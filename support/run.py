@@ -51,9 +51,9 @@ def find_run(out):
 def locked(out):
     """Hold the lock of a run folder during the block.
 
-    The lock of a process that is killed is gone with it. What it left half written is removed, and
-    so is a new folder that stays empty. Exits if another process holds the lock, or if the folder
-    can't be written.
+    The lock of a process that is killed is released. The files that it left half written are
+    removed, and so is a new folder that stays empty. Exits if another process holds the lock, or if
+    the folder can't be written.
     """
     check_output(out / "checkpoint.pt")
     is_new = not out.exists()
@@ -96,7 +96,7 @@ def preview(path, shape, ema, diffusion, args):
     noise, rows = torch.Generator(args.device).manual_seed(args.seed), len(args.classes)
     y = torch.arange(36, device=args.device) % rows if rows else None
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-        eps = partial(as_eps(ema, diffusion, args.predicts), y=y)
+        eps = partial(as_eps(ema, diffusion, args.predicts, args.device), y=y)
         x0 = sample(diffusion, eps, (36, *shape), min(20, diffusion.T), "sa-solver",
                     generator=noise, device=args.device)  # fmt: skip
     save_image(path, grid(to_pixels(x0.cpu().numpy()), rows=rows, names=args.classes))

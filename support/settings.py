@@ -28,7 +28,7 @@ def flag(default, kept, meaning=None, **options):
 
 
 def given_flags(parser, settings):
-    """Return the flags of the command line, {name: value}, without those that are not given.
+    """Return the flags that the command line has, {name: value}, from the fields of a dataclass.
 
     parser: an argparse.ArgumentParser, which may have other flags. settings: the dataclass.
     """
@@ -45,7 +45,7 @@ def given_flags(parser, settings):
 def config_of(args):
     """Return the "config" of a checkpoint: each of the Settings in the part that keeps it.
 
-    The number of channels may be None until the images are decoded, and their fingerprint is.
+    Until the images are decoded, their fingerprint is None, and their number of channels may be.
     """
     config = {"model": {}, "diffusion": {}, "train": {}}
     for f in (f for f in fields(args) if f.metadata["kept"]):

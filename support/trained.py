@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+import ddpm_numpy
 from beyond import as_eps
 from ddpm import Diffusion
 from ddpm import UNet as Network  # the network of the programs; another one takes its place here
@@ -62,7 +63,7 @@ def from_checkpoint(state):
     config, training = state["config"], state["config"]["train"]
     model, data = Network(**config["model"]).eval(), training["data"]
     model.load_state_dict(state["ema"])
-    source = DEMO if data is None else f"train.py, {ascii(data)[1:-1]}"  # for ONNX
+    source = DEMO if data is None else f"train.py, {data}"
     return Trained(
         model, Diffusion(**config["diffusion"]), config["model"], state["step"], source,
         training.get("classes", []), training["predicts"],
@@ -128,18 +129,7 @@ def largest_difference(model, eps, shape, T, num_classes=0):
     return torch.stack(differences).max().item()
 
 
-def feed(inputs):
-    """Return (x_t, t) or (x_t, t, y) as what ONNX Runtime takes."""
-    return dict(zip(("x_t", "t", "y"), (tensor.numpy() for tensor in inputs), strict=False))
-
-
 def eps_of(path):
     """Return eps(x_t, t) or eps(x_t, t, y), on torch tensors, of an ONNX file on the CPU."""
-    import onnxruntime as ort  # which training does not need
-
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-
-    def eps(*inputs):
-        return torch.from_numpy(session.run(["eps"], feed(inputs))[0])
-
-    return eps
+    network = ddpm_numpy.Network(path, "cpu")
+    return lambda *inputs: torch.from_numpy(network(*(tensor.numpy() for tensor in inputs)))

@@ -1,17 +1,13 @@
-"""benchmarks/gpu.py, every part of which runs on a CPU too, and what other benchmarks save."""
+"""benchmarks/gpu.py, every part of which runs on a CPU too."""
 
 import math
-import os
 import re
-import runpy
-import sys
 
 import pytest
-import torch
 from conftest import HERE, python
 from PIL import Image
 
-from benchmarks import compare, gpu, table2
+from benchmarks import gpu
 
 
 @pytest.mark.slow
@@ -60,58 +56,3 @@ def test_failures_and_hanging_programs_leave_the_other_rows(tmp_path, capsys):
     assert report.failed == ["division", "sleep", "crash"]
     assert (tmp_path / "sleep.log").read_text() == "begun\n"
     assert "1 / 0" in (tmp_path / "errors.txt").read_text()
-
-
-@pytest.fixture
-def page(monkeypatch, tmp_path):
-    """Where a benchmark saves its page, on a machine without what macOS and Windows lack."""
-    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--out", str(tmp_path / "page.md")])
-    return tmp_path / "page.md"
-
-
-def fail(*_):
-    raise ZeroDivisionError
-
-
-def test_comparison_saves_each_table_before_the_next(page, monkeypatch):
-    monkeypatch.setattr(compare, "matmul_flops", lambda _: 1.0)
-    monkeypatch.setattr(compare.export, "write_onnx", lambda *_: None)
-    monkeypatch.setattr(compare, "training_table", lambda *_: "the first table")
-    monkeypatch.setattr(compare, "network_table", fail)
-    with pytest.raises(ZeroDivisionError):
-        compare.main()
-    assert page.read_text().endswith("the first table")
-
-
-def test_on_rocm_onnx_runtime_has_only_the_cpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for hip, kind in ((None, "cuda"), ("7.1", "cpu")):
-        monkeypatch.setattr(torch.version, "hip", hip)
-        assert runpy.run_path(compare.__file__)["ONNX"] == kind
-
-
-def test_memory_is_measured_before_the_times_and_not_on_a_mac(page, monkeypatch):
-    """There, no /proc says it."""
-    monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.setattr(compare, "read_folder", lambda *_: [compare.np.zeros(1)])
-    for name in ("train_py", "diffusers_loop"):
-        monkeypatch.setattr(compare, name, lambda *_: lambda: None)
-    monkeypatch.setattr(compare, "lucidrains_loop", lambda *_: (lambda: None, 1, 1))
-    monkeypatch.setattr(compare, "in_turn", lambda steps, *_, **__: dict.fromkeys(steps, 1.0))
-    monkeypatch.setattr(compare, "peak_memory", fail)
-    assert compare.training_table(page, 1, 1, 1.0).count(" |  |\n") == 4
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(compare, "in_turn", None)
-    with pytest.raises(ZeroDivisionError):
-        compare.training_table(page, 1, 1, 1.0)
-
-
-def test_table2_saves_each_row_before_the_next(page, monkeypatch):
-    def train_and_judge(predicts, *_):
-        return {"right": 7, "bits": 2.5} if predicts == "mean" else fail()
-
-    monkeypatch.setattr(table2, "train_and_judge", train_and_judge)
-    with pytest.raises(ZeroDivisionError):
-        table2.main()
-    assert page.read_text().count("| 7, 7, 7 | 2.50, 2.50, 2.50 (mean 2.50) |") == 2

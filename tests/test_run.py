@@ -237,7 +237,7 @@ def test_second_start_beside_the_first_is_one_line(tiny, tmp_path, image_folder,
     while not (tmp_path / "run" / "checkpoint.pt").exists():
         assert process.poll() is None
         time.sleep(0.05)
-    said = tiny("--steps", 100_000, code=1)
+    said = tiny("--steps", 1, code=1)
     assert "another process trains in run; wait for it, or use another --out" in said
     assert process.poll() is None
     process.kill()

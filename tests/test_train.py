@@ -4,7 +4,6 @@ import ast
 import copy
 import re
 import shutil
-import sys
 from dataclasses import fields
 
 import numpy as np
@@ -298,21 +297,6 @@ def test_impossible_flags_are_one_line(tmp_path, run):
     ):
         assert said in run("train.py", *words.split(), cwd=tmp_path, code=2)
     assert not list(tmp_path.iterdir())
-
-
-def test_paper_run_starts_on_no_cpu_beside_a_gpu(image_folder, tmp_path, run, monkeypatch):
-    """Whose driver is too old for torch. A short run and a small network start."""
-    monkeypatch.setattr(device.shutil, "which", lambda name: name == "nvidia-smi" or None)
-    monkeypatch.setattr(train.data, "read_folder", lambda *_, **__: sys.exit("the images are read"))
-    for words, said in (
-        ("", "nvidia-smi is installed, but torch finds no GPU"),
-        ("--device auto --lr 1e-4", "add --device cpu"),
-        ("--device cpu", "the images are read"),
-        ("--quick --steps 13000", "the images are read"),
-        ("--steps 100", "the images are read"),
-    ):
-        words = ["--data", image_folder, *words.split()]
-        assert said in run("train.py", *words, cwd=tmp_path, code=1)
 
 
 def test_quick_is_the_settings_that_it_prints(image_folder, tmp_path, run):
