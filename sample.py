@@ -45,7 +45,9 @@ try:
     )
     from samplers import SAMPLERS, choose_sampler
 except ModuleNotFoundError as error:
-    sys.exit(f"sample.py needs {error.name}: pip install numpy Pillow tqdm onnxruntime")
+    is_ours = error.name in ("ddpm_numpy", "images", "samplers")
+    how = f"copy {error.name}.py" if is_ours else "pip install numpy Pillow tqdm onnxruntime"
+    sys.exit(f"sample.py needs {error.name}: {how}")
 
 GRID = 256  # the largest number of images in one grid
 FRAMES = 50  # how many of the steps the GIF shows

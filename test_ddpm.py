@@ -2,8 +2,8 @@
 
     pytest test_ddpm.py
 
-needs ddpm.py, tests/closed_forms.py, torch, numpy and pytest. The tests stand in the order of
-ddpm.py. Numbers in parentheses are the paper's equation numbers.
+needs ddpm.py, tests/closed_forms.py, pyproject.toml, torch, numpy and pytest. The tests stand in
+the order of ddpm.py. Numbers in parentheses are the paper's equation numbers.
 """
 
 import math

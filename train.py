@@ -210,9 +210,9 @@ def decided_by(weights, given):
         given = given | {"betas": tuple(SCHEDULES[given["schedule"]]().tolist())}
     if wrong := [name for name in decided if given.get(name, decided[name]) != decided[name]]:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
-        sys.exit(f"train.py: {given['init']} decides {flags.replace('betas', 'schedule')}; leave "
-                 "out what differs from it")  # fmt: skip
-    return decided | {"init": trained.name_of(given["init"])}
+        sys.exit(f"train.py: --init decides {flags.replace('betas', 'schedule')}; leave out what "
+                 "differs from it")  # fmt: skip
+    return decided | ({"init": trained.name_of(given["init"])} if "init" in given else {})
 
 
 def decide(given, weights=None, state=None):
@@ -251,22 +251,20 @@ def decide(given, weights=None, state=None):
 # -------------------------------------------------------------------------------------- the program
 
 
-def open_run(given):
-    """Return (the Settings, the config, the checkpoint to resume, the Trained of --init).
+def settings_of(given, state):
+    """Return (the Settings, the config, the Trained of --init or None).
 
-    The last two are None if there are none. Exits if the flags do not fit, or another run is there.
+    state: the checkpoint to resume, or None; it gets the settings that an older run did not know.
+    Exits if the flags do not fit, or do not fit the checkpoint.
     """
-    with ranks.said_by(LOCAL_RANK == 0):
-        given["device"] = device.choose_device(given.get("device", "auto"))
-    state = run.find_run(given.get("out", RUN)) if RANK == 0 else None
-    ranks.join(given["device"])
-    state, weights = ranks.from_first(state), None
-    if state:  # with the defaults of settings that an older run did not know
+    weights, init = None, given.get("init")
+    if state:
         known = config_of(Settings())
         state["config"] = {part: known[part] | state["config"][part] for part in known}
-    if given.get("init") is not None:  # a resumed run has its own weights; the others may be gone
+        init = state["config"]["train"]["init"] if init is None else init
+    if init is not None:  # a resumed run has its own weights; the others may be gone
         with ranks.said_by(LOCAL_RANK == 0):
-            weights = trained.from_checkpoint(state) if state else trained.load(given["init"])
+            weights = trained.from_checkpoint(state) if state else trained.load(init)
     with ranks.said_by(RANK == 0):
         args = decide(given, weights, state)
         config = config_of(args)
@@ -276,7 +274,7 @@ def open_run(given):
         except ValueError as error:
             sys.exit(f"train.py: {error}")
         refuse_other_run(args.out, state, config, args.steps)
-    return args, config, state, weights
+    return args, config, weights
 
 
 def load_images(args, config, state):
@@ -344,10 +342,10 @@ def train(args, config, start, diffusion, model, ema, optimizer, images, labels)
     is_main, path = RANK == 0, args.out / "checkpoint.pt"
     network = DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD > 1 else model
     network = device.compiled(network) if args.compile else network
-    step = algorithm_1(network, ema, optimizer, diffusion, images, labels, args)
     if is_main:
         describe(args, images, start, sum(p.numel() for p in model.parameters()))
         log = run.Log(args.out / "log.csv", start, partial(learning_rate, args=args))
+    step = algorithm_1(network, ema, optimizer, diffusion, images, labels, args)
     bar = tqdm(total=args.steps, initial=start, unit="step", mininterval=1, disable=not is_main)
     stop, saved, done, pending = cli.StopRequest(), time.monotonic(), start, []
     for k in range(start, args.steps):
@@ -389,8 +387,12 @@ def main():
     with ranks.said_by(RANK == 0):
         given = command_line()
     device.prefer_speed()
-    with run.locked(given.get("out", RUN)) if RANK == 0 else contextlib.nullcontext():
-        args, config, state, weights = open_run(given)
+    with ranks.said_by(LOCAL_RANK == 0):
+        given["device"] = device.choose_device(given.get("device", "auto"))
+    ranks.join(given["device"])
+    with contextlib.ExitStack() as held:
+        state = ranks.from_first(held.enter_context, run.opened(given.get("out", RUN)))
+        args, config, weights = settings_of(given, state)
         images, labels = load_images(args, config, state)
         parts, start = build(args, config, state, weights), state["step"] if state else 0
         del state, weights  # they are as large as the network

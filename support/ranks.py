@@ -43,11 +43,18 @@ def leave():
         dist.destroy_process_group()
 
 
-def from_first(value):
-    """Return the first process's value in every process."""
-    values = [value]
+def from_first(function, *args):
+    """Return the first process's function(*args) in every process. If it exits, all of them do."""
+    values, refusal = [None, False], None
+    if RANK == 0:
+        try:
+            values[0] = function(*args)
+        except SystemExit as error:
+            values[1], refusal = True, error
     if WORLD > 1:
         dist.broadcast_object_list(values, group=PATIENT)
+    if values[1]:
+        raise refusal or SystemExit(1)
     return values[0]
 
 
@@ -68,13 +75,18 @@ def sum_of_all(tensor):
 
 @contextlib.contextmanager
 def first_of_machine_first():
-    """Run the block in the first process of each machine, then, in silence, in the others."""
+    """Run the block in the first process of each machine, then, in silence, in the others.
+
+    The others run it, too, if the first one exits, and exit for the same reason.
+    """
     if WORLD > 1 and LOCAL_RANK > 0:
         dist.barrier(PATIENT)
-    with said_by(LOCAL_RANK == 0):
-        yield
-    if WORLD > 1 and LOCAL_RANK == 0:
-        dist.barrier(PATIENT)
+    try:
+        with said_by(LOCAL_RANK == 0):
+            yield
+    finally:
+        if WORLD > 1 and LOCAL_RANK == 0:
+            dist.barrier(PATIENT)
 
 
 @contextlib.contextmanager

@@ -29,11 +29,8 @@ HEADER = "step,loss,grad_norm,lr\n"
 ROW = re.compile(r"\d{1,15}(,-?\d+(\.\d+)?(e[-+]\d+)?){3}\n")  # of log.csv
 
 
-def find_run(out):
-    """Return the checkpoint in a run folder, or None.
-
-    Exits if the folder holds files of other programs instead.
-    """
+def find_checkpoint(out):
+    """Return the checkpoint in a run folder, or None. Exits if the folder is not that of a run."""
     path = out / "checkpoint.pt"
     if path.is_file():
         return open_checkpoint(path)
@@ -48,12 +45,12 @@ def find_run(out):
 
 
 @contextlib.contextmanager
-def locked(out):
-    """Hold the lock of a run folder during the block.
+def opened(out):
+    """Yield the checkpoint in a run folder, or None, and hold the folder's lock during the block.
 
     The lock of a process that is killed is released. The files that it left half written are
     removed, and so is a new folder that stays empty. Exits if another process holds the lock, or if
-    the folder can't be written.
+    the folder holds files of other programs, or can't be written.
     """
     check_output(out / "checkpoint.pt")
     is_new = not out.exists()
@@ -67,7 +64,7 @@ def locked(out):
         if TEMPORARY.fullmatch(path.name):
             path.unlink()
     try:
-        yield
+        yield find_checkpoint(out)
     finally:
         with contextlib.suppress(OSError):  # Windows keeps a file that is open
             (out / ".lock").unlink()
@@ -111,12 +108,10 @@ class Log:
 
     def __init__(self, path, step, lr_at):
         self.path, self.lr_at, self.rows = path, lr_at, ""
-        self.recent = deque(maxlen=100)  # losses
-        if path.exists():
-            rows = self.read(step)
-            with replacing(path) as file:
-                file.write((HEADER + "".join(rows)).encode())
-            self.recent.extend(float(row.split(",")[1]) for row in rows[-100:])
+        rows = self.read(step) if path.exists() else []
+        with replacing(path) as file:
+            file.write((HEADER + "".join(rows)).encode())
+        self.recent = deque((float(row.split(",")[1]) for row in rows), maxlen=100)  # losses
 
     def read(self, last):
         """Return the rows up to the step `last`, as text.
@@ -138,7 +133,7 @@ class Log:
             self.recent.append(loss)
         try:
             with open(self.path, "a") as file:
-                file.write(self.rows if file.tell() else HEADER + self.rows)
+                file.write(self.rows)
             self.rows = ""
         except PermissionError:  # on Windows, a spreadsheet that shows the file locks it
             pass  # the rows are written later

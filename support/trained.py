@@ -101,7 +101,9 @@ def start_from(weights, model, classes):
     if weights.classes and weights.classes != classes:  # the bias takes over "no class"
         no_class = state.pop("class_embedding.weight")[-1]
         state["time_mlp.2.bias"] = state["time_mlp.2.bias"] + no_class
-    model.load_state_dict(model.state_dict() | state)
+    own = model.state_dict().items()
+    new = {name: w for name, w in own if name.startswith("class_embedding.")}
+    model.load_state_dict(new | state)
 
 
 # ------------------------------------------------------------- the same network in another format

@@ -100,7 +100,7 @@ def test_signal_while_decoding(number, tmp_path, run, start):
 
 @pytest.mark.parametrize("left", [None, "", "step,lo", "step,loss,grad_norm,lr\n1,0.5,0.5,0.1\n"])
 def test_run_without_a_step_blocks_nobody(left, tiny, tmp_path, monkeypatch):
-    """It failed before its first checkpoint, and the command is corrected.
+    """It failed before its first step, and the command is corrected.
 
     Beside its log, there may be a folder of another program, such as TensorBoard's.
     """
@@ -109,7 +109,7 @@ def test_run_without_a_step_blocks_nobody(left, tiny, tmp_path, monkeypatch):
         tiny("--steps", 3)
     if left is not None:
         (tmp_path / "run" / "log.csv").write_text(left)
-        (tmp_path / "run" / "tensorboard").mkdir()
+    (tmp_path / "run" / "tensorboard").mkdir()
     tiny("--steps", 3, "--lr", 1e-4)
     rows = np.loadtxt(tmp_path / "run" / "log.csv", delimiter=",", skiprows=1)
     assert rows[:, 0].tolist() == [1, 2, 3]

@@ -333,24 +333,18 @@ def test_training_starts_from_the_weights_of_a_checkpoint(
     assert read(tmp_path / "run")["step"] == 2
     init(weights / "checkpoint.pt", "--steps", 3)  # the same weights
     tiny("--batch", 4, "--lr", 1e-12, "--steps", 4)
+    words = ["--data", image_folder, "--batch", 4, "--lr", 1e-12, "--steps", 5]  # without --init
+    assert "steps    4 to 5" in run("train.py", *words, cwd=tmp_path)
     (tmp_path / "run").rename(tmp_path / "other")
     init("other", "--steps", 1)
-    assert "init was other, now run" in init(weights, "--steps", 5, code=1)
+    assert "init was other, now run" in init(weights, "--steps", 6, code=1)
 
     other = ["--base-channels", 16, "--in-channels", 1, "--schedule", "cosine", "--predicts", "v"]
     said = init(weights, "--out", "b", *other, "--image-size", 8, code=1)
-    assert "run decides --in-channels, --base-channels, --predicts, --schedule; leave out" in said
-    same = [
-        "--base-channels",
-        8,
-        "--channel-mults",
-        1,
-        2,
-        "--in-channels",
-        3,
-        "--schedule",
-        "linear",
-    ]
+    assert (
+        "--init decides --in-channels, --base-channels, --predicts, --schedule; leave out" in said
+    )
+    same = "--base-channels 8 --channel-mults 1 2 --in-channels 3 --schedule linear".split()
     init(weights, "--steps", 1, "--out", "b", *same, "--quick")  # the weights decide
     config = read(tmp_path / "b")["config"]
     assert config["model"] == start["config"]["model"] | {"dropout": 0.0}
