@@ -88,16 +88,19 @@ def noise_of(seed, first, shape):
     return draw_noise
 
 
-def class_labels(classes, names, n):
+def class_labels(classes, names, n, guidance=0):
     """Return the classes of n images that take these names in turn, int64 (n,), or None.
 
     classes: the names of all classes; without any, the result is None. names: a list, or one name;
-    all classes if None. Raises ValueError for a name that is not one of the classes.
+    all classes if None. Raises ValueError for a name that is not one of the classes, and for
+    guidance without classes.
     """
     names = [names] if isinstance(names, str) else [*(names or [])]
     if unknown := sorted({*names} - {*classes}):
         those = f"no class {unknown[0]}; the classes are {', '.join(classes)}"
         raise ValueError(those if classes else "the network has no classes")
+    if guidance and not classes:
+        raise ValueError("guidance needs a network with classes")
     index = [classes.index(name) for name in names or classes]
     return np.resize(index, n) if index else None
 
@@ -112,9 +115,7 @@ def sample(network, n, classes=None, guidance=0, steps=10, seed=0, first=0, **op
     Raises ValueError for an unknown class, for guidance without classes, and wherever
     samplers.reverse does.
     """
-    y = class_labels(network.classes, classes, first + n)
-    if guidance and y is None:
-        raise ValueError("guidance needs a network with classes")
+    y = class_labels(network.classes, classes, first + n, guidance)
     y, draw_noise = None if y is None else y[first:], noise_of(seed, first, (n, *network.shape))
     for _, _, x0_hat in network.reverse(y, guidance, draw_noise, steps=steps, **options):
         x0 = x0_hat

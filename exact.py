@@ -41,7 +41,7 @@ def exact_network(diffusion, x0, labels=None, std=0.0):
 
 
 @torch.no_grad()
-def squared_error(diffusion, network, x0, t, seed=0):
+def mean_squared_error(diffusion, network, x0, t, seed=0):
     """Return the mean squared error of eps for each image of x0 (N, C, H, W) at t (N,): (N,).
 
     network(x_t, t) returns eps. The noise depends on the seed and N alone.
@@ -61,4 +61,4 @@ def loss_floor(diffusion, x0, draws=20_000):
     index = torch.randint(len(x0), (draws,), generator=random)
     t = torch.randint(diffusion.T, (draws,), generator=random)
     network = exact_network(diffusion, x0)
-    return squared_error(diffusion, network, x0[index], t.to(x0.device)).mean().item()
+    return mean_squared_error(diffusion, network, x0[index], t.to(x0.device)).mean().item()

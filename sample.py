@@ -284,15 +284,13 @@ def draw(args):
         args.n = args.n or (min(8 * classes, GRID) if classes > 1 else 64)
         args.steps, args.t = T if args.steps is None else args.steps, args.t or [T // 5]
         choose_sampler(args.sampler, args.eta, args.steps, T)
-        y = class_labels(network.classes, args.classes, args.n)
+        y = class_labels(network.classes, args.classes, args.n, args.guidance)
     except ValueError as error:
         sys.exit(f"sample.py: {error}")
     if bad := [name for name in network.classes if not is_folder_name(name)]:  # of --dir
         sys.exit(f"sample.py: {args.source}: a class must not be named {bad[0]!r}")
     if not all(0 <= t < T for t in args.t):
         sys.exit(f"sample.py: this model has T = {T}: --t must be 0..{T - 1}")
-    if args.guidance and y is None:
-        sys.exit("sample.py: --guidance needs classes, but the network has no classes")
     name = network.provider.removesuffix("ExecutionProvider")
     hint = "; to use a GPU, see Accelerators in docs/guide.md"
     print(f"{args.source} on {name}{hint if name == 'CPU' and args.device == 'auto' else ''}")

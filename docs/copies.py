@@ -30,7 +30,7 @@ from beyond import sample  # noqa: E402
 from ddpm import Diffusion, linear_betas  # noqa: E402
 from ddpm_numpy import Network  # noqa: E402
 from docs.make_figures import FIGURES, PAGE, save_sheet  # noqa: E402
-from exact import exact_network, squared_error  # noqa: E402
+from exact import exact_network, mean_squared_error  # noqa: E402
 from images import from_pixels  # noqa: E402
 from support.data import image_files, read_folder  # noqa: E402
 from support.trained import load  # noqa: E402
@@ -80,7 +80,7 @@ def train(sets, runs):
 def errors(diffusion, model, x0):
     """Return the mean squared error of eps at each of TIMES."""
     return [
-        squared_error(diffusion, model, x0, torch.full((len(x0),), t), seed=9).mean().item()
+        mean_squared_error(diffusion, model, x0, torch.full((len(x0),), t), seed=9).mean().item()
         for t in TIMES
     ]
 

@@ -233,7 +233,8 @@ def test_images_are_decoded_once(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "kind, content",
     [
-        ("npy", None), ("npy", lambda whole: whole[:-1]), ("npy", lambda whole: bytes(len(whole))),
+        ("npy", None), ("npy", lambda _: b""), ("npy", lambda whole: whole[:-1]),
+        ("npy", lambda whole: bytes(len(whole))),
         ("json", None), ("json", lambda _: b""), ("json", lambda _: b"[null, 3, []]"),  # an old one
     ],
 )  # fmt: skip

@@ -291,17 +291,15 @@ def test_torchrun_stops_all_processes_together(image_folder, tmp_path, start):
 
 
 @posix
-def test_mistake_of_all_processes_is_said_once(image_folder, tmp_path, two):
+@pytest.mark.parametrize("out, mistake", [("run", "nowhere: no such folder"),
+                                          ("file", "file is not a folder")])  # fmt: skip
+def test_mistake_of_all_processes_is_said_once(out, mistake, tmp_path, two):
     """Whichever process notices it, and without a traceback of the others."""
     (tmp_path / "file").touch()
-    for words, mistake in (
-        (["--data", "nowhere"], "nowhere: no such folder"),
-        (["--data", image_folder, "--out", "file"], "file is not a folder"),
-    ):
-        ended = two([tmp_path, tmp_path], *words, *TINY)
-        said = "".join(text for _, text in ended)
-        assert [code for code, _ in ended] == [1, 1]
-        assert said.count(mistake) == 1 and "Traceback" not in said
+    ended = two([tmp_path, tmp_path], "--data", "nowhere", "--out", out, *TINY)
+    said = "".join(text for _, text in ended)
+    assert [code for code, _ in ended] == [1, 1]
+    assert said.count(mistake) == 1 and "Traceback" not in said
 
 
 @posix

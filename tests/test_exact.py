@@ -18,7 +18,7 @@ import beyond
 from ddpm import Diffusion, linear_betas
 from docs import copies
 from docs.points import only_first
-from exact import exact_network, loss_floor, squared_error
+from exact import exact_network, loss_floor, mean_squared_error
 from images import from_pixels, save_image, to_pixels
 from support.demo import are_right, demo_images
 
@@ -59,7 +59,7 @@ def test_no_loss_is_below_the_floor():
         lambda x, t: network(x, t) + 0.02,
         lambda x, t: network(1.02 * x, t),
     )
-    least, *losses = (squared_error(PAPER, n, images, t).mean() for n in (network, *others))
+    least, *losses = (mean_squared_error(PAPER, n, images, t).mean() for n in (network, *others))
     assert min(losses) > least
 
 
@@ -69,7 +69,7 @@ def test_loss_of_the_exact_network_of_the_demo():
         (0, 0), (100, 0), (200, 2.4e-4), (300, 0.0038), (400, 0.0170), (450, 0.0210),
         (500, 0.0187), (600, 0.0081), (700, 0.0024),
     ):  # fmt: skip
-        errors = squared_error(PAPER, network, x0, torch.full((len(x0),), t))
+        errors = mean_squared_error(PAPER, network, x0, torch.full((len(x0),), t))
         tolerance = 4 * errors.std().item() / len(x0) ** 0.5 + 5e-5
         found.append(errors.mean().item())
         assert found[-1] == pytest.approx(expected, abs=tolerance), t
