@@ -59,8 +59,8 @@ def eps_of_output(diffusion, predicts):
 def as_eps(model, diffusion, predicts, device=None):
     """Return eps(x_t, t, y=None), the noise in x_t, from a network that predicts something else.
 
-    predicts: see eps_of_output. device: where the network computes; without it, each call copies
-    two tables from the CPU. Raises ValueError for an unknown target.
+    predicts: see eps_of_output. device: where the network computes; if it is not given, each call
+    on another device than the CPU copies two tables. Raises ValueError for an unknown target.
     """
     a, b = (table.to(device, torch.float32) for table in eps_of_output(diffusion, predicts))
 

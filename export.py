@@ -65,9 +65,9 @@ def group_norm(x, num_groups: int, weight=None, bias=None, eps: float = 1e-5,
 
 def attention(q, k, v, attn_mask=None, dropout_p: float = 0.0, is_causal: bool = False,
               scale=None, enable_gqa: bool = False):  # fmt: skip
-    """Express softmax(q k^T scale) v with a constant scale. Exits for a mask or shared heads."""
-    if attn_mask is not None or is_causal or enable_gqa:
-        sys.exit("export.py can't express attention with a mask or shared heads")
+    """Express softmax(q k^T scale) v with a constant scale. Exits if there is a mask."""
+    if attn_mask is not None or is_causal:
+        sys.exit("export.py can't express attention with a mask")
     scale = float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
     scaled = op.Mul(q, op.CastLike(op.Constant(value_float=scale), q))
     *others, last, channels = range(len(k.shape))
@@ -221,7 +221,7 @@ def arguments():
     args = parser.parse_args()
     if args.onnx is None and args.to_diffusers is None:
         args.onnx = Path("model.onnx")
-    if args.onnx and (args.onnx.suffix.lower() != ".onnx" or args.onnx.is_dir()):
+    if args.onnx and args.onnx.suffix.lower() != ".onnx":
         parser.error("--onnx must be a file such as model.onnx")
     if args.kind and not args.onnx:
         parser.error("--half and --int8 need --onnx")

@@ -226,8 +226,9 @@ def draw_samples(network, args, y):
             batch = slice(done, min(done + args.batch, n))
             of_gif = frames if args.gif and done == 0 else None
             pixels = draw_batch(network, args, y, batch, known, bar, of_gif)
-            for path, image in zip(paths[batch], pixels, strict=bool(paths)):
-                save_image(path, to_image(image))
+            if args.dir:
+                for path, image in zip(paths[batch], pixels, strict=True):
+                    save_image(path, to_image(image))
             shown.extend(pixels[: GRID - len(shown)])
             done = batch.stop
     except KeyboardInterrupt:
