@@ -8,8 +8,11 @@ paper's figure 5) as rate-distortion.csv and .png. Each image takes T passes thr
 After Ctrl-C, it reports on the batches that are finished.
 """
 
+import support.start  # noqa: F401  # isort: skip
+
 import argparse
 import math
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -19,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from ddpm import Bound
-from images import catch_signals, check_output, escape_unprintable, from_pixels, replacing
+from images import catch_signals, check_output, from_pixels, guard_output, replacing
 from support import cli
 from support.data import read_folder
 from support.demo import demo_images
@@ -79,6 +82,7 @@ def measure(trained, diffusion, images, labels, order, device, args):
         except KeyboardInterrupt:
             if not bounds:
                 raise
+    catch_signals(signal.SIG_IGN)  # what is finished is saved
     return Bound(*map(torch.cat, zip(*bounds, strict=True)))
 
 
@@ -140,7 +144,7 @@ def evaluate(args):
 
 def main():
     catch_signals()
-    escape_unprintable()
+    guard_output()
     try:
         evaluate(arguments())
     except KeyboardInterrupt:

@@ -13,6 +13,8 @@ third input, in which the index after the last class stands for "no class", and 
 names of the classes. The file is compared with torch before it is put in place.
 """
 
+import support.start  # noqa: F401  # isort: skip
+
 import argparse
 import ast
 import inspect
@@ -25,19 +27,14 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime  # noqa: F401  eps_of needs it
 import torch
-
-try:
-    import onnx
-    import onnxruntime  # noqa: F401  eps_of needs it
-    from onnxscript import opset20 as op
-except ModuleNotFoundError as error:
-    sys.exit(f"export.py needs {error.name}: pip install -r requirements.txt")
-
+from onnxscript import opset20 as op
 
 from beyond import as_eps, eps_of_output
 from ddpm_numpy import Network, example
-from images import check_new_folder, check_output, escape_unprintable, replacing
+from images import check_new_folder, check_output, guard_output, replacing
 from support import cli
 from support.pretrained import import_diffusers, to_diffusers
 from support.trained import eps_of, example_labels, largest_difference, load
@@ -229,7 +226,7 @@ def arguments():
 
 
 def main():
-    escape_unprintable()
+    guard_output()
     args = arguments()
     if args.onnx:
         check_output(args.onnx, args.checkpoint)

@@ -8,6 +8,7 @@ Pixels are uint8, (C, H, W) for one image and (B, C, H, W) for several; C is 1 f
 """
 
 import contextlib
+import io
 import math
 import os
 import re
@@ -175,16 +176,53 @@ def save_animation(path, images, each=60, last=2000):
 # ------------------------------------------------------------------------------------- the terminal
 
 
-def escape_unprintable():
-    """Let print write names that the terminal's encoding lacks."""
-    if hasattr(sys.stdout, "reconfigure"):  # Jupyter's has no such method, and no need for it
-        sys.stdout.reconfigure(errors="backslashreplace")
+class Output(io.FileIO):
+    """Standard output or error, which can be written whatever becomes of its reader.
+
+    If the reader of a pipe ends (tee, head, less), the terminal takes its place, and the program is
+    told to stop. Of a closed terminal, nothing takes the place.
+    """
+
+    def write(self, data):
+        """Write bytes."""
+        try:
+            return super().write(data)
+        except OSError:
+            try:
+                place = os.open("/dev/tty", os.O_WRONLY)
+            except OSError:
+                place = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(place, self.fileno())
+            os.close(place)
+            signal.raise_signal(signal.SIGTERM)
+            return super().write(data)
 
 
-def catch_signals(handler=signal.default_int_handler):
+def guard_output():
+    """Let print write to a pipe whose reader has ended, and names that the encoding lacks."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        buffer = getattr(stream, "buffer", None)
+        raw = getattr(buffer, "raw", buffer)  # python -u has no buffer
+        if type(raw) is io.FileIO:  # neither Jupyter's nor a Windows console
+            file = io.BufferedWriter(Output(raw.fileno(), "w", closefd=False))
+            guarded = io.TextIOWrapper(file, stream.encoding, "backslashreplace", None, True)
+            setattr(sys, name, guarded)
+
+
+def interrupt(*_):
+    """Raise KeyboardInterrupt, as a handler of signals, and ignore those that follow.
+
+    So nothing interrupts the saving of what is finished.
+    """
+    catch_signals(signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def catch_signals(handler=interrupt):
     """Let a handler answer Ctrl-C, SIGTERM and SIGHUP (a closed terminal, unless under nohup).
 
-    The default raises KeyboardInterrupt.
+    The default raises KeyboardInterrupt once.
     """
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP

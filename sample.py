@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 import sys
 import time
 from functools import partial
@@ -32,9 +33,9 @@ try:
     from images import (
         catch_signals,
         check_output,
-        escape_unprintable,
         from_pixels,
         grid,
+        guard_output,
         is_folder_name,
         read_image,
         replacing,
@@ -48,6 +49,8 @@ except ModuleNotFoundError as error:
     is_ours = error.name in ("ddpm_numpy", "images", "samplers")
     how = f"copy {error.name}.py" if is_ours else "pip install numpy Pillow tqdm onnxruntime"
     sys.exit(f"sample.py needs {error.name}: {how}")
+except KeyboardInterrupt:
+    sys.exit("sample.py: stopped")
 
 GRID = 256  # the largest number of images in one grid
 FRAMES = 50  # how many of the steps the GIF shows
@@ -177,6 +180,7 @@ def draw_interpolation(network, args, y):
     except KeyboardInterrupt:
         if not rows:
             raise
+    catch_signals(signal.SIG_IGN)  # what is finished is saved
     columns = len(LAMBDAS) + 2
     names = [f"t = {t}" for t in args.t[: len(rows) // columns]]
     save_image(args.out, grid(np.stack(rows), columns, names=names))
@@ -236,6 +240,7 @@ def draw_samples(network, args, y):
             raise
     finally:
         bar.close()
+    catch_signals(signal.SIG_IGN)  # what is finished is saved
     seconds = time.monotonic() - began
     save_image(args.out, grid(np.stack(shown), rows=len(names), names=names))
     if frames and done:
@@ -302,7 +307,7 @@ def draw(args):
 
 def main():
     catch_signals()
-    escape_unprintable()
+    guard_output()
     try:
         draw(arguments())
     except KeyboardInterrupt:

@@ -12,6 +12,8 @@ Rerunning the same command resumes training. Besides the checkpoint, the run fol
 from the same noise.
 """
 
+import support.start  # noqa: F401  # isort: skip
+
 import argparse
 import contextlib
 import copy
@@ -28,7 +30,7 @@ from tqdm import tqdm
 
 from beyond import TARGETS, WEIGHTINGS, as_eps, cosine_betas, loss_weights, weighted_loss
 from ddpm import Diffusion, linear_betas
-from images import catch_signals, escape_unprintable, from_pixels
+from images import catch_signals, from_pixels, guard_output
 from support import cli, data, device, ranks, run, trained
 from support.demo import demo_images
 from support.device import to_device
@@ -383,7 +385,7 @@ def train(args, config, start, diffusion, model, ema, optimizer, images, labels)
 
 
 def main():
-    escape_unprintable()
+    guard_output()
     with ranks.said_by(RANK == 0):
         given = command_line()
     device.prefer_speed()

@@ -1,18 +1,22 @@
 """Measure the Frechet distance of samples to Fashion-MNIST, in the features of a small classifier.
 
     python sample.py --onnx page/fashion-mnist.onnx -n 1000 --steps 10 --dir samples
-    python benchmarks/frechet.py samples --data fashion-mnist
+    python benchmarks/frechet.py samples
 
---data has two folders of images, train and test, with a sub-folder for each class or with the class
-in each name: 00000_9_boot.png is of class 9. The classifier trains for some minutes the first time,
-and is then kept in that folder. FID is the same distance in the features of the Inception network,
-which was trained on photographs.
+The classifier and the statistics of the test set are in benchmarks/ruler.npz, so that the same
+images have the same distance on every machine. Compare only distances of equally many samples. FID
+is the same distance in the features of the Inception network, which was trained on photographs.
 
 If the samples are in sub-folders named after the classes, as sample.py --dir writes them, the
 program also prints what share of them, and of the test images, the classifier recognises.
 
-Compare only distances of equally many samples, measured with the same classifier: it is seeded, but
-rounding makes it differ from one processor to another.
+    python benchmarks/frechet.py samples --data mine
+
+measures the distance to other images, with a classifier of their own, so that it cannot be compared
+with any other data set's. --data has two folders of images, train and test, with a sub-folder for
+each of at most ten classes, or with the class in each name: 00000_9_boot.png is of class 9. The
+classifier trains for some minutes the first time, and is then kept in that folder as ruler.npz.
+That file of `--data fashion-mnist` is benchmarks/ruler.npz.
 """
 
 import argparse
@@ -28,10 +32,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from images import from_pixels
+from images import from_pixels, replacing
 from support.data import class_names, class_of, image_files, labels_of, read_folder
 
-SIZE = 32
+RULER = Path(__file__).with_name("ruler.npz")
+SIZE, SETS = 32, 10  # SETS: how many sets of real images are compared with the test set
 
 
 class Classifier(nn.Module):
@@ -60,22 +65,19 @@ def train_classifier(images, labels):
             optimizer.zero_grad()
             F.cross_entropy(model(from_pixels(images[index])), labels[index]).backward()
             optimizer.step()
-    return model.eval()
+    return model.half().float()  # as the file keeps it
 
 
-def statistics(model, images):
-    """Return the mean (128,) and the covariance (128, 128) of the features, in float64."""
-    with torch.no_grad():
-        parts = [model.features(from_pixels(part)) for part in images.split(500)]
-    features = torch.cat(parts).double().numpy()
+@torch.no_grad()
+def features_of(model, images):
+    """Return the features of images, uint8 (N, 1, 32, 32), as float64 (N, 128)."""
+    parts = [model.features(from_pixels(part)) for part in images.split(500)]
+    return torch.cat(parts).double().numpy()
+
+
+def statistics(features):
+    """Return the mean (128,) and the covariance (128, 128) of features, (N, 128)."""
     return features.mean(0), np.cov(features, rowvar=False)
-
-
-def share_recognised(model, images, labels):
-    """Return the share of the images to which the classifier gives their labels, int64 (N,)."""
-    with torch.no_grad():
-        found = torch.cat([model(from_pixels(part)).argmax(1) for part in images.split(500)])
-    return (found == torch.as_tensor(labels)).float().mean().item()
 
 
 def frechet_distance(first, second):
@@ -87,6 +89,37 @@ def frechet_distance(first, second):
     (m1, S1), (m2, S2) = first, second
     roots = np.sqrt(np.linalg.eigvals(S1 @ S2).real.clip(0))
     return ((m1 - m2) ** 2).sum() + np.trace(S1) + np.trace(S2) - 2 * roots.sum()
+
+
+class Ruler:
+    """The classifier and the statistics of the test set in a ruler.npz.
+
+    Attributes: names, of the classes; recognised, the share of the test images that the classifier
+    recognises; real, {a description of a set of training images: the distances of SETS such sets}.
+    """
+
+    def __init__(self, path=RULER):
+        file, self.model = dict(np.load(path)), Classifier().eval()
+        weights = {name: torch.from_numpy(file.pop(name)) for name in self.model.state_dict()}
+        self.model.load_state_dict(weights)  # float16, copied to float32
+        self.test = file.pop("mean").astype(float), file.pop("covariance").astype(float)
+        self.names, self.recognised = file.pop("names").tolist(), file.pop("recognised").item()
+        self.real = file
+
+    def distance(self, images):
+        """Return the distance between images, uint8 (N, 1, 32, 32), and the test set."""
+        return frechet_distance(statistics(features_of(self.model, images)), self.test)
+
+    def share_recognised(self, images, labels):
+        """Return the share of images to which the classifier gives their labels, int64 (N,)."""
+        return share_recognised(self.model, images, labels)
+
+
+@torch.no_grad()
+def share_recognised(model, images, labels):
+    """Return the share of images to which a Classifier gives their labels, int64 (N,)."""
+    found = torch.cat([model(from_pixels(part)).argmax(1) for part in images.split(500)])
+    return (found == torch.as_tensor(labels)).float().mean().item()
 
 
 def read(folder):
@@ -108,22 +141,27 @@ def labels_and_names(folder):
     return torch.tensor([int(label) for _, label, _ in words]), [names[k] for k in sorted(names)]
 
 
-def reference(data):
-    """Return the classifier, and its statistics of the test set and of 1,000 training images."""
-    kept = data / f"frechet-{SIZE}.pt"
-    if not kept.exists():
-        images, (labels, _) = read(data / "train"), labels_and_names(data / "train")
-        model = train_classifier(images, labels)
-        some = images[
-            torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:1000]
-        ]
-        pairs = [statistics(model, read(data / "test")), statistics(model, some)]
-        pairs = [tuple(map(torch.from_numpy, pair)) for pair in pairs]
-        torch.save({"model": model.state_dict(), "test": pairs[0], "train": pairs[1]}, kept)
-    state, model = torch.load(kept, weights_only=True), Classifier().eval()
-    model.load_state_dict(state["model"])
-    test, train = ([part.numpy() for part in state[name]] for name in ("test", "train"))
-    return model, test, train
+def make_ruler(data, path):
+    """Train a classifier on data / "train", and save it with the statistics of data / "test"."""
+    images, (labels, names) = read(data / "train"), labels_and_names(data / "train")
+    model = train_classifier(images, labels)
+    test, (test_labels, _) = read(data / "test"), labels_and_names(data / "test")
+    of_test, features = statistics(features_of(model, test)), features_of(model, images)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    ranks = torch.stack([(labels[order] == k).cumsum(0) for k in range(len(names))], 1)
+    ranks = ranks.gather(1, labels[order, None])[:, 0] - 1  # how many of the class come before
+    file = {name: weight.half().numpy() for name, weight in model.state_dict().items()}
+    file |= {"names": names, "recognised": share_recognised(model, test, test_labels)}
+    file |= {"mean": np.float32(of_test[0]), "covariance": np.float32(of_test[1])}
+    for count in [n for n in (1000, 5000) if SETS * n <= len(images)] or [len(images) // SETS]:
+        each = count // len(names)
+        sets = {f"{count:,}": torch.arange(len(images)) // count,
+                f"{each:,} of each class": ranks // each}  # fmt: skip
+        for name, number in sets.items():
+            chosen = (features[order[number == k]] for k in range(SETS))
+            file[name] = [frechet_distance(statistics(part), of_test) for part in chosen]
+    with replacing(path) as kept:
+        np.savez_compressed(kept, **file)
 
 
 def main():
@@ -131,23 +169,22 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("samples", type=Path, nargs="+", help="folders of samples")
-    parser.add_argument("--data", type=Path, required=True, help="folder with train and test")
+    parser.add_argument("--data", type=Path, help="folder with train and test [Fashion-MNIST's]")
     args = parser.parse_args()
-    model, test, train = reference(args.data)
-    print(f"1,000 training images: {frechet_distance(train, test):.2f}")
-    test_labels, names = labels_and_names(args.data / "test")
-    real = None  # the share of the test images, measured once, if it is needed
+    path = args.data / "ruler.npz" if args.data else RULER
+    if args.data and not path.exists():
+        make_ruler(args.data, path)
+    ruler = Ruler(path)
+    for name, values in ruler.real.items():
+        print(f"training images, {name}: {values.mean():.2f} +- {values.std(ddof=1):.2f}")
     for folder in args.samples:
-        has_classes = {class_of(path, folder) for path in image_files(folder)[0]} <= {*names}
-        images, labels = read_folder(folder, SIZE, 1, classes=names if has_classes else None)
+        has_classes = {class_of(path, folder) for path in image_files(folder)[0]} <= {*ruler.names}
+        images, labels = read_folder(folder, SIZE, 1, classes=ruler.names if has_classes else None)
         images = torch.from_numpy(images)
-        distance = frechet_distance(statistics(model, images), test)
-        print(f"{folder}, {len(images):,} samples: {distance:.2f}", flush=True)
+        print(f"{folder}, {len(images):,} samples: {ruler.distance(images):.2f}", flush=True)
         if has_classes:
-            share = share_recognised(model, images, labels)
-            if real is None:
-                real = share_recognised(model, read(args.data / "test"), test_labels)
-            print(f"  {share:.1%} recognised, and {real:.1%} of the test images", flush=True)
+            share = ruler.share_recognised(images, labels)
+            print(f"  {share:.1%} recognised, and {ruler.recognised:.1%} of the test images")
 
 
 if __name__ == "__main__":

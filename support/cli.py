@@ -1,6 +1,7 @@
 """What the command lines of the programs share: types, words, and whether to stop."""
 
 import argparse
+import contextlib
 import math
 import os
 import shlex
@@ -43,5 +44,6 @@ class StopRequest:
         """Note a signal, as its handler."""
         is_first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun
         if number == signal.SIGINT and not self.made and is_first:
-            os.write(2, b"\nfinishing the step, to save it\n")  # print may be interrupted
+            with contextlib.suppress(OSError):  # Ctrl-C ends a pipe, too
+                os.write(2, b"\nfinishing the step, to save it\n")  # print may be interrupted
         self.made = True

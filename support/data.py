@@ -27,7 +27,7 @@ from tqdm import tqdm
 from images import (
     FORMATS,
     check_new_folder,
-    escape_unprintable,
+    guard_output,
     is_folder_name,
     read_image,
     replacing,
@@ -301,7 +301,7 @@ def main():
     parser.add_argument("out", type=Path)
     parser.add_argument("size", type=cli.number(int, 1))
     args = parser.parse_args()
-    escape_unprintable()
+    guard_output()
     check_new_folder(args.out)
     images, _ = read_folder(args.folder, args.size)
     args.out.mkdir(parents=True, exist_ok=True)

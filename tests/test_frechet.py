@@ -1,9 +1,11 @@
-"""benchmarks/frechet.py against another form of the distance, and with speedrun.py on stripes."""
+"""benchmarks/frechet.py against another form of the distance, its ruler, and ladder.py."""
 
+import csv
 import re
 
 import numpy as np
 import pytest
+import torch
 from conftest import HERE, python
 from PIL import Image
 
@@ -23,6 +25,30 @@ def test_distance_is_that_of_gaussians():
     assert abs(frechet.frechet_distance((m1, S1), (m1, S1))) < 1e-9
 
 
+def stripes(count, seed=0):
+    """Yield (class, pixels) of images of ten classes of stripes, uint8 (28, 28)."""
+    random = np.random.default_rng(seed)
+    for k in range(count):
+        wave = np.sin(np.arange(28) * (k % 10 + 1) / 3 + random.uniform(0, 6))
+        yield k % 10, np.tile((wave * 100 + 128).astype(np.uint8), (28, 1))
+
+
+def test_included_ruler_measures_the_same_everywhere():
+    """To three digits: in one thread, in two, in float64, and where the number was measured."""
+    images = torch.from_numpy(np.stack([pixels for _, pixels in stripes(200)]))
+    images = torch.nn.functional.pad(images, (2, 2, 2, 2))[:, None]
+    ruler, found, threads = frechet.Ruler(), [], torch.get_num_threads()
+    for n in (1, 2):
+        torch.set_num_threads(n)
+        found.append(ruler.distance(images))
+    torch.set_num_threads(threads)
+    x = images / 127.5 - 1
+    features = ruler.model.double().features(x.double()).detach().numpy()
+    found.append(frechet.frechet_distance(frechet.statistics(features), ruler.test))
+    assert found == pytest.approx([691.53] * 3, rel=5e-4)
+    assert frechet.RULER.stat().st_size < 700_000 and len(ruler.names) == 10
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A data set of ten classes of stripes, and a folder of other stripes and one of noise."""
@@ -33,14 +59,9 @@ def data(tmp_path_factory):
         for k, (label, pixels) in enumerate(images):
             Image.fromarray(pixels).save(root / folder / f"{k:05d}_{label}_x.png")
 
-    def stripes(count):
-        for k in range(count):
-            wave = np.sin(np.arange(28) * (k % 10 + 1) / 3 + random.uniform(0, 6))
-            yield k % 10, np.tile((wave * 100 + 128).astype(np.uint8), (28, 1))
-
     save("data/train", stripes(400))
-    save("data/test", stripes(200))
-    save("same", stripes(200))
+    save("data/test", stripes(200, 1))
+    save("same", stripes(200, 2))
     save("noise", ((0, random.integers(0, 256, (28, 28), dtype=np.uint8)) for _ in range(200)))
     return root
 
@@ -49,8 +70,9 @@ def test_program_ranks_noise_behind_images(data, monkeypatch, capsys):
     """Other stripes are near, noise is far, and the classifier is trained only once."""
     words = ["same", "noise", "--data", "data"]
     said = python(HERE / "benchmarks" / "frechet.py", *words, cwd=data)
-    real, same, other = map(float, re.findall(r": ([\d.]+)$", said, re.M))
-    assert max(real, same) < 1 < other and "classifier" in said
+    real = [*map(float, re.findall(r"^training images, 4.*: ([\d.]+) \+-", said, re.M))]
+    same, other = map(float, re.findall(r" 200 samples: ([\d.]+)$", said, re.M))
+    assert len(real) == 2 and max(*real, same) < other / 10 and "classifier" in said
     monkeypatch.chdir(data)
     monkeypatch.setattr("sys.argv", ["frechet.py", *words])
     frechet.main()
@@ -59,11 +81,11 @@ def test_program_ranks_noise_behind_images(data, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_speedrun_prints_a_row(data):
-    """Of a tiny network, whose samples are noise."""
-    small = "--base-channels 8 --channel-mults 1 1 --attention-resolutions --steps 9 --batch 8"
-    words = ["--data", "data", "--samples", 100, *small.split()]
-    said = python(HERE / "benchmarks" / "speedrun.py", *words, cwd=data, timeout=600)
-    head, row = (line.strip("| ").split(" | ") for line in said.splitlines()[-2:])
-    assert len(head) == len(row) == 10
-    assert row[2] == "9" and min(float(row[1]), float(row[3]), float(row[4])) > 1
+def test_ladder_measures_a_rung_once(data):
+    """Of a tiny network, whose samples are noise. The figure and the tables show it."""
+    words = ["paper", "--data", "data", "--table", "ladder.csv", "--steps", 3, "--sets", 1]
+    words += ["--sampling-steps", 2]
+    for _ in range(2):
+        python(HERE / "benchmarks" / "ladder.py", *words, cwd=data, timeout=600)
+    (row,) = csv.DictReader((data / "ladder.csv").read_text().splitlines())
+    assert float(row["distance"]) > 10 and row["steps"] == "3"

@@ -1,0 +1,220 @@
+"""Climb from the paper's recipe to --quick, one change at a time, and measure each rung.
+
+    python benchmarks/ladder.py v --data fashion-mnist         # train a rung, draw, and measure
+    python benchmarks/ladder.py v --data fashion-mnist --steps 10000 --seed 1
+    python benchmarks/ladder.py paper --data fashion-mnist --sampler ddpm --sampling-steps 1000
+    python benchmarks/ladder.py                                # the tables, and ladder.png
+
+A rung is `train.py --quick --no-flip` on fashion-mnist/train, with the flags below. The images are
+named as frechet.py describes, or lie in a sub-folder for each class. An interrupted training
+resumes. Each set of 1,000 samples is a row of benchmarks/ladder.csv, and is drawn only once. With
+OMP_NUM_THREADS=1, all of this keeps to one core, so that two rungs can be trained at a time.
+"""
+
+import argparse
+import contextlib
+import csv
+import io
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import onnxruntime
+import torch
+from matplotlib.figure import Figure
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import frechet  # noqa: E402
+
+import ddpm_numpy  # noqa: E402
+import export  # noqa: E402
+from images import to_pixels  # noqa: E402
+from samplers import SAMPLERS  # noqa: E402
+from support.trained import load  # noqa: E402
+
+ADAM = "--optimizer adam --lr 1e-3 --no-lr-decay"
+RUNGS = {  # flags in place of those of --quick
+    "paper": f"--predicts eps --weighting simple {ADAM}",
+    "v": f"--weighting simple {ADAM}",
+    "min-snr": ADAM,
+    "muon": "--no-lr-decay",
+    "quick": "",
+    "labels": "--classes",
+    # the paper's Table 2, of which "paper" is a row, too
+    "mean-vlb": f"--predicts mean --weighting vlb {ADAM}",
+    "mean-native": f"--predicts mean --weighting native {ADAM}",
+    "eps-vlb": f"--predicts eps --weighting vlb {ADAM}",
+}
+LONG = 10_000
+WAY = "sampler", "sampling_steps", "variance", "clip", "guidance"
+COLUMNS = "rung", "seed", "steps", *WAY, "set", "distance", "recognised"
+COUNT = 1000  # samples in a set
+
+
+def short(rung):
+    """Return the steps of eight minutes on two cores: with Muon, a step takes 1.1 times as long."""
+    return 1650 if ADAM in RUNGS[rung] else 1500
+
+
+def train(args, out):
+    """Train a rung in a process of its own, or resume it; nothing happens if it is finished."""
+    flags = f"--quick --no-flip --warmup 75 --preview-every 2500 {RUNGS[args.rung]}".split()
+    flags += ["--steps", args.steps, "--seed", args.seed, "--out", out]
+    command = [sys.executable, HERE.parent / "train.py", "--data", args.data / "train", *flags]
+    subprocess.run(list(map(str, command)), check=True)
+
+
+def open_network(run, args):
+    """Return the Network of a run, with the variance of the way."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        export.write_onnx(load(run), Path(folder, "model.onnx"))
+        network = ddpm_numpy.Network(Path(folder, "model.onnx"), "cpu", options)
+    network.variance = args.variance
+    return network
+
+
+def draw(network, args, number):
+    """Return set `number` of samples, uint8 (COUNT, 1, 32, 32), the classes in turn."""
+    how = dict(sampler=args.sampler, steps=args.sampling_steps, clip=args.clip)
+    first, pixels = number * COUNT, []
+    for k in range(first, first + COUNT, 50):
+        x0 = ddpm_numpy.sample(network, 50, guidance=args.guidance, first=k, **how)
+        pixels.append(torch.from_numpy(to_pixels(x0)))
+    return torch.cat(pixels)
+
+
+def read_rows(path):
+    """Return the rows of the table, a new one if there is none, as dictionaries."""
+    if not path.exists():
+        path.write_text(",".join(COLUMNS) + "\n")
+    with open(path, newline="") as file:
+        return [*csv.DictReader(file)]
+
+
+def measure(args):
+    """Train a rung, and append a row for each set of samples that is not in the table."""
+    out = args.runs / f"{args.rung}-{args.seed}-{args.steps}"
+    key = {name: str(getattr(args, name)) for name in COLUMNS[: 3 + len(WAY)]}
+    wanted = [key | {"set": str(k)} for k in range(args.sets)]
+    have = [{name: row[name] for name in wanted[0]} for row in read_rows(args.table)]
+    if missing := [row for row in wanted if row not in have]:
+        train(args, out)
+        network, ruler = open_network(out, args), frechet.Ruler()
+        for row in missing:
+            pixels = draw(network, args, int(row["set"]))
+            row["distance"] = f"{ruler.distance(pixels):.2f}"
+            if network.classes:
+                order = [ruler.names.index(name) for name in network.classes]
+                labels = torch.tensor(order).repeat(COUNT)[:COUNT]
+                row["recognised"] = f"{ruler.share_recognised(pixels, labels):.3f}"
+            print(row, flush=True)
+            with open(args.table, "a", newline="") as file:
+                csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+
+
+def arguments():
+    """Return the arguments of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flag = parser.add_argument
+    flag("rung", nargs="?", choices=RUNGS, help="what to train and measure [nothing]")
+    flag("--data", type=Path, help="the folder of Fashion-MNIST, which has train")
+    flag("--runs", type=Path, default=Path("ladder"), help="folder of the runs [%(default)s]")
+    flag("--table", type=Path, default=HERE / "ladder.csv", help="[benchmarks/ladder.csv]")
+    flag("--steps", type=int, help="training steps [1650, with Muon 1500]")
+    flag("--seed", type=int, default=0, help="of the training [%(default)s]")
+    flag("--sampler", default="sa-solver", choices=SAMPLERS, help="[%(default)s]")
+    flag("--sampling-steps", type=int, default=10, help="[%(default)s]")
+    flag("--variance", default="large", choices=("large", "small"), help="[%(default)s]")
+    flag("--clip", default=True, action=argparse.BooleanOptionalAction, help="the clip of x0_hat")
+    flag("--guidance", type=float, default=0.0, help="[%(default)s]")
+    flag("--sets", type=int, default=3, help="of 1,000 samples [%(default)s]")
+    args = parser.parse_args()
+    if args.rung:
+        args.steps = args.steps or short(args.rung)
+    return args
+
+
+# ------------------------------------------------------------------------------ tables and figure
+
+MEANING = {
+    "paper": "the paper's: eps, (14), Adam with a learning rate of 1e-3, no labels",
+    "v": "the network predicts v",
+    "min-snr": "weights min(SNR, 5) of the error of x0_hat",
+    "muon": "Muon with a learning rate of 6e-3",
+    "quick": "the learning rate falls to 0: `--quick`",
+    "labels": "labels: `--quick --classes`",
+}
+WAYS = {  # of sampling: the column's title, and what its rows have
+    "SA-Solver, 10": {"sampler": "sa-solver", "sampling_steps": "10"},
+    "SA-Solver, 50": {"sampler": "sa-solver", "sampling_steps": "50"},
+    "DDIM, 10": {"sampler": "ddim", "sampling_steps": "10"},
+    "DDIM, 50": {"sampler": "ddim", "sampling_steps": "50"},
+    "Algorithm 2, 1000": {"sampler": "ddpm", "sampling_steps": "1000"},
+}
+PLAIN = {"variance": "large", "clip": "True", "guidance": "0.0"}
+
+
+def distances(rows, rung, steps, **way):
+    """Return {seed: the distances of its sets} of a rung, from the rows of the table."""
+    wanted, found = {"rung": rung, "steps": str(steps)} | PLAIN | way, {}
+    for row in rows:
+        if all(row[name] == value for name, value in wanted.items()):
+            found.setdefault(row["seed"], []).append(float(row["distance"]))
+    return found
+
+
+def cell(found):
+    """Return "mean ± standard deviation" of the seeds' means or, of a single seed, of its sets."""
+    values = [statistics.mean(sets) for sets in found.values()]
+    values = next(iter(found.values())) if len(values) == 1 else values
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def table(rows, steps_of):
+    """Return the ladder in Markdown. steps_of: a function of the rung."""
+    lines = ["| | " + " | ".join(WAYS) + " |", "| --- " * (1 + len(WAYS)) + "|"]
+    for rung, meaning in MEANING.items():
+        cells = [cell(distances(rows, rung, steps_of(rung), **way)) for way in WAYS.values()]
+        lines.append(" | ".join([f"| {meaning}", *cells]) + " |")
+    return "\n".join(lines)
+
+
+def save_figure(rows, path):
+    """Draw the distance in 10 steps of SA-Solver against the training steps, a line for a rung."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for rung in MEANING:
+        steps = [short(rung), LONG]
+        found = [[*map(statistics.mean, distances(rows, rung, n, **WAYS["SA-Solver, 10"]).values())]
+                 for n in steps]  # fmt: skip
+        line, = axes.plot(steps, [statistics.mean(f) if f else float("nan") for f in found], label=rung)
+        for n, values in zip(steps, found, strict=True):
+            axes.plot([n] * len(values), values, ".", color=line.get_color())
+    axes.set(xlabel="training steps of 64 images", ylabel="Fréchet distance", xscale="log", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def main():
+    args = arguments()
+    if args.rung:
+        return measure(args)
+    rows = read_rows(args.table)
+    print(table(rows, short), table(rows, lambda _: LONG), sep="\n\n")
+    save_figure(rows, HERE / "ladder.png")
+
+
+if __name__ == "__main__":
+    main()
