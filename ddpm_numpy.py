@@ -93,8 +93,10 @@ def class_labels(classes, names, n, guidance=0):
 
     classes: the names of all classes; without any, the result is None. names: a list, or one name;
     all classes if None. Raises ValueError for a name that is not one of the classes, and for
-    guidance without classes.
+    guidance that is not finite, or without classes.
     """
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance must be a finite number, not {guidance}")
     names = [names] if isinstance(names, str) else [*(names or [])]
     if unknown := sorted({*names} - {*classes}):
         those = f"no class {unknown[0]}; the classes are {', '.join(classes)}"
@@ -131,9 +133,9 @@ def open_session(path, device, options):
         import onnxruntime as ort
     except ModuleNotFoundError:
         raise ValueError("ONNX Runtime is missing: pip install onnxruntime") from None
-    if Path(path).is_dir():
-        raise ValueError(f"{path} is a folder, not the model.onnx that export.py writes; for a "
-                         f"run, first: python export.py --checkpoint {path}")  # fmt: skip
+    if Path(path).is_dir() or Path(path).suffix == ".pt":
+        raise ValueError(f"{path} is not a file that export.py writes; if it is a run, first: "
+                         f"python export.py --checkpoint {path}")  # fmt: skip
     if not Path(path).is_file():
         raise ValueError(f"{path} does not exist; python export.py writes it")
     if device not in ("auto", "cuda", "cpu"):
@@ -209,6 +211,8 @@ class Network:
             is_schedule = self.betas.ndim == 1 and ((self.betas > 0) & (self.betas < 1)).all()
             if not is_schedule or not len(self.betas) or self.variance not in ("large", "small"):
                 raise ValueError("they have no schedule")
+            if math.prod(self.shape) > 2**26:
+                raise ValueError(f"the images are {self.shape}")
             if inputs["x_t"][1:] != [*self.shape] or ("y" in inputs) != bool(self.classes):
                 raise ValueError(f"the inputs are {inputs}")
             if len({*self.classes}) < len(self.classes):

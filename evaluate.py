@@ -4,14 +4,15 @@
     python evaluate.py --data ./test-images --checkpoint hf:google/ddpm-cifar10-32 --images 256
 
 It prints the terms of the bound in bits per dimension, and saves the rate-distortion curve (the
-paper's figure 5) as rate-distortion.csv and .png. Each image takes T passes through the network.
-After Ctrl-C, it reports on the batches that are finished.
+paper's figure 5) as rate-distortion-test-images.csv and .png. Each image takes T passes through the
+network. After Ctrl-C, it reports on the batches that are finished.
 """
 
 import support.start  # noqa: F401  # isort: skip
 
 import argparse
 import math
+import os
 import signal
 import sys
 from functools import partial
@@ -51,7 +52,8 @@ def arguments():
     )
     flag, count = parser.add_argument, cli.number(int, 1)
     seed = cli.number(int, 0, 2**63)
-    flag("--data", help="folder of images [the demo, if the network was trained on it]")
+    flag("--data", action=cli.Once,
+         help="folder of images [the demo, if the network was trained on it]")  # fmt: skip
     flag("--checkpoint", default="run/checkpoint.pt",
          help="a run, or diffusers weights: a folder, or hf:NAME [%(default)s]")  # fmt: skip
     flag("--images", type=count, help="how many images, evenly spread over the folder [all]")
@@ -110,8 +112,11 @@ def save_curve(path, L_t, rate, rmse):
 def evaluate(args):
     """Measure the bound, print it, and save the curve."""
     path = Path(args.checkpoint.removeprefix(HUB))
-    out = args.out or (path if path.is_dir() else path.parent if path.exists() else Path())
-    curve = out / "rate-distortion.csv"
+    out = args.out or (path if path.is_dir() else path.parent)
+    if not args.out and not os.access(out, os.W_OK):
+        out = Path()
+    data = args.data and Path(args.data).resolve().name
+    curve = out / f"rate-distortion{f'-{data}' if data else ''}.csv"
     check_output(curve)
     device = choose_device(args.device)
     prefer_accuracy()
@@ -123,6 +128,9 @@ def evaluate(args):
         images, labels = demo_images(), None
     else:
         sys.exit("evaluate.py: --data must be a folder of images that the network has not seen")
+    if trained.source == f"train.py, {data}":
+        print(f"the network was trained on a folder named {data}; if the images are the same, the "
+              "bound says nothing about new ones")  # fmt: skip
     images = torch.from_numpy(images)
     # Shuffled, so that the batches finished before Ctrl-C are a fair sample:
     random = torch.Generator().manual_seed(args.seed)

@@ -16,7 +16,6 @@ runs on every device that torch supports, and needs the files of train.py, but n
 import argparse
 import hashlib
 import json
-import math
 import os
 import signal
 import sys
@@ -89,7 +88,8 @@ def arguments():
     flag("--eta", type=float, help="noise of DDIM, 0 to 1; selects --sampler ddim [0, none]")
     flag("--batch", default=64, type=int, help="images drawn together [%(default)s]")
     flag("--seed", default=0, type=int, help="the same seed draws the same images [%(default)s]")
-    flag("--class", dest="classes", nargs="+", metavar="NAME", help="classes to draw [all]")
+    flag("--class", dest="classes", nargs="+", action="extend", metavar="NAME",
+         help="classes to draw [all]")  # fmt: skip
     flag("--guidance", type=float, default=0.0, help="w: makes images more typical of a class [0]")
     flag("--device", default="auto", help="auto, cuda, cpu; in torch also cuda:1, mps, xpu [auto]")
     flag("--amp", action=argparse.BooleanOptionalAction,
@@ -108,8 +108,6 @@ def arguments():
         parser.error("--interpolate takes at most one class, and exactly one with --guidance")
     if args.t and not args.interpolate:
         parser.error("--t needs --interpolate")
-    if not math.isfinite(args.guidance):
-        parser.error("--guidance must be a finite number")
     inputs = *(args.inpaint or ()), *(args.interpolate or ()), args.source
     outputs = [path for path in (args.out, args.gif, args.dir and args.dir / NOTE) if path]
     if len({os.path.abspath(path) for path in outputs}) < len(outputs):
@@ -127,14 +125,19 @@ def read(path, shape):
         sys.exit(f"sample.py: {path} can't be read: {error}")
 
 
-def read_mask(path, shape):
+def read_mask(path, shape, of):
     """Return where to redraw, bool (1, H, W): where the mask is white or, on transparency, opaque.
 
-    The lightest grey of the file counts as white, so that masks of 0 and 1 work.
+    The lightest grey of the file counts as white, so that masks of 0 and 1 work. of: the file that
+    is masked. A mask that is not square must have its shape, because both are cropped to a square.
     """
     grey = read(path, (1, *shape[1:]))
-    with Image.open(path) as image:
-        alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
+    with Image.open(path) as mask, Image.open(of) as image:
+        (w, h), (W, H) = (ImageOps.exif_transpose(file).size for file in (mask, image))
+        if w != h and abs(w * H - h * W) > max(w * H, h * W) / 50:
+            sys.exit(f"sample.py: {path} has {w}x{h} pixels and {of} {W}x{H}: give both one shape, "
+                     "or make the mask a square, for the cropped image")  # fmt: skip
+        alpha = ImageOps.exif_transpose(mask).convert("RGBA").getchannel("A")
     if alpha.getextrema()[0] < 128:
         grey = np.asarray(ImageOps.fit(alpha, shape[:0:-1], Image.Resampling.LANCZOS))[None]
     return grey > grey.max() / 2
@@ -219,44 +222,53 @@ def draw_samples(network, args, y):
     names = [] if y is None else list(dict.fromkeys(network.classes[k] for k in y))
     if args.inpaint:
         image = from_pixels(read(args.inpaint[0], network.shape))
-        known = image, read_mask(args.inpaint[1], network.shape)
+        known = image, read_mask(args.inpaint[1], network.shape, args.inpaint[0])
         print(f"the mask selects {known[1].mean():.0%} of the image")
-    paths, begun = begin_folder(args, network, y) if args.dir else ([], 0)
-    shown, done = [read(path, network.shape) for path in paths[: min(begun, GRID)]], begun
-    began = time.monotonic()
-    bar = tqdm(total=-(-(n - done) // args.batch) * args.steps, unit="step", mininterval=1)
+    paths = begin_folder(args, network, y) if args.dir else []
+    here = [path.is_file() for path in paths] or [False] * n
+    if any(here):
+        print(f"{args.dir} has {sum(here):,} of the images already")
+    batches = [slice(k, min(k + args.batch, n)) for k in range(0, n, args.batch)]
+    shown, done, drawn, began = [], 0, 0, time.monotonic()
+    bar = tqdm(total=sum(not all(here[batch]) for batch in batches) * args.steps, unit="step",
+               mininterval=1)  # fmt: skip
     try:
-        while done < n:
-            batch = slice(done, min(done + args.batch, n))
-            of_gif = frames if args.gif and done == 0 else None
-            pixels = draw_batch(network, args, y, batch, known, bar, of_gif)
-            if args.dir:
-                for path, image in zip(paths[batch], pixels, strict=True):
+        for batch in batches:
+            if all(here[batch]):
+                pixels = [read(path, network.shape) for path in paths[batch][: GRID - len(shown)]]
+            else:
+                of_gif = frames if args.gif and batch.start == 0 else None
+                pixels = draw_batch(network, args, y, batch, known, bar, of_gif)
+                drawn += len(pixels)
+            for path, image in zip(paths[batch], pixels, strict=False):
+                if not path.is_file():
                     save_image(path, to_image(image))
             shown.extend(pixels[: GRID - len(shown)])
             done = batch.stop
     except KeyboardInterrupt:
-        if not shown:
+        if not done:
             raise
     finally:
         bar.close()
     catch_signals(signal.SIG_IGN)  # what is finished is saved
     seconds = time.monotonic() - began
     save_image(args.out, grid(np.stack(shown), rows=len(names), names=names))
-    if frames and done:
+    if args.gif and not frames:
+        print(f"{args.gif} is not saved, because the first images were drawn before")
+    elif args.gif:
         states = [grid(x, rows=len(names)) for x in frames]
         save_animation(args.gif, states, each=3000 // (len(frames) - 1))
     number = f"{done:,} image{'s' * (done > 1)}"
     shows = f"the first {GRID} of {number}" if done > GRID else number
     of = f" of {', '.join(names)}" if names else ""
-    speed = f", {seconds:.1f} s, {seconds / (done - begun):.2f} s each" if done > begun else ""
+    speed = f", {seconds:.1f} s, {seconds / drawn:.2f} s each" if drawn else ""
     print(f"{args.out}: {shows}{of}{speed}")
     if done < n:
         sys.exit(f"sample.py: stopped after {done:,} of {n:,} images")
 
 
 def begin_folder(args, network, y):
-    """Return the paths of the images of --dir, and how many of the first are there already.
+    """Return the paths of the images of --dir, some of which may be there already.
 
     They are from the same command, in which -n, --batch and the files of the grid and the GIF may
     have differed. Exits if the folder holds anything else.
@@ -266,19 +278,18 @@ def begin_folder(args, network, y):
     names = "steps", "sampler", "eta", "seed", "classes", "guidance"
     settings = {name: getattr(args, name) for name in names}
     inputs = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in args.inpaint or ()]
-    note = json.dumps(settings | {"files": [network.digest(), *inputs]}).encode()
+    note = settings | {"network": network.digest(), "inpainted": inputs}
     here = [*args.dir.iterdir()] if args.dir.exists() else []
     if not any(path.name[0] != "." or path.name == NOTE for path in here):
         with replacing(args.dir / NOTE) as file:
-            file.write(note)
-    elif not (args.dir / NOTE).is_file() or (args.dir / NOTE).read_bytes() != note:
+            file.write(json.dumps(note).encode())
+        return paths
+    old = json.loads((args.dir / NOTE).read_bytes()) if (args.dir / NOTE).is_file() else {}
+    if differs := [name for name in note if old.get(name, "") != note[name]]:
+        what = f"; what differs: {', '.join(differs)}" if old else ""
         sys.exit(f"sample.py: --dir {args.dir} must be a new or empty folder, or one that the same "
-                 "command has begun")  # fmt: skip
-    begun = next((k for k, path in enumerate(paths) if not path.is_file()), len(paths))
-    if begun:
-        hint = ", so --gif has nothing to show" if args.gif else ""
-        print(f"{args.dir} has the first {begun:,} images already{hint}")
-    return paths, begun
+                 f"command has begun{what}")  # fmt: skip
+    return paths
 
 
 def draw(args):
@@ -286,6 +297,8 @@ def draw(args):
     args.classes = args.classes and list(dict.fromkeys(args.classes))  # each has one row
     try:
         network = open_network(args)
+        if bad := [name for name in network.classes if not is_folder_name(name)]:  # of --dir
+            raise ValueError(f"{args.source}: a class must not be named {bad[0]!r}")
         T, classes = len(network.betas), len(args.classes or network.classes)
         args.n = args.n or (min(8 * classes, GRID) if classes > 1 else 64)
         args.steps, args.t = T if args.steps is None else args.steps, args.t or [T // 5]
@@ -293,8 +306,6 @@ def draw(args):
         y = class_labels(network.classes, args.classes, args.n, args.guidance)
     except ValueError as error:
         sys.exit(f"sample.py: {error}")
-    if bad := [name for name in network.classes if not is_folder_name(name)]:  # of --dir
-        sys.exit(f"sample.py: {args.source}: a class must not be named {bad[0]!r}")
     if not all(0 <= t < T for t in args.t):
         sys.exit(f"sample.py: this model has T = {T}: --t must be 0..{T - 1}")
     name = network.provider.removesuffix("ExecutionProvider")

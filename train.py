@@ -140,7 +140,7 @@ share, switch = cli.number(float, 0, 1), argparse.BooleanOptionalAction
 class Settings:
     """What a run depends on. The defaults are the paper's CIFAR-10 network and run, on a CPU."""
 
-    data: str = flag(None, "train", "folder of images, with its sub-folders [the built-in demo]")
+    data: str = flag(None, "train", "folder of images, and below [the demo]", action=cli.Once)
     classes: tuple = flag((), "train", "the sub-folders of --data are classes", action="store_true")
     out: Path = flag(RUN, None, "folder of the run", type=Path)
     init: str = flag(None, "train", "start from a run's weights, or diffusers': a folder, hf:NAME")
@@ -329,7 +329,8 @@ def describe(args, images, start, size):
     """Print what is trained on what. start: the first step. size: the number of parameters."""
     has_default = (f for f in fields(args) if f.metadata["kept"] and f.default not in (None, ()))
     changed = {f.name: v for f in has_default if (v := getattr(args, f.name)) != f.default}
-    kind = f", in {len(args.classes):,} classes" if args.classes else ""
+    names = ", ".join([*args.classes[:10], *["..."] * (len(args.classes) > 10)])
+    kind = f", in {len(args.classes):,} classes: {names}" if args.classes else ""
     kind += "; the network will memorise the images" if len(images) < 100 else ""
     where = f"{args.device}, {'bfloat16' if args.amp else 'float32'}"
     where += ", compiled" if args.compile else ""

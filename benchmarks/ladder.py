@@ -7,7 +7,7 @@
 
 A rung is `train.py --quick --no-flip` on fashion-mnist/train, with the flags below. The images are
 named as frechet.py describes, or lie in a sub-folder for each class. An interrupted training
-resumes. Each set of 1,000 samples is a row of benchmarks/ladder.csv, and is drawn only once. With
+resumes. Each set of samples is a row of benchmarks/ladder.csv, and is drawn only once. With
 OMP_NUM_THREADS=1, all of this keeps to one core, so that two rungs can be trained at a time.
 """
 
@@ -51,8 +51,7 @@ RUNGS = {  # flags in place of those of --quick
 }
 LONG = 10_000
 WAY = "sampler", "sampling_steps", "variance", "clip", "guidance"
-COLUMNS = "rung", "seed", "steps", *WAY, "set", "distance", "recognised"
-COUNT = 1000  # samples in a set
+COLUMNS = "rung", "seed", "steps", *WAY, "samples", "set", "distance", "recognised"
 
 
 def short(rung):
@@ -80,10 +79,10 @@ def open_network(run, args):
 
 
 def draw(network, args, number):
-    """Return set `number` of samples, uint8 (COUNT, 1, 32, 32), the classes in turn."""
+    """Return set `number` of samples, uint8 (samples, 1, 32, 32), the classes in turn."""
     how = dict(sampler=args.sampler, steps=args.sampling_steps, clip=args.clip)
-    first, pixels = number * COUNT, []
-    for k in range(first, first + COUNT, 50):
+    first, pixels = number * args.samples, []
+    for k in range(first, first + args.samples, 50):
         x0 = ddpm_numpy.sample(network, 50, guidance=args.guidance, first=k, **how)
         pixels.append(torch.from_numpy(to_pixels(x0)))
     return torch.cat(pixels)
@@ -100,7 +99,7 @@ def read_rows(path):
 def measure(args):
     """Train a rung, and append a row for each set of samples that is not in the table."""
     out = args.runs / f"{args.rung}-{args.seed}-{args.steps}"
-    key = {name: str(getattr(args, name)) for name in COLUMNS[: 3 + len(WAY)]}
+    key = {name: str(getattr(args, name)) for name in COLUMNS[: 4 + len(WAY)]}
     wanted = [key | {"set": str(k)} for k in range(args.sets)]
     have = [{name: row[name] for name in wanted[0]} for row in read_rows(args.table)]
     if missing := [row for row in wanted if row not in have]:
@@ -111,7 +110,7 @@ def measure(args):
             row["distance"] = f"{ruler.distance(pixels):.2f}"
             if network.classes:
                 order = [ruler.names.index(name) for name in network.classes]
-                labels = torch.tensor(order).repeat(COUNT)[:COUNT]
+                labels = torch.tensor(order).repeat(args.samples)[: args.samples]
                 row["recognised"] = f"{ruler.share_recognised(pixels, labels):.3f}"
             print(row, flush=True)
             with open(args.table, "a", newline="") as file:
@@ -135,7 +134,8 @@ def arguments():
     flag("--variance", default="large", choices=("large", "small"), help="[%(default)s]")
     flag("--clip", default=True, action=argparse.BooleanOptionalAction, help="the clip of x0_hat")
     flag("--guidance", type=float, default=0.0, help="[%(default)s]")
-    flag("--sets", type=int, default=3, help="of 1,000 samples [%(default)s]")
+    flag("--samples", type=int, default=1000, help="in a set, a multiple of 50 [%(default)s]")
+    flag("--sets", type=int, default=3, help="of samples [%(default)s]")
     args = parser.parse_args()
     if args.rung:
         args.steps = args.steps or short(args.rung)
@@ -159,7 +159,7 @@ WAYS = {  # of sampling: the column's title, and what its rows have
     "DDIM, 50": {"sampler": "ddim", "sampling_steps": "50"},
     "Algorithm 2, 1000": {"sampler": "ddpm", "sampling_steps": "1000"},
 }
-PLAIN = {"variance": "large", "clip": "True", "guidance": "0.0"}
+PLAIN = {"variance": "large", "clip": "True", "guidance": "0.0", "samples": "1000"}
 
 
 def distances(rows, rung, steps, **way):
@@ -195,13 +195,17 @@ def save_figure(rows, path):
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for rung in MEANING:
-        steps = [short(rung), LONG]
-        found = [[*map(statistics.mean, distances(rows, rung, n, **WAYS["SA-Solver, 10"]).values())]
-                 for n in steps]  # fmt: skip
-        line, = axes.plot(steps, [statistics.mean(f) if f else float("nan") for f in found], label=rung)
-        for n, values in zip(steps, found, strict=True):
-            axes.plot([n] * len(values), values, ".", color=line.get_color())
-    axes.set(xlabel="training steps of 64 images", ylabel="Fréchet distance", xscale="log", yscale="log")
+        points = [
+            (steps, statistics.mean(sets))
+            for steps in (short(rung), LONG)
+            for sets in distances(rows, rung, steps, **WAYS["SA-Solver, 10"]).values()
+        ]
+        steps = sorted({n for n, _ in points})
+        means = [statistics.mean(value for n, value in points if n == at) for at in steps]
+        (line,) = axes.plot(steps, means, label=rung)
+        axes.plot(*zip(*points, strict=True), ".", color=line.get_color())
+    axes.set(xlabel="training steps of 64 images", ylabel="Fréchet distance")
+    axes.set(xscale="log", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(path, dpi=100)

@@ -9,11 +9,16 @@
 The folder `judge` has many more pictures, from which frechet.py learns to tell the shapes apart.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from images import check_new_folder
 
 CORNERS = {"circle": 0, "square": 4, "triangle": 3, "star": 10}
 
@@ -36,7 +41,10 @@ def draw(kind, random):
 
 
 def main():
-    out, random = Path(sys.argv[1]), np.random.default_rng(0)
+    parser = argparse.ArgumentParser(usage="python benchmarks/shapes.py NEW_FOLDER")
+    parser.add_argument("out", type=Path)
+    out, random = parser.parse_args().out, np.random.default_rng(0)
+    check_new_folder(out)
     for part, n in (("images", 75), ("judge/train", 3000), ("judge/test", 250)):
         for kind in CORNERS:
             (out / part / kind).mkdir(parents=True)

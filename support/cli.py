@@ -25,6 +25,15 @@ def number(kind, low, high=math.inf):
     return parse
 
 
+class Once(argparse.Action):
+    """Store the value of a flag, which must not be given twice."""
+
+    def __call__(self, parser, namespace, value, option):
+        if getattr(namespace, self.dest, None) is not None:
+            parser.error(f"{option} is given twice")
+        setattr(namespace, self.dest, value)
+
+
 def command(*words):
     """Return the words as a command line that the user's shell understands."""
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)

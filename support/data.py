@@ -46,7 +46,8 @@ def image_files(folder):
 
     The first two are lists of paths, in the same order on each machine. An image file has a suffix
     that Pillow can read. Hidden files are ignored. Sub-folders are left out, with a reason, if they
-    are links, cannot be read, or hold a checkpoint.pt. Exits if there is no such folder.
+    are links, cannot be read, or hold the output of train.py or sample.py. Exits if there is no
+    such folder.
     """
     if not os.path.isdir(folder):
         sys.exit(f"{folder}: {'not a folder' if os.path.exists(folder) else 'no such folder'}")
@@ -57,8 +58,9 @@ def image_files(folder):
         left_out.append(f"{error.filename} ({error.strerror})")
 
     for root, folders, names in os.walk(folder, onerror=can_not_read):
-        if "checkpoint.pt" in names:  # a run, with its previews
-            left_out.append(f"{root} (it holds a checkpoint.pt)")
+        is_below = root != os.fspath(folder)
+        if "checkpoint.pt" in names or (is_below and ".sample.json" in names):
+            left_out.append(f"{root} (it holds the output of train.py or sample.py)")
             folders.clear()
             continue
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -81,7 +83,7 @@ def class_names(folder):
 
     Exits if there are images outside of the sub-folders, or fewer than two classes.
     """
-    paths = image_files(folder)[0]
+    paths, _, left_out = image_files(folder)
     names = sorted({class_of(path, folder) for path in paths})
     if "" in names:
         first = next(os.path.basename(path) for path in paths if not class_of(path, folder))
@@ -90,7 +92,9 @@ def class_names(folder):
     if bad := [name for name in names if not is_folder_name(name)]:
         sys.exit(f"--classes: a class must not be named {bad[0]!r}")
     if len(names) < 2:
-        sys.exit(f"--classes: {folder} needs images in two sub-folders or more, one for each class")
+        found = ", ".join([*names, *left_out[:3]]) or "none"
+        sys.exit(f"--classes: {folder} needs images in two sub-folders or more, one for each "
+                 f"class; found: {printable(found)}")  # fmt: skip
     return names
 
 
@@ -143,10 +147,12 @@ def map_files(function, paths):
 
     Pillow decodes without Python's lock. With small files, threads mostly wait for that lock.
     """
-    if np.mean([size_and_time(path)[0] for path in paths[:64]]) < LARGE:
+    size = np.mean([size_and_time(path)[0] for path in paths[:64]])
+    if size < LARGE:
         yield from map(function, paths)
         return
-    with ThreadPool(min(16, os.cpu_count() or 1)) as pool:
+    most = 16 if size < 2**20 else 4  # an image takes 12 bytes per pixel while it is decoded
+    with ThreadPool(min(most, os.cpu_count() or 1)) as pool:
         yield from pool.imap(function, paths)
 
 

@@ -80,6 +80,8 @@ def load(path):
     if not source.startswith(HUB):
         if (path / "checkpoint.pt").is_file():
             path /= "checkpoint.pt"
+        if path.suffix == ".onnx":
+            sys.exit(f"{path.as_posix()} is not a checkpoint; sample.py draws from it with --onnx")
         if path.is_file():
             return from_checkpoint(open_checkpoint(path))
         if not path.is_dir():

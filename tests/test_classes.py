@@ -229,7 +229,10 @@ def test_folders_that_are_no_classes_are_one_line(class_folder, image_folder, tm
     for flags, said in (
         (["--data", image_folder], "outside of its sub-folders"),
         (["--data", class_folder / "red"], "outside of"),
-        (["--data", "one"], "needs images in two sub-folders"),
+        (
+            ["--data", "one"],
+            "needs images in two sub-folders or more, one for each class; found: red",
+        ),
         ([], "--classes need --data"),
     ):
         assert said in run("train.py", *flags, "--classes", cwd=tmp_path, code=1)
@@ -238,7 +241,7 @@ def test_folders_that_are_no_classes_are_one_line(class_folder, image_folder, tm
 def test_names_that_are_no_classes_are_one_line(
     draw, coloured, trained, image_folder, tmp_path, run
 ):
-    said = draw("--class", "red", "pink", code=1)
+    said = draw("--class", "red", "--class", "pink", code=1)
     assert "no class pink; the classes are blue, green, red" in said
     ends = image_folder / "0.png", image_folder / "1.png"
     said = draw("--class", "red", "blue", "--interpolate", *ends, code=2)

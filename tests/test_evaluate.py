@@ -1,6 +1,7 @@
 """evaluate.py: the bound that it prints, and the rate-distortion curve that it saves."""
 
 import itertools
+import os
 import signal
 import sys
 import warnings
@@ -61,14 +62,15 @@ def test_bound_and_curve_are_those_of_ddpm_py(network, image_folder, tmp_path, m
         ("total", total, 1e-3), ("RMSE", rmse[0], 1e-2),
     ):  # fmt: skip
         assert printed(said, name) == pytest.approx(expected.item(), abs=error)
-    assert (tmp_path / "rate-distortion.csv").read_text().startswith("t,L_t,rate,rmse\n")
-    table = np.loadtxt(tmp_path / "rate-distortion.csv", delimiter=",", skiprows=1)
+    (curve,) = tmp_path.glob(f"rate-distortion-{image_folder.name}.csv")
+    assert curve.read_text().startswith("t,L_t,rate,rmse\n")
+    table = np.loadtxt(curve, delimiter=",", skiprows=1)
     assert table[:, 0].tolist() == list(range(100))
     np.testing.assert_allclose(table[:, 1], L_t, rtol=1e-3, atol=1e-6)
     for t in (0, 1, 50, 99):  # what is known before the step at t: L_T and the terms above t
         assert table[t, 2] == pytest.approx(L_T.item() + L_t[t + 1 :].sum().item(), rel=1e-3)
         assert table[t, 3] == pytest.approx(rmse[t].item(), rel=1e-3)
-    assert Image.open(tmp_path / "rate-distortion.png").size == (640, 440)
+    assert Image.open(curve.with_suffix(".png")).size == (640, 440)
 
 
 def test_float32_is_not_rounded_to_tf32(measure):
@@ -109,7 +111,8 @@ def test_interrupt_keeps_what_is_measured(tmp_path, measure, monkeypatch):
     said = measure("--batch", 2, code=1)
     assert "on 4 images of" in said and "stopped after 4 of 12 images" in said
     total = printed(said, "L_1 + .. + L_T-1") + printed(said, "L_0")
-    table = np.loadtxt(tmp_path / "rate-distortion.csv", delimiter=",", skiprows=1)
+    (curve,) = tmp_path.glob("rate-distortion-*.csv")
+    table = np.loadtxt(curve, delimiter=",", skiprows=1)
     assert table[:, 1].sum() == pytest.approx(total, abs=1e-3)
 
 
@@ -131,7 +134,19 @@ def test_without_matplotlib_it_writes_the_table(tmp_path, measure, monkeypatch):
     said = measure("--images", 1)
     figure_class.cache_clear()
     assert "matplotlib is missing: pip install matplotlib" in said
-    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint.pt", "rate-distortion.csv"}
+    assert {p.suffix for p in tmp_path.iterdir()} == {".pt", ".csv"}
+
+
+def test_run_that_can_not_be_written_and_its_training_images(
+    trained, image_folder, tmp_path, run, monkeypatch
+):
+    """The curve is then saved in the current folder."""
+    folder = trained[0] / "run"
+    monkeypatch.setattr(os, "access", lambda path, mode: path != folder)
+    words = ["--data", image_folder, "--images", 1, "--checkpoint", folder]
+    said = run("evaluate.py", *words, cwd=tmp_path)
+    assert f"the network was trained on a folder named {image_folder.name}; if the" in said
+    assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".csv", ".png"]
 
 
 def test_device_and_output_are_checked_before_images_are_read(trained, tmp_path, run, monkeypatch):

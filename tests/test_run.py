@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -18,10 +17,6 @@ import train
 from support import cli, run
 from support.plot import figure_class
 from support.trained import load
-
-if sys.platform != "win32":
-    import fcntl
-    import termios
 
 # ----------------------------------------------------------------------------------------- resuming
 
@@ -394,29 +389,6 @@ def test_signal_ends_training_after_a_step_that_is_saved(number, tiny, tmp_path,
 
 
 @posix
-def test_closed_terminal_saves_the_step(image_folder, tmp_path):
-    """The terminal is gone, so the program can print nothing more."""
-    ours, theirs = os.openpty()
-    words = [sys.executable, HERE / "train.py", "--data", image_folder, *TINY, "--steps", 100_000]
-
-    def attach():
-        os.setsid()
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # if nohup started the tests
-        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
-
-    process = subprocess.Popen(list(map(str, words)), cwd=tmp_path, stdin=theirs, stdout=theirs,
-                               stderr=theirs, preexec_fn=attach)  # fmt: skip
-    os.close(theirs)
-    while not (tmp_path / "run" / "log.csv").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    os.close(ours)
-    process.wait(timeout=60)
-    rows = (tmp_path / "run" / "log.csv").read_text().split()
-    assert int(rows[-1].split(",")[0]) == read(tmp_path / "run")["step"] > 0
-
-
-@posix
 def test_under_nohup_a_closed_terminal_stops_nothing():
     with restoring_signals():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -446,6 +418,30 @@ def test_loss_that_is_not_finite_reaches_no_checkpoint(
 def test_printed_commands_are_quoted_for_the_shell(name, said, monkeypatch):
     monkeypatch.setattr("support.cli.os.name", name)
     assert cli.command("train.py", "--data", "my images") == f"train.py {said}"
+
+
+@pytest.mark.parametrize("program", ["train", "evaluate", "export"])
+def test_missing_package_and_early_ctrl_c_are_one_line(program, tmp_path):
+    """Also while the program imports."""
+    for package, fault in (("torch", "None"), ("numpy", "None"), ("torch", "Interrupt()")):
+        code = f"""
+import sys
+class Interrupt:
+    def __getattr__(self, name):
+        raise KeyboardInterrupt
+sys.path.insert(0, {str(HERE)!r})
+sys.modules[{package!r}] = {fault}
+import {program}
+"""
+        said = python("-c", code, cwd=tmp_path, code=-signal.SIGINT if fault != "None" else 1)
+        one_line = f"{package} is missing: pip install -r requirements.txt\n"
+        assert said == (one_line if fault == "None" else "stopped\n")
+
+
+def test_flag_that_is_given_twice_is_refused(image_folder, tmp_path, run):
+    for program in "train.py", "evaluate.py":
+        said = run(program, "--data", image_folder, "--data", ".", cwd=tmp_path, code=2)
+        assert "--data is given twice" in said
 
 
 def test_mistyped_path_is_not_looked_up_on_the_hub(monkeypatch):

@@ -85,8 +85,11 @@ def interrupted(number):
 def test_foreign_and_missing_models_are_one_line(trained, tmp_path, run):
     said = run("sample.py", cwd=tmp_path, code=1)
     assert "sample.py: model.onnx does not exist; python export.py writes it" in said
-    said = run("sample.py", "--onnx", "run", cwd=trained[0], code=1)
-    assert "first: python export.py --checkpoint run" in said
+    for name in "run", "run/checkpoint.pt":
+        said = run("sample.py", "--onnx", name, cwd=trained[0], code=1)
+        assert f"if it is a run, first: python export.py --checkpoint {name}" in said
+    said = run("sample.py", "--checkpoint", "model.onnx", cwd=trained[0], code=1)
+    assert "model.onnx is not a checkpoint; sample.py draws from it with --onnx" in said
     whole = (trained[0] / "model.onnx").read_bytes()
     for content in (whole[: len(whole) // 2], b"garbage", b""):
         (tmp_path / "model.onnx").write_bytes(content)
@@ -104,7 +107,7 @@ def test_foreign_and_missing_models_are_one_line(trained, tmp_path, run):
     [
         ("betas", "no schedule", [[0.1, 2.0], []]), ("betas", "do not fit", [{"a": 1}]),
         ("variance", "no schedule", ["x"]),
-        ("image_shape", "do not fit", [[3, 8], [3, 8, "x"], [1, 8, 8]]),
+        ("image_shape", "do not fit", [[3, 8], [3, 8, "x"], [1, 8, 8], [3, 100_000, 100_000]]),
         ("classes", "do not fit", [[]]),
         ("classes", "classes are ['a', 'a', 'b']", [["a", "a", "b"]]),
         ("classes", "a class must not be named '\\x1b[31m'", [["a", "\x1b[31m", "b"]]),
@@ -381,19 +384,22 @@ def test_interrupted_folder_is_continued(program, tmp_path, monkeypatch):
     assert "stopped after 4 of 6" in program(*words, 6, code=1)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("*.png")}
     said = program(*words, 6)
-    assert "parts has the first 4 images already" in said and "parts.png: 6 images, " in said
+    assert "parts has 4 of the images already" in said and "parts.png: 6 images, " in said
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    (tmp_path / "parts" / "000001.png").unlink()  # only what is missing is drawn
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("*.png")}
+    said = program(*words, 7)
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     said = program(*words, 7, "--gif", "x.gif")
-    assert "so --gif has nothing to show" in said
-    said = program(*words, 7)
-    assert "has the first 7 images already\n" in said and said.rstrip().endswith("7 images")
+    assert "x.gif is not saved, because the first images were drawn before" in said
+    assert "has 7 of the images already\n" in said and said.rstrip().endswith("7 images")
     whole, parts = images_in(tmp_path / "whole"), images_in(tmp_path / "parts")
     assert len(whole) == 7 and np.abs(whole - parts).max() <= 1
     whole, parts = pixels_of(tmp_path / "whole.png"), pixels_of(tmp_path / "parts.png")
     assert np.abs(whole - parts).max() <= 1
-    for other in (["--seed", 1], ["--steps", 4], ["--eta", 0]):
+    for other, name in (["--seed", 1], "seed"), (["--steps", 4], "steps"), (["--eta", 0], "eta"):
         said = program(*words, 7, *other, code=1)
-        assert "or one that the same command has begun" in said
+        assert f"or one that the same command has begun; what differs: {name}\n" in said
 
 
 @posix
@@ -432,7 +438,7 @@ def test_grid_shows_the_first_256_images(program, tmp_path):
         (1, "eta must be from 0 to 1, and is only for", ["--eta 2", "--eta nan"]),
         (1, "it is 0.0 for 'sa-solver'", ["--eta 0 --sampler sa-solver"]),
         (2, "--sampler: invalid choice: 'euler'", ["--sampler euler"]),
-        (2, "--guidance must be a finite number", ["--guidance nan"]),
+        (1, "guidance must be a finite number", ["--guidance nan"]),
         (2, "--t needs --interpolate", ["--t 5"]),
         (2, "takes at most one class, and exactly one with --guidance",
          ["--interpolate {two} --guidance 1"]),
@@ -444,6 +450,7 @@ def test_grid_shows_the_first_256_images(program, tmp_path):
         (1, "nowhere.png can't be read", ["--interpolate {good} nowhere.png"]),
         (1, "broken.png can't be read",
          ["--interpolate {broken} {good}", "--inpaint {good} {broken}"]),
+        (1, "mask.png has 4x8 pixels and ", ["--inpaint {good} mask.png"]),
         (2, "{last} must be a ",
          ["--out o.psd", "--out o.xbm", "--out o.grib", "--out nosuffix", "--out photos",
           "--gif o.jpg"]),
@@ -464,10 +471,16 @@ def test_impossible_flags_are_refused_before_sampling(
     mine.parent.mkdir()
     mine.write_text("mine")
     (tmp_path / "same.png").hardlink_to(mine)
+    Image.new("L", (4, 8)).save(tmp_path / "mask.png")
     for words in flags:
         words = words.format(good=good, two=f"{good} {good}", broken=image_folder / "broken.png")
         assert said.format(last=words.split()[-1]) in program(*words.split(), code=code)
-    assert {path.name for path in tmp_path.rglob("*")} == {"photos", "mine.png", "same.png"}
+    assert {path.name for path in tmp_path.rglob("*")} == {
+        "photos",
+        "mine.png",
+        "same.png",
+        "mask.png",
+    }
     assert mine.read_text() == "mine"
 
 
