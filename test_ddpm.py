@@ -302,6 +302,30 @@ def test_sampler_equals_the_recursion(variance, width):
     assert mean == pytest.approx(M, abs=1e-3) and deviation / S == pytest.approx(width, abs=5e-4)
 
 
+def test_known_answers():
+    """What diffusers publishes for the toy network x_t t / (t + 1) (tests/schedulers there)."""
+    d, n = Diffusion(linear_betas(), "small"), 4 * 3 * 8 * 8
+    x_T = (torch.arange(n) / n).reshape(3, 8, 8, 4).permute(3, 0, 1, 2)
+
+    def toy(x, t):
+        return x * at(torch.arange(1000) / torch.arange(1, 1001), t)
+
+    def from_v(x, t):  # the toy network's output is v
+        abar = at(d.alphas_bar.float(), t)
+        return abar.sqrt() * toy(x, t) + (1 - abar).sqrt() * x
+
+    for model, published in (toy, 258.9606), (from_v, 202.0296):
+        torch.manual_seed(0)
+        noise = partial(torch.randn, x_T.shape)
+        x0 = d.sample(model, x_T.shape, x_T=x_T, draw_noise=noise)
+        assert x0.abs().sum().item() == pytest.approx(published, abs=1e-2)
+    close(d.posterior_variance[[487, 999]], [0.00979, 0.02], 1e-5)
+    for t, s, published in (420, 400, 0.14771), (980, 960, 0.32460):  # of DDIM with eta = 1
+        abar_t, abar_s = d.alphas_bar[t], d.alphas_bar[s]
+        variance = (1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s)
+        assert variance.item() == pytest.approx(published, abs=1e-5)
+
+
 def test_noise_is_drawn_for_x_T_and_for_each_step_but_the_last():
     """By the generator, or by draw_noise in its place."""
     d, shape, generator = Diffusion(linear_betas(10)), (1, 1, 4, 4), seeded(5)

@@ -3,12 +3,14 @@
     python benchmarks/ladder.py v --data fashion-mnist         # train a rung, draw, and measure
     python benchmarks/ladder.py v --data fashion-mnist --steps 10000 --seed 1
     python benchmarks/ladder.py paper --data fashion-mnist --sampler ddpm --sampling-steps 1000
+    python benchmarks/ladder.py paper --data fashion-mnist --sampler bound --samples 128 --sets 1
     python benchmarks/ladder.py                                # the tables, and ladder.png
 
 A rung is `train.py --quick --no-flip` on fashion-mnist/train, with the flags below. The images are
 named as frechet.py describes, or lie in a sub-folder for each class. An interrupted training
-resumes. Each set of samples is a row of benchmarks/ladder.csv, and is drawn only once. With
-OMP_NUM_THREADS=1, all of this keeps to one core, so that two rungs can be trained at a time.
+resumes. Each set of samples is a row of benchmarks/ladder.csv, and is drawn only once. So is the
+bound of --samples test images. With OMP_NUM_THREADS=1, all of this keeps to one core, so that two
+rungs can be trained at a time.
 """
 
 import argparse
@@ -32,7 +34,8 @@ import frechet  # noqa: E402
 
 import ddpm_numpy  # noqa: E402
 import export  # noqa: E402
-from images import to_pixels  # noqa: E402
+from ddpm import Diffusion  # noqa: E402
+from images import from_pixels, to_pixels  # noqa: E402
 from samplers import SAMPLERS  # noqa: E402
 from support.trained import load  # noqa: E402
 
@@ -51,7 +54,7 @@ RUNGS = {  # flags in place of those of --quick
 }
 LONG = 10_000
 WAY = "sampler", "sampling_steps", "variance", "clip", "guidance"
-COLUMNS = "rung", "seed", "steps", *WAY, "samples", "set", "distance", "recognised"
+COLUMNS = "rung", "seed", "steps", *WAY, "samples", "set", "distance", "recognised", "bits"
 
 
 def short(rung):
@@ -88,6 +91,28 @@ def draw(network, args, number):
     return torch.cat(pixels)
 
 
+def judge(run, row, args):
+    """Return the columns of the table that describe a set of samples."""
+    network, ruler = open_network(run, args), frechet.Ruler()
+    pixels = draw(network, args, int(row["set"]))
+    found = {"distance": f"{ruler.distance(pixels):.2f}"}
+    if network.classes:
+        order = [ruler.names.index(name) for name in network.classes]
+        labels = torch.tensor(order).repeat(args.samples)[: args.samples]
+        found["recognised"] = f"{ruler.share_recognised(pixels, labels):.3f}"
+    return found
+
+
+def bound(trained, args):
+    """Return the bound of --samples test images, evenly spread, in bits per dimension."""
+    images = frechet.read(args.data / "test")
+    images = images[:: len(images) // args.samples][: args.samples]
+    diffusion = Diffusion(trained.diffusion.betas, args.variance)
+    random = torch.Generator().manual_seed(0)
+    bounds = [diffusion.vlb(trained.eps, from_pixels(x), random).total for x in images.split(64)]
+    return {"bits": f"{torch.cat(bounds).mean():.3f}"}
+
+
 def read_rows(path):
     """Return the rows of the table, a new one if there is none, as dictionaries."""
     if not path.exists():
@@ -104,14 +129,8 @@ def measure(args):
     have = [{name: row[name] for name in wanted[0]} for row in read_rows(args.table)]
     if missing := [row for row in wanted if row not in have]:
         train(args, out)
-        network, ruler = open_network(out, args), frechet.Ruler()
         for row in missing:
-            pixels = draw(network, args, int(row["set"]))
-            row["distance"] = f"{ruler.distance(pixels):.2f}"
-            if network.classes:
-                order = [ruler.names.index(name) for name in network.classes]
-                labels = torch.tensor(order).repeat(args.samples)[: args.samples]
-                row["recognised"] = f"{ruler.share_recognised(pixels, labels):.3f}"
+            row |= bound(load(out), args) if args.sampler == "bound" else judge(out, row, args)
             print(row, flush=True)
             with open(args.table, "a", newline="") as file:
                 csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
@@ -129,14 +148,16 @@ def arguments():
     flag("--table", type=Path, default=HERE / "ladder.csv", help="[benchmarks/ladder.csv]")
     flag("--steps", type=int, help="training steps [1650, with Muon 1500]")
     flag("--seed", type=int, default=0, help="of the training [%(default)s]")
-    flag("--sampler", default="sa-solver", choices=SAMPLERS, help="[%(default)s]")
+    flag("--sampler", default="sa-solver", choices=[*SAMPLERS, "bound"], help="[%(default)s]")
     flag("--sampling-steps", type=int, default=10, help="[%(default)s]")
     flag("--variance", default="large", choices=("large", "small"), help="[%(default)s]")
     flag("--clip", default=True, action=argparse.BooleanOptionalAction, help="the clip of x0_hat")
     flag("--guidance", type=float, default=0.0, help="[%(default)s]")
-    flag("--samples", type=int, default=1000, help="in a set, a multiple of 50 [%(default)s]")
+    flag("--samples", type=int, default=1000, help="of a set, a multiple of 50 [%(default)s]")
     flag("--sets", type=int, default=3, help="of samples [%(default)s]")
     args = parser.parse_args()
+    if args.rung and not args.data:
+        parser.error("a rung needs --data")
     if args.rung:
         args.steps = args.steps or short(args.rung)
     return args
