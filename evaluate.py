@@ -116,7 +116,7 @@ def evaluate(args):
     if not args.out and not os.access(out, os.W_OK):
         out = Path()
     data = args.data and Path(args.data).resolve().name
-    curve = out / f"rate-distortion{f'-{data}' if data else ''}.csv"
+    curve = out / ("-".join(filter(None, ["rate-distortion", data, args.variance])) + ".csv")
     check_output(curve)
     device = choose_device(args.device)
     prefer_accuracy()

@@ -34,7 +34,7 @@ from onnxscript import opset20 as op
 
 from beyond import as_eps, eps_of_output
 from ddpm_numpy import Network, example
-from images import check_new_folder, check_output, guard_output, replacing
+from images import catch_signals, check_new_folder, check_output, guard_output, replacing
 from support import cli
 from support.pretrained import import_diffusers, to_diffusers
 from support.trained import eps_of, example_labels, largest_difference, load
@@ -227,6 +227,7 @@ def arguments():
 
 def main():
     guard_output()
+    catch_signals()
     args = arguments()
     if args.onnx:
         check_output(args.onnx, args.checkpoint)

@@ -156,7 +156,8 @@ def replacing(path):
             temporary.unlink()
         # Not an error of other files, which is a bug, and not one of Pillow, which has no errno:
         if isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary)):
-            sys.exit(f"{path} can't be written and stays as it was: {error.strerror}")
+            stays = " and stays as it was" * path.exists()
+            sys.exit(f"{path} can't be written{stays}: {error.strerror}")
         raise
 
 
@@ -180,21 +181,23 @@ class Output(io.FileIO):
     """Standard output or error, which can be written whatever becomes of its reader.
 
     If the reader of a pipe ends (tee, head, less), the terminal takes its place, and the program is
-    told to stop. Of a closed terminal, nothing takes the place.
+    told to stop, unless nohup started it. If the terminal has gone, what is written is lost; that
+    the program must stop then, another signal tells it.
     """
 
     def write(self, data):
         """Write bytes."""
         try:
             return super().write(data)
-        except OSError:
+        except OSError as error:
             try:
                 place = os.open("/dev/tty", os.O_WRONLY)
             except OSError:
                 place = os.open(os.devnull, os.O_WRONLY)
             os.dup2(place, self.fileno())
             os.close(place)
-            signal.raise_signal(signal.SIGTERM)
+            if isinstance(error, BrokenPipeError) and not ignores_hangup():
+                signal.raise_signal(signal.SIGTERM)
             return super().write(data)
 
 
@@ -208,6 +211,11 @@ def guard_output():
             file = io.BufferedWriter(Output(raw.fileno(), "w", closefd=False))
             guarded = io.TextIOWrapper(file, stream.encoding, "backslashreplace", None, True)
             setattr(sys, name, guarded)
+
+
+def ignores_hangup():
+    """Return whether nohup started the program, so that a closed terminal does not end it."""
+    return hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def interrupt(*_):
@@ -225,6 +233,5 @@ def catch_signals(handler=interrupt):
     The default raises KeyboardInterrupt once.
     """
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
-            signal.signal(number, handler)
+        if hasattr(signal, name) and not (name == "SIGHUP" and ignores_hangup()):
+            signal.signal(getattr(signal, name), handler)

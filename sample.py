@@ -59,7 +59,7 @@ NOTE = ".sample.json"  # in --dir: the settings of its images, so that the same 
 def image_file(name, kinds=("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")):
     """Return the name of a file for an image, as an argparse type."""
     if Image.registered_extensions().get(Path(name).suffix.lower()) not in kinds:
-        raise argparse.ArgumentTypeError(f"{name} must be a {', '.join(kinds)} file")
+        raise argparse.ArgumentTypeError(f"{name} must be a {' or '.join(kinds)} file")
     return name
 
 
@@ -280,7 +280,7 @@ def begin_folder(args, network, y):
     inputs = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in args.inpaint or ()]
     note = settings | {"network": network.digest(), "inpainted": inputs}
     here = [*args.dir.iterdir()] if args.dir.exists() else []
-    if not any(path.name[0] != "." or path.name == NOTE for path in here):
+    if not any(path.name[0] != "." for path in here):
         with replacing(args.dir / NOTE) as file:
             file.write(json.dumps(note).encode())
         return paths

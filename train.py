@@ -363,6 +363,7 @@ def train(args, config, start, diffusion, model, ema, optimizer, images, labels)
         *losses, (stops, _) = ranks.sum_of_all(torch.stack([*pending, stops])).tolist()
         done, pending = k + 1, []
         if not np.isfinite(losses).all():
+            bar.close()
             why = f"the loss or its gradient became infinite or NaN by step {done:,}"
             remedy = "the step is not saved. Try a lower --lr, a longer --warmup, or --no-amp."
             sys.exit(f"{why}; {remedy}" if is_main else 1)

@@ -172,7 +172,9 @@ def main():
     parser.add_argument("--data", type=Path, help="folder with train and test [Fashion-MNIST's]")
     args = parser.parse_args()
     path = args.data / "ruler.npz" if args.data else RULER
-    if args.data and not path.exists():
+    if args.data and path.exists():
+        print(f"the ruler is {path}, made before; if the images have changed, remove it first")
+    elif args.data:
         make_ruler(args.data, path)
     ruler = Ruler(path)
     for name, values in ruler.real.items():

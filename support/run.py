@@ -26,7 +26,7 @@ from support.plot import save_plot
 from support.trained import open_checkpoint
 
 HEADER = "step,loss,grad_norm,lr\n"
-ROW = re.compile(r"\d{1,15}(,-?\d+(\.\d+)?(e[-+]\d+)?){3}\n")  # of log.csv
+ROW = re.compile(r"\d{1,15}(,-?\d+(\.\d+)?([eE][-+]\d+)?){3}\n")  # of log.csv
 
 
 def find_checkpoint(out):
@@ -135,8 +135,8 @@ class Log:
             with open(self.path, "a") as file:
                 file.write(self.rows)
             self.rows = ""
-        except PermissionError:  # on Windows, a spreadsheet that shows the file locks it
-            pass  # the rows are written later
+        except (PermissionError, FileNotFoundError):
+            pass  # a spreadsheet on Windows locks it, or the folder was moved: it is written later
         except OSError as error:
             sys.exit(f"{self.path} can't be written, so training ends: {error.strerror}")
         return np.mean(self.recent)

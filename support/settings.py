@@ -93,8 +93,8 @@ def refuse_other_run(out, state, config, steps):
     if what:  # --init decides the network and what it predicts
         fixed = ({*config["model"], "predicts", "betas"} - {"dropout"}) & changed.keys()
         hint = "" if fixed else f" (--init {out} starts from its weights)"
-        sys.exit(f"{out} holds a run with other settings. Use another --out{hint}, or rename the "
-                 f"folder. What differs: {'; '.join(what)}")  # fmt: skip
+        sys.exit(f"{out} holds a run with other settings. Use another --out{hint}, or rename "
+                 f"{out}. What differs: {'; '.join(what)}")  # fmt: skip
     if step > steps:
         sys.exit(f"{out} is at step {step:,} already, so --steps must be larger")
     if config["train"]["images"] and step < steps:

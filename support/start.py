@@ -10,7 +10,10 @@ PACKAGES = "torch numpy PIL tqdm matplotlib filelock onnx onnxscript onnxruntime
 
 def report(kind, error, traceback):
     """Report an exception that nothing caught, as sys.excepthook."""
-    if kind is KeyboardInterrupt:
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)  # torch's exporter wraps KeyboardInterrupt
+    if any(isinstance(error, KeyboardInterrupt) for error in chain):
         print("stopped", file=sys.stderr)
     elif kind is ModuleNotFoundError and error.name in PACKAGES:
         print(f"{error.name} is missing: pip install -r requirements.txt", file=sys.stderr)

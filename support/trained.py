@@ -89,6 +89,8 @@ def load(path):
             hub = f" ({HUB}{path.as_posix()} is a name on the hub)" * is_name
             sys.exit(f"{path.as_posix()} does not exist; python train.py writes checkpoint.pt into "
                      f"the folder of its --out{hub}")  # fmt: skip
+        if (path / "log.csv").is_file():
+            sys.exit(f"{path} has no checkpoint yet; train.py saves one before its first preview")
         if not [*path.glob("*config.json"), *path.glob("*/*config.json")]:
             sys.exit(f"{path} has neither a checkpoint.pt nor weights in diffusers' format")
         source = path.as_posix()

@@ -180,6 +180,10 @@ def test_input_that_the_file_would_lack_is_refused(tmp_path):
 def test_without_a_whole_checkpoint_the_error_is_one_line(trained, tmp_path, run):
     said = run("export.py", cwd=tmp_path, code=1)
     assert "python train.py writes checkpoint.pt into the folder of its --out\n" in said
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.csv").touch()
+    said = run("export.py", "--checkpoint", "run", cwd=tmp_path, code=1)
+    assert "run has no checkpoint yet; train.py saves one before its first preview" in said
     whole = (trained[0] / "run" / "checkpoint.pt").read_bytes()
     (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.pt").write_text("not even a zip file")

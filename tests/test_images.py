@@ -1,11 +1,15 @@
 """The promises of images.py: how a file is read, pixels, the grid, the plot."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
+from conftest import posix, restoring_signals
 from PIL import Image
 
-from images import from_pixels, grid, read_image, replacing, to_pixels
+from images import Output, catch_signals, from_pixels, grid, read_image, replacing, to_pixels
 from support.data import is_grey
 from support.plot import save_plot
 
@@ -114,3 +118,17 @@ def test_plot_shows_the_curve(log, tmp_path):
     left, middle, right = (np.median(rows[thirds == k]) for k in range(3))
     share = (right - middle) / (right - left)
     assert left < middle < right and share == pytest.approx(1 / 2 if log else 1 / 11, abs=0.02)
+
+
+@posix
+@pytest.mark.parametrize("nohup", [False, True])
+def test_lost_reader_stops_the_program_once_unless_it_runs_under_nohup(nohup, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with restoring_signals(), Output(writer, "w") as output:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+        catch_signals()
+        if not nohup:
+            with pytest.raises(KeyboardInterrupt):
+                output.write(b"lost\n")
+        assert output.write(b"next\n") == 5
