@@ -204,10 +204,17 @@ def cell(found):
 
 def table(rows, steps_of):
     """Return the ladder in Markdown. steps_of: a function of the rung."""
-    lines = ["| | " + " | ".join(WAYS) + " |", "| --- " * (1 + len(WAYS)) + "|"]
-    for rung, meaning in MEANING.items():
-        cells = [cell(distances(rows, rung, steps_of(rung), **way)) for way in WAYS.values()]
-        lines.append(" | ".join([f"| {meaning}", *cells]) + " |")
+    found = {
+        rung: [cell(distances(rows, rung, steps_of(rung), **way)) for way in WAYS.values()]
+        for rung in MEANING
+    }
+    shown = [k for k in range(len(WAYS)) if any(cells[k] for cells in found.values())]
+    lines = ["| what changes | steps | " + " | ".join([*WAYS][k] for k in shown) + " |"]
+    lines.append("| --- " * (2 + len(shown)) + "|")
+    for rung, cells in found.items():
+        if any(cells):
+            numbers = " | ".join(cells[k] or "-" for k in shown)
+            lines.append(f"| {MEANING[rung]} | {steps_of(rung):,} | {numbers} |")
     return "\n".join(lines)
 
 
