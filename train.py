@@ -174,7 +174,7 @@ class Settings:
     save_minutes: float = flag(5.0, None, "minutes between saves", type=amount)
 
 
-# --quick: a run of minutes on a CPU, for small images. benchmarks/speedrun.md has measurements.
+# --quick: a run of minutes on a CPU, for small images. benchmarks/ladder.md has measurements.
 QUICK = dict(
     base_channels=16, channel_mults=(1, 2, 4, 4), num_res_blocks=1, attention_resolutions=(),
     dropout=0.0, predicts="v", weighting="min-snr", optimizer="muon", batch=64, lr=6e-3,

@@ -11,13 +11,16 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from closed_forms import PAPER
 from conftest import HERE, MAINS, python
 from nbclient import NotebookClient
 from PIL import Image
 
+import beyond
 import ddpm_numpy
 from ddpm import Diffusion, UNet, linear_betas
 from docs import make_figures
+from exact import exact_network
 from images import to_pixels
 
 README = (HERE / "README.md").read_text("utf-8")
@@ -198,6 +201,30 @@ def test_copied_files_suffice(what, trained, tmp_path):
     assert list(tmp_path.iterdir())
     for words in COPIES[what]:
         subprocess.run([sys.executable, *words], cwd=tmp_path, check=True, capture_output=True)
+
+
+def test_lines_of_build_on_it_run(trained, tmp_path, monkeypatch):
+    """The lines of the manual, in order. Heun's samples are those of many steps of DDIM."""
+    shutil.copytree(trained[0] / "run", tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    section = GUIDE.split("\n## Build on it")[1].split("\n## ")[0]
+    names = {"array": np.zeros((2, 3, 8, 8), np.uint8)}
+    for code in blocks(section, "python"):
+        if "MyNet" not in code:
+            exec(code, names)
+    assert names["x0"].shape == (2, 3, 32, 32) and names["loss"].isfinite()
+    x0, t = names["x0"], torch.tensor([5, 500])
+    assert names["huber_loss"](names["model"], x0, t, torch.randn_like(x0)).isfinite()
+    assert len(list(tmp_path.glob("images/*.png"))) == 2
+    exact = exact_network(PAPER, torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1).repeat(1, 1, 2, 2))
+    x_T = torch.randn(20, 1, 2, 2)
+
+    def eps(x, t):
+        return exact(x, torch.full((len(x),), t))
+
+    found = names["heun"](eps, x_T, PAPER.betas.tolist(), 100)
+    fine = beyond.sample(PAPER, exact, x_T.shape, 1000, "ddim", x_T=x_T, clip=False)
+    assert (found - fine).abs().max() < 0.05
 
 
 def closest_ring(image):
