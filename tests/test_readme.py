@@ -166,41 +166,51 @@ x0 = sample(diffusion, as_eps(model, diffusion, "v"), (2, 3, 8, 8), steps=3)
 assert x0.isfinite().all()
 """
 )
+CHECKPOINT = """
+import torch
+from beyond import as_eps, sample
+from ddpm import Diffusion, UNet
+state = torch.load("checkpoint.pt", weights_only=True)
+assert UNet(**state["config"]["model"]).load_state_dict(state["ema"])
+"""
 SERVICE = """
 import sys
 from ddpm_numpy import Network, sample
-assert sample(Network("model.onnx"), 2, steps=3).shape == (2, 3, 8, 8)
-assert "torch" not in sys.modules
+from images import to_image, to_pixels
+x0 = sample(Network("model.onnx"), 2, steps=3)
+assert to_image(to_pixels(x0[0])).size == (8, 8) and "torch" not in sys.modules
 """
 COPIES = {
-    "the method": [["-c", METHOD]],
-    "what came after": [["-c", AFTER]],
-    "a service that draws": [["-c", SERVICE]],
-    "the sampling program": [["sample.py", "--steps", "2", "-n", "2"]],
-    "training, export, evaluation": [
-        ["train.py", "--steps", "1", "--base-channels", "8"], ["export.py"],
-        ["evaluate.py", "--images", "1"],
-    ],
-}  # fmt: skip
+    "the method": ["-c", METHOD],
+    "what came after": ["-c", AFTER],
+    "a checkpoint": ["-c", CHECKPOINT],
+    "a service": ["-c", SERVICE],
+    "the sampling program": ["sample.py", "--steps", "2", "-n", "2"],
+    "training": ["train.py", "--steps", "1", "--base-channels", "8"],
+    "export": ["export.py", "--checkpoint", "checkpoint.pt"],
+    "evaluation": ["evaluate.py", "--checkpoint", "checkpoint.pt", "--data", "images"],
+}
 
 
 @pytest.mark.parametrize("what", COPIES)
 def test_copied_files_suffice(what, trained, tmp_path):
     """The table of the README, in an empty folder."""
-    (row,) = re.findall(rf"^\| {what}.*", README, re.M)
-    for name in re.findall(r"`([\w.]+/?)`", row):
-        source = trained[0] / name if name == "model.onnx" else HERE / name
+    table = README.split("## Copy what you need")[1].split("\n## ")[0]
+    (row,) = re.findall(rf"^\| [^|]*{what}.*", table, re.M)
+    programs = {"train.py", "export.py", "evaluate.py"} - {COPIES[what][0]}
+    for name in {*re.findall(r"`([\w.]+/?)`", row)} - programs:
+        source = {"model.onnx": trained[0] / name, "checkpoint.pt": trained[0] / "run" / name}
+        source = source.get(name, HERE / name)
         if source.is_dir():
             shutil.copytree(source, tmp_path / name)
         else:
             shutil.copy(source, tmp_path)
-    if "top level" in row:
-        for path in HERE.glob("[!t]*.py"):
-            shutil.copy(path, tmp_path)
-        shutil.copy(HERE / "train.py", tmp_path)
     assert list(tmp_path.iterdir())
-    for words in COPIES[what]:
-        subprocess.run([sys.executable, *words], cwd=tmp_path, check=True, capture_output=True)
+    if what in ("export", "evaluation"):
+        shutil.copy(trained[0] / "run" / "checkpoint.pt", tmp_path)
+        (tmp_path / "images").mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / "0.png")
+    subprocess.run([sys.executable, *COPIES[what]], cwd=tmp_path, check=True, capture_output=True)
 
 
 def test_lines_of_build_on_it_run(trained, tmp_path, monkeypatch):
