@@ -181,8 +181,8 @@ class Output(io.FileIO):
     """Standard output or error, which can be written whatever becomes of its reader.
 
     If the reader of a pipe ends (tee, head, less), the terminal takes its place, and the program is
-    told to stop, unless nohup started it. If the terminal has gone, what is written is lost; that
-    the program must stop then, another signal tells it.
+    told to stop, unless nohup started it. If the terminal is closed, what is written is lost, and
+    SIGHUP tells the program to stop.
     """
 
     def write(self, data):

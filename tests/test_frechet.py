@@ -9,7 +9,7 @@ import torch
 from conftest import HERE, python
 from PIL import Image
 
-from benchmarks import frechet
+from benchmarks import frechet, ladder
 
 
 def test_distance_is_that_of_gaussians():
@@ -79,6 +79,13 @@ def test_program_ranks_noise_behind_images(data, monkeypatch, capsys):
     again = capsys.readouterr()
     first, _, rest = again.out.partition("\n")
     assert "made before" in first and rest in said and "classifier" not in again.err
+
+
+def test_tables_of_the_ladder_are_those_of_its_rows():
+    rows = ladder.read_rows(ladder.HERE / "ladder.csv")
+    page = (ladder.HERE / "ladder.md").read_text("utf-8")
+    for table in ladder.table(rows, ladder.short), ladder.table(rows, lambda _: ladder.LONG):
+        assert table.count("\n") >= 2 and table in page
 
 
 @pytest.mark.slow
