@@ -117,22 +117,24 @@ def test_decompression_bomb_is_one_line(tmp_path, monkeypatch):
 
 
 def test_folder_without_images_is_one_line(tmp_path, capsys):
-    """As one with nothing but a run: a sub-folder that holds a checkpoint.pt is left out whole."""
+    """As one with nothing but the output of train.py and sample.py."""
     with pytest.raises(SystemExit, match="nowhere: no such folder"):
         read_folder(tmp_path / "nowhere", 4)
     with pytest.raises(SystemExit, match="not a folder"):
         read_folder(__file__, 4)
     save(tmp_path / "old" / "preview.png")
     save(tmp_path / "old" / "deep" / "1.png")
-    for name in ("old/checkpoint.pt", "note.txt", "broken.png"):
+    save(tmp_path / "drawn" / "000000.png")
+    for name in ("old/checkpoint.pt", "drawn/.sample.json"):
+        (tmp_path / name).touch()
+    for name in ("note.txt", "broken.png"):
         (tmp_path / name).write_text("not an image")
         with pytest.raises(SystemExit, match="there is no image that can be read"):
             read_folder(tmp_path, 4)
     said = capsys.readouterr().out
     assert "left out 1 of 1 files as unreadable:\n" in said
-    assert (
-        f"left out 1 sub-folder: {tmp_path / 'old'} (it holds the output of train.py or s" in said
-    )
+    for name in "old", "drawn":
+        assert f"{tmp_path / name} (it holds the output of train.py or sample.py)" in said
 
 
 @pytest.mark.parametrize("is_large", [False, True])

@@ -73,6 +73,8 @@ def test_program_ranks_noise_behind_images(data, monkeypatch, capsys):
     real = [*map(float, re.findall(r"^training images, 4.*: ([\d.]+) \+-", said, re.M))]
     same, other = map(float, re.findall(r" 200 samples: ([\d.]+)$", said, re.M))
     assert len(real) == 2 and max(*real, same) < other / 10 and "classifier" in said
+    ruler = frechet.Ruler(data / "data" / "ruler.npz")  # its statistics are those of its classifier
+    assert abs(ruler.distance(frechet.read(data / "data" / "test"))) < 1e-7
     monkeypatch.chdir(data)
     monkeypatch.setattr("sys.argv", ["frechet.py", *words])
     frechet.main()

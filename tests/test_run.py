@@ -398,6 +398,15 @@ def test_under_nohup_a_closed_terminal_stops_nothing():
         assert stop.made
 
 
+def test_ctrl_c_is_noted_also_if_it_has_ended_the_pipe(monkeypatch):
+    with restoring_signals():
+        stop = cli.StopRequest()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", lambda *_: (_ for _ in ()).throw(BrokenPipeError()))
+            stop.receive(signal.SIGINT, None)
+        assert stop.made
+
+
 @pytest.mark.parametrize("every", [1, 10])
 def test_loss_that_is_not_finite_reaches_no_checkpoint(
     every, tiny, tmp_path, monkeypatch, wrap_step
