@@ -140,7 +140,7 @@ share, switch = cli.number(float, 0, 1), argparse.BooleanOptionalAction
 class Settings:
     """What a run depends on. The defaults are the paper's CIFAR-10 network and run, on a CPU."""
 
-    data: str = flag(None, "train", "folder of images, and below [the demo]", action=cli.Once)
+    data: str = flag(None, "train", "folder of images [the built-in demo]", action=cli.Once)
     classes: tuple = flag((), "train", "the sub-folders of --data are classes", action="store_true")
     out: Path = flag(RUN, None, "folder of the run", type=Path)
     init: str = flag(None, "train", "start from a run's weights, or diffusers': a folder, hf:NAME")
