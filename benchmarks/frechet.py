@@ -110,10 +110,6 @@ class Ruler:
         """Return the distance between images, uint8 (N, 1, 32, 32), and the test set."""
         return frechet_distance(statistics(features_of(self.model, images)), self.test)
 
-    def share_recognised(self, images, labels):
-        """Return the share of images to which the classifier gives their labels, int64 (N,)."""
-        return share_recognised(self.model, images, labels)
-
 
 @torch.no_grad()
 def share_recognised(model, images, labels):
@@ -185,7 +181,7 @@ def main():
         images = torch.from_numpy(images)
         print(f"{folder}, {len(images):,} samples: {ruler.distance(images):.2f}", flush=True)
         if has_classes:
-            share = ruler.share_recognised(images, labels)
+            share = share_recognised(ruler.model, images, labels)
             print(f"  {share:.1%} recognised, and {ruler.recognised:.1%} of the test images")
 
 

@@ -91,15 +91,13 @@ def draw(network, args, number):
     return torch.cat(pixels)
 
 
-def judge(run, row, args):
-    """Return the columns of the table that describe a set of samples."""
-    network, ruler = open_network(run, args), frechet.Ruler()
-    pixels = draw(network, args, int(row["set"]))
+def judge(network, ruler, args, number):
+    """Return the columns of the table that describe set `number` of samples."""
+    pixels = draw(network, args, number)
     found = {"distance": f"{ruler.distance(pixels):.2f}"}
     if network.classes:
-        order = [ruler.names.index(name) for name in network.classes]
-        labels = torch.tensor(order).repeat(args.samples)[: args.samples]
-        found["recognised"] = f"{ruler.share_recognised(pixels, labels):.3f}"
+        labels = ddpm_numpy.class_labels(ruler.names, network.classes, args.samples)
+        found["recognised"] = f"{frechet.share_recognised(ruler.model, pixels, labels):.3f}"
     return found
 
 
@@ -129,8 +127,11 @@ def measure(args):
     have = [{name: row[name] for name in wanted[0]} for row in read_rows(args.table)]
     if missing := [row for row in wanted if row not in have]:
         train(args, out)
+        is_bound = args.sampler == "bound"
+        network, ruler = (None, None) if is_bound else (open_network(out, args), frechet.Ruler())
         for row in missing:
-            row |= bound(load(out), args) if args.sampler == "bound" else judge(out, row, args)
+            number = int(row["set"])
+            row |= bound(load(out), args) if is_bound else judge(network, ruler, args, number)
             print(row, flush=True)
             with open(args.table, "a", newline="") as file:
                 csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
