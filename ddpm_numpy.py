@@ -187,8 +187,8 @@ class Network:
     options: onnxruntime.SessionOptions, for example the number of threads.
 
     Attributes: betas, float64 (T,), and variance are those of the file, shape is (C, H, W) of an
-    image, classes has the names of the classes, if any, and provider is the part of ONNX Runtime
-    that computes. A third argument y, int64 (B,), has the class of each image; None stands for "no
+    image, classes has the names of the classes, if any, step is that of the training, 0 if unknown,
+    and provider is the part of ONNX Runtime that computes. A third argument y, int64 (B,), has the class of each image; None stands for "no
     class", and a network without classes ignores it.
 
     Raises ValueError if the file is missing or was not written by export.py, if CUDA is required
@@ -207,6 +207,7 @@ class Network:
             self.variance = metadata["ddpm.variance"]
             self.shape = tuple(map(int, json.loads(metadata["ddpm.image_shape"])))
             self.classes = [*map(str, json.loads(metadata.get("ddpm.classes", "[]")))]
+            self.step = int(metadata.get("ddpm.step", 0))
             answer = np.array(json.loads(metadata.get("ddpm.eps_of_example", "[]")), np.float64)
             is_schedule = self.betas.ndim == 1 and ((self.betas > 0) & (self.betas < 1)).all()
             if not is_schedule or not len(self.betas) or self.variance not in ("large", "small"):

@@ -83,7 +83,8 @@ def measure(trained, diffusion, images, labels, order, device, args):
                 bar.set_postfix_str(f"{bounds[-1].total.mean():.3f} bits/dim in the last batch")
         except KeyboardInterrupt:
             if not bounds:
-                raise
+                raise KeyboardInterrupt("evaluate.py: stopped before a batch was finished; try a "
+                                        "smaller --batch") from None  # fmt: skip
     catch_signals(signal.SIG_IGN)  # what is finished is saved
     return Bound(*map(torch.cat, zip(*bounds, strict=True)))
 
@@ -116,8 +117,8 @@ def evaluate(args):
     if not args.out and not os.access(out, os.W_OK):
         out = Path()
     data = args.data and Path(args.data).resolve().name
-    curve = out / ("-".join(filter(None, ["rate-distortion", data, args.variance])) + ".csv")
-    check_output(curve)
+    name = "-".join(filter(None, ["rate-distortion", data, args.variance]))
+    check_output(out / f"{name}.csv")
     device = choose_device(args.device)
     prefer_accuracy()
     trained = load(args.checkpoint)
@@ -145,18 +146,16 @@ def evaluate(args):
     of = f"{n:,} image{'s' * (n > 1)} of {args.data or 'the demo'}"
     print(f"{path}{step} on {of}{given}, bits per dimension")
     print_bound(bound, L_t, rmse)
-    save_curve(curve, L_t, rate, rmse)
+    part = f"-{n}-images" if args.images or n < len(order) else ""  # beside that of all images
+    save_curve(out / f"{name}{part}.csv", L_t, rate, rmse)
     if n < len(order):
-        sys.exit(f"evaluate.py: stopped after {n:,} of {len(order):,} images")
+        raise KeyboardInterrupt(f"evaluate.py: stopped after {n:,} of {len(order):,} images")
 
 
 def main():
     catch_signals()
     guard_output()
-    try:
-        evaluate(arguments())
-    except KeyboardInterrupt:
-        sys.exit("evaluate.py: stopped before a batch was finished; try a smaller --batch")
+    evaluate(arguments())
 
 
 if __name__ == "__main__":

@@ -127,6 +127,8 @@ def to_onnx(trained, model):
     }
     if trained.classes:
         metadata["ddpm.classes"] = json.dumps(trained.classes)
+    if trained.step:
+        metadata["ddpm.step"] = str(trained.step)
     onnx.helper.set_model_props(proto, metadata)
     return proto
 

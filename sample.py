@@ -154,8 +154,8 @@ def pixels_of(x):
 def open_network(args):
     """Return the network of --checkpoint in torch, or that of --onnx in ONNX Runtime.
 
-    sample.py asks both for the same things: betas, shape, classes, provider, digest, and reverse,
-    the loop that yields (t, x_t, x0_hat).
+    sample.py asks both for the same things: betas, shape, classes, step, provider, digest, and
+    reverse, the loop that yields (t, x_t, x0_hat).
     """
     if not args.checkpoint:
         return Network(args.source, args.device)
@@ -189,7 +189,7 @@ def draw_interpolation(network, args, y):
     save_image(args.out, grid(np.stack(rows), columns, names=names))
     print(f"{args.out}: each row has one image, 11 mixtures (lambda = 0 to 1), and the other image")
     if len(names) < len(args.t):
-        sys.exit(f"sample.py: stopped after {len(names)} of {len(args.t)} rows")
+        raise KeyboardInterrupt(f"stopped after {len(names)} of {len(args.t)} rows")
 
 
 def draw_batch(network, args, y, batch, known, bar, frames):
@@ -264,7 +264,7 @@ def draw_samples(network, args, y):
     speed = f", {seconds:.1f} s, {seconds / drawn:.2f} s each" if drawn else ""
     print(f"{args.out}: {shows}{of}{speed}")
     if done < n:
-        sys.exit(f"sample.py: stopped after {done:,} of {n:,} images")
+        raise KeyboardInterrupt(f"stopped after {done:,} of {n:,} images")
 
 
 def begin_folder(args, network, y):
@@ -310,7 +310,8 @@ def draw(args):
         sys.exit(f"sample.py: this model has T = {T}: --t must be 0..{T - 1}")
     name = network.provider.removesuffix("ExecutionProvider")
     hint = "; to use a GPU, see Accelerators in docs/guide.md"
-    print(f"{args.source} on {name}{hint if name == 'CPU' and args.device == 'auto' else ''}")
+    step = f", training step {network.step:,}" if network.step else ""
+    print(f"{args.source} on {name}{step}{hint if name == 'CPU' and args.device == 'auto' else ''}")
     if args.steps > 50:
         print(f"{args.steps} steps; --steps 10 takes {10 / args.steps:.1%} of the time")
     (draw_interpolation if args.interpolate else draw_samples)(network, args, y)
@@ -321,8 +322,10 @@ def main():
     guard_output()
     try:
         draw(arguments())
-    except KeyboardInterrupt:
-        sys.exit("sample.py: stopped before an image was finished")
+    except KeyboardInterrupt as stop:  # Python ends as Ctrl-C ends it, and so does a shell's loop
+        stop.args = (f"sample.py: {str(stop) or 'stopped before an image was finished'}",)
+        sys.excepthook = lambda _, error, __: print(error, file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

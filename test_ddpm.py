@@ -474,7 +474,7 @@ def test_wrong_sizes_are_named():
     for settings, message in (
         (dict(image_size=28), "image_size must be a multiple of 8"),
         (dict(base_channels=30), "base_channels must be a multiple of 4"),
-        (dict(image_size=48), r"attention_resolutions must be among \[48, 24, 12, 6\]"),
+        (dict(image_size=48), r"attention_resolutions \[16\] must be among \[48, 24, 12, 6\]"),
     ):
         with pytest.raises(ValueError, match=message):
             UNet(**settings)

@@ -404,7 +404,7 @@ def main():
     if done < args.steps:
         program, words = "torchrun ..." if WORLD > 1 else "python", cli.command(*sys.argv)
         said = f"stopped at step {done:,}; to resume:\n  {program} {words}"
-        sys.exit(said if RANK == 0 else 1)
+        raise KeyboardInterrupt(said) if RANK == 0 else SystemExit(1)
     if RANK == 0:
         if start == done:
             print("no step was taken: to train again after a change to the code, use another --out")
@@ -414,7 +414,4 @@ def main():
 
 if __name__ == "__main__":
     catch_signals()  # until the loop does
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("stopped before the first step")
+    main()

@@ -84,11 +84,18 @@ def refuse_other_run(out, state, config, steps):
     step, changed = state["step"], differences(state["config"], config)
     code, images = changed.pop("code", None), changed.pop("images", (None, None))
     changed.pop("data", None)
-    if changed.pop("folder", None) and images[1]:
-        old, new = (c["train"]["data"] for c in (state["config"], config))
+    folders = changed.pop("folder", ())
+    old, new = (c["train"]["data"] for c in (state["config"], config))
+    if None in folders:  # the demo has other settings, too
+        changed = {"data": (old or "the built-in demo", new or "the built-in demo")}
+    elif folders and images[1]:
         changed["data"] = old, f"another folder, {new}, with other images"
     if "betas" in changed:
         changed["betas"] = "one schedule", "another"
+    if "lr_decay" in changed:
+        changed.pop("steps", None)
+    elif "steps" in changed:
+        changed["steps"] = changed["steps"][0], f"{steps}; the learning rate falls to 0 at the last"
     what = [f"{name} was {before}, now {now}" for name, (before, now) in changed.items()]
     if what:  # --init decides the network and what it predicts
         fixed = ({*config["model"], "predicts", "betas"} - {"dropout"}) & changed.keys()

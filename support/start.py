@@ -13,8 +13,9 @@ def report(kind, error, traceback):
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)  # torch's exporter wraps KeyboardInterrupt
-    if any(isinstance(error, KeyboardInterrupt) for error in chain):
-        print("stopped", file=sys.stderr)
+    stops = [error for error in chain if isinstance(error, KeyboardInterrupt)]
+    if stops:  # Python then ends as Ctrl-C ends a program, so that a loop of the shell ends, too
+        print(str(stops[0]) or "stopped", file=sys.stderr)
     elif kind is ModuleNotFoundError and error.name in PACKAGES:
         print(f"{error.name} is missing: pip install -r requirements.txt", file=sys.stderr)
     else:

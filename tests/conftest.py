@@ -114,6 +114,8 @@ def run(monkeypatch, capsys):
         except SystemExit as error:
             message = error.code if isinstance(error.code, str) else ""
             status = 1 if message else int(error.code or 0)
+        except KeyboardInterrupt as error:
+            status, message = 130, str(error)  # as a shell shows it
         close_mapped_files()
         said = capsys.readouterr()
         assert status == code, said.out + said.err + message

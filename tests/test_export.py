@@ -66,7 +66,7 @@ def test_onnx_file_is_what_it_promises(kind, files):
     answer = np.array(json.loads(metadata.pop("ddpm.eps_of_example")))
     assert metadata == {
         "ddpm.betas": json.dumps(linear_betas().tolist()), "ddpm.variance": "small",
-        "ddpm.image_shape": "[3, 8, 8]",
+        "ddpm.image_shape": "[3, 8, 8]", "ddpm.step": "7",
     }  # fmt: skip
     ops = {node.op_type for part in graphs(proto.graph) for node in part.node}
     assert "LayerNormalization" in ops and "Softmax" in ops

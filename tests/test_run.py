@@ -85,7 +85,7 @@ def test_signal_while_decoding(number, tmp_path, run, start):
     process.send_signal(number)
     said, _ = process.communicate(timeout=30)
     if number != signal.SIGKILL:
-        assert process.returncode == 1 and said.rstrip().endswith("stopped before the first step")
+        assert process.returncode == -signal.SIGINT and said.endswith("stopped\n")
         assert "Traceback" not in said and not (tmp_path / "run").exists()
         return
     assert list(tmp_path.glob("run/.images-*.tmp"))
@@ -128,16 +128,19 @@ def test_longer_run_keeps_its_warmup(tiny, tmp_path):
 # ----------------------------------------------------------------------------------------- refusals
 
 
-def test_other_settings_are_refused_in_one_line(trained, tiny, tmp_path):
+def test_other_settings_are_refused_in_one_line(trained, tiny, image_folder, tmp_path, run):
     shutil.copytree(trained[0] / "run", tmp_path / "run")
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     for more, said in (
         (["--base-channels", 12, "--seed", 3], "base_channels was 8, now 12; seed was 0, now 3"),
         (["--in-channels", 1], "in_channels was 3, now 1"),
         (["--schedule", "cosine"], "betas was one schedule, now another"),
+        (["--lr-decay"], "What differs: lr_decay was False, now True\n"),
         (["--steps", 5], "run is at step 12 already, so --steps must be larger"),
     ):
         assert said in tiny("--steps", 20, *more, code=1)
+    said = run("train.py", cwd=tmp_path, code=1)  # whatever else the demo has
+    assert f"What differs: data was {image_folder.name}, now the built-in demo\n" in said
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
 
 
@@ -145,7 +148,8 @@ def test_run_with_lr_decay_is_not_made_longer(tmp_path, run):
     """Its learning rate has fallen towards 0 and would jump."""
     run("train.py", "--steps", 3, cwd=tmp_path)  # the demo decays
     said = run("train.py", "--steps", 6, cwd=tmp_path, code=1)
-    assert "steps was 3, now 6" in said and "--init run starts from its weights" in said
+    assert "steps was 3, now 6; the learning rate falls to 0 at the last" in said
+    assert "--init run starts from its weights" in said
     rates = np.loadtxt(tmp_path / "run" / "log.csv", delimiter=",", skiprows=1)[:, 3]
     assert rates == pytest.approx([3e-3, 2e-3, 1e-3])
 
@@ -381,7 +385,7 @@ def test_signal_ends_training_after_a_step_that_is_saved(number, tiny, tmp_path,
     with restoring_signals():
         # They may be ignored, as in a script's background job. SIGHUP is, by nohup, on purpose:
         signal.signal(number, signal.SIG_DFL if number == signal.SIGHUP else signal.SIG_IGN)
-        said = tiny("--steps", 13, code=1)
+        said = tiny("--steps", 13, code=130)
     assert "stopped at step 6; to resume:\n  python train.py --data" in said
     assert read(tmp_path / "run")["step"] == 6
     rows = (tmp_path / "run" / "log.csv").read_text().splitlines()

@@ -59,7 +59,7 @@ def test_checkpoint_draws_the_images_of_the_exported_file(flags, both, class_fol
     if "--interpolate" not in words:
         words += ["--dir", "out", "--batch", 4, *([] if "-n" in words else ["-n", 6])]
     onnx, in_torch, said = both(*words)
-    assert "cpu, float32" in said
+    assert "cpu, float32, training step " in said
     assert onnx.keys() == in_torch.keys() and len(onnx) >= (1 if "--interpolate" in words else 3)
     for name, image in onnx.items():
         assert image.shape == in_torch[name].shape

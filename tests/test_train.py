@@ -267,7 +267,7 @@ def test_bug_is_printed_with_its_line(tmp_path):
 
 REFUSED = {
     "--image-size 28 --data .": "image_size must be a multiple of 8",
-    "--image-size 48 --data .": "attention_resolutions must be among [48, 24, 12, 6]",
+    "--image-size 48 --data .": "attention_resolutions [16] must be among [48, 24, 12, 6]",
     "--base-channels 30": "base_channels must be a multiple of 4",
     "--image-size 16": "without --data the images are those of the demo",
     "--quick": "--quick and --classes need --data",
