@@ -330,7 +330,8 @@ class UNet(nn.Module):
             raise ValueError(f"image_size must be a multiple of {self.factor}, not {image_size}")
         sizes = [image_size >> level for level in range(len(channel_mults))]
         if not set(attention_resolutions) <= set(sizes):
-            raise ValueError(f"attention_resolutions {[*attention_resolutions]} must be among {sizes}")
+            given = [*attention_resolutions]
+            raise ValueError(f"attention_resolutions {given} must be among {sizes}")
         groups = math.gcd(32, base_channels // 4) if norm_groups is None else norm_groups
         self.base_channels, self.num_classes = base_channels, num_classes
         time_channels = 4 * base_channels

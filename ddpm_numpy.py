@@ -188,8 +188,8 @@ class Network:
 
     Attributes: betas, float64 (T,), and variance are those of the file, shape is (C, H, W) of an
     image, classes has the names of the classes, if any, step is that of the training, 0 if unknown,
-    and provider is the part of ONNX Runtime that computes. A third argument y, int64 (B,), has the class of each image; None stands for "no
-    class", and a network without classes ignores it.
+    and provider is the part of ONNX Runtime that computes. A third argument y, int64 (B,), has the
+    class of each image; None stands for "no class", and a network without classes ignores it.
 
     Raises ValueError if the file is missing or was not written by export.py, if CUDA is required
     but not available or wrong, and if y is not what the network expects.
