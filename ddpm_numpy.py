@@ -38,15 +38,16 @@ def sample_progressive(eps_model, *args, **options):
 
 
 def mix(x0, x0_b, t, betas, draw_noise):
-    """Diffuse two images to x_t and mix them by each of LAMBDAS (figure 8): (11, C, H, W).
+    """Mix two images by each of LAMBDAS, and diffuse the mixtures to x_t: (11, C, H, W).
+
+    All have the same noise. In the paper's figure 8, the two images have their own, so that the
+    noise of the middle has 71% of its standard deviation, and the network blurs it.
 
     x0, x0_b: in [-1, 1], (C, H, W). t: 0..T-1; the larger it is, the more the network invents when
     it continues with betas[: t + 1]. draw_noise() returns the next z, (1, C, H, W).
     """
-    abar = float((1 - betas).cumprod()[t])
-    x_t, x_t_b = (math.sqrt(abar) * x + math.sqrt(1 - abar) * draw_noise() for x in (x0, x0_b))
-    lam = LAMBDAS[:, None, None, None]
-    return (1 - lam) * x_t + lam * x_t_b
+    abar, lam = float((1 - betas).cumprod()[t]), LAMBDAS[:, None, None, None]
+    return math.sqrt(abar) * ((1 - lam) * x0 + lam * x0_b) + math.sqrt(1 - abar) * draw_noise()
 
 
 def guided(network, y, w):

@@ -37,7 +37,7 @@ from ddpm_numpy import Network, example
 from images import catch_signals, check_new_folder, check_output, guard_output, replacing
 from support import cli
 from support.pretrained import import_diffusers, to_diffusers
-from support.trained import eps_of, example_labels, largest_difference, load
+from support.trained import DEMO, eps_of, example_labels, largest_difference, load
 
 OPSET = 20  # ONNX Runtime has kernels for it on the CPU, on CUDA and in the browser
 TOLERANCE = 1e-4  # the largest difference from torch, in an output that is about N(0, 1)
@@ -191,9 +191,7 @@ def write_onnx(trained, path, kind=None):
             file.write(written.read_bytes())
     step = f", step {trained.step:,}" if trained.step else ""
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, from {trained.source}{step}")
-    words = ["sample.py", "--onnx", path.as_posix(), "--steps", "10"]
-    words += ["--guidance", "1"] if trained.classes else []
-    print("next:\n  python", cli.command(*words))
+    print(cli.drawing("--onnx", path, trained.classes, trained.source == DEMO))
 
 
 def arguments():

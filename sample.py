@@ -79,6 +79,7 @@ def arguments():
     flag("--dir", type=Path, help="one PNG per image, in a new folder or one that this command "
          f"began; needed if -n is above {GRID}")  # fmt: skip
     animation_file = partial(image_file, kinds=("GIF", "WEBP"))
+    flag("--scale", type=int, default=1, help="enlarge the files of --dir [%(default)s]")
     flag("--gif", type=animation_file, help="an animation of the reverse process, first batch only")
     flag("--inpaint", nargs=2, metavar=("IMAGE", "MASK"), help="redraw where the mask is white")
     flag("--interpolate", nargs=2, metavar="FILE", help="two images; draw 11 mixtures of them")
@@ -98,8 +99,8 @@ def arguments():
     if args.amp is not None and not args.checkpoint:
         parser.error("--amp needs --checkpoint")
     args.source = args.checkpoint or args.onnx or "model.onnx"
-    if min(args.batch, 1 if args.n is None else args.n) < 1 or args.seed < 0:
-        parser.error("-n and --batch must be at least 1, and --seed at least 0")
+    if min(args.batch, args.scale, 1 if args.n is None else args.n) < 1 or args.seed < 0:
+        parser.error("-n, --batch and --scale must be at least 1, and --seed at least 0")
     if (args.n or 1) > GRID and not args.dir:
         parser.error(f"-n {args.n} needs --dir, because --out shows at most {GRID} images")
     if args.interpolate and (args.inpaint or args.n or args.dir or args.gif):
@@ -242,7 +243,9 @@ def draw_samples(network, args, y):
                 drawn += len(pixels)
             for path, image in zip(paths[batch], pixels, strict=False):
                 if not path.is_file():
-                    save_image(path, to_image(image))
+                    single = to_image(image)
+                    single = ImageOps.scale(single, args.scale, Image.Resampling.NEAREST)
+                    save_image(path, single)
             shown.extend(pixels[: GRID - len(shown)])
             done = batch.stop
     except KeyboardInterrupt:
@@ -262,6 +265,8 @@ def draw_samples(network, args, y):
     shows = f"the first {GRID} of {number}" if done > GRID else number
     of = f" of {', '.join(names)}" if names else ""
     speed = f", {seconds:.1f} s, {seconds / drawn:.2f} s each" if drawn else ""
+    if args.dir:
+        print(f"{args.dir}: {number} as PNG files")
     print(f"{args.out}: {shows}{of}{speed}")
     if done < n:
         raise KeyboardInterrupt(f"stopped after {done:,} of {n:,} images")
@@ -275,7 +280,7 @@ def begin_folder(args, network, y):
     """
     folders = [args.dir] * args.n if y is None else [args.dir / network.classes[k] for k in y]
     paths = [folder / f"{k:06d}.png" for k, folder in enumerate(folders)]
-    names = "steps", "sampler", "eta", "seed", "classes", "guidance"
+    names = "steps", "sampler", "eta", "seed", "classes", "guidance", "scale"
     settings = {name: getattr(args, name) for name in names}
     inputs = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in args.inpaint or ()]
     note = settings | {"network": network.digest(), "inpainted": inputs}

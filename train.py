@@ -36,6 +36,7 @@ from support.demo import demo_images
 from support.device import to_device
 from support.ranks import LOCAL_RANK, RANK, WORLD
 from support.settings import (
+    as_flag,
     config_of,
     flag,
     given_flags,
@@ -328,14 +329,14 @@ def build(args, config, state, weights):
 def describe(args, images, start, size):
     """Print what is trained on what. start: the first step. size: the number of parameters."""
     has_default = (f for f in fields(args) if f.metadata["kept"] and f.default not in (None, ()))
-    changed = {f.name: v for f in has_default if (v := getattr(args, f.name)) != f.default}
+    changed = [as_flag(f.name, v) for f in has_default if (v := getattr(args, f.name)) != f.default]
     names = ", ".join([*args.classes[:10], *["..."] * (len(args.classes) > 10)])
     kind = f", in {len(args.classes):,} classes: {names}" if args.classes else ""
     kind += "; the network will memorise the images" if len(images) < 100 else ""
     where = f"{args.device}, {'bfloat16' if args.amp else 'float32'}"
     where += ", compiled" if args.compile else ""
     print(f"images   {len(images):,} of {'x'.join(map(str, images.shape[1:]))}{kind}")
-    print(f"settings the paper's{f', but {changed}' if changed else ''}")
+    print(f"settings the paper's{', but ' * bool(changed)}{' '.join(changed)}")
     print(f"network  {size:,} parameters on {WORLD} x {where}")
     print(f"steps    {start:,} to {args.steps:,}; a preview every {args.preview_every:,}")
 
@@ -408,8 +409,8 @@ def main():
     if RANK == 0:
         if start == done:
             print("no step was taken: to train again after a change to the code, use another --out")
-        print(f"done: {(args.out / 'checkpoint.pt').as_posix()} is at step {done:,}; next:")
-        print("  python", cli.command("sample.py", "--checkpoint", args.out.as_posix()))
+        print(f"done: {(args.out / 'checkpoint.pt').as_posix()} is at step {done:,}")
+        print(cli.drawing("--checkpoint", args.out, args.classes, args.data is None))
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ class Report:
             process.kill()
         said = path.read_text(errors="replace").replace("\r", "\n").strip()
         is_stopped = "\nstopped at step" in said
-        if process.returncode != bool(interrupt) or is_stopped != bool(interrupt):
+        if process.returncode != -signal.SIGINT * bool(interrupt) or is_stopped != bool(interrupt):
             raise RuntimeError(f"{log} ended with status {process.returncode}; see {path}")
         *_, last = ["", *said.splitlines()]
         return f"{time.monotonic() - began:.0f} s | {last.strip()}"
@@ -236,7 +236,7 @@ def programs(report, args):
     for k, pixels in enumerate(demo_images()):
         save_image(folder / f"{k}.png", to_image(pixels))
     words = [root / "train.py", "--data", folder, "--out", run, "--device", DEVICE.type]
-    words += ["--steps", count, *(TINY if args.tiny else [])]
+    words += ["--steps", count, *(TINY if args.tiny else ["--compile"] if args.compile else [])]
     report.head("program", "s", "its last line")
     if sys.platform != "win32":  # which has no SIGINT for other processes
         log = run / "log.csv"  # which has the first steps
@@ -269,7 +269,7 @@ def sampling(report, args):
 
     def open_network(name, batch=64):
         if name == "torch":
-            return TorchNetwork(run, DEVICE.type, batch=batch)
+            return TorchNetwork(run, DEVICE.type, images=50_000, batch=batch)  # compiled
         return ddpm_numpy.Network(args.out / name, ORT_DEVICE)
 
     def errors(name):

@@ -376,7 +376,7 @@ def draw_classes(path, network):
 
 
 def draw_interpolation(path, network, pair):
-    """Draw the paper's figure 8: mixtures of two images at several t."""
+    """Draw mixtures of two images at several t, as in the paper's figure 8."""
     times, rows = (125, 250, 500, 750), []
     for t in times:
         noise = ddpm_numpy.noise_of(0, 0, (1, *network.shape))

@@ -39,6 +39,16 @@ def command(*words):
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
+def drawing(flag, path, classes, is_demo):
+    """Return the command that draws: in 10 steps, but for the demo, and guided if it has classes.
+
+    flag: --onnx or --checkpoint, of which `path` is the value.
+    """
+    words = ["sample.py", flag, path.as_posix()]
+    words += ["--steps", "10"] * (not is_demo) + ["--guidance", "1"] * bool(classes)
+    return f"next:\n  python {command(*words)}"
+
+
 class StopRequest:
     """Whether the program was told to stop by a signal: `made` is False until then.
 

@@ -42,6 +42,12 @@ def given_flags(parser, settings):
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given}
 
 
+def as_flag(name, value):
+    """Return a setting as the flag of the command line that gives it."""
+    values = value if isinstance(value, tuple) else () if isinstance(value, bool) else (value,)
+    return " ".join([f"--{'no-' * (value is False)}{name.replace('_', '-')}", *map(str, values)])
+
+
 def config_of(args):
     """Return the "config" of a checkpoint: each of the Settings in the part that keeps it.
 

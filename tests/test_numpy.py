@@ -98,7 +98,9 @@ def test_service_of_the_manual_answers_with_images(coloured, tmp_path, start):
     process, url = start(tmp_path / "serve.py", cwd=tmp_path), f"http://localhost:{port}/?class="
 
     def ask(name):
-        return Image.open(BytesIO(urlopen(url + name, timeout=20).read()))
+        image = Image.open(BytesIO(urlopen(url + name, timeout=20).read()))
+        assert image.width > 500
+        return image.resize((5, 5))
 
     for _ in range(300):
         time.sleep(0.1)
@@ -108,13 +110,17 @@ def test_service_of_the_manual_answers_with_images(coloured, tmp_path, start):
                 break
     names = [*COLOURS] * 2
     with ThreadPoolExecutor(4) as pool:
-        for name, image in zip(names, pool.map(ask, names), strict=True):
-            assert colour_name(np.asarray(image).mean((0, 1))) == name
+        queries = [f"{name}&w=1" for name in names]
+        for name, image in zip(names, pool.map(ask, queries), strict=True):
+            assert colour_name(np.asarray(image)[2, 2]) == name
     for query in ("pink", "%E7%8C%AB", "x%0d%0aSet-Cookie:%20a=evil", "red&class=<b>"):
         with pytest.raises(HTTPError, match="400") as error:  # no header of a stranger, no script
             ask(query)
         said = error.value.read().decode()
         assert "no class " in said and "<b>" not in said
         assert error.value.headers["Set-Cookie"] is None
+    for part, code in (("?w=strong", "400"), ("favicon.ico", "404")):
+        with pytest.raises(HTTPError, match=code):
+            urlopen(url.replace("?class=", part), timeout=20)
     process.kill()
     assert "Traceback" not in process.stdout.read()

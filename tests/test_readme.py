@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -235,6 +236,24 @@ def test_lines_of_build_on_it_run(trained, tmp_path, monkeypatch):
     found = names["heun"](eps, x_T, PAPER.betas.tolist(), 100)
     fine = beyond.sample(PAPER, exact, x_T.shape, 1000, "ddim", x_T=x_T, clip=False)
     assert (found - fine).abs().max() < 0.05
+
+
+def test_lines_of_measuring_arrange_images(class_folder, tmp_path, monkeypatch):
+    """A tenth of the images, in their sub-folders, is set aside; CIFAR-10 becomes PNG files."""
+    section = GUIDE.split("\n## Measuring")[1].split("\n## ")[0]
+    split, cifar = blocks(section, "python")
+    shutil.copytree(class_folder, tmp_path / "images")
+    monkeypatch.chdir(tmp_path)
+    exec(split, {})
+    folders = tmp_path / "images", tmp_path / "mine" / "test", tmp_path / "mine" / "train"
+    files, test, train = ({p.relative_to(f) for p in f.rglob("*.*")} for f in folders)
+    assert test | train == files and not test & train and len(test) == -(-len(files) // 10)
+    image = Image.new("RGB", (32, 32), "red")
+    datasets = SimpleNamespace(CIFAR10=lambda root, train, download: [(image, 3)] * (2 + train))
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(datasets=datasets))
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", datasets)
+    exec(cifar, {})
+    assert [len([*tmp_path.glob(f"cifar10/{part}/*.png")]) for part in ("train", "test")] == [3, 2]
 
 
 def closest_ring(image):

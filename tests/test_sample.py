@@ -311,7 +311,8 @@ def test_interpolation_between_two_images(network, image_folder, tmp_path, progr
     for row, t in zip(tiles, (30, 600), strict=True):
         assert np.array_equal(row[0], ends[0]) and np.array_equal(row[12], ends[1])
         z = noise(1)
-        x_t = [PAPER.q_sample(x, torch.tensor([t]), z()) for x in x0]
+        same = z()
+        x_t = [PAPER.q_sample(x, torch.tensor([t]), same) for x in x0]
         x_t = torch.cat([torch.lerp(x_t[0], x_t[1], k / 10) for k in range(11)])
         chain, steps = Diffusion(linear_betas()[: t + 1]), min(40, t + 1)
         out = beyond.sample(chain, network, x_t.shape, steps, x_T=x_t, draw_noise=z)
@@ -376,6 +377,14 @@ def test_bug_keeps_its_traceback(program, monkeypatch, tmp_path):
 # -------------------------------------------------------------------------------------- the outputs
 
 
+def test_files_of_a_folder_are_enlarged(program, tmp_path):
+    for scale in 1, 3:
+        said = program("-n", 2, "--dir", f"by{scale}", "--scale", scale)
+        assert f"by{scale}: 2 images as PNG files" in said
+    small, large = images_in(tmp_path / "by1"), images_in(tmp_path / "by3")
+    assert np.array_equal(small.repeat(3, 2).repeat(3, 3), large)
+
+
 def test_interrupted_folder_is_continued(program, tmp_path, monkeypatch):
     """By the same command, also with a larger -n: the images are those of one command."""
     program("--batch", 2, "-n", 7, "--dir", "whole", "--out", "whole.png")
@@ -434,7 +443,7 @@ def test_grid_shows_the_first_256_images(program, tmp_path):
 @pytest.mark.parametrize(
     "code, said, flags",
     [
-        (2, "-n and --batch must be at least 1", ["-n 0", "--batch 0"]),
+        (2, "-n, --batch and --scale must be at least 1", ["-n 0", "--batch 0", "--scale 0"]),
         (2, "-n 257 needs --dir, because --out shows at most 256 images", ["-n 257"]),
         (2, "-n: invalid int value", ["-n x"]), (2, "--seed at least 0", ["--seed -1"]),
         (1, "eta must be from 0 to 1, and is only for", ["--eta 2", "--eta nan"]),

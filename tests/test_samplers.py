@@ -192,10 +192,9 @@ def test_batches_that_are_drawn_in_turn_do_not_mix(sampler):
                                                (299, 20, None), (0, 1, None)])  # fmt: skip
 def test_interpolation_starts_at_the_t_of_its_noise(t, steps, sampler):
     """Diffuse to t, then call the network at that t; two peers begin at t - 1."""
-    x0, noise, betas = randn(2, 3, 4, 4).clamp(-1, 1), randn(2, 3, 4, 4, seed=1), linear_betas()
-    z = iter(noise[:, None].numpy())
-    x_t = ddpm_numpy.mix(*x0.numpy(), t, betas.numpy(), partial(next, z))
-    a_t, b_t = PAPER.q_sample(x0, torch.tensor([t, t]), noise)[:, None]
+    x0, noise, betas = randn(2, 3, 4, 4).clamp(-1, 1), randn(3, 4, 4, seed=1), linear_betas()
+    x_t = ddpm_numpy.mix(*x0.numpy(), t, betas.numpy(), lambda: noise[None].numpy())
+    a_t, b_t = PAPER.q_sample(x0, torch.tensor([t, t]), noise.expand(2, 3, 4, 4))[:, None]
     mixed = torch.cat([(1 - k / 10) * a_t + k / 10 * b_t for k in range(11)])
     np.testing.assert_allclose(x_t, mixed, rtol=0, atol=1e-5)
     # The chain from there has the same noise for every mixture.

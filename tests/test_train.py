@@ -1,6 +1,5 @@
 """The promises of train.py: the step, the flags, and what one command does."""
 
-import ast
 import copy
 import re
 import shutil
@@ -157,7 +156,7 @@ def test_three_commands_from_folder_to_images(trained, image_folder, tmp_path):
     words = ["--onnx", "model.onnx", "-n", 5, "--steps", 20]
     sample_said = python(*warn, "sample.py", *words, cwd=tmp_path)
     assert "images   12 of 3x8x8; the network will memorise the images" in train_said
-    assert train_said.rstrip().endswith("python sample.py --checkpoint run")
+    assert train_said.rstrip().endswith("python sample.py --checkpoint run --steps 10")
     assert export_said.rstrip().endswith("python sample.py --onnx model.onnx --steps 10")
     assert "ResourceWarning" not in train_said + export_said + sample_said
     assert {p.name for p in tmp_path.iterdir()} == {"run", "model.onnx", "samples.png"}
@@ -302,11 +301,8 @@ def test_quick_is_the_settings_that_it_prints(image_folder, tmp_path, run):
     words = ["--data", image_folder, "--image-size", 16, "--batch", 4, "--steps", 2]
     said = run("train.py", *words, "--quick", "--out", "quick", cwd=tmp_path)
     (shown,) = re.findall("^settings the paper's, but (.*)", said, re.MULTILINE)
-    flags, changed = [], ast.literal_eval(shown)
-    assert changed["steps"] == 2 and changed.pop("lr_decay") is True
-    for name, value in changed.items():
-        flags += [f"--{name.replace('_', '-')}", *(value if isinstance(value, tuple) else [value])]
-    run("train.py", *words[:2], *flags, "--lr-decay", "--out", "spelt", cwd=tmp_path)
+    assert "--steps 2" in shown and "--lr-decay" in shown
+    run("train.py", *words[:2], *shown.split(), "--out", "spelt", cwd=tmp_path)
     quick, spelt = (read(tmp_path / name) for name in ("quick", "spelt"))
     assert quick["config"] == spelt["config"]
     assert all(torch.equal(w, spelt["ema"][name]) for name, w in quick["ema"].items())
