@@ -23,6 +23,7 @@ from ddpm import Diffusion, UNet, linear_betas
 from docs import make_figures
 from exact import exact_network
 from images import to_pixels
+from support.trained import eps_of
 
 README = (HERE / "README.md").read_text("utf-8")
 NAMES = "lesson", "beyond", "formulas", "guide", "notes"
@@ -46,7 +47,7 @@ def blocks(page, language):
     return [code for its_language, code in fenced if its_language == language]
 
 
-(PROGRAM,) = (code for code in blocks(README, "python") if code.startswith("import"))
+WHOLE = [code for code in blocks(README, "python") if code.startswith("import")]  # the whole path
 
 
 def anchors(page):
@@ -57,7 +58,7 @@ def anchors(page):
 def test_quotes_are_the_code():
     """Every Python block of the README, the lesson and beyond.md stands in a program.
 
-    The complete program of the README is none of them: a test of its own runs it.
+    The whole path of the README is none of them: a test of its own runs it.
     """
     texts = [
         (HERE / name).read_text("utf-8").splitlines()
@@ -65,7 +66,7 @@ def test_quotes_are_the_code():
     ]
     programs = [[line.strip() for line in text] for text in texts]
     quotes = blocks(README + LESSON + BEYOND, "python")
-    quotes.remove(PROGRAM)
+    quotes = [quote for quote in quotes if quote not in WHOLE]
     assert len(quotes) >= 15
     for quote in quotes:
         lines = [line.strip() for line in quote.splitlines()]
@@ -256,39 +257,30 @@ def test_lines_of_measuring_arrange_images(class_folder, tmp_path, monkeypatch):
     assert [len([*tmp_path.glob(f"cifar10/{part}/*.png")]) for part in ("train", "test")] == [3, 2]
 
 
-def closest_ring(image):
-    """The mean absolute error of the ring that is closest to an image (16, 16) in [-1, 1]."""
-    line, places = torch.arange(16.0), torch.linspace(5, 10, 21)
-    x, y, radius = torch.cartesian_prod(places, places, torch.linspace(2, 5, 13)).T[..., None, None]
-    rings = 1 - (torch.hypot(line - x, line[:, None] - y) - radius).abs()
-    return (rings.clamp(-1, 1) - image).abs().mean((1, 2)).min().item()
-
-
-@pytest.mark.parametrize("short", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_complete_program(short, tmp_path):
-    """The README's program, in an empty folder with ddpm.py: its rings are rings, if in full."""
-    code = PROGRAM
-    if short:
-        code, steps = re.subn(r"range\(600\)", "range(2)", code)
-        code, levels = re.subn(r"linear_betas\(\)", "linear_betas(10, 0.01, 0.6)", code)
-        assert steps == levels == 1
+def test_whole_path(tmp_path):
+    """The README's listings, in an empty folder with ddpm.py; the loop is Algorithm 2 of ddpm.py."""
     shutil.copy(HERE / "ddpm.py", tmp_path)
-    code += 'torch.save((images, x0), "made.pt")\n'
-    said = python("-c", code, cwd=tmp_path, timeout=600)
-    assert re.fullmatch(r"([ .:+#]{96}\n){8}", said)
-    images, x0 = torch.load(tmp_path / "made.pt")
-    assert images.shape == (1000, 1, 16, 16) and x0.shape == (6, 1, 16, 16)
-    assert images.min() == -1 and images.max() > 0.9 and x0.isfinite().all()
-    assert max(closest_ring(image) for image in images[:20, 0]) < 0.06
-    errors = [closest_ring(image) for image in x0[:, 0]]
-    assert max(errors) > 0.2 if short else sorted(errors)[3] < 0.1  # an empty image: 0.2
-
-
-def test_output_of_the_complete_program():
-    """What the README shows is as large as what the program prints, without the empty lines."""
-    (shown,) = (block for block in blocks(README, "") if "#" in block and "python" not in block)
-    lines = shown.splitlines()
-    assert len(lines) <= 8 and max(map(len, lines)) <= 96 and set(shown) <= set(" .:+#\n")
+    code = "".join(WHOLE).replace("10_000", "2").replace("linear_betas()", "linear_betas(9, 0.1, 0.5)")
+    (tmp_path / "whole.py").write_text(code)
+    for name in "red", "blue":
+        Image.new("RGB", (40, 30), name).save(tmp_path / f"{name}.png")
+    said = python(tmp_path / "whole.py", ".", cwd=tmp_path)
+    assert said.endswith("drawing on CPUExecutionProvider\n") and "arning" not in said
+    random, shape = np.random.default_rng(0), (16, 3, 32, 32)
+    x0 = Diffusion(linear_betas(9, 0.1, 0.5)).sample(
+        eps_of(tmp_path / "model.onnx"), shape, clip=False,
+        draw_noise=lambda: torch.from_numpy(random.standard_normal(shape, np.float32)),
+    )  # fmt: skip
+    with Image.open(tmp_path / "samples.png") as image:
+        tiles = np.asarray(image).astype(int).reshape(4, 32, 4, 32, 3).transpose(0, 2, 4, 1, 3)
+    assert np.abs(tiles.reshape(shape) - to_pixels(x0.numpy())).max() <= 1 and tiles.std() > 9
+    (tmp_path / "alone").mkdir()
+    shutil.copy(tmp_path / "model.onnx", tmp_path / "alone")
+    no_torch = "import sys; sys.modules['torch'] = None\n"
+    python("-c", no_torch + WHOLE[1], cwd=tmp_path / "alone")
+    python("sample.py", "--steps", 2, "-n", 2, "--out", "two.png", cwd=tmp_path / "alone")
+    first, second = ((tmp_path / name / "samples.png").read_bytes() for name in (".", "alone"))
+    assert first == second
 
 
 @pytest.mark.parametrize("program", ["train.py", "sample.py"])
@@ -423,7 +415,8 @@ def test_commands_to_paste_end_on_a_cpu():
     slow = [c for c in commands if c.startswith("python") and "--data" in c and "--quick" not in c]
     flags = {re.sub(r" +#.*|^.* --data ./images ", "", command) for command in slow}
     ordered = "python train.py --data ./images"
-    assert flags == {ordered, "--out paper", "--init hf:google/ddpm-cifar10-32"}
+    cifar = "python train.py --data cifar10/train --out cifar"
+    assert flags == {ordered, cifar, "--out paper", "--init hf:google/ddpm-cifar10-32"}
     assert re.search(rf"for a GPU:\n\n```\n{ordered}\n", README)
     for command in re.findall(r"^python sample\.py.*(?:--inpaint|--interpolate).*", GUIDE, re.M):
         assert "--steps" in command
