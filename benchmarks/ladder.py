@@ -4,6 +4,7 @@
     python benchmarks/ladder.py v --data fashion-mnist --steps 10000 --seed 1
     python benchmarks/ladder.py paper --data fashion-mnist --sampler ddpm --sampling-steps 1000
     python benchmarks/ladder.py paper --data fashion-mnist --sampler bound --samples 128 --sets 1
+    python benchmarks/ladder.py included --sampler ddim        # the network of the page
     python benchmarks/ladder.py                                # the tables, and ladder.png
 
 A rung is `train.py --quick --no-flip` on fashion-mnist/train, with the flags below. The images are
@@ -52,6 +53,7 @@ RUNGS = {  # flags in place of those of --quick
     "mean-native": f"--predicts mean --weighting native {ADAM}",
     "eps-vlb": f"--predicts eps --weighting vlb {ADAM}",
 }
+INCLUDED = HERE.parent / "page" / "fashion-mnist.onnx"  # --quick --classes --steps 13000
 LONG = 10_000
 WAY = "sampler", "sampling_steps", "variance", "clip", "guidance"
 COLUMNS = "rung", "seed", "steps", *WAY, "samples", "set", "distance", "recognised", "bits"
@@ -71,12 +73,14 @@ def train(args, out):
 
 
 def open_network(run, args):
-    """Return the Network of a run, with the variance of the way."""
+    """Return the Network of a run or of an ONNX file, with the variance of the way."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        export.write_onnx(load(run), Path(folder, "model.onnx"))
-        network = ddpm_numpy.Network(Path(folder, "model.onnx"), "cpu", options)
+        path = run if run.suffix == ".onnx" else Path(folder, "model.onnx")
+        if path != run:
+            export.write_onnx(load(run), path)
+        network = ddpm_numpy.Network(path, "cpu", options)
     network.variance = args.variance
     return network
 
@@ -121,12 +125,14 @@ def read_rows(path):
 
 def measure(args):
     """Train a rung, and append a row for each set of samples that is not in the table."""
-    out = args.runs / f"{args.rung}-{args.seed}-{args.steps}"
+    is_run = args.rung != "included"
+    out = args.runs / f"{args.rung}-{args.seed}-{args.steps}" if is_run else INCLUDED
     key = {name: str(getattr(args, name)) for name in COLUMNS[: 4 + len(WAY)]}
     wanted = [key | {"set": str(k)} for k in range(args.sets)]
     have = [{name: row[name] for name in wanted[0]} for row in read_rows(args.table)]
     if missing := [row for row in wanted if row not in have]:
-        train(args, out)
+        if is_run:
+            train(args, out)
         is_bound = args.sampler == "bound"
         network, ruler = (None, None) if is_bound else (open_network(out, args), frechet.Ruler())
         for row in missing:
@@ -143,7 +149,7 @@ def arguments():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flag = parser.add_argument
-    flag("rung", nargs="?", choices=RUNGS, help="what to train and measure [nothing]")
+    flag("rung", nargs="?", choices=[*RUNGS, "included"], help="what to train and measure")
     flag("--data", type=Path, help="the folder of Fashion-MNIST, which has train")
     flag("--runs", type=Path, default=Path("ladder"), help="folder of the runs [%(default)s]")
     flag("--table", type=Path, default=HERE / "ladder.csv", help="[benchmarks/ladder.csv]")
@@ -157,10 +163,12 @@ def arguments():
     flag("--samples", type=int, default=1000, help="of a set, a multiple of 50 [%(default)s]")
     flag("--sets", type=int, default=3, help="of samples [%(default)s]")
     args = parser.parse_args()
-    if args.rung and not args.data:
-        parser.error("a rung needs --data")
-    if args.rung:
+    if args.rung == "included":
+        args.steps = 13_000
+    elif args.rung:
         args.steps = args.steps or short(args.rung)
+        if not args.data:
+            parser.error("a rung needs --data")
     return args
 
 
