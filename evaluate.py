@@ -49,6 +49,7 @@ def arguments():
         usage="python evaluate.py --data ./test-images [options]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     flag, count = parser.add_argument, cli.number(int, 1)
     seed = cli.number(int, 0, 2**63)

@@ -189,8 +189,7 @@ def write_onnx(trained, path, kind=None):
         add_example(written)
         with replacing(path) as file:
             file.write(written.read_bytes())
-    step = f", step {trained.step:,}" if trained.step else ""
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, from {trained.source}{step}")
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
     print(cli.drawing("--onnx", path, trained.classes, trained.source == DEMO))
 
 
@@ -200,6 +199,7 @@ def arguments():
         usage="python export.py [options]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     kind = parser.add_mutually_exclusive_group()
     parser.add_argument(
@@ -235,6 +235,8 @@ def main():
         check_new_folder(args.to_diffusers)
         import_diffusers("--to-diffusers needs diffusers")
     trained = load(args.checkpoint)
+    step = f", step {trained.step:,}" if trained.step else ""
+    print(f"{args.checkpoint}: {trained.source}{step}")
     if args.to_diffusers:
         to_diffusers(trained, args.to_diffusers)
         opens = "DDPMPipeline.from_pretrained opens it"

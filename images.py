@@ -197,6 +197,7 @@ class Output(io.FileIO):
             os.dup2(place, self.fileno())
             os.close(place)
             if isinstance(error, BrokenPipeError) and not ignores_hangup():
+                super().write(b"\nthe reader of the pipe has ended\n")
                 signal.raise_signal(signal.SIGTERM)
             return super().write(data)
 

@@ -69,6 +69,7 @@ def arguments():
         usage="python sample.py --onnx model.onnx [options]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     flag = parser.add_argument
     source = parser.add_mutually_exclusive_group()

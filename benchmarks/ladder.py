@@ -218,13 +218,68 @@ def table(rows, steps_of):
         for rung in MEANING
     }
     shown = [k for k in range(len(WAYS)) if any(cells[k] for cells in found.values())]
-    lines = ["| what changes | steps | " + " | ".join([*WAYS][k] for k in shown) + " |"]
-    lines.append("| --- " * (2 + len(shown)) + "|")
-    for rung, cells in found.items():
-        if any(cells):
-            numbers = " | ".join(cells[k] or "-" for k in shown)
-            lines.append(f"| {MEANING[rung]} | {steps_of(rung):,} | {numbers} |")
-    return "\n".join(lines)
+    lines = [
+        [MEANING[rung], f"{steps_of(rung):,}", *(cells[k] or "-" for k in shown)]
+        for rung, cells in found.items()
+        if any(cells)
+    ]
+    return in_markdown(["what changes", "steps", *([*WAYS][k] for k in shown)], lines)
+
+
+def in_markdown(head, lines):
+    """Return a table in Markdown, from the cells of its head and of its lines."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines])
+
+
+def samplers(rows, rung, steps, counts=(5, 10, 20, 50, 1000)):
+    """Return the distances of a network by each sampler and number of its steps, in Markdown."""
+    names = {
+        "Algorithm 2, large variance": {"sampler": "ddpm"},
+        "Algorithm 2, small variance": {"sampler": "ddpm", "variance": "small"},
+        "DDIM": {"sampler": "ddim"},
+        "SA-Solver": {"sampler": "sa-solver"},
+    }
+    lines = [
+        [name, *(cell(distances(rows, rung, steps, **way, sampling_steps=str(n))) or "-"
+                 for n in counts)]
+        for name, way in names.items()
+    ]  # fmt: skip
+    return in_markdown(["steps", *map(str, counts)], lines)
+
+
+def guidance(rows, weights=("0.0", "1.0", "2.0", "4.0")):
+    """Return the distances of the included network for several w, in Markdown."""
+    lines = []
+    for w in weights:
+        way = WAYS["SA-Solver, 10"] | {"guidance": w, "rung": "included", "set": "0"}
+        (row,) = (r for r in rows if all(r[name] == value for name, value in way.items()))
+        lines.append([w.removesuffix(".0"), row["distance"], f"{float(row['recognised']):.1%}"])
+    return in_markdown(["w", "Fréchet distance", "recognised"], lines)
+
+
+def table_2(rows, samples="100"):
+    """Return the rows of the paper's Table 2 for Fashion-MNIST after short runs, in Markdown."""
+    meaning = {
+        "mean-vlb": ("the mean", "the bound, (8)", "13.22"),
+        "mean-native": ("the mean", "(8) without its factor", "unstable"),
+        "eps-vlb": ("the noise", "the bound, (12)", "13.51"),
+        "paper": ("the noise", "(14)", "3.17"),
+    }
+    lines = []
+    for rung, words in meaning.items():
+        cells = []
+        for variance in "large", "small":
+            way = {"variance": variance, "samples": samples}
+            found = distances(rows, rung, short(rung), **WAYS["Algorithm 2, 1000"] | way)
+            cells.append(", ".join(f"{sets[0]:.0f}" for sets in found.values()))
+            wanted = {"rung": rung, "steps": str(short(rung)), "sampler": "bound"}
+            wanted |= {"variance": variance}
+            bits = [r["bits"] for r in rows if all(r[k] == v for k, v in wanted.items())]
+            cells.append(", ".join(f"{float(value):.2f}" for value in bits))
+        lines.append([*words, *(text or "-" for text in cells)])
+    head = ["the network predicts", "loss", "paper, CIFAR-10: FID", "distance, large variance",
+            "bits", "distance, small variance", "bits"]  # fmt: skip
+    return in_markdown(head, lines)
 
 
 def save_figure(rows, path):
@@ -253,7 +308,8 @@ def main():
     if args.rung:
         return measure(args)
     rows = read_rows(args.table)
-    print(table(rows, short), table(rows, lambda _: LONG), sep="\n\n")
+    tables = table(rows, short), table(rows, lambda _: LONG), samplers(rows, "paper", 20_000)
+    print(*tables, samplers(rows, "included", 13_000), guidance(rows), table_2(rows), sep="\n\n")
     save_figure(rows, HERE / "ladder.png")
 
 

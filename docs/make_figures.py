@@ -28,7 +28,7 @@ from beyond import cosine_betas, sample_progressive  # noqa: E402
 from ddpm import Bound, Diffusion, linear_betas  # noqa: E402
 from evaluate import rate_distortion  # noqa: E402
 from exact import exact_network  # noqa: E402
-from images import from_pixels, grid, save_animation, to_pixels  # noqa: E402
+from images import from_pixels, grid, save_animation, save_image, to_pixels  # noqa: E402
 from samplers import Chain  # noqa: E402
 from support.data import read_folder  # noqa: E402
 from support.demo import are_right  # noqa: E402
@@ -499,6 +499,9 @@ def main():
     parser.add_argument(
         "--onnx", default=PAGE / "fashion-mnist.onnx", help="[the included network]"
     )
+    parser.add_argument(
+        "--paper", default=HERE / "paper.onnx", help="one of the paper's recipe [docs/paper.onnx]"
+    )
     parser.add_argument("--demo", help="the demo's network")
     parser.add_argument(
         "--out", type=Path, default=FIGURES, help="where to put them [docs/figures]"
@@ -507,6 +510,7 @@ def main():
 
     args.out.mkdir(parents=True, exist_ok=True)
     network = ddpm_numpy.Network(args.onnx, "cpu")
+    paper = ddpm_numpy.Network(args.paper, "cpu")
     channels, size, _ = network.shape
     images, labels = read_folder(args.data, size, channels, 4 * BATCH, network.classes)
     x0 = from_pixels(torch.from_numpy(images))
@@ -514,10 +518,11 @@ def main():
     draw_small_steps(args.out / "small-steps.png")
     draw_two_points(args.out / "two-points.png")
     draw_unet(args.out / "unet.png")
-    draw_strip(args.out, network)
+    save_image(args.out / "paper.png", grid(to_pixels(last(reverse(paper, batch=64))), 16))
+    draw_strip(args.out, paper)
     if network.shape == (1, 32, 32):  # the included network's
         draw_recorded((PAGE if args.out == FIGURES else args.out) / "recorded.webp", network)
-    draw_ends(args.out / "ends.png", network)
+    draw_ends(args.out / "ends.png", paper)
     draw_steps(args.out / "steps.png", network)
     if network.classes:
         draw_classes(args.out / "classes.png", network)

@@ -7,6 +7,8 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
+from pathlib import Path
 
 from images import catch_signals
 
@@ -44,7 +46,7 @@ def drawing(flag, path, classes, is_demo):
 
     flag: --onnx or --checkpoint, of which `path` is the value.
     """
-    words = ["sample.py", flag, path.as_posix()]
+    words = [str(Path(sys.argv[0]).with_name("sample.py")), flag, path.as_posix()]
     words += ["--steps", "10"] * (not is_demo) + ["--guidance", "1"] * bool(classes)
     return f"next:\n  python {command(*words)}"
 

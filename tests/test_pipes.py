@@ -77,6 +77,7 @@ def test_training_saves_its_step(pipe, then, image_folder, tmp_path):
     )
     assert read(tmp_path / "run")["step"] == int(log.read_text().split()[-1].split(",")[0]) > 0
     assert then == "close" or "to resume:\r\n  python" in said
+    assert ("the reader of the pipe has ended" in said) == bool(pipe)
 
 
 @pytest.mark.parametrize("pipe", ["2>&1 | tee log.txt", "| tee log.txt"])

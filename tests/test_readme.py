@@ -258,9 +258,11 @@ def test_lines_of_measuring_arrange_images(class_folder, tmp_path, monkeypatch):
 
 
 def test_whole_path(tmp_path):
-    """The README's listings, in an empty folder with ddpm.py; the loop is Algorithm 2 of ddpm.py."""
+    """The README's listings, in an empty folder with ddpm.py, whose Algorithm 2 is their loop."""
     shutil.copy(HERE / "ddpm.py", tmp_path)
-    code = "".join(WHOLE).replace("10_000", "2").replace("linear_betas()", "linear_betas(9, 0.1, 0.5)")
+    code = (
+        "".join(WHOLE).replace("10_000", "2").replace("linear_betas()", "linear_betas(9, 0.1, 0.5)")
+    )
     (tmp_path / "whole.py").write_text(code)
     for name in "red", "blue":
         Image.new("RGB", (40, 30), name).save(tmp_path / f"{name}.png")
@@ -367,10 +369,10 @@ def test_recording_of_the_page_is_what_python_draws():
 
 @pytest.mark.slow
 def test_figures_are_made(trained, image_folder, tmp_path):
-    flags = ["--onnx", trained[0] / "model.onnx", "--data", image_folder]
-    flags += ["--out", tmp_path / "docs"]
+    flags = ["--onnx", trained[0] / "model.onnx", "--paper", trained[0] / "model.onnx"]
+    flags += ["--data", image_folder, "--out", tmp_path / "docs"]
     python(HERE / "docs" / "make_figures.py", *flags, cwd=tmp_path, timeout=600)
-    names = "by-t ends interpolation rate-distortion schedule small-steps snr steps strip"
+    names = "by-t ends interpolation paper rate-distortion schedule small-steps snr steps strip"
     made = sorted((tmp_path / "docs").iterdir())
     names = [f"{name}.png" for name in [*names.split(), "two-points", "unet"]]
     assert [p.name for p in made] == sorted([*names, "reverse.gif"])

@@ -445,6 +445,7 @@ def test_grid_shows_the_first_256_images(program, tmp_path):
     [
         (2, "-n, --batch and --scale must be at least 1", ["-n 0", "--batch 0", "--scale 0"]),
         (2, "-n 257 needs --dir, because --out shows at most 256 images", ["-n 257"]),
+        (2, "unrecognized arguments: --n 16", ["--n 16"]),
         (2, "-n: invalid int value", ["-n x"]), (2, "--seed at least 0", ["--seed -1"]),
         (1, "eta must be from 0 to 1, and is only for", ["--eta 2", "--eta nan"]),
         (1, "it is 0.0 for 'sa-solver'", ["--eta 0 --sampler sa-solver"]),
