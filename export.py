@@ -43,7 +43,7 @@ OPSET = 20  # ONNX Runtime has kernels for it on the CPU, on CUDA and in the bro
 TOLERANCE = 1e-4  # the largest difference from torch, in an output that is about N(0, 1)
 
 # The exporter's own translations of the two operators below contain nodes that the CUDA provider of
-# ONNX Runtime leaves to the CPU: GroupNormalization, and a Shape that gives attention its scale.
+# ONNX Runtime leaves to the CPU: Shape and, in newer opsets, GroupNormalization.
 
 
 def group_norm(x, num_groups: int, weight=None, bias=None, eps: float = 1e-5,

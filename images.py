@@ -90,7 +90,7 @@ def grid(pixels, columns=None, rows=None, names=()):
     _, c, h, w = pixels.shape
     pixels = pixels.reshape(-1, columns, c, h, w).transpose(2, 0, 3, 1, 4)
     image = to_image(pixels.reshape(c, -1, columns * w))
-    scale = max(1, round(512 / image.width), round(64 / h))
+    scale = max(1, round(512 / max(image.size)), round(64 / h))
     image = ImageOps.scale(image, scale, Image.Resampling.NEAREST)
     has_all_rows = len(names) * h * scale == image.height  # not with fewer images than names
     return label_rows(image, names) if has_all_rows else image

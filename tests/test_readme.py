@@ -135,6 +135,8 @@ def test_flags_files_and_anchors_exist(run, tmp_path):
                     seen.add(name)
                     flags = re.findall(r"(?<= )--?[a-z][a-z-]*", command.split(name)[1])
                     assert all(re.search(rf"{flag}\b", its_help) for flag in flags), command
+        for name in re.findall(r"\b(?:docs|page)/[\w-]+\.onnx", page):
+            assert (HERE / name).is_file(), name
         for flag in re.findall(r"`(--[a-z][a-z0-9-]*)", page):
             assert any(re.search(rf"{flag}\b", its_help) for its_help in helps.values()), flag
         for link in re.findall(r"(?:\]\(|src=\")([^)\"]+)", page):
