@@ -84,6 +84,20 @@ def test_posterior_is_bayes_rule():
     close(mean, weighted / (likelihood + prior), 1e-5)
 
 
+def test_posterior_is_a_regression_on_the_noise():
+    """Its mean is sqrt(abar_{t-1}) x_0 + k eps, and k^2 + beta-tilde_t = 1 - abar_{t-1}."""
+    t, x0, eps = torch.tensor([1, 2, 400, 999]), randn(4, 1, 2, 2), randn(4, 1, 2, 2, seed=1)
+    mean, variance = PAPER.q_posterior(x0, PAPER.q_sample(x0, t, eps), t)
+    alpha, abar, abar_prev = (
+        at(PAPER.alphas, t),
+        at(PAPER.alphas_bar, t),
+        at(PAPER.alphas_bar, t - 1),
+    )
+    k = alpha.sqrt() * (1 - abar_prev) / (1 - abar).sqrt()
+    close(mean, abar_prev.sqrt() * x0 + k * eps, 1e-5)
+    close(k**2 + variance, 1 - abar_prev, 1e-6)
+
+
 @pytest.mark.parametrize("t", [1, 9, 99, 499])
 def test_variance_of_the_reverse_step_lies_between_the_two_of_the_paper(t):
     """For the data +1 and -1: by integration, and by (7) with E[x_0 | x_t], which is a tanh."""

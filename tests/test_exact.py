@@ -6,6 +6,7 @@ without any training.
 
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -112,6 +113,20 @@ def test_jump_to_the_estimate_costs_width():
             abar = PAPER.alphas_bar[t].item()
             found = x0.item() / s, x_t.item() / math.sqrt(abar * s**2 + 1 - abar)
             assert [*map(float, re.findall(r"[\d.]+", cell))] == pytest.approx(found, abs=0.0051)
+
+
+@pytest.mark.parametrize("variance, ratio", [("large", 1.19), ("small", 0.81)])
+def test_fixed_variance_alone_makes_long_steps_fail(variance, ratio):
+    """Data from N(0, 1/4): the deviation of the last x_t of ten steps of Algorithm 2 over its own.
+
+    Every step is linear, and image k receives one unit of noise, at draw k.
+    """
+    d, noise = Diffusion(linear_betas(), variance), iter(torch.eye(10).view(10, 10, 1, 1, 1))
+    network = exact_network(d, torch.zeros(1, 1, 1, 1), std=0.5)
+    options = dict(draw_noise=partial(next, noise), clip=False)
+    *_, (t, x_t, _) = beyond.sample_progressive(d, network, (10, 1, 1, 1), 10, "ddpm", **options)
+    abar = d.alphas_bar[t].item()
+    assert x_t.norm().item() / math.sqrt(abar / 4 + 1 - abar) == pytest.approx(ratio, abs=0.005)
 
 
 @pytest.mark.parametrize("variance", VARIANCES)
