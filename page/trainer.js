@@ -69,7 +69,7 @@ function forward([W1, b1, W2, b2, W3, b3], x) {
 }
 
 /** A network of two hidden layers, and its training. Its output is v, with eps = sqrt(abar) v + sqrt(1 - abar) x_t
- * (Salimans and Ho 2022), which learns sooner than eps. The loss is that of eps in any case. */
+ * (Salimans and Ho 2022). The loss is that of eps in any case. */
 export class Trainer {
   constructor() {
     const random = uniform(0, 0), zeros = (n) => new Float32Array(n);
