@@ -115,6 +115,22 @@ def test_jump_to_the_estimate_costs_width():
             assert [*map(float, re.findall(r"[\d.]+", cell))] == pytest.approx(found, abs=0.0051)
 
 
+@pytest.mark.parametrize("steps", [1, 10, 999])
+def test_best_variance_makes_the_bound_of_gaussian_data_independent_of_the_steps(steps):
+    """L_{t-1} of N(0, 1) between the same ends, by the formula for two Gaussians (section 6)."""
+    abar = PAPER.alphas_bar[torch.linspace(0, 999, steps + 1).long()]
+    betas = 1 - abar / torch.cat([torch.ones(1), abar[:-1]])
+    d, t = Diffusion(betas), torch.arange(1, steps + 1)
+    mse = 1 - d.alphas_bar[t]  # the conditional variance of x_0
+    spread = d.posterior_variance[t] + d.posterior_x0[t] ** 2 * mse
+    for factor in (1.0, 1.1, 0.9):
+        sigma2 = factor * spread
+        terms = (spread / sigma2 - 1 - (d.posterior_variance[t] / sigma2).log()) / 2
+        bits = terms.sum().item() / math.log(2)
+        assert (bits == pytest.approx(6.6438, abs=1e-4)) == (factor == 1)
+        assert bits > 6.6437
+
+
 @pytest.mark.parametrize("variance, ratio", [("large", 1.19), ("small", 0.81)])
 def test_fixed_variance_alone_makes_long_steps_fail(variance, ratio):
     """Data from N(0, 1/4): the deviation of the last x_t of ten steps of Algorithm 2 over its own.
