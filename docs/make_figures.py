@@ -205,6 +205,48 @@ def draw_two_points(path):
     figure.savefig(path, dpi=DPI)
 
 
+def draw_corrector(path):
+    """Draw a step of SA-Solver for the two points: predict with a parabola, then redo the step."""
+    chain, t = Chain(linear_betas(), "large", 10), 3  # the step from t = 399 to 299
+    abar, every = np.array(chain.alphas_bar), (1 - linear_betas()).cumprod(0).numpy()
+
+    def levels(abar):
+        return np.log(abar / (1 - abar)) / 2
+
+    def estimate(x, abar):
+        return np.tanh(np.sqrt(abar) * x / (1 - abar))
+
+    x, path_x = 0.6, []
+    for a, before in zip(every[::-1], [*every[-2::-1], 1], strict=True):  # DDIM in 1000 steps
+        path_x.append(x)
+        x0 = estimate(x, a)
+        x = np.sqrt(before) * x0 + np.sqrt((1 - before) / (1 - a)) * (x - np.sqrt(a) * x0)
+    path_x = np.array(path_x[::-1])
+    exact, lam = estimate(path_x, every), levels(abar)
+    nodes = [t + 2, t + 1, t]
+    values = [exact[chain.tau[k]] for k in nodes]
+    line = np.linspace(lam[t], lam[t - 1], 200)
+
+    def parabola(at):
+        return np.polyval(np.polyfit(lam[nodes], values, 2), at)
+
+    scale = np.sqrt((1 - abar[t - 1]) / (1 - abar[t]))
+    area = ((np.exp(line) * parabola(line))[:-1] * np.diff(line)).sum()
+    x_s = scale * path_x[chain.tau[t]] + np.sqrt(1 - abar[t - 1]) * area
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    for axes, title in zip(figure.subplots(1, 2, sharey=True), ("predict", "redo"), strict=True):
+        wide = np.linspace(lam[nodes[0]], line[-1], 200)
+        axes.plot(levels(every), exact, "black", linewidth=1)
+        axes.plot(wide, parabola(wide), "C0--")
+        axes.plot(line, parabola(line), "C0", linewidth=2)
+        axes.plot(lam[nodes], values, "C0o")
+        axes.set_xticks(lam[[t, t - 1]], ["$\\lambda_t$", "$\\lambda_s$"])
+        axes.set(title=title, xlim=(lam[t + 2] - 0.1, line[-1] + 0.2), ylim=(0, 0.75))
+        axes.set_ylabel("$\\hat x_0$" if title == "predict" else "")
+        nodes, values = [t + 1, t, t - 1], [*values[1:], estimate(x_s, abar[t - 1])]
+    figure.savefig(path, dpi=DPI)
+
+
 def draw_unet(path):
     """Draw the U-Net of the CIFAR-10 network: sizes, widths, attention and skip connections."""
     figure = Figure(figsize=(8.6, 4.6), layout="constrained")
@@ -517,6 +559,7 @@ def main():
     draw_schedule(args.out / "schedule.png", x0[:1])
     draw_small_steps(args.out / "small-steps.png")
     draw_two_points(args.out / "two-points.png")
+    draw_corrector(args.out / "corrector.png")
     draw_unet(args.out / "unet.png")
     save_image(args.out / "paper.png", grid(to_pixels(last(reverse(paper, batch=64))), 16))
     draw_strip(args.out, paper)

@@ -65,7 +65,7 @@ def test_quotes_are_the_code():
         for name in ("ddpm.py", "samplers.py", "beyond.py", "train.py", "exact.py")
     ]
     programs = [[line.strip() for line in text] for text in texts]
-    quotes = blocks(README + LESSON + BEYOND, "python")
+    quotes = blocks(README + LESSON + BEYOND + NOTES, "python")
     quotes = [quote for quote in quotes if quote not in WHOLE]
     assert len(quotes) >= 15
     for quote in quotes:
@@ -374,7 +374,7 @@ def test_figures_are_made(trained, image_folder, tmp_path):
     flags = ["--onnx", trained[0] / "model.onnx", "--paper", trained[0] / "model.onnx"]
     flags += ["--data", image_folder, "--out", tmp_path / "docs"]
     python(HERE / "docs" / "make_figures.py", *flags, cwd=tmp_path, timeout=600)
-    names = "by-t ends interpolation paper rate-distortion schedule small-steps snr steps strip"
+    names = "by-t corrector ends interpolation paper rate-distortion schedule small-steps snr steps strip"
     made = sorted((tmp_path / "docs").iterdir())
     names = [f"{name}.png" for name in [*names.split(), "two-points", "unet"]]
     assert [p.name for p in made] == sorted([*names, "reverse.gif"])
