@@ -171,7 +171,7 @@ class Settings:
     device: torch.device = flag(CPU, None, "auto, cpu, cuda, cuda:1, mps or xpu [auto]")
     amp: bool = flag(False, None, "bfloat16 [where it is fast and exact enough]", action=switch)
     compile: bool = flag(False, None, "torch.compile [on CUDA, from 5,000 steps]", action=switch)
-    preview_every: int = flag(8000, None, "steps between previews [4 %% of the time]", type=count)
+    preview_every: int = flag(8000, None, "steps between previews [4%% of the time]", type=count)
     save_minutes: float = flag(5.0, None, "minutes between saves", type=amount)
 
 

@@ -71,7 +71,7 @@ def quantize(exact, path, chain, precise):
     chain: [(x_t, t) or (x_t, t, y)], what the network sees while it samples; the ranges of the
     activations are calibrated on it. precise: names of modules that stay float32, like all 1x1
     convolutions. In a --quick network for Fashion-MNIST, these would raise the error at t = 100
-    from 1.6 % to 9.4 %, and save 6 % of the time.
+    from 1.6% to 9.4%, and save 6% of the time.
     """
     graph = onnx.load(exact).graph
     sizes = {tensor.name: tensor.dims[2:] for tensor in graph.initializer}
