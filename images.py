@@ -116,7 +116,7 @@ def check_output(path, *inputs):
     if not folder.is_dir():
         sys.exit(f"{path} can't be written: {folder} is not a folder")
     if not os.access(folder, os.W_OK | os.X_OK):
-        sys.exit(f"{path} can't be written: {folder} does not allow it")
+        sys.exit(f"{path} can't be written: no permission to write to {folder}")
     if os.path.isdir(path):
         sys.exit(f"{path} can't be written: it is a folder")
     for name in inputs:

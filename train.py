@@ -71,7 +71,7 @@ def algorithm_1(network, ema, optimizer, diffusion, images, labels, args):
         t = torch.randint(diffusion.T, (args.batch,), device=args.device)
         noise = torch.randn(args.batch, *images.shape[1:], device=args.device)
         batch = [index, flip, t, noise]
-        if labels is not None:  # a tenth is dropped: guidance needs eps without a class, too
+        if labels is not None:  # a tenth are dropped: guidance needs eps without a class, too
             drop = torch.rand(args.batch, device=images.device) < 0.1
             batch.append(labels[index].masked_fill(drop, len(args.classes)))
 
