@@ -146,7 +146,8 @@ def test_other_settings_are_refused_in_one_line(trained, tiny, image_folder, tmp
 
 def test_run_with_lr_decay_is_not_made_longer(tmp_path, run):
     """Its learning rate has fallen towards 0 and would jump."""
-    run("train.py", "--steps", 3, cwd=tmp_path)  # the demo decays
+    said = run("train.py", "--steps", 3, cwd=tmp_path)  # the demo decays
+    assert said.rstrip().endswith("sample.py --checkpoint run")  # in 1000 steps
     said = run("train.py", "--steps", 6, cwd=tmp_path, code=1)
     assert "steps was 3, now 6; the learning rate falls to 0 at the last" in said
     assert "--init run starts from its weights" in said
