@@ -78,7 +78,7 @@ class Diffusion:
         betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
         # 1 - betas < 1: no beta is lost to rounding
         if betas.ndim != 1 or not len(betas) or not ((betas < 1) & (1 - betas < 1)).all():
-            raise ValueError("betas must be a 1-d list of numbers between 0 and 1")
+            raise ValueError("betas must be a 1-d list of numbers above 0 and below 1")
         if variance not in ("large", "small"):
             raise ValueError(f'variance must be "large" or "small", not {variance!r}')
         self.T, self.variance = len(betas), variance
