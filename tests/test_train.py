@@ -157,7 +157,7 @@ def test_three_commands_from_folder_to_images(trained, image_folder, tmp_path):
     sample_said = python(*warn, "sample.py", *words, cwd=tmp_path)
     assert "images   12 of 3x8x8; the network will memorise the images" in train_said
     assert train_said.rstrip().endswith("sample.py --checkpoint run --steps 10")
-    assert export_said.rstrip().endswith("python sample.py --onnx model.onnx --steps 10")
+    assert export_said.rstrip().endswith("sample.py --onnx model.onnx --steps 10")
     assert "ResourceWarning" not in train_said + export_said + sample_said
     assert {p.name for p in tmp_path.iterdir()} == {"run", "model.onnx", "samples.png"}
     names = {re.sub(r"images-.*\.", "images.", p.name) for p in (tmp_path / "run").iterdir()}
