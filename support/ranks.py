@@ -54,6 +54,7 @@ def from_first(function, *args):
     if WORLD > 1:
         dist.broadcast_object_list(values, group=PATIENT)
     if values[1]:
+        leave()
         raise refusal or SystemExit(1)
     return values[0]
 
