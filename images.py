@@ -180,9 +180,9 @@ def save_animation(path, images, each=60, last=2000):
 class Output(io.FileIO):
     """Standard output or error, which can be written whatever becomes of its reader.
 
-    If the reader of a pipe ends (tee, head, less), the terminal takes its place, and the program is
-    told to stop, unless nohup started it. If the terminal is closed, what is written is lost, and
-    SIGHUP tells the program to stop.
+    If the reader of a pipe ends (tee, head, less), the terminal takes its place, which shows it,
+    and the program is told to stop, unless nohup started it. If the terminal is closed, what is
+    written is lost, and SIGHUP tells the program to stop.
     """
 
     def write(self, data):

@@ -244,9 +244,8 @@ def draw_samples(network, args, y):
                 drawn += len(pixels)
             for path, image in zip(paths[batch], pixels, strict=False):
                 if not path.is_file():
-                    single = to_image(image)
-                    single = ImageOps.scale(single, args.scale, Image.Resampling.NEAREST)
-                    save_image(path, single)
+                    large = ImageOps.scale(to_image(image), args.scale, Image.Resampling.NEAREST)
+                    save_image(path, large)
             shown.extend(pixels[: GRID - len(shown)])
             done = batch.stop
     except KeyboardInterrupt:

@@ -211,28 +211,28 @@ def cell(found):
     return f"{statistics.mean(values):.1f}{spread}"
 
 
+def in_markdown(head, lines, labels=1):
+    """Return a table in Markdown, without empty rows and columns. labels: the columns that lead."""
+    lines = [line for line in lines if any(line[labels:])]
+    kept = [k for k in range(len(head)) if any(line[k] for line in lines)]
+    lines = [[line[k] or "-" for k in kept] for line in lines]
+    lines = [[head[k] for k in kept], ["---"] * len(kept), *lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def table(rows, steps_of):
     """Return the ladder in Markdown. steps_of: a function of the rung."""
-    found = {
-        rung: [cell(distances(rows, rung, steps_of(rung), **way)) for way in WAYS.values()]
-        for rung in MEANING
-    }
-    shown = [k for k in range(len(WAYS)) if any(cells[k] for cells in found.values())]
     lines = [
-        [MEANING[rung], f"{steps_of(rung):,}", *(cells[k] or "-" for k in shown)]
-        for rung, cells in found.items()
-        if any(cells)
-    ]
-    return in_markdown(["what changes", "steps", *([*WAYS][k] for k in shown)], lines)
+        [meaning, f"{steps_of(rung):,}",
+         *(cell(distances(rows, rung, steps_of(rung), **way)) for way in WAYS.values())]
+        for rung, meaning in MEANING.items()
+    ]  # fmt: skip
+    return in_markdown(["what changes", "steps", *WAYS], lines, labels=2)
 
 
-def in_markdown(head, lines):
-    """Return a table in Markdown, from the cells of its head and of its lines."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines])
-
-
-def samplers(rows, rung, steps, counts=(5, 10, 20, 50, 1000)):
+def samplers(rows, rung, steps):
     """Return the distances of a network by each sampler and number of its steps, in Markdown."""
+    counts = "5", "10", "20", "50", "1000"
     names = {
         "Algorithm 2, large variance": {"sampler": "ddpm"},
         "Algorithm 2, small variance": {"sampler": "ddpm", "variance": "small"},
@@ -240,24 +240,23 @@ def samplers(rows, rung, steps, counts=(5, 10, 20, 50, 1000)):
         "SA-Solver": {"sampler": "sa-solver"},
     }
     lines = [
-        [name, *(cell(distances(rows, rung, steps, **way, sampling_steps=str(n))) or "-"
-                 for n in counts)]
+        [name, *(cell(distances(rows, rung, steps, **way, sampling_steps=n)) for n in counts)]
         for name, way in names.items()
-    ]  # fmt: skip
-    return in_markdown(["steps", *map(str, counts)], lines)
+    ]
+    return in_markdown(["steps", *counts], lines)
 
 
-def guidance(rows, weights=("0.0", "1.0", "2.0", "4.0")):
+def guidance(rows):
     """Return the distances of the included network for several w, in Markdown."""
     lines = []
-    for w in weights:
+    for w in "0.0", "1.0", "2.0", "4.0":
         way = WAYS["SA-Solver, 10"] | {"guidance": w, "rung": "included", "set": "0"}
         (row,) = (r for r in rows if all(r[name] == value for name, value in way.items()))
         lines.append([w.removesuffix(".0"), row["distance"], f"{float(row['recognised']):.1%}"])
     return in_markdown(["w", "Fréchet distance", "recognised"], lines)
 
 
-def table_2(rows, samples="100"):
+def table_2(rows):
     """Return the rows of the paper's Table 2 for Fashion-MNIST after short runs, in Markdown."""
     meaning = {
         "mean-vlb": ("the mean", "the bound, (8)", "13.22"),
@@ -267,13 +266,11 @@ def table_2(rows, samples="100"):
     }
     lines = []
     for rung, words in meaning.items():
-        ways = ({"variance": variance, "samples": samples} for variance in ("large", "small"))
+        ways = ({"variance": variance, "samples": "100"} for variance in ("large", "small"))
         found = [distances(rows, rung, short(rung), **WAYS["Algorithm 2, 1000"] | w) for w in ways]
-        lines.append(
-            [*words, *(", ".join(f"{d[0]:.0f}" for d in f.values()) or "-" for f in found)]
-        )
+        lines.append([*words, *(", ".join(f"{d[0]:.0f}" for d in f.values()) for f in found)])
     head = "the network predicts", "loss", "paper, CIFAR-10: FID"
-    return in_markdown([*head, "here, large variance", "here, small variance"], lines)
+    return in_markdown([*head, "here, large variance", "here, small variance"], lines, labels=3)
 
 
 def save_figure(rows, path):

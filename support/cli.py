@@ -42,7 +42,7 @@ def command(*words):
 
 
 def drawing(flag, path, classes, is_demo):
-    """Return the command that draws: in 10 steps, but for the demo, and guided if it has classes.
+    """Return a hint at the command that draws: in 10 steps, but for the demo; guided for classes.
 
     flag: --onnx or --checkpoint, of which `path` is the value.
     """

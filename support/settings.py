@@ -101,7 +101,8 @@ def refuse_other_run(out, state, config, steps):
     if "lr_decay" in changed:
         changed.pop("steps", None)
     elif "steps" in changed:
-        changed["steps"] = changed["steps"][0], f"{steps}; the learning rate falls to 0 at the last"
+        why = "the learning rate falls to 0 at the last step"
+        changed["steps"] = changed["steps"][0], f"{steps}; {why}"
     what = [f"{name} was {before}, now {now}" for name, (before, now) in changed.items()]
     if what:  # --init decides the network and what it predicts
         fixed = ({*config["model"], "predicts", "betas"} - {"dropout"}) & changed.keys()

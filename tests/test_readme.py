@@ -31,6 +31,7 @@ LESSON, BEYOND, FORMULAS, GUIDE, NOTES = (
     (HERE / "docs" / f"{name}.md").read_text("utf-8") for name in NAMES
 )
 PAGES = {"README.md": README}
+PAGES["benchmarks/ladder.md"] = (HERE / "benchmarks" / "ladder.md").read_text("utf-8")
 PAGES |= dict(
     zip(
         [f"docs/{name}.md" for name in NAMES], [LESSON, BEYOND, FORMULAS, GUIDE, NOTES], strict=True
