@@ -48,7 +48,7 @@ def blocks(page, language):
     return [code for its_language, code in fenced if its_language == language]
 
 
-WHOLE = [code for code in blocks(README, "python") if code.startswith("import")]  # the whole path
+MINIMAL = (HERE / "minimal.py").read_text("utf-8")
 
 
 def anchors(page):
@@ -57,17 +57,13 @@ def anchors(page):
 
 
 def test_quotes_are_the_code():
-    """Every Python block of the README, the lesson and beyond.md stands in a program.
-
-    The whole path of the README is none of them: a test of its own runs it.
-    """
+    """Every Python block of the README, the lesson and beyond.md stands in a program."""
     texts = [
         (HERE / name).read_text("utf-8").splitlines()
-        for name in ("ddpm.py", "samplers.py", "beyond.py", "train.py", "exact.py")
+        for name in ("ddpm.py", "samplers.py", "beyond.py", "train.py", "exact.py", "minimal.py")
     ]
     programs = [[line.strip() for line in text] for text in texts]
     quotes = blocks(README + LESSON + BEYOND + NOTES, "python")
-    quotes = [quote for quote in quotes if quote not in WHOLE]
     assert len(quotes) >= 15
     for quote in quotes:
         lines = [line.strip() for line in quote.splitlines()]
@@ -256,16 +252,14 @@ def test_lines_of_measuring_arrange_images(class_folder, tmp_path, monkeypatch):
     assert [len([*tmp_path.glob(f"cifar10/{part}/*.png")]) for part in ("train", "test")] == [3, 2]
 
 
-def test_whole_path(tmp_path):
-    """The README's listings, in an empty folder with ddpm.py, whose Algorithm 2 is their loop."""
+def test_minimal(tmp_path):
+    """In an empty folder with ddpm.py, whose Algorithm 2 is its loop; the README has its end."""
     shutil.copy(HERE / "ddpm.py", tmp_path)
-    code = (
-        "".join(WHOLE).replace("10_000", "2").replace("linear_betas()", "linear_betas(9, 0.1, 0.5)")
-    )
-    (tmp_path / "whole.py").write_text(code)
+    code = MINIMAL.replace("10_000", "2").replace("linear_betas()", "linear_betas(9, 0.1, 0.5)")
+    (tmp_path / "minimal.py").write_text(code)
     for name in "red", "blue":
         Image.new("RGB", (40, 30), name).save(tmp_path / f"{name}.png")
-    said = python(tmp_path / "whole.py", ".", cwd=tmp_path)
+    said = python(tmp_path / "minimal.py", ".", cwd=tmp_path)
     assert said.endswith("drawing on CPUExecutionProvider\n") and "arning" not in said
     random, shape = np.random.default_rng(0), (16, 3, 32, 32)
     x0 = Diffusion(linear_betas(9, 0.1, 0.5)).sample(
@@ -278,7 +272,9 @@ def test_whole_path(tmp_path):
     (tmp_path / "alone").mkdir()
     shutil.copy(tmp_path / "model.onnx", tmp_path / "alone")
     no_torch = "import sys; sys.modules['torch'] = None\n"
-    python("-c", no_torch + WHOLE[1], cwd=tmp_path / "alone")
+    (end,) = (code for code in blocks(README, "python") if code.startswith("import"))
+    assert MINIMAL.endswith(end)
+    python("-c", no_torch + end, cwd=tmp_path / "alone")
     python("sample.py", "--steps", 2, "-n", 2, "--out", "two.png", cwd=tmp_path / "alone")
     first, second = ((tmp_path / name / "samples.png").read_bytes() for name in (".", "alone"))
     assert first == second

@@ -1,0 +1,93 @@
+"""Train a DDPM on a folder of images, export it to ONNX, and draw 16 images without torch.
+
+    python minimal.py ./images
+
+This is the whole path on one page: Algorithm 1 with Adam, the exported network, and Algorithm 2
+in numpy under ONNX Runtime. It needs ddpm.py, torch, numpy, Pillow, tqdm, onnx, onnxscript and
+onnxruntime. The programs (train.py, export.py, sample.py) are this path with resuming, checks,
+any device and faster samplers; they have the paper's random flips, its warm-up of the learning
+rate and its clipped gradient, too.
+"""
+
+import copy
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from ddpm import Diffusion, UNet, linear_betas
+
+# The images of a folder: float32 (N, 3, 32, 32) in [-1, 1]
+files = [p for p in Path(sys.argv[1]).rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg")]
+pixels = [ImageOps.fit(Image.open(path).convert("RGB"), (32, 32)) for path in files]
+images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
+
+# Algorithm 1 with Adam, and an average of the weights
+device = torch.accelerator.current_accelerator() or torch.device("cpu")
+diffusion = Diffusion(linear_betas())
+# 32 pixels, 3 channels, four levels of 16, 32, 64 and 64 features; the paper's network is UNet()
+model = UNet(32, 3, 16, (1, 2, 4, 4), num_res_blocks=1, attention_resolutions=(), dropout=0)
+model = model.to(device)
+average = copy.deepcopy(model).eval()
+optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+for step in tqdm(range(10_000)):
+    loss = diffusion.loss(model, images[torch.randint(len(images), (64,))].to(device))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        for mean, weights in zip(average.parameters(), model.parameters(), strict=True):
+            mean.lerp_(weights, 1 - min(0.9999, (1 + step) / (10 + step)))
+
+# The network as ONNX, with the schedule in its metadata
+warnings.simplefilter("ignore")
+logging.disable()
+x_t, t, batch = torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64), torch.export.Dim("n")
+names = {"input_names": ["x_t", "t"], "output_names": ["eps"]}
+dynamic = {"dynamic_shapes": ({0: batch}, {0: batch})}
+program = torch.onnx.export(average.cpu(), (x_t, t), dynamo=True, verbose=False, **names, **dynamic)
+metadata = {"ddpm.betas": json.dumps(diffusion.betas.tolist()), "ddpm.variance": "large"}
+metadata["ddpm.image_shape"] = json.dumps([3, 32, 32])
+network = program.model_proto
+onnx.helper.set_model_props(network, metadata)
+onnx.save(network, "model.onnx")
+
+
+# From here on, torch is not needed: these lines can be copied alone, with a model.onnx.
+import json
+import shutil
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+# Algorithm 2 under ONNX Runtime, on CUDA if its libraries are there
+if shutil.which("nvidia-smi"):
+    onnxruntime.preload_dlls()
+else:
+    onnxruntime.set_default_logger_severity(4)
+available = onnxruntime.get_available_providers()
+providers = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in available]
+session = onnxruntime.InferenceSession("model.onnx", providers=providers)
+print("drawing on", session.get_providers()[0])
+metadata = session.get_modelmeta().custom_metadata_map
+betas, shape = json.loads(metadata["ddpm.betas"]), json.loads(metadata["ddpm.image_shape"])
+alphas_bar = np.cumprod(1 - np.array(betas)).tolist()
+random = np.random.default_rng(0)
+x = random.standard_normal((16, *shape), np.float32)
+for t in reversed(range(len(betas))):
+    (eps,) = session.run(["eps"], {"x_t": x, "t": np.full(len(x), t)})
+    x = (x - betas[t] / (1 - alphas_bar[t]) ** 0.5 * eps) / (1 - betas[t]) ** 0.5  # (11)
+    if t > 0:
+        x += betas[t] ** 0.5 * random.standard_normal(x.shape, np.float32)
+C, H, W = shape
+rows = ((x.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8).reshape(4, 4, C, H, W)
+grid = rows.transpose(0, 3, 1, 4, 2).reshape(4 * H, 4 * W, C)
+Image.fromarray(grid.squeeze()).save("samples.png")
