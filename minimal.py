@@ -30,7 +30,7 @@ pixels = [ImageOps.fit(Image.open(path).convert("RGB"), (32, 32)) for path in fi
 images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
 
 # Algorithm 1 with Adam, and an average of the weights
-device = torch.accelerator.current_accelerator() or torch.device("cpu")
+device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 diffusion = Diffusion(linear_betas())
 # 32 pixels, 3 channels, four levels of 16, 32, 64 and 64 features; the paper's network is UNet()
 model = UNet(32, 3, 16, (1, 2, 4, 4), num_res_blocks=1, attention_resolutions=(), dropout=0)
@@ -46,13 +46,13 @@ for step in tqdm(range(10_000)):
         for mean, weights in zip(average.parameters(), model.parameters(), strict=True):
             mean.lerp_(weights, 1 - min(0.9999, (1 + step) / (10 + step)))
 
-# The network as ONNX, with the schedule in its metadata
+# The network as ONNX, with the schedule in its metadata; the exporter's own messages are left out
 warnings.simplefilter("ignore")
 logging.disable()
 x_t, t, batch = torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64), torch.export.Dim("n")
-names = {"input_names": ["x_t", "t"], "output_names": ["eps"]}
-dynamic = {"dynamic_shapes": ({0: batch}, {0: batch})}
-program = torch.onnx.export(average.cpu(), (x_t, t), dynamo=True, verbose=False, **names, **dynamic)
+options = {"input_names": ["x_t", "t"], "output_names": ["eps"]}
+options |= {"dynamic_shapes": ({0: batch}, {0: batch}), "opset_version": 20}
+program = torch.onnx.export(average.cpu(), (x_t, t), dynamo=True, verbose=False, **options)
 metadata = {"ddpm.betas": json.dumps(diffusion.betas.tolist()), "ddpm.variance": "large"}
 metadata["ddpm.image_shape"] = json.dumps([3, 32, 32])
 network = program.model_proto

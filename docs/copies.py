@@ -7,7 +7,8 @@
 The folder fashion-mnist has the images in train/ and test/. The program compares the included
 network with the exact ones of 100 to 60,000 training images. With --runs, it trains ten small
 networks, on two disjoint sets for each of five sizes. It prints the numbers of beyond.md. With
---samples, it only prints the distance from each sample to its nearest image in --data.
+--samples, it only prints the distance from each sample to its nearest image in --data. Printed and
+drawn values of t count from 1, as in the paper; the code's index is one less.
 """
 
 import argparse
@@ -145,21 +146,22 @@ def draw_transition(path, data):
             print(*(f"{e:.5f}" for e in values), f"{name}, {kind} images", sep="\t")
         return found
 
-    print("t", *TIMES, sep="\t")
+    times = [i + 1 for i in TIMES]
+    print("t", *times, sep="\t")
     _, of_included = compare("included network", included, len(images))
-    axes.plot(TIMES, of_included, "k", label="included network, test images")
+    axes.plot(times, of_included, "k", label="included network, test images")
     bits = bits_known(diffusion, at_every_t(of_included), unseen[0].numel())
     for k, n in enumerate(EXACT):
         colour, model = f"C{k}", exact_network(diffusion, images[:n])
         seen, other = compare(f"exact network of {n}", model, n)
-        axes.plot(TIMES, seen, colour, label=f"exact, its {n:,} images")
-        axes.plot(TIMES, other, colour, linestyle="--")
-        known = (bits > math.log2(n)).nonzero().max().item()
-        half = (at_every_t(seen) < at_every_t(of_included) / 2).nonzero().max().item()
+        axes.plot(times, seen, colour, label=f"exact, its {n:,} images")
+        axes.plot(times, other, colour, linestyle="--")
+        known = 1 + (bits > math.log2(n)).nonzero().max().item()
+        half = 1 + (at_every_t(seen) < at_every_t(of_included) / 2).nonzero().max().item()
         axes.axvline(known, color=colour, linestyle=":")
         print(f"  log2 {n} = {math.log2(n):.1f} bits are known at t = {known}; the error on its "
               f"images is half that of the included network at t = {half}")  # fmt: skip
-    print("bits known:", *(f"{bits[t]:.1f} at t = {t}," for t in range(300, 601, 50)))
+    print("bits known:", *(f"{bits[t - 1]:.1f} at t = {t}," for t in range(300, 601, 50)))
     axes.plot([], [], "0.5", linestyle="--", label="the same, test images")
     axes.plot([], [], "0.5", linestyle=":", label="$x_t$ tells $\\log_2 N$ bits")
     axes.set(xlabel="t", ylabel="squared error of the noise", yscale="log", ylim=(1e-4, 100))

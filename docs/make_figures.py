@@ -5,7 +5,8 @@
     python docs/make_figures.py --data ./test --demo demo.onnx             # demo.png
 
 It takes about ten minutes on two cores. Every figure has a white background, so that it can be read
-on a dark page. Values of t count from 0, as in the code.
+on a dark page. Figures and printed values count t from 1, as the paper does; the code's index is
+one less.
 """
 
 import argparse
@@ -83,13 +84,13 @@ def plot(axes, curves, x_label, y_label, **scales):
 
 def draw_schedule(path, x0):
     """Plot abar_t of both schedules, above an image with that much noise."""
-    times = (0, 125, 250, 375, 500, 625, 750, 875, 999)
+    times = (1, 125, 250, 375, 500, 625, 750, 875, 1000)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     curves, rows = {}, []
     for name, betas in (("linear", linear_betas()), ("cosine", cosine_betas())):
         diffusion = Diffusion(betas)
-        curves[name] = range(diffusion.T), diffusion.alphas_bar
-        rows.append([diffusion.q_sample(x0, torch.tensor([t]), noise)[0] for t in times])
+        curves[name] = range(1, diffusion.T + 1), diffusion.alphas_bar
+        rows.append([diffusion.q_sample(x0, torch.tensor([t - 1]), noise)[0] for t in times])
     figure = Figure(figsize=(8, 5.2), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=(3, 2))
     plot(above, curves, "t", "$\\bar\\alpha_t$")
@@ -100,7 +101,7 @@ def draw_schedule(path, x0):
 
 
 # For data that are +1 and -1 with equal probability, q(x_{t-1} | x_t) is a mixture of the two
-# posteriors (6). t counts from 0, and is at least 1.
+# posteriors (6). In these functions, t is an index, which counts from 0.
 TWO = torch.tensor([1.0, -1.0], dtype=torch.float64)
 
 
@@ -164,13 +165,13 @@ def draw_small_steps(path):
             axes.plot(where, density, label=name, linewidth=width)
         axes.plot(places[0], (gaussian[0] - product[0].max()).exp(), "k--", label="Gaussian")
         axes.set(xlabel="$x_s$", yticks=[], xlim=(-1.6, 1.6), ylim=(0, 1.5))
-        axes.set_title(f"from t = {tau[t]} to s = {tau[t - 1]}", fontsize=10)
+        axes.set_title(f"from t = {tau[t] + 1} to s = {tau[t - 1] + 1}", fontsize=10)
         axes.legend(fontsize=8, ncols=2, loc="upper left")
     curves = {}
     for n in (1000, 50, 10):
         chain, tau = short_chain(n)
         bits = [distance_to_gaussian(chain, t) for t in range(1, n)]
-        curves[f"{n} steps"] = tau[1:], bits
+        curves[f"{n} steps"] = [i + 1 for i in tau[1:]], bits
     scales = {"yscale": "log", "ylim": (1e-16, 3)}
     plot(distances, curves, "t", "distance to a Gaussian, in bits", **scales)
     figure.savefig(path, dpi=DPI)
@@ -183,7 +184,7 @@ def draw_two_points(path):
     left, middle, right = figure.subplots(1, 3)
     x, estimates, densities = torch.linspace(-3, 3, 601).double(), {}, {}
     for t in (50, 200, 400, 700):
-        log_q = log_two(paper, t, x)
+        log_q = log_two(paper, t - 1, x)
         estimates[f"t = {t}"] = x, log_q.softmax(1) @ TWO
         densities[f"t = {t}"] = x, log_q.exp().mean(1)
     plot(left, estimates, "$x_t$", "$E[x_0\\mid x_t]$")
@@ -196,8 +197,8 @@ def draw_two_points(path):
     paths = torch.stack([x_t.flatten() for _, x_t, _ in chain], 1)
     for path_of_one in paths:
         colour = "tab:purple" if path_of_one[-1] > 0 else "tab:olive"
-        right.plot(range(999, -1, -1), path_of_one, colour, linewidth=1)
-    right.set(xlabel="t", ylabel="$x_t$", xlim=(999, 0))
+        right.plot(range(1000, 0, -1), path_of_one, colour, linewidth=1)
+    right.set(xlabel="t", ylabel="$x_t$", xlim=(1000, 1))
     right.grid(alpha=0.3)
     for axes, title in ((left, "the mean of $x_0$, given $x_t$"), (middle, "the density of $x_t$"),
                         (right, "paths of DDIM")):  # fmt: skip
@@ -205,9 +206,55 @@ def draw_two_points(path):
     figure.savefig(path, dpi=DPI)
 
 
+def draw_rectangles(path):
+    """Draw terms of the bound of the two points as rectangles under the curve of the error."""
+    chain, _ = short_chain(30)
+    snr = chain.alphas_bar / (1 - chain.alphas_bar)
+    u = torch.linspace(-8, 8, 2001).double()
+
+    def half_error(snr):
+        """E[1 - tanh^2] / 2 for x_t / sqrt(1 - abar) = sqrt(SNR) + u, by symmetry."""
+        density = log_normal(u, 0, torch.ones(1).double()).exp() * (u[1] - u[0])
+        return (1 - (snr.sqrt()[:, None] * (snr.sqrt()[:, None] + u)).tanh() ** 2) @ density / 2
+
+    figure = Figure(figsize=(5.4, 3), layout="constrained")
+    axes, fine = figure.subplots(), torch.linspace(0, 4, 400).double()
+    heights, widths = half_error(snr[1:]), snr[:-1] - snr[1:]
+    axes.bar(snr[1:], heights, widths, align="edge", facecolor="#fbdcb8", edgecolor="C1")
+    axes.plot(fine, half_error(fine), "C0", linewidth=2)
+    axes.set(xlim=(0, 4), ylim=(0, 0.55), xlabel="SNR", ylabel="squared error of $\\hat x_0$ / 2")
+    figure.savefig(path, dpi=DPI)
+
+
+def draw_velocity(path):
+    """Draw the curves of pairs of image and noise, which cross, and paths of average velocity.
+
+    Left in the coordinates of DDPM, right in those of flow matching, for the two points.
+    """
+    paper = Diffusion(linear_betas())
+    signal, spread = paper.alphas_bar.sqrt(), (1 - paper.alphas_bar).sqrt()
+    tau, t = spread / (signal + spread), torch.arange(1, paper.T + 1)
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    quantiles = torch.special.ndtri((torch.arange(8).double() + 0.5) / 8)
+    for x0, colour in ((1, "tab:purple"), (-1, "tab:olive")):
+        for noise in quantiles:
+            x = signal * x0 + spread * noise
+            left.plot(t, x, colour, linewidth=0.8, alpha=0.6)
+            right.plot(tau, x / (signal + spread), colour, linewidth=0.8, alpha=0.6)
+    network = exact_network(paper, TWO.view(2, 1, 1, 1))
+    chain = sample_progressive(paper, network, None, 1000, "ddim", x_T=quantiles.view(8, 1, 1, 1))
+    for x in torch.stack([x_t.flatten() for _, x_t, _ in chain], 1).flip(1):
+        left.plot(t, x, "black", linewidth=1.6)
+        right.plot(tau, x / (signal + spread), "black", linewidth=1.6)
+    left.set(xlabel="t", ylabel="$x_t$", xlim=(1000, 1), title="DDPM")
+    right.set(xlabel="$\\tau$", ylabel="r", xlim=(1, 0), title="flow matching")
+    figure.savefig(path, dpi=DPI)
+
+
 def draw_corrector(path):
     """Draw a step of SA-Solver for the two points: predict with a parabola, then redo the step."""
-    chain, t = Chain(linear_betas(), "large", 10), 3  # the step from t = 399 to 299
+    chain, t = Chain(linear_betas(), "large", 10), 3  # the step from t = 400 to 300
     abar, every = np.array(chain.alphas_bar), (1 - linear_betas()).cumprod(0).numpy()
 
     def levels(abar):
@@ -314,11 +361,11 @@ def draw_strip(folder, network):
 
     A network with classes is given none.
     """
-    times, states, frames = [999, 850, 700, 600, 500, 400, 300, 200, 100, 0], [], []
-    for t, x, x0 in reverse(network, batch=9, w=None):
-        if t in times:
+    times, states, frames = [1000, 850, 700, 600, 500, 400, 300, 200, 100, 1], [], []
+    for i, x, x0 in reverse(network, batch=9, w=None):
+        if i + 1 in times:
             states += [x[:2], x0[:2]]
-        if t % 20 == 0 or t == network.betas.size - 1:
+        if i % 20 == 0 or i == network.betas.size - 1:
             frames.append(beside(x, x0))
     images = np.stack(states, 1).reshape(2, 10, 2, *network.shape)
     images = images.swapaxes(1, 2).reshape(4, 10, *network.shape)
@@ -376,14 +423,14 @@ def draw_ends(path, network):
 
     A network with classes is given none.
     """
-    shared = {t: x for t, x, _ in reverse(network, batch=1, w=None)}
+    shared = {i + 1: x for i, x, _ in reverse(network, batch=1, w=None)}
     rows, columns = [], 8
-    times = [999, 750, 500, 250]
+    times = [1000, 750, 500, 250]
     for t in times:
         x_t = np.repeat(shared[t], columns, 0)
         noise = ddpm_numpy.noise_of(1, 0, x_t.shape)
         chain = ddpm_numpy.sample_progressive(
-            network, noise, network.betas[: t + 1], network.variance, x_T=x_t
+            network, noise, network.betas[:t], network.variance, x_T=x_t
         )
         rows.append(np.concatenate([shared[t], last(chain)]))
     save_sheet(
@@ -422,9 +469,9 @@ def draw_interpolation(path, network, pair):
     times, rows = (125, 250, 500, 750), []
     for t in times:
         noise = ddpm_numpy.noise_of(0, 0, (1, *network.shape))
-        x_t = ddpm_numpy.mix(*pair, t, network.betas, noise)
+        x_t = ddpm_numpy.mix(*pair, t - 1, network.betas, noise)
         chain = ddpm_numpy.sample_progressive(
-            network, noise, network.betas[: t + 1], network.variance, x_T=x_t
+            network, noise, network.betas[:t], network.variance, x_T=x_t
         )
         rows.append([pair[0], *last(chain)[::2], pair[1]])
     mixed = [f"$\\lambda$ = {x:.1f}" for x in ddpm_numpy.LAMBDAS[::2]]
@@ -442,12 +489,12 @@ def draw_loss_and_bound(folder, network, x0, labels):
         return torch.from_numpy(network(x_t.numpy(), t.numpy(), y))
 
     diffusion = Diffusion(network.betas, network.variance)
-    times = sorted({int(t) - 1 for t in np.geomspace(1, diffusion.T, 40)} | {9, 99, 299})
+    times = sorted({int(t) for t in np.geomspace(1, diffusion.T, 40)} | {10, 100, 300})
     random, losses = torch.Generator().manual_seed(0), []
     for t in times:
-        index, noise = torch.full((len(x0),), t), torch.randn(x0.shape, generator=random)
+        index, noise = torch.full((len(x0),), t - 1), torch.randn(x0.shape, generator=random)
         losses.append(diffusion.loss(eps, x0, index, noise).item())
-        if t in (0, 9, 99, 299, 999):
+        if t in (1, 10, 100, 300, 1000):
             print(f"  loss at t = {t}: {losses[-1]:.6f}")
     bounds = []
     for part in torch.arange(len(x0)).split(BATCH):
@@ -462,14 +509,13 @@ def draw_loss_and_bound(folder, network, x0, labels):
     draw_snr(folder / "snr.png", diffusion, bound)
     figure = Figure(figsize=(8.4, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    ticks = (0, 9, 99, 299, 999)
-    losses, terms = ([t + 1 for t in times], losses), (range(1, diffusion.T + 1), L_t)
+    ticks, terms = (1, 10, 100, 300, 1000), (range(1, diffusion.T + 1), L_t)
     for axes, curve, label in (
-        (left, losses, "squared error of the noise"),
-        (right, terms, "$L_t$, bits per dimension"),
+        (left, (times, losses), "squared error of the noise"),
+        (right, terms, "$L_{t-1}$, bits per dimension"),
     ):
         plot(axes, {"": curve}, "t", label, xscale="log", yscale="log")
-        axes.set_xticks([t + 1 for t in ticks], ticks)
+        axes.set_xticks(ticks, ticks)
         axes.minorticks_off()
     figure.savefig(folder / "by-t.png", dpi=DPI)
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
@@ -492,15 +538,14 @@ def draw_snr(path, diffusion, bound):
     terms = torch.cat([torch.zeros(1), falls * mse[1:] / (2 * np.log(2))])
     _, rate, _ = rate_distortion(bound._replace(L_t=terms[None]))
     figure = Figure(figsize=(10, 3.9), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    left, middle, right = figure.subfigures(1, 3)
+    left, right = left.subplots(), right.subplots()
+    middle, below = middle.subplots(2, 1, sharex=True)
     plot(left, {"": (snr, mse)}, "SNR", "squared error of $\\hat x_0$", yscale="log")
     per_decade = snr * mse * np.log2(10) / 2
-    curves = {
-        "per factor of 10 in the SNR": (snr, per_decade),
-        "the terms of the bound, summed": (snr, rate),
-    }
-    plot(middle, curves, "SNR", "bits per dimension", ylim=(0, 1.4 * rate[0]))
+    plot(middle, {"": (snr, per_decade)}, "", "bits per factor of 10", ylim=(0, None))
     middle.fill_between(snr, per_decade, alpha=0.3)
+    plot(below, {"": (snr, rate)}, "SNR", "running sum of the terms", ylim=(0, None))
     weights = {  # of the squared error of x0_hat, for uniform t
         "the bound (12)": falls,
         "$L_{simple}$ (14)": snr,
@@ -511,13 +556,14 @@ def draw_snr(path, diffusion, bound):
     curves = {name: (snr[-len(w) :], w / w.mean()) for name, w in weights.items()}
     scales = {"yscale": "log", "ylim": (1e-8, 1e8)}
     plot(right, curves, "SNR", "weight, divided by its mean", **scales)
-    times = (0, 9, 99, 299, 499, 999)
-    for axes in (left, middle, right):
+    times = np.array([1, 10, 100, 300, 500, 1000])
+    right.legend(fontsize=8, loc="upper left")
+    for axes in (left, middle, below, right):
         axes.set(xscale="log", xticks=(1e-4, 1e-2, 1, 1e2, 1e4))
-        if axes is not left:
-            axes.legend(fontsize=8, loc="upper left")
+        if axes is below:
+            continue
         above = axes.secondary_xaxis("top")
-        above.set_xticks(snr[list(times)].tolist(), times, fontsize=8)
+        above.set_xticks(snr[times - 1].tolist(), times, fontsize=8)
         above.minorticks_off()
         above.set_xlabel("t")
     figure.savefig(path, dpi=DPI)
@@ -559,6 +605,8 @@ def main():
     draw_schedule(args.out / "schedule.png", x0[:1])
     draw_small_steps(args.out / "small-steps.png")
     draw_two_points(args.out / "two-points.png")
+    draw_rectangles(args.out / "rectangles.png")
+    draw_velocity(args.out / "velocity.png")
     draw_corrector(args.out / "corrector.png")
     draw_unet(args.out / "unet.png")
     save_image(args.out / "paper.png", grid(to_pixels(last(reverse(paper, batch=64))), 16))

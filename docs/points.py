@@ -130,7 +130,8 @@ def draw_field(path, diffusion, model):
     ticks, times = torch.linspace(-1.4, 1.4, 13), (50, 200, 500)
     grid = torch.cartesian_prod(ticks, ticks)[..., None, None]
     figure = Figure(figsize=(9, 6.2), layout="constrained")
-    for column, i in zip(figure.subplots(2, 3).T, times, strict=True):
+    for column, time in zip(figure.subplots(2, 3).T, times, strict=True):
+        i = time - 1  # the index in the code counts from 0
         x_t = diffusion.q_sample(mixture(1000), torch.full((1000,), i), torch.randn(1000, 2, 1, 1))
         t = torch.full((len(grid),), i)
         with torch.no_grad():
@@ -141,7 +142,7 @@ def draw_field(path, diffusion, model):
             axes.scatter(*x_t.flatten(1).T, 2, "0.7")
             axes.quiver(*grid.flatten(1).T, *-eps.flatten(1).T, scale=scale, width=0.005)
             axes.set(aspect="equal", xlim=(-1.7, 1.7), ylim=(-1.7, 1.7))
-            axes.set_title(f"{name}, t = {i}", fontsize=10)
+            axes.set_title(f"{name}, t = {time}", fontsize=10)
     figure.savefig(path, dpi=100)
 
 
@@ -152,7 +153,7 @@ def draw_guidance(path, diffusion, model):
     """
     figure = Figure(figsize=(10, 2.9), layout="constrained")
     field, *panels = figure.subplots(1, 4)
-    ticks, i = torch.linspace(-1.1, 1.1, 12), 200
+    ticks, i = torch.linspace(-1.1, 1.1, 12), 199
     grid = torch.cartesian_prod(ticks, ticks)[..., None, None]
     t, upper = torch.full((len(grid),), i), torch.ones(len(grid), dtype=torch.int64)
     with torch.no_grad():
@@ -162,7 +163,7 @@ def draw_guidance(path, diffusion, model):
     for k, colour in ((1, "tab:orange"), (0, "tab:blue")):
         field.scatter(*x_t[y == k].T, 2, color=colour, alpha=0.3)
     field.quiver(*grid.flatten(1).T, *arrows.T, scale=12, width=0.007)
-    field.set_title(f"the difference at t = {i}", fontsize=10)
+    field.set_title(f"the difference at t = {i + 1}", fontsize=10)
     y = torch.arange(1000) % 2
     for axes, w in zip(panels, (0, 1, 4), strict=True):
         torch.manual_seed(1)
