@@ -543,9 +543,9 @@ def draw_snr(path, diffusion, bound):
     middle, below = middle.subplots(2, 1, sharex=True)
     plot(left, {"": (snr, mse)}, "SNR", "squared error of $\\hat x_0$", yscale="log")
     per_decade = snr * mse * np.log2(10) / 2
-    plot(middle, {"": (snr, per_decade)}, "", "bits per factor of 10", ylim=(0, None))
+    plot(middle, {"": (snr, per_decade)}, "", "per factor of 10", ylim=(0, None))
     middle.fill_between(snr, per_decade, alpha=0.3)
-    plot(below, {"": (snr, rate)}, "SNR", "running sum of the terms", ylim=(0, None))
+    plot(below, {"": (snr, rate)}, "SNR", "running sum", ylim=(0, None))
     weights = {  # of the squared error of x0_hat, for uniform t
         "the bound (12)": falls,
         "$L_{simple}$ (14)": snr,
