@@ -547,7 +547,7 @@ def draw_snr(path, diffusion, bound):
     middle.fill_between(snr, per_decade, alpha=0.3)
     plot(below, {"": (snr, rate)}, "SNR", "running sum", ylim=(0, None))
     weights = {  # of the squared error of x0_hat, for uniform t
-        "the bound (12)": falls,
+        "the bound": falls,
         "$L_{simple}$ (14)": snr,
         "v": snr + 1,
         "$x_0$": torch.ones_like(snr),
