@@ -42,7 +42,7 @@ def command(*words):
 
 
 def drawing(flag, path, classes, is_demo):
-    """Return a hint at the command that draws: in 10 steps, but for the demo; guided for classes.
+    """Return a hint: the command that draws, in 10 steps except for the demo, guided with classes.
 
     flag: --onnx or --checkpoint, of which `path` is the value.
     """

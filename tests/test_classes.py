@@ -77,7 +77,7 @@ def test_one_class_fills_a_square_and_more_have_one_row_each(draw, tmp_path):
     ):
         said = draw(*flags.split(), "--guidance", 1, "--steps", 5)
         assert cells(tmp_path / "samples.png", len(rows), len(rows[0])) == rows
-    assert "6 images of blue, red, " in said
+    assert "6 images of blue, red (" in said
     assert [len(list((tmp_path / "out" / name).iterdir())) for name in ("blue", "red")] == [3, 3]
 
 

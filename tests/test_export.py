@@ -222,7 +222,7 @@ import export
 export.main()
 """
     said = python("-c", code, cwd=tmp_path, code=1)
-    assert ". is not a checkpoint; to read published weights: pip install diffusers\n" in said
+    assert ". is not a checkpoint; other weights need diffusers: pip install diffusers\n" in said
     assert "Traceback" not in said
 
 

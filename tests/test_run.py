@@ -196,7 +196,7 @@ def test_folder_of_other_files_is_refused(tiny, tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
     said = tiny(code=1)
-    assert "--out run holds thesis.txt, but no checkpoint.pt, so it is not the folder of a" in said
+    assert "--out run holds thesis.txt, but no checkpoint.pt, so it is not a run folder" in said
     assert os.listdir(tmp_path / "run") == ["thesis.txt"]
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "log.csv").write_text("step,accuracy\n1,0.9\n")

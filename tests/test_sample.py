@@ -410,7 +410,7 @@ def test_interrupted_folder_is_continued(program, tmp_path, monkeypatch):
     assert np.abs(whole - parts).max() <= 1
     for other, name in (["--seed", 1], "seed"), (["--steps", 4], "steps"), (["--eta", 0], "eta"):
         said = program(*words, 7, *other, code=1)
-        assert f"or one that the same command has begun; what differs: {name}\n" in said
+        assert f"or one that the same command started to fill; what differs: {name}\n" in said
 
 
 @posix

@@ -336,9 +336,7 @@ def test_training_starts_from_the_weights_of_a_checkpoint(
 
     other = ["--base-channels", 16, "--in-channels", 1, "--schedule", "cosine", "--predicts", "v"]
     said = init(weights, "--out", "b", *other, "--image-size", 8, code=1)
-    assert (
-        "--init decides --in-channels, --base-channels, --predicts, --schedule; leave out" in said
-    )
+    assert "--init fixes --in-channels, --base-channels, --predicts, --schedule; omit the" in said
     same = "--base-channels 8 --channel-mults 1 2 --in-channels 3 --schedule linear".split()
     init(weights, "--steps", 1, "--out", "b", *same, "--quick")  # the weights decide
     config = read(tmp_path / "b")["config"]
