@@ -1,4 +1,4 @@
-"""Make the README's figures from a network and images that it has not seen.
+"""Make the figures of the documentation from a network and images that it has not seen.
 
     python docs/make_figures.py --data fashion-mnist/test                  # the included network
     python docs/make_figures.py --data ./test --onnx model.onnx --out figures
@@ -82,7 +82,7 @@ def plot(axes, curves, x_label, y_label, **scales):
 
 
 def draw_schedule(path, x0):
-    """Plot abar_t of both schedules, above an image with that much noise."""
+    """Plot abar_t of both schedules, above an image with this noise."""
     times = (0, 125, 250, 375, 500, 625, 750, 875, 999)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     curves, rows = {}, []
@@ -99,8 +99,8 @@ def draw_schedule(path, x0):
     figure.savefig(path, dpi=DPI)
 
 
-# For data that are +1 and -1 with equal probability, q(x_{t-1} | x_t) is a mixture of the two
-# posteriors (6). t counts from 0, and is at least 1.
+# If the data are +1 and -1 with equal probability, q(x_{t-1} | x_t) is a mixture of the two
+# posteriors (6). Here, t counts from 0 and is at least 1.
 TWO = torch.tensor([1.0, -1.0], dtype=torch.float64)
 
 
@@ -191,7 +191,7 @@ def draw_two_points(path):
     middle.get_legend().remove()
     middle.lines[-1].set_linestyle("--")  # it lies on the line before it
     network = exact_network(paper, TWO.view(2, 1, 1, 1))
-    x_T = torch.special.ndtri((torch.arange(14).double() + 0.5) / 14)  # as probable as each other
+    x_T = torch.special.ndtri((torch.arange(14).double() + 0.5) / 14)  # equally probable
     chain = sample_progressive(paper, network, None, 1000, "ddim", x_T=x_T.view(14, 1, 1, 1))
     paths = torch.stack([x_t.flatten() for _, x_t, _ in chain], 1)
     for path_of_one in paths:
@@ -206,7 +206,7 @@ def draw_two_points(path):
 
 
 def draw_corrector(path):
-    """Draw a step of SA-Solver for the two points: predict with a parabola, then redo the step."""
+    """Draw a step of SA-Solver for the two points: predict with a parabola, and redo the step."""
     chain, t = Chain(linear_betas(), "large", 10), 3  # the step from t = 399 to 299
     abar, every = np.array(chain.alphas_bar), (1 - linear_betas()).cumprod(0).numpy()
 
@@ -293,7 +293,8 @@ def draw_unet(path):
 def reverse(network, seed=0, batch=BATCH, w=0, **kwargs):
     """Draw a batch of images from this seed: the chain of ddpm_numpy.sample_progressive.
 
-    With classes, the images are of each in turn, with guidance w, or of none if w is None.
+    With classes, the images are of each class in turn, with guidance w, or of no class if w is
+    None.
     """
     noise = ddpm_numpy.noise_of(seed, 0, (batch, *network.shape))
     model = network
@@ -312,7 +313,7 @@ def last(chain):
 def draw_strip(folder, network):
     """Save strip.png, two samples along the chain, and reverse.gif, nine: x_t beside x0_hat.
 
-    A network with classes is given none.
+    A network with classes gets no class.
     """
     times, states, frames = [999, 850, 700, 600, 500, 400, 300, 200, 100, 0], [], []
     for t, x, x0 in reverse(network, batch=9, w=None):
@@ -362,7 +363,7 @@ def page_noise(seed, k, count):
 def draw_recorded(path, network):
     """Save what the page's opening scene shows before its network is loaded: 20 rows of x0_hat.
 
-    They are those of DDIM in 20 steps, without a class, from the page's noise of image 1.
+    DDIM draws them in 20 steps, without a class, from the page's noise for image 1.
     """
     x_T = np.array(page_noise(0, 1, int(np.prod(network.shape))), np.float32)
     x_T = x_T.reshape(1, *network.shape)
@@ -374,7 +375,7 @@ def draw_recorded(path, network):
 def draw_ends(path, network):
     """Draw the paper's figure 7: eight ends of the chain from one shared x_t, for several t.
 
-    A network with classes is given none.
+    A network with classes gets no class.
     """
     shared = {t: x for t, x, _ in reverse(network, batch=1, w=None)}
     rows, columns = [], 8
@@ -537,16 +538,16 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="images it has not seen")
+    parser.add_argument("--data", type=Path, required=True, help="images that are new to it")
     parser.add_argument(
         "--onnx", default=PAGE / "fashion-mnist.onnx", help="[the included network]"
     )
     parser.add_argument(
-        "--paper", default=HERE / "paper.onnx", help="one of the paper's recipe [docs/paper.onnx]"
+        "--paper", default=HERE / "paper.onnx", help="of the paper's recipe [docs/paper.onnx]"
     )
     parser.add_argument("--demo", help="the demo's network")
     parser.add_argument(
-        "--out", type=Path, default=FIGURES, help="where to put them [docs/figures]"
+        "--out", type=Path, default=FIGURES, help="folder of the figures [docs/figures]"
     )
     args = parser.parse_args()
 
