@@ -16,7 +16,7 @@ from support.plot import save_plot
 
 @pytest.fixture
 def read_saved(tmp_path):
-    """Save a Pillow image and read it again."""
+    """Save a Pillow image, and read it again."""
 
     def call(image, name="x.png", **options):
         image.save(tmp_path / name, **options)
