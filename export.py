@@ -142,7 +142,7 @@ def name_nodes(graph):
         notes = {prop.key: prop.value for prop in node.metadata_props}
         scopes = ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "[]"))
         module = next((name for name in reversed(scopes[:-1]) if name), "")
-        module = ".".join(part for part in module.split(".") if part != "model")  # of Eps and Half
+        module = ".".join(part for part in module.split(".") if part != "model")  # of Eps, Half
         node.name = f"{module}/{node.op_type}_{k}"
         del node.metadata_props[:]
         node.doc_string = ""

@@ -130,15 +130,15 @@ def read(path, shape):
 def read_mask(path, shape, of):
     """Return where to redraw, bool (1, H, W): where the mask is white or, on transparency, opaque.
 
-    The lightest grey of the file counts as white, so that masks of 0 and 1 work. of: the file that
-    is masked. A mask that is not square must have its shape, because both are cropped to a square.
+    The lightest grey of the file counts as white, so that masks of 0 and 1 work. of: the masked
+    file. A mask that is not square must have the same aspect ratio: both are cropped to a square.
     """
     grey = read(path, (1, *shape[1:]))
     with Image.open(path) as mask, Image.open(of) as image:
         (w, h), (W, H) = (ImageOps.exif_transpose(file).size for file in (mask, image))
         if w != h and abs(w * H - h * W) > max(w * H, h * W) / 50:
-            sys.exit(f"sample.py: {path} has {w}x{h} pixels and {of} {W}x{H}: give both one shape, "
-                     "or make the mask a square, for the cropped image")  # fmt: skip
+            sys.exit(f"sample.py: {path} has {w}x{h} pixels and {of} {W}x{H}: give both the "
+                     "same shape, or make the mask a square for the cropped image")  # fmt: skip
         alpha = ImageOps.exif_transpose(mask).convert("RGBA").getchannel("A")
     if alpha.getextrema()[0] < 128:
         grey = np.asarray(ImageOps.fit(alpha, shape[:0:-1], Image.Resampling.LANCZOS))[None]

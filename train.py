@@ -152,9 +152,9 @@ class Settings:
     num_res_blocks: int = flag(2, "model", "residual blocks per level", type=count)
     attention_resolutions: tuple = flag((16,), "model", "sizes with attention", type=int, nargs="*")
     dropout: float = flag(0.1, "model", "share of the activations to drop", type=share)
-    norm_groups: int = flag(None, "model")  # of the weights of --init
+    norm_groups: int = flag(None, "model")  # from the weights of --init
     schedule: str = flag("linear", "diffusion", "betas", choices=SCHEDULES)
-    betas: tuple = flag(None, "diffusion")  # of the weights of --init, instead of the schedule
+    betas: tuple = flag(None, "diffusion")  # from the weights of --init, instead of the schedule
     variance: str = flag("large", "diffusion", "sigma_t^2", choices=("large", "small"))
     predicts: str = flag("eps", "train", "network's output", choices=TARGETS)
     weighting: str = flag("simple", "train", "weight of each t; see the manual", choices=WEIGHTINGS)

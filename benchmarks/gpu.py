@@ -51,7 +51,7 @@ class Report:
 
     def __init__(self, out, minutes):
         self.out, self.end, self.failed = out, time.monotonic() + 60 * minutes, []
-        self.step_ms = 0  # of an eager training step, once it is known
+        self.step_ms = 0  # the time of an eager training step, once it is known
 
     def say(self, line):
         print(line, flush=True)

@@ -182,7 +182,7 @@ MEANING = {
     "quick": "the learning rate falls to 0: `--quick`",
     "labels": "labels: `--quick --classes`",
 }
-WAYS = {  # of sampling: the column's title, and what its rows have
+WAYS = {  # ways to sample: the column's title, and the values in its rows
     "SA-Solver, 10": {"sampler": "sa-solver", "sampling_steps": "10"},
     "SA-Solver, 50": {"sampler": "sa-solver", "sampling_steps": "50"},
     "DDIM, 10": {"sampler": "ddim", "sampling_steps": "10"},

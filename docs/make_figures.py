@@ -34,7 +34,7 @@ from support.data import read_folder  # noqa: E402
 from support.demo import are_right  # noqa: E402
 
 DPI, BATCH = 100, 16
-TABLE_4 = [  # of the paper: bits per dimension, RMSE
+TABLE_4 = [  # the paper's Table 4: bits per dimension, RMSE
     (1.77581, 0.95136), (0.11994, 12.02277), (0.05415, 18.47482), (0.02866, 24.43656),
     (0.01507, 30.80948), (0.00716, 38.03236), (0.00282, 46.12765), (0.00081, 54.18826),
     (0.00013, 60.97170), (0.0, 67.60125),
@@ -489,7 +489,7 @@ def draw_snr(path, diffusion, bound):
     rate is the area under SNR mse / 2 on an axis of log SNR.
     """
     snr, mse = diffusion.alphas_bar / (1 - diffusion.alphas_bar), bound.mse.mean(0)
-    falls = snr[:-1] - snr[1:]  # of the step to each t > 0
+    falls = snr[:-1] - snr[1:]  # the fall of the SNR in the step to each t > 0
     terms = torch.cat([torch.zeros(1), falls * mse[1:] / (2 * np.log(2))])
     _, rate, _ = rate_distortion(bound._replace(L_t=terms[None]))
     figure = Figure(figsize=(10, 3.9), layout="constrained")
@@ -502,7 +502,7 @@ def draw_snr(path, diffusion, bound):
     }
     plot(middle, curves, "SNR", "bits per dimension", ylim=(0, 1.4 * rate[0]))
     middle.fill_between(snr, per_decade, alpha=0.3)
-    weights = {  # of the squared error of x0_hat, for uniform t
+    weights = {  # weights of the squared error of x0_hat, for uniform t
         "the bound (12)": falls,
         "$L_{simple}$ (14)": snr,
         "v": snr + 1,

@@ -256,10 +256,10 @@ def decoded(paths, folder, size, channels, cache):
 
 
 def read_note(file):
-    """Return what is known of a decoded .npy file, or None if either is missing or damaged.
+    """Return the note on a decoded .npy file, or None if either is missing or damaged.
 
-    It is {"asked": the channels as requested, "found": those of the file, "broken": of `decode`,
-    "digest": of the images}.
+    It is {"asked": the channels as requested, "found": the channels of the file, "broken": what
+    `decode` returns, "digest": the digest of the images}.
     """
     try:
         note = json.loads(file.with_suffix(".json").read_bytes())

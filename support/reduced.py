@@ -106,7 +106,7 @@ def choose_by_t(precise, quick, first):
     merged = onnx.ModelProto()
     merged.CopyFrom(precise)
     del merged.graph.node[:], merged.graph.initializer[:], merged.graph.value_info[:]
-    branches = []  # of an If; they see the inputs by name
+    branches = []  # both branches of the If see the inputs by name
     for model in (precise, quick):
         branch = onnx.GraphProto()
         branch.CopyFrom(model.graph)

@@ -26,7 +26,7 @@ from support.plot import save_plot
 from support.trained import open_checkpoint
 
 HEADER = "step,loss,grad_norm,lr\n"
-ROW = re.compile(r"\d{1,15}(,-?\d+(\.\d+)?([eE][-+]\d+)?){3}\n")  # of log.csv
+ROW = re.compile(r"\d{1,15}(,-?\d+(\.\d+)?([eE][-+]\d+)?){3}\n")  # in log.csv
 
 
 def find_checkpoint(out):
@@ -34,7 +34,7 @@ def find_checkpoint(out):
     path = out / "checkpoint.pt"
     if path.is_file():
         return open_checkpoint(path)
-    log = out / "log.csv"  # of a run that ended before its first checkpoint
+    log = out / "log.csv"  # may be from a run that ended before its first checkpoint
     begun = log.is_file() and HEADER.startswith(log.read_text(errors="replace")[: len(HEADER)])
     for path in out.glob("*"):
         ours = re.fullmatch(r"\..*|images-[0-9a-f]{16}\..*", path.name)
@@ -102,8 +102,8 @@ def preview(path, shape, ema, diffusion, args):
 class Log:
     """log.csv, a row per step, and the curve of its losses.
 
-    path: of log.csv, which is cut back to the first `step` steps. lr_at(k): the learning rate of
-    step k, counted from 0.
+    path: the path of log.csv, which is cut back to the first `step` steps. lr_at(k): the learning
+    rate of step k, counted from 0.
     """
 
     def __init__(self, path, step, lr_at):

@@ -87,7 +87,7 @@ def test_step_never_waits_for_the_device(monkeypatch):
                           device=torch.device("meta"))  # fmt: skip
     with MockDevice() as device:
         step = train.algorithm_1(model, ema, optimizer, PAPER, images, None, args)
-        device.writes = 0  # of the tables
+        device.writes = 0  # do not count the tables
         for k in range(2):
             status = step(k)
     assert device.reads == device.writes == 0 and status.is_meta and status.shape == (2,)

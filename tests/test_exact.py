@@ -161,7 +161,7 @@ def test_bound_of_the_exact_network_is_the_oracles_and_the_number_of_the_image(v
 def test_bits_known_are_those_of_a_gaussian_channel():
     """For Gaussian data, x_t tells log2(1 + s^2 SNR) / 2 bits about each value."""
     s, abar = 0.5, PAPER.alphas_bar
-    error = abar * s**2 / (abar * s**2 + 1 - abar)  # of the best network
+    error = abar * s**2 / (abar * s**2 + 1 - abar)  # the error of the best network
     expected = (1 + s**2 * abar / (1 - abar)).log2() / 2
     bits = copies.bits_known(PAPER, error, 1)
     torch.testing.assert_close(bits[50:900], expected[50:900], rtol=0.01, atol=1e-5)

@@ -80,7 +80,7 @@ def test_program_ranks_noise_behind_images(data, monkeypatch, capsys):
     frechet.main()
     again = capsys.readouterr()
     first, _, rest = again.out.partition("\n")
-    assert "made before" in first and rest in said and "classifier" not in again.err
+    assert first.startswith("using the ruler") and rest in said and "classifier" not in again.err
 
 
 def test_tables_of_the_ladder_are_those_of_its_rows():

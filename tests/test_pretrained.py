@@ -119,8 +119,8 @@ def test_published_weights_to_images_and_back(image_folder, tmp_path, run):
     flags = ["--data", image_folder, "--init", "published", "--batch", 4]
     run("train.py", *flags, "--steps", 2, cwd=tmp_path)
     settings = read(tmp_path / "run")["config"]["model"]
-    assert settings["norm_groups"] == 2  # of the weights
-    assert settings["dropout"] == 0.1  # of the training
+    assert settings["norm_groups"] == 2  # from the weights
+    assert settings["dropout"] == 0.1  # from the training settings
     flags = ["--data", image_folder, "--checkpoint", "published", "--images", 1]
     assert "on 1 image" in run("evaluate.py", *flags, cwd=tmp_path)
     assert [*(tmp_path / "published").glob("rate-distortion-*.csv")]

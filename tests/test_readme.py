@@ -332,7 +332,7 @@ def test_reverse_step_of_two_points_is_bayes_rule(steps, t):
     joint = (bump + make_figures.log_two(chain, t - 1, x[0]).logsumexp(1)).softmax(0)
     dx = x[0, 1] - x[0, 0]
     torch.testing.assert_close(log_p[0].exp(), joint / dx, rtol=1e-3, atol=1e-5)
-    for log_density in (log_p, log_g):  # of equal mean and variance
+    for log_density in (log_p, log_g):  # both have the same mean and variance
         mean = (log_density[0].exp() * x[0]).sum() * dx
         moment = (log_density[0].exp() * (x[0] - mean) ** 2).sum() * dx
         assert mean.item() == pytest.approx(x[0, 1000].item(), abs=1e-5)

@@ -395,7 +395,7 @@ def test_interrupted_folder_is_continued(program, tmp_path, monkeypatch):
     assert "stopped after 4 of 6" in program(*words, 6, code=130)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("*.png")}
     said = program(*words, 6)
-    assert "parts has 4 of the images already" in said and "parts.png: 6 images, " in said
+    assert "parts has 4 of the images already" in said and "parts.png: 6 images (" in said
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     (tmp_path / "parts" / "000001.png").unlink()  # only what is missing is drawn
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("*.png")}
@@ -431,12 +431,12 @@ def test_gif(program, tmp_path, monkeypatch):
         gif.seek(15)
         assert gif.info["duration"] == 2000
         last = np.asarray(gif.convert("RGB")).astype(int)
-    assert np.abs(last - pixels_of(tmp_path / "samples.png")).mean() < 8  # of a palette
+    assert np.abs(last - pixels_of(tmp_path / "samples.png")).mean() < 8  # the error of a palette
 
 
 def test_grid_shows_the_first_256_images(program, tmp_path):
     said = program("-n", 257, "--dir", "all", "--steps", 1, "--batch", 99)
-    assert "samples.png: the first 256 of 257 images, " in said
+    assert "samples.png: the first 256 of 257 images (" in said
     assert len(images_in(tmp_path / "all")) == 257
 
 
@@ -545,7 +545,7 @@ def test_signal_saves_the_batches_that_are_finished(name, trained, tmp_path, sta
     said, _ = process.communicate(timeout=30)
     assert process.returncode == -signal.SIGINT and "Traceback" not in said
     drawn = len(list((tmp_path / "all").glob("*.png")))
-    assert f"samples.png: {drawn} images, " in said
+    assert f"samples.png: {drawn} images (" in said
     assert said.rstrip().endswith(f"sample.py: stopped after {drawn} of 256 images")
     with Image.open(tmp_path / "samples.png") as image:
         image.load()

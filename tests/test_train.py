@@ -59,7 +59,7 @@ def test_seeds_differ_for_every_seed_and_step_and_part():
                 train.set_seed(CPU, seed, step, part)
                 seen.append(torch.initial_seed())
     assert len(set(seen)) == 3 * 999 * 3
-    assert max(seen) > 2**63  # all 64 bits: of 32, some seeds of a long run would be equal
+    assert max(seen) > 2**63  # all 64 bits: with 32, some seeds of a long run would be equal
 
 
 @pytest.mark.parametrize("weighting, flip", [("simple", True), ("simple", False), ("vlb", True)])
@@ -230,7 +230,7 @@ def test_network_is_chosen_in_one_place(tiny, tmp_path, run, monkeypatch):
     run("export.py", "--half", cwd=tmp_path)  # which exports it in float32, too
     run("sample.py", "-n", 2, "--steps", 2, cwd=tmp_path)
     code = read(tmp_path / "run")["config"]["train"]["code"]
-    monkeypatch.setattr(settings, "Network", UNet)  # of another file
+    monkeypatch.setattr(settings, "Network", UNet)  # from another file
     assert settings.config_of(train.Settings())["train"]["code"] != code
 
 
