@@ -59,8 +59,8 @@ def eps_of_output(diffusion, predicts):
 def as_eps(model, diffusion, predicts, device=None):
     """Return eps(x_t, t, y=None), the noise in x_t, from a network that predicts something else.
 
-    predicts: see eps_of_output. device: where the network computes; if it is not given, each call
-    on another device than the CPU copies two tables. Raises ValueError for an unknown target.
+    predicts: see eps_of_output. device: where the network computes; without it, each call on a
+    device other than the CPU copies two tables. Raises ValueError for an unknown target.
     """
     a, b = (table.to(device, torch.float32) for table in eps_of_output(diffusion, predicts))
 
@@ -153,9 +153,9 @@ def sample(diffusion, eps, shape, *args, **kwargs):
 def guided(eps, y, w):
     """Return (1 + w) eps(x_t, t, y) - w eps(x_t, t), as a function of (x_t, t).
 
-    Classifier-free guidance of Ho and Salimans 2022 (arXiv:2207.12598, eq. 6). y: classes (B,).
-    w: 0 samples the class as it is, and larger values sample what is more typical of it. Others use
-    the scale s = 1 + w (diffusers' guidance_scale), for which s = 1 means no guidance.
+    This is classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598, eq. 6). y: classes
+    (B,). w: 0 draws the class as it is, and larger values draw what is more typical of it. Other
+    programs use the scale s = 1 + w (diffusers' guidance_scale), where s = 1 means no guidance.
     """
 
     def guided_eps(x_t, t, **condition):

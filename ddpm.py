@@ -89,12 +89,12 @@ class Diffusion:
         # q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I) (4)
         self.sqrt_alphas_bar = abar.sqrt()
         self.sqrt_one_minus_alphas_bar = (1 - abar).sqrt()
-        # q(x_{t-1} | x_t, x_0): the factors of x_0 and x_t in its mean, and its variance (7)
+        # q(x_{t-1} | x_t, x_0): the coefficients of x_0 and x_t in its mean, and its variance (7)
         self.posterior_x0 = abar_prev.sqrt() * betas / (1 - abar)
         self.posterior_x_t = alphas.sqrt() * (1 - abar_prev) / (1 - abar)
         self.posterior_variance = (1 - abar_prev) / (1 - abar) * betas
-        # sigma_t^2 of the reverse step. Its first entry is that of the decoder L_0, which must be
-        # positive: the posterior variance of the next step, as in the authors' code.
+        # sigma_t^2 of the reverse step. The decoder L_0 needs a positive first entry, for which the
+        # posterior variance of the next step is used, as in the authors' code.
         self.sigma2 = (betas if variance == "large" else self.posterior_variance).clone()
         self.sigma2[0] = self.posterior_variance[1] if self.T > 1 else betas[0]
         self.sigma = self.sigma2.sqrt()
@@ -151,7 +151,7 @@ class Diffusion:
         """Return the log-probability (13) that N(mean, sigma^2) gives to the bin of each value x0.
 
         x0 are 8-bit values k / 127.5 - 1. Bins are 2/255 wide; the first and the last are open.
-        Probabilities below 1e-12 count as 1e-12. The arguments broadcast; the result is float64 on
+        Probabilities are at least 1e-12. The arguments broadcast; the result is float64 on
         the CPU, in nats. The integral is exact; the authors' code approximates it with a tanh.
         """
         x0, mean, sigma = x0.cpu().double(), mean.cpu().double(), sigma.cpu().double()
@@ -168,7 +168,7 @@ class Diffusion:
         sampling. The result is a Bound, float64 on the CPU.
         """
         abar_T, mean_square = self.alphas_bar[-1].item(), x0.square().flatten(1).mean(1)
-        # KL(q(x_T | x_0) || N(0, I)), of means sqrt(abar_T) x_0 and 0, variances 1 - abar_T and 1:
+        # KL(q(x_T | x_0) || N(0, I)): means sqrt(abar_T) x_0 and 0, variances 1 - abar_T and 1
         L_T = (abar_T * mean_square.cpu().double() - abar_T - math.log1p(-abar_T)) / 2 / math.log(2)
         L_t, mse = [], []
         for i in range(self.T):
@@ -200,9 +200,9 @@ class Diffusion:
         x_t is the input of the network and x0_hat the current estimate of the clean image; the last
         x0_hat is the sample. Call model.eval() first.
 
-        shape: (B, C, H, W). device: of the noise; the CPU if None.
+        shape: (B, C, H, W). device: where the noise is drawn; the CPU if None.
         generator: a torch.Generator on this device.
-        draw_noise: replaces the generator; it returns x_T, unless that is given, then each z.
+        draw_noise: replaces the generator; returns x_T (unless x_T is given), and then each z.
         x_T: where to start; pure noise if None. Diffusion(betas[: t + 1]) can start from an x_t.
         clip: keep x0_hat in [-1, 1]. Algorithm 2 does not clip; the authors' code does, because the
             error of x0_hat is the error of eps times sqrt((1 - abar_t) / abar_t), 157 at t = T-1.
@@ -305,14 +305,14 @@ class UNet(nn.Module):
     channel_mults=(1, 1, 2, 2, 4, 4), dropout=0 is the 256x256 network with 113,673,219.
 
     image_size: height and width in pixels, a multiple of 2^(number of levels - 1).
-    in_channels: 1 for grey images, 3 for colour.
+    in_channels: 1 for greyscale images, 3 for colour.
     base_channels: width of the first level, a multiple of 4.
     channel_mults: width of each level divided by base_channels; each level halves the resolution.
     num_res_blocks: residual blocks per level on the way down; there is one more on the way up.
     attention_resolutions: sizes in pixels of the levels whose blocks end in attention; the middle
         always has attention.
     dropout: probability of dropping an activation in a residual block.
-    norm_groups: groups in each norm. By default gcd(32, base_channels / 4), the paper's 32 at 128.
+    norm_groups: groups in each norm; by default gcd(32, base_channels / 4), which is 32 at 128.
     num_classes: number of classes that forward accepts as y; 0 for none, as in the paper.
 
     Raises ValueError for sizes that do not fit together.
@@ -344,7 +344,7 @@ class UNet(nn.Module):
             nn.SiLU(),
             nn.Linear(time_channels, time_channels),
         )
-        if num_classes:  # the last row means "no class"; all start at zero, without effect
+        if num_classes:  # the last row means "no class"; all rows start at zero, without effect
             self.class_embedding = nn.Embedding(num_classes + 1, time_channels)
             nn.init.zeros_(self.class_embedding.weight)
         self.conv_in = nn.Conv2d(in_channels, base_channels, 3, padding=1)
@@ -380,7 +380,7 @@ class UNet(nn.Module):
         self._initialize()
 
     def _initialize(self):
-        """Glorot-uniform weights, near 0 in the last layer of each residual branch; biases 0."""
+        """Set Glorot-uniform weights, near 0 at the end of residual branches, and zero biases."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

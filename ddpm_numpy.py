@@ -24,7 +24,7 @@ import numpy as np
 from samplers import reverse
 
 LAMBDAS = np.linspace(0, 1, 11, dtype=np.float32)  # the mixtures of an interpolation
-MAX_ERROR = 0.05  # of eps on a GPU, relative to the eps that export.py has computed on a CPU
+MAX_ERROR = 0.05  # of eps on a GPU, relative to the eps that export.py computed on a CPU
 
 # ------------------------------------------------------------------------------ the reverse process
 
@@ -40,8 +40,9 @@ def sample_progressive(eps_model, *args, **options):
 def mix(x0, x0_b, t, betas, draw_noise):
     """Mix two images by each of LAMBDAS, and diffuse the mixtures to x_t: (11, C, H, W).
 
-    All have the same noise. In the paper's figure 8, the two images have their own, so that the
-    noise of the middle has 71% of its standard deviation, and the network blurs it.
+    All mixtures have the same noise. In the paper's figure 8, each image has its own noise. The
+    noise of the middle mixture then has 71% of the right standard deviation, and the network blurs
+    the image.
 
     x0, x0_b: in [-1, 1], (C, H, W). t: 0..T-1; the larger it is, the more the network invents when
     it continues with betas[: t + 1]. draw_noise() returns the next z, (1, C, H, W).
@@ -53,8 +54,8 @@ def mix(x0, x0_b, t, betas, draw_noise):
 def guided(network, y, w):
     """Return eps_model(x_t, t) of classifier-free guidance: (1 + w) eps given y, minus w eps.
 
-    Unlike in beyond.py, one call of the Network computes both. y: its classes, int64 (B,). w: 0 is
-    no guidance. Others use the scale s = 1 + w.
+    Unlike in beyond.py, one call of the Network computes both. y: the classes of the images, int64
+    (B,). w: 0 means no guidance; other programs use the scale s = 1 + w.
     """
     none = np.full_like(y, len(network.classes))
 
@@ -71,7 +72,7 @@ def guided(network, y, w):
 def noise_of(seed, first, shape):
     """Return a draw_noise() for images first, first + 1, ...: standard normal, (B, C, H, W).
 
-    The noise of image k depends on (seed, k) alone, so the number of images changes none of them.
+    The noise of image k depends on (seed, k) alone, and not on the number of images.
     A thread draws the next noise while the network computes.
     """
     streams = [np.random.default_rng((seed, first + k)) for k in range(shape[0])]
@@ -112,8 +113,8 @@ def sample(network, n, classes=None, guidance=0, steps=10, seed=0, first=0, **op
     """Return n images that a Network draws together: float32 in [-1, 1], (n, C, H, W).
 
     classes: names, which the images take in turn; all classes if None. guidance: the w of `guided`.
-    steps: 1..T. seed, first: the images are those with the numbers first, first + 1, ... of this
-    seed. options: those of samplers.reverse.
+    steps: 1..T. seed, first: the images have the numbers first, first + 1, ... of this seed.
+    options: those of samplers.reverse.
 
     Raises ValueError for an unknown class, for guidance without classes, and wherever
     samplers.reverse does.
@@ -188,7 +189,7 @@ class Network:
     options: onnxruntime.SessionOptions, for example the number of threads.
 
     Attributes: betas, float64 (T,), and variance are those of the file, shape is (C, H, W) of an
-    image, classes has the names of the classes, if any, step is that of the training, 0 if unknown,
+    image, classes has the names of the classes, if any, step is the training step, 0 if unknown,
     and provider is the part of ONNX Runtime that computes. A third argument y, int64 (B,), has the
     class of each image; None stands for "no class", and a network without classes ignores it.
 
@@ -232,9 +233,9 @@ class Network:
             raise ValueError("ONNX Runtime can't use CUDA; see Accelerators in docs/guide.md")
 
     def fault_of_provider(self, values):
-        """Return what is wrong with eps of the `example`; None if it is right, or from the CPU.
+        """Return what is wrong with the eps of the `example`; None if it is right or from the CPU.
 
-        values: those of the file, (<= 64,); without any, it is enough that eps can be computed.
+        values: up to 64 eps of the file; without any, it suffices that eps can be computed.
         """
         if self.session.get_providers()[0] == "CPUExecutionProvider":
             return None
@@ -258,7 +259,7 @@ class Network:
         """Return sample_progressive of this network, with its own schedule.
 
         y: the class of each image, int64 (B,), or None. guidance: the w of `guided`. start: the t
-        of an x_T in the options; T-1 if None.
+        of the x_T in the options; T-1 if None.
         """
         model = self if y is None else guided(self, y, guidance)
         betas = self.betas if start is None else self.betas[: start + 1]

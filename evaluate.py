@@ -4,8 +4,8 @@
     python evaluate.py --data ./test-images --checkpoint hf:google/ddpm-cifar10-32 --images 256
 
 It prints the terms of the bound in bits per dimension, and saves the rate-distortion curve (the
-paper's figure 5) as rate-distortion-test-images.csv and .png. Each image takes T passes through the
-network. After Ctrl-C, it reports on the batches that are finished.
+paper's figure 5) as rate-distortion-test-images.csv and .png. Each image takes T evaluations of the
+network. After Ctrl-C, it reports on the finished batches.
 """
 
 import support.start  # noqa: F401  # isort: skip
@@ -35,8 +35,8 @@ from support.trained import DEMO, HUB, load
 def rate_distortion(bound):
     """Return the means over the images of a Bound: L_t, the rate and the RMSE of x0_hat, (T,) each.
 
-    The rate is the number of bits per dimension that have been sent when x_t is known: L_T and the
-    terms of all steps s > t. The RMSE is on the scale 0..255.
+    The rate is the number of bits per dimension that have been sent when x_t is known: the sum of
+    L_T and the terms of all steps s > t. The RMSE is on the scale 0..255.
     """
     L_t = bound.L_t.mean(0)
     rate = bound.L_T.mean() + L_t.flip(0).cumsum(0).flip(0) - L_t
@@ -67,7 +67,7 @@ def arguments():
 
 
 def measure(trained, diffusion, images, labels, order, device, args):
-    """Return the Bound of the images in this order, in batches; Ctrl-C keeps those finished."""
+    """Return the Bound of the images in this order; on Ctrl-C, that of the finished batches."""
     noise, bounds = torch.Generator(device).manual_seed(args.seed), []
     total = len(order) * diffusion.T
     with tqdm(total=total, unit=" passes", unit_scale=True, mininterval=1) as bar:
@@ -95,7 +95,7 @@ def print_bound(bound, L_t, rmse):
     n = len(bound.total)
     error = f" +- {bound.total.std() / math.sqrt(n):.4f} (standard error)" if n > 1 else ""
     print(f"  L_T                  {bound.L_T.mean():8.6f}")
-    print(f"  L_1 + .. + L_T-1     {L_t[1:].sum():8.4f}    with L_T, the rate")
+    print(f"  L_1 + .. + L_T-1     {L_t[1:].sum():8.4f}    plus L_T: the rate")
     print(f"  L_0                  {L_t[0]:8.4f}    the distortion")
     print(f"  total                {bound.total.mean():8.4f}{error}")
     print(f"  RMSE                 {rmse[0]:8.4f}    of x0_hat at t = 0, on the scale 0..255")
@@ -147,7 +147,7 @@ def evaluate(args):
     of = f"{n:,} image{'s' * (n > 1)} of {args.data or 'the demo'}"
     print(f"{path}{step} on {of}{given}, bits per dimension")
     print_bound(bound, L_t, rmse)
-    part = f"-{n}-images" if args.images or n < len(order) else ""  # beside that of all images
+    part = f"-{n}-images" if args.images or n < len(order) else ""  # beside the curve of all images
     save_curve(out / f"{name}{part}.csv", L_t, rate, rmse)
     if n < len(order):
         raise KeyboardInterrupt(f"evaluate.py: stopped after {n:,} of {len(order):,} images")

@@ -13,14 +13,14 @@ import torch
 def exact_network(diffusion, x0, labels=None, std=0.0):
     """Return E[eps | x_t] as a function of (x_t, t), if the data are x0, all equally probable.
 
-    Given x_t, image k has a probability proportional to q(x_t | x0[k]), so that the mean of x_0 is
-    the average of the images weighted by a softmax. The function is called like a UNet that
+    Given x_t, image k has a probability proportional to q(x_t | x0[k]), so the mean of x_0 is the
+    average of the images, weighted by a softmax. The function is called like a UNet that
     predicts eps, also with y.
 
     x0: (N, C, H, W), on the CPU or CUDA, because small t need float64.
     labels: the classes of x0, int64 (N,), if y will be given. A y that is larger than all of them
         means "no class".
-    std: of a Gaussian around each x0, for data that are a mixture of Gaussians.
+    std: the standard deviation around each x0, if the data are a mixture of Gaussians.
     """
     data = x0.flatten(1).double()
     squares = data.square().sum(1)
@@ -55,7 +55,7 @@ def mean_squared_error(diffusion, network, x0, t, seed=0):
 def loss_floor(diffusion, x0, draws=20_000):
     """Return the loss of the exact network, estimated from `draws` images with noise.
 
-    No network has a lower one, on average over x_0, t and the noise.
+    No network has a lower loss, on average over x_0, t and the noise.
     """
     random = torch.Generator().manual_seed(0)
     index = torch.randint(len(x0), (draws,), generator=random)

@@ -9,8 +9,8 @@
 
 The file has the inputs x_t, float32 (batch, C, H, W), and t, int64 (batch,), and the output eps,
 float32 (batch, C, H, W); the schedule is in the metadata. With classes, y, int64 (batch,), is a
-third input, in which the index after the last class stands for "no class", and the metadata has the
-names of the classes. The file is compared with torch before it is put in place.
+third input, in which the index after the last class stands for "no class", and the metadata contain
+the class names. The file is compared with torch before it is put in place.
 """
 
 import support.start  # noqa: F401  # isort: skip
@@ -81,7 +81,7 @@ def refuse_other_inputs(trained):
 
 
 class Eps(torch.nn.Module):
-    """eps_theta(x_t, t) as a module. model: the network of a Trained, or its Half."""
+    """eps_theta(x_t, t) as a module. model: the network of a Trained, or the Half of it."""
 
     def __init__(self, trained, model):
         super().__init__()
@@ -95,7 +95,7 @@ class Eps(torch.nn.Module):
 def to_onnx(trained, model):
     """Return eps_theta as an onnx.ModelProto with a dynamic batch and the schedule as metadata.
 
-    model: the network, or its Half.
+    model: the network, or the Half of it.
     """
     # The example has a batch of two: the exporter would treat a batch of 1 as a constant.
     inputs = torch.zeros(2, *trained.shape), torch.zeros(2, dtype=torch.int64)
@@ -142,7 +142,7 @@ def name_nodes(graph):
         notes = {prop.key: prop.value for prop in node.metadata_props}
         scopes = ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "[]"))
         module = next((name for name in reversed(scopes[:-1]) if name), "")
-        module = ".".join(part for part in module.split(".") if part != "model")  # of Eps and Half
+        module = ".".join(part for part in module.split(".") if part != "model")  # of Eps, Half
         node.name = f"{module}/{node.op_type}_{k}"
         del node.metadata_props[:]
         node.doc_string = ""
@@ -151,7 +151,7 @@ def name_nodes(graph):
 def add_example(path):
     """Add the eps of ddpm_numpy's example to the metadata of a file, at up to 64 places.
 
-    Where another device computes the network, ddpm_numpy.py and the page compare their eps with it.
+    On another device than the CPU, ddpm_numpy.py and the page compare their eps with it.
     """
     network, proto = Network(path, "cpu"), onnx.load(path)
     eps = network(*example(network.shape, len(network.betas))).ravel()

@@ -3,8 +3,8 @@
 The rest is what sample.py needs without support/: check_output checks beforehand whether a file
 can be written, and `replacing` writes it, so that an old file is replaced as a whole or kept.
 
-Pixels are uint8, (C, H, W) for one image and (B, C, H, W) for several; C is 1 for grey images and
-3 for colour. The networks work on float32 in [-1, 1].
+Pixels are uint8, (C, H, W) for one image and (B, C, H, W) for several; C is 1 for greyscale
+images and 3 for colour. The networks work on float32 in [-1, 1].
 """
 
 import contextlib
@@ -35,15 +35,15 @@ TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")  # the names of what `replaci
 def read_image(path, size, channels):
     """Return the centre square of an image file: upright, resized, and composited onto white.
 
-    channels: 1 for grey, 3 for colour. The result is uint8 (channels, size, size). Raises what
-    Pillow raises if the file is not an image or is damaged, and ValueError if it does not give the
-    range of its pixels.
+    channels: 1 for greyscale, 3 for colour. The result is uint8 (channels, size, size). Raises what
+    Pillow raises if the file is not an image or is damaged, and ValueError if the file does not
+    give the range of its pixels.
     """
     with Image.open(path, formats=FORMATS) as image:
         deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
         transparent = image.info.get("transparency")
         image = ImageOps.exif_transpose(image)
-        if deep:  # Pillow would clip 16 bits to 255 instead of scaling them
+        if deep:  # Pillow would clip 16-bit values to 255 instead of scaling them
             values = np.asarray(image)
             pixels = (values / 257).round().astype(np.uint8)
             image = Image.fromarray(np.where(values == transparent, np.uint8(255), pixels))
@@ -76,8 +76,8 @@ def grid(pixels, columns=None, rows=None, names=()):
     """Return uint8 pixels (B, C, H, W) as one Pillow image with rows of `columns` images.
 
     If `rows` is given, and there are at least that many images, image k is in row k % rows.
-    Without either, the grid is about square. Small images are enlarged. names: of the rows, written
-    to their left.
+    Without either, the grid is about square. Small images are enlarged. names: the names of the
+    rows, written to their left.
     """
     if rows and 1 < rows <= len(pixels):
         columns = math.ceil(len(pixels) / rows)
@@ -140,7 +140,7 @@ def is_folder_name(name):
 def replacing(path):
     """Yield a new binary file, which becomes the file `path` at the end of the block.
 
-    If the block fails, `path` stays as it was. Exits if the disk is full, or can't be written.
+    If the block fails, `path` stays as it was. Exits if the disk is full or can't be written to.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ def replacing(path):
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        # Not an error of other files, which is a bug, and not one of Pillow, which has no errno:
+        # An error of another file is a bug, and one of Pillow has no errno: neither exits here.
         if isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary)):
             stays = " and stays as it was" * path.exists()
             sys.exit(f"{path} can't be written{stays}: {error.strerror}")
@@ -169,7 +169,7 @@ def save_image(path, image, **options):
 
 
 def save_animation(path, images, each=60, last=2000):
-    """Save Pillow images as an animation. each, last: how long one is shown, in milliseconds."""
+    """Save Pillow images as an animation. each, last: milliseconds per image, and of the last."""
     duration = [each] * (len(images) - 1) + [last]
     save_image(path, images[0], save_all=True, append_images=images[1:], duration=duration, loop=0)
 
@@ -178,11 +178,11 @@ def save_animation(path, images, each=60, last=2000):
 
 
 class Output(io.FileIO):
-    """Standard output or error, which can be written whatever becomes of its reader.
+    """Standard output or error that stays writable after its reader has ended.
 
-    If the reader of a pipe ends (tee, head, less), the terminal takes its place, which shows it,
-    and the program is told to stop, unless nohup started it. If the terminal is closed, what is
-    written is lost, and SIGHUP tells the program to stop.
+    If the reader of a pipe (tee, head, less) ends, the output goes to the terminal instead, and the
+    program is told to stop, unless nohup started it. If the terminal is closed, the output is lost,
+    and SIGHUP tells the program to stop.
     """
 
     def write(self, data):
@@ -203,7 +203,7 @@ class Output(io.FileIO):
 
 
 def guard_output():
-    """Let print write to a pipe whose reader has ended, and names that the encoding lacks."""
+    """Let print survive a pipe whose reader has ended, and characters the encoding lacks."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         buffer = getattr(stream, "buffer", None)
@@ -220,16 +220,16 @@ def ignores_hangup():
 
 
 def interrupt(*_):
-    """Raise KeyboardInterrupt, as a handler of signals, and ignore those that follow.
+    """Handle a signal: raise KeyboardInterrupt, and ignore the signals that follow.
 
-    So nothing interrupts the saving of what is finished.
+    Nothing then interrupts the saving of finished work.
     """
     catch_signals(signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def catch_signals(handler=interrupt):
-    """Let a handler answer Ctrl-C, SIGTERM and SIGHUP (a closed terminal, unless under nohup).
+    """Install a handler for Ctrl-C, SIGTERM and SIGHUP (a closed terminal, unless under nohup).
 
     The default raises KeyboardInterrupt once.
     """

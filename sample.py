@@ -52,8 +52,8 @@ except KeyboardInterrupt:
     sys.exit("sample.py: stopped")
 
 GRID = 256  # the largest number of images in one grid
-FRAMES = 50  # how many of the steps the GIF shows
-NOTE = ".sample.json"  # in --dir: the settings of its images, so that the same command continues
+FRAMES = 50  # the number of steps that the GIF shows
+NOTE = ".sample.json"  # in --dir: the settings of its images, so that the same command can resume
 
 
 def image_file(name, kinds=("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")):
@@ -78,7 +78,7 @@ def arguments():
     flag("-n", type=int, help="number of images [64, or 8 of each class]")
     flag("--out", default="samples.png", type=image_file, help="a grid of images [%(default)s]")
     flag("--dir", type=Path, help="one PNG per image, in a new folder or one that this command "
-         f"began; needed if -n is above {GRID}")  # fmt: skip
+         f"started to fill; needed if -n is above {GRID}")  # fmt: skip
     animation_file = partial(image_file, kinds=("GIF", "WEBP"))
     flag("--scale", type=int, default=1, help="enlarge the files of --dir [%(default)s]")
     flag("--gif", type=animation_file, help="an animation of the reverse process, first batch only")
@@ -87,7 +87,7 @@ def arguments():
     flag("--t", type=int, nargs="+", help="t at which to mix, one row each, 0..T-1 [T / 5]")
     flag("--steps", type=int, help="steps of the reverse process, 1..T [T, as in the paper]")
     flag("--sampler", choices=SAMPLERS, help="[ddpm with all T steps, sa-solver with fewer]")
-    flag("--eta", type=float, help="noise of DDIM, 0 to 1; selects --sampler ddim [0, none]")
+    flag("--eta", type=float, help="noise of DDIM, 0 to 1; selects --sampler ddim [0, no noise]")
     flag("--batch", default=64, type=int, help="images drawn together [%(default)s]")
     flag("--seed", default=0, type=int, help="the same seed draws the same images [%(default)s]")
     flag("--class", dest="classes", nargs="+", action="extend", metavar="NAME",
@@ -130,15 +130,15 @@ def read(path, shape):
 def read_mask(path, shape, of):
     """Return where to redraw, bool (1, H, W): where the mask is white or, on transparency, opaque.
 
-    The lightest grey of the file counts as white, so that masks of 0 and 1 work. of: the file that
-    is masked. A mask that is not square must have its shape, because both are cropped to a square.
+    The lightest grey of the file counts as white, so that masks of 0 and 1 work. of: the masked
+    file. A mask that is not square must have the same aspect ratio: both are cropped to a square.
     """
     grey = read(path, (1, *shape[1:]))
     with Image.open(path) as mask, Image.open(of) as image:
         (w, h), (W, H) = (ImageOps.exif_transpose(file).size for file in (mask, image))
         if w != h and abs(w * H - h * W) > max(w * H, h * W) / 50:
-            sys.exit(f"sample.py: {path} has {w}x{h} pixels and {of} {W}x{H}: give both one shape, "
-                     "or make the mask a square, for the cropped image")  # fmt: skip
+            sys.exit(f"sample.py: {path} has {w}x{h} pixels and {of} {W}x{H}: give both the "
+                     "same shape, or make the mask a square for the cropped image")  # fmt: skip
         alpha = ImageOps.exif_transpose(mask).convert("RGBA").getchannel("A")
     if alpha.getextrema()[0] < 128:
         grey = np.asarray(ImageOps.fit(alpha, shape[:0:-1], Image.Resampling.LANCZOS))[None]
@@ -156,7 +156,7 @@ def pixels_of(x):
 def open_network(args):
     """Return the network of --checkpoint in torch, or that of --onnx in ONNX Runtime.
 
-    sample.py asks both for the same things: betas, shape, classes, step, provider, digest, and
+    sample.py uses the same attributes of both: betas, shape, classes, step, provider, digest, and
     reverse, the loop that yields (t, x_t, x0_hat).
     """
     if not args.checkpoint:
@@ -174,7 +174,7 @@ def draw_interpolation(network, args, y):
     y = np.resize(y, len(LAMBDAS)) if args.classes else None
     try:
         for t in args.t:
-            draw_noise = noise_of(args.seed, 0, (1, *network.shape))  # the same for all mixtures
+            draw_noise = noise_of(args.seed, 0, (1, *network.shape))  # for all mixtures
             x_t = mix(*map(from_pixels, ends), t, network.betas, draw_noise)
             steps = min(args.steps, t + 1)
             chain = network.reverse(y, args.guidance, draw_noise, start=t, x_T=x_t, steps=steps,
@@ -195,9 +195,9 @@ def draw_interpolation(network, args, y):
 
 
 def draw_batch(network, args, y, batch, known, bar, frames):
-    """Return the images `batch`, a slice, as pixels; append what the GIF shows to the frames.
+    """Return the images `batch`, a slice, as pixels; append its part of the GIF to the frames.
 
-    frames: None if it shows nothing of this batch.
+    frames: None if the GIF does not show this batch.
     """
     draw_noise = noise_of(args.seed, batch.start, (batch.stop - batch.start, *network.shape))
     chosen = {*np.linspace(0, args.steps - 1, FRAMES).round().astype(int)}
@@ -217,8 +217,8 @@ def draw_batch(network, args, y, batch, known, bar, frames):
 def draw_samples(network, args, y):
     """Save -n samples: the grid, and the folder and the GIF if asked for.
 
-    y: the class of each image, or None. Each class has a row in the grid, and a sub-folder. Ctrl-C
-    keeps the batches that are finished. Images that --dir already holds are not drawn again.
+    y: the class of each image, or None. Each class has a row in the grid, and a sub-folder. On
+    Ctrl-C, the finished batches are saved. Images that --dir already holds are not drawn again.
     """
     n, known, frames = args.n, None, []
     names = [] if y is None else list(dict.fromkeys(network.classes[k] for k in y))
@@ -264,7 +264,7 @@ def draw_samples(network, args, y):
     number = f"{done:,} image{'s' * (done > 1)}"
     shows = f"the first {GRID} of {number}" if done > GRID else number
     of = f" of {', '.join(names)}" if names else ""
-    speed = f", {seconds:.1f} s, {seconds / drawn:.2f} s each" if drawn else ""
+    speed = f" ({seconds:.1f} s, {seconds / drawn:.2f} s each)" if drawn else ""
     if args.dir:
         print(f"{args.dir}: {number} as PNG files")
     print(f"{args.out}: {shows}{of}{speed}")
@@ -275,8 +275,8 @@ def draw_samples(network, args, y):
 def begin_folder(args, network, y):
     """Return the paths of the images of --dir, some of which may be there already.
 
-    They are from the same command, in which -n, --batch and the files of the grid and the GIF may
-    have differed. Exits if the folder holds anything else.
+    Those are from the same command, in which only -n, --batch, --out and --gif may have differed.
+    Exits if the folder holds anything else.
     """
     folders = [args.dir] * args.n if y is None else [args.dir / network.classes[k] for k in y]
     paths = [folder / f"{k:06d}.png" for k, folder in enumerate(folders)]
@@ -293,7 +293,7 @@ def begin_folder(args, network, y):
     if differs := [name for name in note if old.get(name, "") != note[name]]:
         what = f"; what differs: {', '.join(differs)}" if old else ""
         sys.exit(f"sample.py: --dir {args.dir} must be a new or empty folder, or one that the same "
-                 f"command has begun{what}")  # fmt: skip
+                 f"command started to fill{what}")  # fmt: skip
     return paths
 
 
@@ -302,7 +302,7 @@ def draw(args):
     args.classes = args.classes and list(dict.fromkeys(args.classes))  # each has one row
     try:
         network = open_network(args)
-        if bad := [name for name in network.classes if not is_folder_name(name)]:  # of --dir
+        if bad := [name for name in network.classes if not is_folder_name(name)]:  # for --dir
             raise ValueError(f"{args.source}: a class must not be named {bad[0]!r}")
         T, classes = len(network.betas), len(args.classes or network.classes)
         args.n = args.n or (min(8 * classes, GRID) if classes > 1 else 64)
@@ -327,7 +327,7 @@ def main():
     guard_output()
     try:
         draw(arguments())
-    except KeyboardInterrupt as stop:  # Python ends as Ctrl-C ends it, and so does a shell's loop
+    except KeyboardInterrupt as stop:  # Python exits as on Ctrl-C, and a shell loop ends, too
         stop.args = (f"sample.py: {str(stop) or 'stopped before an image was finished'}",)
         sys.excepthook = lambda _, error, __: print(error, file=sys.stderr)
         raise

@@ -3,8 +3,8 @@
     for t, x_t, x0_hat in reverse(eps, draw_noise, betas, steps=10):
         ...                                    # the last x0_hat is the sample
 
-Only the standard library is needed. All factors are Python floats, which keep float32 arrays and
-tensors float32, on any device. beyond.py (torch) and ddpm_numpy.py provide eps and the noise.
+Only the standard library is needed. All coefficients are Python floats, so float32 arrays and
+tensors stay float32, on any device. beyond.py (torch) and ddpm_numpy.py provide eps and the noise.
 
 Numbers in parentheses are the paper's equation numbers (arXiv:2006.11239). t is 0..T-1, as in
 ddpm.py.
@@ -18,8 +18,8 @@ from operator import mul
 class Chain:
     """A DDPM through `steps` of the T noise levels: lists of floats, named as in Diffusion.
 
-    tau lists the visited t, as evenly spaced as integers allow, up to T-1. The variance between two
-    of them is 1 - abar_t / abar_s, where s precedes t in tau.
+    tau lists the visited t, as evenly spaced as integers allow, up to T-1. The noise added between
+    two of them has the variance 1 - abar_t / abar_s, where s precedes t in tau.
     """
 
     def __init__(self, betas, variance, steps):
@@ -34,7 +34,7 @@ class Chain:
         self.betas = [1 - a / prev for a, prev in levels]
         self.sqrt_alphas_bar = [math.sqrt(a) for a in self.alphas_bar]
         self.sqrt_one_minus_alphas_bar = [math.sqrt(1 - a) for a in self.alphas_bar]
-        # q(x_{t-1} | x_t, x_0): the factors of x_0 and x_t in its mean, and its variance (7)
+        # q(x_{t-1} | x_t, x_0): the coefficients of x_0 and x_t in its mean, and its variance (7)
         self.posterior_x0 = [math.sqrt(prev) * (1 - a / prev) / (1 - a) for a, prev in levels]
         self.posterior_x_t = [math.sqrt(a / prev) * (1 - prev) / (1 - a) for a, prev in levels]
         self.posterior_variance = [(1 - prev) / (1 - a) * (1 - a / prev) for a, prev in levels]
@@ -43,7 +43,7 @@ class Chain:
 
 
 # A sampler is a function of a chain that returns step(x0_hat, x_t, t, draw_noise), which returns
-# x_{t-1}. t = 1..steps-1 counts the levels of the chain. A step may keep what it has seen.
+# x_{t-1}. t = 1..steps-1 counts the levels of the chain. A step may remember earlier calls.
 
 
 def ddpm_step(chain):
@@ -99,7 +99,7 @@ def sa_solver_step(chain, order=3, correct=True):
     """
     lam = [math.log(abar / (1 - abar)) / 2 for abar in chain.alphas_bar]
     signal, spread = chain.sqrt_alphas_bar, chain.sqrt_one_minus_alphas_bar
-    nodes, estimates, begin = [], [], None  # the latest first; where the last step began
+    nodes, estimates, begin = [], [], None  # latest first; where the last step began
 
     def solve(x, before, after):
         """Return x at the level `after`, from x at the level `before`."""
@@ -124,7 +124,7 @@ SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "sa-solver": sa_solver_step}
 
 
 def choose_sampler(sampler, eta, steps, T):
-    """Return the name of the sampler of `reverse`, or raise ValueError if it has none."""
+    """Return the name of the sampler that `reverse` uses; raise ValueError if none fits."""
     if not 1 <= steps <= T:
         raise ValueError(f"steps must be 1..{T}, not {steps}")
     if sampler is None:
@@ -147,7 +147,7 @@ def reverse(
     x0_hat is the sample. Both are arrays or tensors, shaped like the noise.
 
     eps(x_t, t): the noise in x_t, where t is an int.
-    draw_noise(): returns x_T, unless that is given, then each z.
+    draw_noise(): returns x_T (unless x_T is given), and then each z.
     betas, variance: as for Diffusion; a subclass of Diffusion has no effect here.
     steps: how many of the T steps to take; all if None.
     sampler: "ddpm" is the paper's Algorithm 2, the default with all T steps. "sa-solver" is

@@ -59,7 +59,7 @@ def test_impossible_betas_and_variances_are_refused():
 
 
 def test_closed_form_equals_the_iterated_step():
-    """(4) against (2), x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) z; (15) is its inverse."""
+    """Compare (4) with (2), x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) z; (15) inverts (4)."""
     means, variances = [1.0], [0.0]
     for beta in PAPER.betas.tolist():
         means.append(math.sqrt(1 - beta) * means[-1])
@@ -73,7 +73,7 @@ def test_closed_form_equals_the_iterated_step():
 
 
 def test_posterior_is_bayes_rule():
-    """q(x_{t-1} | x_t, x_0) ~ q(x_t | x_{t-1}) q(x_{t-1} | x_0): two Gaussians in x_{t-1}."""
+    """q(x_{t-1} | x_t, x_0) ~ q(x_t | x_{t-1}) q(x_{t-1} | x_0), two Gaussians in x_{t-1}."""
     t = torch.tensor([1, 2, 400, 999])
     x0, x_t = randn(4, 1, 2, 2), randn(4, 1, 2, 2, seed=1)
     mean, variance = PAPER.q_posterior(x0, x_t, t)
@@ -100,14 +100,14 @@ def test_posterior_is_a_regression_on_the_noise():
 
 @pytest.mark.parametrize("t", [1, 9, 99, 499])
 def test_variance_of_the_reverse_step_lies_between_the_two_of_the_paper(t):
-    """For the data +1 and -1: by integration, and by (7) with E[x_0 | x_t], which is a tanh."""
+    """For the data +1 and -1, integrate, and use (7), where E[x_0 | x_t] is a tanh."""
     alpha, beta, abar = PAPER.alphas[t], PAPER.betas[t], PAPER.alphas_bar[t]
     abar_prev, small = PAPER.alphas_bar_prev[t], PAPER.posterior_variance[t]
     before = torch.linspace(-5, 5, 1601, dtype=torch.float64)  # x_{t-1}
     x_t = before[:, None]
 
     def density(x, abar):
-        """q(x_t), up to a constant."""
+        """Return q(x_t), up to a constant."""
         return sum((-((x - m * abar.sqrt()) ** 2) / (2 - 2 * abar)).exp() for m in (1, -1))
 
     joint = (-((x_t - alpha.sqrt() * before) ** 2) / (2 * beta)).exp() * density(before, abar_prev)
@@ -148,7 +148,7 @@ def test_loss_draws_every_t_and_unit_noise():
 
 
 def test_simple_loss_is_least_at_the_closed_form():
-    """For Gaussian data, L_simple is larger at any slope other than the best, at each t."""
+    """For Gaussian data, L_simple is larger at any slope other than the best one, at each t."""
     x0, noise = 0.5 * randn(2000, 1, 4, 4), randn(2000, 1, 4, 4, seed=1)
     network = best_network(0, 0.5)
     for t in (50, 300, 999):
@@ -235,7 +235,7 @@ def test_bound_of_gaussian_data_is_the_closed_form(variance):
 
 
 def test_bound_is_an_area_under_the_squared_error_of_x0_hat():
-    """With the small variance: L_{t-1} = (SNR_{t-1} - SNR_t) |x_0 - x0_hat|^2 / 2 for t > 1."""
+    """With the small variance, L_{t-1} = (SNR_{t-1} - SNR_t) |x_0 - x0_hat|^2 / 2 for t > 1."""
     d = Diffusion(linear_betas(), "small")
     snr = d.alphas_bar / (1 - d.alphas_bar)
     widths = (snr[:-1] - snr[1:]) / 2
@@ -249,7 +249,7 @@ def test_bound_is_an_area_under_the_squared_error_of_x0_hat():
 
 
 def test_with_many_steps_only_the_ends_of_the_schedule_matter():
-    """For Gaussian data, the terms t > 1 tend to an integral over the SNR between the ends."""
+    """For Gaussian data, the terms for t > 1 tend to an integral over the SNR between the ends."""
     ends = PAPER.alphas_bar[[-1, 0]].logit()  # log SNR
     noisy, clean = (1 + S**2 * ends.exp()).log2() / 2
     for power in (1, 2):  # two schedules between the same ends
@@ -291,7 +291,7 @@ def test_bound_is_above_the_exact_likelihood(variance, gap):
 
 
 def test_algorithm_2_takes_the_posterior_mean_of_the_unclipped_x0():
-    """It is written with (11), which is (7) with the x_0 of (15)."""
+    """The expected step uses (11), which is (7) with the x_0 of (15)."""
     t = torch.tensor([0, 1, 10, 500, 999])
     x_t, eps = randn(5, 3, 4, 4), randn(5, 3, 4, 4, seed=1)
     ours, _ = PAPER.q_posterior(PAPER.predict_x0(x_t, t, eps), x_t, t)
@@ -301,7 +301,7 @@ def test_algorithm_2_takes_the_posterior_mean_of_the_unclipped_x0():
 
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_sampling_with_an_oracle_returns_its_image(variance):
-    """Clipped to [-1, 1] by default."""
+    """By default, the sample is clipped to [-1, 1]."""
     x0, sample = 2 * randn(2, 3, 4, 4), Diffusion(linear_betas(), variance).sample
     torch.testing.assert_close(sample(oracle(x0), x0.shape), x0.clamp(-1, 1), rtol=0, atol=1e-4)
     torch.testing.assert_close(sample(oracle(x0), x0.shape, clip=False), x0, rtol=0, atol=1e-4)
@@ -317,7 +317,7 @@ def test_sampler_equals_the_recursion(variance, width):
 
 
 def test_known_answers():
-    """What diffusers publishes for the toy network x_t t / (t + 1) (tests/schedulers there)."""
+    """diffusers publishes them for the toy network x_t t / (t + 1), in its tests/schedulers."""
     d, n = Diffusion(linear_betas(), "small"), 4 * 3 * 8 * 8
     x_T = (torch.arange(n) / n).reshape(3, 8, 8, 4).permute(3, 0, 1, 2)
 
@@ -341,7 +341,7 @@ def test_known_answers():
 
 
 def test_noise_is_drawn_for_x_T_and_for_each_step_but_the_last():
-    """By the generator, or by draw_noise in its place."""
+    """The generator draws it, or draw_noise in its place."""
     d, shape, generator = Diffusion(linear_betas(10)), (1, 1, 4, 4), seeded(5)
     noise = iter([torch.randn(shape, generator=generator) for _ in range(10)])
     x0 = d.sample(wobbly, shape, seeded(5))
@@ -362,7 +362,7 @@ def test_truncated_chain_is_the_beginning_of_the_chain():
 
 @pytest.mark.parametrize("shape", [(5, 2), (5, 3, 8)])
 def test_points_and_sequences_need_no_more_dimensions(shape):
-    """They give what images of the same values give."""
+    """They give the same results as images with the same values."""
     image = (*shape, *[1] * (4 - len(shape)))
     x0, noise, t = randn(*shape).clamp(-1, 1), randn(*shape), torch.tensor([0, 9, 99, 500, 999])
     d, model = Diffusion(linear_betas(20, 0.01, 0.3)), lambda x, t: x.tanh()
@@ -462,7 +462,7 @@ def test_output_depends_on_the_time_and_on_every_parameter():
 
 
 def test_classes_are_a_row_each_beside_the_time_embedding():
-    """They begin without effect; then each row counts for its class, the last for "no class"."""
+    """At first, no row has an effect. Each row belongs to a class, the last one to "no class"."""
     plain, model = small_unet(), small_unet(0, num_classes=3)
     model.load_state_dict(model.state_dict() | plain.state_dict())
     x, t = randn(4, 3, 8, 8), torch.tensor([0, 5, 500, 999])

@@ -60,7 +60,7 @@ def algorithm_1(network, ema, optimizer, diffusion, images, labels, args):
     eps = as_eps(network, diffusion, args.predicts, args.device)
     weights = loss_weights(diffusion, args.weighting, args.predicts).to(args.device, torch.float32)
     diffusion = device.with_tables_on(diffusion, args.device)
-    parts = WORLD * args.accumulate  # of a batch, of which each process computes its share
+    parts = WORLD * args.accumulate  # of a batch; each process computes --accumulate of them
 
     def step(k):
         for group in optimizer.param_groups:
@@ -71,7 +71,7 @@ def algorithm_1(network, ema, optimizer, diffusion, images, labels, args):
         t = torch.randint(diffusion.T, (args.batch,), device=args.device)
         noise = torch.randn(args.batch, *images.shape[1:], device=args.device)
         batch = [index, flip, t, noise]
-        if labels is not None:  # a tenth are dropped: guidance needs eps without a class, too
+        if labels is not None:  # drop a tenth: guidance needs eps without a class, too
             drop = torch.rand(args.batch, device=images.device) < 0.1
             batch.append(labels[index].masked_fill(drop, len(args.classes)))
 
@@ -81,7 +81,7 @@ def algorithm_1(network, ema, optimizer, diffusion, images, labels, args):
             x0 = from_pixels(to_device(images[index], args.device))
             x0 = torch.where(flip, x0.flip(3), x0)
             model = partial(eps, y=to_device(*y, args.device)) if y else eps
-            set_seed(args.device, args.seed, k, 1 + part)  # of the dropout
+            set_seed(args.device, args.seed, k, 1 + part)  # for the dropout
             is_last = WORLD == 1 or (part + 1) % args.accumulate == 0  # it exchanges the gradients
             with contextlib.nullcontext() if is_last else network.no_sync():
                 with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
@@ -101,10 +101,10 @@ def algorithm_1(network, ema, optimizer, diffusion, images, labels, args):
 
 @torch.no_grad()
 def update_ema(ema, model, step, decay):
-    """Update the averaged weights in place; samples are drawn with them. Buffers are copied.
+    """Update the averaged weights, which draw the samples, in place; copy the buffers.
 
-    Unlike in the authors' code, the decay grows with the step, so that the first weights are soon
-    forgotten.
+    Unlike in the authors' code, the decay grows with the step, so that the initial weights soon
+    lose their influence.
     """
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
@@ -119,7 +119,7 @@ def learning_rate(step, args):
 
 
 def set_seed(device, *numbers):
-    """Seed the generators of the CPU and the device from (seed, step, part); no state is saved."""
+    """Seed the generators of the CPU and the device from (seed, step, part): no state is saved."""
     # The seed has 64 bits, of which torch's generator for the CPU uses 32.
     seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
     torch.default_generator.manual_seed(seed)
@@ -132,29 +132,29 @@ def set_seed(device, *numbers):
 
 RUN, CPU = Path("run"), torch.device("cpu")
 SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
-LOG_EVERY = {"cpu": 1}  # steps between two readings of the losses, else 10: each waits for a GPU
+LOG_EVERY = {"cpu": 1}  # steps between readings of the losses; else 10, as each waits for a GPU
 count, whole, amount = cli.number(int, 1), cli.number(int, 0, 2**63), cli.number(float, 0)
 share, switch = cli.number(float, 0, 1), argparse.BooleanOptionalAction
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run depends on. The defaults are the paper's CIFAR-10 network and run, on a CPU."""
+    """The settings of a run. The defaults are the paper's CIFAR-10 network and run, on a CPU."""
 
     data: str = flag(None, "train", "folder of images [the built-in demo]", action=cli.Once)
     classes: tuple = flag((), "train", "the sub-folders of --data are classes", action="store_true")
     out: Path = flag(RUN, None, "folder of the run", type=Path)
-    init: str = flag(None, "train", "start from a run's weights, or diffusers': a folder, hf:NAME")
+    init: str = flag(None, "train", "start from a run or diffusers weights: a folder, or hf:NAME")
     image_size: int = flag(32, "model", "pixels; images are cropped to a square", type=count)
-    in_channels: int = flag(None, "model", "1 (grey) or 3 [detected]", type=int, choices=(1, 3))
+    in_channels: int = flag(None, "model", "1 for greyscale [detected]", type=int, choices=(1, 3))
     base_channels: int = flag(128, "model", "width of the first level", type=count)
     channel_mults: tuple = flag((1, 2, 2, 2), "model", "relative widths", type=count, nargs="+")
     num_res_blocks: int = flag(2, "model", "residual blocks per level", type=count)
     attention_resolutions: tuple = flag((16,), "model", "sizes with attention", type=int, nargs="*")
     dropout: float = flag(0.1, "model", "share of the activations to drop", type=share)
-    norm_groups: int = flag(None, "model")  # of the weights of --init
+    norm_groups: int = flag(None, "model")  # from the weights of --init
     schedule: str = flag("linear", "diffusion", "betas", choices=SCHEDULES)
-    betas: tuple = flag(None, "diffusion")  # of the weights of --init, instead of the schedule
+    betas: tuple = flag(None, "diffusion")  # from the weights of --init, instead of the schedule
     variance: str = flag("large", "diffusion", "sigma_t^2", choices=("large", "small"))
     predicts: str = flag("eps", "train", "network's output", choices=TARGETS)
     weighting: str = flag("simple", "train", "weight of each t; see the manual", choices=WEIGHTINGS)
@@ -204,7 +204,7 @@ def command_line():
 
 
 def decided_by(weights, given):
-    """Return the settings that the weights of --init decide. Exits if a given flag differs."""
+    """Return the settings that the weights of --init fix. Exits if a given flag differs."""
     shape = [f for f in fields(Settings) if f.metadata["kept"] == "model" and f.name != "dropout"]
     decided = {f.name: weights.settings.get(f.name, f.default) for f in shape}
     decided = {name: tuple(v) if isinstance(v, list) else v for name, v in decided.items()}
@@ -213,8 +213,8 @@ def decided_by(weights, given):
         given = given | {"betas": tuple(SCHEDULES[given["schedule"]]().tolist())}
     if wrong := [name for name in decided if given.get(name, decided[name]) != decided[name]]:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
-        sys.exit(f"train.py: --init decides {flags.replace('betas', 'schedule')}; leave out what "
-                 "differs from it")  # fmt: skip
+        sys.exit(f"train.py: --init fixes {flags.replace('betas', 'schedule')}; omit the "
+                 "flags that contradict it")  # fmt: skip
     return decided | ({"init": trained.name_of(given["init"])} if "init" in given else {})
 
 
@@ -257,7 +257,7 @@ def decide(given, weights=None, state=None):
 def settings_of(given, state):
     """Return (the Settings, the config, the Trained of --init or None).
 
-    state: the checkpoint to resume, or None; it gets the settings that an older run did not know.
+    state: the checkpoint to resume, or None; settings that an older run lacks get their defaults.
     Exits if the flags do not fit, or do not fit the checkpoint.
     """
     weights, init = None, given.get("init")
@@ -265,7 +265,7 @@ def settings_of(given, state):
         known = config_of(Settings())
         state["config"] = {part: known[part] | state["config"][part] for part in known}
         init = state["config"]["train"]["init"] if init is None else init
-    if init is not None:  # a resumed run has its own weights; the others may be gone
+    if init is not None:  # a resumed run has its own weights; those of --init may be gone
         with ranks.said_by(LOCAL_RANK == 0):
             weights = trained.from_checkpoint(state) if state else trained.load(init)
     with ranks.said_by(RANK == 0):
@@ -283,7 +283,8 @@ def settings_of(given, state):
 def load_images(args, config, state):
     """Return (images, labels) as tensors, which the first process of each machine decodes.
 
-    The config learns the number of channels and the fingerprint. Exits if they do not fit the run.
+    Enters the number of channels and the fingerprint into the config. Exits if they do not fit the
+    run.
     """
     with ranks.first_of_machine_first():
         images, labels = demo_images(), None
@@ -301,13 +302,13 @@ def load_images(args, config, state):
     if args.data is not None and LOCAL_RANK == 0:
         data.forget_others(images, args.out)
     images = torch.from_numpy(images)
-    if images.nbytes < 2e9:  # else they are moved batch by batch
+    if images.nbytes < 2e9:  # otherwise, they are moved batch by batch
         images = images.to(args.device)
     return images, None if labels is None else torch.from_numpy(labels).to(images.device)
 
 
 def build(args, config, state, weights):
-    """Return (diffusion, model, its average, optimizer), as they start or as they were saved."""
+    """Return (diffusion, model, its average, optimizer), new or as they were saved."""
     torch.manual_seed(args.seed)
     diffusion = Diffusion(**config["diffusion"])
     model = Network(**config["model"]).to(args.device)
@@ -327,7 +328,7 @@ def build(args, config, state, weights):
 
 
 def describe(args, images, start, size):
-    """Print what is trained on what. start: the first step. size: the number of parameters."""
+    """Print what will be trained. start: the first step. size: the number of parameters."""
     has_default = (f for f in fields(args) if f.metadata["kept"] and f.default not in (None, ()))
     changed = [as_flag(f.name, v) for f in has_default if (v := getattr(args, f.name)) != f.default]
     names = ", ".join([*args.classes[:10], *["..."] * (len(args.classes) > 10)])
@@ -342,7 +343,7 @@ def describe(args, images, start, size):
 
 
 def train(args, config, start, diffusion, model, ema, optimizer, images, labels):
-    """Take the steps from `start` on, until the program is told to stop; return where it ends."""
+    """Take the steps from `start` on, until told to stop; return the step where it stops."""
     is_main, path = RANK == 0, args.out / "checkpoint.pt"
     network = DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD > 1 else model
     network = device.compiled(network) if args.compile else network
@@ -414,5 +415,5 @@ def main():
 
 
 if __name__ == "__main__":
-    catch_signals()  # until the loop does
+    catch_signals()  # until the training loop handles them
     main()

@@ -3,9 +3,9 @@
     pip install -r benchmarks/requirements.txt
     python benchmarks/compare.py            # prints the tables and writes benchmarks/RESULTS.md
 
-All run in one process and take turns. Each figure is the median over the rounds, without the first
-ones. Run nothing else meanwhile. This project and diffusers have the paper's CIFAR-10 U-Net with
-35.7 M random weights, and denoising-diffusion-pytorch has its own U-Net, of the nearest size.
+The three take turns in one process. Each figure is the median over the rounds except the first few.
+Run nothing else meanwhile. This project and diffusers use the paper's CIFAR-10 U-Net with 35.7 M
+random weights, and denoising-diffusion-pytorch uses its own U-Net, of the nearest size.
 """
 
 import argparse
@@ -58,7 +58,7 @@ CIFAR = {
 
 
 def clock(step):
-    """Return the seconds of one call; on CUDA, of 20 back to back, which overlap as in a loop."""
+    """Return the seconds per call. On CUDA, 20 calls are timed, which overlap as in a loop."""
     calls = 20 if DEVICE.type == "cuda" else 1
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
@@ -210,7 +210,7 @@ def print_memory(which, folder, batch):
         step()
     if DEVICE.type == "cuda":
         return print(torch.cuda.max_memory_allocated() / 1e9)
-    # not from getrusage, which counts the process before this one's exec
+    # not from getrusage, which also counts the process before this one's exec
     status = Path("/proc/self/status").read_text().split()
     print(int(status[status.index("VmHWM:") + 1]) * 1024 / 1e9)
 
@@ -225,9 +225,9 @@ def table(head, rows):
 
 
 def training_table(folder, batch, rounds, floor):
-    """Time and memory of a training step. floor: the least seconds per image."""
+    """Return the times and memory of training steps. floor: the fewest seconds per image."""
     kinds = {"train.py": "train.py", "diffusers, float32": "f32", "diffusers, bfloat16": "bf16"}
-    if DEVICE.type == "cpu" and sys.platform != "linux":  # which says it in /proc
+    if DEVICE.type == "cpu" and sys.platform != "linux":  # only Linux has /proc
         kinds = {}
     memory = {name: f"{peak_memory(kind, folder, batch):.2f}" for name, kind in kinds.items()}
     images = torch.from_numpy(read_folder(folder, 32)[0])
@@ -314,8 +314,8 @@ def loop_line(path, batch=16, steps=6):
             pass
         whole.append((time.perf_counter() - began) / sum(inside))
     return (
-        f"The loop of sample.py takes {statistics.median(whole):.3f} times as long as the network "
-        "alone.\n"
+        f"The loop of sample.py takes {statistics.median(whole):.3f} times as long as its calls "
+        "to the network alone.\n"
     )
 
 
@@ -343,8 +343,8 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batch", type=int, default=16, help="of the training step [16]")
-    parser.add_argument("--rounds", type=int, default=7, help="of which the median is taken [7]")
+    parser.add_argument("--batch", type=int, default=16, help="batch size in training [16]")
+    parser.add_argument("--rounds", type=int, default=7, help="the median is over these [7]")
     parser.add_argument("--out", default=str(HERE / "RESULTS.md"), help="[benchmarks/RESULTS.md]")
     parser.add_argument("--memory", help=argparse.SUPPRESS)  # how it calls itself
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -369,7 +369,7 @@ def main():
         settings = {"in_channels": 3, "image_size": 32}
         with contextlib.redirect_stdout(io.StringIO()):
             trained = Trained(model, Diffusion(linear_betas()), settings, 0, "random")
-            reduced.MAX_ERROR = 1e9  # random weights err more, and take the same time
+            reduced.MAX_ERROR = 1e9  # random weights have larger errors and take as long
             for name, kind in kinds.items():
                 export.write_onnx(trained, paths[name], kind)
         if DEVICE.type == "cuda":  # TF32, as in the rows
@@ -382,9 +382,10 @@ def main():
             f"`python benchmarks/compare.py`, {time.strftime('%Y-%m-%d')}: {machine()}.\n",
             f"A forward pass of the network takes {forward / 1e9:.2f} GFLOP per image. Large "
             f"matrices are multiplied at {rates[torch.float32] / 1e9:.0f} GFLOP/s in float32 and "
-            f"{rates[torch.bfloat16] / 1e9:.0f} in bfloat16. These rates imply floors of "
-            f"{1000 * floors[torch.float32]:.1f} and {1000 * floors[torch.bfloat16]:.1f} ms "
-            "per image, and three times as much for a training step.\n",
+            f"{rates[torch.bfloat16] / 1e9:.0f} in bfloat16. At these rates, a pass "
+            f"takes at least {1000 * floors[torch.float32]:.1f} and "
+            f"{1000 * floors[torch.bfloat16]:.1f} ms per image (the floors below), and a training "
+            "step takes at least three times as long.\n",
         ])  # fmt: skip
         for make in (
             partial(training_table, folder, args.batch, args.rounds, 3 * floors[torch.bfloat16]),

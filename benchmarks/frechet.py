@@ -4,19 +4,19 @@
     python benchmarks/frechet.py samples
 
 The classifier and the statistics of the test set are in benchmarks/ruler.npz, so that the same
-images have the same distance on every machine. Compare only distances of equally many samples. FID
-is the same distance in the features of the Inception network, which was trained on photographs.
+images have the same distance on every machine. Compare only distances of equally many samples. The
+FID is the same distance in the features of the Inception network, which was trained on photographs.
 
 If the samples are in sub-folders named after the classes, as sample.py --dir writes them, the
 program also prints what share of them, and of the test images, the classifier recognises.
 
     python benchmarks/frechet.py samples --data mine
 
-measures the distance to other images, with a classifier of their own, so that it cannot be compared
-with any other data set's. --data has two folders of images, train and test, with a sub-folder for
-each of at most ten classes, or with the class in each name: 00000_9_boot.png is of class 9. The
-classifier trains for some minutes the first time, and is then kept in that folder as ruler.npz.
-That file of `--data fashion-mnist` is benchmarks/ruler.npz.
+measures the distance to other images, with a classifier trained on them, so this distance cannot be
+compared with that to any other data set. --data has two folders of images, train and test, with a
+sub-folder for each of at most ten classes, or with the class in each name: 00000_9_boot.png is of
+class 9. The first time, the classifier trains for some minutes, and is then kept in that folder as
+ruler.npz. benchmarks/ruler.npz is that file of `--data fashion-mnist`.
 """
 
 import argparse
@@ -40,7 +40,7 @@ SIZE, SETS = 32, 10  # SETS: how many sets of real images are compared with the 
 
 
 class Classifier(nn.Module):
-    """Up to ten classes from 128 features of grey 32x32 images, (B, 1, 32, 32)."""
+    """Up to ten classes from 128 features of greyscale images, (B, 1, 32, 32)."""
 
     def __init__(self):
         super().__init__()
@@ -65,7 +65,7 @@ def train_classifier(images, labels):
             optimizer.zero_grad()
             F.cross_entropy(model(from_pixels(images[index])), labels[index]).backward()
             optimizer.step()
-    return model.half().float()  # as the file keeps it
+    return model.half().float()  # as in the file
 
 
 @torch.no_grad()
@@ -94,8 +94,9 @@ def frechet_distance(first, second):
 class Ruler:
     """The classifier and the statistics of the test set in a ruler.npz.
 
-    Attributes: names, of the classes; recognised, the share of the test images that the classifier
-    recognises; real, {a description of a set of training images: the distances of SETS such sets}.
+    Attributes: names, the names of the classes; recognised, the share of the test images that the
+    classifier recognises; real, {a kind of set of training images: the distances of SETS such
+    sets}.
     """
 
     def __init__(self, path=RULER):
@@ -113,13 +114,13 @@ class Ruler:
 
 @torch.no_grad()
 def share_recognised(model, images, labels):
-    """Return the share of images to which a Classifier gives their labels, int64 (N,)."""
+    """Return the share of images that a Classifier recognises as their labels, int64 (N,)."""
     found = torch.cat([model(from_pixels(part)).argmax(1) for part in images.split(500)])
     return (found == torch.as_tensor(labels)).float().mean().item()
 
 
 def read(folder):
-    """Return the images of a folder as grey 32x32, cut as train.py cuts them."""
+    """Return the images of a folder in greyscale, at 32x32, cropped as in train.py."""
     return torch.from_numpy(read_folder(folder, SIZE, 1)[0])
 
 
@@ -145,7 +146,7 @@ def make_ruler(data, path):
     of_test, features = statistics(features_of(model, test)), features_of(model, images)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     ranks = torch.stack([(labels[order] == k).cumsum(0) for k in range(len(names))], 1)
-    ranks = ranks.gather(1, labels[order, None])[:, 0] - 1  # how many of the class come before
+    ranks = ranks.gather(1, labels[order, None])[:, 0] - 1  # earlier images of the class
     file = {name: weight.half().numpy() for name, weight in model.state_dict().items()}
     file |= {"names": names, "recognised": share_recognised(model, test, test_labels)}
     file |= {"mean": np.float32(of_test[0]), "covariance": np.float32(of_test[1])}
@@ -165,11 +166,11 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("samples", type=Path, nargs="+", help="folders of samples")
-    parser.add_argument("--data", type=Path, help="folder with train and test [Fashion-MNIST's]")
+    parser.add_argument("--data", type=Path, help="a folder with train and test [Fashion-MNIST]")
     args = parser.parse_args()
     path = args.data / "ruler.npz" if args.data else RULER
     if args.data and path.exists():
-        print(f"the ruler is {path}, made before; if the images have changed, remove it first")
+        print(f"using the ruler {path}; if the images have changed since it was made, remove it")
     elif args.data:
         make_ruler(args.data, path)
     ruler = Ruler(path)

@@ -1,13 +1,13 @@
 """Try this project on a GPU within ten minutes, and write a report to paste into an issue.
 
-So far it has run only on CPUs, with --tiny. Its times replace the estimates of docs/guide.md.
+So far, it has run only on CPUs, with --tiny. Its times replace the estimates in docs/guide.md.
 
     pip install -r requirements-dev.txt
     python benchmarks/gpu.py              # prints the report, and writes it to gpu-report/report.md
     python benchmarks/gpu.py --tiny       # every part with a tiny network, also on a CPU
 
 The report grows line by line. If a measurement fails, its traceback goes to gpu-report/errors.txt.
-Each program has a time limit and a log. Once the time is over, the remaining parts are skipped.
+Each program has a time limit and a log. When the time is up, the remaining parts are skipped.
 """
 
 import argparse
@@ -47,11 +47,11 @@ TINY += ["--attention-resolutions", "4"]
 
 
 class Report:
-    """Print lines and append them to a file; measure rows that may fail, until the time is over."""
+    """Print lines and append them to a file; measure rows that may fail, until the time is up."""
 
     def __init__(self, out, minutes):
         self.out, self.end, self.failed = out, time.monotonic() + 60 * minutes, []
-        self.step_ms = 0  # of an eager training step, once it is known
+        self.step_ms = 0  # the time of an eager training step, once it is known
 
     def say(self, line):
         print(line, flush=True)
@@ -78,7 +78,7 @@ class Report:
     def program(self, log, limit, *command, interrupt=None):
         """Run a program for at most `limit` seconds, and return its seconds and its last line.
 
-        log: the name of the file for what it prints. interrupt: the file that brings it Ctrl-C.
+        log: the name of the file for its output. interrupt: a file; once it exists, send Ctrl-C.
         """
         began, path = time.monotonic(), self.out / f"{log}.log"
         limit = min(limit, self.end - began)
@@ -168,7 +168,7 @@ def gradients(report, args):
 
 
 def steps(report, args):
-    """Time the training step, and what the 800,000 of the paper's run would take."""
+    """Time the training step, and extrapolate to the 800,000 steps of the paper's run."""
     size = 8 if args.tiny else 32
     images = torch.randint(256, (1000, 3, size, size), dtype=torch.uint8, device=DEVICE)
 
@@ -207,13 +207,13 @@ def steps(report, args):
 
 
 def saving(report, args):
-    """Time what a preview and a checkpoint cost."""
+    """Time a preview and a checkpoint."""
     model, size = network(args.tiny).to(DEVICE).eval(), 8 if args.tiny else 32
     settings = train.Settings(amp=args.amp, device=DEVICE)
     ema, optimizer = copy.deepcopy(model), torch.optim.Adam(model.parameters(), fused=True)
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
-    optimizer.step()  # so that it has its averages
+    optimizer.step()  # so that the optimizer has its averages
     image, checkpoint = args.out / "preview.png", args.out / "checkpoint.pt"
     calls = {
         "preview": (preview, image, (3, size, size), ema, DIFFUSION, settings),
@@ -238,8 +238,8 @@ def programs(report, args):
     words = [root / "train.py", "--data", folder, "--out", run, "--device", DEVICE.type]
     words += ["--steps", count, *(TINY if args.tiny else ["--compile"] if args.compile else [])]
     report.head("program", "s", "its last line")
-    if sys.platform != "win32":  # which has no SIGINT for other processes
-        log = run / "log.csv"  # which has the first steps
+    if sys.platform != "win32":  # Windows has no SIGINT for other processes
+        log = run / "log.csv"  # exists after the first steps
         report.row("train.py, interrupted", report.program, "stop", 120, *words, interrupt=log)
     report.row("train.py, resumed", report.program, "train", 150, *words)
     flags = "--data", folder, "--images", count // 30, "--checkpoint", run, "--device", DEVICE.type
@@ -319,7 +319,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tiny", action="store_true", help="a tiny network, on any machine")
-    parser.add_argument("--minutes", type=float, default=10, help="time for all [%(default)s]")
+    parser.add_argument("--minutes", type=float, default=10, help="total time [%(default)s]")
     parser.add_argument("--out", type=Path, default="gpu-report", help="a new folder [%(default)s]")
     args = parser.parse_args()
     if not IS_CUDA and not args.tiny:

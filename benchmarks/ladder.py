@@ -9,8 +9,8 @@
 
 A rung is `train.py --quick --no-flip` on fashion-mnist/train, with the flags below. The images are
 named as frechet.py describes, or lie in a sub-folder for each class. An interrupted training
-resumes. Each set of samples is a row of benchmarks/ladder.csv, and is drawn only once. So is the
-bound of --samples test images. With OMP_NUM_THREADS=1, all of this keeps to one core, so that two
+resumes. Each set of samples is a row of benchmarks/ladder.csv and is drawn only once. The bound of
+--samples test images is a row, too. With OMP_NUM_THREADS=1, the program uses one core, so that two
 rungs can be trained at a time.
 """
 
@@ -73,7 +73,7 @@ def train(args, out):
 
 
 def open_network(run, args):
-    """Return the Network of a run or of an ONNX file, with the variance of the way."""
+    """Return the Network of a run or of an ONNX file, with the variance of args."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -86,7 +86,7 @@ def open_network(run, args):
 
 
 def draw(network, args, number):
-    """Return set `number` of samples, uint8 (samples, 1, 32, 32), the classes in turn."""
+    """Return set `number` of samples, uint8 (samples, 1, 32, 32), of the classes in turn."""
     how = dict(sampler=args.sampler, steps=args.sampling_steps, clip=args.clip)
     first, pixels = number * args.samples, []
     for k in range(first, first + args.samples, 50):
@@ -116,7 +116,7 @@ def bound(trained, args):
 
 
 def read_rows(path):
-    """Return the rows of the table, a new one if there is none, as dictionaries."""
+    """Return the rows of the table as dictionaries; begin the table if there is none."""
     if not path.exists():
         path.write_text(",".join(COLUMNS) + "\n")
     with open(path, newline="") as file:
@@ -150,18 +150,18 @@ def arguments():
     )
     flag = parser.add_argument
     flag("rung", nargs="?", choices=[*RUNGS, "included"], help="what to train and measure")
-    flag("--data", type=Path, help="the folder of Fashion-MNIST, which has train")
+    flag("--data", type=Path, help="the folder of Fashion-MNIST, with train and test")
     flag("--runs", type=Path, default=Path("ladder"), help="folder of the runs [%(default)s]")
     flag("--table", type=Path, default=HERE / "ladder.csv", help="[benchmarks/ladder.csv]")
     flag("--steps", type=int, help="training steps [1650, with Muon 1500]")
-    flag("--seed", type=int, default=0, help="of the training [%(default)s]")
+    flag("--seed", type=int, default=0, help="seed of the training [%(default)s]")
     flag("--sampler", default="sa-solver", choices=[*SAMPLERS, "bound"], help="[%(default)s]")
     flag("--sampling-steps", type=int, default=10, help="[%(default)s]")
     flag("--variance", default="large", choices=("large", "small"), help="[%(default)s]")
-    flag("--clip", default=True, action=argparse.BooleanOptionalAction, help="the clip of x0_hat")
+    flag("--clip", default=True, action=argparse.BooleanOptionalAction, help="clip x0_hat")
     flag("--guidance", type=float, default=0.0, help="[%(default)s]")
-    flag("--samples", type=int, default=1000, help="of a set, a multiple of 50 [%(default)s]")
-    flag("--sets", type=int, default=3, help="of samples [%(default)s]")
+    flag("--samples", type=int, default=1000, help="per set, a multiple of 50 [%(default)s]")
+    flag("--sets", type=int, default=3, help="sets of samples [%(default)s]")
     args = parser.parse_args()
     if args.rung == "included":
         args.steps = 13_000
@@ -182,7 +182,7 @@ MEANING = {
     "quick": "the learning rate falls to 0: `--quick`",
     "labels": "labels: `--quick --classes`",
 }
-WAYS = {  # of sampling: the column's title, and what its rows have
+WAYS = {  # ways to sample: the column's title, and the values in its rows
     "SA-Solver, 10": {"sampler": "sa-solver", "sampling_steps": "10"},
     "SA-Solver, 50": {"sampler": "sa-solver", "sampling_steps": "50"},
     "DDIM, 10": {"sampler": "ddim", "sampling_steps": "10"},

@@ -5,8 +5,8 @@
     python docs/copies.py --data images --samples samples     # how near each sample is to an image
 
 The folder fashion-mnist has the images in train/ and test/. The program compares the included
-network with the exact ones of 100 to 60,000 training images. With --runs, it trains ten small
-networks, on two disjoint sets for each of five sizes. It prints the numbers of beyond.md. With
+network with the exact networks of 100 to 60,000 training images. With --runs, it trains ten small
+networks, on two disjoint sets for each of five sizes. It prints the numbers in beyond.md. With
 --samples, it only prints the distance from each sample to its nearest image in --data. Printed and
 drawn values of t count from 1, as in the paper; the code's index is one less.
 """
@@ -38,17 +38,17 @@ from support.trained import load  # noqa: E402
 
 SIZES, STEPS = (100, 300, 1_000, 10_000, 30_000), 4_000
 TIMES = (0, 5, 20, 50, 100, 200, 250, 300, 350, 400, 450, 500, 550, 600, 700, 850, 999)
-EXACT = (100, 1_000, 10_000, 60_000)  # images of the exact networks
+EXACT = (100, 1_000, 10_000, 60_000)  # numbers of images of the exact networks
 TRAIN = "--quick --image-size 16 --no-flip --preview-every 1000000".split()
 
 
 def read(folder, size):
-    """Return the grey images of a folder, float32 (N, 1, size, size)."""
+    """Return the images of a folder in greyscale, float32 (N, 1, size, size)."""
     return from_pixels(torch.from_numpy(read_folder(folder, size, 1)[0]))
 
 
 def split(data, runs):
-    """Return {(N, side): folder} of disjoint sets of training images, which are links to files."""
+    """Return {(N, side): folder} of disjoint sets of training images, as links to the files."""
     files, sets = sorted((data / "train").rglob("*.png"), key=lambda path: path.name), {}
     random.Random(0).shuffle(files)
     for n in SIZES:
@@ -124,8 +124,8 @@ def at_every_t(values):
 def draw_transition(path, data):
     """Compare the included network with exact ones: print their errors, and draw them against t.
 
-    N images can stand in for all possible ones only where x_t tells less than log2 N bits about
-    x_0. The dotted lines show from which t on that is so, by the error of the included network on
+    N images can represent all possible ones only where x_t tells less than log2 N bits about x_0.
+    Each dotted line shows the t from which on this holds, by the error of the included network on
     test images.
     """
     figure = Figure(figsize=(6.4, 4.8), layout="constrained")
@@ -206,7 +206,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="images, in train/ and test/")
-    parser.add_argument("--runs", type=Path, help="where the runs are, or will be")
+    parser.add_argument("--runs", type=Path, help="folder of the runs")
     parser.add_argument("--samples", type=Path, help="32x32 images to find in --data")
     parser.add_argument("--out", type=Path, default=FIGURES, help="[docs/figures]")
     args = parser.parse_args()

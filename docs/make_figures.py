@@ -1,4 +1,4 @@
-"""Make the README's figures from a network and images that it has not seen.
+"""Make the figures of the documentation from a network and images that it has not seen.
 
     python docs/make_figures.py --data fashion-mnist/test                  # the included network
     python docs/make_figures.py --data ./test --onnx model.onnx --out figures
@@ -35,7 +35,7 @@ from support.data import read_folder  # noqa: E402
 from support.demo import are_right  # noqa: E402
 
 DPI, BATCH = 100, 16
-TABLE_4 = [  # of the paper: bits per dimension, RMSE
+TABLE_4 = [  # the paper's Table 4: bits per dimension, RMSE
     (1.77581, 0.95136), (0.11994, 12.02277), (0.05415, 18.47482), (0.02866, 24.43656),
     (0.01507, 30.80948), (0.00716, 38.03236), (0.00282, 46.12765), (0.00081, 54.18826),
     (0.00013, 60.97170), (0.0, 67.60125),
@@ -83,7 +83,7 @@ def plot(axes, curves, x_label, y_label, **scales):
 
 
 def draw_schedule(path, x0):
-    """Plot abar_t of both schedules, above an image with that much noise."""
+    """Plot abar_t of both schedules, above an image with this noise."""
     times = (1, 125, 250, 375, 500, 625, 750, 875, 1000)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     curves, rows = {}, []
@@ -100,7 +100,7 @@ def draw_schedule(path, x0):
     figure.savefig(path, dpi=DPI)
 
 
-# For data that are +1 and -1 with equal probability, q(x_{t-1} | x_t) is a mixture of the two
+# If the data are +1 and -1 with equal probability, q(x_{t-1} | x_t) is a mixture of the two
 # posteriors (6). In these functions, t is an index, which counts from 0.
 TWO = torch.tensor([1.0, -1.0], dtype=torch.float64)
 
@@ -192,7 +192,7 @@ def draw_two_points(path):
     middle.get_legend().remove()
     middle.lines[-1].set_linestyle("--")  # it lies on the line before it
     network = exact_network(paper, TWO.view(2, 1, 1, 1))
-    x_T = torch.special.ndtri((torch.arange(14).double() + 0.5) / 14)  # as probable as each other
+    x_T = torch.special.ndtri((torch.arange(14).double() + 0.5) / 14)  # equally probable
     chain = sample_progressive(paper, network, None, 1000, "ddim", x_T=x_T.view(14, 1, 1, 1))
     paths = torch.stack([x_t.flatten() for _, x_t, _ in chain], 1)
     for path_of_one in paths:
@@ -253,7 +253,7 @@ def draw_velocity(path):
 
 
 def draw_corrector(path):
-    """Draw a step of SA-Solver for the two points: predict with a parabola, then redo the step."""
+    """Draw a step of SA-Solver for the two points: predict with a parabola, and redo the step."""
     chain, t = Chain(linear_betas(), "large", 10), 3  # the step from t = 400 to 300
     abar, every = np.array(chain.alphas_bar), (1 - linear_betas()).cumprod(0).numpy()
 
@@ -340,7 +340,8 @@ def draw_unet(path):
 def reverse(network, seed=0, batch=BATCH, w=0, **kwargs):
     """Draw a batch of images from this seed: the chain of ddpm_numpy.sample_progressive.
 
-    With classes, the images are of each in turn, with guidance w, or of none if w is None.
+    With classes, the images are of each class in turn, with guidance w, or of no class if w is
+    None.
     """
     noise = ddpm_numpy.noise_of(seed, 0, (batch, *network.shape))
     model = network
@@ -359,7 +360,7 @@ def last(chain):
 def draw_strip(folder, network):
     """Save strip.png, two samples along the chain, and reverse.gif, nine: x_t beside x0_hat.
 
-    A network with classes is given none.
+    A network with classes gets no class.
     """
     times, states, frames = [1000, 850, 700, 600, 500, 400, 300, 200, 100, 1], [], []
     for i, x, x0 in reverse(network, batch=9, w=None):
@@ -409,7 +410,7 @@ def page_noise(seed, k, count):
 def draw_recorded(path, network):
     """Save what the page's opening scene shows before its network is loaded: 20 rows of x0_hat.
 
-    They are those of DDIM in 20 steps, without a class, from the page's noise of image 1.
+    DDIM draws them in 20 steps, without a class, from the page's noise for image 1.
     """
     x_T = np.array(page_noise(0, 1, int(np.prod(network.shape))), np.float32)
     x_T = x_T.reshape(1, *network.shape)
@@ -421,7 +422,7 @@ def draw_recorded(path, network):
 def draw_ends(path, network):
     """Draw the paper's figure 7: eight ends of the chain from one shared x_t, for several t.
 
-    A network with classes is given none.
+    A network with classes gets no class.
     """
     shared = {i + 1: x for i, x, _ in reverse(network, batch=1, w=None)}
     rows, columns = [], 8
@@ -534,7 +535,7 @@ def draw_snr(path, diffusion, bound):
     rate is the area under SNR mse / 2 on an axis of log SNR.
     """
     snr, mse = diffusion.alphas_bar / (1 - diffusion.alphas_bar), bound.mse.mean(0)
-    falls = snr[:-1] - snr[1:]  # of the step to each t > 0
+    falls = snr[:-1] - snr[1:]  # the fall of the SNR in the step to each t > 0
     terms = torch.cat([torch.zeros(1), falls * mse[1:] / (2 * np.log(2))])
     _, rate, _ = rate_distortion(bound._replace(L_t=terms[None]))
     figure = Figure(figsize=(10, 3.9), layout="constrained")
@@ -546,7 +547,7 @@ def draw_snr(path, diffusion, bound):
     plot(middle, {"": (snr, per_decade)}, "", "per factor of 10", ylim=(0, None))
     middle.fill_between(snr, per_decade, alpha=0.3)
     plot(below, {"": (snr, rate)}, "SNR", "running sum", ylim=(0, None))
-    weights = {  # of the squared error of x0_hat, for uniform t
+    weights = {  # weights of the squared error of x0_hat, for uniform t
         "the bound": falls,
         "$L_{simple}$ (14)": snr,
         "v": snr + 1,
@@ -583,16 +584,16 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="images it has not seen")
+    parser.add_argument("--data", type=Path, required=True, help="images that are new to it")
     parser.add_argument(
         "--onnx", default=PAGE / "fashion-mnist.onnx", help="[the included network]"
     )
     parser.add_argument(
-        "--paper", default=HERE / "paper.onnx", help="one of the paper's recipe [docs/paper.onnx]"
+        "--paper", default=HERE / "paper.onnx", help="of the paper's recipe [docs/paper.onnx]"
     )
     parser.add_argument("--demo", help="the demo's network")
     parser.add_argument(
-        "--out", type=Path, default=FIGURES, help="where to put them [docs/figures]"
+        "--out", type=Path, default=FIGURES, help="folder of the figures [docs/figures]"
     )
     args = parser.parse_args()
 

@@ -36,12 +36,12 @@ STD = 0.1
 
 
 def mixture(n):
-    """n points of three Gaussians: (n, 2, 1, 1)."""
+    """Return n points of three Gaussians: (n, 2, 1, 1)."""
     return MEANS[torch.randint(len(MEANS), (n,))] + STD * torch.randn(n, 2, 1, 1)
 
 
 def moons(n, upper=None):
-    """n points on two half circles that reach into each other: (n, 2, 1, 1). upper: bool (n,)."""
+    """Return n points on two interlocking half circles: (n, 2, 1, 1). upper: bool (n,)."""
     angle, upper = torch.pi * torch.rand(n), torch.rand(n) < 0.5 if upper is None else upper
     x = torch.where(upper, angle.cos(), 1 - angle.cos()) - 0.5
     y = torch.where(upper, angle.sin(), 0.5 - angle.sin()) - 0.25
@@ -49,7 +49,7 @@ def moons(n, upper=None):
 
 
 def labelled_moons(n):
-    """Points of the moons, and their classes (n,): 1 for the upper moon."""
+    """Return n points of the moons, and their classes (n,): 1 for the upper moon."""
     y = torch.randint(2, (n,))
     return moons(n, y == 1), y
 
@@ -85,7 +85,7 @@ def fit(
     diffusion, data, weighting="simple", predicts="eps", steps=3000, batch=256, drop=0.1, lr=2e-3,
     width=128,
 ):  # fmt: skip
-    """Algorithm 1, with Adam and a learning rate that falls to 0. Returns eps(x_t, t, y=None).
+    """Run Algorithm 1 with Adam and a learning rate that falls to 0; return eps(x_t, t, y=None).
 
     weighting, predicts: see beyond.py.
     drop: the share of the labels of labelled_moons that is replaced by "no class", as in train.py.
@@ -112,20 +112,20 @@ def fit(
 
 
 def only_first(x_T):
-    """Return draw_noise() of a sampler without z: the noise x_T of the start, then zeros."""
+    """Return draw_noise() of a sampler without z: first x_T, and then zeros."""
     noises = iter([x_T])
     return lambda: next(noises, torch.zeros_like(x_T))
 
 
 def share_off(points, data):
-    """The share of points that are farther than 0.05 from every point of the data."""
+    """Return the share of points that are farther than 0.05 from every point of the data."""
     return (torch.cdist(points.flatten(1), data.flatten(1)).amin(1) > 0.05).float().mean().item()
 
 
 def draw_field(path, diffusion, model):
-    """Save the exact eps of the mixture and the learnt one at three t, with x_t in the background.
+    """Save the exact and the learnt eps of the mixture at three t, with x_t in the background.
 
-    The sign is reversed. Both panels of a column have the same scale.
+    The sign of eps is reversed. Both panels of a column have the same scale.
     """
     ticks, times = torch.linspace(-1.4, 1.4, 13), (50, 200, 500)
     grid = torch.cartesian_prod(ticks, ticks)[..., None, None]
@@ -185,7 +185,7 @@ def main():
     short = Diffusion(linear_betas(T=100))
 
     def draw(diffusion, eps, **kwargs):
-        """N samples of Algorithm 2, or what else the arguments of beyond.sample ask for."""
+        """Draw N samples by Algorithm 2, or as the arguments of beyond.sample say."""
         torch.manual_seed(1)
         return sample(diffusion, eps, (N, 2, 1, 1), **kwargs)
 

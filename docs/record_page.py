@@ -3,8 +3,8 @@
     python docs/record_page.py    # needs playwright and an installed Chromium; a minute
 
 Chromium opens the page in dark colours, and the program moves the scene from the data to the noise
-and on the way back, where the network of the page draws the picture. What the plane and the picture
-show is written to docs/figures: moons.webp, which repeats, and moons.png, a moment of the way back.
+and back, which is when the network of the page draws the picture. It saves both in docs/figures: as
+moons.webp, which repeats, and as moons.png, one moment on the way back.
 """
 
 import argparse
@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "page"
 BROWSERS = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
-SIZE, GAP = 360, 12  # of the picture, and between it and the plane, in pixels
+SIZE, GAP = 360, 12  # size of the picture, and its distance from the plane, in pixels
 FORWARD, BACK, RATE = 30, 75, 20  # frames to the noise and back, and how many are shown a second
 DATA, NOISE, RESULT = 900, 500, 2200  # how long these frames stay, in milliseconds
 STILL = 0.11  # the place of moons.png, on the way back from 1 to 0
@@ -60,7 +60,7 @@ def browser_and_address():
 
 
 def shown_at(page, place):
-    """Return what the scene shows at a place, from 0 (the data) to 1 (the noise), side by side."""
+    """Return plane and picture at a place, from 0 (the data) to 1 (the noise), side by side."""
     images = []
     for url in page.evaluate(SHOWN_AT, place):
         content = io.BytesIO(base64.b64decode(url.partition(",")[2]))

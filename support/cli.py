@@ -42,7 +42,7 @@ def command(*words):
 
 
 def drawing(flag, path, classes, is_demo):
-    """Return a hint at the command that draws: in 10 steps, but for the demo; guided for classes.
+    """Return a hint: the command that draws, in 10 steps except for the demo, guided with classes.
 
     flag: --onnx or --checkpoint, of which `path` is the value.
     """
@@ -63,7 +63,7 @@ class StopRequest:
 
     def receive(self, number, _):
         """Note a signal, as its handler."""
-        is_first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun
+        is_first = os.environ.get("RANK", "0") == "0"  # among torchrun's processes
         if number == signal.SIGINT and not self.made and is_first:
             with contextlib.suppress(OSError):  # Ctrl-C ends a pipe, too
                 os.write(2, b"\nfinishing the step, to save it\n")  # print may be interrupted

@@ -81,7 +81,7 @@ def class_of(path, folder):
 def class_names(folder):
     """Return the names of the classes, sorted: the sub-folders that have images in them.
 
-    Exits if there are images outside of the sub-folders, or fewer than two classes.
+    Exits if there are images outside the sub-folders, or fewer than two classes.
     """
     paths, _, left_out = image_files(folder)
     names = sorted({class_of(path, folder) for path in paths})
@@ -189,7 +189,7 @@ def decode(paths, size, channels, file):
 
 
 def printable(text):
-    """Return text from a stranger, such as the name of a file, without control characters."""
+    """Return untrusted text, such as a file name, without control characters."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
@@ -256,10 +256,10 @@ def decoded(paths, folder, size, channels, cache):
 
 
 def read_note(file):
-    """Return what is known of a decoded .npy file, or None if either is missing or damaged.
+    """Return the note on a decoded .npy file, or None if either is missing or damaged.
 
-    It is {"asked": the channels as requested, "found": those of the file, "broken": of `decode`,
-    "digest": of the images}.
+    It is {"asked": the channels as requested, "found": the channels of the file, "broken": what
+    `decode` returns, "digest": the digest of the images}.
     """
     try:
         note = json.loads(file.with_suffix(".json").read_bytes())

@@ -22,7 +22,7 @@ def demo_images():
 
 
 def are_right(pixels):
-    """Return which of uint8 (N, 3, 8, 8) are demo images, to within 48 of 255 in each value."""
+    """Return which pixels, uint8 (N, 3, 8, 8), are demo images to within 48 of 255 per value."""
     allowed = demo_images().astype(int)
     nearest = [np.abs(allowed - image).max((1, 2, 3)).min() for image in pixels.astype(int)]
     return np.array(nearest) <= 48

@@ -48,15 +48,15 @@ def has_bfloat16(device):
 
 
 def uses_bfloat16(predicts, device, asked=None):
-    """Return whether to use bfloat16: as asked or, by default, if it is fast and good enough.
+    """Return whether to use bfloat16: as requested or, by default, if it is fast and exact enough.
 
-    predicts: see beyond.py. A factor of up to 100 turns "mean" or "x0" into eps, and multiplies the
-    rounding error, too. Exits if bfloat16 is asked of a device that would emulate it.
+    predicts: see beyond.py. A coefficient of up to 100 turns "mean" or "x0" into eps, and scales
+    the rounding error, too. Exits if bfloat16 is requested on a device that would emulate it.
     """
     if asked is None:
         return predicts not in ("mean", "x0") and has_bfloat16(device)
     if asked and device.type not in ("cpu", "mps") and not has_bfloat16(device):
-        sys.exit(f"{device} can only emulate bfloat16, which is slow; leave out --amp")
+        sys.exit(f"{device} can only emulate bfloat16, which is slow; omit --amp")
     return asked
 
 
@@ -77,7 +77,7 @@ def can_compile(device):
     """Return whether torch.compile has what it needs on CUDA, and say what is missing.
 
     It needs Triton, a C compiler and Python.h, and a card of the Volta generation or newer. On
-    Windows, Triton's package has a compiler, and Python's installer the header.
+    Windows, Triton's package contains a compiler, and Python's installer contains the header.
     """
     if device.type != "cuda":
         return False
@@ -111,7 +111,7 @@ def to_device(x, device):
 def with_tables_on(diffusion, device):
     """Return a copy of a Diffusion whose tables are float32 on the device.
 
-    A look-up then copies nothing. On some accelerators, a copy waits for all that was begun.
+    A look-up then copies nothing. On some accelerators, a copy waits for all pending work.
     """
     moved = copy.copy(diffusion)
     for name, table in vars(diffusion).items():

@@ -59,7 +59,8 @@ def import_diffusers(what):
 def read_part(cls, source, part):
     """Return (config, keyword arguments that find it) of "unet" or "scheduler".
 
-    It is in a sub-folder of that name or, as in google/ddpm-*, in no sub-folder. Exits otherwise.
+    The part is in a sub-folder of that name or, as in google/ddpm-*, in no sub-folder. Exits if it
+    is in neither.
     """
     errors = []
     for place in ({"subfolder": part}, {}):
@@ -76,7 +77,7 @@ def from_diffusers(source):
     source: a folder, or a name on the hub. No code in the files is executed. Exits if ddpm.py can't
     express the model.
     """
-    diffusers = import_diffusers(f"{source} is not a checkpoint; to read published weights")
+    diffusers = import_diffusers(f"{source} is not a checkpoint; other weights need diffusers")
     theirs, model, settings = read_unet(diffusers, source)
     diffusion, predicts = read_diffusion(diffusers, source)
     name = f"diffusers, {Path(source).name}"

@@ -78,7 +78,7 @@ def sum_of_all(tensor):
 def first_of_machine_first():
     """Run the block in the first process of each machine, then, in silence, in the others.
 
-    The others run it, too, if the first one exits, and exit for the same reason.
+    The others run it, too, if the first one exits, and they exit for the same reason.
     """
     if WORLD > 1 and LOCAL_RANK > 0:
         dist.barrier(PATIENT)
@@ -94,7 +94,7 @@ def first_of_machine_first():
 def said_by(this):
     """Run a block in which several processes do the same, but print in one of them alone.
 
-    this: whether this process is the one. Another one that exits does so without a message.
+    this: whether this process prints. The others exit without a message.
     """
     if this:
         yield

@@ -1,4 +1,4 @@
-"""A file of reduced precision: float16 for CUDA or 8-bit integers for CPUs, and what that costs.
+"""A file of reduced precision: float16 for CUDA or 8-bit integers for CPUs, and its error.
 
 export.py writes the float32 file first; these functions compare their files with it. The network
 keeps some of its modules in float32 in both kinds of files (float32_modules).
@@ -106,7 +106,7 @@ def choose_by_t(precise, quick, first):
     merged = onnx.ModelProto()
     merged.CopyFrom(precise)
     del merged.graph.node[:], merged.graph.initializer[:], merged.graph.value_info[:]
-    branches = []  # of an If; they see the inputs by name
+    branches = []  # both branches of the If see the inputs by name
     for model in (precise, quick):
         branch = onnx.GraphProto()
         branch.CopyFrom(model.graph)
@@ -123,7 +123,7 @@ def choose_by_t(precise, quick, first):
     return merged
 
 
-# -------------------------------------------------------------------------------- what they cost
+# -------------------------------------------------------------------------------- their errors
 
 
 def draw_images(trained):

@@ -26,21 +26,21 @@ from support.plot import save_plot
 from support.trained import open_checkpoint
 
 HEADER = "step,loss,grad_norm,lr\n"
-ROW = re.compile(r"\d{1,15}(,-?\d+(\.\d+)?([eE][-+]\d+)?){3}\n")  # of log.csv
+ROW = re.compile(r"\d{1,15}(,-?\d+(\.\d+)?([eE][-+]\d+)?){3}\n")  # in log.csv
 
 
 def find_checkpoint(out):
-    """Return the checkpoint in a run folder, or None. Exits if the folder is not that of a run."""
+    """Return the checkpoint in a run folder, or None. Exits if it is not a run folder."""
     path = out / "checkpoint.pt"
     if path.is_file():
         return open_checkpoint(path)
-    log = out / "log.csv"  # of a run that ended before its first checkpoint
+    log = out / "log.csv"  # may be from a run that ended before its first checkpoint
     begun = log.is_file() and HEADER.startswith(log.read_text(errors="replace")[: len(HEADER)])
     for path in out.glob("*"):
         ours = re.fullmatch(r"\..*|images-[0-9a-f]{16}\..*", path.name)
         if not ours and not (begun and (path == log or path.is_dir())):
-            sys.exit(f"--out {out} holds {path.name}, but no checkpoint.pt, so it is not the "
-                     "folder of a run; use a new or empty folder")  # fmt: skip
+            sys.exit(f"--out {out} holds {path.name}, but no checkpoint.pt, so it is not a "
+                     "run folder; use a new or empty folder")  # fmt: skip
     return None
 
 
@@ -48,9 +48,9 @@ def find_checkpoint(out):
 def opened(out):
     """Yield the checkpoint in a run folder, or None, and hold the folder's lock during the block.
 
-    The lock of a process that is killed is released. The files that it left half written are
-    removed, and so is a new folder that stays empty. Exits if another process holds the lock, or if
-    the folder holds files of other programs, or can't be written.
+    A killed process loses its lock. The files that it left half written are removed, and so is a
+    new folder that stays empty. Exits if another process holds the lock, if the folder holds files
+    of other programs, or if it can't be written to.
     """
     check_output(out / "checkpoint.pt")
     is_new = not out.exists()
@@ -102,8 +102,8 @@ def preview(path, shape, ema, diffusion, args):
 class Log:
     """log.csv, a row per step, and the curve of its losses.
 
-    path: of log.csv, which is cut back to the first `step` steps. lr_at(k): the learning rate of
-    step k, counted from 0.
+    path: the path of log.csv, which is cut back to the first `step` steps. lr_at(k): the learning
+    rate of step k, counted from 0.
     """
 
     def __init__(self, path, step, lr_at):
@@ -116,8 +116,8 @@ class Log:
     def read(self, last):
         """Return the rows up to the step `last`, as text.
 
-        It leaves out lines from a spreadsheet, say, and one that a killed run did not finish. If a
-        step was logged twice, the second row counts.
+        It leaves out foreign lines, such as a spreadsheet's, and the unfinished line of a killed
+        run. If a step was logged twice, the second row counts.
         """
         lines = self.path.read_text(errors="replace").splitlines(keepends=True)
         rows = {int(line.split(",")[0]): line for line in lines if ROW.fullmatch(line)}

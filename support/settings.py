@@ -1,7 +1,7 @@
-"""The settings of train.py: flags that say where they are kept, and whether two runs have the same.
+"""The settings of train.py: flags that say where they are kept, and comparisons of two runs.
 
-A dataclass declares them with `flag`. The "config" of a checkpoint has three parts: "model" are the
-arguments of the network, "diffusion" those of Diffusion, and "train" is the rest.
+A dataclass declares them with `flag`. The "config" of a checkpoint has three parts: "model" has the
+arguments of the network, "diffusion" those of Diffusion, and "train" the rest.
 """
 
 import inspect

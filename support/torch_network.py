@@ -10,12 +10,12 @@ from support.trained import Trained, load
 
 
 class TorchNetwork(Trained):
-    """A Trained on a device, with what sample.py asks of a ddpm_numpy.Network.
+    """A Trained on a device, with the attributes of a ddpm_numpy.Network that sample.py uses.
 
     path: see support.trained.load. name: see device.choose_device. amp: whether the network
-    computes in bfloat16; if None, where train.py would. images, batch, steps: the number of
-    images in total and of those drawn together, and that of the steps (T if None). The network is
-    compiled where train.py would compile it, for 5,000 calls with full batches.
+    computes in bfloat16; if None, as in train.py. images, batch, steps: the total number of images,
+    the number drawn together, and the number of steps (T if None). The network is compiled where
+    train.py would compile it, if there are at least 5,000 calls with full batches.
 
     provider says where and in which precision it computes. Exits if the weights or the device are
     not there, or if the device can only emulate bfloat16.

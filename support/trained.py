@@ -11,7 +11,7 @@ import torch
 import ddpm_numpy
 from beyond import as_eps
 from ddpm import Diffusion
-from ddpm import UNet as Network  # the network of the programs; another one takes its place here
+from ddpm import UNet as Network  # the network of the programs; replace it here
 
 DEMO = "train.py, the demo"  # the source of its weights
 HUB = "hf:"  # before the name of published weights on the Hugging Face Hub
@@ -100,7 +100,7 @@ def load(path):
 
 
 def start_from(weights, model, classes):
-    """Load the weights of --init. If the class names differ, the new ones start without effect."""
+    """Load the weights of --init. If the class names differ, the classes start without effect."""
     state = weights.model.state_dict()
     if weights.classes and weights.classes != classes:  # the bias takes over "no class"
         no_class = state.pop("class_embedding.weight")[-1]

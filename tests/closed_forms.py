@@ -46,12 +46,12 @@ def best_network(mean=M, deviation=S, diffusion=PAPER):
 
 
 def oracle(x0):
-    """Return a network that knows x_0, as if it were a Gaussian without width."""
+    """Return a network that knows x_0, like best_network() for a Gaussian without width."""
     return best_network(x0, 0)
 
 
 def wobbly(x_t, t):
-    """A stand-in for a network, for torch and numpy: nonlinear in x_t, different for each t."""
+    """A mock network for torch and numpy: it is nonlinear in x_t and different for each t."""
     return x_t / (0.5 + abs(x_t)) + float(t[0]) / 1000
 
 
@@ -64,7 +64,7 @@ def algorithm_2(abar, abar_prev, variance):
 
 
 def mean_and_deviation(step, choice, steps=1000):
-    """Return those of the samples of best_network(), by a recursion over t.
+    """Return the mean and deviation of the samples of best_network(), by a recursion over t.
 
     The recursion shares no code with the sampler, and needs no training.
     """

@@ -47,19 +47,19 @@ MAINS = {f"{module.__name__}.py": module.main for module in (train, evaluate, ex
 
 
 def pytest_configure(config):
-    """Hide accelerators, but from `pytest -m gpu`, because the tests expect a CPU's numbers."""
+    """Hide accelerators except from `pytest -m gpu`, because the tests expect a CPU's numbers."""
     if not re.search(r"(?<!not )gpu", config.option.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
         torch.accelerator.current_accelerator = lambda check_available=True: None
 
 
 def command(*args):
-    """The command that runs Python, or a program by its name, in a process of its own."""
+    """Return the command that runs Python, or a program by its name, in a process of its own."""
     return [sys.executable, *(str(HERE / arg) if arg in MAINS else str(arg) for arg in args)]
 
 
 def python(*args, cwd, code=0, timeout=170, **kwargs):
-    """Run a program in a process of its own; returns what it printed."""
+    """Run a program in a process of its own; return what it printed."""
     done = subprocess.run(
         command(*args), cwd=cwd, capture_output=True, text=True, timeout=timeout, **kwargs
     )
@@ -95,14 +95,14 @@ def printed_by(function, *args, **kwargs):
 
 
 def close_mapped_files():
-    """Close the memory-mapped files that nobody uses: Windows does not let one replace them."""
+    """Close unused memory-mapped files, because Windows does not let one replace them."""
     if sys.platform == "win32":
         gc.collect()
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Run a program in this process; returns what it printed.
+    """Run a program in this process; return what it printed.
 
     An error of the user is a SystemExit with one line. Any other exception fails the test.
     """
@@ -137,7 +137,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 class SmallDiT(torch.nn.Module):
-    """A network of another kind, which knows nothing of the programs: a small transformer."""
+    """A network of another kind: a small transformer, independent of the programs."""
 
     def __init__(self):
         super().__init__()
@@ -160,7 +160,7 @@ class SmallDiT(torch.nn.Module):
 
 @pytest.fixture
 def wrap_step(monkeypatch):
-    """Let function(step, k) take the place of each step(k) of train.py."""
+    """Replace each step(k) of train.py by function(step, k)."""
 
     def call(function):
         algorithm_1 = train.algorithm_1
@@ -173,7 +173,7 @@ def wrap_step(monkeypatch):
 
 @pytest.fixture
 def start():
-    """Start a program in a process of its own, which does not outlive the test."""
+    """Start a program in a process of its own, which ends with the test."""
     processes = []
 
     def call(*args, cwd, **kwargs):
@@ -195,26 +195,26 @@ def start():
 
 
 def colour_name(colour):
-    """The name of the nearest of the COLOURS, None if it is far."""
+    """Return the name of the nearest of the COLOURS, or None if it is far."""
     far = {name: np.abs(colour - target).max() for name, target in COLOURS.items()}
     nearest = min(far, key=far.get)
     return nearest if far[nearest] < 60 else None
 
 
 def listing(begins):
-    """The Python code of the manual that begins so."""
+    """Return the Python code of the manual that begins with this text."""
     guide = (HERE / "docs" / "guide.md").read_text("utf-8")
     (code,) = re.findall(rf"```python\n({begins}.*?)```", guide, re.S)
     return code
 
 
 def read(folder):
-    """The checkpoint in a folder."""
+    """Return the checkpoint in a folder."""
     return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
 
 
 class RunsCode:
-    """Creates a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -225,7 +225,7 @@ class RunsCode:
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
-    """Twelve images as people have them, nested and of many modes, and files that are none."""
+    """Make twelve typical images, nested and of many modes, and files that are not images."""
     folder = tmp_path_factory.mktemp("image_folder")
     (folder / "deep" / "er").mkdir(parents=True)
     random = np.random.default_rng(0)
@@ -245,7 +245,7 @@ def image_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, image_folder):
-    """The three commands on a tiny setting, in a folder of their own, and what they printed."""
+    """Run the three commands with a tiny network; return their folder and what they printed."""
     folder = tmp_path_factory.mktemp("work")
     commands = (
         ["train.py", "--data", image_folder, *TINY, "--steps", 12],
@@ -258,7 +258,7 @@ def trained(tmp_path_factory, image_folder):
 
 
 def write_three(source, folder):
-    """Write None.onnx, half.onnx and int8.onnx; returns what export.py printed, {kind: text}."""
+    """Write None.onnx, half.onnx and int8.onnx; return what export.py printed, {kind: text}."""
     to_onnx, said = functools.cache(functools.partial(export.to_onnx, source)), {}
     with pytest.MonkeyPatch.context() as patch:  # float32 is needed thrice, and exported once
         patch.setattr(export, "to_onnx", lambda _, model: to_onnx(model))
@@ -270,9 +270,10 @@ def write_three(source, folder):
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
-    """A network that has learnt a little (random weights quantize worse), in three precisions.
+    """Export a slightly trained network (random weights quantize worse) in three precisions.
 
-    (the folder of None.onnx, half.onnx and int8.onnx, the Trained, what export.py printed of each)
+    Returns the folder of None.onnx, half.onnx and int8.onnx, the Trained, and what export.py
+    printed about each file.
     """
     folder, settings = tmp_path_factory.mktemp("files"), SMALL | {"base_channels": 16}
     torch.manual_seed(0)
@@ -288,7 +289,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    """The demo, trained and exported by the README's commands: a folder with its model.onnx.
+    """Train and export the demo by the README's commands; return the folder of its model.onnx.
 
     One of the processes of pytest-xdist trains it for all.
     """
@@ -310,7 +311,7 @@ def demo(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def class_folder(tmp_path_factory):
-    """Twenty images in each of three sub-folders, of the colour that the folder names."""
+    """Make twenty images in each of three sub-folders, in the colour that names the folder."""
     folder, random = tmp_path_factory.mktemp("classes"), np.random.default_rng(0)
     for name, colour in COLOURS.items():
         (folder / name / "deeper").mkdir(parents=True)
@@ -324,7 +325,7 @@ def class_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def coloured(class_folder, tmp_path_factory):
-    """The run folder of a network that has learnt the three classes, with its model.onnx."""
+    """Return the run folder of a network that has learnt the three classes, with its model.onnx."""
     out = tmp_path_factory.mktemp("coloured") / "run"
     flags = "--classes --base-channels 16 --attention-resolutions --dropout 0 --batch 24 --no-flip"
     flags += " --predicts v --weighting min-snr --optimizer muon --lr 6e-3 --lr-decay --steps 160"
@@ -337,7 +338,7 @@ def coloured(class_folder, tmp_path_factory):
 
 @pytest.fixture
 def tiny(run, image_folder, tmp_path):
-    """Train a tiny network on the image folder, in tmp_path; returns what was printed."""
+    """Train a tiny network on the image folder, in tmp_path; return what was printed."""
 
     def call(*words, code=0):
         words = ["--data", image_folder, *TINY, *words]

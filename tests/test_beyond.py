@@ -23,7 +23,7 @@ def test_cosine_schedule_is_a_squared_cosine():
 
 
 def output_of(eps, x_t, t, predicts):
-    """Return what a network has to return so that the noise in x_t is eps, by the definitions."""
+    """Return the output, by the definitions, of a network for which the noise in x_t is eps."""
     beta, abar = (table[t].view(-1, 1, 1, 1) for table in (PAPER.betas, PAPER.alphas_bar))
     eps, x_t = eps.double(), x_t.double()
     x0 = (x_t - (1 - abar).sqrt() * eps) / abar.sqrt()
@@ -56,7 +56,7 @@ def test_noise_is_found_from_each_output_of_a_network(predicts):
 
 
 def test_min_snr_weights_are_those_of_hang_et_al():
-    """min(SNR, 5) for the error of x_0, which is min(SNR, 5) / (SNR + 1) for that of v."""
+    """The weight min(SNR, 5) of the error of x_0 is min(SNR, 5) / (SNR + 1) for the error of v."""
     weights = loss_weights(PAPER, "min-snr", "v")
     x0, noise = randn(1, 1, 4, 4), randn(1, 1, 4, 4, seed=1)
     for t in torch.tensor([[0], [50], [126], [140], [500], [999]]):
@@ -104,13 +104,13 @@ SHARES, MEANS, STDS = torch.tensor([[0.3, 0.7], [-0.4, 0.5], [0.2, 0.1]], dtype=
 
 
 def log_joint(x, abar):
-    """log p_t(x, y) for each class y, (..., 2)."""
+    """Return log p_t(x, y) for each class y, (..., 2)."""
     normal = torch.distributions.Normal(abar.sqrt() * MEANS, (abar * STDS**2 + 1 - abar).sqrt())
     return SHARES.log() + normal.log_prob(x[..., None])
 
 
 def exact_eps_at(x, abar, y=None):
-    """E[eps | x_t = x], given the class y or without one, in closed form. Shaped like x."""
+    """Return E[eps | x_t = x] in closed form, given the class y or without one. Shaped like x."""
     eps = (1 - abar).sqrt() * (x[..., None] - abar.sqrt() * MEANS) / (abar * STDS**2 + 1 - abar)
     weights = log_joint(x, abar).softmax(-1)
     if y is not None:
@@ -119,7 +119,7 @@ def exact_eps_at(x, abar, y=None):
 
 
 def test_guidance_hands_on_another_condition_and_a_t_for_each_image():
-    """To the network in every form: t is int64 (B,), and y comes with it, or is left out."""
+    """It does so for every form of network: t is int64 (B,), and y is given or left out."""
     seen, y, scale = [], torch.tensor([0, 1, 0]), torch.tensor([1.0, 2.0, 3.0])
 
     def network(x_t, t, y=None, scale=None):

@@ -26,12 +26,12 @@ NAMES = list(COLOURS)
 
 @pytest.fixture
 def draw(coloured, tmp_path, run):
-    """Run sample.py with the network of the three classes; returns what it printed."""
+    """Run sample.py with the network of the three classes; return what it printed."""
     return partial(run, "sample.py", "--onnx", coloured / "model.onnx", cwd=tmp_path)
 
 
 def cells(path, rows, columns):
-    """The names of the colours in a grid: a list for each row, None if empty."""
+    """Return the names of the colours in a grid: a list for each row, with None if empty."""
     image = np.asarray(Image.open(path)).astype(float)
     side = image.shape[0] / rows
     image = image[:, image.shape[1] - round(columns * side) :]  # without the names of the rows
@@ -52,7 +52,7 @@ def test_each_class_has_a_row(draw, tmp_path):
 
 
 def test_classes_are_chosen_by_name(draw, tmp_path):
-    """Image k is of the k-th class in turn, and the folder has a sub-folder for each."""
+    """The images have the classes in turn, and the folder has a sub-folder for each class."""
     flags = "--class red blue --guidance 2 --steps 10".split()
     draw(*flags, *"-n 5 --dir out --gif x.gif".split())
     files = sorted(p.relative_to(tmp_path / "out").as_posix() for p in tmp_path.glob("out/*/*"))
@@ -69,7 +69,7 @@ def test_classes_are_chosen_by_name(draw, tmp_path):
 
 
 def test_one_class_fills_a_square_and_more_have_one_row_each(draw, tmp_path):
-    """Also a class that is named twice."""
+    """A class that is named twice has only one row, too."""
     for flags, rows in (
         ("--class green -n 9", [["green"] * 3] * 3),
         ("--class red green -n 2", [["red"], ["green"]]),
@@ -77,7 +77,7 @@ def test_one_class_fills_a_square_and_more_have_one_row_each(draw, tmp_path):
     ):
         said = draw(*flags.split(), "--guidance", 1, "--steps", 5)
         assert cells(tmp_path / "samples.png", len(rows), len(rows[0])) == rows
-    assert "6 images of blue, red, " in said
+    assert "6 images of blue, red (" in said
     assert [len(list((tmp_path / "out" / name).iterdir())) for name in ("blue", "red")] == [3, 3]
 
 
@@ -102,7 +102,7 @@ def test_guidance_in_numpy_is_that_of_ddpm_py(coloured):
 
 
 def test_files_of_each_precision_have_a_third_input(tmp_path):
-    """Of a network of one level, which is exported faster."""
+    """The network has one level, because its export is faster."""
     settings = dict(image_size=8, in_channels=3, num_classes=3, channel_mults=(1,))
     model = small_unet(0.01, **settings, attention_resolutions=())
     write_three(Trained(model, Diffusion(linear_betas()), settings, 1, "", list("abc")), tmp_path)
@@ -114,7 +114,7 @@ def test_files_of_each_precision_have_a_third_input(tmp_path):
 
 
 def test_bound_is_given_the_class(coloured, class_folder, tmp_path, run):
-    """With T = 100, which is faster."""
+    """T is 100, because this is faster."""
     state = read(coloured)
     state["config"]["diffusion"]["betas"] = linear_betas(100, 1e-4, 0.2).tolist()
     torch.save(state, tmp_path / "checkpoint.pt")
@@ -146,12 +146,12 @@ def test_diffusers_has_the_same_network(coloured, tmp_path, run):
 
 
 def test_a_tenth_of_the_labels_is_dropped(monkeypatch):
-    """The labels belong to their images, and do not depend on the number of processes."""
+    """The labels belong to their images and do not depend on the number of processes."""
     images, labels = torch.arange(5).byte().view(5, 1, 1, 1), torch.tensor([2, 0, 1, 2, 0])
     seen = []
 
     class Network(torch.nn.Linear):
-        """Notes the images of a batch, which it sees at t = 0 with little noise, and the y."""
+        """A network that records y and the images of a batch, seen at t = 0 with little noise."""
 
         def forward(self, x_t, t, y):
             k = ((x_t.flatten() / 0.99995 + 1) * 127.5).round().long()
@@ -161,7 +161,7 @@ def test_a_tenth_of_the_labels_is_dropped(monkeypatch):
         no_sync = contextlib.nullcontext
 
     def drawn(processes, parts):
-        """The true and the given labels of ten batches, (2, 2000)."""
+        """Return the true and the given labels of ten batches, (2, 2000)."""
         args = train.Settings(
             batch=200, flip=False, classes=tuple("abc"), accumulate=parts, warmup=0
         )
@@ -254,7 +254,7 @@ def test_names_that_are_no_classes_are_one_line(
 
 
 def test_lines_for_torchvision_make_a_folder_of_classes(tmp_path, monkeypatch):
-    """The manual's lines, on a data set with the interface of torchvision's."""
+    """Run the manual's lines on a data set with torchvision's interface."""
 
     class Fake(list):
         classes = "T-shirt/top", "bag"

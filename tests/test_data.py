@@ -23,14 +23,14 @@ def save(path, colour=0, mode="L", size=(4, 4)):
 
 
 def read_folder(*args, **kwargs):
-    """The images of data.read_folder, without labels."""
+    """Return the images of data.read_folder, without the labels."""
     images, labels = data.read_folder(*args, **kwargs)
     assert labels is None
     return images
 
 
 def cached(folder, channels=None):
-    """The images of a folder, decoded into its sub-folder `out`."""
+    """Return the images of a folder, decoded into its sub-folder `out`."""
     return read_folder(folder, 4, channels, cache=folder / "out")
 
 
@@ -42,7 +42,7 @@ def first_pixels(images):
 
 
 def test_folder_is_read_with_its_sub_folders(image_folder, capsys):
-    """Hidden files do not count; what is left out is counted and named."""
+    """Hidden files do not count; other files that are left out are counted and named."""
     images = read_folder(image_folder, 8)
     assert images.shape == (12, 3, 8, 8) and images.dtype == np.uint8
     said = capsys.readouterr().out
@@ -54,7 +54,7 @@ def test_folder_is_read_with_its_sub_folders(image_folder, capsys):
 
 
 def test_the_first_three_that_are_left_out_are_named(tmp_path, capsys):
-    """Each time, also if the cache is read; for HEIC, with the package that reads it."""
+    """This happens each time, also if the cache is read. For HEIC, the package is named, too."""
     save(tmp_path / "in" / "good.png", 5)
     for k in range(5):
         (tmp_path / "in" / f"bad-{k}.png").write_text("not an image")
@@ -81,7 +81,7 @@ def test_folder_is_grey_only_if_every_image_is(tmp_path):
 
 
 def test_awkward_files_are_read_or_left_out(tmp_path, capsys, monkeypatch):
-    """An EPS file is not, whatever its name, because reading it would start Ghostscript."""
+    """An EPS file is left out, whatever its name, because reading it would start Ghostscript."""
     grey = Image.new("L", (5, 9), 100)
     grey.save(tmp_path / "SMALLER.PNG")
     grey.save(tmp_path / "really-a.png", "JPEG")  # a suffix that lies
@@ -117,7 +117,7 @@ def test_decompression_bomb_is_one_line(tmp_path, monkeypatch):
 
 
 def test_folder_without_images_is_one_line(tmp_path, capsys):
-    """As one with nothing but the output of train.py and sample.py."""
+    """A folder with nothing but the output of train.py and sample.py is one, too."""
     with pytest.raises(SystemExit, match="nowhere: no such folder"):
         read_folder(tmp_path / "nowhere", 4)
     with pytest.raises(SystemExit, match="not a folder"):
@@ -151,7 +151,7 @@ def test_order_is_that_of_the_names_with_and_without_threads(is_large, tmp_path,
 
 
 def test_bug_in_read_image_is_not_taken_for_broken_images(tmp_path, monkeypatch):
-    """As when a reader edits images.py: another shape, or an exception for every file."""
+    """A reader may edit images.py: read_image then has another shape, or always raises."""
     for k in range(3):
         save(tmp_path / f"{k}.png")
     monkeypatch.setattr(data, "read_image", lambda *_: np.zeros((1, 8, 4), np.uint8))
@@ -189,7 +189,7 @@ def test_links_and_folders_that_can_not_be_read_are_said(tmp_path, monkeypatch, 
 
 
 def test_images_are_decoded_once(tmp_path, monkeypatch, capsys):
-    """One memory-mapped file, used again until an image is added, renamed, changed or removed.
+    """The memory-mapped file is used until an image is added, renamed, changed or removed.
 
     Files of the user that have similar names stay.
     """
@@ -203,7 +203,7 @@ def test_images_are_decoded_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data, "decode", lambda *args: decoded.append(1) or decode(*args))
 
     def cached(channels=None, folder=folder):
-        """The first pixel of each image, and how often the folder has been decoded so far."""
+        """Return the first pixel of each image, and how often the folder has been decoded."""
         array = read_folder(folder, 4, channels, cache=out)
         data.forget_others(array, out)
         assert isinstance(array, np.memmap)
@@ -243,7 +243,7 @@ def test_images_are_decoded_once(tmp_path, monkeypatch, capsys):
     ],
 )  # fmt: skip
 def test_damaged_cache_is_decoded_again(kind, content, tmp_path, monkeypatch):
-    """Also its fingerprint, which each process reads at each start, and does not compute again."""
+    """So is the fingerprint, which each process reads at each start instead of computing it."""
     save(tmp_path / "0.png", (9, 9, 0), mode="RGB")
     whole = cached(tmp_path).copy()
     (file,) = (tmp_path / "out").glob(f"*.{kind}")
@@ -258,7 +258,7 @@ def test_damaged_cache_is_decoded_again(kind, content, tmp_path, monkeypatch):
 
 
 def test_note_never_describes_another_array(tmp_path, monkeypatch):
-    """As after kill -9 between the two: grey images are not taken for those in colour."""
+    """After kill -9 between the two writes, greyscale images are not taken for colour images."""
     save(tmp_path / "0.png", 9)
     assert cached(tmp_path).shape[1] == 1
     replace = os.replace
@@ -289,7 +289,7 @@ def test_fingerprint_changes_with_the_images():
 
 
 def test_demo_has_each_glyph_in_each_colour_at_nine_places():
-    """No other image is counted as right, and none that is faint."""
+    """No other image counts as right, and no faint one."""
     images = demo_images()
     assert images.shape == (216, 3, 8, 8) and images.dtype == np.uint8
     assert len(np.unique(images, axis=0)) == 216

@@ -1,4 +1,4 @@
-"""Accelerators, real and pretended, and several processes."""
+"""Accelerators, real and mock, and several processes."""
 
 import contextlib
 import copy
@@ -28,9 +28,11 @@ EXACT = ["--dropout", 0, "--no-amp", "--warmup", 0]  # one and two processes dif
 # ------------------------------------------------------------------------------------- accelerators
 
 
-class StandIn(TorchDispatchMode):
-    """Makes the meta device a stand-in for an accelerator: it has no float64, as Apple's, no
-    operation but a copy mixes it with the CPU. reads and writes count the copies from and to it."""
+class MockDevice(TorchDispatchMode):
+    """A mode that makes the meta device a mock accelerator, which has no float64, like Apple's.
+
+    Only a copy may mix it with the CPU. reads and writes count the copies from and to it.
+    """
 
     reads = writes = 0
 
@@ -57,7 +59,7 @@ def test_ddpm_needs_no_float64_on_the_device_and_mixes_none(weighting):
     diffusion = Diffusion(linear_betas(9, 0.01, 0.2))
     with torch.device("meta"):
         model, x0 = UNet(8, 3, 8, (1, 2), 1, (4,)), torch.zeros(2, 3, 8, 8)
-    with StandIn() as device:
+    with MockDevice() as device:
         eps, weights = as_eps(model, diffusion, "v"), loss_weights(diffusion, weighting, "v")
         t, noise = torch.ones(2, dtype=torch.int64, device="meta"), torch.zeros_like(x0)
         weighted_loss(diffusion, eps, x0, t, noise, weights).backward()
@@ -83,19 +85,19 @@ def test_step_never_waits_for_the_device(monkeypatch):
     optimizer = torch.optim.Adam(model.parameters())
     args = train.Settings(batch=8, accumulate=2, predicts="v", weighting="min-snr", warmup=0,
                           device=torch.device("meta"))  # fmt: skip
-    with StandIn() as device:
+    with MockDevice() as device:
         step = train.algorithm_1(model, ema, optimizer, PAPER, images, None, args)
-        device.writes = 0  # of the tables
+        device.writes = 0  # do not count the tables
         for k in range(2):
             status = step(k)
     assert device.reads == device.writes == 0 and status.is_meta and status.shape == (2,)
-    with pytest.raises(RuntimeError), StandIn():
+    with pytest.raises(RuntimeError), MockDevice():
         status.sum().item()  # so that a read would not have passed
 
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Pretend that torch sees accelerators. Returns a list of the indices that are set."""
+    """Pretend that torch sees accelerators; return a list of the indices that are set."""
 
     def pretend(kind, count, rank=0, world=1):
         indices, found = [], kind and torch.device(kind)
@@ -155,7 +157,7 @@ NEEDS = {None: "", "triton": "Triton", "gcc": "a C compiler", "Python.h": "Pytho
 def test_compiling_needs_triton_and_a_c_compiler_and_its_header(
     lacks, system, tmp_path, monkeypatch, capsys
 ):
-    """On Windows, only Triton: a compiler comes with it. What is missing is said."""
+    """On Windows, Triton contains a compiler. The program says what is missing."""
     monkeypatch.setattr(device, "find_spec", lambda name: name != lacks)
     monkeypatch.setattr(device.shutil, "which", lambda name: name == "gcc" != lacks)
     monkeypatch.delenv("CC", raising=False)
@@ -228,7 +230,7 @@ def assert_same_weights(a, b, rtol=1e-5, atol=1e-6):
 
 @pytest.fixture
 def two(start):
-    """Train with two processes, as torchrun starts them: [(exit status, what it printed)].
+    """Train with two processes, as under torchrun; return [(exit status, what it printed)].
 
     folders: where each runs; in different folders, they are on two machines.
     """
@@ -294,7 +296,7 @@ def test_torchrun_stops_all_processes_together(image_folder, tmp_path, start):
 @pytest.mark.parametrize("out, mistake", [("run", "nowhere: no such folder"),
                                           ("file", "file is not a folder")])  # fmt: skip
 def test_mistake_of_all_processes_is_said_once(out, mistake, tmp_path, two):
-    """Whichever process notices it, and without a traceback of the others."""
+    """It is said whichever process notices it, and without a traceback of the others."""
     (tmp_path / "file").touch()
     ended = two([tmp_path, tmp_path], "--data", "nowhere", "--out", out, *TINY)
     said = "".join(text for _, text in ended)

@@ -27,7 +27,7 @@ BETAS = linear_betas(100, 1e-4, 0.2)
 
 @pytest.fixture
 def network(trained, tmp_path):
-    """The averaged network of a run, whose checkpoint is saved with T = 100, which is faster."""
+    """Return the averaged network of a run, whose checkpoint is saved with T = 100 for speed."""
     state = read(trained[0] / "run")
     state["config"]["diffusion"]["betas"] = BETAS.tolist()
     torch.save(state, tmp_path / "checkpoint.pt")
@@ -36,19 +36,19 @@ def network(trained, tmp_path):
 
 @pytest.fixture
 def measure(network, image_folder, tmp_path, run):
-    """Run evaluate.py on the images of a folder; returns what it printed."""
+    """Run evaluate.py on the images of a folder; return what it printed."""
     words = ["--data", image_folder, "--checkpoint", "checkpoint.pt"]
     return partial(run, "evaluate.py", *words, cwd=tmp_path)
 
 
 def printed(said, name):
-    """The number behind a name in what evaluate.py printed."""
+    """Return the number after a name in the output of evaluate.py."""
     line = next(line for line in said.splitlines() if line.startswith(f"  {name} "))
     return float(line.removeprefix(f"  {name} ").split()[0])
 
 
 def test_bound_and_curve_are_those_of_ddpm_py(network, image_folder, tmp_path, measure):
-    """The program against Diffusion.vlb, and the curve against the sums that define it."""
+    """Compare the program with Diffusion.vlb, and the curve with the sums that define it."""
     said = measure("--images", 5, "--batch", 3, "--seed", 2)
     assert "on 5 images" in said and "500/500" in said  # passes of the network: 5 x T
     x0 = from_pixels(torch.from_numpy(read_folder(image_folder, 8, most=5)[0]))
@@ -74,7 +74,7 @@ def test_bound_and_curve_are_those_of_ddpm_py(network, image_folder, tmp_path, m
 
 
 def test_float32_is_not_rounded_to_tf32(measure):
-    """Which cuDNN does in convolutions, and torch in products of matrices if it is told to."""
+    """cuDNN rounds in convolutions and, if it is told to, torch rounds in matrix products."""
     device.prefer_speed()
     torch.backends.cudnn.allow_tf32 = True
     with warnings.catch_warnings(action="error"):  # torch may deprecate a way to say it
@@ -84,7 +84,7 @@ def test_float32_is_not_rounded_to_tf32(measure):
 
 
 def test_without_data_it_is_the_demo(network, tmp_path, run):
-    """For a network that was trained on it. A folder with a checkpoint stands for it."""
+    """This holds for a network trained on the demo. --checkpoint may be a run folder."""
     state = read(tmp_path)
     state["config"]["train"]["data"] = None
     torch.save(state, tmp_path / "checkpoint.pt")

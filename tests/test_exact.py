@@ -52,7 +52,7 @@ def test_exact_network_takes_a_t_and_a_class_for_each_image():
 
 
 def test_no_loss_is_below_the_floor():
-    """Any change of the exact network increases its loss: section 3 of the lesson."""
+    """Any change to the exact network increases its loss (section 3 of the lesson)."""
     images, t = randn(5, 1, 4, 4).repeat(400, 1, 1, 1), torch.full((2000,), 400)
     network = exact_network(PAPER, images[:5])
     others = (
@@ -79,7 +79,7 @@ def test_loss_of_the_exact_network_of_the_demo():
 
 
 def how_many_differ(*args, **options):
-    """How many of the demo images there are among 128 samples, which must all be demo images."""
+    """Return how many demo images are among 128 samples, which must all be demo images."""
     samples = beyond.sample(PAPER, exact_network(PAPER, DEMO), (128, 3, 8, 8), *args, **options)
     assert are_right(to_pixels(samples.numpy())).all()
     return torch.cdist(samples.flatten(1), DEMO.flatten(1)).argmin(1).unique().numel()
@@ -98,7 +98,7 @@ def test_without_z_the_samples_are_right_but_two():
 
 
 def test_jump_to_the_estimate_costs_width():
-    """The table of docs/notes.md: deviations of the samples and of the last x_t over the true."""
+    """Check the table in docs/notes.md: deviations of the samples and of the last x_t."""
     page = (HERE / "docs" / "notes.md").read_text("utf-8")
     rows = re.findall(r"^\| s = (\S+), (\S+) \|(.*)\|$", page, re.M)
     assert len(rows) == 4
@@ -117,7 +117,7 @@ def test_jump_to_the_estimate_costs_width():
 
 @pytest.mark.parametrize("steps", [1, 10, 999])
 def test_best_variance_makes_the_bound_of_gaussian_data_independent_of_the_steps(steps):
-    """L_{t-1} of N(0, 1) between the same ends, by the formula for two Gaussians (section 6)."""
+    """Sum L_{t-1} of N(0, 1) between the same ends by the formula for two Gaussians, section 6."""
     abar = PAPER.alphas_bar[torch.linspace(0, 999, steps + 1).long()]
     betas = 1 - abar / torch.cat([torch.ones(1), abar[:-1]])
     d, t = Diffusion(betas), torch.arange(1, steps + 1)
@@ -133,7 +133,7 @@ def test_best_variance_makes_the_bound_of_gaussian_data_independent_of_the_steps
 
 @pytest.mark.parametrize("variance, ratio", [("large", 1.19), ("small", 0.81)])
 def test_fixed_variance_alone_makes_long_steps_fail(variance, ratio):
-    """Data from N(0, 1/4): the deviation of the last x_t of ten steps of Algorithm 2 over its own.
+    """For data from N(0, 1/4), compare the deviation of Algorithm 2's last x_t with the true one.
 
     Every step is linear, and image k receives one unit of noise, at draw k.
     """
@@ -147,7 +147,7 @@ def test_fixed_variance_alone_makes_long_steps_fail(variance, ratio):
 
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_bound_of_the_exact_network_is_the_oracles_and_the_number_of_the_image(variance):
-    """The oracle knows which of the 216 images it is; to say so takes log2(216) bits."""
+    """The oracle knows which of the 216 images it is; sending the number takes log2(216) bits."""
     d = Diffusion(linear_betas(), variance)
     exact, of_oracle = (
         d.vlb(model, DEMO, torch.Generator().manual_seed(0)).total
@@ -161,7 +161,7 @@ def test_bound_of_the_exact_network_is_the_oracles_and_the_number_of_the_image(v
 def test_bits_known_are_those_of_a_gaussian_channel():
     """For Gaussian data, x_t tells log2(1 + s^2 SNR) / 2 bits about each value."""
     s, abar = 0.5, PAPER.alphas_bar
-    error = abar * s**2 / (abar * s**2 + 1 - abar)  # of the best network
+    error = abar * s**2 / (abar * s**2 + 1 - abar)  # the error of the best network
     expected = (1 + s**2 * abar / (1 - abar)).log2() / 2
     bits = copies.bits_known(PAPER, error, 1)
     torch.testing.assert_close(bits[50:900], expected[50:900], rtol=0.01, atol=1e-5)
@@ -169,7 +169,7 @@ def test_bits_known_are_those_of_a_gaussian_channel():
 
 @pytest.mark.slow
 def test_copies_are_measured(tmp_path, monkeypatch, capsys):
-    """docs/copies.py with networks that learn nothing: the nearest image is found all the same."""
+    """Run docs/copies.py with networks that learn nothing: it still finds the nearest images."""
     for part, count in (("train", 8), ("test", 4)):
         for k, noise in enumerate(randn(count, 28, 28, seed=count).numpy()):
             image = Image.fromarray(to_pixels(noise))

@@ -32,14 +32,14 @@ DOUBLE, FLOAT = TensorProto.DOUBLE, TensorProto.FLOAT
 
 
 def graphs(graph):
-    """A graph and the branches of its nodes."""
+    """Return a graph and the branches of its nodes."""
     yield graph
     for branch in (value.g for node in graph.node for value in node.attribute):
         yield from graphs(branch)
 
 
 def doubles(graph):
-    """The names of what is float64, which browsers cannot run."""
+    """Return the names of float64 values, which browsers cannot compute."""
     found = []
     for part in graphs(graph):
         found += [weight.name for weight in part.initializer if weight.data_type == DOUBLE]
@@ -51,7 +51,7 @@ def doubles(graph):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_onnx_file_is_what_it_promises(kind, files):
-    """Without nodes that CUDA leaves to the CPU, and without a trace of this machine."""
+    """It has no nodes that CUDA leaves to the CPU, and no trace of this machine."""
     path = files[0] / f"{kind}.onnx"
     proto, content = onnx.load(path), path.read_bytes()
     onnx.checker.check_model(proto, full_check=kind == "None")
@@ -84,7 +84,7 @@ def test_onnx_file_is_what_it_promises(kind, files):
 
 @pytest.mark.parametrize("predicts", ["v", "x0", "mean"])
 def test_file_computes_eps_whatever_is_predicted(predicts, tmp_path):
-    """Without float64, in each precision. The fixture `files` has a network that predicts eps."""
+    """No precision has float64. The fixture `files` has a network that predicts eps."""
     torch.manual_seed(0)
     model, inputs = SmallDiT().eval(), (randn(2, 3, 8, 8), torch.tensor([5, 500]))
     source = Trained(model, PAPER, SMALL, 1, "", predicts=predicts)
@@ -102,7 +102,7 @@ def test_file_computes_eps_whatever_is_predicted(predicts, tmp_path):
 
 
 def test_float32_modules_are_those_that_read_x_t_and_t_and_y_and_return_eps():
-    """Of the U-Net, and of a transformer, which is exported with --half, too."""
+    """Check the U-Net, and a transformer, which is exported with --half, too."""
     names = ["time_mlp", "class_embedding", "conv_in", "down.0.0", "conv_out"]
     assert reduced.float32_modules(UNet(**SMALL, num_classes=3)) == names
     model = SmallDiT().eval()
@@ -136,7 +136,7 @@ def test_onnx_file_is_the_averaged_network_and_no_other_is_written(trained, tmp_
 
 
 class Sequence(torch.nn.Module):
-    """Norms and attention of other shapes than the U-Net's, with a scale or a mask."""
+    """A network whose norms and attention have other shapes than the U-Net's, or a mask."""
 
     def __init__(self, **options):
         super().__init__()
@@ -160,7 +160,7 @@ def test_attention_of_other_networks_is_exported_or_named(tmp_path):
 
 
 def test_input_that_the_file_would_lack_is_refused(tmp_path):
-    """As that of a network with another condition than classes."""
+    """Such an input is a condition other than classes."""
 
     class Conditioned(SmallDiT):
         def forward(self, x_t, t, y=None, text=None):
@@ -222,12 +222,12 @@ import export
 export.main()
 """
     said = python("-c", code, cwd=tmp_path, code=1)
-    assert ". is not a checkpoint; to read published weights: pip install diffusers\n" in said
+    assert ". is not a checkpoint; other weights need diffusers: pip install diffusers\n" in said
     assert "Traceback" not in said
 
 
 def test_file_that_can_not_be_written_is_refused_first(trained, tmp_path, run, monkeypatch):
-    """A full disk, which is noticed last, leaves the model of before whole."""
+    """A full disk, which is noticed last, leaves the old file whole."""
     (tmp_path / "model.onnx").write_text("of before")
     words = ["export.py", "--checkpoint", trained[0] / "run" / "checkpoint.pt", "--onnx"]
 
@@ -251,7 +251,7 @@ def test_file_that_can_not_be_written_is_refused_first(trained, tmp_path, run, m
 
 @pytest.mark.parametrize("kind, most", [("half", 0.003), ("int8", 0.02)])
 def test_reduced_precision_is_as_exact_as_promised(kind, most, files):
-    """Against torch, on the images that export.py drew, with other noise; and on real ones."""
+    """Compare with torch on the images that export.py drew, with other noise, and on real ones."""
     folder, source, said = files
     ts, percents = (
         re.search(rf"^{head}(.*)", said[kind], re.M)[1].split() for head in ("  t ", "  error, %")

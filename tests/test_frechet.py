@@ -13,7 +13,7 @@ from benchmarks import frechet, ladder
 
 
 def test_distance_is_that_of_gaussians():
-    """The root by another way: tr (S1 S2)^(1/2) = tr (S1^(1/2) S2 S1^(1/2))^(1/2)."""
+    """Compute the root in another way: tr (S1 S2)^(1/2) = tr (S1^(1/2) S2 S1^(1/2))^(1/2)."""
     random = np.random.default_rng(1)
     S1, S2 = (a @ a.T for a in random.standard_normal((2, 5, 5)))
     m1, m2 = random.standard_normal((2, 5))
@@ -34,7 +34,7 @@ def stripes(count, seed=0):
 
 
 def test_included_ruler_measures_the_same_everywhere():
-    """To three digits: in one thread, in two, in float64, and where the number was measured."""
+    """Three digits agree: in one thread, in two, in float64, and where it was measured."""
     images = torch.from_numpy(np.stack([pixels for _, pixels in stripes(200)]))
     images = torch.nn.functional.pad(images, (2, 2, 2, 2))[:, None]
     ruler, found, threads = frechet.Ruler(), [], torch.get_num_threads()
@@ -51,7 +51,7 @@ def test_included_ruler_measures_the_same_everywhere():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A data set of ten classes of stripes, and a folder of other stripes and one of noise."""
+    """Make a data set of ten classes of stripes, a folder of other stripes, and one of noise."""
     random, root = np.random.default_rng(0), tmp_path_factory.mktemp("frechet")
 
     def save(folder, images):
@@ -80,7 +80,7 @@ def test_program_ranks_noise_behind_images(data, monkeypatch, capsys):
     frechet.main()
     again = capsys.readouterr()
     first, _, rest = again.out.partition("\n")
-    assert "made before" in first and rest in said and "classifier" not in again.err
+    assert first.startswith("using the ruler") and rest in said and "classifier" not in again.err
 
 
 def test_tables_of_the_ladder_are_those_of_its_rows():
@@ -100,7 +100,7 @@ def test_tables_of_the_ladder_are_those_of_its_rows():
 
 @pytest.mark.slow
 def test_ladder_measures_a_rung_once(data):
-    """Of a tiny network, whose samples are noise. The figure and the tables show it."""
+    """The network is tiny, and its samples are noise. The figure and the tables show the rung."""
     words = ["paper", "--data", "data", "--table", "ladder.csv", "--steps", 3, "--sets", 1]
     words += ["--sampling-steps", 2]
     for _ in range(2):

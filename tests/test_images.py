@@ -16,7 +16,7 @@ from support.plot import save_plot
 
 @pytest.fixture
 def read_saved(tmp_path):
-    """Save a Pillow image and read it again."""
+    """Save a Pillow image, and read it again."""
 
     def call(image, name="x.png", **options):
         image.save(tmp_path / name, **options)
@@ -96,7 +96,7 @@ def test_grid_shows_every_image(channels):
     x = np.linspace(-1, 1, 5, dtype=np.float32)[:, None, None, None] * np.ones(shape)
     image = np.asarray(grid(to_pixels(x)))
     assert image.ndim == (2 if channels == 1 else 3)
-    middle = slice(image.shape[1] // 6, None, image.shape[1] // 3)  # of each tile, 2 rows of 3
+    middle = slice(image.shape[1] // 6, None, image.shape[1] // 3)  # middles of tiles, 2 rows of 3
     tiles = image.reshape(*image.shape[:2], channels)[middle, middle]
     assert tiles[..., 0].tolist() == [[0, 64, 128], [191, 255, 255]]  # the sixth is left white
     assert (tiles == tiles[..., :1]).all()
@@ -113,7 +113,7 @@ def test_error_of_another_file_keeps_its_traceback(tmp_path):
 def test_plot_shows_the_curve(log, tmp_path):
     save_plot(tmp_path / "x.png", range(300), [100] * 100 + [10] * 100 + [1] * 100, "x", "y", log)
     pixels = np.asarray(Image.open(tmp_path / "x.png").convert("RGB")).astype(int)
-    rows, columns = np.nonzero(pixels[..., 2] - pixels[..., 0] > 100)  # of the blue curve
+    rows, columns = np.nonzero(pixels[..., 2] - pixels[..., 0] > 100)  # the blue curve
     thirds = (columns - columns.min()) * 3 // (np.ptp(columns) + 1)
     left, middle, right = (np.median(rows[thirds == k]) for k in range(3))
     share = (right - middle) / (right - left)

@@ -9,7 +9,7 @@ from support.muon import Muon, hidden_weights, orthogonalize
 
 
 def test_hidden_weights_are_those_between_the_first_and_the_last_layer():
-    """Of the U-Net with classes, and of a transformer, whose layers have other names."""
+    """Check the U-Net with classes, and a transformer, whose layers have other names."""
     model = UNet(**SMALL, num_classes=3)
     left_out = "conv_in.weight", "conv_out.weight", "class_embedding.weight"
     expected = [w for n, w in model.named_parameters() if w.ndim > 1 and n not in left_out]
@@ -30,7 +30,7 @@ def test_singular_values_become_about_1_and_the_vectors_stay():
 
 
 def test_steps_are_those_of_torch():
-    """Of torch.optim.Muon, which takes matrices and computes in bfloat16, and of Adam elsewhere."""
+    """torch.optim.Muon takes matrices and computes in bfloat16; the other steps are Adam's."""
     torch.manual_seed(0)
     model = UNet(**SMALL)
     hidden = [weight.data_ptr() for weight in hidden_weights(model)]

@@ -22,7 +22,7 @@ from images import read_image, to_pixels
 
 
 def test_sample_draws_the_images_of_the_program(coloured, tmp_path, run):
-    """With the classes in turn, guidance, and the variance of the file."""
+    """It uses the classes in turn, guidance, and the variance in the file."""
     path = tmp_path / "small.onnx"
     proto = onnx.load(coloured / "model.onnx")
     next(p for p in proto.metadata_props if p.key == "ddpm.variance").value = "small"
@@ -87,7 +87,7 @@ def test_mistakes_are_value_errors(coloured, trained, tmp_path):
 
 
 def test_service_of_the_manual_answers_with_images(coloured, tmp_path, start):
-    """Beside the files that the manual names, and no others."""
+    """It runs beside the files that the manual names, and no others."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""What becomes of the work if the terminal is closed, or if the reader of a pipe ends.
+"""What happens to the work if the terminal is closed, or if the reader of a pipe ends.
 
 Each command runs in a session with a terminal of its own, in which Ctrl-C reaches every process.
 """

@@ -24,7 +24,7 @@ SHAPES = {  # size, base, mults, attention, groups, blocks
 
 
 def save_published(folder, shape="tiny", flat=True, safe=True):
-    """Save a DDPM of diffusers' own with random weights; returns its network."""
+    """Save diffusers' own DDPM with random weights; return its network."""
     size, base, mults, attention, groups, blocks = SHAPES[shape]
     attends = [size >> level == attention for level in range(len(mults))]
     torch.manual_seed(1)
@@ -74,7 +74,7 @@ def test_network_is_diffusers_network_in_both_directions(shape, tmp_path):
 
 
 def test_published_weights_are_read_in_the_old_layout_too(tmp_path):
-    """A pickle without sub-folders, with the names that attention had then."""
+    """It is a pickle without sub-folders, with the old names of attention."""
     theirs = save_published(tmp_path, safe=False)
     path = tmp_path / "diffusion_pytorch_model.bin"
     state = torch.load(path)
@@ -91,7 +91,7 @@ def test_published_weights_are_read_in_the_old_layout_too(tmp_path):
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("betas", [linear_betas(40, 1e-3, 0.3), cosine_betas(40)])
 def test_diffusers_pipeline_draws_what_ddpm_py_draws(predicts, variance, betas, tmp_path):
-    """All of Algorithm 2 against another implementation, opened from what export.py wrote."""
+    """Compare all of Algorithm 2 with another implementation, on the output of export.py."""
     diffusion = Diffusion(betas, variance)
     trained = Trained(small_unet(dropout=0.0), diffusion, SMALL, 0, "", predicts=predicts)
     pretrained.to_diffusers(trained, tmp_path)
@@ -107,7 +107,7 @@ def test_diffusers_pipeline_draws_what_ddpm_py_draws(predicts, variance, betas, 
 
 
 def test_published_weights_to_images_and_back(image_folder, tmp_path, run):
-    """As a user: to model.onnx, to images, fine-tuned, evaluated, and to a folder again."""
+    """Do what a user does: export, draw, fine-tune, evaluate, and write a folder again."""
     theirs = save_published(tmp_path / "published", "one level")
     change(tmp_path / "published" / "scheduler_config.json", num_train_timesteps=40, beta_end=0.3)
     assert "diffusers, published" in run("export.py", "--checkpoint", "published", cwd=tmp_path)
@@ -119,8 +119,8 @@ def test_published_weights_to_images_and_back(image_folder, tmp_path, run):
     flags = ["--data", image_folder, "--init", "published", "--batch", 4]
     run("train.py", *flags, "--steps", 2, cwd=tmp_path)
     settings = read(tmp_path / "run")["config"]["model"]
-    assert settings["norm_groups"] == 2  # of the weights
-    assert settings["dropout"] == 0.1  # of the training
+    assert settings["norm_groups"] == 2  # from the weights
+    assert settings["dropout"] == 0.1  # from the training settings
     flags = ["--data", image_folder, "--checkpoint", "published", "--images", 1]
     assert "on 1 image" in run("evaluate.py", *flags, cwd=tmp_path)
     assert [*(tmp_path / "published").glob("rate-distortion-*.csv")]
@@ -143,7 +143,7 @@ def change(path, **settings):
 
 
 def refusal(folder):
-    """Return the line with which a folder is refused."""
+    """Return the line that refuses a folder."""
     with pytest.raises(SystemExit) as refused:
         load(folder)
     said = refused.value.code
@@ -231,7 +231,7 @@ def test_folders_and_names_without_a_config_are_one_line(published, run):
 
 
 def test_to_diffusers_refuses_what_it_cannot_write(tmp_path, run):
-    """A folder that is not empty, before it looks for the checkpoint, which is not there."""
+    """It refuses a folder that is not empty before it looks for the (missing) checkpoint."""
     mean = Trained(small_unet(dropout=0.0), PAPER, SMALL, 0, "", predicts="mean")
     with pytest.raises(SystemExit, match="can't express a network that predicts 'mean'"):
         pretrained.to_diffusers(mean, tmp_path / "theirs")

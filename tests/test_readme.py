@@ -1,4 +1,4 @@
-"""The pages: quotes are the code, listings and notebook run, names and commands exist."""
+"""The documents: quotes are the code, listings and notebook run, names and commands exist."""
 
 import importlib
 import re
@@ -43,7 +43,7 @@ TEST_NAMES = "".join(
 
 
 def blocks(page, language):
-    """The code blocks of a page."""
+    """Return the code blocks of a page."""
     fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     return [code for its_language, code in fenced if its_language == language]
 
@@ -57,7 +57,7 @@ def anchors(page):
 
 
 def test_quotes_are_the_code():
-    """Every Python block of the README, the lesson and beyond.md stands in a program."""
+    """Every Python block of the README, the lesson, beyond.md and notes.md is in a program."""
     texts = [
         (HERE / name).read_text("utf-8").splitlines()
         for name in ("ddpm.py", "samplers.py", "beyond.py", "train.py", "exact.py", "minimal.py")
@@ -72,7 +72,7 @@ def test_quotes_are_the_code():
 
 
 def test_equations_are_in_the_code_with_their_numbers():
-    """All but the definition (1) and (16), of which no line of code is the equation."""
+    """All are, except for the definition (1) and for (16), which no line of code computes."""
     numbers = re.findall(r"\\tag\{(\d+)\}", LESSON)
     assert sorted(map(int, numbers)) == [1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 14, 15, 16]
     for number in set(numbers) - {"1", "16"}:
@@ -98,7 +98,7 @@ def test_page_is_well_formed(page):
 
 
 def test_parameters_by_part():
-    """The table of the notes is that of the default U-Net, and adds up."""
+    """The table of the notes has the default U-Net's numbers, and adds up."""
     model = UNet()
 
     def count(*modules):
@@ -195,7 +195,7 @@ COPIES = {
 
 @pytest.mark.parametrize("what", COPIES)
 def test_copied_files_suffice(what, trained, tmp_path):
-    """The table of the README, in an empty folder."""
+    """Try each row of the README's table in an empty folder."""
     table = README.split("## Copy what you need")[1].split("\n## ")[0]
     (row,) = re.findall(rf"^\| [^|]*{what}.*", table, re.M)
     programs = {"train.py", "export.py", "evaluate.py"} - {COPIES[what][0]}
@@ -215,7 +215,7 @@ def test_copied_files_suffice(what, trained, tmp_path):
 
 
 def test_lines_of_build_on_it_run(trained, tmp_path, monkeypatch):
-    """The lines of the manual, in order. Heun's samples are those of many steps of DDIM."""
+    """Run the manual's lines in order. Heun's samples are those of many steps of DDIM."""
     shutil.copytree(trained[0] / "run", tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     section = GUIDE.split("\n## Build on it")[1].split("\n## ")[0]
@@ -253,7 +253,7 @@ def test_lines_of_measuring_arrange_images(class_folder, tmp_path, monkeypatch):
 
 
 def test_minimal(tmp_path):
-    """In an empty folder with ddpm.py, whose Algorithm 2 is its loop; the README has its end."""
+    """Run minimal.py in an empty folder; its loop is that of ddpm.py, and the README quotes it."""
     shutil.copy(HERE / "ddpm.py", tmp_path)
     code = MINIMAL.replace("10_000", "2").replace("linear_betas()", "linear_betas(9, 0.1, 0.5)")
     (tmp_path / "minimal.py").write_text(code)
@@ -282,7 +282,7 @@ def test_minimal(tmp_path):
 
 @pytest.mark.parametrize("program", ["train.py", "sample.py"])
 def test_manual_has_every_flag(program, run, tmp_path):
-    """In the first column of its table."""
+    """Each flag is in the first column of the program's table."""
     flags = set(re.findall(r"^  (--?[a-z][a-z-]*)", run(program, "--help", cwd=tmp_path), re.M))
     section = GUIDE.split("\n## Training" if program == "train.py" else "\n## Sampling")[1]
     section = section.split("\n## ")[0]
@@ -293,13 +293,13 @@ def test_manual_has_every_flag(program, run, tmp_path):
 
 @pytest.fixture
 def points(monkeypatch):
-    """docs/points.py as a module."""
+    """Return docs/points.py as a module."""
     monkeypatch.syspath_prepend(str(HERE / "docs"))
     return importlib.import_module("points")
 
 
 def test_points_know_their_exact_noise(points):
-    """E[eps | x_t] of docs/points.py against an average over 2 million points near x_t."""
+    """Compare E[eps | x_t] of docs/points.py with averages over the nearest of 2 million x_t."""
     diffusion, random = Diffusion(linear_betas()), torch.manual_seed(0)
     for i in (100, 400):
         x0, noise = points.mixture(2_000_000), torch.randn(2_000_000, 2, 1, 1, generator=random)
@@ -321,14 +321,14 @@ def test_share_off_counts_the_far_points(points):
 
 @pytest.mark.parametrize("steps, t", [(1000, 1), (1000, 199), (10, 1), (10, 5)])
 def test_reverse_step_of_two_points_is_bayes_rule(steps, t):
-    """The mixture of posteriors against q(x_t | x_s) q(x_s) / q(x_t) on a fine grid."""
+    """Compare the mixture of posteriors with q(x_t | x_s) q(x_s) / q(x_t) on a fine grid."""
     (chain, _), x_t = make_figures.short_chain(steps), torch.tensor([0.1]).double()
     x, log_p, log_g = make_figures.reverse_step(chain, t, x_t, torch.linspace(-6, 6, 2001).double())
     bump = make_figures.log_normal(x_t, chain.alphas[t].sqrt() * x[0], chain.betas[t])
     joint = (bump + make_figures.log_two(chain, t - 1, x[0]).logsumexp(1)).softmax(0)
     dx = x[0, 1] - x[0, 0]
     torch.testing.assert_close(log_p[0].exp(), joint / dx, rtol=1e-3, atol=1e-5)
-    for log_density in (log_p, log_g):  # of equal mean and variance
+    for log_density in (log_p, log_g):  # both have the same mean and variance
         mean = (log_density[0].exp() * x[0]).sum() * dx
         moment = (log_density[0].exp() * (x[0] - mean) ** 2).sum() * dx
         assert mean.item() == pytest.approx(x[0, 1000].item(), abs=1e-5)
@@ -336,7 +336,7 @@ def test_reverse_step_of_two_points_is_bayes_rule(steps, t):
 
 
 def test_small_reverse_steps_are_nearly_gaussian():
-    """The numbers of section 4 of the lesson, whose t counts from 1."""
+    """Check the numbers in section 4 of the lesson, whose t counts from 1."""
     bits = [make_figures.distance_to_gaussian(Diffusion(linear_betas()), t - 1)
             for t in (2, 20, 50, 100, 200, 500)]  # fmt: skip
     assert bits[0] < 1e-16 and bits[1] < 1e-16
@@ -346,7 +346,7 @@ def test_small_reverse_steps_are_nearly_gaussian():
 
 
 def test_recording_of_the_page_is_what_python_draws():
-    """Each of its 20 rows, but for the loss of the compression."""
+    """Each of its 20 rows is, except for the loss of the compression."""
     network = ddpm_numpy.Network(make_figures.PAGE / "fashion-mnist.onnx", "cpu")
     x_T = np.array(make_figures.page_noise(0, 1, 1024), np.float32).reshape(1, 1, 32, 32)
     chain = list(
@@ -384,7 +384,7 @@ def test_figures_are_made(trained, image_folder, tmp_path):
 
 @pytest.mark.slow
 def test_points_are_learnt(tmp_path):
-    """docs/points.py in a copy of the repository: what it prints, and its figures."""
+    """Run docs/points.py in a copy of the repository: check its output and its figures."""
     names = "ddpm.py samplers.py beyond.py exact.py docs/points.py docs/figures/field.png"
     for name in names.split():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -405,7 +405,7 @@ def test_points_are_learnt(tmp_path):
 
 
 def test_commands_to_paste_end_on_a_cpu():
-    """--quick, the demo, or a flag that needs a GPU, which the text beside it says."""
+    """Each has --quick, the demo, or a flag for which the text says that it needs a GPU."""
     page = (HERE / "page" / "index.html").read_text("utf-8")
     commands = re.findall(r"^(?:python|torchrun .*) train\.py.*", "\n".join(PAGES.values()), re.M)
     commands += re.findall(r"<code>(python train\.py.*?)</code>", page)
@@ -421,7 +421,7 @@ def test_commands_to_paste_end_on_a_cpu():
 
 
 def said_in(notebook):
-    """What the code cells of a notebook print, each of which must print or draw something."""
+    """Return what the code cells of a notebook print; each must print or draw something."""
     outputs = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
     assert len(outputs) >= 15 and all(outputs)
     return "".join(output.get("text", "") for cell in outputs for output in cell)
@@ -465,7 +465,7 @@ def test_notebook_alone_clones_what_it_needs(tmp_path):
 
 @pytest.mark.slow
 def test_notebook_runs():
-    """From top to bottom, with fewer steps. It accepts its answers and refuses wrong ones."""
+    """Run it from top to bottom, with fewer steps; it accepts its answers, not wrong ones."""
     notebook = nbformat.read(HERE / "docs" / "ddpm.ipynb", 4)
     (setup,) = (cell for cell in notebook.cells if "DEMO_STEPS, SAMPLES =" in cell.source)
     setup.source, count = re.subn(r"= 3000, \d+, 128\b", "= 30, 40, 16", setup.source)

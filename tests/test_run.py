@@ -1,4 +1,4 @@
-"""The promises about the folder of a run: resuming, refusals, what is written, and signals."""
+"""The promises about the run folder: resuming, refusals, what is written, and signals."""
 
 import os
 import re
@@ -30,7 +30,7 @@ def assert_same_run(a, b):
 
 
 def test_resumed_run_equals_the_uninterrupted_run(trained, tiny, tmp_path):
-    """To the bit, on a CPU: 5 steps, then the remaining 7. Then the command changes nothing."""
+    """On a CPU, 5 and then 7 steps are bit-identical to 12. Then the command changes nothing."""
     tiny("--steps", 5)
     with open(tmp_path / "run" / "log.csv", "a") as log:
         log.write("6,0,0,0\n7,0,0,0\n1")  # what a killed run may log after its checkpoint
@@ -45,7 +45,7 @@ def test_resumed_run_equals_the_uninterrupted_run(trained, tiny, tmp_path):
 
 @posix
 def test_killed_repeatedly_it_ends_in_the_same_weights(image_folder, tiny, tmp_path, start):
-    """kill -9 at random moments, with a checkpoint at each step: mostly while one is written."""
+    """kill -9 comes at random moments, mostly while the checkpoint of a step is written."""
     words = ["--optimizer", "muon", "--steps", 60, "--preview-every", 60]
     tiny(*words, "--out", "whole")
     words += ["--out", "killed", "--save-minutes", 0]
@@ -67,7 +67,7 @@ def test_killed_repeatedly_it_ends_in_the_same_weights(image_folder, tiny, tmp_p
 
 
 def images_that_take_time(folder):
-    """Make a folder of images that are decoded long enough to be interrupted; one is whole."""
+    """Make a folder of images that take long enough to decode to be interrupted; one is whole."""
     folder.mkdir()
     for k in range(4000):
         (folder / f"{k}.png").write_bytes(b"")
@@ -77,7 +77,7 @@ def images_that_take_time(folder):
 @posix
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_signal_while_decoding(number, tmp_path, run, start):
-    """The program removes what it has begun. After kill -9, the next one does, and trains."""
+    """The program removes unfinished files. After kill -9, the next one does, and trains."""
     images_that_take_time(tmp_path / "images")
     process = start("train.py", "--data", "images", *TINY, cwd=tmp_path)
     while not list(tmp_path.glob("run/.images-*.tmp")):
@@ -95,7 +95,7 @@ def test_signal_while_decoding(number, tmp_path, run, start):
 
 @pytest.mark.parametrize("left", [None, "", "step,lo", "step,loss,grad_norm,lr\n1,0.5,0.5,0.1\n"])
 def test_run_without_a_step_blocks_nobody(left, tiny, tmp_path, monkeypatch):
-    """It failed before its first step, and the command is corrected.
+    """The run failed before its first step, and then the command is corrected.
 
     Beside its log, there may be a folder of another program, such as TensorBoard's.
     """
@@ -111,7 +111,7 @@ def test_run_without_a_step_blocks_nobody(left, tiny, tmp_path, monkeypatch):
 
 
 def test_reading_losses_together_changes_nothing(tiny, tmp_path, monkeypatch):
-    """As on an accelerator, where ten steps are read at once."""
+    """An accelerator's losses are read together, ten steps at a time."""
     for out, every in (("a", 1), ("b", 3)):
         monkeypatch.setitem(train.LOG_EVERY, "cpu", every)
         for steps in (7, 13):
@@ -145,7 +145,7 @@ def test_other_settings_are_refused_in_one_line(trained, tiny, image_folder, tmp
 
 
 def test_run_with_lr_decay_is_not_made_longer(tmp_path, run):
-    """Its learning rate has fallen towards 0 and would jump."""
+    """Its learning rate has fallen towards 0, and would jump."""
     said = run("train.py", "--steps", 3, cwd=tmp_path)  # the demo decays
     assert said.rstrip().endswith("sample.py --checkpoint run")  # in 1000 steps
     said = run("train.py", "--steps", 6, cwd=tmp_path, code=1)
@@ -156,7 +156,7 @@ def test_run_with_lr_decay_is_not_made_longer(tmp_path, run):
 
 
 def test_other_images_of_another_folder_are_refused(tmp_path, run):
-    """The same images may move, and those of the same folder may change."""
+    """The same images may move, and the images in the same folder may change."""
     for name, colour in (("a", "red"), ("b", "blue")):
         (tmp_path / name / "images").mkdir(parents=True)
         Image.new("RGB", (8, 8), colour).save(tmp_path / name / "images" / "0.png")
@@ -196,7 +196,7 @@ def test_folder_of_other_files_is_refused(tiny, tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
     said = tiny(code=1)
-    assert "--out run holds thesis.txt, but no checkpoint.pt, so it is not the folder of a" in said
+    assert "--out run holds thesis.txt, but no checkpoint.pt, so it is not a run folder" in said
     assert os.listdir(tmp_path / "run") == ["thesis.txt"]
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "log.csv").write_text("step,accuracy\n1,0.9\n")
@@ -231,7 +231,7 @@ def test_broken_checkpoint_is_refused_and_kept(trained, tmp_path, run):
 
 
 def test_second_start_beside_the_first_is_one_line(tiny, tmp_path, image_folder, start):
-    """Whatever its settings; the first one goes on. After kill -9, the folder is free."""
+    """This holds for any settings, and the first run goes on. kill -9 frees the folder."""
     words = ["--data", image_folder, *TINY, "--steps", 100_000, "--save-minutes", 0]
     process = start("train.py", *map(str, words), cwd=tmp_path)
     while not (tmp_path / "run" / "checkpoint.pt").exists():
@@ -272,7 +272,7 @@ SPREADSHEET = "4;0,5;0,25;0,001\n5;0,5;0,25;0,001\n"
 
 @pytest.mark.parametrize("foreign", ["\n \n", SPREADSHEET])
 def test_foreign_line_in_the_log_stops_no_run(foreign, tiny, tmp_path):
-    """Also one that appears while the run goes on. A row that stands twice is kept once."""
+    """A line may also appear during the run. A row that appears twice is kept once."""
     path = tmp_path / "run" / "log.csv"
     tiny("--steps", 3)
     rows = path.read_text()
@@ -286,7 +286,7 @@ def test_foreign_line_in_the_log_stops_no_run(foreign, tiny, tmp_path):
 
 
 def test_locked_log_delays_its_rows(tmp_path, monkeypatch):
-    """Excel on Windows locks a file that it shows."""
+    """On Windows, Excel locks a file that it shows."""
     log = log_of(tmp_path)
     log.add(1, [(0.5, 1.0)])
     with monkeypatch.context() as locked:
@@ -300,7 +300,7 @@ def test_locked_log_delays_its_rows(tmp_path, monkeypatch):
 def test_previews_take_a_25th_of_the_steps_and_follow_a_checkpoint(
     tiny, tmp_path, monkeypatch, wrap_step
 ):
-    """Unless their number is given."""
+    """This holds unless --preview-every is given."""
     wrap_step(lambda step, k: torch.ones(2))
     preview, seen = run.preview, []
 
@@ -328,7 +328,7 @@ def test_without_matplotlib_a_run_ends_without_its_curve(tiny, tmp_path, monkeyp
 
 @posix
 def test_link_of_a_stranger_is_not_followed(trained, tiny, tmp_path):
-    """In a run folder from somebody else, that is resumed."""
+    """The link is in somebody else's run folder, which is resumed."""
     shutil.copytree(trained[0] / "run", tmp_path / "run")
     (tmp_path / "mine.txt").write_text("mine")
     for name in ("loss.png", "preview-0000013.png", ".checkpoint.pt.tmp", ".log.csv.tmp"):
@@ -344,7 +344,7 @@ def test_link_of_a_stranger_is_not_followed(trained, tiny, tmp_path):
 def test_full_disk_is_one_line_and_leaves_the_checkpoint_whole(
     limit, trained, image_folder, tmp_path
 ):
-    """While images are decoded, and while the checkpoint is written."""
+    """The disk is full while images are decoded, or while the checkpoint is written."""
     before = b""
     if limit > 500:
         shutil.copytree(trained[0] / "run", tmp_path / "run")
@@ -374,7 +374,7 @@ def test_full_disk_ends_the_log_in_one_line(tmp_path, monkeypatch):
 @posix
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_ends_training_after_a_step_that_is_saved(number, tiny, tmp_path, wrap_step):
-    """Also if it comes twice, as from torchrun or a nervous finger."""
+    """The signal may come twice, from torchrun or a nervous finger."""
 
     def interrupted(step, k):
         if k == 5:
@@ -436,7 +436,7 @@ def test_printed_commands_are_quoted_for_the_shell(name, said, monkeypatch):
 
 @pytest.mark.parametrize("program", ["train", "evaluate", "export"])
 def test_missing_package_and_early_ctrl_c_are_one_line(program, tmp_path):
-    """Also while the program imports."""
+    """This holds while the program imports, too."""
     for package, fault in (("torch", "None"), ("numpy", "None"), ("torch", "Interrupt()")):
         code = f"""
 import sys

@@ -28,14 +28,14 @@ from support.trained import load
 
 @pytest.fixture
 def program(trained, tmp_path, run):
-    """Run sample.py with the tiny network and five steps; returns what it printed."""
+    """Run sample.py with the tiny network and five steps; return what it printed."""
     words = ["--onnx", trained[0] / "model.onnx", "--steps", 5]
     return partial(run, "sample.py", *words, cwd=tmp_path)
 
 
 @pytest.fixture
 def draw(program, tmp_path):
-    """Run sample.py with --dir; returns the images in the folder."""
+    """Run sample.py with --dir; return the images in the folder."""
 
     def call(folder, *flags):
         program("--dir", folder, *flags)
@@ -46,7 +46,7 @@ def draw(program, tmp_path):
 
 @pytest.fixture
 def network(trained):
-    """The network of model.onnx in torch, with the averaged weights."""
+    """Return the network of model.onnx in torch, with the averaged weights."""
     return load(trained[0] / "run").model
 
 
@@ -55,20 +55,20 @@ def pixels_of(path):
 
 
 def images_in(folder):
-    """The images that --dir has made, which have their numbers as names: int (n, C, H, W)."""
+    """Return the images that --dir has made, in the order of their numbers: int (n, C, H, W)."""
     paths = sorted(folder.glob("[!.]*"))
     assert [path.name for path in paths] == [f"{k:06d}.png" for k in range(len(paths))]
     return np.stack([pixels_of(path) for path in paths]).transpose(0, 3, 1, 2)
 
 
 def noise(n):
-    """The noise that sample.py draws for n images, in torch."""
+    """Return the noise that sample.py draws for n images, in torch."""
     draw_noise = ddpm_numpy.noise_of(0, 0, (n, 3, 8, 8))
     return lambda: torch.from_numpy(draw_noise())
 
 
 def interrupted(number):
-    """sample_progressive, but Ctrl-C comes when the chain of this number, 1 or more, begins."""
+    """Return sample_progressive with Ctrl-C at the start of the chain with this number, from 1."""
     chains = itertools.count(1)
 
     def sample_progressive(*args, complete=ddpm_numpy.sample_progressive, **kwargs):
@@ -149,7 +149,7 @@ CUDA = "CUDAExecutionProvider"
 
 
 class Cuda:
-    """A session on the CPU that claims to be on CUDA, where run is as given."""
+    """A session on the CPU that claims to be on CUDA, with the given method `run`."""
 
     def __init__(self, session, run):
         self.session, self.run = session, partial(run, session)
@@ -162,17 +162,17 @@ class Cuda:
 
 
 def wrong(session, names, feeds):
-    """eps is not a number, as of kernels that a card lacks."""
+    """Return an eps that is NaN, as if the card lacked a kernel."""
     return [np.nan * eps for eps in session.run(names, feeds)]
 
 
 def rough(session, names, feeds):
-    """eps is off by 2 %, more than by TF32."""
+    """Return an eps that is off by 2%, which is more than TF32 causes."""
     return [1.02 * eps for eps in session.run(names, feeds)]
 
 
 def turned(session, names, feeds):
-    """eps has its rows for columns, as after a mistake in a layout."""
+    """Return an eps with rows and columns swapped, as after a mistake in the layout."""
     return [eps.swapaxes(2, 3) for eps in session.run(names, feeds)]
 
 
@@ -186,7 +186,7 @@ def failing(session, names, feeds):
      (failing, "libcudnn.so.9 is missing'")],
 )  # fmt: skip
 def test_cuda_must_agree_with_the_eps_of_the_file(compute, fault, program, monkeypatch):
-    """Otherwise, auto goes on with the CPU and says so, and cuda ends in a line."""
+    """Otherwise, auto says so and uses the CPU, and cuda exits with a line."""
     complete = ddpm_numpy.open_session
 
     def open_session(path, device, options):
@@ -205,7 +205,7 @@ def test_cuda_must_agree_with_the_eps_of_the_file(compute, fault, program, monke
 
 
 def test_cuda_that_does_not_start_or_gives_up_is_not_used(program, tmp_path, monkeypatch):
-    """auto uses the CPU; cuda ends in a line, also if ONNX Runtime itself turns to the CPU."""
+    """auto uses the CPU; cuda exits with a line, also if ONNX Runtime falls back to the CPU."""
     complete = onnxruntime.InferenceSession
 
     class Session:
@@ -215,7 +215,7 @@ def test_cuda_that_does_not_start_or_gives_up_is_not_used(program, tmp_path, mon
             return complete(path, options, providers=["CPUExecutionProvider"])
 
     class Full(Exception):
-        """Neither a RuntimeError nor a ValueError, like those of ONNX Runtime."""
+        """An exception like ONNX Runtime's: neither a RuntimeError nor a ValueError."""
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA])
@@ -290,14 +290,14 @@ def test_seed_fixes_each_image_at_any_batch_and_n(draw):
      ("--eta 0.5", "ddim", 0.5)],
 )  # fmt: skip
 def test_program_equals_the_torch_sampler(flags, sampler, eta, network, draw):
-    """From the seed to the pixels: sample.py against ddpm.py with the EMA weights."""
+    """Compare sample.py, from the seed to the pixels, with ddpm.py and the EMA weights."""
     x0 = beyond.sample(PAPER, network, (2, 3, 8, 8), 5, sampler, eta, draw_noise=noise(2))
     pixels = draw("a", "-n", 2, *flags.split())
     assert np.abs(pixels - ((x0 + 1) * 127.5).round().numpy()).max() <= 1
 
 
 def test_interpolation_between_two_images(network, image_folder, tmp_path, program):
-    """The grid of the program: the images at its ends, and between them what ddpm.py makes."""
+    """The grid has the two images at its ends, and what ddpm.py draws between them."""
     files = [image_folder / "0.png", image_folder / "deep" / "LOUD.JPG"]
     program("--interpolate", *files, "--t", 30, 600, "--steps", 40, "--out", "i.png")
     image = pixels_of(tmp_path / "i.png")
@@ -336,7 +336,7 @@ HALF = (0, 0, 8, 4)  # the upper one
 def test_inpainting_redraws_what_the_mask_selects(
     mode, black, white, box, turned, network, program, image_folder, tmp_path
 ):
-    """As ddpm.py does, for masks as people draw them, turned as their EXIF says."""
+    """ddpm.py does the same. The masks are like those people draw, and rotated by their EXIF."""
     mask, exif, selected = Image.new(mode, (8, 8), black), Image.Exif(), np.zeros((8, 8), bool)
     mask.paste(white, box)
     if turned:
@@ -386,7 +386,7 @@ def test_files_of_a_folder_are_enlarged(program, tmp_path):
 
 
 def test_interrupted_folder_is_continued(program, tmp_path, monkeypatch):
-    """By the same command, also with a larger -n: the images are those of one command."""
+    """The same command, also with a larger -n, continues it with the images of one command."""
     program("--batch", 2, "-n", 7, "--dir", "whole", "--out", "whole.png")
     words = ["--batch", 2, "--dir", "parts", "--out", "parts.png", "-n"]
     monkeypatch.setattr(ddpm_numpy, "sample_progressive", interrupted(1))
@@ -395,7 +395,7 @@ def test_interrupted_folder_is_continued(program, tmp_path, monkeypatch):
     assert "stopped after 4 of 6" in program(*words, 6, code=130)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("*.png")}
     said = program(*words, 6)
-    assert "parts has 4 of the images already" in said and "parts.png: 6 images, " in said
+    assert "parts has 4 of the images already" in said and "parts.png: 6 images (" in said
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     (tmp_path / "parts" / "000001.png").unlink()  # only what is missing is drawn
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("*.png")}
@@ -410,7 +410,7 @@ def test_interrupted_folder_is_continued(program, tmp_path, monkeypatch):
     assert np.abs(whole - parts).max() <= 1
     for other, name in (["--seed", 1], "seed"), (["--steps", 4], "steps"), (["--eta", 0], "eta"):
         said = program(*words, 7, *other, code=1)
-        assert f"or one that the same command has begun; what differs: {name}\n" in said
+        assert f"or one that the same command started to fill; what differs: {name}\n" in said
 
 
 @posix
@@ -423,7 +423,7 @@ def test_full_disk_is_one_line(trained, tmp_path):
 
 
 def test_gif(program, tmp_path, monkeypatch):
-    """Also in Jupyter, whose stdout has no method `reconfigure`."""
+    """It is saved in Jupyter, too, whose stdout has no method `reconfigure`."""
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     program("-n", 3, "--gif", "b/x.gif", "--steps", 15)
     with Image.open(tmp_path / "b" / "x.gif") as gif:
@@ -431,12 +431,12 @@ def test_gif(program, tmp_path, monkeypatch):
         gif.seek(15)
         assert gif.info["duration"] == 2000
         last = np.asarray(gif.convert("RGB")).astype(int)
-    assert np.abs(last - pixels_of(tmp_path / "samples.png")).mean() < 8  # of a palette
+    assert np.abs(last - pixels_of(tmp_path / "samples.png")).mean() < 8  # the error of a palette
 
 
 def test_grid_shows_the_first_256_images(program, tmp_path):
     said = program("-n", 257, "--dir", "all", "--steps", 1, "--batch", 99)
-    assert "samples.png: the first 256 of 257 images, " in said
+    assert "samples.png: the first 256 of 257 images (" in said
     assert len(images_in(tmp_path / "all")) == 257
 
 
@@ -530,7 +530,7 @@ def test_interrupted_interpolation_keeps_its_rows(program, image_folder, tmp_pat
 @posix
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_signal_saves_the_batches_that_are_finished(name, trained, tmp_path, start):
-    """Also where SIGINT is ignored at the start, as in a script's background job."""
+    """This holds where SIGINT is ignored at the start, too, as in a script's background job."""
     number = getattr(signal, name)
     if name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:
         pytest.skip("nohup started the tests, so sample.py ignores SIGHUP")
@@ -545,7 +545,7 @@ def test_signal_saves_the_batches_that_are_finished(name, trained, tmp_path, sta
     said, _ = process.communicate(timeout=30)
     assert process.returncode == -signal.SIGINT and "Traceback" not in said
     drawn = len(list((tmp_path / "all").glob("*.png")))
-    assert f"samples.png: {drawn} images, " in said
+    assert f"samples.png: {drawn} images (" in said
     assert said.rstrip().endswith(f"sample.py: stopped after {drawn} of 256 images")
     with Image.open(tmp_path / "samples.png") as image:
         image.load()
@@ -553,7 +553,7 @@ def test_signal_saves_the_batches_that_are_finished(name, trained, tmp_path, sta
 
 @pytest.mark.slow
 def test_demo_learns_to_draw_in_four_minutes(demo, tmp_path):
-    """90 % of 64 samples are right."""
+    """At least 90% of 64 samples are right."""
     python("sample.py", "--onnx", demo / "model.onnx", "--dir", "each", cwd=tmp_path)
     right = are_right(images_in(tmp_path / "each"))
     assert len(right) == 64 and right.mean() >= 0.9, f"{right.sum()} of 64"

@@ -71,7 +71,7 @@ STORED = [
 
 
 def chain_of(library, d, shape, noise, x_T=None, known=None, **options):
-    """The list of (t, x_t, x0_hat), as tensors, of wobbly in torch or numpy. noise: an iterator."""
+    """Return [(t, x_t, x0_hat)] of wobbly in torch or numpy, as tensors. noise: an iterator."""
     if library == "torch":
         return list(beyond.sample_progressive(
             d, wobbly, shape, draw_noise=partial(next, noise), x_T=x_T, known=known, **options
@@ -97,7 +97,7 @@ def test_samples_are_those_of_before(library, steps, sampler, eta, variance, is_
 
 
 def both(d, shape, x_T=None, known=None, **options):
-    """The chain in torch, which numpy has, too, with the same number of draws of the noise."""
+    """Return the chain in torch; check that numpy has the same, with as many draws of noise."""
     ours, theirs = iter(randn(2 * d.T, *shape)), iter(randn(2 * d.T, *shape))
     chain = chain_of("torch", d, shape, ours, x_T, known, **options)
     other = chain_of("numpy", d, shape, theirs, x_T, known, **options)
@@ -114,7 +114,7 @@ def both(d, shape, x_T=None, known=None, **options):
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("x_T", [None, randn(2, 3, 4, 4, seed=1)])
 def test_algorithm_2_is_the_loop_of_ddpm_py(variance, x_T):
-    """In numpy. In torch, it is that loop itself, so that who changes it sees the change."""
+    """Check numpy. In torch, it is that loop itself, so that changes to the loop take effect."""
 
     class Doubled(Diffusion):
         def predict_x0(self, x_t, t, eps):
@@ -140,7 +140,7 @@ def test_algorithm_2_is_the_loop_of_ddpm_py(variance, x_T):
 
 @pytest.mark.parametrize("sampler, eta", [("ddpm", None), ("ddim", 0.7), ("sa-solver", None)])
 def test_samplers_have_the_same_options(sampler, eta):
-    """In torch and numpy, also for points."""
+    """This holds in torch and numpy, also for points."""
     d, shape, x_T = Diffusion(linear_betas(50)), (2, 3, 4, 4), randn(2, 3, 4, 4, seed=1)
     check = partial(both, d, steps=20, sampler=sampler, eta=eta)
     for points in ((5, 2), (5, 3, 8)):
@@ -160,7 +160,7 @@ def test_samplers_have_the_same_options(sampler, eta):
 @pytest.mark.parametrize("betas", [linear_betas(9), linear_betas(9).numpy(), [0.1] * 9])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_float32_stays_float32(sampler, betas):
-    """Whatever the betas are, and in both libraries."""
+    """This holds for all kinds of betas, in both libraries."""
     x = randn(2, 3)
     for noise in (x, x.numpy()):
         chain = reverse(lambda x_t, t: 0 * x_t, lambda n=noise: n, betas, "small", 5, sampler)
@@ -191,7 +191,7 @@ def test_batches_that_are_drawn_in_turn_do_not_mix(sampler):
 @pytest.mark.parametrize("t, steps, sampler", [(300, None, None), (300, 20, "ddpm"),
                                                (299, 20, None), (0, 1, None)])  # fmt: skip
 def test_interpolation_starts_at_the_t_of_its_noise(t, steps, sampler):
-    """Diffuse to t, then call the network at that t; two peers begin at t - 1."""
+    """It diffuses to t, then calls the network at that t; two peers begin at t - 1."""
     x0, noise, betas = randn(2, 3, 4, 4).clamp(-1, 1), randn(3, 4, 4, seed=1), linear_betas()
     x_t = ddpm_numpy.mix(*x0.numpy(), t, betas.numpy(), lambda: noise[None].numpy())
     a_t, b_t = PAPER.q_sample(x0, torch.tensor([t, t]), noise.expand(2, 3, 4, 4))[:, None]
@@ -244,7 +244,7 @@ def test_wrong_names_and_numbers_are_refused():
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("steps", [None, 1, 2, 7])
 def test_every_sampler_returns_the_image_of_an_oracle(variance, sampler, steps):
-    """Clipped to [-1, 1], as x0_hat is in each step."""
+    """The image is clipped to [-1, 1], as x0_hat is in each step."""
     d, x0 = Diffusion(linear_betas(), variance), 2 * randn(2, 3, 4, 4)
     chain = beyond.sample_progressive(d, oracle(x0), x0.shape, steps, sampler, generator=seeded())
     for _, _, x0_hat in chain:
@@ -254,7 +254,7 @@ def test_every_sampler_returns_the_image_of_an_oracle(variance, sampler, steps):
 @pytest.mark.filterwarnings("ignore:__array__")
 @pytest.mark.parametrize("steps", [1, 2, 10, 20, 200])
 def test_samplers_equal_diffusers(steps):
-    """Each x_t, in steps that divide T: where they do not, diffusers rounds to the nearest t.
+    """Compare each x_t. The steps divide T, because diffusers otherwise rounds to the nearest t.
 
     In its first steps, diffusers changes the second-order coefficients of SA-Solver, but not their
     sum. So here x0_hat is constant until its third order is reached.
@@ -309,7 +309,7 @@ def test_fewer_steps_equal_the_recursion(variance, steps, eta):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_weights_of_the_nodes_are_the_integral_of_the_polynomial(count):
-    """For steps of all lengths, with nodes before the step, and with one at its end."""
+    """Check steps of many lengths, with nodes before the step, and with one at its end."""
     points, masses = np.polynomial.legendre.leggauss(40)
     for h in (0.01, 0.3, 3.0):
         for latest in (0, 1):  # in steps: the start or, for the correction, the end of the step
@@ -358,10 +358,10 @@ def error_of(make_step, abar, deviation):
 
 @pytest.mark.parametrize("order, correct", [(1, False), (2, False), (3, False), (3, True)])
 def test_order_of_sa_solver(order, correct):
-    """Double the steps, and the error falls to 2^-order of itself if they are uniform in lambda.
+    """Doubling the steps scales the error by 2^-order if they are uniform in lambda.
 
-    With those that are uniform in t, the last ones do not become shorter in lambda, and the error
-    of every order is about inversely proportional to the number of steps.
+    If the steps are uniform in t, the last ones do not become shorter in lambda. For every order,
+    the error is then about inversely proportional to the number of steps.
     """
     step = partial(sa_solver_step, order=order, correct=correct)
     lambdas = (torch.linspace(1, -4, n + 1, dtype=torch.float64) for n in (80, 160, 320))
@@ -381,7 +381,7 @@ def test_order_of_sa_solver(order, correct):
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("steps", [10, 100])
 def test_ddim_is_euler_in_the_coordinates_of_flow_matching(steps, clip):
-    """In z = (1 - tau) x_0 + tau eps, a multiple of x_t, with the velocity eps_hat - x0_hat."""
+    """The coordinate z = (1 - tau) x_0 + tau eps is a multiple of x_t; u = eps_hat - x0_hat."""
     chain, x_T = Chain(PAPER_BETAS, "large", steps), randn(4, 1, 4, 4).double()
     abar = torch.tensor(chain.alphas_bar, dtype=torch.float64)
     signal, spread = abar.sqrt(), (1 - abar).sqrt()
@@ -404,7 +404,7 @@ def test_ddim_is_euler_in_the_coordinates_of_flow_matching(steps, clip):
     [(1000, "ddim", -0.672), (100, "ddim", -0.676), (50, "sa-solver", -0.671)],
 )
 def test_without_noise_quantiles_stay_quantiles(steps, sampler, expected):
-    """One image of four is at -1: a sample is there if x_T is below its 25 % quantile.
+    """One image of four is at -1: a sample is there if x_T is below its 25% quantile.
 
     This is -0.674 for N(0, 1), and -0.671 for q(x_T). The image at -1 is the nearest wherever
     x_T < 0, but the three images at +1 have more weight together.

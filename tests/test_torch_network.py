@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import HERE, python
 from PIL import Image
-from test_device import StandIn
+from test_device import MockDevice
 
 import ddpm_numpy
 from support import device
@@ -19,14 +19,14 @@ from support.trained import load
 
 
 def images_in(folder):
-    """The images of a folder and its sub-folders, {name: (H, W, C)}."""
+    """Return the images of a folder and its sub-folders, {name: (H, W, C)}."""
     paths = [path for path in folder.rglob("[!.]*") if path.is_file()]
     return {p.relative_to(folder).as_posix(): np.asarray(Image.open(p)).astype(int) for p in paths}
 
 
 @pytest.fixture
 def both(coloured, run, tmp_path):
-    """Run sample.py with --onnx and --checkpoint; returns the images of both, and what it said."""
+    """Run sample.py with --onnx and --checkpoint; return the images of both, and the output."""
 
     def call(*flags):
         sources = {"onnx": ["--onnx", coloured / "model.onnx"],
@@ -47,7 +47,7 @@ FLAGS = ["--steps 5 --gif x.gif", "--steps 5 --sampler ddpm --class red blue",
 
 @pytest.mark.parametrize("flags", FLAGS)
 def test_checkpoint_draws_the_images_of_the_exported_file(flags, both, class_folder, tmp_path):
-    """At most 1 of 255 apart in float32. The GIF, which has a palette, has the same size.
+    """They differ by at most 1 of 255 in float32. The GIF, which has a palette, has the same size.
 
     The last batch is smaller than the others.
     """
@@ -67,7 +67,7 @@ def test_checkpoint_draws_the_images_of_the_exported_file(flags, both, class_fol
 
 
 def test_checkpoint_needs_no_onnx_package(coloured, tmp_path):
-    """Published weights neither, nor a file of the checkpoint instead of its folder."""
+    """Published weights need none, and a checkpoint file instead of its folder needs none."""
     hidden = "onnx", "onnxruntime", "onnxscript"
     code = f"import sys; sys.path.insert(0, {str(HERE)!r}); sys.modules |= dict.fromkeys({hidden})"
     words = ["--checkpoint", coloured / "checkpoint.pt", "-n", 2, "--steps", 2]
@@ -102,7 +102,7 @@ def test_folder_is_continued_with_the_same_weights_and_precision(coloured, run, 
 
 
 def test_device_computes_everything_but_the_noise(coloured, monkeypatch):
-    """On a stand-in without float64, which no operation but a copy mixes with the CPU."""
+    """On a mock device without float64, only copies mix the device with the CPU."""
     meta = torch.device("meta")
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # no meta
     monkeypatch.setattr(device, "choose_device", lambda name: meta)
@@ -110,7 +110,7 @@ def test_device_computes_everything_but_the_noise(coloured, monkeypatch):
     network, shape = TorchNetwork(coloured, "meta", amp=True, batch=2), (2, 3, 8, 8)
     assert network.provider == "meta, bfloat16"
     image, x_T = np.zeros(shape[1:], np.float32), np.zeros(shape, np.float32)
-    with StandIn() as stand_in:
+    with MockDevice() as mock:
         for options in (
             {"sampler": "ddpm"},
             {"eta": 1.0},
@@ -120,11 +120,11 @@ def test_device_computes_everything_but_the_noise(coloured, monkeypatch):
             noise = ddpm_numpy.noise_of(0, 0, shape)
             chain = network.reverse(np.array([0, 1]), 2, noise, steps=3, **options)
             assert all(x.is_meta and x0.is_meta for _, x, x0 in chain)
-    assert stand_in.reads == 0
+    assert mock.reads == 0
 
 
 def test_full_batches_of_many_calls_are_compiled(coloured, monkeypatch):
-    """From 5,000 calls on, as in training; what is left after the full batches is not."""
+    """They are compiled from 5,000 calls on, as in training; the last, smaller batch is not."""
     sizes = []
 
     def compiled(model):
@@ -163,7 +163,7 @@ def test_bfloat16_is_used_where_training_uses_it(coloured, monkeypatch):
 
 
 def test_noise_is_drawn_while_the_network_computes(monkeypatch):
-    """By a thread, one draw ahead, and in the same order."""
+    """A thread draws it, one draw ahead, and in the same order."""
     drawn, default_rng = [], np.random.default_rng
 
     class Stream:

@@ -59,12 +59,12 @@ def test_seeds_differ_for_every_seed_and_step_and_part():
                 train.set_seed(CPU, seed, step, part)
                 seen.append(torch.initial_seed())
     assert len(set(seen)) == 3 * 999 * 3
-    assert max(seen) > 2**63  # all 64 bits: of 32, some seeds of a long run would be equal
+    assert max(seen) > 2**63  # all 64 bits: with 32, some seeds of a long run would be equal
 
 
 @pytest.mark.parametrize("weighting, flip", [("simple", True), ("simple", False), ("vlb", True)])
 def test_step_is_algorithm_1(weighting, flip):
-    """The loss, the norm of the gradient, Adam's step and the EMA, from (seed, step) by hand.
+    """Compute the loss, the gradient norm, Adam's step and the EMA from (seed, step) by hand.
 
     The optimizer has two groups, and one of them another order than the model.
     """
@@ -104,7 +104,7 @@ def test_step_is_algorithm_1(weighting, flip):
 
 
 def test_every_group_of_the_optimizer_is_warmed_up(tiny, monkeypatch):
-    """As for somebody who adds a group, with a learning rate that must not stay as it is."""
+    """A reader may add a group, whose learning rate must follow the schedule, too."""
     rates = []
 
     class Grouped(torch.optim.Adam):
@@ -123,7 +123,7 @@ def test_every_group_of_the_optimizer_is_warmed_up(tiny, monkeypatch):
 
 @pytest.mark.parametrize("amp", [True, False])
 def test_amp_computes_the_network_in_bfloat16(amp, tiny, tmp_path, monkeypatch):
-    """Also on a processor that has no bfloat16. The loss and the weights stay float32."""
+    """This works on processors without bfloat16, too. The loss and the weights stay float32."""
     seen, forward = set(), torch.nn.Conv2d.forward
 
     def watched(self, x):
@@ -149,7 +149,7 @@ def test_network_compiles_as_one_graph(monkeypatch):
 
 
 def test_three_commands_from_folder_to_images(trained, image_folder, tmp_path):
-    """Each in a process of its own, in which no file is left open."""
+    """Each command runs in a process of its own, which leaves no file open."""
     words, warn = ["--data", image_folder, *TINY, "--steps", 12], ["-W", "always::ResourceWarning"]
     train_said = python(*warn, "train.py", *words, cwd=tmp_path)
     export_said = python(*warn, "export.py", cwd=tmp_path)
@@ -184,7 +184,7 @@ def test_checkpoint_describes_itself(trained):
 
 
 def test_every_setting_has_its_place(trained):
-    """In the checkpoint's config, in the part that its flag names, or nowhere."""
+    """It is in the part of the checkpoint's config that its flag names, or nowhere."""
     config, kept = read(trained[0] / "run")["config"], {"schedule": "diffusion"}
     for f in fields(train.Settings):
         place = kept[f.name] = f.metadata["kept"]
@@ -198,7 +198,7 @@ def test_every_setting_has_its_place(trained):
 
 
 def test_setting_that_an_older_run_did_not_know_has_its_default(trained, tiny, tmp_path):
-    """In a run that is resumed, and in one whose weights are a start."""
+    """This holds for a run that is resumed, and for one whose weights start another."""
     shutil.copytree(trained[0] / "run", tmp_path / "run")
     state = read(tmp_path / "run")
     del state["config"]["model"]["norm_groups"], state["config"]["train"]["weighting"]
@@ -212,14 +212,14 @@ def test_setting_that_an_older_run_did_not_know_has_its_default(trained, tiny, t
 
 
 class OwnNetwork(SmallDiT):
-    """A network of another kind with the arguments that train.py gives its network."""
+    """A network of another kind, with the arguments that train.py passes to its network."""
 
     def __init__(self, image_size, in_channels, **_):
         super().__init__()
 
 
 def test_network_is_chosen_in_one_place(tiny, tmp_path, run, monkeypatch):
-    """Another one trains with Muon, resumes, and is exported, also with --half, and sampled."""
+    """Another network trains with Muon, resumes, is exported, also with --half, and draws."""
     monkeypatch.setattr(trained_module, "Network", OwnNetwork)
     monkeypatch.setattr(train, "Network", OwnNetwork)
     monkeypatch.setattr(settings, "Network", OwnNetwork)
@@ -230,7 +230,7 @@ def test_network_is_chosen_in_one_place(tiny, tmp_path, run, monkeypatch):
     run("export.py", "--half", cwd=tmp_path)  # which exports it in float32, too
     run("sample.py", "-n", 2, "--steps", 2, cwd=tmp_path)
     code = read(tmp_path / "run")["config"]["train"]["code"]
-    monkeypatch.setattr(settings, "Network", UNet)  # of another file
+    monkeypatch.setattr(settings, "Network", UNet)  # from another file
     assert settings.config_of(train.Settings())["train"]["code"] != code
 
 
@@ -243,7 +243,7 @@ def test_importing_train_loads_only_what_every_run_needs():
 
 @pytest.mark.parametrize("error", [RuntimeError("size of tensor a"), ValueError("a shape")])
 def test_bug_in_the_network_keeps_its_traceback(error, tiny, monkeypatch):
-    """As in the exercises, where the reader edits ddpm.py."""
+    """In the exercises, the reader edits ddpm.py."""
 
     def fail(*_, **__):
         raise error
@@ -254,7 +254,7 @@ def test_bug_in_the_network_keeps_its_traceback(error, tiny, monkeypatch):
 
 
 def test_bug_is_printed_with_its_line(tmp_path):
-    """A misspelt name in UNet.__init__, in a copy of the repository."""
+    """The bug is a misspelt name in UNet.__init__, in a copy of the repository."""
     for path in HERE.glob("*.py"):
         shutil.copy(path, tmp_path)
     shutil.copytree(HERE / "support", tmp_path / "support")
@@ -311,7 +311,7 @@ def test_quick_is_the_settings_that_it_prints(image_folder, tmp_path, run):
 def test_training_starts_from_the_weights_of_a_checkpoint(
     trained, tiny, image_folder, tmp_path, run
 ):
-    """--init: no flag repeats the network's shape; the averaged weights are the start."""
+    """With --init, no flag repeats the network's shape; the averaged weights are the start."""
 
     def init(weights, *words, code=0):
         words = ["--data", image_folder, "--init", weights, "--batch", 4, "--lr", 1e-12, *words]
@@ -336,9 +336,7 @@ def test_training_starts_from_the_weights_of_a_checkpoint(
 
     other = ["--base-channels", 16, "--in-channels", 1, "--schedule", "cosine", "--predicts", "v"]
     said = init(weights, "--out", "b", *other, "--image-size", 8, code=1)
-    assert (
-        "--init decides --in-channels, --base-channels, --predicts, --schedule; leave out" in said
-    )
+    assert "--init fixes --in-channels, --base-channels, --predicts, --schedule; omit the" in said
     same = "--base-channels 8 --channel-mults 1 2 --in-channels 3 --schedule linear".split()
     init(weights, "--steps", 1, "--out", "b", *same, "--quick")  # the weights decide
     config = read(tmp_path / "b")["config"]
