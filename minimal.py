@@ -4,9 +4,9 @@
 
 This is the whole path on one page: Algorithm 1 with Adam, the exported network, and Algorithm 2
 in numpy under ONNX Runtime. It needs ddpm.py, torch, numpy, Pillow, tqdm, onnx, onnxscript and
-onnxruntime. The programs (train.py, export.py, sample.py) are this path with resuming, checks,
-any device and faster samplers; they have the paper's random flips, its warm-up of the learning
-rate and its clipped gradient, too.
+onnxruntime. The programs train.py, export.py and sample.py add resuming, checks, any device and
+faster samplers. They also have the paper's random flips, and the warm-up of the learning rate and
+the clipped gradient of the authors' code.
 """
 
 import copy
@@ -46,7 +46,7 @@ for step in tqdm(range(10_000)):
         for mean, weights in zip(average.parameters(), model.parameters(), strict=True):
             mean.lerp_(weights, 1 - min(0.9999, (1 + step) / (10 + step)))
 
-# The network as ONNX, with the schedule in its metadata; the exporter's own messages are left out
+# The network as ONNX, with the schedule in its metadata; the exporter's messages are suppressed
 warnings.simplefilter("ignore")
 logging.disable()
 x_t, t, batch = torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64), torch.export.Dim("n")
@@ -60,7 +60,7 @@ onnx.helper.set_model_props(network, metadata)
 onnx.save(network, "model.onnx")
 
 
-# From here on, torch is not needed: these lines can be copied alone, with a model.onnx.
+# The lines from here on do not need torch, and can be copied alone, with a model.onnx.
 import json
 import shutil
 
