@@ -6,13 +6,9 @@ export const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
 export const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
 /** An owner of what runs: start(task) ends the task before, waits for it, and calls task(run), which
- * ends soon after run.stopped. Of several starts at the same time, only the last one happens. */
+ * ends soon after run.stopped, and then nobody hears of its error. Of several starts at the same time, only the last one happens. */
 export class Owner {
   #run = null;
-
-  constructor(changed = () => {}) {
-    this.changed = changed;
-  }
 
   /** Whether something runs that nobody has stopped. */
   get busy() {
@@ -21,7 +17,6 @@ export class Owner {
 
   stop() {
     if (this.#run) this.#run.stopped = true;
-    this.changed();
     return this.#run?.ended;
   }
 
@@ -31,12 +26,12 @@ export class Owner {
       await before?.catch(() => {}); // who started it learns of its error
       try {
         if (!run.stopped) await task(run);
+      } catch (error) {
+        if (!run.stopped) throw error;
       } finally {
         if (this.#run === run) this.#run = null;
-        this.changed();
       }
     })();
-    this.changed();
     return run.ended;
   }
 }

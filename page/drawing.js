@@ -10,13 +10,26 @@ const ENDS = 4, STEPS = 20; // images that come back, and in how many steps
 const LEVELS = [50, 150, 300, 500, 800], TRACK_STEPS = 10; // of the results along the slider, of 1000
 const FIRST = 0.66; // from where the first drawing comes back
 const WAIT = 500; // milliseconds without a stroke, after which the drawing comes back
-const SHOE = new Path2D("M.04 .7 C.07 .6 .25 .6 .36 .51 L.5 .41 C.55 .37 .62 .38 .65 .43 C.71 .48 .8 .46 .87 .39 C.92 .35 .97 .4 .96 .5 L.97 .7 Z"), SOLE = new Path2D("M.04 .7 L.97 .7 .97 .77 .05 .77 Z");
+const UNFINISHED = { // what the reader may finish, in a square of side 1: shapes, and a dotted hint of the rest
+  "fashion-mnist.onnx": {
+    shapes: [["#a0a0a0", "M.38 .7 L.38 .495 L.5 .41 C.55 .37 .62 .38 .65 .43 C.71 .48 .8 .46 .87 .39 C.92 .35 .97 .4 .96 .5 L.97 .7"],
+      ["#f0f0f0", "M.38 .7 L.97 .7 L.97 .77 L.38 .77"]],
+    hint: "M.37 .5 C.25 .6 .07 .6 .04 .7 L.05 .77 L.37 .77",
+  },
+  "emoji.onnx": {
+    shapes: [["#ffc83d", "M.06 .5 a.44 .44 0 1 0 .88 0 a.44 .44 0 1 0 -.88 0"]],
+    hint: "M.33 .36 v.1 M.67 .36 v.1 M.28 .62 c.1 .14 .34 .14 .44 0",
+  },
+};
 const canvas = $("draw"), context = canvas.getContext("2d", { willReadFrequently: true });
-const state = { network: null, pen: "#ffffff", before: null, isEmpty: true }; // before: where the pen was
+const state = { network: null, pen: "#ffffff", before: null, fault: "" }; // before: where the pen was
 const track = new Owner();
 let waiting;
 export let gesture;
-export const drawing = new Passage(null, { sampler: "ddim", steps: STEPS }, () => gesture.render());
+export const drawing = new Passage(null, { sampler: "ddim", steps: STEPS, keepsData: true }, (error) => {
+  if (error) fail(error);
+  gesture.render();
+});
 
 /** The drawing, as the network sees it: Float32Array (C, H, W). */
 export function drawn() {
@@ -29,6 +42,11 @@ export function drawn() {
 }
 
 // ---- what changes it
+
+function fail(error) {
+  state.fault = `The network failed: ${error.message.split("\n")[0]}`;
+  say();
+}
 
 /** Another drawing: nothing has come back from it. */
 function restart() {
@@ -44,10 +62,10 @@ function restart() {
 /** Send the drawing back from where the reader let go the last time, and fill the track. */
 function comeBack() {
   if (!drawing.eps) return;
-  gesture.moveTo(drawing.from ?? FIRST);
+  gesture.moveTo(drawing.from);
   gesture.sendBack();
   if (still) gesture.finish();
-  track.start(fillTrack);
+  track.start(fillTrack).catch(fail);
 }
 
 /** Draw what comes back from each of the levels. */
@@ -81,40 +99,28 @@ function clear() {
   const isGrey = state.network.shape[0] === 1;
   [context.fillStyle, state.pen] = isGrey ? ["#000000", "#ffffff"] : ["#ffffff", "#4a2f14"];
   context.fillRect(0, 0, canvas.width, canvas.height);
-  $("draw-hint").hidden = true;
+  $("draw-hint").style.display = "none";
   restart();
 }
 
 /** Another network: begin with half a shoe, or a face without eyes. */
 export function useNetwork(network) {
   const { shape: [, height, width], betas, name, variance } = network;
-  state.network = network;
-  Object.assign(drawing, { eps: (x, t) => network.eps(x, t), from: undefined });
-  Object.assign(drawing.options, { betas, variance, steps: Math.min(STEPS, betas.length) });
+  Object.assign(state, { network, fault: "" });
+  drawing.use((x, t) => network.eps(x, t), { betas, variance });
+  drawing.from = FIRST;
   [canvas.height, canvas.width] = [height, width];
   for (const level of LEVELS) $(`track-${level}`).width += 0; // clears it
   clear();
   context.scale(width, height);
-  if (name === "fashion-mnist.onnx") {
-    context.fillStyle = "#a0a0a0";
-    context.rect(0.4, 0, 0.6, 1);
-    context.save();
-    context.clip();
-    context.fill(SHOE);
-    context.fillStyle = "#f0f0f0";
-    context.fill(SOLE);
-    context.restore();
-  } else if (name === "emoji.onnx") {
-    context.fillStyle = "#ffc83d";
-    context.beginPath();
-    context.arc(0.5, 0.5, 0.44, 0, 2 * Math.PI);
-    context.fill();
+  const { shapes, hint } = UNFINISHED[name] ?? { shapes: [], hint: "" };
+  for (const [colour, path] of shapes) {
+    context.fillStyle = colour;
+    context.fill(new Path2D(path));
   }
   context.resetTransform();
-  context.beginPath();
-  const hint = { "fashion-mnist.onnx": "hint-shoe", "emoji.onnx": "hint-face" }[name];
-  $("draw-hint").hidden = !hint;
-  for (const id of ["hint-shoe", "hint-face"]) $(id).style.display = id === hint ? "" : "none";
+  $("draw-hint").firstElementChild.setAttribute("d", hint);
+  $("draw-hint").style.display = "";
   $("draw-clear").disabled = false;
   restart();
   gesture.begun = false;
@@ -132,11 +138,11 @@ function begin() {
 
 function say() {
   const { place, isBack } = gesture;
-  const text = !state.network ? "The network is loading."
+  const text = state.fault || (!state.network ? "The network is loading."
     : !isBack && !place ? "Draw with your finger or the mouse."
     : !isBack ? `Noise of level ${gesture.level} is added to the drawing, four times. Let go, and the network removes it.`
     : place || !gesture.isComplete ? `Coming back from level ${Math.round(drawing.levelAt(drawing.from))}.`
-    : `Four results from level ${Math.round(drawing.levelAt(drawing.from))}: the more noise, the less of your drawing is left in them.`;
+    : `Four results from level ${Math.round(drawing.levelAt(drawing.from))}: the more noise, the less of your drawing is left in them.`);
   return ($("drawing-text").textContent = text);
 }
 
@@ -152,7 +158,6 @@ function draw() {
 /** Make the section work. */
 export function startDrawing() {
   gesture = new Gesture("drawing", [drawing], draw, say);
-  drawing.options.keepsData = true;
   $("draw-clear").onclick = clear;
   const move = ({ offsetX, offsetY }) =>
     paint((offsetX * canvas.width) / canvas.clientWidth, (offsetY * canvas.height) / canvas.clientHeight);
@@ -161,7 +166,7 @@ export function startDrawing() {
     clearTimeout(waiting);
     canvas.setPointerCapture(event.pointerId);
     state.before = null;
-    $("draw-hint").hidden = true;
+    $("draw-hint").style.display = "none";
     move(event);
   };
   canvas.onpointermove = (event) => canvas.hasPointerCapture(event.pointerId) && move(event);

@@ -9,6 +9,7 @@ import { guided, noiseOf, sampleProgressive } from "./sampler.js";
 const COLUMNS = 4, COUNT = COLUMNS ** 2, FILM = 8; // FILM: steps of a picture that are shown
 const STRIP = [0, 1, 2, 4, 6], EACH = 4; // the guidance of the strip, and its pictures at each
 const KINDS = { "fashion-mnist.onnx": "boot", "emoji.onnx": "smileys" }; // of the strip
+const ABOUT = { "fashion-mnist.onnx": "This network has learnt from 60,000 pictures of clothes.", "emoji.onnx": "This network has learnt from 3,743 emoji." };
 const DISTANCES = [2.6, 13.7, 25.3, 38.8, 45.7]; // of the clothes with this guidance, by benchmarks/frechet.py
 
 const state = { chosen: 0, seed: 0, fault: "", sweeps: false, isSeen: false, isStripSeen: false, isStripDrawn: false };
@@ -35,8 +36,7 @@ export function fail(error) {
 export function useNetwork(opened, { kind = "all", seed = 0, ...options } = {}) {
   const isOther = opened !== network, { size, betas, variance, classes } = network = opened;
   const y = Array.from({ length: COUNT }, (_, k) => kind === "all" ? k % classes.length : Number(kind));
-  pictures.eps = modelOf(network, y, 0);
-  Object.assign(pictures.options, { betas, variance, ...options });
+  pictures.use(modelOf(network, y, 0), { betas, variance, ...options });
   pictures.begin(new Float32Array(COUNT * size), noiseOf(seed, COUNT, size)());
   expected = { x0: null, place: -1, asked: false };
   state.fault = "";
@@ -47,9 +47,10 @@ export function useNetwork(opened, { kind = "all", seed = 0, ...options } = {}) 
   begin();
 }
 
-/** Offer the kinds of the network, and forget the guidance strip of the one before. */
+/** Say what the network draws, offer its kinds, and forget the guidance strip of the one before. */
 function useKinds() {
-  const { classes } = network;
+  const { name, classes, shape: [channels, height, width] } = network;
+  $("images-about").textContent = ABOUT[name] ?? `Your network draws ${channels === 3 ? "coloured" : "grey"} pictures of ${width} × ${height} pixels.`;
   for (const element of document.querySelectorAll(".classes")) element.hidden = !classes.length;
   $("image-kind").replaceChildren(new Option("all in turn", "all"), new Option("any kind", classes.length),
     ...classes.map((name, k) => new Option(name, k)));
@@ -69,7 +70,7 @@ function begin() {
     gesture.sendBack();
     if (still) gesture.finish();
   }
-  if (state.isStripSeen && network.classes.length && !state.isStripDrawn && !strip.busy) strip.start(drawStrip);
+  if (state.isStripSeen && network.classes.length && !state.isStripDrawn && !strip.busy) strip.start(drawStrip).catch(fail);
 }
 
 /** Ask what the network expects at the place of the slider, one question at a time. */
@@ -137,9 +138,10 @@ function draw() {
   const { place, isBack } = gesture, { x, x0 } = pictures.at(place), shape = network?.shape ?? [1, 32, 32];
   if (state.sweeps && isBack) $("images-curtain").value = 50 + 40 * Math.sin(2 * Math.PI * (1 - place));
   state.sweeps &&= place > 0;
+  if (expected && (isBack || !place)) Object.assign(expected, { x0: null, place: -1 });
   $("images-stage").style.setProperty("--curtain", `${$("images-curtain").value}%`);
   drawImages($("images-noisy"), x, shape, COLUMNS, 1);
-  drawImages($("images-expected"), isBack ? x0 : place ? expected?.x0 ?? x : x, shape, COLUMNS, 1);
+  drawImages($("images-expected"), network ? (!isBack && expected.x0) || x0 : x, shape, COLUMNS, 1);
   drawFilm(shape);
   ask();
 }

@@ -2,7 +2,7 @@
 
 import { $, Owner, animate, announce, follow, pause, still } from "./common.js";
 import { clear, colours, drawArrows, drawDots, drawLine, drawRing, grid } from "./plane.js";
-import { STD, exactEps, missed } from "./points.js";
+import { STD, density, exactEps, missed } from "./points.js";
 import { ABAR, BETAS, noiseOf, sampleProgressive, uniform } from "./sampler.js";
 import { DATA } from "./scene.js";
 import { Trainer, draw, epsOf, noised } from "./trainer.js";
@@ -75,12 +75,12 @@ function changed() {
 
 // ---- what is seen
 
-/** The example that is shown slowly. */
-const card = () => CARDS.includes(Math.floor(state.at)) ? saved[Math.floor(state.at)]?.card : undefined;
+/** The example that is shown slowly, after the weights of its index. */
+const card = () => state.at % 1 > 0 && CARDS.includes(Math.floor(state.at)) ? saved[Math.floor(state.at)]?.card : null;
 const shown = () => saved[Math.max(0, Math.min(Math.floor(state.at), saved.length - 1))];
 
 function say() {
-  const now = shown(), isCard = card() !== undefined;
+  const now = shown(), isCard = card() !== null;
   const [play, pauseName] = state.at >= LAST ? ["►", "Play again"] : ["►", "Play"];
   [$("learn-play").textContent, $("learn-play").ariaLabel] = state.playing ? ["❚❚", "Pause"] : [play, pauseName];
   if (!now) return "";
@@ -101,28 +101,17 @@ function drawField(now) {
   const view = clear($("learn-plane"), LIMIT), rows = view.height < 400 ? 11 : 17;
   if (field.wide !== view.wide) {
     const places = grid(view, rows), exact = exactEps(places, ABAR[LEVEL], DATA, STD);
-    Object.assign(field, { wide: view.wide, places, exact, presence: presenceAt(places) });
+    const q = density(rows, ABAR[LEVEL], DATA, STD, view.wide, LIMIT), largest = Math.max(...q);
+    Object.assign(field, { wide: view.wide, places, exact, presence: q.map((value) => Math.min(1, 1.6 * Math.sqrt(value / largest))) });
   }
-  const { places, exact, presence } = field, cell = (1.4 * view.height) / rows, eps = epsOf(now.average, places, LEVEL);
-  const error = (k) => Math.hypot(eps[2 * k] - exact[2 * k], eps[2 * k + 1] - exact[2 * k + 1]);
+  const { places, exact, presence } = field, cell = (1.4 * view.height) / rows;
   drawDots(view, SHRUNK, 2.4, colours.data, 0.6);
   drawArrows(view, places, exact.map((value) => -value), colours.arrow, cell, (k) => presence[k]);
+  if (!now) return; // the network is not there yet
+  const eps = epsOf(now.average, places, LEVEL);
+  const error = (k) => Math.hypot(eps[2 * k] - exact[2 * k], eps[2 * k + 1] - exact[2 * k + 1]);
   drawArrows(view, places, eps.map((value) => -value), colours.lit, cell, (k) => presence[k] * Math.min(1, 1.5 * error(k)));
   if (card()) drawCard(view, card(), state.at % 1);
-}
-
-/** At each place, the density of noisy points there: 1 in the middle, 0 where none lie. */
-function presenceAt(places) {
-  const variance = ABAR[LEVEL] * STD ** 2 + 1 - ABAR[LEVEL];
-  const density = Float32Array.from({ length: places.length / 2 }, (_, k) => {
-    let sum = 0;
-    for (let m = 0; m < SHRUNK.length; m += 2) {
-      sum += Math.exp(-((places[2 * k] - SHRUNK[m]) ** 2 + (places[2 * k + 1] - SHRUNK[m + 1]) ** 2) / 2 / variance);
-    }
-    return sum;
-  });
-  const largest = Math.max(...density);
-  return density.map((value) => Math.min(1, 1.6 * Math.sqrt(value / largest)));
 }
 
 /** An example, one thing after the other: the data point, its noise, the guess. part: of the time, 0 to 1. */
@@ -139,10 +128,10 @@ function drawCard(view, { x0, xt, guess }, part) {
 }
 
 /** The samples, over discs around the data: a sample outside of them misses. */
-function drawSamples({ x0 }) {
+function drawSamples(now) {
   const view = clear($("learn-samples"), 1.5), [left] = view.at(0, 0), [right] = view.at(3 * STD, 0);
   drawDots(view, DATA, right - left, colours.data, 0.25);
-  drawDots(view, x0, 2.2, colours.ink);
+  if (now) drawDots(view, now.x0, 2.2, colours.ink);
 }
 
 /** The share of points that miss, after each step that is saved. */
@@ -162,10 +151,10 @@ function drawCurve() {
 /** Make the section work. */
 export function startLearning() {
   ask = animate($("learn-stage"), (passed) => {
-    if (!saved.length || (state.playing && !advance(passed))) return state.playing;
+    if (state.playing && saved.length && !advance(passed)) return true;
     drawField(shown());
     drawSamples(shown());
-    drawCurve();
+    if (saved.length) drawCurve();
     return state.playing;
   });
   let begun = still;

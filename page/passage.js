@@ -18,11 +18,15 @@ export class Passage {
    * betas. changed(error): called when there are more steps, or when eps has failed.
    */
   constructor(eps, options, changed) {
-    Object.assign(this, { eps, options: { betas: BETAS, ...options }, changed });
+    this.changed = changed;
+    this.use(eps, { betas: BETAS, ...options });
   }
 
-  get abars() {
-    return alphasBar(this.options.betas);
+  /** Use another network, or other options. */
+  use(eps, options) {
+    this.eps = eps;
+    this.options = { ...this.options, ...options };
+    this.abars = alphasBar(this.options.betas);
   }
 
   /** The pace: half of the way belongs to the lowest quarter of the levels, where most is decided. */
@@ -105,7 +109,6 @@ export class Passage {
       if (!this.jumps) steps.push({ t: -1, x: steps.at(-1).x0, x0: steps.at(-1).x0 });
       this.changed();
     }).catch((error) => {
-      if (this.steps !== steps) return; // another way back, or another network, has begun
       this.eps = null; // as if there were no network; the last step stays
       this.changed(error);
     });

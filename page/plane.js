@@ -63,29 +63,37 @@ export function drawRing({ context, at }, place, radius, colour, width = 2) {
   context.stroke();
 }
 
+const hazes = new Map(); // those of the last frames, because several planes may show the same
+
 /** Draw the density of x_t as a haze. */
 export function drawHaze({ context, width, height, wide, limit }, abar, centres, std) {
   const deviation = Math.sqrt(1 - abar + abar * std ** 2); // of each centre: a cell is at most a third of it
   const rows = Math.round(Math.min(64, Math.max(24, (6 * limit) / deviation)));
-  const q = density(rows, abar, centres, std, wide, limit), columns = q.length / rows;
-  const largest = q.reduce((a, b) => Math.max(a, b)), image = new ImageData(columns, rows);
-  const [haze, ground] = [colours.data, colours.card].map((hex) => [1, 3, 5].map((k) => parseInt(hex.slice(k, k + 2), 16)));
+  const name = [rows, wide, limit, abar, colours.card].join();
+  if (hazes.size > 20) hazes.clear();
+  if (!hazes.has(name)) hazes.set(name, haze(rows, abar, density(rows, abar, centres, std, wide, limit)));
+  context.drawImage(hazes.get(name), 0, 0, width, height);
+}
+
+function haze(rows, abar, q) {
+  const columns = q.length / rows, largest = q.reduce((a, b) => Math.max(a, b)), image = new ImageData(columns, rows);
+  const [blue, ground] = [colours.data, colours.card].map((hex) => [1, 3, 5].map((k) => parseInt(hex.slice(k, k + 2), 16)));
   q.forEach((value, k) => { // opaque, which is faster than blending
     const share = (0.16 + 0.3 * Math.sqrt(abar)) * Math.sqrt(value / largest); // paler where there is more noise
-    for (let c = 0; c < 3; c++) image.data[4 * k + c] = ground[c] + share * (haze[c] - ground[c]);
+    for (let c = 0; c < 3; c++) image.data[4 * k + c] = ground[c] + share * (blue[c] - ground[c]);
     image.data[4 * k + 3] = 255;
   });
   const small = new OffscreenCanvas(columns, rows);
   small.getContext("2d", { alpha: false }).putImageData(image, 0, 0);
-  context.drawImage(small, 0, 0, width, height);
+  return small;
 }
 
-/** The places of so many rows of arrows, over the view. */
+/** The places of so many rows of arrows over the view, from the top left. */
 export function grid({ wide, limit }, rows) {
   const columns = Math.round(rows * wide), places = [];
   for (let row = 0; row < rows; row++) {
     for (let k = 0; k < columns; k++) {
-      places.push((((k + 0.5) / columns) * 2 - 1) * limit * wide, (((row + 0.5) / rows) * 2 - 1) * limit);
+      places.push((((k + 0.5) / columns) * 2 - 1) * limit * wide, (1 - ((row + 0.5) / rows) * 2) * limit);
     }
   }
   return Float32Array.from(places);

@@ -3,10 +3,10 @@
 import { announce } from "./common.js";
 import { Passage } from "./passage.js";
 import { clear, colours, drawArrows, drawDots, drawHaze, drawLine, drawRing, grid, viewOf } from "./plane.js";
-import { CLOUDS, STD, exactEps, nearest, posterior } from "./points.js";
+import { STD, exactEps, moons, nearest, posterior } from "./points.js";
 import { ABAR, between, noiseOf, partsAt } from "./sampler.js";
 
-export const DATA = CLOUDS["two moons"](), N = DATA.length / 2;
+export const DATA = moons(), N = DATA.length / 2;
 const ROWS = 13; // of arrows
 const HAZE = 0.045; // the deviation of the data in the haze, so that it is seen
 
