@@ -133,9 +133,15 @@ export class Gesture {
       this.stop();
       this.moveTo(slider.value / 1000);
     };
-    slider.onfocus = () => this.repeats && this.stop();
-    slider.onchange = () => held || announce(this.say());
-    slider.onkeydown = (event) => event.key === "Enter" && this.sendBack();
+    slider.onfocus = () => {
+      if (this.repeats) this.stop();
+    };
+    slider.onchange = () => {
+      if (!held) announce(this.say());
+    };
+    slider.onkeydown = ({ key }) => {
+      if (key === "Enter") this.sendBack();
+    };
   }
 
   // ---- what shows it

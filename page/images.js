@@ -14,7 +14,7 @@ const DISTANCES = [2.6, 13.7, 25.3, 38.8, 45.7]; // of the clothes with this gui
 
 const state = { chosen: 0, seed: 0, fault: "", sweeps: false, isSeen: false, isStripSeen: false, isStripDrawn: false };
 let network = null;
-let expected; // {x0, place, asked}: what the network expects on the way to the noise
+export let expected; // {x0, place, asked}: what the network expects on the way to the noise
 const strip = new Owner();
 export const pictures = new Passage(null, { sampler: "sa-solver", steps: 10 }, (error) => {
   if (error) fail(error);

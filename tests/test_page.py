@@ -46,7 +46,7 @@ NAMES = {
     "opening": "scene, gesture, picture",
     "arrows": "gesture",
     "learn": "saved",
-    "images": "pictures, gesture",
+    "images": "pictures, gesture, expected",
     "drawing": "drawing, gesture, drawn",
 }  # the exports
 OUTSIDE, COPY = "^(?!http://127.0.0.1)", "/node_modules/"  # addresses
@@ -651,6 +651,7 @@ def test_opening_by_hand_and_by_keyboard(page):
     assert page.input_value("#scene-place") == "0"
     assert "path on which this point came back" in page.text_content("#scene-text")
     page.focus("#scene-plane")
+    page.mouse.move(2, 2)
     page.keyboard.press("Escape")
     page.focus("#scene-place")
     page.keyboard.press("End")
@@ -725,29 +726,19 @@ def test_network_learns_the_moons(page):
     until(page, "learn-title", "Not trained")
     x0 = np.array(value_of(page, "learn", "saved[0].x0"))
     assert np.abs(x0).max() > 1.5 and x0.std() == pytest.approx(1, abs=0.1)  # nothing is clipped
-    set_value(page, "learn-place", 40)
-    until(page, "learn-title", "^Trained$")
-    assert int(page.text_content("#learn-misses").split()[0]) < 25
-    steps = value_of(page, "learn", "saved.map(({ steps }) => steps)")
-    assert len(steps) == 41 and steps[0] == 0 and steps[-1] == 3000
-    shown = {}
-    for place in (40, 20, 0):
+    set_value(page, "learn-place", 22)
+    until(page, "learn-title", "^Training step 908$")
+    assert int(page.text_content("#learn-misses").split()[0]) < 50
+    shown, names = [], ("learn-plane", "learn-samples", "learn-curve")
+    for place, title in ((22, "Training step 908"), (10, "Training step 188"), (0, "Not trained")):
         set_value(page, "learn-place", place)
-        assert (
-            page.text_content("#learn-title")
-            == {40: "Trained", 0: "Not trained"}.get(place, f"Training step {steps[place]}")
-            or place == 0
-        )
-        shown[place] = [
-            pixels(page, name) for name in ("learn-plane", "learn-samples", "learn-curve")
-        ]
-    for canvases in zip(shown[40], shown[0], strict=True):
-        assert (canvases[0] != canvases[1]).any() and canvases[0].std() > 5
-    # orange arrows are those that are still wrong
-    orange = [((r > b + 60) & (r > 180)).mean() for r, _, b in (shown[0][0], shown[40][0])]
-    assert orange[0] > 2 * orange[1]
-    page.click("#learn-play")  # again, from the beginning
-    page.wait_for_timeout(300)
+        assert page.text_content("#learn-title") == title
+        shown.append([pixels(page, name) for name in names])
+    assert int(page.text_content("#learn-misses").split()[0]) > 80
+    for last, first in zip(shown[0], shown[-1], strict=True):
+        assert (last != first).any() and last.std() > 3
+    page.click("#learn-play")
+    page.wait_for_timeout(1000)
     assert page.get_attribute("#learn-play", "aria-label") == "Pause"
     assert page.text_content("#learn-title") == "Training step 1"
     page.click("#learn-play")
@@ -773,8 +764,8 @@ def test_included_network_draws_what_python_draws(page):
         np.testing.assert_allclose(images_at(page, place, kind=kind), expected, atol=2e-2)
     assert np.abs(tiles(page, "images-noisy", (1, 32, 32)) - to_pixels(steps[-1][2])).max() <= 3
     set_value(page, "images-curtain", 25)
+    page.wait_for_timeout(1000)
     clip = page.locator("#images-expected").evaluate("e => getComputedStyle(e).clipPath")
-    page.wait_for_timeout(300)
     assert clip == "inset(0px 0px 0px 25%)"
     film = tiles(page, "images-film", (1, 32, 32))
     assert (
@@ -785,7 +776,8 @@ def test_included_network_draws_what_python_draws(page):
     )
     # the other way: what the network expects of pictures with noise
     value_of(page, "images", "gesture.moveTo(0.5)")
-    page.wait_for_timeout(3000)
+    while not value_of(page, "images", "expected.place === 0.5"):
+        page.wait_for_timeout(300)
     t = np.full(16, 249)
     x = images_at(page, 0.5)
     abar = np.cumprod(1 - np.array(network.betas))[249]
@@ -888,7 +880,9 @@ def test_layout(width, scheme, page):
     boxes = [page.locator(f"#arrows-plane-ddim-{n}").bounding_box() for n in (1, 5, 50)]
     assert len({box["y"] for box in boxes}) == 1 and boxes[0]["width"] >= 80  # side by side
     controls = "[...document.querySelectorAll('input, select, button')]"
-    unnamed = "filter((e) => !e.labels?.length && !e.ariaLabel && !e.textContent.trim())"
+    unnamed = (
+        "filter((e) => !e.hidden && !e.labels?.length && !e.ariaLabel && !e.textContent.trim())"
+    )
     assert page.evaluate(f"{controls}.{unnamed}.length") == 0
     outside = "filter((e) => !e.closest('details') && !e.hidden)"
     assert page.evaluate(f"{controls}.{outside}.length") <= 14
@@ -903,7 +897,7 @@ def test_layout(width, scheme, page):
 def test_one_live_region_that_does_not_chatter(page):
     """What can be used is no image, and a way back is announced once."""
     assert page.locator("[role=status], [aria-live], output").count() == 1
-    assert page.locator("canvas:not([role]):not([aria-hidden])").count() == 0
+    assert page.locator("canvas:not([role]):not([aria-hidden], [aria-hidden] *)").count() == 0
     assert page.locator("canvas[tabindex][role=img]").count() == 0
     page.evaluate("""() => {
         window.said = [];
