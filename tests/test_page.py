@@ -209,7 +209,8 @@ def pixels(page, canvas):
     url = page.evaluate(
         """async (id) => {
             document.getElementById(id).scrollIntoView({block: "center"});
-            await new Promise((resolve) => setTimeout(resolve, 400)); // until it is drawn
+            await new Promise((resolve) => setTimeout(resolve, 400));
+            for (let k = 0; k < 3; k++) await new Promise(requestAnimationFrame); // until it is drawn
             return document.getElementById(id).toDataURL();
         }""",
         canvas,
@@ -914,7 +915,7 @@ def test_one_live_region_that_does_not_chatter(page):
 def test_wrong_file_while_the_network_loads(opened, tmp_path):
     """It changes nothing: the included network draws as soon as it is there."""
     held = []
-    page = opened({"fashion-mnist.onnx": held.append})
+    page = opened({"fashion-mnist.onnx": lambda route: held.append(route)})
     (tmp_path / "text.onnx").write_bytes(b"hello, world")
     assert "is not a model" in choose(page, tmp_path / "text.onnx")
     while not held:
