@@ -210,7 +210,7 @@ def pixels(page, canvas):
         """async (id) => {
             document.getElementById(id).scrollIntoView({block: "center"});
             await new Promise((resolve) => setTimeout(resolve, 400));
-            for (let k = 0; k < 3; k++) await new Promise(requestAnimationFrame); // until it is drawn
+            for (let k = 0; k < 3; k++) await new Promise(requestAnimationFrame); // it is drawn
             return document.getElementById(id).toDataURL();
         }""",
         canvas,
