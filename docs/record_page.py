@@ -30,10 +30,10 @@ DATA, NOISE, RESULT = 900, 500, 2200  # how long these frames stay, in milliseco
 STILL = 0.11  # the place of moons.png, on the way back from 1 to 0
 STYLE = f"#scene-plane {{ width: 560px !important; height: {SIZE}px !important; }}"
 
-SCENE = "import('./opening.js').then(({ scene }) => %s)"
+GESTURE = "import('./opening.js').then(({ gesture }) => %s)"
 SHOWN_AT = """async (place) => {
-    const { scene } = await import("./opening.js");
-    scene.moveTo(place);
+    const { gesture } = await import("./opening.js");
+    gesture.moveTo(place);
     await new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve)));
     return ["scene-plane", "scene-picture"].map((id) => document.getElementById(id).toDataURL());
 }"""
@@ -75,8 +75,8 @@ def shown_at(page, place):
 def record(page):
     """Return the frames to the noise, those of the way back, and the still."""
     there = [shown_at(page, k / FORWARD) for k in range(FORWARD + 1)]
-    page.evaluate(SCENE % "(scene.sendBack('many'), scene.stop())")
-    while not page.evaluate(SCENE % "scene.isComplete"):
+    page.evaluate(GESTURE % "(gesture.sendBack(), gesture.stop())")
+    while not page.evaluate(GESTURE % "gesture.isComplete"):
         page.wait_for_timeout(200)
     back = [shown_at(page, 1 - k / BACK) for k in range(1, BACK + 1)]
     return there, back, back[round((1 - STILL) * BACK) - 1]
@@ -91,8 +91,9 @@ def main():
             color_scheme="dark", reduced_motion="reduce", viewport={"width": 1280, "height": 900}
         )
         page.goto(address)
-        if not page.evaluate("window.ready"):
-            raise SystemExit(page.text_content("#status"))
+        page.evaluate("window.ready")
+        if page.text_content("#images-title") == "No network":
+            raise SystemExit(page.text_content("#images-text"))
         page.add_style_tag(content=STYLE)
         there, back, still = record(page)
     each = 1000 // RATE

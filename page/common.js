@@ -1,46 +1,14 @@
-// What the sections share: elements, controls, what is said, and one owner for what runs.
-
-import { T } from "./sampler.js";
+// What the sections share: elements, frames, what is said, and owners of what runs.
 
 export const $ = (id) => document.getElementById(id);
 export const scheme = matchMedia("(prefers-color-scheme: dark)");
 export const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
-/** The pace: from 1, the noise, to 0, the data. Half of the time belongs to t < 250, where most is decided. */
-export const levelAt = (place) => T * place ** 2 - 1;
 export const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
-/**
- * Let controls show and change a state. The control of a key has the id prefix + key, and may be
- * absent. changed(key) is called after a change. Returns a function that shows the state.
- */
-export function bind(state, prefix, changed) {
-  const controls = Object.keys(state).map((key) => [key, $(prefix + key)]).filter(([, control]) => control);
-  for (const [key, control] of controls) {
-    control.autocomplete = "off"; // the browser would restore the control, but not the state
-    control.addEventListener(control.type === "range" ? "input" : "change", () => {
-      const value = control.type === "checkbox" ? control.checked : control.value;
-      state[key] = typeof state[key] === "number" ? Number(value) : value;
-      changed(key);
-    });
-  }
-  const show = () => {
-    for (const [key, control] of controls) {
-      if (control.type === "checkbox") control.checked = state[key];
-      else if (control !== document.activeElement || control.type !== "number") control.value = state[key];
-    }
-  };
-  show();
-  return show;
-}
-
 /** An owner of what runs: start(task) ends the task before, waits for it, and calls task(run), which
- * ends soon after run.stopped. Of several starts at the same time, only the last one happens. */
+ * ends soon after run.stopped, and then nobody hears of its error. Of several starts at the same time, only the last one happens. */
 export class Owner {
   #run = null;
-
-  constructor(changed = () => {}) {
-    this.changed = changed;
-  }
 
   /** Whether something runs that nobody has stopped. */
   get busy() {
@@ -49,7 +17,6 @@ export class Owner {
 
   stop() {
     if (this.#run) this.#run.stopped = true;
-    this.changed();
     return this.#run?.ended;
   }
 
@@ -59,19 +26,20 @@ export class Owner {
       await before?.catch(() => {}); // who started it learns of its error
       try {
         if (!run.stopped) await task(run);
+      } catch (error) {
+        if (!run.stopped) throw error;
       } finally {
         if (this.#run === run) this.#run = null;
-        this.changed();
       }
     })();
-    this.changed();
     return run.ended;
   }
 }
 
-/** Call call(isSeen) when an element comes into sight, or leaves it. */
-export function follow(element, call) {
-  new IntersectionObserver(([entry]) => call(entry.isIntersecting)).observe(element);
+/** Call call(isSeen) when an element comes into sight, or leaves it. share: of it that must be seen. */
+export function follow(element, call, share = 0) {
+  const isSeen = (entry) => entry.isIntersecting && entry.intersectionRatio >= share;
+  new IntersectionObserver((entries) => call(isSeen(entries.at(-1))), { threshold: [0, share] }).observe(element);
 }
 
 /** Call step(milliseconds) in the next frame, and again while it returns true and the element is in

@@ -1,100 +1,179 @@
-// Section 4: a drawing, noise, and the network that removes it.
+// Section 4: a drawing. The gesture of the opening begins with what the reader has drawn.
 
-import { $, bind, follow, still } from "./common.js";
-import { drawImages, toPixels } from "./plane.js";
-import { modelOf, network, reverse, tell, work } from "./reverse.js";
-import { noiseOf, qSample } from "./sampler.js";
+import { $, Owner, follow, pause, still } from "./common.js";
+import { Gesture } from "./gesture.js";
+import { Passage } from "./passage.js";
+import { drawImages } from "./plane.js";
+import { noiseOf, qSample, sampleProgressive } from "./sampler.js";
 
-const ENDS = 4, END_STEPS = 50; // images drawn from one x_t, and the steps to draw them in
-const SHIRT = new Path2D("M.34 .1 L.66 .1 .95 .3 .86 .45 .72 .36 .72 .92 .28 .92 .28 .36 .14 .45 .05 .3");
+const ENDS = 4, STEPS = 20; // images that come back, and in how many steps
+const LEVELS = [50, 150, 300, 500, 800], TRACK_STEPS = 10; // of the results along the slider, of 1000
+const FIRST = 0.66; // from where the first drawing comes back
+const WAIT = 500; // milliseconds without a stroke, after which the drawing comes back
+const UNFINISHED = { // what the reader may finish, in a square of side 1: shapes, and a dotted hint of the rest
+  "fashion-mnist.onnx": {
+    shapes: [["#a0a0a0", "M.38 .7 L.38 .495 L.5 .41 C.55 .37 .62 .38 .65 .43 C.71 .48 .8 .46 .87 .39 C.92 .35 .97 .4 .96 .5 L.97 .7"],
+      ["#f0f0f0", "M.38 .7 L.97 .7 L.97 .77 L.38 .77"]],
+    hint: "M.37 .5 C.25 .6 .07 .6 .04 .7 L.05 .77 L.37 .77",
+  },
+  "emoji.onnx": {
+    shapes: [["#ffc83d", "M.06 .5 a.44 .44 0 1 0 .88 0 a.44 .44 0 1 0 -.88 0"]],
+    hint: "M.33 .36 v.1 M.67 .36 v.1 M.28 .62 c.1 .14 .34 .14 .44 0",
+  },
+};
 const canvas = $("draw"), context = canvas.getContext("2d", { willReadFrequently: true });
-const state = { t: 100, colour: "#ffffff", class: "" };
-let place, seed = 0; // of the brush, in pixels; of the next results
-let show, noise; // the state in the controls; of x_t, which stays while the slider moves
+const state = { network: null, pen: "#ffffff", before: null, fault: "" }; // before: where the pen was
+const track = new Owner();
+let waiting;
+export let gesture;
+export const drawing = new Passage(null, { sampler: "ddim", steps: STEPS, keepsData: true }, (error) => {
+  if (error) fail(error);
+  gesture.render();
+});
 
-/** The drawing with noise: x_t of x_0, Float32Array (C, H, W). */
-function noised() {
-  const [channels, height, width] = network.shape, area = height * width;
+/** The drawing, as the network sees it: Float32Array (C, H, W). */
+export function drawn() {
+  const [channels, height, width] = state.network.shape, area = height * width;
   const { data } = context.getImageData(0, 0, width, height);
-  const x0 = Float32Array.from({ length: network.size }, (_, k) => {
+  return Float32Array.from({ length: channels * area }, (_, k) => {
     const at = 4 * (k % area), grey = 0.299 * data[at] + 0.587 * data[at + 1] + 0.114 * data[at + 2];
     return (channels === 3 ? data[at + Math.floor(k / area)] : grey) / 127.5 - 1;
   });
-  return qSample(x0, state.t, noise, network.betas);
 }
 
-/** Show the state. The results belong to the drawing and its noise: with others, they are faint. */
-function render() {
-  show();
-  $("draw-t-value").textContent = `level ${state.t}`;
-  if (!network) return;
-  const stopped = work.busy ? work.stop() : Promise.resolve();
-  stopped.then(() => work.busy || tell(["draw-status"], "Press Denoise.", { passes: true }));
-  drawImages($("noised"), toPixels(noised()), network.shape);
-  $("ends").style.opacity = 0.3;
+// ---- what changes it
+
+function fail(error) {
+  state.fault = `The network failed: ${error.message.split("\n")[0]}`;
+  say();
 }
 
-/** Draw a line from where the brush was. */
+/** Another drawing: nothing has come back from it. */
+function restart() {
+  const x0 = drawn(), data = new Float32Array(ENDS * x0.length);
+  for (let k = 0; k < ENDS; k++) data.set(x0, k * x0.length);
+  drawing.begin(data, noiseOf(gesture.round++, ENDS, x0.length)());
+  track.stop();
+  gesture.stop();
+  gesture.moveTo(0);
+  for (const level of LEVELS) $(`track-${level}`).classList.add("old");
+}
+
+/** Send the drawing back from where the reader let go the last time, and fill the track. */
+function comeBack() {
+  if (!drawing.eps) return;
+  gesture.moveTo(drawing.from);
+  gesture.sendBack();
+  if (still) gesture.finish();
+  track.start(fillTrack).catch(fail);
+}
+
+/** Draw what comes back from each of the levels. */
+async function fillTrack(run) {
+  const { network } = state, { betas, shape, size } = network, x0 = drawn(), noise = noiseOf(1, 1, size)();
+  for (const level of LEVELS) {
+    while (!gesture.isComplete && !run.stopped) await pause(100);
+    const t = Math.round((level / 1000) * betas.length), xT = qSample(x0, t, noise, betas);
+    const options = { sampler: "sa-solver", steps: Math.min(TRACK_STEPS, t + 1), xT };
+    let last;
+    for await (last of sampleProgressive(drawing.eps, null, betas.slice(0, t + 1), options)) {
+      if (run.stopped) return;
+    }
+    drawImages($(`track-${level}`), last.x0, shape);
+    $(`track-${level}`).classList.remove("old");
+  }
+}
+
+/** Draw a line from where the pen was. */
 function paint(x, y) {
-  if (!network) return;
-  [context.strokeStyle, context.lineCap] = [state.colour, "round"];
-  context.lineWidth = Math.max(1.5, canvas.width / 12);
+  Object.assign(context, { strokeStyle: state.pen, lineCap: "round", lineWidth: Math.max(1.5, canvas.width / 12) });
   context.beginPath();
-  context.moveTo(...place ?? [x, y]);
+  context.moveTo(...state.before ?? [x, y]);
   context.lineTo(x + 0.01, y);
   context.stroke();
-  place = [x, y];
-  render();
+  state.before = [x, y];
+  restart();
 }
 
-/** Fill the drawing with black or white, and draw the next line in the other one. */
-function fill(colour = network.shape[0] === 1 ? "#000000" : "#ffffff") {
-  context.fillStyle = colour;
+function clear() {
+  const isGrey = state.network.shape[0] === 1;
+  [context.fillStyle, state.pen] = isGrey ? ["#000000", "#ffffff"] : ["#ffffff", "#4a2f14"];
   context.fillRect(0, 0, canvas.width, canvas.height);
-  state.colour = colour === "#000000" ? "#ffffff" : "#000000";
-  render();
+  $("draw-hint").style.display = "none";
+  restart();
 }
 
-/** Another network: begin with a shirt. */
-export function beginDrawing({ shape: [channels, height, width], size, betas, classes }) {
-  noise = noiseOf(1, 1, size)();
+/** Another network: begin with half a shoe, or a face without eyes. */
+export function useNetwork(network) {
+  const { shape: [, height, width], betas, name, variance } = network;
+  Object.assign(state, { network, fault: "" });
+  drawing.use((x, t) => network.eps(x, t), { betas, variance });
+  drawing.from = FIRST;
   [canvas.height, canvas.width] = [height, width];
-  $("ends").width += 0; // clears it
-  $("draw-t").max = betas.length - 1;
-  state.t = Math.min(state.t, betas.length - 1);
-  $("draw-class").replaceChildren(...[...classes, "any"].map((name, k) => new Option(name, k)));
-  state.class = String(classes.length);
-  for (const id of ["denoise", "draw-clear"]) $(id).disabled = false;
-  fill();
-  context.fillStyle = channels === 1 ? "#b0b0b0" : "#3a6fd8";
+  for (const level of LEVELS) $(`track-${level}`).width += 0; // clears it
+  clear();
   context.scale(width, height);
-  context.fill(SHIRT);
+  const { shapes, hint } = UNFINISHED[name] ?? { shapes: [], hint: "" };
+  for (const [colour, path] of shapes) {
+    context.fillStyle = colour;
+    context.fill(new Path2D(path));
+  }
   context.resetTransform();
-  render();
-  follow($("ends"), (isSeen) => isSeen && !seed && !still && !work.busy && denoise());
+  $("draw-hint").firstElementChild.setAttribute("d", hint);
+  $("draw-hint").style.display = "";
+  $("draw-clear").disabled = false;
+  restart();
+  gesture.begun = false;
+  begin();
 }
 
-function denoise() {
-  const { betas, shape, size } = network, { t } = state, xT = new Float32Array(ENDS * size), image = noised();
-  for (let k = 0; k < ENDS; k++) xT.set(image, k * size);
-  const drawNoise = noiseOf(seed++, ENDS, size), model = modelOf(state.class, ENDS, 0);
-  const options = { variance: "small", xT, steps: Math.min(END_STEPS, t + 1) }; // "large" would leave grain
-  reverse("draw-status", `Four results from level ${t}`, model, drawNoise, betas.slice(0, t + 1), options, ({ x0 }) => {
-    drawImages($("ends"), toPixels(x0), shape, 2);
-    $("ends").style.opacity = 1;
-  });
+/** The first drawing comes back when it is seen. */
+function begin() {
+  if (!state.network || !state.isSeen || gesture.begun) return;
+  comeBack();
+  gesture.begun = true;
 }
 
+// ---- what shows it
+
+function say() {
+  const { place, isBack } = gesture;
+  const text = state.fault || (!state.network ? "The network is loading."
+    : !isBack && !place ? "Draw with your finger or the mouse."
+    : !isBack ? `Noise of level ${gesture.level} is added to the drawing, four times. Let go, and the network removes it.`
+    : place || !gesture.isComplete ? `Coming back from level ${Math.round(drawing.levelAt(drawing.from))}.`
+    : `Four results from level ${Math.round(drawing.levelAt(drawing.from))}: the more noise, the less of your drawing is left in them.`);
+  return ($("drawing-text").textContent = text);
+}
+
+function draw() {
+  if (!state.network) return;
+  const { shape, size } = state.network, { place, isBack } = gesture, { x } = drawing.at(place);
+  drawImages($("draw-ends"), x, shape, 2, 1);
+  $("draw-ends").classList.toggle("old", !isBack && !place);
+  $("draw-noised").hidden = isBack || !place;
+  if (!isBack && place) drawImages($("draw-noised"), x.subarray(0, size), shape);
+}
+
+/** Make the section work. */
 export function startDrawing() {
-  show = bind(state, "draw-", (key) => key !== "colour" && render());
-  $("denoise").onclick = denoise;
-  $("draw-clear").onclick = () => fill();
+  gesture = new Gesture("drawing", [drawing], draw, say);
+  $("draw-clear").onclick = clear;
   const move = ({ offsetX, offsetY }) =>
     paint((offsetX * canvas.width) / canvas.clientWidth, (offsetY * canvas.height) / canvas.clientHeight);
   canvas.onpointerdown = (event) => {
+    if (!state.network) return;
+    clearTimeout(waiting);
     canvas.setPointerCapture(event.pointerId);
-    place = null;
+    state.before = null;
+    $("draw-hint").style.display = "none";
     move(event);
   };
   canvas.onpointermove = (event) => canvas.hasPointerCapture(event.pointerId) && move(event);
+  canvas.onpointerup = () => { waiting = setTimeout(comeBack, WAIT); };
+  follow($("drawing-stage"), (isSeen) => {
+    state.isSeen = isSeen;
+    begin();
+  }, 0.4);
+  say();
 }

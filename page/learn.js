@@ -1,162 +1,179 @@
-// Section 2: a network learns the arrows of the points. This is Algorithm 1, watched.
+// Section 2: a network learns the arrows of the points. This is Algorithm 1, watched, and its saved weights.
 
-import { followData } from "./arrows.js";
-import { $, Owner, animate, announce, bind, follow, pause } from "./common.js";
+import { $, Owner, animate, announce, follow, pause, still } from "./common.js";
 import { clear, colours, drawArrows, drawDots, drawLine, drawRing, grid } from "./plane.js";
-import { STD, exactEps, missed } from "./points.js";
+import { STD, density, exactEps, missed } from "./points.js";
 import { ABAR, BETAS, noiseOf, sampleProgressive, uniform } from "./sampler.js";
-import { Trainer, draw, lossOf, noised } from "./trainer.js";
+import { DATA } from "./scene.js";
+import { Trainer, draw, epsOf, noised } from "./trainer.js";
 
-const BATCH = 128, SHOWN = 5, SAMPLES = 200; // SHOWN: points of the batch that are drawn
-const SLOW = 6, PAUSE = 900, HOLD = 2000; // the first steps are slow, and each batch is shown for a while; milliseconds
-const SLICE = 24, REST = 150; // milliseconds of work at a time, so that nothing stalls, and between two drawings
+const BATCH = 128, SAMPLES = 200, STEPS = 3000, LAST = 40; // LAST: the index of the last weights that are saved
+const CARDS = [0, 1, 10, 26]; // the weights whose guess is shown slowly, with an example
+const LEVEL = 80, LIMIT = 1.15; // the noise level of the arrows, and the view of them
+const PACE = { card: 2400, next: 220 }; // milliseconds
+const SLICE = 24; // milliseconds of work at a time, so that nothing stalls
+const SIGNAL = Math.sqrt(ABAR[LEVEL]), SHRUNK = DATA.map((value) => SIGNAL * value);
+/** After how many steps of training the weights of an index are saved. */
+const stepsAt = (i) => Math.ceil(STEPS * (i / LAST) ** 2);
 
-const state = { t: 300 };
-// What begins anew with other data: the data of section 1, the last losses, the loss of the formula, and
-// what is shown. {centres, trainer, random, losses, floor, batch, samples}
-let lesson;
-let ask, painted = 0, isSeen = false; // for a frame; when the last one was; whether the section is in sight
-const training = new Owner(() => announce(render()));
+// What is seen is the weights with the index `at`, or the last ones before it that exist.
+const state = { at: 0, playing: false, isSeen: false };
+export const saved = []; // {steps, average, x0, misses, card}: x0 are samples, and card is an example
+const trainer = new Trainer(), random = uniform(1, 0), training = new Owner();
+let ask;
 
-/** Begin again. */
-function restart(centres = lesson.centres) {
-  lesson = { centres, trainer: new Trainer(), random: uniform(1, 0), losses: [] };
-  render();
-}
+const isWanted = () => state.isSeen && saved.length <= LAST && (state.playing || state.at > saved.length - 1);
 
-/** One step of Algorithm 1. */
-function step() {
-  const { centres, trainer, random, losses } = lesson;
-  const batch = draw(centres, STD, BATCH, random), result = trainer.step(batch);
-  if (losses.push(result.loss) > 100) losses.shift();
-  if (trainer.steps <= SLOW || performance.now() > lesson.batch.until) {
-    lesson.batch = { until: performance.now() + HOLD, points: examples(batch, result) };
-  }
-}
-
-/** The first points of a batch whose x_t is in the view and no mere noise, each with the network's guess of its x_0. */
-function examples({ x0, t }, { xt, eps }) {
-  const two = (values, i) => [values[2 * i], values[2 * i + 1]];
-  const guess = xt.map((value, k) => { // (15), clipped as in sampling
-    const abar = ABAR[t[k >> 1]];
-    return Math.min(1, Math.max(-1, (value - Math.sqrt(1 - abar) * eps[k]) / Math.sqrt(abar)));
-  });
-  return t.map((level, i) => ({ level, x0: two(x0, i), xt: two(xt, i), guess: two(guess, i) }))
-    .filter(({ level, xt }) => level < 600 && xt.every((value) => Math.abs(value) < 2)).slice(0, SHOWN);
-}
-
-/** Take steps while running: slowly at first, then as many as fit into a slice. */
+/** Train as far as somebody wants to see. */
 async function train(run) {
-  while (!run.stopped) {
-    const isSlow = lesson.trainer.steps < SLOW, end = performance.now() + SLICE;
-    do step(); while (!isSlow && performance.now() < end);
-    if (isSlow || performance.now() > painted + REST) ask();
-    await pause(isSlow ? PAUSE : 0); // which is at least 4 ms
-  }
-}
-
-/** Every two seconds, while one looks: find the floor if it is unknown, and draw samples if the network has changed. */
-async function measure() {
-  for (let seed = 0; ; seed++) {
-    await pause(2000);
-    if (document.hidden || !isSeen) continue;
-    const mine = lesson; // another one may have begun before the end
-    mine.floor ??= await lossOfFormula(mine);
-    if (mine.trainer.steps === (mine.samples?.steps ?? 0)) continue;
-    mine.samples = await sample(mine, seed);
-    ask();
-  }
-}
-
-/** What the closed form reaches, in the mean over fresh batches. */
-async function lossOfFormula({ centres }) {
-  const drawn = uniform(2, 0), batches = 40;
-  let sum = 0;
-  for (let k = 0; k < batches; k++) {
-    const batch = draw(centres, STD, BATCH, drawn), xt = noised(batch);
-    const exact = batch.t.map((t, i) => exactEps(xt.subarray(2 * i, 2 * i + 2), ABAR[t], centres, STD));
-    sum += lossOf(batch.noise, exact.flatMap((eps) => [...eps]));
+  while (!run.stopped && isWanted()) {
+    const end = performance.now() + SLICE, next = stepsAt(saved.length);
+    while (trainer.steps < next && performance.now() < end) trainer.step(draw(DATA, STD, BATCH, random));
+    if (trainer.steps === next) await save();
     await pause(0);
   }
-  return sum / batches;
 }
 
-async function sample({ centres, trainer }, seed) {
-  const { steps } = trainer, options = { sampler: "ddim", steps: 50 };
-  let x0;
-  for await (const frame of sampleProgressive(trainer.eps.bind(trainer), noiseOf(seed, SAMPLES, 2), BETAS, options)) {
-    x0 = frame.x0;
-    await pause(0);
+/** Save the weights, with an example of their guesses, and what they draw from always the same noise. */
+async function save() {
+  const average = trainer.average.map((p) => p.slice()), eps = (x, t) => epsOf(average, x, t);
+  const options = { sampler: "ddim", steps: 50, clip: false };
+  let last;
+  for await (last of sampleProgressive(eps, noiseOf(0, SAMPLES, 2), BETAS, options)) {
+    if (last.t % 5 === 4) await pause(0);
   }
-  return { steps, x0, misses: 100 * missed(x0, centres, STD) };
+  saved.push({ steps: trainer.steps, average, x0: last.x0, misses: 100 * missed(last.x0, DATA, STD), card: cardOf(eps) });
+  changed();
 }
 
-/** Say where the training is, and draw it soon. */
-function render() {
-  ask();
-  return say();
+/** An example that is far from its origin, at the level of the arrows: {x0, xt, guess}, shrunk as the data are. */
+function cardOf(eps) {
+  const { x0, noise } = draw(DATA, 0, BATCH, random), spread = Math.sqrt(1 - ABAR[LEVEL]);
+  const i = noise.findIndex((value, k) => k % 2 === 0 && Math.abs(Math.hypot(value, noise[k + 1]) - 1.7) < 0.2);
+  const origin = x0.slice(i, i + 2).map((value) => SIGNAL * value), xt = origin.map((value, k) => value + spread * noise[i + k]);
+  return { x0: origin, xt, guess: xt.map((value, k) => value - spread * eps(xt, LEVEL)[k]) };
 }
 
-function paint() {
-  painted = performance.now();
-  drawBatch(lesson);
-  drawField(lesson);
-  drawSamples(lesson);
+/** Move on while playing: slowly through the first cards, and not beyond what is trained. */
+function advance(passed) {
+  const pace = CARDS.includes(Math.floor(state.at)) ? PACE.card : PACE.next, next = Math.min(state.at + passed / pace, saved.length - 1);
+  if (next <= state.at) return false;
+  state.at = next;
+  if (state.at >= LAST) state.playing = false;
+  changed();
+  if (!state.playing) announce(say());
+  return true;
+}
+
+/** Train if it is wanted, and show the state. */
+function changed() {
+  if (isWanted() && !training.busy) training.start(train);
+  $("learn-place").value = state.at;
   say();
+  ask();
 }
 
-/** A few points of a batch: from the data to x_t, and from there to the guess. */
-function drawBatch({ centres, batch }) {
-  const view = clear($("learn-batch"));
-  drawDots(view, centres, 1.5, colours.data, 0.4);
-  for (const { x0, xt, guess } of batch?.points ?? []) {
-    drawLine(view, [x0, xt], colours.arrow);
-    drawLine(view, [xt, guess], colours.lit);
-    drawDots(view, x0, 4.5, colours.data);
-    drawDots(view, xt, 4, colours.ink);
-    drawRing(view, guess, 5, colours.lit);
-  }
-}
+// ---- what is seen
 
-/** The arrows that are learnt, at the t of the slider: those that are wrong over the right ones. */
-function drawField({ centres, trainer }) {
-  const view = clear($("learn-field")), places = grid(view), { t } = state;
-  const scaled = (x, by) => x.map((value) => by * value), exact = exactEps(places, ABAR[t], centres, STD);
-  drawDots(view, scaled(centres, Math.sqrt(ABAR[t])), 1.5, colours.data, 0.5);
-  drawArrows(view, places, scaled(exact, -1), colours.arrow);
-  if (!trainer.steps) return;
-  const eps = trainer.eps(places, t), error = eps.map((value, k) => value - exact[k]);
-  const isWrong = (k) => Math.hypot(error[2 * k], error[2 * k + 1]) > 0.1; // the usual length is 1
-  drawArrows(view, places, scaled(eps, -1), colours.lit, 2.5, isWrong);
-}
-
-/** The samples, over discs around the data: a sample outside of them is a miss. */
-function drawSamples({ centres, samples }) {
-  const view = clear($("learn-samples"), 1.3), [left] = view.at(0, 0), [right] = view.at(3 * STD, 0);
-  drawDots(view, centres, right - left, colours.data, 0.3);
-  if (samples) drawDots(view, samples.x0, 2.2, colours.ink);
-}
+/** The example that is shown slowly, after the weights of its index. */
+const card = () => state.at % 1 > 0 && CARDS.includes(Math.floor(state.at)) ? saved[Math.floor(state.at)]?.card : null;
+const shown = () => saved[Math.max(0, Math.min(Math.floor(state.at), saved.length - 1))];
 
 function say() {
-  const { trainer: { steps }, losses, samples, floor } = lesson;
-  const loss = losses.reduce((a, b) => a + b, 0) / losses.length, times = (loss / floor).toFixed(2);
-  $("learn-at").textContent = `level ${state.t}`;
-  $("learn-start").textContent = training.busy ? "Pause" : steps ? "Continue" : "Start";
-  $("learn-numbers").textContent = !steps ? "" : `The mean loss of the last steps (at most 100) is `
-    + `${loss.toPrecision(3)}${floor ? `, ${times} times the floor (perfect: 1)` : ""}.`;
-  const misses = samples?.misses, word = misses <= 10 ? "good" : misses <= 30 ? "fair" : "still poor";
-  const judgement = samples ? ` At step ${samples.steps}, ${misses.toFixed(0)} % of its samples missed the data: ${word}.` : "";
-  return $("learn-status").textContent = steps ? `Training step ${steps}.${judgement}`
-    : training.busy ? "The training begins." : "Not trained yet: press Start.";
+  const now = shown(), isCard = card() !== null;
+  const [play, pauseName] = state.at >= LAST ? ["►", "Play again"] : ["►", "Play"];
+  [$("learn-play").textContent, $("learn-play").ariaLabel] = state.playing ? ["❚❚", "Pause"] : [play, pauseName];
+  if (!now) return "";
+  $("learn-place").ariaValueText = `training step ${now.steps}`;
+  $("learn-misses").textContent = `${now.misses.toFixed(0)} %`;
+  const [title, words] = isCard ? [`Training step ${now.steps + 1}`, "Noise moves a data point (blue) to a random place (dark). The network sees only this noisy point, and guesses where it came from (ring). The error of its guess then corrects its weights a little."]
+    : !now.steps ? ["Not trained", "The network cannot tell in which direction the data are: its arrows (orange) differ from the right ones (grey), and its points stay noise."]
+    : now.steps < STEPS ? [`Training step ${now.steps}`, "An orange arrow is one of the network, and the fainter it is, the smaller is its error. The right arrows are grey."]
+    : ["Trained", `After ${STEPS} steps, the arrows of the network are almost the right ones, and its points come from noise to the two moons.`];
+  [$("learn-title").textContent, $("learn-text").textContent] = [title, words];
+  return `${title}. ${words} ${$("learn-misses").textContent} of its points miss the data.`;
+}
+
+const field = {}; // {places, exact, presence}: the right arrows of the view, and how many noisy points lie there
+
+/** The arrows that are learnt, over the right ones, where there are noisy points to practise on. */
+function drawField(now) {
+  const view = clear($("learn-plane"), LIMIT), rows = view.height < 400 ? 11 : 17;
+  if (field.wide !== view.wide) {
+    const places = grid(view, rows), exact = exactEps(places, ABAR[LEVEL], DATA, STD);
+    const q = density(rows, ABAR[LEVEL], DATA, STD, view.wide, LIMIT), largest = Math.max(...q);
+    Object.assign(field, { wide: view.wide, places, exact, presence: q.map((value) => Math.min(1, 1.6 * Math.sqrt(value / largest))) });
+  }
+  const { places, exact, presence } = field, cell = (1.4 * view.height) / rows;
+  drawDots(view, SHRUNK, 2.4, colours.data, 0.6);
+  drawArrows(view, places, exact.map((value) => -value), colours.arrow, cell, (k) => presence[k]);
+  if (!now) return; // the network is not there yet
+  const eps = epsOf(now.average, places, LEVEL);
+  const error = (k) => Math.hypot(eps[2 * k] - exact[2 * k], eps[2 * k + 1] - exact[2 * k + 1]);
+  drawArrows(view, places, eps.map((value) => -value), colours.lit, cell, (k) => presence[k] * Math.min(1, 1.5 * error(k)));
+  if (card()) drawCard(view, card(), state.at % 1);
+}
+
+/** An example, one thing after the other: the data point, its noise, the guess. part: of the time, 0 to 1. */
+function drawCard(view, { x0, xt, guess }, part) {
+  const until = (from, to) => Math.min(1, Math.max(0, (part - from) / (to - from)));
+  const way = (a, b, share) => [a, a.map((value, k) => value + share * (b[k] - value))];
+  drawLine(view, way(x0, xt, until(0.12, 0.4)), colours.dim, 2.5);
+  drawDots(view, x0, 8, colours.card);
+  drawDots(view, x0, 6.5, colours.data);
+  drawDots(view, way(x0, xt, until(0.12, 0.4))[1], 6.5, colours.ink);
+  if (part < 0.5) return;
+  drawLine(view, way(xt, guess, until(0.5, 0.7)), colours.lit, 3);
+  if (part > 0.7) drawRing(view, guess, 9, colours.lit, 3);
+}
+
+/** The samples, over discs around the data: a sample outside of them misses. */
+function drawSamples(now) {
+  const view = clear($("learn-samples"), 1.5), [left] = view.at(0, 0), [right] = view.at(3 * STD, 0);
+  drawDots(view, DATA, right - left, colours.data, 0.25);
+  if (now) drawDots(view, now.x0, 2.2, colours.ink);
+}
+
+/** The share of points that miss, after each step that is saved. */
+function drawCurve() {
+  const { context, width, height } = clear($("learn-curve"), 1), now = Math.min(state.at, saved.length - 1);
+  const place = (i) => [4 + (i / LAST) * (width - 8), height - 4 - (saved[i].misses / 100) * (height - 8)];
+  [context.strokeStyle, context.lineWidth] = [colours.lit, 2.5];
+  context.beginPath();
+  saved.forEach((_, i) => context.lineTo(...place(i)));
+  context.stroke();
+  context.fillStyle = colours.ink;
+  context.beginPath();
+  context.arc(...place(Math.floor(now)), 4, 0, 2 * Math.PI);
+  context.fill();
 }
 
 /** Make the section work. */
 export function startLearning() {
-  ask = animate($("learning"), paint);
-  follow($("learning"), (value) => { isSeen = value; });
-  bind(state, "learn-", render);
-  followData(restart);
-  $("learn-start").onclick = () => (training.busy ? training.stop() : training.start(train));
-  $("learn-again").onclick = () => restart();
-  measure();
+  ask = animate($("learn-stage"), (passed) => {
+    if (state.playing && saved.length && !advance(passed)) return true;
+    drawField(shown());
+    drawSamples(shown());
+    if (saved.length) drawCurve();
+    return state.playing;
+  });
+  let begun = still;
+  const play = (playing) => {
+    begun = true;
+    if (playing && state.at >= LAST) state.at = 0;
+    state.playing = playing;
+    changed();
+  };
+  $("learn-place").max = LAST;
+  $("learn-place").oninput = ({ target }) => {
+    Object.assign(state, { at: Number(target.value), playing: false });
+    begun = true;
+    changed();
+  };
+  $("learn-play").onclick = () => play(!state.playing);
+  follow($("learn-stage"), (isSeen) => {
+    state.isSeen = isSeen;
+    changed();
+  });
+  follow($("learn-stage"), (isSeen) => isSeen && !begun && play(true), 0.5);
 }

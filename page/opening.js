@@ -1,56 +1,61 @@
-// The opening scene: the points, and beside them a picture, which the network of the page draws.
+// The opening: points, and beside them a picture, which the included network draws.
 
 import { $, still } from "./common.js";
+import { Gesture } from "./gesture.js";
 import { Passage } from "./passage.js";
-import { drawImages, toPixels } from "./plane.js";
-import { CLOUDS } from "./points.js";
-import { Scene, N } from "./scene.js";
+import { drawImages } from "./plane.js";
+import { N, Scene, letChoose } from "./scene.js";
 import { noiseOf, partsAt } from "./sampler.js";
 
 const SHAPE = [1, 32, 32], SIZE = 1024;
 const STREAM = 1; // the noise of the recording: recorded.webp, by docs/make_figures.py
-const picture = new Passage(null, { sampler: "ddim", steps: 40 }, (error) => {
+const state = { chosen: -1, pinned: -1 }; // of the points: whose origins are shown
+let fault = ""; // of the network
+export let scene, gesture;
+export const picture = new Passage(null, { sampler: "ddim", steps: 25 }, (error) => {
   if (error) fault = ` The network failed: ${error.message.split("\n")[0]}`;
-  scene.render();
+  gesture.render();
 });
-export let scene;
-let fault = ""; // of the network that draws the picture
-let recordedEps = null;
 
 /** The heading beside the picture, and what to see. */
 function captions() {
-  const { phase, place, sentence } = scene;
-  if (sentence && (phase !== "noising" || !scene.moving)) return ["One point", sentence];
-  if (phase === "rest") return ["Data", `${N} points that form two moons, one blue and one red, and a picture. A picture is a point, too, but in more dimensions.`];
-  if (phase === "noising") {
-    return place < 1 ? ["Noise is added", scene.moving ? "Each point is shrunk towards the middle and scattered, until nothing of its place is left. The picture fades in the same way."
-      : "Touch a point to see where it may have come from, or send all of them back."]
-      : ["Only noise is left", "Nobody can tell where each point was. The way back begins here."];
+  const { place, moving, isBack } = gesture, { from, jumps } = scene;
+  const sentence = scene.sentenceOf(state.chosen, place);
+  if (sentence && (isBack || !moving)) return ["One point", sentence];
+  if (!isBack && !place) return ["Data", `${N} points that form two moons, one blue and one red, and a picture. A picture is a point, too, but in more dimensions.`];
+  if (!isBack && place === 1) return ["Only noise is left", "Nobody can tell where each point was. The way back begins here."];
+  if (!isBack) {
+    return ["Noise is added", moving ? "Each point is shrunk towards the middle and scattered, until nothing of its place is left. The picture fades in the same way."
+      : "Touch a point to see where it may have come from, or send all of them back."];
   }
-  if (phase === "one") {
-    return ["Back in one jump", scene.points.from < 0.2 ? "With so little noise, few origins are possible, so their mean is almost a data point. Jump from more noise to see the difference."
-      : scene.points.from < 0.7 ? "Each point jumps to the mean of its possible origins, which lies between them. From more noise, the means lie farther off, and the picture becomes a blur."
+  if (jumps) {
+    return ["Back in one jump", from < 0.2 ? "With so little noise, few origins are possible, so their mean is almost a data point. Jump from more noise to see the difference."
+      : from < 0.7 ? "Each point jumps to the mean of its possible origins, which lies between them. The picture loses some of its detail."
       : `All ${N} points jump to almost the same place, the mean of all their origins. The mean of many points is no moon, and the mean of many pictures is a blur.`];
   }
   if (place) return ["Back in many steps", "Each point follows its arrow a little, towards where it may have come from. Then it asks again: with less noise, fewer origins are possible."];
-  return ["They are back", scene.points.from < 0.7 ? "From so little noise, the points come back near to where they were. From more noise, new data come back."
-    : "The shape is the same, but each point is at a new place, as the mixed colours show: these are new data, and a new picture."];
+  const { swapped } = scene;
+  return ["They are back", swapped < N / 4 ? `From so little noise, ${swapped ? `all but ${swapped} of the ${N} points` : "all points"} came back to their own moon. From more noise, new data come back.`
+    : `The shape is the same, but ${swapped} of the ${N} points came back to the other moon, as the mixed colours show: these are new data${from > 0.9 ? ", and a new picture" : ""}.`];
 }
 
 function say() {
   const [title, words] = captions(), text = words + fault;
   [$("scene-title").textContent, $("scene-text").textContent] = [title, text];
+  $("scene-many").textContent = gesture.place ? "Send them back" : "To noise, and back";
+  [$("scene-pause").textContent, $("scene-pause").ariaLabel] = gesture.moving ? ["❚❚", "Pause"] : ["►", "Play"];
   return `${title}. ${text}`;
 }
 
-/** Let the network draw the picture, if it draws such pictures, and else the recording. Without a
- * network, resolves when the one of before is not asked any more. */
-export async function useNetwork(opened) {
-  await picture.stop();
-  fault = "";
-  picture.eps = String(opened?.shape) === String(SHAPE) ? (x, t) => opened.eps(x, t) : recordedEps;
+function draw() {
+  scene.draw(gesture.place, state.chosen);
+  if (picture.x0) drawImages($("scene-picture"), picture.at(gesture.place).x, SHAPE);
+}
+
+/** Let the network draw the picture, in place of the recording. */
+export function useNetwork(opened) {
+  picture.eps = (x, t) => opened.eps(x, t);
   if (!picture.isComplete) picture.sample();
-  scene.render();
 }
 
 /** The grey pixels of an image in [-1, 1], when it is loaded. */
@@ -66,24 +71,37 @@ async function valuesOf(image) {
 /** Send the picture back by the estimates of a recording, the rows of recorded.webp. */
 function useRecording(estimates) {
   const rows = estimates.length / SIZE;
-  recordedEps = (x, t) => {
+  picture.eps ??= (x, t) => {
     const row = Math.min(rows - 1, Math.floor(((999 - t) * rows) / 1000)), [signal, spread] = partsAt(t);
     return x.map((value, k) => (value - signal * estimates[row * SIZE + k]) / spread);
   };
-  picture.eps ??= recordedEps;
 }
 
-/** Make the scene work. */
-export async function startScene() {
-  scene = new Scene("scene", {
-    data: CLOUDS["two moons"](), limit: 1.65, every: 9, steps: 100, isFree: true, say,
-    drawBeside: () => picture.x0 && drawImages($("scene-picture"), toPixels(picture.at(scene.place).x), SHAPE),
-  });
-  Object.assign(scene, { moving: !still, repeats: !still, waited: 2500 });
-  scene.render();
-  picture.begin(await valuesOf($("scene-source")), noiseOf(0, STREAM + 1, SIZE)().slice(-SIZE));
-  scene.passages.push(picture);
-  scene.render();
+/** Send everything back for the reader. Only what is in sight moves. */
+function press(jumps) {
+  gesture.stop();
+  gesture.stage.scrollIntoView({ block: "nearest" });
+  gesture.sendBack(jumps);
+}
+
+/** Make the opening work. */
+export async function startOpening() {
+  const options = { limit: 1.65, every: 9, arrows: true, sampler: "ddim", steps: 100 };
+  scene = new Scene($("scene-plane"), options, () => gesture.render());
+  gesture = new Gesture("scene", [scene], draw, say);
+  letChoose(scene, state, () => gesture);
+  $("scene-many").onclick = () => press(false);
+  $("scene-one").onclick = () => press(true);
+  $("scene-pause").onclick = () => {
+    gesture.moving = gesture.repeats = !gesture.moving;
+    gesture.render();
+  };
+  Object.assign(gesture, { moving: !still, repeats: !still });
+  gesture.render();
+  const begins = await valuesOf($("scene-source"));
+  picture.begin(begins, noiseOf(0, STREAM + 1, SIZE)().slice(-SIZE));
+  gesture.passages.push(picture);
+  gesture.render();
   const image = $("scene-recording");
   image.decode().then(async () => useRecording(await valuesOf(image)), () => {}); // the scene works without
 }

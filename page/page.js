@@ -1,19 +1,13 @@
-// The page: its sections, and section 5, the choice of the network.
+// The page: its sections, and which network draws in sections 3 and 4.
 
-import { $, pause } from "./common.js";
+import { $, announce, pause } from "./common.js";
 import { startArrows } from "./arrows.js";
-import { beginDrawing, startDrawing } from "./drawing.js";
-import { beginImages, startImages } from "./images.js";
+import * as drawing from "./drawing.js";
+import { startEnding } from "./ending.js";
+import * as images from "./images.js";
 import { startLearning } from "./learn.js";
-import { Network } from "./network.js";
-import { network, tell, useNetwork, work } from "./reverse.js";
-import * as scene from "./opening.js";
-
-const SHIPPED = "fashion-mnist.onnx", RUNTIME = "onnxruntime-web@1.30.0";
-// Where it is: beside the page, for use without a connection, or else on jsDelivr.
-const RUNTIMES = ["node_modules/onnxruntime-web", `https://cdn.jsdelivr.net/npm/${RUNTIME}`]
-  .map((folder) => new URL(`${folder}/dist/ort.webgpu.bundle.min.mjs`, import.meta.url).href);
-const ALL = ["status", "draw-status", "own-status"];
+import { included, open } from "./networks.js";
+import * as opening from "./opening.js";
 
 // A link to the lesson works only on GitHub Pages, where the repository's address is known.
 const [, owner] = location.hostname.match(/^(.+)\.github\.io$/) ?? [];
@@ -22,58 +16,70 @@ for (const link of owner ? document.querySelectorAll("[data-lesson]") : []) {
   link.href = `https://github.com/${owner}/${repository}/blob/HEAD/docs/lesson.md#${link.dataset.lesson}`;
 }
 
-let chosen = 0; // how many networks were chosen
+let wanted = "clothes"; // the network that shall draw: a key of the buttons
+let own = null; // the reader's
 
-/** Open a model.onnx when what is running has stopped; keep the one before if that fails. */
-async function open(name, bytes) {
-  const mine = ++chosen;
-  await work.stop();
-  tell(network ? ["own-status"] : ALL, `Loading ${name} …`);
+/** Let a network draw as soon as it is open, if no other one is wanted by then. */
+async function select(key) {
+  wanted = key;
+  for (const name of ["clothes", "emoji", "own"]) $(`use-${name}`).ariaPressed = String(name === key);
+  try {
+    const network = key === "own" ? own : await included(key);
+    if (key !== wanted) return;
+    images.useNetwork(network);
+    drawing.useNetwork(network);
+  } catch (error) {
+    if (key === wanted) images.fail(error);
+  }
+}
+
+/** Open the reader's network. One that cannot be opened changes nothing. */
+async function openOwn(file) {
+  const tell = (text, isError = false) => {
+    $("own-status").textContent = text;
+    $("own-status").classList.toggle("error", isError);
+    announce(text);
+  };
+  tell(`Loading ${file.name} …`);
   let opened;
   try {
-    opened = Object.assign(await Network.open(bytes, ...RUNTIMES), { name });
+    opened = await open(file.name, new Uint8Array(await file.arrayBuffer()));
   } catch (error) {
-    const message = error.message.split("\n")[0];
-    return tell(network ? ["own-status"] : ALL, /import/i.test(message)
-      ? `onnxruntime-web could not be loaded. Sections 1 and 2 work in full without it. For the others, connect and reload; to use them offline later, install a copy: npm install --no-save --no-package-lock --prefix page ${RUNTIME}`
-      : `${name} is not a model from export.py that this browser can run: ${message}.`
-        + (network ? ` ${network.name} still draws.` : ""), { isError: true });
+    return tell(error.message, true);
   }
-  await work.stop(); // what the reader has started meanwhile
-  if (mine !== chosen) return opened.close(); // another one was chosen
-  await scene.useNetwork(null);
-  network?.close();
-  useNetwork(opened);
-  beginDrawing(opened);
-  beginImages(opened);
-  scene.useNetwork(opened);
-  for (const element of document.querySelectorAll(".classes")) element.hidden = !opened.classes.length;
-  tell(["status", "draw-status"], "Ready.");
-  const { device, noWebGPU } = opened;
-  tell(["own-status"], `Ready. ${name} runs on ${device}${noWebGPU ? ` (${noWebGPU})` : ""}.`);
+  const before = own;
+  own = opened;
+  $("use-own").textContent = file.name;
+  $("use-own").hidden = false;
+  await select("own");
+  before?.close();
+  const { device, noWebGPU } = own;
+  tell(`${file.name} draws in sections 3 and 4. It runs on ${device}${noWebGPU ? ` (${noWebGPU})` : ""}.`);
+  $("images").scrollIntoView();
 }
 
-const openFile = async (file) => file && open(file.name, new Uint8Array(await file.arrayBuffer()));
+for (const key of ["clothes", "emoji", "own"]) $(`use-${key}`).onclick = () => select(key);
+$("model").onchange = ({ target }) => {
+  const [file] = target.files;
+  target.value = "";
+  if (file) openOwn(file);
+};
+$("settings").onsubmit = (event) => {
+  event.preventDefault();
+  const { sampler, steps, seed, kind } = Object.fromEntries(new FormData(event.target));
+  images.useSettings({ sampler, steps: Number(steps), seed: Number(seed), kind });
+  $("images").scrollIntoView();
+};
 
-async function openShipped() {
-  const response = await fetch(SHIPPED).catch(() => null);
-  const content = response?.ok && await response.arrayBuffer().catch(() => null); // the connection may break
-  if (content) await open(SHIPPED, new Uint8Array(content));
-  else tell(ALL, `${SHIPPED} can't be loaded. Reload the page, or choose a model.onnx below.`, { isError: true });
-  return network !== null;
-}
-
-$("model").onchange = ({ target }) => openFile(target.files[0]).then(() => { target.value = ""; });
-addEventListener("keydown", (event) => event.key === "Escape" && work.stop());
-
-/** Start the sections, one at a time, so that the scene can move; then open the included network. */
+/** Start the sections, one at a time, so that the opening can move; then open the first network. */
 async function begin() {
-  for (const start of [startArrows, startLearning, startImages, startDrawing]) {
+  for (const start of [startArrows, startLearning, images.startImages, drawing.startDrawing, startEnding]) {
     await pause(0);
     start();
   }
-  return openShipped();
+  included("clothes").then(opening.useNetwork, () => {}); // the opening has a recording
+  await select("clothes");
 }
 
-window.recorded = scene.startScene();
+window.recorded = opening.startOpening();
 window.ready = begin();

@@ -1,11 +1,12 @@
-// What dissolves into noise and comes back: the points of a plane, or a picture.
+// What dissolves into noise and comes back: the points of a plane, or pictures. A place, from 0 (the
+// data) to 1 (the noise), tells how far it is.
 
-import { Owner, levelAt, pause } from "./common.js";
-import { BETAS, between, noiseOf, partsAt, respaced, sampleProgressive } from "./sampler.js";
+import { Owner, pause } from "./common.js";
+import { BETAS, alphasBar, between, noiseOf, partsAt, respaced, sampleProgressive } from "./sampler.js";
 
 const SLICE = 12; // milliseconds of work at a time, so that nothing on the page stalls
 
-/** x_t at every place, from 0 (the data) to 1 (the noise). */
+/** x_t at every place. */
 export class Passage {
   x0 = null; // with the noise, it makes x_t on the way to the noise (4)
   noise = null;
@@ -13,11 +14,24 @@ export class Passage {
   #sampling = new Owner();
 
   /**
-   * eps(x, t): the network, or null as long as there is none. options: {sampler, steps}, of
-   * sampleProgressive. changed(error): what is called when there are more steps, or eps has failed.
+   * eps(x, t): the network, or null while there is none. options: those of sampleProgressive, and
+   * betas. changed(error): called when there are more steps, or when eps has failed.
    */
   constructor(eps, options, changed) {
-    Object.assign(this, { eps, options, changed });
+    this.changed = changed;
+    this.use(eps, { betas: BETAS, ...options });
+  }
+
+  /** Use another network, or other options. */
+  use(eps, options) {
+    this.eps = eps;
+    this.options = { ...this.options, ...options };
+    this.abars = alphasBar(this.options.betas);
+  }
+
+  /** The pace: half of the way belongs to the lowest quarter of the levels, where most is decided. */
+  levelAt(place) {
+    return this.options.betas.length * place ** 2 - 1;
   }
 
   /** Begin with these data and this noise. */
@@ -26,49 +40,63 @@ export class Passage {
     Object.assign(this, { x0, noise, steps: null });
   }
 
+  /** Begin with what has come back, or again with the same data: after a jump, or where they are kept. */
+  renew(seed) {
+    const isNew = !this.options.keepsData && !this.jumps && this.eps && this.isComplete;
+    this.begin(isNew ? this.at(0).x : this.x0, noiseOf(seed, 1, this.x0.length)());
+  }
+
   stop() {
     return this.#sampling.stop();
   }
 
-  /** Whether nothing is missing of the way back. */
+  /** The lowest place that the way back has reached. Without a network, nobody waits for it. */
+  get reached() {
+    if (!this.steps || !this.eps) return 0;
+    if (this.jumps) return this.steps.length ? 0 : this.from;
+    const level = this.steps.length ? this.tau[this.steps.length] ?? -1 : Infinity;
+    const isEnd = this.steps.at(-1)?.t === -1;
+    return isEnd ? 0 : Math.min(this.from, Math.sqrt((level + 1) / this.options.betas.length) + 1e-6);
+  }
+
   get isComplete() {
-    return !this.steps || !this.eps || this.steps.length > (this.jumps ? 0 : this.tau.length);
+    return this.reached === 0;
   }
 
   /** {x, x0, level} at a place, x0 being the estimate; on the way back, as far as the steps have come. */
   at(place) {
-    const wanted = levelAt(place), { steps } = this;
+    const wanted = this.levelAt(place), { steps, abars } = this;
     if (!steps) {
-      const [signal, spread] = partsAt(wanted), { x0, noise } = this;
+      const [signal, spread] = partsAt(wanted, abars), { x0, noise } = this;
       return { x: x0.map((value, k) => signal * value + spread * noise[k]), x0, level: wanted };
     }
-    if (!steps.length) return { x: this.xT, x0: this.xT, level: levelAt(this.from) };
+    if (!steps.length) return { x: this.xT, x0: this.xT, level: this.levelAt(this.from) };
     if (this.jumps) { // straight on to the first estimate
       const [{ x, x0 }] = steps, rest = place / this.from;
       return { x: x0.map((value, k) => value + rest * (x[k] - value)), x0, level: wanted };
     }
     const level = Math.max(wanted, this.tau[steps.length] ?? -1);
     const step = steps.findLast(({ t }) => t >= level) ?? steps[0];
-    return this.options.sampler === "ddim" ? { x: between(step, level), x0: step.x0, level }
+    return this.options.sampler === "ddim" ? { x: between(step, level, abars), x0: step.x0, level }
       : { x: step.x, x0: step.x0, level: step.t }; // which jumps from step to step
   }
 
   /** Begin the way back at a place. jumps: whether it ends at the first estimate. */
   sendBack(place, jumps = false) {
-    Object.assign(this, { jumps, xT: this.at(place).x, from: place });
+    Object.assign(this, { jumps: jumps || this.options.steps === 1, xT: this.at(place).x, from: place });
     this.sample();
   }
 
   /** Take the way back, perhaps again, from where it began. */
   sample() {
-    const t = Math.max(0, Math.round(levelAt(this.from))), { eps, xT } = this, { sampler } = this.options;
-    const betas = BETAS.slice(0, t + 1), count = Math.min(this.options.steps, t + 1), steps = this.steps = [];
+    const { eps, xT, options } = this, t = Math.max(0, Math.round(this.levelAt(this.from)));
+    const betas = options.betas.slice(0, t + 1), count = Math.min(options.steps, t + 1), steps = this.steps = [];
     this.tau = respaced(betas, count).tau.reverse();
     this.#sampling.start(async (run) => {
       if (!eps) return;
-      const options = { sampler, steps: count, xT }, drawNoise = noiseOf(7, 1, xT.length);
+      const drawNoise = noiseOf(7, 1, xT.length);
       let end = performance.now() + SLICE;
-      for await (const step of sampleProgressive(eps, drawNoise, betas, options)) {
+      for await (const step of sampleProgressive(eps, drawNoise, betas, { ...options, steps: count, xT })) {
         if (run.stopped) return;
         steps.push(step);
         if (this.jumps) break;

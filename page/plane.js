@@ -3,7 +3,6 @@
 import { scheme } from "./common.js";
 import { LIMIT, density } from "./points.js";
 
-const ROWS = 13; // of arrows
 const NAMES = ["ink", "dim", "card", "line", "data", "other", "lit", "arrow"];
 const read = () => {
   const style = getComputedStyle(document.documentElement);
@@ -49,13 +48,11 @@ export function drawDots({ context, at }, points, radius, colour, alpha = 1, whi
 }
 
 /** Draw a line through places of the plane. */
-export function drawLine({ context, at }, places, colour, width = 2, dash = [], alpha = 1) {
+export function drawLine({ context, at }, places, colour, width = 2, alpha = 1) {
   [context.strokeStyle, context.lineWidth, context.globalAlpha] = [colour, width, alpha];
-  context.setLineDash(dash);
   context.beginPath();
   for (const place of places) context.lineTo(...at(...place));
   context.stroke();
-  context.setLineDash([]);
   context.globalAlpha = 1;
 }
 
@@ -66,76 +63,88 @@ export function drawRing({ context, at }, place, radius, colour, width = 2) {
   context.stroke();
 }
 
-/** Write a word under a place. */
-export function drawWord({ context, at }, word, place, colour) {
-  const [x, y] = at(...place), style = { font: "600 13px system-ui, sans-serif", textAlign: "center", fillStyle: colour };
-  Object.assign(context, style, { lineWidth: 4, strokeStyle: colours.card });
-  for (const write of ["strokeText", "fillText"]) context[write](word, x, y + 22);
-}
+const hazes = new Map(); // those of the last frames, because several planes may show the same
 
 /** Draw the density of x_t as a haze. */
-export function drawHaze({ context, width, height, wide, limit }, abar, centres, std, scale = 1) {
+export function drawHaze({ context, width, height, wide, limit }, abar, centres, std) {
   const deviation = Math.sqrt(1 - abar + abar * std ** 2); // of each centre: a cell is at most a third of it
-  const rows = Math.round(Math.min(64, Math.max(24, (6 * limit * scale) / deviation)));
-  const q = density(rows, abar, centres, std, wide, limit * scale), columns = q.length / rows;
-  const largest = q.reduce((a, b) => Math.max(a, b)), image = new ImageData(columns, rows);
-  const [haze, ground] = [colours.data, colours.card].map((hex) => [1, 3, 5].map((k) => parseInt(hex.slice(k, k + 2), 16)));
-  q.forEach((value, k) => { // opaque, which is faster than to blend
+  const rows = Math.round(Math.min(64, Math.max(24, (6 * limit) / deviation)));
+  const name = [rows, wide, limit, abar, colours.card].join();
+  if (hazes.size > 20) hazes.clear();
+  if (!hazes.has(name)) hazes.set(name, haze(rows, abar, density(rows, abar, centres, std, wide, limit)));
+  context.drawImage(hazes.get(name), 0, 0, width, height);
+}
+
+function haze(rows, abar, q) {
+  const columns = q.length / rows, largest = q.reduce((a, b) => Math.max(a, b)), image = new ImageData(columns, rows);
+  const [blue, ground] = [colours.data, colours.card].map((hex) => [1, 3, 5].map((k) => parseInt(hex.slice(k, k + 2), 16)));
+  q.forEach((value, k) => { // opaque, which is faster than blending
     const share = (0.16 + 0.3 * Math.sqrt(abar)) * Math.sqrt(value / largest); // paler where there is more noise
-    for (let c = 0; c < 3; c++) image.data[4 * k + c] = ground[c] + share * (haze[c] - ground[c]);
+    for (let c = 0; c < 3; c++) image.data[4 * k + c] = ground[c] + share * (blue[c] - ground[c]);
     image.data[4 * k + 3] = 255;
   });
   const small = new OffscreenCanvas(columns, rows);
   small.getContext("2d", { alpha: false }).putImageData(image, 0, 0);
-  context.drawImage(small, 0, 0, width, height);
+  return small;
 }
 
-/** The places of the arrows, over the view. */
-export function grid({ wide, limit }) {
-  const columns = Math.round(ROWS * wide), places = [];
-  for (let row = 0; row < ROWS; row++) {
+/** The places of so many rows of arrows over the view, from the top left. */
+export function grid({ wide, limit }, rows) {
+  const columns = Math.round(rows * wide), places = [];
+  for (let row = 0; row < rows; row++) {
     for (let k = 0; k < columns; k++) {
-      places.push((((k + 0.5) / columns) * 2 - 1) * limit * wide, (((row + 0.5) / ROWS) * 2 - 1) * limit);
+      places.push((((k + 0.5) / columns) * 2 - 1) * limit * wide, (1 - ((row + 0.5) / rows) * 2) * limit);
     }
   }
   return Float32Array.from(places);
 }
 
-/** Draw arrows from `places` along `ways`; those of length `longest` and more fill their cell. */
-export function drawArrows({ context, at, height }, places, ways, colour, longest = 2.5, which = () => true) {
-  const cell = (0.75 * height) / ROWS;
+/** Draw arrows from `places` along `ways`, as opaque as alpha(k) says; those of length 2.5 and more are `cell` pixels long. */
+export function drawArrows({ context, at }, places, ways, colour, cell, alpha = () => 1) {
+  const head = 0.15 * cell;
   [context.strokeStyle, context.lineWidth] = [colour, 1.4];
-  context.beginPath();
   for (let k = 0; k < places.length; k += 2) {
-    const length = Math.hypot(ways[k], ways[k + 1]), size = cell * Math.min(1, length / longest);
-    if (!(length > 0) || !which(k / 2)) continue;
+    const length = Math.hypot(ways[k], ways[k + 1]), size = cell * Math.min(1, length / 2.5);
+    context.globalAlpha = alpha(k / 2);
+    if (!(length > 0) || context.globalAlpha < 0.03) continue;
     const angle = Math.atan2(-ways[k + 1], ways[k]), [x, y] = at(places[k], places[k + 1]);
-    const [toX, toY] = [x + size * Math.cos(angle), y + size * Math.sin(angle)], head = 0.15 * cell;
+    const [toX, toY] = [x + size * Math.cos(angle), y + size * Math.sin(angle)];
+    context.beginPath();
     context.moveTo(x, y);
     context.lineTo(toX, toY);
     for (const turn of [2.6, -2.6]) {
       context.moveTo(toX, toY);
       context.lineTo(toX + head * Math.cos(angle + turn), toY + head * Math.sin(angle + turn));
     }
+    context.stroke();
   }
-  context.stroke();
+  context.globalAlpha = 1;
 }
 
-/** Draw grey images, each a Float32Array or bytes in (C, H, W), in rows of `columns` with a gap. */
-export function drawImages(canvas, pixels, [channels, height, width], columns = 1, gap = 2) {
-  const size = channels * height * width, count = pixels.length / size, rows = Math.ceil(count / columns);
-  canvas.width = columns * (width + gap) - gap;
-  canvas.height = rows * (height + gap) - gap;
+/** A canvas with images, each a Float32Array in (C, H, W) and [-1, 1], in rows of `columns` with a gap. */
+export function sheet(x, [channels, height, width], columns = 1, gap = 0) {
+  const area = height * width, count = x.length / channels / area, pixels = toPixels(x);
+  const canvas = new OffscreenCanvas(columns * (width + gap) - gap, Math.ceil(count / columns) * (height + gap) - gap);
   const context = canvas.getContext("2d"), image = context.createImageData(width, height);
   for (let k = 0; k < count; k++) {
-    for (let at = 0; at < height * width; at++) {
-      for (let c = 0; c < 3; c++) {
-        image.data[4 * at + c] = pixels[k * size + (channels === 3 ? c : 0) * height * width + at];
-      }
+    for (let at = 0; at < area; at++) {
+      for (let c = 0; c < 3; c++) image.data[4 * at + c] = pixels[(k * channels + (c % channels)) * area + at];
       image.data[4 * at + 3] = 255;
     }
     context.putImageData(image, (k % columns) * (width + gap), Math.floor(k / columns) * (height + gap));
   }
+  return canvas;
+}
+
+/** Show images in a canvas, pixel by pixel. */
+export function drawImages(canvas, ...images) {
+  const drawn = sheet(...images);
+  if (canvas.width !== drawn.width || canvas.height !== drawn.height) {
+    [canvas.width, canvas.height] = [drawn.width, drawn.height];
+  }
+  const context = canvas.getContext("2d");
+  context.clearRect(0, 0, canvas.width, canvas.height);
+  context.drawImage(drawn, 0, 0);
 }
 
 export const toPixels = (x) => Uint8ClampedArray.from(x, (value) => Math.round((value + 1) * 127.5));

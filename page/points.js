@@ -72,23 +72,13 @@ export function missed(points, centres, std) {
   return (2 * far.length) / points.length;
 }
 
-/** `count` points by a function of two uniform numbers that returns [x, y]. */
-function cloud(count, place) {
-  const random = uniform(1, 0);
-  return Float32Array.from(Array.from({ length: count }, () => place(random(), random())).flat());
-}
-
 /** Two moons, of which the labels tell the first one, x = 0.6 (cos - 0.5), y = 0.6 (sin - 0.25). */
-function moons() {
-  const labels = [], points = cloud(240, (a, b) => {
-    labels.push(Number(b < 0.5));
-    const size = b < 0.5 ? 0.6 : -0.6;
-    return [size * (Math.cos(Math.PI * a) - 0.5), size * (Math.sin(Math.PI * a) - 0.25)];
-  });
+export function moons(count = 240) {
+  const random = uniform(1, 0), points = new Float32Array(2 * count), labels = [];
+  for (let k = 0; k < count; k++) {
+    const angle = Math.PI * random(), isFirst = random() < 0.5, size = isFirst ? 0.6 : -0.6;
+    points.set([size * (Math.cos(angle) - 0.5), size * (Math.sin(angle) - 0.25)], 2 * k);
+    labels.push(Number(isFirst));
+  }
   return Object.assign(points, { labels });
 }
-
-export const CLOUDS = {
-  "two moons": moons,
-  "a ring": () => cloud(240, (a) => [0.8 * Math.cos(2 * Math.PI * a), 0.8 * Math.sin(2 * Math.PI * a)]),
-};

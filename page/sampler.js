@@ -19,15 +19,15 @@ export function qSample(x0, t, noise, betas) {
 }
 
 /** [sqrt(abar), sqrt(1 - abar)] at a level from -1, which is x_0, to T - 1; also between two levels. */
-export function partsAt(level) {
-  const low = Math.floor(level), at = (t) => (t < 0 ? 1 : ABAR[Math.min(t, T - 1)]);
+export function partsAt(level, abars = ABAR) {
+  const low = Math.floor(level), at = (t) => (t < 0 ? 1 : abars[Math.min(t, abars.length - 1)]);
   const abar = at(low) + (level - low) * (at(low + 1) - at(low));
   return [Math.sqrt(abar), Math.sqrt(1 - abar)];
 }
 
 /** x on DDIM's way from a state {t, x, x0} down to a level: the estimate x0 and the noise stay. */
-export function between({ t, x, x0 }, level) {
-  const [signal, noise] = partsAt(level), [before, rest] = partsAt(t);
+export function between({ t, x, x0 }, level, abars = ABAR) {
+  const [signal, noise] = partsAt(level, abars), [before, rest] = partsAt(t, abars);
   return rest ? x.map((value, k) => signal * x0[k] + (noise / rest) * (value - before * x0[k])) : x;
 }
 
@@ -44,24 +44,24 @@ export function respaced(betas, steps) {
 
 /**
  * The reverse process as an async generator: yields {t, x, x0} from t = T-1 down.
- * x is x_t, the input of the network; x0 is the current estimate of the clean images, clipped to
- * [-1, 1], and the last one is the sample.
+ * x is x_t, the input of the network; x0 is the current estimate of the clean images, and the last
+ * one is the sample.
  * epsModel(x, t) returns eps, or a promise of it. drawNoise() returns the next z.
  * variance: sigma_t^2 of "ddpm" is beta_t if "large", the posterior variance (7) if "small".
  * steps: how many of the T steps to take; all by default.
- * sampler: "ddpm" is the paper's Algorithm 2, and "no-noise" the same without its noise, broken on purpose;
- * "ddim" is DDIM; "sa-solver" is SA-Solver without noise.
+ * sampler: "ddpm" is the paper's Algorithm 2; "ddim" is DDIM; "sa-solver" is SA-Solver without noise.
+ * clip: whether x0 is clipped to [-1, 1].
  * xT: where to start; pure noise by default. To continue from an x_t, pass betas.slice(0, t + 1) too.
  */
 export async function* sampleProgressive(
-  epsModel, drawNoise, betas, { variance = "large", steps = betas.length, sampler = "ddpm", xT } = {},
+  epsModel, drawNoise, betas, { variance = "large", steps = betas.length, sampler = "ddpm", xT, clip = true } = {},
 ) {
   const chain = respaced(betas, steps), abars = alphasBar(chain.betas), solverStep = saSolverStep(abars);
   let x = xT ?? drawNoise();
   for (let i = steps - 1; i >= 0; i--) {
     const beta = chain.betas[i], abar = abars[i], eps = await epsModel(x, chain.tau[i]);
-    const x0 = x.map((value, k) => // (15)
-      Math.min(1, Math.max(-1, (value - Math.sqrt(1 - abar) * eps[k]) / Math.sqrt(abar))));
+    const limit = clip ? 1 : Infinity, x0 = x.map((value, k) => // (15)
+      Math.min(limit, Math.max(-limit, (value - Math.sqrt(1 - abar) * eps[k]) / Math.sqrt(abar))));
     yield { t: chain.tau[i], x, x0 };
     if (i === 0) return; // the last step adds no noise, and its mean is x0 itself
     const abarPrev = abars[i - 1];
@@ -73,7 +73,7 @@ export async function* sampleProgressive(
     } else { // (7)
       const fromX0 = (Math.sqrt(abarPrev) * beta) / (1 - abar);
       const fromX = (Math.sqrt(1 - beta) * (1 - abarPrev)) / (1 - abar);
-      const noise = sampler === "no-noise" ? 0 : variance === "large" ? beta : ((1 - abarPrev) / (1 - abar)) * beta;
+      const noise = variance === "large" ? beta : ((1 - abarPrev) / (1 - abar)) * beta;
       const sigma = Math.sqrt(noise), z = drawNoise();
       x = x.map((value, k) => fromX0 * x0[k] + fromX * value + sigma * z[k]);
     }

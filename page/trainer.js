@@ -68,6 +68,12 @@ function forward([W1, b1, W2, b2, W3, b3], x) {
   return [x, a1, h1, a2, h2, affine(h2, W3, b3)];
 }
 
+/** eps_theta(x_t, t) of the network with these parameters, with the same t for all points. */
+export function epsOf(parameters, x, t) {
+  const v = forward(parameters, features(x, new Array(x.length / 2).fill(t))).at(-1), [signal, spread] = partsAt(t);
+  return v.map((value, k) => signal * value + spread * x[k]);
+}
+
 /** A network of two hidden layers, and its training. Its output is v, with eps = sqrt(abar) v + sqrt(1 - abar) x_t
  * (Salimans and Ho 2022). The loss is that of eps in any case. */
 export class Trainer {
@@ -83,10 +89,9 @@ export class Trainer {
     this.average = this.parameters.map((p) => p.slice());
   }
 
-  /** eps_theta(x_t, t) of the averaged network, with the same t for all points. */
+  /** eps_theta(x_t, t) of the averaged network. */
   eps(x, t) {
-    const v = forward(this.average, features(x, new Array(x.length / 2).fill(t))).at(-1), [signal, spread] = partsAt(t);
-    return v.map((value, k) => signal * value + spread * x[k]);
+    return epsOf(this.average, x, t);
   }
 
   /** A gradient step of Algorithm 1 on a batch of `draw`. Returns {loss, xt, eps, gradient}. */

@@ -1,0 +1,156 @@
+// The gesture of every section: drag to noise, let go, and something new comes back.
+
+import { $, animate, announce, follow, still } from "./common.js";
+
+const PACE = { rest: 2600, noising: 3500, noise: 800, back: 4000, jump: 1200 }; // milliseconds
+
+export class Gesture {
+  place = 0; // from 0, the data, to 1, the noise
+  moving = false;
+  repeats = false; // whether it begins again by itself, until the reader takes over
+  jumps = false; // whether the next way back is one jump
+  hold = 0; // milliseconds for which it stays where it is
+  round = 1; // the seed of the noise
+  begun = false; // by the reader, or by itself
+
+  /**
+   * name: of the ids of its stage and its slider. passages: what moves. draw(): draws all of it.
+   * say(): says what is seen, and returns it.
+   */
+  constructor(name, passages, draw, say) {
+    Object.assign(this, { passages, draw, say, slider: $(`${name}-place`), stage: $(`${name}-stage`) });
+    this.ask = animate(this.stage, (passed) => {
+      if (this.moving) this.#advance(passed);
+      this.draw();
+      return this.moving;
+    });
+    this.#listen();
+  }
+
+  // ---- the state
+
+  get isBack() {
+    return this.passages[0].steps !== null;
+  }
+
+  /** Whether all have come as far as they can. */
+  get isComplete() {
+    return this.passages.every((passage) => passage.isComplete);
+  }
+
+  get level() {
+    return Math.max(0, Math.round(this.passages[0].levelAt(this.place)));
+  }
+
+  // ---- what changes it
+
+  /** Move to a place. Above the beginning of the way back, there is only the way to the noise. */
+  moveTo(place) {
+    if (this.isBack && this.place === 0 && place) this.#renew();
+    else if (this.isBack && place > this.passages[0].from) {
+      for (const passage of this.passages) passage.begin(passage.x0, passage.noise);
+    }
+    this.place = place;
+    this.render();
+  }
+
+  /** Begin the way to the noise, which the way back follows. */
+  toNoise(jumps = false) {
+    if (this.isBack) this.#renew();
+    Object.assign(this, { jumps, moving: true, hold: 0 });
+    this.render();
+  }
+
+  /** Let go: begin the way back from here, in many steps or one jump. In the middle of a jump, nothing
+   * is on the way, so that it begins where the jump began. */
+  sendBack(jumps = false) {
+    if (this.place === 0) return this.toNoise(jumps);
+    const [{ from, jumps: jumped }] = this.passages;
+    if (!this.isBack || jumped !== jumps) {
+      if (this.isBack && jumped) this.place = from;
+      for (const passage of this.passages) passage.sendBack(this.place, jumps);
+    }
+    Object.assign(this, { jumps, moving: true, hold: 0 });
+    this.render();
+  }
+
+  /** Show the end of the way back at once, as soon as there is one. */
+  finish() {
+    Object.assign(this, { place: 0, moving: false });
+    this.render();
+  }
+
+  /** Stop for the reader, who takes over. */
+  stop() {
+    Object.assign(this, { repeats: false, moving: false, begun: true });
+  }
+
+  /** Begin by itself when the stage is seen for the first time, unless the reader was faster or prefers no motion. */
+  beginWhenSeen(begin = () => this.toNoise()) {
+    follow(this.stage, (isSeen) => {
+      if (!isSeen || this.begun || still) return;
+      this.begun = true;
+      begin();
+    }, 0.6);
+  }
+
+  #renew() {
+    this.round++;
+    for (const passage of this.passages) passage.renew(this.round);
+  }
+
+  /** What happens in some milliseconds. */
+  #advance(passed) {
+    this.hold -= passed;
+    if (this.hold > 0) return;
+    const { place, jumps, passages } = this;
+    if (!this.isBack && place < 1) {
+      this.place = Math.min(1, place + passed / PACE.noising);
+      if (this.place === 1) this.hold = PACE.noise;
+    } else if (!this.isBack) return this.sendBack(jumps);
+    else if (place > 0) {
+      const next = place - passed / (jumps ? PACE.jump / passages[0].from : PACE.back);
+      this.place = Math.max(0, next, ...passages.map((passage) => Math.min(place, passage.reached)));
+      if (this.place === 0) this.hold = this.repeats ? PACE.rest : 0;
+    } else if (this.repeats) return this.toNoise(this.round % 3 === 2);
+    else this.moving = false;
+    this.render();
+    if (!this.moving) announce(this.say());
+  }
+
+  #listen() {
+    const { slider } = this;
+    let held = false;
+    slider.onpointerdown = ({ pointerId }) => {
+      held = true;
+      slider.setPointerCapture(pointerId);
+    };
+    slider.onpointerup = slider.onpointercancel = () => {
+      if (held && this.place) this.sendBack();
+      held = false;
+    };
+    slider.oninput = () => {
+      this.stop();
+      this.moveTo(slider.value / 1000);
+    };
+    slider.onfocus = () => {
+      if (this.repeats) this.stop();
+    };
+    slider.onchange = () => {
+      if (!held) announce(this.say());
+    };
+    slider.onkeydown = ({ key }) => {
+      if (key === "Enter") this.sendBack();
+    };
+  }
+
+  // ---- what shows it
+
+  /** Say what is seen, and draw it in the next frame. */
+  render() {
+    this.slider.value = 1000 * this.place;
+    this.slider.ariaValueText = `level ${this.level}`;
+    this.say();
+    this.ask();
+  }
+}
