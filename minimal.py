@@ -26,7 +26,13 @@ from ddpm import Diffusion, UNet, linear_betas
 
 # The images of a folder: float32 (N, 3, 32, 32) in [-1, 1]
 files = [p for p in Path(sys.argv[1]).rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg")]
-pixels = [ImageOps.fit(Image.open(path).convert("RGB"), (32, 32)) for path in files]
+pixels = []
+for path in tqdm(files):
+    image = Image.open(path).convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    pixels.append(np.asarray(ImageOps.fit(image, (32, 32))))
+if not files:
+    sys.exit(f"{sys.argv[1]}: there are no PNG or JPEG files")
 images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
 
 # Algorithm 1 with Adam, and an average of the weights
