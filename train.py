@@ -409,7 +409,7 @@ def main():
         raise KeyboardInterrupt(said) if RANK == 0 else SystemExit(1)
     if RANK == 0:
         if start == done:
-            print("no step was taken, because the run is finished; for a new run, use another --out")
+            print("no step was taken: the run is finished; for a new run, use another --out")
         print(f"done: {(args.out / 'checkpoint.pt').as_posix()} is at step {done:,}")
         print(cli.drawing("--checkpoint", args.out, args.classes, args.data is None))
 

@@ -38,7 +38,7 @@ def test_resumed_run_equals_the_uninterrupted_run(trained, tiny, tmp_path):
     assert_same_run(trained[0] / "run", tmp_path / "run")
     before = (tmp_path / "run" / "checkpoint.pt").stat()
     said = tiny("--steps", 12)
-    assert "no step was taken, because the run is finished; for a new run, use another --out" in said
+    assert "no step was taken: the run is finished; for a new run, use another --out" in said
     assert "done: run/checkpoint.pt is at step 12" in said
     assert (tmp_path / "run" / "checkpoint.pt").stat() == before
 
