@@ -19,6 +19,12 @@ for (const link of owner ? document.querySelectorAll("[data-lesson]") : []) {
 let wanted = "clothes"; // the network that shall draw: a key of the buttons
 let own = null; // the reader's
 
+/** What the form of the last part says. */
+function settings() {
+  const { sampler, steps, seed, kind } = Object.fromEntries(new FormData($("settings")));
+  return { sampler, steps: Number(steps), seed: Number(seed), kind };
+}
+
 /** Let a network draw as soon as it is open, if no other one is wanted by then. */
 async function select(key) {
   wanted = key;
@@ -26,7 +32,7 @@ async function select(key) {
   try {
     const network = key === "own" ? own : await included(key);
     if (key !== wanted) return;
-    images.useNetwork(network);
+    images.useNetwork(network, { ...settings(), kind: "all" }); // it has other kinds
     drawing.useNetwork(network);
   } catch (error) {
     if (key === wanted) images.fail(error);
@@ -66,8 +72,7 @@ $("model").onchange = ({ target }) => {
 };
 $("settings").onsubmit = (event) => {
   event.preventDefault();
-  const { sampler, steps, seed, kind } = Object.fromEntries(new FormData(event.target));
-  images.useSettings({ sampler, steps: Number(steps), seed: Number(seed), kind });
+  images.useSettings(settings());
   $("images").scrollIntoView();
 };
 
