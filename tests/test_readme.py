@@ -367,8 +367,8 @@ def test_figures_are_made(trained, image_folder, tmp_path):
     flags = ["--onnx", trained[0] / "model.onnx", "--paper", trained[0] / "model.onnx"]
     flags += ["--data", image_folder, "--out", tmp_path / "docs"]
     python(HERE / "docs" / "make_figures.py", *flags, cwd=tmp_path, timeout=600)
-    names = "by-t corrector ends interpolation paper rate-distortion schedule small-steps snr"
-    names += " steps strip"
+    names = "by-t corrector ends interpolation paper rate-distortion rectangles schedule snr"
+    names += " small-steps steps strip velocity"
     made = sorted((tmp_path / "docs").iterdir())
     names = [f"{name}.png" for name in [*names.split(), "two-points", "unet"]]
     assert [p.name for p in made] == sorted([*names, "reverse.gif"])
