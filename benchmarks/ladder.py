@@ -249,7 +249,7 @@ def samplers(rows, rung, steps):
 def guidance(rows):
     """Return the distances of the included network for several w, in Markdown."""
     lines = []
-    for w in "0.0", "1.0", "2.0", "4.0":
+    for w in "0.0", "1.0", "2.0", "4.0", "6.0":
         way = WAYS["SA-Solver, 10"] | {"guidance": w, "rung": "included", "set": "0"}
         (row,) = (r for r in rows if all(r[name] == value for name, value in way.items()))
         lines.append([w.removesuffix(".0"), row["distance"], f"{float(row['recognised']):.1%}"])

@@ -177,6 +177,15 @@ def draw_small_steps(path):
     figure.savefig(path, dpi=DPI)
 
 
+def ddim_paths(count):
+    """Return paths of DDIM to the two points, (count, 1000), from equally probable x_T on."""
+    paper = Diffusion(linear_betas())
+    network = exact_network(paper, TWO.view(2, 1, 1, 1))
+    x_T = torch.special.ndtri((torch.arange(count).double() + 0.5) / count).view(count, 1, 1, 1)
+    chain = sample_progressive(paper, network, None, 1000, "ddim", x_T=x_T)
+    return torch.stack([x_t.flatten() for _, x_t, _ in chain], 1)
+
+
 def draw_two_points(path):
     """Draw E[x_0 | x_t] and q(x_t) of the two points at four t, and paths of DDIM."""
     paper = Diffusion(linear_betas())
@@ -191,11 +200,7 @@ def draw_two_points(path):
     plot(middle, densities, "$x_t$", "$q(x_t)$")
     middle.get_legend().remove()
     middle.lines[-1].set_linestyle("--")  # it lies on the line before it
-    network = exact_network(paper, TWO.view(2, 1, 1, 1))
-    x_T = torch.special.ndtri((torch.arange(14).double() + 0.5) / 14)  # equally probable
-    chain = sample_progressive(paper, network, None, 1000, "ddim", x_T=x_T.view(14, 1, 1, 1))
-    paths = torch.stack([x_t.flatten() for _, x_t, _ in chain], 1)
-    for path_of_one in paths:
+    for path_of_one in ddim_paths(14):
         colour = "tab:purple" if path_of_one[-1] > 0 else "tab:olive"
         right.plot(range(1000, 0, -1), path_of_one, colour, linewidth=1)
     right.set(xlabel="t", ylabel="$x_t$", xlim=(1000, 1))
@@ -236,15 +241,13 @@ def draw_velocity(path):
     tau, t = spread / (signal + spread), torch.arange(1, paper.T + 1)
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    quantiles = torch.special.ndtri((torch.arange(8).double() + 0.5) / 8)
+    paths = ddim_paths(8)
     for x0, colour in ((1, "tab:purple"), (-1, "tab:olive")):
-        for noise in quantiles:
+        for noise in paths[:, 0]:
             x = signal * x0 + spread * noise
             left.plot(t, x, colour, linewidth=0.8, alpha=0.6)
             right.plot(tau, x / (signal + spread), colour, linewidth=0.8, alpha=0.6)
-    network = exact_network(paper, TWO.view(2, 1, 1, 1))
-    chain = sample_progressive(paper, network, None, 1000, "ddim", x_T=quantiles.view(8, 1, 1, 1))
-    for x in torch.stack([x_t.flatten() for _, x_t, _ in chain], 1).flip(1):
+    for x in paths.flip(1):
         left.plot(t, x, "black", linewidth=1.6)
         right.plot(tau, x / (signal + spread), "black", linewidth=1.6)
     left.set(xlabel="t", ylabel="$x_t$", xlim=(1000, 1), title="DDPM")

@@ -4,13 +4,13 @@ import { $, Owner, follow, pause, still } from "./common.js";
 import { Gesture } from "./gesture.js";
 import { Passage } from "./passage.js";
 import { drawImages } from "./plane.js";
-import { guided, noiseOf, sampleProgressive } from "./sampler.js";
+import { guided, noiseOf, predictX0, sampleProgressive } from "./sampler.js";
 
 const COLUMNS = 4, COUNT = COLUMNS ** 2, FILM = 8; // FILM: steps of a picture that are shown
 const STRIP = [0, 1, 2, 4, 6], EACH = 4; // the guidance of the strip, and its pictures at each
 const KINDS = { "fashion-mnist.onnx": "boot", "emoji.onnx": "smileys" }; // of the strip
 const ABOUT = { "fashion-mnist.onnx": "This network has learnt from 60,000 pictures of clothes.", "emoji.onnx": "This network has learnt from 3,743 emoji." };
-const DISTANCES = [2.6, 13.7, 25.3, 38.8, 45.7]; // of the clothes with this guidance, by benchmarks/frechet.py
+const DISTANCES = [2.6, 13.7, 25.3, 38.8, 45.7]; // of the clothes with this guidance, by benchmarks/ladder.py
 
 const state = { chosen: 0, seed: 0, fault: "", sweeps: false, isSeen: false, isStripSeen: false, isStripDrawn: false };
 let network = null;
@@ -78,10 +78,9 @@ async function ask() {
   const { place, isBack } = gesture, own = expected;
   if (!pictures.eps || isBack || !place || own.asked || own.place === place) return;
   own.asked = true;
-  const { x } = pictures.at(place), t = gesture.level, abar = pictures.abars[t];
+  const { x } = pictures.at(place), t = gesture.level;
   try {
-    const eps = await pictures.eps(x, t);
-    const x0 = x.map((value, k) => (value - Math.sqrt(1 - abar) * eps[k]) / Math.sqrt(abar)); // (15)
+    const x0 = predictX0(x, await pictures.eps(x, t), pictures.abars[t]);
     Object.assign(own, { x0, place, asked: false });
     gesture.render(); // and ask again, if the slider has moved
   } catch (error) {

@@ -81,8 +81,8 @@ const shown = () => saved[Math.max(0, Math.min(Math.floor(state.at), saved.lengt
 
 function say() {
   const now = shown(), isCard = card() !== null;
-  const [play, pauseName] = state.at >= LAST ? ["►", "Play again"] : ["►", "Play"];
-  [$("learn-play").textContent, $("learn-play").ariaLabel] = state.playing ? ["❚❚", "Pause"] : [play, pauseName];
+  const play = ["►", state.at >= LAST ? "Play again" : "Play"];
+  [$("learn-play").textContent, $("learn-play").ariaLabel] = state.playing ? ["❚❚", "Pause"] : play;
   if (!now) return "";
   $("learn-place").ariaValueText = `training step ${now.steps}`;
   $("learn-misses").textContent = `${now.misses.toFixed(0)} %`;

@@ -42,6 +42,10 @@ export function respaced(betas, steps) {
   return { tau, betas: tau.map((t, i) => 1 - abar[t] / (i ? abar[tau[i - 1]] : 1)) };
 }
 
+/** The estimate of x_0 by (15), clipped to [-limit, limit]. */
+export const predictX0 = (x, eps, abar, limit = Infinity) => x.map((value, k) =>
+  Math.min(limit, Math.max(-limit, (value - Math.sqrt(1 - abar) * eps[k]) / Math.sqrt(abar))));
+
 /**
  * The reverse process as an async generator: yields {t, x, x0} from t = T-1 down.
  * x is x_t, the input of the network; x0 is the current estimate of the clean images, and the last
@@ -60,8 +64,7 @@ export async function* sampleProgressive(
   let x = xT ?? drawNoise();
   for (let i = steps - 1; i >= 0; i--) {
     const beta = chain.betas[i], abar = abars[i], eps = await epsModel(x, chain.tau[i]);
-    const limit = clip ? 1 : Infinity, x0 = x.map((value, k) => // (15)
-      Math.min(limit, Math.max(-limit, (value - Math.sqrt(1 - abar) * eps[k]) / Math.sqrt(abar))));
+    const x0 = predictX0(x, eps, abar, clip ? 1 : Infinity);
     yield { t: chain.tau[i], x, x0 };
     if (i === 0) return; // the last step adds no noise, and its mean is x0 itself
     const abarPrev = abars[i - 1];

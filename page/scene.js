@@ -39,7 +39,7 @@ export class Scene extends Passage {
   draw(place, chosen = -1) {
     const plane = clear(this.canvas, this.limit), { x, level } = this.at(place), [signal] = partsAt(level);
     const isBack = this.steps !== null, shrunk = DATA.map((value) => value * signal);
-    const small = Math.max(0.6, Math.min(1, plane.height / 300)); // dots and lines are smaller in a small plane
+    const small = scaleOf(plane);
     drawHaze(plane, signal ** 2, DATA, HAZE);
     drawDots(plane, shrunk, 1.6 * small, colours.dim, 0.5);
     if (this.arrows && (isBack || chosen >= 0) && place) {
@@ -100,11 +100,13 @@ export class Scene extends Passage {
   }
 }
 
+/** The scale of dots and lines, which are smaller in a small plane. */
+const scaleOf = ({ height }) => Math.max(0.6, Math.min(1, height / 300));
 const pointOf = (x, k) => x.subarray(2 * k, 2 * k + 2);
 
 /** Draw lines from a point to the data it may have come from, and a ring at their mean. */
 function drawOrigins(plane, point, weights, shrunk) {
-  const mean = [0, 0], largest = Math.max(...weights), small = Math.max(0.6, Math.min(1, plane.height / 300));
+  const mean = [0, 0], largest = Math.max(...weights), small = scaleOf(plane);
   weights.forEach((weight, m) => {
     const origin = pointOf(shrunk, m);
     mean[0] += weight * origin[0];
