@@ -1,33 +1,51 @@
-// Section 1: what the arrows are. The same points come back in 1, 5 and 50 steps, by two samplers.
+// Section 1: what the arrows are, with one point in a large plane; then the same points come back in 1, 5
+// and 50 steps. In the last part, two rules for a step.
 
-import { $, still } from "./common.js";
+import { $ } from "./common.js";
 import { Gesture } from "./gesture.js";
 import { STD, missed } from "./points.js";
 import { DATA, Scene, letChoose } from "./scene.js";
 
-const PLANES = [["ddim", 1], ["ddim", 5], ["ddim", 50], ["ddpm", 5], ["ddpm", 50]];
+const FIRST = 0.6, HOLD = 6000; // where it begins, and the milliseconds for which it stays there
 const state = { chosen: 88, pinned: 88 }; // point 88 is above the others
-export let gesture;
+export let gesture, pair;
+
+/** A scene in a canvas, which makes `gesture()` show its news. */
+const sceneIn = (name, sampler, steps, gesture, options) => new Scene($(`arrows-${name}`),
+  { limit: 1.75, sampler, steps, keepsData: true, ...options }, () => gesture().render());
 
 function say() {
-  const { place, isBack, moving, passages: scenes } = gesture;
-  for (const scene of scenes) {
-    const isThere = isBack && !place && scene.isComplete, name = scene.canvas.id.replace("plane", "miss");
-    $(name).textContent = isThere ? `${(100 * missed(scene.at(0).x, DATA, STD)).toFixed(0)} % miss the data` : "";
+  const { place, isBack, passages: [one, ...row] } = gesture;
+  for (const scene of row) {
+    const isThere = isBack && !place && scene.isComplete;
+    $(`${scene.canvas.id}-miss`).textContent = isThere ? `${(100 * missed(scene.at(0).x, DATA, STD)).toFixed(0)} % miss the data` : "";
   }
-  const text = isBack && !place ? "The shorter the steps, the more points end at the data: a point misses if no data point is near."
-    : isBack ? "The points follow their arrows."
-    : moving ? "Noise is added."
-    : scenes[2].sentenceOf(state.chosen, place) || "Drag the slider to the noise, and let go. Touch a point to see its path and its origins.";
-  return ($("arrows-text").textContent = text);
+  const [title, text] = isBack && !place ? ["They are back", "In one step, all points end at the same mean. The shorter the steps, the more of them reach the data."]
+    : [isBack ? "On the way back" : "One point", one.sentenceOf(state.chosen, place) || "Drag the slider to the noise, and let go."];
+  [$("arrows-title").textContent, $("arrows-text").textContent] = [title, text];
+  return `${title}. ${text}`;
 }
 
-/** Make the section work. */
+/** Make the section work, and the two planes of the last part. */
 export function startArrows() {
-  const scenes = PLANES.map(([sampler, steps]) => new Scene($(`arrows-plane-${sampler}-${steps}`),
-    { limit: 1.75, every: sampler === "ddim" ? 11 : 31, sampler, steps, keepsData: true }, () => gesture.render()));
+  const one = sceneIn("one", "ddim", 50, () => gesture, { alpha: 0.35 });
+  const row = [1, 5, 50].map((steps) => sceneIn(`in-${steps}`, "ddim", steps, () => gesture, { every: 11 }));
+  const scenes = [one, ...row], pull = (position) => {
+    gesture.stop();
+    if (gesture.isBack && !gesture.place) return;
+    for (const scene of scenes) scene.pull(state.pinned, position, gesture.place);
+    gesture.render();
+  };
   gesture = new Gesture("arrows", scenes, () => scenes.forEach((scene) => scene.draw(gesture.place, state.chosen)), say);
-  for (const scene of scenes) letChoose(scene, state, () => gesture);
-  gesture.moveTo(still ? 0.6 : 0);
-  gesture.beginWhenSeen();
+  for (const scene of scenes) letChoose(scene, state, () => gesture, pull);
+  gesture.moveTo(FIRST);
+  gesture.beginWhenSeen(() => {
+    gesture.hold = HOLD;
+    gesture.moving = true;
+    gesture.render();
+  });
+
+  const both = [sceneIn("ddim", "ddim", 50, () => pair, { every: 40 }), sceneIn("ddpm", "ddpm", 50, () => pair, { every: 80 })];
+  pair = new Gesture("pair", both, () => both.forEach((scene) => scene.draw(pair.place, 88)), () => "");
+  pair.beginWhenSeen();
 }

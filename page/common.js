@@ -5,34 +5,23 @@ export const scheme = matchMedia("(prefers-color-scheme: dark)");
 export const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
 export const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
-/** An owner of what runs: start(task) ends the task before, waits for it, and calls task(run), which
- * ends soon after run.stopped, and then nobody hears of its error. Of several starts at the same time, only the last one happens. */
+/** An owner of what runs: start(task) ends the task before and calls task(run), which ends soon after
+ * run.stopped, and then nobody hears of its error. */
 export class Owner {
-  #run = null;
-
-  /** Whether something runs that nobody has stopped. */
-  get busy() {
-    return this.#run !== null && !this.#run.stopped;
-  }
+  #run = { stopped: true };
 
   stop() {
-    if (this.#run) this.#run.stopped = true;
-    return this.#run?.ended;
+    this.#run.stopped = true;
   }
 
-  start(task) {
-    const before = this.stop(), run = this.#run = { stopped: false };
-    run.ended = (async () => {
-      await before?.catch(() => {}); // who started it learns of its error
-      try {
-        if (!run.stopped) await task(run);
-      } catch (error) {
-        if (!run.stopped) throw error;
-      } finally {
-        if (this.#run === run) this.#run = null;
-      }
-    })();
-    return run.ended;
+  async start(task) {
+    this.stop();
+    const run = this.#run = { stopped: false };
+    try {
+      await task(run);
+    } catch (error) {
+      if (!run.stopped) throw error;
+    }
   }
 }
 

@@ -8,11 +8,11 @@ import { noiseOf, qSample, sampleProgressive } from "./sampler.js";
 
 const ENDS = 4, STEPS = 20; // images that come back, and in how many steps
 const LEVELS = [50, 150, 300, 500, 800], TRACK_STEPS = 10; // of the results along the slider, of 1000
-const FIRST = 0.66; // from where the first drawing comes back
+const FIRST = 0.74; // from where the first drawing comes back
 const WAIT = 500; // milliseconds without a stroke, after which the drawing comes back
 const UNFINISHED = { // what the reader may finish, in a square of side 1: shapes, and a dotted hint of the rest
   "fashion-mnist.onnx": {
-    shapes: [["#a0a0a0", "M.38 .7 L.38 .495 L.5 .41 C.55 .37 .62 .38 .65 .43 C.71 .48 .8 .46 .87 .39 C.92 .35 .97 .4 .96 .5 L.97 .7"],
+    shapes: [["#b4b4b4", "M.38 .7 L.38 .495 L.5 .41 C.55 .37 .62 .38 .65 .43 C.71 .48 .8 .46 .87 .39 C.92 .35 .97 .4 .96 .5 L.97 .7"],
       ["#f0f0f0", "M.38 .7 L.97 .7 L.97 .77 L.38 .77"]],
     hint: "M.37 .5 C.25 .6 .07 .6 .04 .7 L.05 .77 L.37 .77",
   },
@@ -86,7 +86,7 @@ async function fillTrack(run) {
 
 /** Draw a line from where the pen was. */
 function paint(x, y) {
-  Object.assign(context, { strokeStyle: state.pen, lineCap: "round", lineWidth: Math.max(1.5, canvas.width / 12) });
+  Object.assign(context, { strokeStyle: state.pen, lineCap: "round", lineWidth: canvas.width / 8 });
   context.beginPath();
   context.moveTo(...state.before ?? [x, y]);
   context.lineTo(x + 0.01, y);
@@ -97,9 +97,10 @@ function paint(x, y) {
 
 function clear() {
   const isGrey = state.network.shape[0] === 1;
-  [context.fillStyle, state.pen] = isGrey ? ["#000000", "#ffffff"] : ["#ffffff", "#4a2f14"];
+  [context.fillStyle, state.pen] = isGrey ? ["#000000", "#b4b4b4"] : ["#ffffff", "#4a2f14"];
   context.fillRect(0, 0, canvas.width, canvas.height);
   $("draw-hint").style.display = "none";
+  for (const level of LEVELS) $(`track-${level}`).width += 0; // clears it
   restart();
 }
 
@@ -110,7 +111,6 @@ export function useNetwork(network) {
   drawing.use((x, t) => network.eps(x, t), { betas, variance });
   drawing.from = FIRST;
   [canvas.height, canvas.width] = [height, width];
-  for (const level of LEVELS) $(`track-${level}`).width += 0; // clears it
   clear();
   context.scale(width, height);
   const { shapes, hint } = UNFINISHED[name] ?? { shapes: [], hint: "" };
@@ -138,11 +138,12 @@ function begin() {
 
 function say() {
   const { place, isBack } = gesture;
+  const from = `noise level ${Math.round(drawing.levelAt(drawing.from))} of ${drawing.options.betas.length}`;
   const text = state.fault || (!state.network ? "The network is loading."
     : !isBack && !place ? "Draw with your finger or the mouse."
-    : !isBack ? `Noise of level ${gesture.level} is added to the drawing, four times. Let go, and the network removes it.`
-    : place || !gesture.isComplete ? `Coming back from level ${Math.round(drawing.levelAt(drawing.from))}.`
-    : `Four results from level ${Math.round(drawing.levelAt(drawing.from))}: the more noise, the less of your drawing is left in them.`);
+    : !isBack ? "Noise is added to your drawing, four times. Let go, and the network removes it."
+    : place || !gesture.isComplete ? `Coming back from ${from}.`
+    : `Four pictures from ${from}. The small pictures below came back from other levels: choose one, or drag the slider.`);
   return ($("drawing-text").textContent = text);
 }
 
@@ -159,6 +160,13 @@ function draw() {
 export function startDrawing() {
   gesture = new Gesture("drawing", [drawing], draw, say);
   $("draw-clear").onclick = clear;
+  for (const level of LEVELS) {
+    $(`track-${level}`).onclick = () => {
+      gesture.stop();
+      gesture.moveTo(Math.sqrt(level / 1000));
+      gesture.sendBack();
+    };
+  }
   const move = ({ offsetX, offsetY }) =>
     paint((offsetX * canvas.width) / canvas.clientWidth, (offsetY * canvas.height) / canvas.clientHeight);
   canvas.onpointerdown = (event) => {

@@ -2,7 +2,7 @@
 
 import { $, animate, announce, follow, still } from "./common.js";
 
-const PACE = { rest: 2600, noising: 3500, noise: 800, back: 4000, jump: 1200 }; // milliseconds
+const PACE = { rest: 4000, noising: 2200, noise: 600, back: 4000, jump: 1200 }; // milliseconds
 
 export class Gesture {
   place = 0; // from 0, the data, to 1, the noise
@@ -38,19 +38,24 @@ export class Gesture {
     return this.passages.every((passage) => passage.isComplete);
   }
 
+  get #reached() {
+    return Math.max(...this.passages.map((passage) => passage.reached));
+  }
+
   get level() {
     return Math.max(0, Math.round(this.passages[0].levelAt(this.place)));
   }
 
   // ---- what changes it
 
-  /** Move to a place. Above the beginning of the way back, there is only the way to the noise. */
+  /** Move to a place. On the way back, that is no place that it has not reached. Above its beginning,
+   * there is only the way to the noise, and at the noise, the next way back is another one. */
   moveTo(place) {
-    if (this.isBack && this.place === 0 && place) this.#renew();
+    if (this.isBack && place && (this.place === 0 || (place === 1 && this.isComplete))) this.#renew();
     else if (this.isBack && place > this.passages[0].from) {
       for (const passage of this.passages) passage.begin(passage.x0, passage.noise);
     }
-    this.place = place;
+    this.place = this.isBack ? Math.max(place, this.#reached) : place;
     this.render();
   }
 
@@ -110,7 +115,7 @@ export class Gesture {
     } else if (!this.isBack) return this.sendBack(jumps);
     else if (place > 0) {
       const next = place - passed / (jumps ? PACE.jump / passages[0].from : PACE.back);
-      this.place = Math.max(0, next, ...passages.map((passage) => Math.min(place, passage.reached)));
+      this.place = Math.max(0, next, Math.min(place, this.#reached));
       if (this.place === 0) this.hold = this.repeats ? PACE.rest : 0;
     } else if (this.repeats) return this.toNoise(this.round % 3 === 2);
     else this.moving = false;
@@ -123,6 +128,7 @@ export class Gesture {
     let held = false;
     slider.onpointerdown = ({ pointerId }) => {
       held = true;
+      this.stop();
       slider.setPointerCapture(pointerId);
     };
     slider.onpointerup = slider.onpointercancel = () => {
@@ -139,8 +145,10 @@ export class Gesture {
     slider.onchange = () => {
       if (!held) announce(this.say());
     };
-    slider.onkeydown = ({ key }) => {
-      if (key === "Enter") this.sendBack();
+    slider.onkeydown = (event) => {
+      if (event.key !== "Enter" && event.key !== " ") return;
+      event.preventDefault();
+      this.sendBack();
     };
   }
 
@@ -149,6 +157,7 @@ export class Gesture {
   /** Say what is seen, and draw it in the next frame. */
   render() {
     this.slider.value = 1000 * this.place;
+    this.slider.style.setProperty("--from", this.isBack ? this.passages[0].from : -1); // a mark
     this.slider.ariaValueText = `level ${this.level}`;
     this.say();
     this.ask();

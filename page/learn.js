@@ -1,6 +1,6 @@
 // Section 2: a network learns the arrows of the points. This is Algorithm 1, watched, and its saved weights.
 
-import { $, Owner, animate, announce, follow, pause, still } from "./common.js";
+import { $, animate, announce, follow, pause, still } from "./common.js";
 import { clear, colours, drawArrows, drawDots, drawLine, drawRing, grid } from "./plane.js";
 import { STD, density, exactEps, missed } from "./points.js";
 import { ABAR, BETAS, noiseOf, sampleProgressive, uniform } from "./sampler.js";
@@ -9,29 +9,31 @@ import { Trainer, draw, epsOf, noised } from "./trainer.js";
 
 const BATCH = 128, SAMPLES = 200, STEPS = 3000, LAST = 40; // LAST: the index of the last weights that are saved
 const CARDS = [0, 1, 10, 26]; // the weights whose guess is shown slowly, with an example
-const LEVEL = 80, LIMIT = 1.15; // the noise level of the arrows, and the view of them
+const LEVEL = 80, LIMIT = 1.25; // the noise level of the arrows, and the view
 const PACE = { card: 2400, next: 220 }; // milliseconds
-const SLICE = 24; // milliseconds of work at a time, so that nothing stalls
+const SLICE = 10; // milliseconds of work at a time, so that nothing stalls
 const SIGNAL = Math.sqrt(ABAR[LEVEL]), SHRUNK = DATA.map((value) => SIGNAL * value);
 /** After how many steps of training the weights of an index are saved. */
 const stepsAt = (i) => Math.ceil(STEPS * (i / LAST) ** 2);
 
-// What is seen is the weights with the index `at`, or the last ones before it that exist.
-const state = { at: 0, playing: false, isSeen: false };
+// What is seen is the weights with the index `at`, and the reader wants to see those with the index `goal`.
+const state = { at: 0, goal: 0, playing: false, isSeen: false, trains: false };
 export const saved = []; // {steps, average, x0, misses, card}: x0 are samples, and card is an example
-const trainer = new Trainer(), random = uniform(1, 0), training = new Owner();
+const trainer = new Trainer(), random = uniform(1, 0);
 let ask;
 
-const isWanted = () => state.isSeen && saved.length <= LAST && (state.playing || state.at > saved.length - 1);
+const isWanted = () => state.isSeen && saved.length <= LAST && (state.playing || state.goal > saved.length - 1);
 
 /** Train as far as somebody wants to see. */
-async function train(run) {
-  while (!run.stopped && isWanted()) {
+async function train() {
+  state.trains = true;
+  while (isWanted()) {
     const end = performance.now() + SLICE, next = stepsAt(saved.length);
     while (trainer.steps < next && performance.now() < end) trainer.step(draw(DATA, STD, BATCH, random));
     if (trainer.steps === next) await save();
     await pause(0);
   }
+  state.trains = false;
 }
 
 /** Save the weights, with an example of their guesses, and what they draw from always the same noise. */
@@ -43,6 +45,7 @@ async function save() {
     if (last.t % 5 === 4) await pause(0);
   }
   saved.push({ steps: trainer.steps, average, x0: last.x0, misses: 100 * missed(last.x0, DATA, STD), card: cardOf(eps) });
+  if (!state.playing) state.at = Math.min(state.goal, saved.length - 1);
   changed();
 }
 
@@ -67,7 +70,7 @@ function advance(passed) {
 
 /** Train if it is wanted, and show the state. */
 function changed() {
-  if (isWanted() && !training.busy) training.start(train);
+  if (isWanted() && !state.trains) train();
   $("learn-place").value = state.at;
   say();
   ask();
@@ -77,7 +80,7 @@ function changed() {
 
 /** The example that is shown slowly, after the weights of its index. */
 const card = () => state.at % 1 > 0 && CARDS.includes(Math.floor(state.at)) ? saved[Math.floor(state.at)]?.card : null;
-const shown = () => saved[Math.max(0, Math.min(Math.floor(state.at), saved.length - 1))];
+const shown = () => saved[Math.floor(state.at)];
 
 function say() {
   const now = shown(), isCard = card() !== null;
@@ -86,9 +89,9 @@ function say() {
   if (!now) return "";
   $("learn-place").ariaValueText = `training step ${now.steps}`;
   $("learn-misses").textContent = `${now.misses.toFixed(0)} %`;
-  const [title, words] = isCard ? [`Training step ${now.steps + 1}`, "Noise moves a data point (blue) to a random place (dark). The network sees only this noisy point, and guesses where it came from (ring). The error of its guess then corrects its weights a little."]
-    : !now.steps ? ["Not trained", "The network cannot tell in which direction the data are: its arrows (orange) differ from the right ones (grey), and its points stay noise."]
-    : now.steps < STEPS ? [`Training step ${now.steps}`, "An orange arrow is one of the network, and the fainter it is, the smaller is its error. The right arrows are grey."]
+  const [title, words] = isCard ? [`Training step ${now.steps + 1}`, "Noise moves a data point (blue) to a random place (dark). The network sees only the noisy point, and guesses where it came from (ring). Then its numbers are changed a little, so that the guess would have been better."]
+    : !now.steps ? ["Not trained", "The network knows nothing yet: its arrows (orange) are not the right ones (grey), and points that follow them (dark) stay noise."]
+    : now.steps < STEPS ? [`Training step ${now.steps}${state.goal > state.at ? " …" : ""}`, "Orange: the arrows of the network, which fade as they become right. Grey: the right ones. Dark: points that come from noise along its arrows."]
     : ["Trained", `After ${STEPS} steps, the arrows of the network are almost the right ones, and its points come from noise to the two moons.`];
   [$("learn-title").textContent, $("learn-text").textContent] = [title, words];
   return `${title}. ${words} ${$("learn-misses").textContent} of its points miss the data.`;
@@ -96,22 +99,25 @@ function say() {
 
 const field = {}; // {places, exact, presence}: the right arrows of the view, and how many noisy points lie there
 
-/** The arrows that are learnt, over the right ones, where there are noisy points to practise on. */
-function drawField(now) {
-  const view = clear($("learn-plane"), LIMIT), rows = view.height < 400 ? 11 : 17;
+/** The arrows that are learnt, over the right ones, where there are noisy points to practise on; and the
+ * points that followed them, on their way from one network that is saved to the next. */
+function drawStage(now) {
+  const view = clear($("learn-plane"), LIMIT), rows = view.height < 300 ? 9 : 11;
   if (field.wide !== view.wide) {
     const places = grid(view, rows), exact = exactEps(places, ABAR[LEVEL], DATA, STD);
     const q = density(rows, ABAR[LEVEL], DATA, STD, view.wide, LIMIT), largest = Math.max(...q);
-    Object.assign(field, { wide: view.wide, places, exact, presence: q.map((value) => Math.min(1, 1.6 * Math.sqrt(value / largest))) });
+    Object.assign(field, { wide: view.wide, places, exact, presence: q.map((value) => Math.min(1, 2 * Math.sqrt(value / largest))) });
   }
-  const { places, exact, presence } = field, cell = (1.4 * view.height) / rows;
-  drawDots(view, SHRUNK, 2.4, colours.data, 0.6);
-  drawArrows(view, places, exact.map((value) => -value), colours.arrow, cell, (k) => presence[k]);
+  const { places, exact, presence } = field, cell = (1.5 * view.height) / rows, [left] = view.at(0, 0), [right] = view.at(3 * STD, 0);
+  drawDots(view, DATA, right - left, colours.data, 0.22); // a point outside of these discs misses
+  drawArrows(view, places, exact.map((value) => -value), colours.arrow, cell, { width: 2, alpha: (k) => presence[k] });
   if (!now) return; // the network is not there yet
-  const eps = epsOf(now.average, places, LEVEL);
+  const eps = epsOf(now.average, places, LEVEL), next = saved[saved.indexOf(now) + 1] ?? now, part = state.at % 1;
   const error = (k) => Math.hypot(eps[2 * k] - exact[2 * k], eps[2 * k + 1] - exact[2 * k + 1]);
-  drawArrows(view, places, eps.map((value) => -value), colours.lit, cell, (k) => presence[k] * Math.min(1, 1.5 * error(k)));
-  if (card()) drawCard(view, card(), state.at % 1);
+  const alpha = (k) => presence[k] * Math.min(1, 1.5 * error(k));
+  drawArrows(view, places, eps.map((value) => -value), colours.lit, cell, { width: 2.5, alpha });
+  drawDots(view, now.x0.map((value, k) => value + part * (next.x0[k] - value)), 2.8, colours.ink, card() ? 0.12 : 0.85);
+  if (card()) drawCard(view, card(), part);
 }
 
 /** An example, one thing after the other: the data point, its noise, the guess. part: of the time, 0 to 1. */
@@ -127,16 +133,9 @@ function drawCard(view, { x0, xt, guess }, part) {
   if (part > 0.7) drawRing(view, guess, 9, colours.lit, 3);
 }
 
-/** The samples, over discs around the data: a sample outside of them misses. */
-function drawSamples(now) {
-  const view = clear($("learn-samples"), 1.5), [left] = view.at(0, 0), [right] = view.at(3 * STD, 0);
-  drawDots(view, DATA, right - left, colours.data, 0.25);
-  if (now) drawDots(view, now.x0, 2.2, colours.ink);
-}
-
 /** The share of points that miss, after each step that is saved. */
 function drawCurve() {
-  const { context, width, height } = clear($("learn-curve"), 1), now = Math.min(state.at, saved.length - 1);
+  const { context, width, height } = clear($("learn-curve"), 1);
   const place = (i) => [4 + (i / LAST) * (width - 8), height - 4 - (saved[i].misses / 100) * (height - 8)];
   [context.strokeStyle, context.lineWidth] = [colours.lit, 2.5];
   context.beginPath();
@@ -144,7 +143,7 @@ function drawCurve() {
   context.stroke();
   context.fillStyle = colours.ink;
   context.beginPath();
-  context.arc(...place(Math.floor(now)), 4, 0, 2 * Math.PI);
+  context.arc(...place(Math.floor(state.at)), 4, 0, 2 * Math.PI);
   context.fill();
 }
 
@@ -152,8 +151,7 @@ function drawCurve() {
 export function startLearning() {
   ask = animate($("learn-stage"), (passed) => {
     if (state.playing && saved.length && !advance(passed)) return true;
-    drawField(shown());
-    drawSamples(shown());
+    drawStage(shown());
     if (saved.length) drawCurve();
     return state.playing;
   });
@@ -161,12 +159,13 @@ export function startLearning() {
   const play = (playing) => {
     begun = true;
     if (playing && state.at >= LAST) state.at = 0;
-    state.playing = playing;
+    Object.assign(state, { playing, goal: state.at });
     changed();
   };
   $("learn-place").max = LAST;
   $("learn-place").oninput = ({ target }) => {
-    Object.assign(state, { at: Number(target.value), playing: false });
+    const goal = Number(target.value);
+    Object.assign(state, { goal, at: Math.min(goal, Math.max(0, saved.length - 1)), playing: false });
     begun = true;
     changed();
   };

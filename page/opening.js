@@ -25,13 +25,13 @@ function captions() {
   if (!isBack && !place) return ["Data", `${N} points that form two moons, one blue and one red, and a picture. A picture is a point, too, but in more dimensions.`];
   if (!isBack && place === 1) return ["Only noise is left", "Nobody can tell where each point was. The way back begins here."];
   if (!isBack) {
-    return ["Noise is added", moving ? "Each point is shrunk towards the middle and scattered, until nothing of its place is left. The picture fades in the same way."
+    return ["Noise is added", moving ? "Each point is shrunk towards the middle and scattered, until nobody can tell where it was. The picture fades in the same way."
       : "Touch a point to see where it may have come from, or send all of them back."];
   }
   if (jumps) {
     return ["Back in one jump", from < 0.2 ? "With so little noise, few origins are possible, so their mean is almost a data point. Jump from more noise to see the difference."
       : from < 0.7 ? "Each point jumps to the mean of its possible origins, which lies between them. The picture loses some of its detail."
-      : `All ${N} points jump to almost the same place, the mean of all their origins. The mean of many points is no moon, and the mean of many pictures is a blur.`];
+      : `All ${N} points jump to almost the same place, the mean of all their origins. The mean of all points lies on neither moon, and the mean of many pictures is a blur.`];
   }
   if (place) return ["Back in many steps", "Each point follows its arrow a little, towards where it may have come from. Then it asks again: with less noise, fewer origins are possible."];
   const { swapped } = scene;
@@ -42,14 +42,16 @@ function captions() {
 function say() {
   const [title, words] = captions(), text = words + fault;
   [$("scene-title").textContent, $("scene-text").textContent] = [title, text];
-  $("scene-many").textContent = gesture.place ? "Send them back" : "To noise, and back";
-  [$("scene-pause").textContent, $("scene-pause").ariaLabel] = gesture.moving ? ["❚❚", "Pause"] : ["►", "Play"];
+  $("scene-many").textContent = gesture.moving ? "Pause" : gesture.place ? "Send them back" : "To noise, and back";
   return `${title}. ${text}`;
 }
 
 function draw() {
   scene.draw(gesture.place, state.chosen);
-  if (picture.x0) drawImages($("scene-picture"), picture.at(gesture.place).x, SHAPE);
+  if (!picture.x0) return;
+  drawImages($("scene-picture"), picture.at(gesture.place).x, SHAPE);
+  drawImages($("scene-before"), picture.x0, SHAPE);
+  $("scene-before").parentElement.style.visibility = gesture.isBack ? "" : "hidden";
 }
 
 /** Let the network draw the picture, in place of the recording. */
@@ -77,9 +79,11 @@ function useRecording(estimates) {
   };
 }
 
-/** Send everything back for the reader. Only what is in sight moves. */
+/** Send everything back for the reader, or stop. Only what is in sight moves. */
 function press(jumps) {
+  const { moving } = gesture;
   gesture.stop();
+  if (moving && !jumps) return gesture.render();
   gesture.stage.scrollIntoView({ block: "nearest" });
   gesture.sendBack(jumps);
 }
@@ -92,10 +96,6 @@ export async function startOpening() {
   letChoose(scene, state, () => gesture);
   $("scene-many").onclick = () => press(false);
   $("scene-one").onclick = () => press(true);
-  $("scene-pause").onclick = () => {
-    gesture.moving = gesture.repeats = !gesture.moving;
-    gesture.render();
-  };
   Object.assign(gesture, { moving: !still, repeats: !still });
   gesture.render();
   const begins = await valuesOf($("scene-source"));

@@ -3,17 +3,19 @@
 import { $, announce, pause } from "./common.js";
 import { startArrows } from "./arrows.js";
 import * as drawing from "./drawing.js";
-import { startEnding } from "./ending.js";
+import { startEmoji } from "./emoji.js";
 import * as images from "./images.js";
 import { startLearning } from "./learn.js";
 import { included, open } from "./networks.js";
 import * as opening from "./opening.js";
 
-// A link to the lesson works only on GitHub Pages, where the repository's address is known.
+// A link to the repository works only on GitHub Pages, where the repository's address is known.
 const [, owner] = location.hostname.match(/^(.+)\.github\.io$/) ?? [];
-for (const link of owner ? document.querySelectorAll("[data-lesson]") : []) {
-  const repository = location.pathname.split("/")[1];
-  link.href = `https://github.com/${owner}/${repository}/blob/HEAD/docs/lesson.md#${link.dataset.lesson}`;
+if (owner) {
+  const repository = $("code").href = `https://github.com/${owner}/${location.pathname.split("/")[1]}`;
+  for (const link of document.querySelectorAll("[data-lesson]")) {
+    link.href = `${repository}/blob/HEAD/docs/lesson.md#${link.dataset.lesson}`;
+  }
 }
 
 let wanted = "clothes"; // the network that shall draw: a key of the buttons
@@ -21,8 +23,8 @@ let own = null; // the reader's
 
 /** What the form of the last part says. */
 function settings() {
-  const { sampler, steps, seed, kind } = Object.fromEntries(new FormData($("settings")));
-  return { sampler, steps: Number(steps), seed: Number(seed), kind };
+  const { sampler, steps, seed } = Object.fromEntries(new FormData($("settings")));
+  return { sampler, steps: Number(steps), seed: Number(seed) };
 }
 
 /** Let a network draw as soon as it is open, if no other one is wanted by then. */
@@ -32,7 +34,7 @@ async function select(key) {
   try {
     const network = key === "own" ? own : await included(key);
     if (key !== wanted) return;
-    images.useNetwork(network, { ...settings(), kind: "all" }); // it has other kinds
+    images.useNetwork(network, settings());
     drawing.useNetwork(network);
   } catch (error) {
     if (key === wanted) images.fail(error);
@@ -78,7 +80,7 @@ $("settings").onsubmit = (event) => {
 
 /** Start the sections, one at a time, so that the opening can move; then open the first network. */
 async function begin() {
-  for (const start of [startArrows, startLearning, images.startImages, drawing.startDrawing, startEnding]) {
+  for (const start of [startArrows, startLearning, images.startImages, drawing.startDrawing, startEmoji]) {
     await pause(0);
     start();
   }

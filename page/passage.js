@@ -37,7 +37,7 @@ export class Passage {
   /** Begin with these data and this noise. */
   begin(x0, noise) {
     this.stop();
-    Object.assign(this, { x0, noise, steps: null });
+    Object.assign(this, { x0, noise, steps: null, jumps: false });
   }
 
   /** Begin with what has come back, or again with the same data: after a jump, or where they are kept. */

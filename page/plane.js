@@ -99,23 +99,36 @@ export function grid({ wide, limit }, rows) {
   return Float32Array.from(places);
 }
 
+/** Add an arrow between two places in pixels to the path. */
+function traceArrow(context, [x, y], [toX, toY], head) {
+  const angle = Math.atan2(toY - y, toX - x);
+  context.moveTo(x, y);
+  context.lineTo(toX, toY);
+  for (const turn of [2.6, -2.6]) {
+    context.moveTo(toX, toY);
+    context.lineTo(toX + head * Math.cos(angle + turn), toY + head * Math.sin(angle + turn));
+  }
+}
+
+/** Draw an arrow between two places of the plane, which ends `gap` pixels before the second one. */
+export function drawArrow({ context, at }, from, to, colour, width, gap) {
+  const [x, y] = at(...from), [toX, toY] = at(...to), share = 1 - gap / Math.hypot(toX - x, toY - y);
+  if (!(share > 0)) return;
+  [context.strokeStyle, context.lineWidth] = [colour, width];
+  context.beginPath();
+  traceArrow(context, [x, y], [x + share * (toX - x), y + share * (toY - y)], 4 * width);
+  context.stroke();
+}
+
 /** Draw arrows from `places` along `ways`, as opaque as alpha(k) says; those of length 2.5 and more are `cell` pixels long. */
-export function drawArrows({ context, at }, places, ways, colour, cell, alpha = () => 1) {
-  const head = 0.15 * cell;
-  [context.strokeStyle, context.lineWidth] = [colour, 1.4];
+export function drawArrows({ context, at }, places, ways, colour, cell, { width = 1.4, alpha = () => 1 } = {}) {
+  [context.strokeStyle, context.lineWidth] = [colour, width];
   for (let k = 0; k < places.length; k += 2) {
-    const length = Math.hypot(ways[k], ways[k + 1]), size = cell * Math.min(1, length / 2.5);
+    const size = cell * Math.min(1 / Math.hypot(ways[k], ways[k + 1]), 1 / 2.5), [x, y] = at(places[k], places[k + 1]);
     context.globalAlpha = alpha(k / 2);
-    if (!(length > 0) || context.globalAlpha < 0.03) continue;
-    const angle = Math.atan2(-ways[k + 1], ways[k]), [x, y] = at(places[k], places[k + 1]);
-    const [toX, toY] = [x + size * Math.cos(angle), y + size * Math.sin(angle)];
+    if (!Number.isFinite(size) || context.globalAlpha < 0.03) continue;
     context.beginPath();
-    context.moveTo(x, y);
-    context.lineTo(toX, toY);
-    for (const turn of [2.6, -2.6]) {
-      context.moveTo(toX, toY);
-      context.lineTo(toX + head * Math.cos(angle + turn), toY + head * Math.sin(angle + turn));
-    }
+    traceArrow(context, [x, y], [x + size * ways[k], y - size * ways[k + 1]], 0.15 * cell);
     context.stroke();
   }
   context.globalAlpha = 1;

@@ -2,7 +2,7 @@
 
 import { announce } from "./common.js";
 import { Passage } from "./passage.js";
-import { clear, colours, drawArrows, drawDots, drawHaze, drawLine, drawRing, grid, viewOf } from "./plane.js";
+import { clear, colours, drawArrow, drawArrows, drawDots, drawHaze, drawLine, drawRing, grid, viewOf } from "./plane.js";
 import { STD, exactEps, moons, nearest, posterior } from "./points.js";
 import { ABAR, between, noiseOf, partsAt } from "./sampler.js";
 
@@ -11,10 +11,11 @@ const ROWS = 13; // of arrows
 const HAZE = 0.045; // the deviation of the data in the haze, so that it is seen
 
 export class Scene extends Passage {
-  /** limit: of the view, upwards. every: of how many points one shows its path. arrows: whether a field of them is shown. */
-  constructor(canvas, { limit, every, arrows = false, ...options }, changed) {
+  /** limit: of the view, upwards. every: of how many points one shows its path. arrows: whether a
+   * field of them is shown. alpha: of the points that are not chosen. */
+  constructor(canvas, { limit, every = Infinity, arrows = false, alpha = 0.9, ...options }, changed) {
     super((x, t) => exactEps(x, ABAR[t], DATA, STD), options, changed);
-    Object.assign(this, { canvas, limit, every, arrows });
+    Object.assign(this, { canvas, limit, every, arrows, alpha });
     this.begin(DATA, noiseOf(1, 1, 2 * N)());
   }
 
@@ -50,7 +51,7 @@ export class Scene extends Passage {
     for (let k = 0; isBack && k < N; k += this.every) {
       drawLine(plane, [...this.#path(k, level), pointOf(x, k)], colourOf(this.labels[k]), 1.2 * small, 0.55);
     }
-    for (const label of [0, 1]) drawDots(plane, x, 3.2 * small, colourOf(label), 0.9, (k) => this.labels[k] === label);
+    for (const label of [0, 1]) drawDots(plane, x, 3.2 * small, colourOf(label), this.alpha, (k) => this.labels[k] === label);
     if (chosen < 0) return;
     if (isBack) drawLine(plane, [...this.#path(chosen, level), pointOf(x, chosen)], colours.lit, 2.2 * small);
     if (!this.jumps && place) drawOrigins(plane, pointOf(x, chosen), this.weightsOf(chosen, place), shrunk);
@@ -75,6 +76,12 @@ export class Scene extends Passage {
 
   // ---- a point
 
+  /** Put point k to a position of the view, by other noise. */
+  pull(k, position, place) {
+    const [signal, spread] = partsAt(this.levelAt(place));
+    this.begin(this.x0, this.noise.map((value, i) => i >> 1 === k ? (position[i % 2] - signal * this.x0[i]) / spread : value));
+  }
+
   /** The probabilities of the origins of point k. */
   weightsOf(k, place) {
     const { x, level } = this.at(place), [signal] = partsAt(level);
@@ -93,9 +100,14 @@ export class Scene extends Passage {
       : "Only one origin is left, and its arrow points there.";
   }
 
-  /** The point at a place of the canvas, or -1. */
-  pointNear({ offsetX, offsetY }, place) {
-    const { index, distance } = nearest(...viewOf(this.canvas, this.limit).place(offsetX, offsetY), this.at(place).x);
+  /** Where a pointer is in the view. */
+  positionOf({ offsetX, offsetY }) {
+    return viewOf(this.canvas, this.limit).place(offsetX, offsetY);
+  }
+
+  /** The point at a pointer, or -1. */
+  pointNear(event, place) {
+    const { index, distance } = nearest(...this.positionOf(event), this.at(place).x);
     return distance < 0.13 * this.limit ? index : -1;
   }
 }
@@ -115,21 +127,29 @@ function drawOrigins(plane, point, weights, shrunk) {
       drawLine(plane, [point, origin], colours.lit, (0.4 + 7 * Math.sqrt(weight)) * small, 0.3 + 0.5 * weight);
     }
   });
-  drawLine(plane, [point, mean], colours.ink, 2 * small);
+  drawArrow(plane, point, mean, colours.ink, 2.5 * small, 9 * small);
   drawRing(plane, mean, 9 * small, colours.card, 5 * small);
   drawRing(plane, mean, 9 * small, colours.lit, 3 * small);
 }
 
-/** Let a pointer and the arrow keys choose a point of a scene. state: {chosen, pinned}. gesture(): of the scene. */
-export function letChoose(scene, state, gesture) {
+/** Let a pointer and the arrow keys choose a point of a scene. state: {chosen, pinned}. gesture(): of the
+ * scene. pull(position): drags the point that was chosen before. */
+export function letChoose(scene, state, gesture, pull = null) {
   const { canvas } = scene;
+  let pulls = false;
   const choose = (k) => {
-    gesture().stop();
+    gesture().repeats = false;
     state.chosen = state.pinned = k;
     gesture().render();
   };
+  canvas.onpointerdown = (event) => {
+    pulls = pull !== null && event.pointerType === "mouse" && scene.pointNear(event, gesture().place) === state.pinned;
+    if (pulls) canvas.setPointerCapture(event.pointerId);
+  };
+  canvas.onpointerup = () => { pulls = false; };
   canvas.onpointermove = (event) => {
     if (event.pointerType !== "mouse") return;
+    if (pulls) return pull(scene.positionOf(event));
     const near = scene.pointNear(event, gesture().place);
     state.chosen = near < 0 ? state.pinned : near;
     gesture().render();

@@ -96,8 +96,11 @@ def test_tables_of_the_ladder_are_those_of_its_rows():
     for name, its_tables in tables.items():
         for table in its_tables:
             assert table.count("\n") >= 2 and f"{table}\n\n" in (HERE / name).read_text("utf-8")
-    (shown,) = re.findall(r"DISTANCES = \[(.*)\]", (HERE / "page" / "images.js").read_text("utf-8"))
-    for w, distance in zip("01246", shown.split(", "), strict=True):  # of the page's guidance strip
+    shown = re.search(
+        r"6, the distance of 1,000 .* is (.*)\. With SA",
+        (HERE / "page" / "index.html").read_text("utf-8"),
+    )
+    for w, distance in zip("01246", re.split(", | and ", shown[1]), strict=True):
         way = ladder.WAYS["SA-Solver, 10"] | {"guidance": f"{w}.0"}
         assert ladder.cell(ladder.distances(rows, "included", 13_000, **way)).split()[0] == distance
 

@@ -1,0 +1,87 @@
+// What the second network draws by itself when it is seen: the guidance strip, and the emoji at the end.
+
+import { $, follow } from "./common.js";
+import { included } from "./networks.js";
+import { drawImages } from "./plane.js";
+import { guided, noiseOf, sampleProgressive } from "./sampler.js";
+
+const STEPS = 10, SHAPE = [3, 32, 32], SIZE = 3072;
+const STRIP = [0, 1, 2, 4, 6], NINE = 9; // the guidance of the strip, and its pictures at each
+const COUNT = 36, AT_ONCE = 6; // emoji at the end, and how many emerge at the same time
+
+/** Draw pictures of the classes y from xT with guidance w. show(x): x_t at first, and the estimates at the end.
+ * Returns the pictures. */
+async function emerge(network, xT, y, w, show) {
+  let last;
+  const options = { sampler: "sa-solver", steps: STEPS, xT };
+  for await (last of sampleProgressive(guided(network, y, w), null, network.betas, options)) {
+    show(last.t < network.betas.length / 4 ? last.x0 : last.x);
+  }
+  return last.x0;
+}
+
+/** The standard deviation of pictures from their mean. */
+function variety(x) {
+  let sum = 0;
+  for (let k = 0; k < SIZE; k++) {
+    const values = Array.from({ length: NINE }, (_, i) => x[i * SIZE + k]), mean = values.reduce((a, b) => a + b) / NINE;
+    sum += values.reduce((total, value) => total + (value - mean) ** 2, 0);
+  }
+  return Math.sqrt(sum / x.length);
+}
+
+/** Smileys from the same noise with each guidance. Below them, how often the network is asked, and how they vary. */
+async function drawStrip(xT) {
+  const network = await included("emoji"), y = new Array(NINE).fill(network.classes.indexOf("smileys"));
+  const tell = (name, share, text) => {
+    $(name).style.setProperty("--share", share);
+    $(name).textContent = text;
+  };
+  let first;
+  for (const w of STRIP) {
+    const x = await emerge(network, xT, y, w, (shown) => drawImages($(`strip-${w}`), shown, SHAPE, 3, 1));
+    const questions = STEPS * (w ? 2 : 1), own = variety(x);
+    first ??= own;
+    tell(`strip-work-${w}`, questions / (2 * STEPS), `asked ${questions} times`);
+    tell(`strip-variety-${w}`, own / first, `variety ${(100 * own / first).toFixed(0)} %`);
+  }
+}
+
+/** Emoji of all kinds in turn, a few at the same time. */
+async function drawEnding(x) {
+  $("ending-more").disabled = true;
+  showEnding(x);
+  const network = await included("emoji");
+  for (let first = 0; first < COUNT; first += AT_ONCE) {
+    const from = first * SIZE, y = Array.from({ length: AT_ONCE }, (_, k) => (first + k) % network.classes.length);
+    await emerge(network, x.slice(from, from + AT_ONCE * SIZE), y, 0, (shown) => {
+      x.set(shown, from);
+      showEnding(x);
+    });
+  }
+  $("ending-more").disabled = false;
+}
+
+const showEnding = (x) => drawImages($("ending-grid"), x, SHAPE, innerWidth < 800 ? 6 : 12, 2);
+const noise = (seed, count) => noiseOf(seed, count, SIZE)();
+
+/** Begin when an element is seen, and return the function that begins again. */
+function beginWhenSeen(name, draw) {
+  let begun = false;
+  const begin = () => draw().catch((error) => { $(`${name}-text`).textContent = error.message.split("\n")[0]; });
+  follow($(name), (isSeen) => {
+    if (isSeen && !begun) begin();
+    begun ||= isSeen;
+  }, 0.2);
+  return begin;
+}
+
+/** Make both work. Before they are seen, they show noise. */
+export function startEmoji() {
+  let seed = 5;
+  const xT = noise(2, NINE);
+  for (const w of STRIP) drawImages($(`strip-${w}`), xT, SHAPE, 3, 1);
+  beginWhenSeen("strip", () => drawStrip(xT));
+  showEnding(noise(seed, COUNT));
+  $("ending-more").onclick = beginWhenSeen("ending", () => drawEnding(noise(seed++, COUNT)));
+}
