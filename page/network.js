@@ -52,7 +52,7 @@ export class NetworkError extends Error {}
  * runtime is the address of onnxruntime-web; if it cannot be loaded from there, fallback is tried.
  * betas, variance, shape ([C, H, W]) and classes (their names, [] if there are none) are the file's;
  * metadata is all that it says about itself.
- * device says what the network runs on, and noWebGPU why that is not WebGPU, if it is not.
+ * device says what the network runs on.
  */
 export class Network {
   static async open(bytes, runtime, fallback = runtime) {
@@ -142,18 +142,16 @@ async function start({ bytes, runtime, fallback, T, values, ...file }) {
     session = await ort.InferenceSession.create(bytes, options);
     await check(T, values);
   };
-  let noWebGPU;
   if (await navigator.gpu?.requestAdapter().catch(() => null)) {
     try {
       await create("webgpu");
       return { device: "WebGPU" };
     } catch (error) {
-      noWebGPU = `WebGPU fails: ${error.message}`;
+      console.warn(`WebGPU fails: ${error.message}`);
     }
   }
   await create("wasm");
-  const threads = ort.env.wasm.numThreads;
-  return { device: `WebAssembly, ${threads} thread${threads > 1 ? "s" : ""}`, noWebGPU };
+  return { device: "WebAssembly" };
 }
 
 async function eps({ x, t, y }) {

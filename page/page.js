@@ -61,8 +61,7 @@ async function openOwn(file) {
   $("use-own").hidden = false;
   await select("own");
   before?.close();
-  const { device, noWebGPU } = own;
-  tell(`${file.name} draws in sections 3 and 4. It runs on ${device}${noWebGPU ? ` (${noWebGPU})` : ""}.`);
+  tell(`${file.name} draws in sections 3 and 4. It runs on ${own.device}.`);
   $("images").scrollIntoView();
 }
 

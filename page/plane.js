@@ -1,7 +1,7 @@
 // Drawing: the palette, crisp canvases, and what is drawn in a plane.
 
 import { scheme } from "./common.js";
-import { LIMIT, density } from "./points.js";
+import { density } from "./points.js";
 
 const NAMES = ["ink", "dim", "card", "line", "data", "other", "lit", "arrow"];
 const read = () => {
@@ -13,7 +13,7 @@ scheme.addEventListener("change", () => { colours = read(); });
 
 /** How a canvas shows the plane: at(x, y) is where a point lies, in CSS pixels, place(left, top) the
  * inverse. limit: the plane is seen from -limit to limit, upwards. */
-export function viewOf({ clientWidth: width, clientHeight: height }, limit = LIMIT) {
+export function viewOf({ clientWidth: width, clientHeight: height }, limit) {
   const unit = height / 2 / limit, wide = width / height;
   const at = (x, y) => [width / 2 + x * unit, height / 2 - y * unit];
   const place = (left, top) => [(left - width / 2) / unit, (height / 2 - top) / unit];
@@ -21,7 +21,7 @@ export function viewOf({ clientWidth: width, clientHeight: height }, limit = LIM
 }
 
 /** Clear a canvas, crisp at any pixel ratio, and return its view with the context that draws in it. */
-export function clear(canvas, limit = LIMIT) {
+export function clear(canvas, limit) {
   const view = viewOf(canvas, limit), { width, height } = view, ratio = devicePixelRatio;
   const [across, down] = [Math.round(width * ratio), Math.round(height * ratio)];
   if (canvas.width !== across || canvas.height !== down) [canvas.width, canvas.height] = [across, down];
@@ -134,10 +134,11 @@ export function drawArrows({ context, at }, places, ways, colour, cell, { width 
   context.globalAlpha = 1;
 }
 
-/** A canvas with images, each a Float32Array in (C, H, W) and [-1, 1], in rows of `columns` with a gap. */
-export function sheet(x, [channels, height, width], columns = 1, gap = 0) {
+/** Show images, each a Float32Array in (C, H, W) and [-1, 1], pixel by pixel, in rows of `columns` with a gap. */
+export function drawImages(canvas, x, [channels, height, width], columns = 1, gap = 0) {
   const area = height * width, count = x.length / channels / area, pixels = toPixels(x);
-  const canvas = new OffscreenCanvas(columns * (width + gap) - gap, Math.ceil(count / columns) * (height + gap) - gap);
+  const [across, down] = [columns * (width + gap) - gap, Math.ceil(count / columns) * (height + gap) - gap];
+  if (canvas.width !== across || canvas.height !== down) [canvas.width, canvas.height] = [across, down];
   const context = canvas.getContext("2d"), image = context.createImageData(width, height);
   for (let k = 0; k < count; k++) {
     for (let at = 0; at < area; at++) {
@@ -146,18 +147,6 @@ export function sheet(x, [channels, height, width], columns = 1, gap = 0) {
     }
     context.putImageData(image, (k % columns) * (width + gap), Math.floor(k / columns) * (height + gap));
   }
-  return canvas;
 }
 
-/** Show images in a canvas, pixel by pixel. */
-export function drawImages(canvas, ...images) {
-  const drawn = sheet(...images);
-  if (canvas.width !== drawn.width || canvas.height !== drawn.height) {
-    [canvas.width, canvas.height] = [drawn.width, drawn.height];
-  }
-  const context = canvas.getContext("2d");
-  context.clearRect(0, 0, canvas.width, canvas.height);
-  context.drawImage(drawn, 0, 0);
-}
-
-export const toPixels = (x) => Uint8ClampedArray.from(x, (value) => Math.round((value + 1) * 127.5));
+const toPixels = (x) => Uint8ClampedArray.from(x, (value) => Math.round((value + 1) * 127.5));

@@ -5,7 +5,6 @@
 import { uniform } from "./sampler.js";
 
 export const STD = 0.02; // of the Gaussian around each point of the data
-export const LIMIT = 2.3; // of the view, upwards
 
 /** The probability of each centre, given x_t = (x, y), into `weights`: that x_t came from there. */
 export function posterior(x, y, abar, centres, std, weights = new Float64Array(centres.length / 2)) {
@@ -40,7 +39,7 @@ export function exactEps(x, abar, centres, std) {
 
 /** The density of x_t on a grid of n rows over the view, from the top left, up to a factor. wide: the
  * width of the view, relative to its height. limit: of the view, upwards. */
-export function density(n, abar, centres, std, wide = 1, limit = LIMIT) {
+export function density(n, abar, centres, std, wide, limit) {
   const variance = abar * std ** 2 + 1 - abar, signal = Math.sqrt(abar), columns = Math.round(n * wide);
   const q = new Float64Array(n * columns);
   const bells = (centre, count, end) => Float64Array.from({ length: count }, (_, i) =>

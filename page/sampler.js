@@ -12,12 +12,6 @@ export function alphasBar(betas) {
 export const T = 1000, BETAS = Array.from({ length: T }, (_, t) => 1e-4 + ((0.02 - 1e-4) * t) / (T - 1));
 export const ABAR = alphasBar(BETAS);
 
-/** x_t ~ q(x_t | x_0) (4): sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise. */
-export function qSample(x0, t, noise, betas) {
-  const abar = alphasBar(betas)[t], signal = Math.sqrt(abar), deviation = Math.sqrt(1 - abar);
-  return x0.map((value, k) => signal * value + deviation * noise[k]);
-}
-
 /** [sqrt(abar), sqrt(1 - abar)] at a level from -1, which is x_0, to T - 1; also between two levels. */
 export function partsAt(level, abars = ABAR) {
   const low = Math.floor(level), at = (t) => (t < 0 ? 1 : abars[Math.min(t, abars.length - 1)]);
