@@ -6,7 +6,7 @@ import { Gesture } from "./gesture.js";
 import { STD, missed } from "./points.js";
 import { DATA, Scene, letChoose } from "./scene.js";
 
-const FIRST = 0.6, HOLD = 6000; // where it begins, and the milliseconds for which it stays there
+const FIRST = 0.45, HOLD = 6000; // where it begins, and the milliseconds for which it stays there
 const state = { chosen: 88, pinned: 88 }; // point 88 is above the others
 export let gesture, pair;
 
@@ -20,7 +20,7 @@ function say() {
     const isThere = isBack && !place && scene.isComplete;
     $(`${scene.canvas.id}-miss`).textContent = isThere ? `${(100 * missed(scene.at(0).x, DATA, STD)).toFixed(0)} % miss the data` : "";
   }
-  const [title, text] = isBack && !place ? ["They are back", "In one step, all points end at the same mean. The shorter the steps, the more of them reach the data."]
+  const [title, text] = isBack && !place ? ["They are back", "In one step, each point ends at the mean of its origins, between the data. The shorter the steps, the more points reach the data."]
     : [isBack ? "On the way back" : "One point", one.sentenceOf(state.chosen, place) || "Drag the slider to the noise, and let go."];
   [$("arrows-title").textContent, $("arrows-text").textContent] = [title, text];
   return `${title}. ${text}`;
@@ -28,7 +28,7 @@ function say() {
 
 /** Make the section work, and the two planes of the last part. */
 export function startArrows() {
-  const one = sceneIn("one", "ddim", 50, () => gesture, { alpha: 0.35 });
+  const one = sceneIn("one", "ddim", 50, () => gesture, { alpha: 0.35, limit: 1.4 });
   const row = [1, 5, 50].map((steps) => sceneIn(`in-${steps}`, "ddim", steps, () => gesture, { every: 11 }));
   const scenes = [one, ...row], pull = (position) => {
     gesture.stop();

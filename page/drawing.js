@@ -87,7 +87,7 @@ async function fillTrack(run) {
 
 /** Draw a line from where the pen was. */
 function paint(x, y) {
-  Object.assign(context, { strokeStyle: state.pen, lineCap: "round", lineWidth: canvas.width / 8 });
+  Object.assign(context, { strokeStyle: state.pen, lineCap: "round", lineWidth: canvas.width / 11 });
   context.beginPath();
   context.moveTo(...state.before ?? [x, y]);
   context.lineTo(x + 0.01, y);
@@ -101,6 +101,7 @@ function clear() {
   [context.fillStyle, state.pen] = isGrey ? ["#000000", "#b4b4b4"] : ["#ffffff", "#4a2f14"];
   context.fillRect(0, 0, canvas.width, canvas.height);
   $("draw-hint").style.display = "none";
+  drawing.from = FIRST;
   for (const level of LEVELS) $(`track-${level}`).width += 0; // clears it
   restart();
 }
@@ -110,7 +111,6 @@ export function useNetwork(network) {
   const { shape: [, height, width], betas, name, variance } = network;
   Object.assign(state, { network, fault: "" });
   drawing.use((x, t) => network.eps(x, t), { betas, variance });
-  drawing.from = FIRST;
   [canvas.height, canvas.width] = [height, width];
   clear();
   context.scale(width, height);
@@ -139,12 +139,11 @@ function begin() {
 
 function say() {
   const { place, isBack } = gesture;
-  const from = `noise level ${Math.round(drawing.levelAt(drawing.from))} of ${drawing.options.betas.length}`;
   const text = state.fault || (!state.network ? "The network is loading."
     : !isBack && !place ? "Draw with your finger or the mouse."
     : !isBack ? "Noise is added to your drawing, four times. Let go, and the network removes it."
-    : place || !gesture.isComplete ? `Coming back from ${from}.`
-    : `Four pictures from ${from}. The small pictures below came back from other levels: choose one, or drag the slider.`);
+    : place || !gesture.isComplete ? "The network removes the noise."
+    : "These four came back from the mark on the slider, and the small ones from other places: choose one, or drag the slider.");
   return ($("drawing-text").textContent = text);
 }
 

@@ -6,7 +6,7 @@ import { drawImages } from "./plane.js";
 import { guided, noiseOf, sampleProgressive } from "./sampler.js";
 
 const STEPS = 10, SHAPE = [3, 32, 32], SIZE = 3072;
-const STRIP = [0, 1, 2, 4, 6], NINE = 9; // the guidance of the strip, and its pictures at each
+const STRIP = [0, 0.5, 1, 2, 4], NINE = 9; // the guidance of the strip, and its pictures at each
 const COUNT = 36, AT_ONCE = 6; // emoji at the end, and how many emerge at the same time
 
 /** Draw pictures of the classes y from xT with guidance w. show(x): x_t at first, and the estimates at the end.
@@ -30,27 +30,39 @@ function variety(x) {
   return Math.sqrt(sum / x.length);
 }
 
+const strip = { at: 0, isTouched: false, shown: [] }; // shown: the pictures of each guidance
+
+/** Show the pictures with the guidance of an index in large. */
+function choose(k) {
+  strip.at = k;
+  $("strip-place").value = k;
+  $("strip-place").ariaValueText = k ? `guidance ${STRIP[k]}` : "no guidance";
+  drawImages($("strip-grid"), strip.shown[k], SHAPE, 3, 1);
+}
+
 /** Smileys from the same noise with each guidance. Below them, how often the network is asked, and how they vary. */
-async function drawStrip(xT) {
+async function drawStrip() {
   const network = await included("emoji"), y = new Array(NINE).fill(network.classes.indexOf("smileys"));
   const tell = (name, share, text) => {
     $(name).style.setProperty("--share", share);
     $(name).textContent = text;
   };
   let first;
-  for (const w of STRIP) {
-    const x = await emerge(network, xT, y, w, (shown) => drawImages($(`strip-${w}`), shown, SHAPE, 3, 1));
+  for (const [k, w] of STRIP.entries()) {
+    const x = await emerge(network, strip.shown[k], y, w, (shown) => {
+      strip.shown[k] = shown;
+      drawImages($(`strip-${k}`), shown, SHAPE, 3, 1);
+      if (k === strip.at || !strip.isTouched) choose(k);
+    });
     const questions = STEPS * (w ? 2 : 1), own = variety(x);
     first ??= own;
-    tell(`strip-work-${w}`, questions / (2 * STEPS), `asked ${questions} times`);
-    tell(`strip-variety-${w}`, own / first, `variety ${(100 * own / first).toFixed(0)} %`);
+    tell(`strip-work-${k}`, questions / (2 * STEPS), `asked ${questions} times`);
+    tell(`strip-variety-${k}`, own / first, `variety ${(100 * own / first).toFixed(0)} %`);
   }
 }
 
 /** Emoji of all kinds in turn, a few at the same time. */
 async function drawEnding(x) {
-  $("ending-more").disabled = true;
-  showEnding(x);
   const network = await included("emoji");
   for (let first = 0; first < COUNT; first += AT_ONCE) {
     const from = first * SIZE, y = Array.from({ length: AT_ONCE }, (_, k) => (first + k) % network.classes.length);
@@ -59,29 +71,33 @@ async function drawEnding(x) {
       showEnding(x);
     });
   }
-  $("ending-more").disabled = false;
 }
 
-const showEnding = (x) => drawImages($("ending-grid"), x, SHAPE, innerWidth < 800 ? 6 : 12, 2);
-const noise = (seed, count) => noiseOf(seed, count, SIZE)();
+const showEnding = (x) => drawImages($("ending"), x, SHAPE, innerWidth < 800 ? 6 : 12, 2);
 
-/** Begin when an element is seen, and return the function that begins again. */
 function beginWhenSeen(name, draw) {
   let begun = false;
-  const begin = () => draw().catch((error) => { $(`${name}-text`).textContent = error.message.split("\n")[0]; });
   follow($(name), (isSeen) => {
-    if (isSeen && !begun) begin();
-    begun ||= isSeen;
+    if (!isSeen || begun) return;
+    begun = true;
+    draw().catch((error) => { $(`${name}-text`).textContent = error.message.split("\n")[0]; });
   }, 0.2);
-  return begin;
 }
 
 /** Make both work. Before they are seen, they show noise. */
 export function startEmoji() {
-  let seed = 5;
-  const xT = noise(2, NINE);
-  for (const w of STRIP) drawImages($(`strip-${w}`), xT, SHAPE, 3, 1);
-  beginWhenSeen("strip", () => drawStrip(xT));
-  showEnding(noise(seed, COUNT));
-  $("ending-more").onclick = beginWhenSeen("ending", () => drawEnding(noise(seed++, COUNT)));
+  const [nine, all] = [[5, NINE], [5, COUNT]].map(([seed, count]) => noiseOf(seed, count, SIZE)());
+  for (const k of STRIP.keys()) {
+    strip.shown[k] = nine;
+    drawImages($(`strip-${k}`), nine, SHAPE, 3, 1);
+    $(`strip-${k}`).onclick = () => $("strip-place").oninput({ target: { value: k } });
+  }
+  choose(0);
+  $("strip-place").oninput = ({ target }) => {
+    strip.isTouched = true;
+    choose(Number(target.value));
+  };
+  beginWhenSeen("strip", drawStrip);
+  showEnding(all);
+  beginWhenSeen("ending", () => drawEnding(all));
 }

@@ -6,6 +6,7 @@ const PACE = { rest: 4000, noising: 2200, noise: 600, back: 4000, jump: 1200 }; 
 
 export class Gesture {
   place = 0; // from 0, the data, to 1, the noise
+  goal = 0; // the place where the reader wants to be
   moving = false;
   repeats = false; // whether it begins again by itself, until the reader takes over
   jumps = false; // whether the next way back is one jump
@@ -55,7 +56,7 @@ export class Gesture {
     else if (this.isBack && place > this.passages[0].from) {
       for (const passage of this.passages) passage.begin(passage.x0, passage.noise);
     }
-    this.place = this.isBack ? Math.max(place, this.#reached) : place;
+    this.place = this.goal = place;
     this.render();
   }
 
@@ -81,13 +82,13 @@ export class Gesture {
 
   /** Show the end of the way back at once, as soon as there is one. */
   finish() {
-    Object.assign(this, { place: 0, moving: false });
+    Object.assign(this, { place: 0, goal: 0, moving: false });
     this.render();
   }
 
   /** Stop for the reader, who takes over. */
   stop() {
-    Object.assign(this, { repeats: false, moving: false, begun: true });
+    Object.assign(this, { repeats: false, moving: false, begun: true, goal: this.place });
   }
 
   /** Begin by itself when the stage is seen for the first time, unless the reader was faster or prefers no motion. */
@@ -118,24 +119,28 @@ export class Gesture {
       this.place = Math.max(0, next, Math.min(place, this.#reached));
       if (this.place === 0) this.hold = this.repeats ? PACE.rest : 0;
     } else if (this.repeats) return this.toNoise(this.round % 3 === 2);
-    else this.moving = false;
+    else Object.assign(this, { moving: false, goal: 0 });
     this.render();
     if (!this.moving) announce(this.say());
   }
 
   #listen() {
     const { slider } = this;
-    let held = false;
-    slider.onpointerdown = ({ pointerId }) => {
-      held = true;
-      this.stop();
+    let held = null; // {x, moves}: a finger moves it only sideways, so that the page can be scrolled
+    slider.onpointerdown = ({ pointerId, pointerType, clientX: x }) => {
+      held = { x, moves: pointerType === "mouse" };
+      if (held.moves) this.stop();
       slider.setPointerCapture(pointerId);
     };
+    slider.onpointermove = ({ clientX }) => {
+      if (held && Math.abs(clientX - held.x) > 8) held.moves = true;
+    };
     slider.onpointerup = slider.onpointercancel = () => {
-      if (held && this.place) this.sendBack();
-      held = false;
+      if (held?.moves && this.place) this.sendBack();
+      held = null;
     };
     slider.oninput = () => {
+      if (held && !held.moves) return this.render();
       this.stop();
       this.moveTo(slider.value / 1000);
     };
@@ -156,6 +161,7 @@ export class Gesture {
 
   /** Say what is seen, and draw it in the next frame. */
   render() {
+    if (this.isBack && !this.moving) this.place = Math.max(this.goal, this.#reached);
     this.slider.value = 1000 * this.place;
     this.slider.style.setProperty("--from", this.isBack ? this.passages[0].from : -1); // a mark
     this.slider.ariaValueText = `level ${this.level}`;

@@ -72,7 +72,7 @@ function captions() {
   const { place, isBack, isComplete } = gesture;
   if (state.fault) return ["No network", state.fault];
   if (!network) return ["Noise", "The network is loading."];
-  if (isBack && !place && isComplete) return ["They are back", "Drag the slider, and see what the network still recognises. Then let go."];
+  if (isBack && !place && isComplete) return ["They are back", "Without noise, both sides of the curtain are the same. Drag the slider, and see what the network still recognises."];
   if (isBack) return [`Back in ${pictures.tau.length} steps`, "In each step, the network is asked what it expects, and the noisy pictures go a part of the way."];
   if (place === 1) return ["Only noise is left", "Everything is possible, and the mean of everything is a blur. Let go, and new pictures come back."];
   return ["Noise is added", "The more noise there is, the more pictures are possible, and the blurrier their mean is. Let go, and pictures come back."];
@@ -90,7 +90,6 @@ function draw() {
   state.sweeps &&= place > 0;
   if (expected && (isBack || !place)) Object.assign(expected, { x0: null, place: -1 });
   $("images-stage").style.setProperty("--curtain", `${$("images-curtain").value}%`);
-  $("images-stage").classList.toggle("rest", isBack && !place); // both sides are the same
   drawImages($("images-noisy"), x, shape, COLUMNS, 1);
   drawImages($("images-expected"), network ? (!isBack && expected.x0) || x0 : x, shape, COLUMNS, 1);
   drawFilm(shape);
@@ -122,7 +121,7 @@ export function startImages() {
     state.sweeps = false;
     gesture.render();
   };
-  curtain.onpointermove = ({ offsetX, offsetY }) => {
+  curtain.onpointermove = curtain.onpointerdown = ({ offsetX, offsetY }) => {
     const [column, row] = [offsetX, offsetY].map((at) => Math.floor((COLUMNS * at) / curtain.clientWidth));
     if (Math.min(column, row) >= 0 && Math.max(column, row) < COLUMNS) choose(COLUMNS * row + column);
   };

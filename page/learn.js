@@ -89,17 +89,17 @@ function say() {
   if (!now) return "";
   $("learn-place").ariaValueText = `training step ${now.steps}`;
   $("learn-misses").textContent = `${now.misses.toFixed(0)} %`;
-  const [title, words] = isCard ? [`Training step ${now.steps + 1}`, "Noise moves a data point (blue) to a random place (dark). The network sees only the noisy point, and guesses where it came from (ring). Then its numbers are changed a little, so that the guess would have been better."]
-    : !now.steps ? ["Not trained", "The network knows nothing yet: its arrows (orange) are not the right ones (grey), and points that follow them (dark) stay noise."]
-    : now.steps < STEPS ? [`Training step ${now.steps}${state.goal > state.at ? " …" : ""}`, "Orange: the arrows of the network, which fade as they become right. Grey: the right ones. Dark: points that come from noise along its arrows."]
-    : ["Trained", `After ${STEPS} steps, the arrows of the network are almost the right ones, and its points come from noise to the two moons.`];
+  const [title, words] = isCard ? [`Training step ${now.steps + 1}`, "Noise moves a data point (blue) to a random place (red). The network sees only the noisy point, and guesses where it came from (ring). Then its numbers are changed a little, so that the guess would have been better."]
+    : !now.steps ? ["Not trained", "The network knows nothing yet. Its arrows are orange, because they are wrong, and the dots that follow them stay noise."]
+    : now.steps < STEPS ? [`Training step ${now.steps}${state.goal > state.at ? " …" : ""}`, "The arrows become grey as they become right. The dots begin as noise, and follow them."]
+    : ["Trained", `After ${STEPS} steps, the arrows of the network are almost the right ones, and the dots that follow them end on the two moons.`];
   [$("learn-title").textContent, $("learn-text").textContent] = [title, words];
-  return `${title}. ${words} ${$("learn-misses").textContent} of its points miss the data.`;
+  return `${title}. ${words} ${$("learn-misses").textContent} of the dots miss the data.`;
 }
 
-const field = {}; // {places, exact, presence}: the right arrows of the view, and how many noisy points lie there
+const field = {}; // {places, exact, presence}: the right arrows, and how many noisy points lie there
 
-/** The arrows that are learnt, over the right ones, where there are noisy points to practise on; and the
+/** The arrows that are learnt, coloured by their error, where there are noisy points to practise on; and the
  * points that followed them, on their way from one network that is saved to the next. */
 function drawStage(now) {
   const view = clear($("learn-plane"), LIMIT), rows = view.height < 300 ? 9 : 11;
@@ -108,14 +108,14 @@ function drawStage(now) {
     const q = density(rows, ABAR[LEVEL], DATA, STD, view.wide, LIMIT), largest = Math.max(...q);
     Object.assign(field, { wide: view.wide, places, exact, presence: q.map((value) => Math.min(1, 2 * Math.sqrt(value / largest))) });
   }
-  const { places, exact, presence } = field, cell = (1.5 * view.height) / rows, [left] = view.at(0, 0), [right] = view.at(3 * STD, 0);
+  const { places, exact, presence } = field, cell = (1.2 * view.height) / rows, [left] = view.at(0, 0), [right] = view.at(3 * STD, 0);
   drawDots(view, DATA, right - left, colours.data, 0.22); // a point outside of these discs misses
-  drawArrows(view, places, exact.map((value) => -value), colours.arrow, cell, { width: 2, alpha: (k) => presence[k] });
   if (!now) return; // the network is not there yet
   const eps = epsOf(now.average, places, LEVEL), next = saved[saved.indexOf(now) + 1] ?? now, part = state.at % 1;
   const error = (k) => Math.hypot(eps[2 * k] - exact[2 * k], eps[2 * k + 1] - exact[2 * k + 1]);
-  const alpha = (k) => presence[k] * Math.min(1, 1.5 * error(k));
-  drawArrows(view, places, eps.map((value) => -value), colours.lit, cell, { width: 2.5, alpha });
+  const ways = eps.map((value) => -value), wrong = (k) => presence[k] * Math.min(1, 1.5 * error(k));
+  drawArrows(view, places, ways, colours.arrow, cell, { width: 2, alpha: (k) => presence[k] });
+  drawArrows(view, places, ways, colours.lit, cell, { width: 2.5, alpha: wrong });
   drawDots(view, now.x0.map((value, k) => value + part * (next.x0[k] - value)), 2.8, colours.ink, card() ? 0.12 : 0.85);
   if (card()) drawCard(view, card(), part);
 }
@@ -127,7 +127,7 @@ function drawCard(view, { x0, xt, guess }, part) {
   drawLine(view, way(x0, xt, until(0.12, 0.4)), colours.dim, 2.5);
   drawDots(view, x0, 8, colours.card);
   drawDots(view, x0, 6.5, colours.data);
-  drawDots(view, way(x0, xt, until(0.12, 0.4))[1], 6.5, colours.ink);
+  drawDots(view, way(x0, xt, until(0.12, 0.4))[1], 6.5, colours.other);
   if (part < 0.5) return;
   drawLine(view, way(xt, guess, until(0.5, 0.7)), colours.lit, 3);
   if (part > 0.7) drawRing(view, guess, 9, colours.lit, 3);

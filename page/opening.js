@@ -22,7 +22,7 @@ function captions() {
   const { place, moving, isBack } = gesture, { from, jumps } = scene;
   const sentence = scene.sentenceOf(state.chosen, place);
   if (sentence && (isBack || !moving)) return ["One point", sentence];
-  if (!isBack && !place) return ["Data", `${N} points that form two moons, one blue and one red, and a picture. A picture is a point, too, but in more dimensions.`];
+  if (!isBack && !place) return ["Data", `${N} points form two moons, one blue and one red. Each is a picture of two pixels, and tiles show four of them: the farther right a point lies, the brighter its first pixel is, and the higher, the brighter its second one.`];
   if (!isBack && place === 1) return ["Only noise is left", "Nobody can tell where each point was. The way back begins here."];
   if (!isBack) {
     return ["Noise is added", moving ? "Each point is shrunk towards the middle and scattered, until nobody can tell where it was. The picture fades in the same way."
@@ -36,7 +36,7 @@ function captions() {
   if (place) return ["Back in many steps", "Each point follows its arrow a little, towards where it may have come from. Then it asks again: with less noise, fewer origins are possible."];
   const { swapped } = scene;
   return ["They are back", swapped < N / 4 ? `From so little noise, ${swapped ? `all but ${swapped} of the ${N} points` : "all points"} came back to their own moon. From more noise, new data come back.`
-    : `The shape is the same, but ${swapped} of the ${N} points came back to the other moon, as the mixed colours show: these are new data${from > 0.9 ? ", and a new picture" : ""}.`];
+    : `The shape is the same, but ${swapped} of the ${N} points came back to the moon of the other colour: these are new points${from > 0.9 ? ", and a new picture" : ""}.`];
 }
 
 function say() {
@@ -90,7 +90,7 @@ function press(jumps) {
 
 /** Make the opening work. */
 export async function startOpening() {
-  const options = { limit: 1.65, every: 9, arrows: true, sampler: "ddim", steps: 100 };
+  const options = { limit: 1.65, every: 9, arrows: true, tiles: [20, 68, 140, 201], sampler: "ddim", steps: 100 };
   scene = new Scene($("scene-plane"), options, () => gesture.render());
   gesture = new Gesture("scene", [scene], draw, say);
   letChoose(scene, state, () => gesture);

@@ -12,7 +12,8 @@ import * as opening from "./opening.js";
 // A link to the repository works only on GitHub Pages, where the repository's address is known.
 const [, owner] = location.hostname.match(/^(.+)\.github\.io$/) ?? [];
 if (owner) {
-  const repository = $("code").href = `https://github.com/${owner}/${location.pathname.split("/")[1]}`;
+  $("code").hidden = false;
+  const repository = $("code").firstElementChild.href = `https://github.com/${owner}/${location.pathname.split("/")[1]}`;
   for (const link of document.querySelectorAll("[data-lesson]")) {
     link.href = `${repository}/blob/HEAD/docs/lesson.md#${link.dataset.lesson}`;
   }
@@ -31,6 +32,7 @@ function settings() {
 async function select(key) {
   wanted = key;
   for (const name of ["clothes", "emoji", "own"]) $(`use-${name}`).ariaPressed = String(name === key);
+  if (key !== "own") $("images-about").textContent = `The network of the ${key} is loading.`;
   try {
     const network = key === "own" ? own : await included(key);
     if (key !== wanted) return;

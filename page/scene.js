@@ -12,10 +12,10 @@ const HAZE = 0.045; // the deviation of the data in the haze, so that it is seen
 
 export class Scene extends Passage {
   /** limit: of the view, upwards. every: of how many points one shows its path. arrows: whether a
-   * field of them is shown. alpha: of the points that are not chosen. */
-  constructor(canvas, { limit, every = Infinity, arrows = false, alpha = 0.9, ...options }, changed) {
+   * field of them is shown. tiles: points that are also shown as pictures. alpha: of those that are not chosen. */
+  constructor(canvas, { limit, every = Infinity, arrows = false, tiles = [], alpha = 0.9, ...options }, changed) {
     super((x, t) => exactEps(x, ABAR[t], DATA, STD), options, changed);
-    Object.assign(this, { canvas, limit, every, arrows, alpha });
+    Object.assign(this, { canvas, limit, every, arrows, tiles, alpha });
     this.begin(DATA, noiseOf(1, 1, 2 * N)());
   }
 
@@ -52,11 +52,13 @@ export class Scene extends Passage {
       drawLine(plane, [...this.#path(k, level), pointOf(x, k)], colourOf(this.labels[k]), 1.2 * small, 0.55);
     }
     for (const label of [0, 1]) drawDots(plane, x, 3.2 * small, colourOf(label), this.alpha, (k) => this.labels[k] === label);
+    for (const k of this.tiles) drawTile(plane, pointOf(x, k), 13 * small);
     if (chosen < 0) return;
     if (isBack) drawLine(plane, [...this.#path(chosen, level), pointOf(x, chosen)], colours.lit, 2.2 * small);
     if (!this.jumps && place) drawOrigins(plane, pointOf(x, chosen), this.weightsOf(chosen, place), shrunk);
     drawDots(plane, pointOf(x, chosen), 5.5 * small, colours.ink);
     drawDots(plane, pointOf(x, chosen), 4 * small, colours.lit);
+    if (this.tiles.length) drawTile(plane, pointOf(x, chosen), 20 * small);
   }
 
   /** The places of point k on its way back, above a level. DDIM moves it smoothly between two steps. */
@@ -96,8 +98,8 @@ export class Scene extends Passage {
     // as many equal ones have the same entropy
     const n = Math.round(Math.exp(this.weightsOf(k, place).reduce((sum, w) => sum - (w && w * Math.log(w)), 0)));
     const some = n > 0.9 * N ? "almost any" : `about ${n}`;
-    return n > 1 ? `It may have come from ${some} of the ${N} data points. The thicker its line, the more probable an origin is. The ring is their mean: its arrow points there.`
-      : "Only one origin is left, and its arrow points there.";
+    return n > 1 ? `It may have come from ${some} of the ${N} data points: a thicker line means a more probable origin. The ring is their mean, and the arrow points there.`
+      : "Only one origin is left, and the arrow points there.";
   }
 
   /** Where a pointer is in the view. */
@@ -108,13 +110,25 @@ export class Scene extends Passage {
   /** The point at a pointer, or -1. */
   pointNear(event, place) {
     const { index, distance } = nearest(...this.positionOf(event), this.at(place).x);
-    return distance < 0.13 * this.limit ? index : -1;
+    return distance < 0.2 * this.limit ? index : -1;
   }
 }
 
 /** The scale of dots and lines, which are smaller in a small plane. */
 const scaleOf = ({ height }) => Math.max(0.6, Math.min(1, height / 300));
 const pointOf = (x, k) => x.subarray(2 * k, 2 * k + 2);
+
+/** Draw a point as the picture that it stands for: its first pixel is brighter to the right, its second one upwards. */
+function drawTile({ context, at }, point, size) {
+  const [left, top] = at(...point).map((place, k) => place + (k ? -size - 7 : 7));
+  context.fillStyle = colours.ink;
+  context.fillRect(left - 1.5, top - 1.5, 2 * size + 3, size + 3);
+  point.forEach((value, k) => {
+    const grey = Math.round(255 * Math.min(1, Math.max(0, (value + 1) / 2)));
+    context.fillStyle = `rgb(${grey} ${grey} ${grey})`;
+    context.fillRect(left + k * size, top, size, size);
+  });
+}
 
 /** Draw lines from a point to the data it may have come from, and a ring at their mean. */
 function drawOrigins(plane, point, weights, shrunk) {
@@ -123,9 +137,9 @@ function drawOrigins(plane, point, weights, shrunk) {
     const origin = pointOf(shrunk, m);
     mean[0] += weight * origin[0];
     mean[1] += weight * origin[1];
-    if (weight > 0.02 * largest) {
-      drawLine(plane, [point, origin], colours.lit, (0.4 + 7 * Math.sqrt(weight)) * small, 0.3 + 0.5 * weight);
-    }
+    if (weight < 0.05 * largest) return;
+    drawLine(plane, [point, origin], colours.lit, (0.4 + 4 * Math.sqrt(weight)) * small, 0.15 + 0.6 * weight);
+    drawDots(plane, origin, (1.5 + 4 * Math.sqrt(weight)) * small, colours.lit, 0.8);
   });
   drawArrow(plane, point, mean, colours.ink, 2.5 * small, 9 * small);
   drawRing(plane, mean, 9 * small, colours.card, 5 * small);
@@ -138,6 +152,7 @@ export function letChoose(scene, state, gesture, pull = null) {
   const { canvas } = scene;
   let pulls = false;
   const choose = (k) => {
+    if (!gesture().isBack && gesture().hold > 0) gesture().stop(); // it has not begun
     gesture().repeats = false;
     state.chosen = state.pinned = k;
     gesture().render();
@@ -160,7 +175,7 @@ export function letChoose(scene, state, gesture, pull = null) {
   };
   canvas.onclick = (event) => {
     const near = scene.pointNear(event, gesture().place);
-    if (near >= 0 || state.pinned >= 0) choose(near);
+    if (near >= 0) choose(near);
   };
   canvas.onkeydown = (event) => {
     const turn = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1, Escape: 0 }[event.key];
