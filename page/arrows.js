@@ -7,7 +7,8 @@ import { STD, missed } from "./points.js";
 import { DATA, Scene, letChoose } from "./scene.js";
 
 const FIRST = 0.45, HOLD = 6000; // where it begins, and the milliseconds for which it stays there
-const state = { chosen: 88, pinned: 88 }; // point 88 is above the others
+const CHOSEN = 64; // a point that is below the others
+const state = { chosen: CHOSEN, pinned: CHOSEN };
 export let gesture, pair;
 
 /** A scene in a canvas, which makes `gesture()` show its news. */
@@ -20,8 +21,8 @@ function say() {
     const isThere = isBack && !place && scene.isComplete;
     $(`${scene.canvas.id}-miss`).textContent = isThere ? `${(100 * missed(scene.at(0).x, DATA, STD)).toFixed(0)} % miss the data` : "";
   }
-  const [title, text] = isBack && !place ? ["They are back", "In one step, each point ends at the mean of its origins, between the data. The shorter the steps, the more points reach the data."]
-    : [isBack ? "On the way back" : "One point", one.sentenceOf(state.chosen, place) || "Drag the slider to the noise, and let go."];
+  const [title, text] = isBack && !place ? ["They are back", "In one step, each point ends at the mean of its origins, which lies between the data after much noise. In many short steps, the points reach the data."]
+    : [isBack ? "On the way back" : "One point: drag it", one.sentenceOf(state.chosen, place) || "Drag the slider to the noise, and let go."];
   [$("arrows-title").textContent, $("arrows-text").textContent] = [title, text];
   return `${title}. ${text}`;
 }
@@ -46,6 +47,6 @@ export function startArrows() {
   });
 
   const both = [sceneIn("ddim", "ddim", 50, () => pair, { every: 40 }), sceneIn("ddpm", "ddpm", 50, () => pair, { every: 80 })];
-  pair = new Gesture("pair", both, () => both.forEach((scene) => scene.draw(pair.place, 88)), () => "");
+  pair = new Gesture("pair", both, () => both.forEach((scene) => scene.draw(pair.place, CHOSEN)), () => "");
   pair.beginWhenSeen();
 }

@@ -143,7 +143,7 @@ function say() {
     : !isBack && !place ? "Draw with your finger or the mouse."
     : !isBack ? "Noise is added to your drawing, four times. Let go, and the network removes it."
     : place || !gesture.isComplete ? "The network removes the noise."
-    : "These four came back from the mark on the slider, and the small ones from other places: choose one, or drag the slider.");
+    : "The four pictures began with as much noise as the mark on the slider says, and the small ones with less or more. Choose one of these, or drag the slider.");
   return ($("drawing-text").textContent = text);
 }
 

@@ -30,13 +30,17 @@ function variety(x) {
   return Math.sqrt(sum / x.length);
 }
 
+let seed = 5; // of the emoji at the end
 const strip = { at: 0, isTouched: false, shown: [] }; // shown: the pictures of each guidance
 
 /** Show the pictures with the guidance of an index in large. */
 function choose(k) {
   strip.at = k;
   $("strip-place").value = k;
-  $("strip-place").ariaValueText = k ? `guidance ${STRIP[k]}` : "no guidance";
+  const [name, ...costs] = ["name", "work", "variety"].map((key) => $(`strip-${key}-${k}`).textContent);
+  $("strip-place").ariaValueText = name;
+  $("strip-now").textContent = name;
+  $("strip-costs").textContent = costs.filter(Boolean).join(", ");
   drawImages($("strip-grid"), strip.shown[k], SHAPE, 3, 1);
 }
 
@@ -58,11 +62,15 @@ async function drawStrip() {
     first ??= own;
     tell(`strip-work-${k}`, questions / (2 * STEPS), `asked ${questions} times`);
     tell(`strip-variety-${k}`, own / first, `variety ${(100 * own / first).toFixed(0)} %`);
+    choose(strip.at);
   }
 }
 
 /** Emoji of all kinds in turn, a few at the same time. */
-async function drawEnding(x) {
+async function drawEnding() {
+  const x = noiseOf(seed++, COUNT, SIZE)();
+  showEnding(x);
+  $("ending-more").disabled = true;
   const network = await included("emoji");
   for (let first = 0; first < COUNT; first += AT_ONCE) {
     const from = first * SIZE, y = Array.from({ length: AT_ONCE }, (_, k) => (first + k) % network.classes.length);
@@ -71,22 +79,25 @@ async function drawEnding(x) {
       showEnding(x);
     });
   }
+  $("ending-more").disabled = false;
 }
 
 const showEnding = (x) => drawImages($("ending"), x, SHAPE, innerWidth < 800 ? 6 : 12, 2);
 
+/** Begin when an element is seen. Returns what begins again. */
 function beginWhenSeen(name, draw) {
   let begun = false;
+  const begin = () => draw().catch((error) => { $(`${name}-text`).textContent = error.message.split("\n")[0]; });
   follow($(name), (isSeen) => {
-    if (!isSeen || begun) return;
-    begun = true;
-    draw().catch((error) => { $(`${name}-text`).textContent = error.message.split("\n")[0]; });
+    if (isSeen && !begun) begin();
+    begun ||= isSeen;
   }, 0.2);
+  return begin;
 }
 
 /** Make both work. Before they are seen, they show noise. */
 export function startEmoji() {
-  const [nine, all] = [[5, NINE], [5, COUNT]].map(([seed, count]) => noiseOf(seed, count, SIZE)());
+  const nine = noiseOf(5, NINE, SIZE)();
   for (const k of STRIP.keys()) {
     strip.shown[k] = nine;
     drawImages($(`strip-${k}`), nine, SHAPE, 3, 1);
@@ -98,6 +109,6 @@ export function startEmoji() {
     choose(Number(target.value));
   };
   beginWhenSeen("strip", drawStrip);
-  showEnding(all);
-  beginWhenSeen("ending", () => drawEnding(all));
+  showEnding(noiseOf(seed, COUNT, SIZE)());
+  $("ending-more").onclick = beginWhenSeen("ending", drawEnding);
 }

@@ -6,13 +6,13 @@ const PACE = { rest: 4000, noising: 2200, noise: 600, back: 4000, jump: 1200 }; 
 
 export class Gesture {
   place = 0; // from 0, the data, to 1, the noise
-  goal = 0; // the place where the reader wants to be
   moving = false;
   repeats = false; // whether it begins again by itself, until the reader takes over
   jumps = false; // whether the next way back is one jump
   hold = 0; // milliseconds for which it stays where it is
   round = 1; // the seed of the noise
   begun = false; // by the reader, or by itself
+  paused = false; // by the reader, on its way
 
   /**
    * name: of the ids of its stage and its slider. passages: what moves. draw(): draws all of it.
@@ -39,31 +39,27 @@ export class Gesture {
     return this.passages.every((passage) => passage.isComplete);
   }
 
-  get #reached() {
-    return Math.max(...this.passages.map((passage) => passage.reached));
-  }
-
   get level() {
     return Math.max(0, Math.round(this.passages[0].levelAt(this.place)));
   }
 
   // ---- what changes it
 
-  /** Move to a place. On the way back, that is no place that it has not reached. Above its beginning,
-   * there is only the way to the noise, and at the noise, the next way back is another one. */
+  /** Move to a place. Above the beginning of the way back, there is only the way to the noise, and at the
+   * noise, the next way back is another one. */
   moveTo(place) {
     if (this.isBack && place && (this.place === 0 || (place === 1 && this.isComplete))) this.#renew();
     else if (this.isBack && place > this.passages[0].from) {
       for (const passage of this.passages) passage.begin(passage.x0, passage.noise);
     }
-    this.place = this.goal = place;
+    this.place = place;
     this.render();
   }
 
   /** Begin the way to the noise, which the way back follows. */
   toNoise(jumps = false) {
     if (this.isBack) this.#renew();
-    Object.assign(this, { jumps, moving: true, hold: 0 });
+    Object.assign(this, { jumps, moving: true, paused: false, hold: 0 });
     this.render();
   }
 
@@ -76,19 +72,27 @@ export class Gesture {
       if (this.isBack && jumped) this.place = from;
       for (const passage of this.passages) passage.sendBack(this.place, jumps);
     }
-    Object.assign(this, { jumps, moving: true, hold: 0 });
+    Object.assign(this, { jumps, moving: true, paused: false, hold: 0 });
     this.render();
   }
 
   /** Show the end of the way back at once, as soon as there is one. */
   finish() {
-    Object.assign(this, { place: 0, goal: 0, moving: false });
+    Object.assign(this, { place: 0, moving: false });
     this.render();
   }
 
   /** Stop for the reader, who takes over. */
   stop() {
-    Object.assign(this, { repeats: false, moving: false, begun: true, goal: this.place });
+    Object.assign(this, { repeats: false, moving: false, paused: false, begun: true });
+  }
+
+  /** Stop, or go on in the same direction. */
+  pause() {
+    const paused = !this.paused;
+    this.stop();
+    Object.assign(this, { paused, moving: !paused });
+    this.render();
   }
 
   /** Begin by itself when the stage is seen for the first time, unless the reader was faster or prefers no motion. */
@@ -116,17 +120,21 @@ export class Gesture {
     } else if (!this.isBack) return this.sendBack(jumps);
     else if (place > 0) {
       const next = place - passed / (jumps ? PACE.jump / passages[0].from : PACE.back);
-      this.place = Math.max(0, next, Math.min(place, this.#reached));
+      this.place = Math.max(0, next, ...passages.map(({ reached }) => Math.min(place, reached)));
       if (this.place === 0) this.hold = this.repeats ? PACE.rest : 0;
     } else if (this.repeats) return this.toNoise(this.round % 3 === 2);
-    else Object.assign(this, { moving: false, goal: 0 });
+    else this.moving = false;
     this.render();
     if (!this.moving) announce(this.say());
   }
 
   #listen() {
     const { slider } = this;
-    let held = null; // {x, moves}: a finger moves it only sideways, so that the page can be scrolled
+    let held = null; // {x, moves, value}: a finger moves it only sideways, so that the page can be scrolled
+    const move = (value) => {
+      this.stop();
+      this.moveTo(value / 1000);
+    };
     slider.onpointerdown = ({ pointerId, pointerType, clientX: x }) => {
       held = { x, moves: pointerType === "mouse" };
       if (held.moves) this.stop();
@@ -135,14 +143,16 @@ export class Gesture {
     slider.onpointermove = ({ clientX }) => {
       if (held && Math.abs(clientX - held.x) > 8) held.moves = true;
     };
-    slider.onpointerup = slider.onpointercancel = () => {
-      if (held?.moves && this.place) this.sendBack();
+    slider.onpointerup = slider.onpointercancel = ({ type }) => {
+      if (held && !held.moves && type === "pointerup") move(held.value ?? slider.value); // a tap
+      else if (!held?.moves) return;
+      if (this.place) this.sendBack();
       held = null;
     };
     slider.oninput = () => {
-      if (held && !held.moves) return this.render();
-      this.stop();
-      this.moveTo(slider.value / 1000);
+      if (!held || held.moves) return move(slider.value);
+      held.value = slider.value;
+      this.render();
     };
     slider.onfocus = () => {
       if (this.repeats) this.stop();
@@ -161,7 +171,6 @@ export class Gesture {
 
   /** Say what is seen, and draw it in the next frame. */
   render() {
-    if (this.isBack && !this.moving) this.place = Math.max(this.goal, this.#reached);
     this.slider.value = 1000 * this.place;
     this.slider.style.setProperty("--from", this.isBack ? this.passages[0].from : -1); // a mark
     this.slider.ariaValueText = `level ${this.level}`;

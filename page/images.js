@@ -9,7 +9,7 @@ import { noiseOf, predictX0 } from "./sampler.js";
 const COLUMNS = 4, COUNT = COLUMNS ** 2, FILM = 10, FILM_COLUMNS = 5; // FILM: steps of a picture that are shown
 const ABOUT = { "fashion-mnist.onnx": "This network has learnt from 60,000 pictures of clothes.", "emoji.onnx": "This network has learnt from 3,743 emoji." };
 
-const state = { chosen: 0, fault: "", sweeps: false, isSeen: false };
+const state = { chosen: 0, awaited: "", fault: "", sweeps: false, isSeen: false };
 let network = null;
 export let expected; // {x0, place, asked}: what the network expects on the way to the noise
 export const pictures = new Passage(null, { sampler: "sa-solver", steps: 10 }, (error) => {
@@ -25,6 +25,12 @@ export function fail(error) {
   say();
 }
 
+/** Say that the network for something is loading. */
+export function awaitNetwork(name) {
+  state.awaited = name;
+  say();
+}
+
 /** Begin with noise, which no pictures precede. The classes take turns. options: of the reverse process. */
 export function useNetwork(opened, { seed = 0, ...options } = {}) {
   const { name, size, betas, variance, classes, shape: [channels, height, width] } = network = opened;
@@ -33,7 +39,7 @@ export function useNetwork(opened, { seed = 0, ...options } = {}) {
   pictures.use((x, t) => opened.eps(x, t, y), { betas, variance, ...options });
   pictures.begin(new Float32Array(COUNT * size), noiseOf(seed, COUNT, size)());
   expected = { x0: null, place: -1, asked: false };
-  state.fault = "";
+  state.fault = state.awaited = "";
   gesture.stop();
   gesture.begun = false;
   gesture.moveTo(1);
@@ -71,9 +77,10 @@ async function ask() {
 function captions() {
   const { place, isBack, isComplete } = gesture;
   if (state.fault) return ["No network", state.fault];
+  if (state.awaited) return ["One moment", `The network for ${state.awaited} is loading.`];
   if (!network) return ["Noise", "The network is loading."];
   if (isBack && !place && isComplete) return ["They are back", "Without noise, both sides of the curtain are the same. Drag the slider, and see what the network still recognises."];
-  if (isBack) return [`Back in ${pictures.tau.length} steps`, "In each step, the network is asked what it expects, and the noisy pictures go a part of the way."];
+  if (isBack) return [`Back in ${pictures.tau.length} steps`, "In each step, the network is asked what it expects, and the noisy pictures move a little towards it."];
   if (place === 1) return ["Only noise is left", "Everything is possible, and the mean of everything is a blur. Let go, and new pictures come back."];
   return ["Noise is added", "The more noise there is, the more pictures are possible, and the blurrier their mean is. Let go, and pictures come back."];
 }
@@ -89,7 +96,9 @@ function draw() {
   if (state.sweeps && isBack) $("images-curtain").value = 50 + 40 * Math.sin(2 * Math.PI * (1 - place));
   state.sweeps &&= place > 0;
   if (expected && (isBack || !place)) Object.assign(expected, { x0: null, place: -1 });
-  $("images-stage").style.setProperty("--curtain", `${$("images-curtain").value}%`);
+  for (const [name, value] of [["curtain", `${$("images-curtain").value}%`], ["column", state.chosen % COLUMNS], ["row", Math.floor(state.chosen / COLUMNS)]]) {
+    $("images-stage").style.setProperty(`--${name}`, value);
+  }
   drawImages($("images-noisy"), x, shape, COLUMNS, 1);
   drawImages($("images-expected"), network ? (!isBack && expected.x0) || x0 : x, shape, COLUMNS, 1);
   drawFilm(shape);

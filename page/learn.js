@@ -91,7 +91,8 @@ function say() {
   $("learn-misses").textContent = `${now.misses.toFixed(0)} %`;
   const [title, words] = isCard ? [`Training step ${now.steps + 1}`, "Noise moves a data point (blue) to a random place (red). The network sees only the noisy point, and guesses where it came from (ring). Then its numbers are changed a little, so that the guess would have been better."]
     : !now.steps ? ["Not trained", "The network knows nothing yet. Its arrows are orange, because they are wrong, and the dots that follow them stay noise."]
-    : now.steps < STEPS ? [`Training step ${now.steps}${state.goal > state.at ? " …" : ""}`, "The arrows become grey as they become right. The dots begin as noise, and follow them."]
+    : state.goal > state.at && !state.playing ? [`Training step ${now.steps} …`, "The network is still learning what you want to see."]
+    : now.steps < STEPS ? [`Training step ${now.steps}`, "The arrows become grey as they become right. The dots begin as noise, and follow them."]
     : ["Trained", `After ${STEPS} steps, the arrows of the network are almost the right ones, and the dots that follow them end on the two moons.`];
   [$("learn-title").textContent, $("learn-text").textContent] = [title, words];
   return `${title}. ${words} ${$("learn-misses").textContent} of the dots miss the data.`;

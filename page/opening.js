@@ -22,18 +22,18 @@ function captions() {
   const { place, moving, isBack } = gesture, { from, jumps } = scene;
   const sentence = scene.sentenceOf(state.chosen, place);
   if (sentence && (isBack || !moving)) return ["One point", sentence];
-  if (!isBack && !place) return ["Data", `${N} points form two moons, one blue and one red. Each is a picture of two pixels, and tiles show four of them: the farther right a point lies, the brighter its first pixel is, and the higher, the brighter its second one.`];
+  if (!isBack && !place) return ["Data", `${N} points form two moons, one blue and one red. Tiles show four of them as pictures of two pixels. At the right is a larger picture.`];
   if (!isBack && place === 1) return ["Only noise is left", "Nobody can tell where each point was. The way back begins here."];
   if (!isBack) {
     return ["Noise is added", moving ? "Each point is shrunk towards the middle and scattered, until nobody can tell where it was. The picture fades in the same way."
-      : "Touch a point to see where it may have come from, or send all of them back."];
+      : "Choose a point to see where it may have come from, or send all of them back."];
   }
   if (jumps) {
     return ["Back in one jump", from < 0.2 ? "With so little noise, few origins are possible, so their mean is almost a data point. Jump from more noise to see the difference."
       : from < 0.7 ? "Each point jumps to the mean of its possible origins, which lies between them. The picture loses some of its detail."
       : `All ${N} points jump to almost the same place, the mean of all their origins. The mean of all points lies on neither moon, and the mean of many pictures is a blur.`];
   }
-  if (place) return ["Back in many steps", "Each point follows its arrow a little, towards where it may have come from. Then it asks again: with less noise, fewer origins are possible."];
+  if (place) return ["Back in many steps", "Each point follows its arrow a little, towards where it may have come from. Then it gets a new arrow: with less noise, fewer origins are possible."];
   const { swapped } = scene;
   return ["They are back", swapped < N / 4 ? `From so little noise, ${swapped ? `all but ${swapped} of the ${N} points` : "all points"} came back to their own moon. From more noise, new data come back.`
     : `The shape is the same, but ${swapped} of the ${N} points came back to the moon of the other colour: these are new points${from > 0.9 ? ", and a new picture" : ""}.`];
@@ -42,7 +42,7 @@ function captions() {
 function say() {
   const [title, words] = captions(), text = words + fault;
   [$("scene-title").textContent, $("scene-text").textContent] = [title, text];
-  $("scene-many").textContent = gesture.moving ? "Pause" : gesture.place ? "Send them back" : "To noise, and back";
+  $("scene-many").textContent = gesture.moving ? "Pause" : gesture.paused ? "Continue" : gesture.place ? "Send them back" : "To noise, and back";
   return `${title}. ${text}`;
 }
 
@@ -81,9 +81,9 @@ function useRecording(estimates) {
 
 /** Send everything back for the reader, or stop. Only what is in sight moves. */
 function press(jumps) {
-  const { moving } = gesture;
+  if (!jumps && (gesture.moving || gesture.paused)) return gesture.pause();
+  if (jumps && gesture.moving && scene.jumps) return; // it jumps
   gesture.stop();
-  if (moving && !jumps) return gesture.render();
   gesture.stage.scrollIntoView({ block: "nearest" });
   gesture.sendBack(jumps);
 }

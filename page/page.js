@@ -32,7 +32,7 @@ function settings() {
 async function select(key) {
   wanted = key;
   for (const name of ["clothes", "emoji", "own"]) $(`use-${name}`).ariaPressed = String(name === key);
-  if (key !== "own") $("images-about").textContent = `The network of the ${key} is loading.`;
+  if (key !== "own") images.awaitNetwork(key);
   try {
     const network = key === "own" ? own : await included(key);
     if (key !== wanted) return;

@@ -63,7 +63,8 @@ export class Passage {
     return this.reached === 0;
   }
 
-  /** {x, x0, level} at a place, x0 being the estimate; on the way back, as far as the steps have come. */
+  /** {x, x0, level} at a place, x0 being the estimate. Below the last step of the way back, it is what a jump
+   * from there leads to. */
   at(place) {
     const wanted = this.levelAt(place), { steps, abars } = this;
     if (!steps) {
@@ -75,10 +76,10 @@ export class Passage {
       const [{ x, x0 }] = steps, rest = place / this.from;
       return { x: x0.map((value, k) => value + rest * (x[k] - value)), x0, level: wanted };
     }
-    const level = Math.max(wanted, this.tau[steps.length] ?? -1);
-    const step = steps.findLast(({ t }) => t >= level) ?? steps[0];
-    return this.options.sampler === "ddim" ? { x: between(step, level, abars), x0: step.x0, level }
-      : { x: step.x, x0: step.x0, level: step.t }; // which jumps from step to step
+    const step = steps.findLast(({ t }) => t >= wanted) ?? steps[0];
+    return this.options.sampler === "ddim" || wanted < (this.tau[steps.length] ?? -1)
+      ? { x: between(step, wanted, abars), x0: step.x0, level: wanted }
+      : { x: step.x, x0: step.x0, level: step.t }; // the other samplers jump from step to step
   }
 
   /** Begin the way back at a place. jumps: whether it ends at the first estimate. */

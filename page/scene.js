@@ -147,7 +147,7 @@ function drawOrigins(plane, point, weights, shrunk) {
 }
 
 /** Let a pointer and the arrow keys choose a point of a scene. state: {chosen, pinned}. gesture(): of the
- * scene. pull(position): drags the point that was chosen before. */
+ * scene. pull(position): drags the chosen point. */
 export function letChoose(scene, state, gesture, pull = null) {
   const { canvas } = scene;
   let pulls = false;
@@ -158,24 +158,23 @@ export function letChoose(scene, state, gesture, pull = null) {
     gesture().render();
   };
   canvas.onpointerdown = (event) => {
-    pulls = pull !== null && event.pointerType === "mouse" && scene.pointNear(event, gesture().place) === state.pinned;
-    if (pulls) canvas.setPointerCapture(event.pointerId);
+    const near = scene.pointNear(event, gesture().place);
+    if (near < 0) return;
+    choose(near);
+    pulls = pull !== null;
   };
-  canvas.onpointerup = () => { pulls = false; };
+  canvas.onpointerup = canvas.onpointercancel = () => { pulls = false; };
   canvas.onpointermove = (event) => {
-    if (event.pointerType !== "mouse") return;
     if (pulls) return pull(scene.positionOf(event));
+    if (event.pointerType !== "mouse") return;
     const near = scene.pointNear(event, gesture().place);
     state.chosen = near < 0 ? state.pinned : near;
     gesture().render();
   };
   canvas.onpointerleave = () => {
+    pulls = false;
     state.chosen = state.pinned;
     gesture().render();
-  };
-  canvas.onclick = (event) => {
-    const near = scene.pointNear(event, gesture().place);
-    if (near >= 0) choose(near);
   };
   canvas.onkeydown = (event) => {
     const turn = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1, Escape: 0 }[event.key];
