@@ -96,9 +96,8 @@ function draw() {
   if (state.sweeps && isBack) $("images-curtain").value = 50 + 40 * Math.sin(2 * Math.PI * (1 - place));
   state.sweeps &&= place > 0;
   if (expected && (isBack || !place)) Object.assign(expected, { x0: null, place: -1 });
-  for (const [name, value] of [["curtain", `${$("images-curtain").value}%`], ["column", state.chosen % COLUMNS], ["row", Math.floor(state.chosen / COLUMNS)]]) {
-    $("images-stage").style.setProperty(`--${name}`, value);
-  }
+  const column = state.chosen % COLUMNS, row = (state.chosen - column) / COLUMNS;
+  $("images-stage").style.cssText = `--curtain: ${$("images-curtain").value}%; --column: ${column}; --row: ${row}`;
   drawImages($("images-noisy"), x, shape, COLUMNS, 1);
   drawImages($("images-expected"), network ? (!isBack && expected.x0) || x0 : x, shape, COLUMNS, 1);
   drawFilm(shape);

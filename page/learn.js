@@ -5,14 +5,14 @@ import { clear, colours, drawArrows, drawDots, drawLine, drawRing, grid } from "
 import { STD, density, exactEps, missed } from "./points.js";
 import { ABAR, BETAS, noiseOf, sampleProgressive, uniform } from "./sampler.js";
 import { DATA } from "./scene.js";
-import { Trainer, draw, epsOf, noised } from "./trainer.js";
+import { Trainer, draw, epsOf } from "./trainer.js";
 
 const BATCH = 128, SAMPLES = 200, STEPS = 3000, LAST = 40; // LAST: the index of the last weights that are saved
 const CARDS = [0, 1, 10, 26]; // the weights whose guess is shown slowly, with an example
 const LEVEL = 80, LIMIT = 1.25; // the noise level of the arrows, and the view
 const PACE = { card: 2400, next: 220 }; // milliseconds
 const SLICE = 10; // milliseconds of work at a time, so that nothing stalls
-const SIGNAL = Math.sqrt(ABAR[LEVEL]), SHRUNK = DATA.map((value) => SIGNAL * value);
+const SIGNAL = Math.sqrt(ABAR[LEVEL]);
 /** After how many steps of training the weights of an index are saved. */
 const stepsAt = (i) => Math.ceil(STEPS * (i / LAST) ** 2);
 

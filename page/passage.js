@@ -47,7 +47,7 @@ export class Passage {
   }
 
   stop() {
-    return this.#sampling.stop();
+    this.#sampling.stop();
   }
 
   /** The lowest place that the way back has reached. Without a network, nobody waits for it. */

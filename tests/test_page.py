@@ -618,6 +618,32 @@ def test_opening_by_hand_and_by_keyboard(page):
     value_of(page, "opening", "gesture.stop()")
 
 
+def test_finger_that_scrolls_moves_no_slider(opened):
+    """A finger that moves upwards from a slider scrolls the page; a tap moves the slider."""
+    page = opened()
+    page.set_viewport_size({"width": 390, "height": 844})
+    cdp = page.context.new_cdp_session(page)
+    cdp.send("Emulation.setTouchEmulationEnabled", {"enabled": True})
+    box = page.locator("#scene-place").bounding_box()
+    x, y = box["x"] + 0.8 * box["width"], box["y"] + box["height"] / 2
+
+    def touch(kind, *points):
+        points = [{"x": x, "y": at} for at in points]
+        cdp.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    touch("touchStart", y)
+    for k in range(10):
+        touch("touchMove", y - 20 * k)
+    touch("touchEnd")
+    page.wait_for_timeout(500)
+    assert page.evaluate("scrollY") > 50 and page.input_value("#scene-place") == "0"
+    page.evaluate("scrollTo(0, 0)")
+    touch("touchStart", y)
+    touch("touchEnd")
+    page.wait_for_timeout(500)
+    assert page.text_content("#scene-title") == "Back in many steps"
+
+
 def test_way_back_after_an_interrupted_jump(page):
     """In the middle of a jump, a point has another amount of noise than its place says."""
     data = points_at(page, 0)
