@@ -1,4 +1,4 @@
-// Section 4: a drawing. The gesture of the opening begins with what the reader has drawn.
+// Section 5: a drawing. The gesture of the opening begins with what the reader has drawn.
 
 import { $, Owner, follow, pause, still } from "./common.js";
 import { Gesture } from "./gesture.js";
@@ -143,7 +143,7 @@ function say() {
     : !isBack && !place ? "Draw with your finger or the mouse."
     : !isBack ? "Noise is added to your drawing, four times. Let go, and the network removes it."
     : place || !gesture.isComplete ? "The network removes the noise."
-    : "The four pictures began with as much noise as the mark on the slider says, and the small ones with less or more. Choose one of these, or drag the slider.");
+    : "These four began with the noise of the slider, and the small ones below with less or more: choose one, or drag the slider.");
   return ($("drawing-text").textContent = text);
 }
 
@@ -158,7 +158,7 @@ function draw() {
 
 /** Make the section work. */
 export function startDrawing() {
-  gesture = new Gesture("drawing", [drawing], draw, say);
+  gesture = new Gesture("drawing", [drawing], draw, say, true);
   $("draw-clear").onclick = clear;
   for (const level of LEVELS) {
     $(`track-${level}`).onclick = () => {

@@ -40,7 +40,8 @@ function choose(k) {
   const [name, ...costs] = ["name", "work", "variety"].map((key) => $(`strip-${key}-${k}`).textContent);
   $("strip-place").ariaValueText = name;
   $("strip-now").textContent = name;
-  $("strip-costs").textContent = costs.filter(Boolean).join(", ");
+  $("strip-costs").textContent = costs.filter(Boolean).join(", ") || "being drawn";
+  drawImages($("strip-none"), strip.shown[0], SHAPE, 3, 1);
   drawImages($("strip-grid"), strip.shown[k], SHAPE, 3, 1);
 }
 

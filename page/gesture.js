@@ -16,10 +16,10 @@ export class Gesture {
 
   /**
    * name: of the ids of its stage and its slider. passages: what moves. draw(): draws all of it.
-   * say(): says what is seen, and returns it.
+   * say(): says what is seen, and returns it. stays: whether the slider stays where the reader let go.
    */
-  constructor(name, passages, draw, say) {
-    Object.assign(this, { passages, draw, say, slider: $(`${name}-place`), stage: $(`${name}-stage`) });
+  constructor(name, passages, draw, say, stays = false) {
+    Object.assign(this, { passages, draw, say, stays, slider: $(`${name}-place`), stage: $(`${name}-stage`) });
     this.ask = animate(this.stage, (passed) => {
       if (this.moving) this.#advance(passed);
       this.draw();
@@ -171,7 +171,7 @@ export class Gesture {
 
   /** Say what is seen, and draw it in the next frame. */
   render() {
-    this.slider.value = 1000 * this.place;
+    this.slider.value = 1000 * (this.stays && this.isBack ? this.passages[0].from : this.place);
     this.slider.style.setProperty("--from", this.isBack ? this.passages[0].from : -1); // a mark
     this.slider.ariaValueText = `level ${this.level}`;
     this.say();

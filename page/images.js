@@ -106,7 +106,7 @@ function draw() {
 
 /** The chosen picture in some of the steps, and below it what was expected of it. */
 function drawFilm(shape) {
-  const { steps, tau } = pictures, size = pictures.x0.length / COUNT, film = new Float32Array(2 * FILM * size).fill(shape[0] === 3 ? 1 : -1);
+  const { steps, tau } = pictures, size = pictures.x0.length / COUNT, film = new Float32Array(2 * FILM * size).fill(0.75);
   $("images-film-figure").style.visibility = steps?.length ? "" : "hidden";
   for (let k = 0; steps?.length && k < FILM; k++) {
     const step = steps[Math.round((k * (tau.length - 1)) / (FILM - 1))];

@@ -93,7 +93,7 @@ function say() {
     : !now.steps ? ["Not trained", "The network knows nothing yet. Its arrows are orange, because they are wrong, and the dots that follow them stay noise."]
     : state.goal > state.at && !state.playing ? [`Training step ${now.steps} …`, "The network is still learning what you want to see."]
     : now.steps < STEPS ? [`Training step ${now.steps}`, "The arrows become grey as they become right. The dots begin as noise, and follow them."]
-    : ["Trained", `After ${STEPS} steps, the arrows of the network are almost the right ones, and the dots that follow them end on the two moons.`];
+    : ["Trained", `After ${STEPS} steps, the arrows of the network are almost the right ones, and the dots that follow them end on the two arcs.`];
   [$("learn-title").textContent, $("learn-text").textContent] = [title, words];
   return `${title}. ${words} ${$("learn-misses").textContent} of the dots miss the data.`;
 }

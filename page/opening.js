@@ -22,7 +22,7 @@ function captions() {
   const { place, moving, isBack } = gesture, { from, jumps } = scene;
   const sentence = scene.sentenceOf(state.chosen, place);
   if (sentence && (isBack || !moving)) return ["One point", sentence];
-  if (!isBack && !place) return ["Data", `${N} points form two moons, one blue and one red. Tiles show four of them as pictures of two pixels. At the right is a larger picture.`];
+  if (!isBack && !place) return ["Data", `${N} points form two arcs, one blue and one red. Tiles show four of them as pictures of two pixels. At the right is a larger picture.`];
   if (!isBack && place === 1) return ["Only noise is left", "Nobody can tell where each point was. The way back begins here."];
   if (!isBack) {
     return ["Noise is added", moving ? "Each point is shrunk towards the middle and scattered, until nobody can tell where it was. The picture fades in the same way."
@@ -31,12 +31,12 @@ function captions() {
   if (jumps) {
     return ["Back in one jump", from < 0.2 ? "With so little noise, few origins are possible, so their mean is almost a data point. Jump from more noise to see the difference."
       : from < 0.7 ? "Each point jumps to the mean of its possible origins, which lies between them. The picture loses some of its detail."
-      : `All ${N} points jump to almost the same place, the mean of all their origins. The mean of all points lies on neither moon, and the mean of many pictures is a blur.`];
+      : `All ${N} points jump to almost the same place, the mean of all their origins. The mean of all points lies on neither arc, and the mean of many pictures is a blur.`];
   }
   if (place) return ["Back in many steps", "Each point follows its arrow a little, towards where it may have come from. Then it gets a new arrow: with less noise, fewer origins are possible."];
   const { swapped } = scene;
-  return ["They are back", swapped < N / 4 ? `From so little noise, ${swapped ? `all but ${swapped} of the ${N} points` : "all points"} came back to their own moon. From more noise, new data come back.`
-    : `The shape is the same, but ${swapped} of the ${N} points came back to the moon of the other colour: these are new points${from > 0.9 ? ", and a new picture" : ""}.`];
+  return ["They are back", swapped < N / 4 ? `From so little noise, ${swapped ? `all but ${swapped} of the ${N} points` : "all points"} came back to their own arc. From more noise, new data come back.`
+    : `The shape is the same, but ${swapped} of the ${N} points came back to the arc of the other colour: these are new points${from > 0.9 ? ", and a new picture" : ""}.`];
 }
 
 function say() {

@@ -1,4 +1,4 @@
-// The page: its sections, and which network draws in sections 3 and 4.
+// The page: its sections, and which network draws in sections 3 and 5.
 
 import { $, announce, pause } from "./common.js";
 import { startArrows } from "./arrows.js";
@@ -63,7 +63,7 @@ async function openOwn(file) {
   $("use-own").hidden = false;
   await select("own");
   before?.close();
-  tell(`${file.name} draws in sections 3 and 4. It runs on ${own.device}.`);
+  tell(`${file.name} draws in sections 3 and 5. It runs on ${own.device}.`);
   $("images").scrollIntoView();
 }
 

@@ -52,13 +52,13 @@ export class Scene extends Passage {
       drawLine(plane, [...this.#path(k, level), pointOf(x, k)], colourOf(this.labels[k]), 1.2 * small, 0.55);
     }
     for (const label of [0, 1]) drawDots(plane, x, 3.2 * small, colourOf(label), this.alpha, (k) => this.labels[k] === label);
-    for (const k of this.tiles) drawTile(plane, pointOf(x, k), 13 * small);
+    for (const k of this.jumps ? [] : this.tiles) drawTile(plane, pointOf(x, k), 13 * small);
     if (chosen < 0) return;
     if (isBack) drawLine(plane, [...this.#path(chosen, level), pointOf(x, chosen)], colours.lit, 2.2 * small);
     if (!this.jumps && place) drawOrigins(plane, pointOf(x, chosen), this.weightsOf(chosen, place), shrunk);
     drawDots(plane, pointOf(x, chosen), 5.5 * small, colours.ink);
     drawDots(plane, pointOf(x, chosen), 4 * small, colours.lit);
-    if (this.tiles.length) drawTile(plane, pointOf(x, chosen), 20 * small);
+    if (this.tiles.length && !this.tiles.includes(chosen)) drawTile(plane, pointOf(x, chosen), 20 * small);
   }
 
   /** The places of point k on its way back, above a level. DDIM moves it smoothly between two steps. */

@@ -148,7 +148,7 @@ def value_of(page, module, code):
 
 
 def images_at(page, place, shape=(16, 1, 32, 32), kind="x", module="images"):
-    """The pictures of section 3 or 4 at a place: x_t, or the estimate x0."""
+    """The pictures of section 3 or 5 at a place: x_t, or the estimate x0."""
     name = {"images": "pictures", "drawing": "drawing"}[module]
     code = f"{name}.at({place}).{kind}"
     return np.array(value_of(page, module, code), np.float32).reshape(shape)
@@ -657,7 +657,7 @@ def test_way_back_after_an_interrupted_jump(page):
     # from little noise, nothing new comes back, and the caption does not say so
     for place, words in (
         (1, "these are new points, and a new picture"),
-        (0.1, "to their own moon"),
+        (0.1, "to their own arc"),
     ):
         value_of(
             page, "opening", f"(gesture.moveTo(0), gesture.moveTo({place}), gesture.sendBack())"
@@ -753,7 +753,7 @@ def test_network_learns_the_moons(page):
     page.click("#learn-play")
 
 
-# ---- sections 3 to 5
+# ---- sections 3 to 6
 
 
 def test_included_network_draws_what_python_draws(page):
@@ -822,7 +822,7 @@ def test_settings_of_the_last_part(page):
     page.click("#paper summary")
 
 
-BACK = "^The four pictures began"
+BACK = "^These four began"
 
 
 def from_level(page):
@@ -862,7 +862,7 @@ def test_drawing_comes_back(page):
 
 
 def test_sections_do_not_wait_for_each_other(opened):
-    """Section 3 comes into sight while section 4 works, and both end."""
+    """Section 3 comes into sight while section 5 works, and both end."""
     page = opened(motion="no-preference")
     page.evaluate("window.ready")
     see(page, "drawing")
@@ -962,7 +962,7 @@ def test_other_files_and_then_another_model(page, exported, tmp_path):
     until_complete(page, "images")
     value_of(page, "images", "gesture.sendBack()")  # ends when another model is opened
     page.set_input_files("#model", exported / "model.onnx")
-    until(page, "own-status", "^model.onnx draws in sections 3 and 4")
+    until(page, "own-status", "^model.onnx draws in sections 3 and 5")
     assert page.text_content("#use-own") == "model.onnx"
     assert page.get_attribute("#use-own", "aria-pressed") == "true"
     assert page.evaluate("document.getElementById('images').getBoundingClientRect().top") < 300
