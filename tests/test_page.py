@@ -139,11 +139,11 @@ def until(page, name, pattern):
 def value_of(page, module, code):
     """What an expression with the exports of a module of the page gives; arrays become lists."""
     return page.evaluate(
-        f"""async () => {{
+        f"""() => window.kept = (async () => {{ // kept, or else it may be garbage before it ends
             const plain = (x) => ArrayBuffer.isView(x) ? Array.from(x) : x;
             const {{ {NAMES[module]} }} = await import("./{module}.js");
             return plain(await ({code}));
-        }}"""
+        }})()"""
     )
 
 
