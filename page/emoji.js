@@ -85,10 +85,10 @@ async function drawEnding() {
 
 const showEnding = (x) => drawImages($("ending"), x, SHAPE, innerWidth < 800 ? 6 : 12, 2);
 
-/** Begin when an element is seen. Returns what begins again. */
-function beginWhenSeen(name, draw) {
+/** Begin when an element is seen. Returns what begins again. output: the name of the element for an error. */
+function beginWhenSeen(name, draw, output) {
   let begun = false;
-  const begin = () => draw().catch((error) => { $(`${name}-text`).textContent = error.message.split("\n")[0]; });
+  const begin = () => draw().catch((error) => { $(output).textContent = error.message.split("\n")[0]; });
   follow($(name), (isSeen) => {
     if (isSeen && !begun) begin();
     begun ||= isSeen;
@@ -109,7 +109,7 @@ export function startEmoji() {
     strip.isTouched = true;
     choose(Number(target.value));
   };
-  beginWhenSeen("strip", drawStrip);
+  beginWhenSeen("strip", drawStrip, "strip-costs");
   showEnding(noiseOf(seed, COUNT, SIZE)());
-  $("ending-more").onclick = beginWhenSeen("ending", drawEnding);
+  $("ending-more").onclick = beginWhenSeen("ending", drawEnding, "ending-text");
 }
