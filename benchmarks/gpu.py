@@ -232,7 +232,7 @@ def saving(report, args):
 def programs(report, args):
     """Train on the demo's images at 32x32, interrupt, resume, evaluate, export and draw."""
     folder, run, root = args.out / "images", args.out / "run", HERE.parent
-    count = 300 if args.tiny else int(60_000 / (report.step_ms or 600))  # a minute of training
+    count = 150 if args.tiny else int(60_000 / (report.step_ms or 600))  # a minute of training
     for k, pixels in enumerate(demo_images()):
         save_image(folder / f"{k}.png", to_image(pixels))
     words = [root / "train.py", "--data", folder, "--out", run, "--device", DEVICE.type]
