@@ -699,6 +699,7 @@ def test_one_slider_sends_four_planes_back(page):
     value_of(page, "arrows", "gesture.moveTo(0.5)")  # the slider shows the way that they came
     assert pixels(page, "arrows-in-5").std() > 5
     value_of(page, "arrows", "(gesture.moveTo(0), gesture.moveTo(0.6))")
+    assert not value_of(page, "arrows", "gesture.passages.some((p) => p.jumps)")
     box, view = page.locator("#arrows-one").bounding_box(), 2.8
     x, y = np.array(value_of(page, "arrows", "gesture.passages[0].at(0.6).x.slice(128, 130)"))
     place = (0.5 + x / view * box["height"] / box["width"], 0.5 - y / view)
@@ -840,7 +841,7 @@ def test_drawing_comes_back(page):
     np.testing.assert_allclose(grey, painted / 127.5 - 1, atol=1e-2)
     page.wait_for_timeout(800)
     until(page, "drawing-text", BACK)
-    assert from_level(page) == 547
+    assert from_level(page) == 547 and page.input_value("#drawing-place") == "740"  # it stays
     ends = images_at(page, 0, (4, 32, 32), module="drawing")
     assert np.abs(ends[0] - ends[1]).mean() > 0.05
     let_go(page, "drawing", 0.15)
