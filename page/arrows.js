@@ -22,7 +22,7 @@ function say() {
     $(`${scene.canvas.id}-miss`).textContent = isThere ? `${(100 * missed(scene.at(0).x, DATA, STD)).toFixed(0)} % miss the data` : "";
   }
   const [title, text] = isBack && !place ? ["They are back", "In one step, each point ends at the mean of its origins, which lies between the data after much noise. In many short steps, the points reach the data."]
-    : [isBack ? "On the way back" : "One point: drag it", one.sentenceOf(state.chosen, place) || "Drag the slider to the noise, and let go."];
+    : [isBack ? "On the way back" : "One point: drag it", one.sentenceOf(state.chosen, place) || "Drag the slider to Noise, and let go."];
   [$("arrows-title").textContent, $("arrows-text").textContent] = [title, text];
   return `${title}. ${text}`;
 }

@@ -4,7 +4,7 @@ import { $, Owner, follow, pause, still } from "./common.js";
 import { Gesture } from "./gesture.js";
 import { Passage } from "./passage.js";
 import { drawImages } from "./plane.js";
-import { noiseOf, partsAt, sampleProgressive } from "./sampler.js";
+import { noiseOf, qSample, sampleProgressive } from "./sampler.js";
 
 const ENDS = 4, STEPS = 20; // images that come back, and in how many steps
 const LEVELS = [50, 150, 300, 500, 800], TRACK_STEPS = 10; // of the results along the slider, of 1000
@@ -73,8 +73,7 @@ async function fillTrack(run) {
   const { network } = state, { betas, shape, size } = network, x0 = drawn(), noise = noiseOf(1, 1, size)();
   for (const level of LEVELS) {
     while (!gesture.isComplete && !run.stopped) await pause(100);
-    const t = Math.round((level / 1000) * betas.length), [signal, spread] = partsAt(t, drawing.abars);
-    const xT = x0.map((value, k) => signal * value + spread * noise[k]); // (4)
+    const t = Math.round((level / 1000) * betas.length), xT = qSample(x0, t, noise, drawing.abars);
     const options = { sampler: "sa-solver", steps: Math.min(TRACK_STEPS, t + 1), xT };
     let last;
     for await (last of sampleProgressive(drawing.eps, null, betas.slice(0, t + 1), options)) {

@@ -45,6 +45,12 @@ function choose(k) {
   drawImages($("strip-grid"), strip.shown[k], SHAPE, 3, 1);
 }
 
+/** Show what the reader wants to see, and no longer what is being drawn. */
+function pick(k) {
+  strip.isTouched = true;
+  choose(k);
+}
+
 /** Smileys from the same noise with each guidance. Below them, how often the network is asked, and how they vary. */
 async function drawStrip() {
   const network = await included("emoji"), y = new Array(NINE).fill(network.classes.indexOf("smileys"));
@@ -102,13 +108,10 @@ export function startEmoji() {
   for (const k of STRIP.keys()) {
     strip.shown[k] = nine;
     drawImages($(`strip-${k}`), nine, SHAPE, 3, 1);
-    $(`strip-${k}`).onclick = () => $("strip-place").oninput({ target: { value: k } });
+    $(`strip-${k}`).onclick = () => pick(k);
   }
   choose(0);
-  $("strip-place").oninput = ({ target }) => {
-    strip.isTouched = true;
-    choose(Number(target.value));
-  };
+  $("strip-place").oninput = ({ target }) => pick(Number(target.value));
   beginWhenSeen("strip", drawStrip, "strip-costs");
   showEnding(noiseOf(seed, COUNT, SIZE)());
   $("ending-more").onclick = beginWhenSeen("ending", drawEnding, "ending-text");

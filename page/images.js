@@ -9,7 +9,7 @@ import { noiseOf, predictX0 } from "./sampler.js";
 const COLUMNS = 4, COUNT = COLUMNS ** 2, FILM = 10, FILM_COLUMNS = 5; // FILM: steps of a picture that are shown
 const ABOUT = { "fashion-mnist.onnx": "This network has learnt from 60,000 pictures of clothes.", "emoji.onnx": "This network has learnt from 3,743 emoji." };
 
-const state = { chosen: 0, awaited: "", fault: "", sweeps: false, isSeen: false };
+const state = { chosen: 0, awaited: "clothes", fault: "", sweeps: false, isSeen: false };
 let network = null;
 export let expected; // {x0, place, asked}: what the network expects on the way to the noise
 export const pictures = new Passage(null, { sampler: "sa-solver", steps: 10 }, (error) => {
@@ -78,7 +78,6 @@ function captions() {
   const { place, isBack, isComplete } = gesture;
   if (state.fault) return ["No network", state.fault];
   if (state.awaited) return ["One moment", `The network for ${state.awaited} is loading.`];
-  if (!network) return ["Noise", "The network is loading."];
   if (isBack && !place && isComplete) return ["They are back", "Without noise, both sides of the curtain are the same. Drag the slider, and see what the network still recognises."];
   if (isBack) return [`Back in ${pictures.tau.length} steps`, "In each step, the network is asked what it expects, and the noisy pictures move a little towards it."];
   if (place === 1) return ["Only noise is left", "Everything is possible, and the mean of everything is a blur. Let go, and new pictures come back."];

@@ -2,7 +2,7 @@
 // data) to 1 (the noise), tells how far it is.
 
 import { Owner, pause } from "./common.js";
-import { BETAS, alphasBar, between, noiseOf, partsAt, respaced, sampleProgressive } from "./sampler.js";
+import { BETAS, alphasBar, between, noiseOf, qSample, respaced, sampleProgressive } from "./sampler.js";
 
 const SLICE = 12; // milliseconds of work at a time, so that nothing on the page stalls
 
@@ -67,10 +67,7 @@ export class Passage {
    * from there leads to. */
   at(place) {
     const wanted = this.levelAt(place), { steps, abars } = this;
-    if (!steps) {
-      const [signal, spread] = partsAt(wanted, abars), { x0, noise } = this;
-      return { x: x0.map((value, k) => signal * value + spread * noise[k]), x0, level: wanted };
-    }
+    if (!steps) return { x: qSample(this.x0, wanted, this.noise, abars), x0: this.x0, level: wanted };
     if (!steps.length) return { x: this.xT, x0: this.xT, level: this.levelAt(this.from) };
     if (this.jumps) { // straight on to the first estimate
       const [{ x, x0 }] = steps, rest = place / this.from;

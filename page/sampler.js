@@ -19,6 +19,12 @@ export function partsAt(level, abars = ABAR) {
   return [Math.sqrt(abar), Math.sqrt(1 - abar)];
 }
 
+/** x_t ~ q(x_t | x_0) (4) at a level, also between two levels. */
+export function qSample(x0, level, noise, abars = ABAR) {
+  const [signal, spread] = partsAt(level, abars);
+  return x0.map((value, k) => signal * value + spread * noise[k]);
+}
+
 /** x on DDIM's way from a state {t, x, x0} down to a level: the estimate x0 and the noise stay. */
 export function between({ t, x, x0 }, level, abars = ABAR) {
   const [signal, noise] = partsAt(level, abars), [before, rest] = partsAt(t, abars);

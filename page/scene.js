@@ -152,7 +152,7 @@ export function letChoose(scene, state, gesture, pull = null) {
   const { canvas } = scene;
   let pulls = false;
   const choose = (k) => {
-    if (!gesture().isBack && gesture().hold > 0) gesture().stop(); // it has not begun
+    if (!gesture().isBack && gesture().hold > 0) gesture().stop(); // it waits, and would go on by itself
     gesture().repeats = false;
     state.chosen = state.pinned = k;
     gesture().render();
