@@ -4,7 +4,8 @@
 import { $ } from "./common.js";
 import { Gesture } from "./gesture.js";
 import { STD, missed } from "./points.js";
-import { DATA, Scene, letChoose } from "./scene.js";
+import { drawImages } from "./plane.js";
+import { DATA, Scene, letChoose, pointOf } from "./scene.js";
 
 const FIRST = 0.45, HOLD = 6000; // where it begins, and the milliseconds for which it stays there
 const CHOSEN = 64; // a point that is below the others
@@ -21,7 +22,7 @@ function say() {
     const isThere = isBack && !place && scene.isComplete;
     $(`${scene.canvas.id}-miss`).textContent = isThere ? `${(100 * missed(scene.at(0).x, DATA, STD)).toFixed(0)} % miss the data` : "";
   }
-  const [title, text] = isBack && !place ? ["They are back", "In one step, each point ends at the mean of its origins, which lies between the data after much noise. In many short steps, the points reach the data."]
+  const [title, text] = isBack && !place ? ["They are back", "One step ends at the mean, which is no data point after much noise. Many short steps reach the data."]
     : [isBack ? "On the way back" : "One point: drag it", one.sentenceOf(state.chosen, place) || "Drag the slider to Noise, and let go."];
   [$("arrows-title").textContent, $("arrows-text").textContent] = [title, text];
   return `${title}. ${text}`;
@@ -37,7 +38,10 @@ export function startArrows() {
     for (const scene of scenes) scene.pull(state.pinned, position, gesture.place);
     gesture.render();
   };
-  gesture = new Gesture("arrows", scenes, () => scenes.forEach((scene) => scene.draw(gesture.place, state.chosen)), say);
+  gesture = new Gesture("arrows", scenes, () => {
+    for (const scene of scenes) scene.draw(gesture.place, state.chosen);
+    if (state.chosen >= 0) drawImages($("arrows-tile"), pointOf(one.at(gesture.place).x, state.chosen), [1, 1, 2]);
+  }, say);
   for (const scene of scenes) letChoose(scene, state, () => gesture, pull);
   gesture.moveTo(FIRST);
   gesture.beginWhenSeen(() => {

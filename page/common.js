@@ -1,7 +1,6 @@
 // What the sections share: elements, frames, what is said, and owners of what runs.
 
 export const $ = (id) => document.getElementById(id);
-export const scheme = matchMedia("(prefers-color-scheme: dark)");
 export const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
 export const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
@@ -50,7 +49,6 @@ export function animate(element, step) {
     ask();
   });
   new ResizeObserver(ask).observe(element);
-  scheme.addEventListener("change", ask);
   return ask;
 }
 

@@ -1,24 +1,36 @@
-// What the second network draws by itself when it is seen: the guidance strip, and the emoji at the end.
+// What the second network draws by itself when it is seen: smileys with guidance, and the emoji at the end.
 
-import { $, follow } from "./common.js";
+import { $, Owner, follow, pause } from "./common.js";
 import { included } from "./networks.js";
 import { drawImages } from "./plane.js";
-import { guided, noiseOf, sampleProgressive } from "./sampler.js";
+import { alphasBar, guided, noiseOf, predictX0, sampleProgressive } from "./sampler.js";
 
 const STEPS = 10, SHAPE = [3, 32, 32], SIZE = 3072;
 const STRIP = [0, 0.5, 1, 2, 4], NINE = 9; // the guidance of the strip, and its pictures at each
-const COUNT = 36, AT_ONCE = 6; // emoji at the end, and how many emerge at the same time
+const ASKED = 3; // the step whose two answers are shown in large
+const COUNT = 36, FIRST = 6, FRAME = 110; // emoji at the end, which is large first, and the milliseconds of a step when one is shown again
 
-/** Draw pictures of the classes y from xT with guidance w. show(x): x_t at first, and the estimates at the end.
- * Returns the pictures. */
+/** What is shown of a step: x_t, and at the end the estimates. */
+const seen = ({ t, x, x0 }) => (t < 250 ? x0 : x);
+const part = (x, k) => x.subarray(k * SIZE, (k + 1) * SIZE);
+
+/** Draw pictures of the classes y from xT with guidance w, and show(x) each step. Returns the steps. */
 async function emerge(network, xT, y, w, show) {
-  let last;
-  const options = { sampler: "sa-solver", steps: STEPS, xT };
-  for await (last of sampleProgressive(guided(network, y, w), null, network.betas, options)) {
-    show(last.t < network.betas.length / 4 ? last.x0 : last.x);
+  const steps = [], options = { sampler: "sa-solver", steps: STEPS, xT };
+  for await (const step of sampleProgressive(guided(network, y, w), null, network.betas, options)) {
+    steps.push(step);
+    show(seen(step));
   }
-  return last.x0;
+  return steps;
 }
+
+/** The picture that a pointer is at, in a canvas of rows of `columns`. */
+function pictureAt({ offsetX, offsetY, target }, columns) {
+  const side = target.clientWidth / columns;
+  return Math.floor(offsetX / side) + columns * Math.floor(offsetY / side);
+}
+
+// ---- guidance
 
 /** The standard deviation of pictures from their mean. */
 function variety(x) {
@@ -30,25 +42,27 @@ function variety(x) {
   return Math.sqrt(sum / x.length);
 }
 
-let seed = 5; // of the emoji at the end
-const strip = { at: 0, isTouched: false, shown: [] }; // shown: the pictures of each guidance
+const strip = { at: 0, chosen: 1, isTouched: false, answers: null }; // answers: [x_t, x0 without the word, x0 with it]
 
-/** Show the pictures with the guidance of an index in large. */
-function choose(k) {
-  strip.at = k;
-  $("strip-place").value = k;
-  const [name, ...costs] = ["name", "work", "variety"].map((key) => $(`strip-${key}-${k}`).textContent);
-  $("strip-place").ariaValueText = name;
-  $("strip-now").textContent = name;
+/** Show the two answers about a picture, and what the guidance of an index makes of them. */
+function choose(k, chosen = strip.chosen) {
+  Object.assign(strip, { at: k, chosen });
+  const [name, ...costs] = ["name", "work", "variety"].map((key) => $(`strip-${key}-${k}`).textContent), w = STRIP[k];
+  [$("strip-place").value, $("strip-place").ariaValueText, $("strip-now").textContent] = [k, name, name];
   $("strip-costs").textContent = costs.filter(Boolean).join(", ") || "being drawn";
-  drawImages($("strip-none"), strip.shown[0], SHAPE, 3, 1);
-  drawImages($("strip-grid"), strip.shown[k], SHAPE, 3, 1);
+  $("strip-added").textContent = w ? `The difference is added ${w === 0.5 ? "½" : w} more time${w > 1 ? "s" : ""}` : "No guidance: this answer is taken";
+  for (const i of STRIP.keys()) $(`strip-${i}`).parentElement.classList.toggle("on", i === k);
+  $("strip-without").classList.toggle("old", !w); // nobody asks
+  if (!strip.answers) return;
+  const [x, without, expected] = strip.answers.map((all) => part(all, chosen));
+  const exaggerated = expected.map((value, i) => value + w * (value - without[i]));
+  Object.entries({ noisy: x, without, with: expected, guided: exaggerated }).forEach(([key, shown]) => drawImages($(`strip-${key}`), shown, SHAPE));
 }
 
 /** Show what the reader wants to see, and no longer what is being drawn. */
-function pick(k) {
+function pick(k, chosen) {
   strip.isTouched = true;
-  choose(k);
+  choose(k, chosen);
 }
 
 /** Smileys from the same noise with each guidance. Below them, how often the network is asked, and how they vary. */
@@ -60,12 +74,13 @@ async function drawStrip() {
   };
   let first;
   for (const [k, w] of STRIP.entries()) {
-    const x = await emerge(network, strip.shown[k], y, w, (shown) => {
-      strip.shown[k] = shown;
-      drawImages($(`strip-${k}`), shown, SHAPE, 3, 1);
-      if (k === strip.at || !strip.isTouched) choose(k);
-    });
-    const questions = STEPS * (w ? 2 : 1), own = variety(x);
+    if (!strip.isTouched) choose(k);
+    const steps = await emerge(network, nine(), y, w, (shown) => drawImages($(`strip-${k}`), shown, SHAPE, 3, 1));
+    if (!strip.answers) {
+      const { t, x, x0 } = steps[ASKED];
+      strip.answers = [x, predictX0(x, await network.eps(x, t), alphasBar(network.betas)[t], 1), x0];
+    }
+    const questions = STEPS * (w ? 2 : 1), own = variety(steps.at(-1).x0);
     first ??= own;
     tell(`strip-work-${k}`, questions / (2 * STEPS), `asked ${questions} times`);
     tell(`strip-variety-${k}`, own / first, `variety ${(100 * own / first).toFixed(0)} %`);
@@ -73,23 +88,38 @@ async function drawStrip() {
   }
 }
 
-/** Emoji of all kinds in turn, a few at the same time. */
+const nine = () => noiseOf(5, NINE, SIZE)();
+
+// ---- the end
+
+let seed = 5, steps = [], chosen = FIRST; // steps: of the emoji that are shown
+const replay = new Owner();
+const columns = () => (innerWidth < 800 ? 6 : 9);
+const showEnding = (x) => drawImages($("ending"), x, SHAPE, columns(), 2);
+
+/** Emoji of all kinds in turn. */
 async function drawEnding() {
   const x = noiseOf(seed++, COUNT, SIZE)();
+  replay.stop();
+  [steps, $("ending-more").disabled] = [[], true];
   showEnding(x);
-  $("ending-more").disabled = true;
-  const network = await included("emoji");
-  for (let first = 0; first < COUNT; first += AT_ONCE) {
-    const from = first * SIZE, y = Array.from({ length: AT_ONCE }, (_, k) => (first + k) % network.classes.length);
-    await emerge(network, x.slice(from, from + AT_ONCE * SIZE), y, 0, (shown) => {
-      x.set(shown, from);
-      showEnding(x);
-    });
-  }
+  const network = await included("emoji"), y = Array.from({ length: COUNT }, (_, k) => k % network.classes.length);
+  steps = await emerge(network, x, y, 0, (shown) => {
+    showEnding(shown);
+    drawImages($("ending-one"), part(shown, FIRST), SHAPE);
+  });
   $("ending-more").disabled = false;
 }
 
-const showEnding = (x) => drawImages($("ending"), x, SHAPE, innerWidth < 800 ? 6 : 12, 2);
+/** Show the way of an emoji once more. */
+async function showAgain(k, run) {
+  chosen = k;
+  for (const step of steps) {
+    if (run.stopped) return;
+    drawImages($("ending-one"), part(seen(step), k), SHAPE);
+    await pause(FRAME);
+  }
+}
 
 /** Begin when an element is seen. Returns what begins again. output: the name of the element for an error. */
 function beginWhenSeen(name, draw, output) {
@@ -104,15 +134,17 @@ function beginWhenSeen(name, draw, output) {
 
 /** Make both work. Before they are seen, they show noise. */
 export function startEmoji() {
-  const nine = noiseOf(5, NINE, SIZE)();
   for (const k of STRIP.keys()) {
-    strip.shown[k] = nine;
-    drawImages($(`strip-${k}`), nine, SHAPE, 3, 1);
-    $(`strip-${k}`).onclick = () => pick(k);
+    drawImages($(`strip-${k}`), nine(), SHAPE, 3, 1);
+    $(`strip-${k}`).onclick = (event) => pick(k, pictureAt(event, 3));
   }
   choose(0);
   $("strip-place").oninput = ({ target }) => pick(Number(target.value));
-  beginWhenSeen("strip", drawStrip, "strip-costs");
+  beginWhenSeen("guidance", drawStrip, "strip-costs");
   showEnding(noiseOf(seed, COUNT, SIZE)());
+  $("ending").onpointerdown = $("ending").onpointermove = (event) => {
+    const k = pictureAt(event, columns());
+    if (k !== chosen) replay.start((run) => showAgain(k, run));
+  };
   $("ending-more").onclick = beginWhenSeen("ending", drawEnding, "ending-text");
 }

@@ -6,7 +6,7 @@ import { Passage } from "./passage.js";
 import { drawImages } from "./plane.js";
 import { noiseOf, predictX0 } from "./sampler.js";
 
-const COLUMNS = 4, COUNT = COLUMNS ** 2, FILM = 10, FILM_COLUMNS = 5; // FILM: steps of a picture that are shown
+const COLUMNS = 4, COUNT = COLUMNS ** 2, FILM = 10; // FILM: steps of a picture that are shown
 const ABOUT = { "fashion-mnist.onnx": "This network has learnt from 60,000 pictures of clothes.", "emoji.onnx": "This network has learnt from 3,743 emoji." };
 
 const state = { chosen: 0, awaited: "clothes", fault: "", sweeps: false, isSeen: false };
@@ -98,21 +98,25 @@ function draw() {
   const column = state.chosen % COLUMNS, row = (state.chosen - column) / COLUMNS;
   $("images-stage").style.cssText = `--curtain: ${$("images-curtain").value}%; --column: ${column}; --row: ${row}`;
   drawImages($("images-noisy"), x, shape, COLUMNS, 1);
-  drawImages($("images-expected"), network ? (!isBack && expected.x0) || x0 : x, shape, COLUMNS, 1);
+  const right = network ? (!isBack && expected.x0) || x0 : x;
+  drawImages($("images-expected"), right, shape, COLUMNS, 1);
+  drawImages($("images-one"), chosenOf(x), shape);
+  drawImages($("images-one-expected"), chosenOf(right), shape);
   drawFilm(shape);
   ask();
 }
 
+const chosenOf = (x) => x.subarray((state.chosen * x.length) / COUNT, ((state.chosen + 1) * x.length) / COUNT);
+
 /** The chosen picture in some of the steps, and below it what was expected of it. */
 function drawFilm(shape) {
-  const { steps, tau } = pictures, size = pictures.x0.length / COUNT, film = new Float32Array(2 * FILM * size).fill(0.75);
+  const { steps, tau } = pictures, size = pictures.x0.length / COUNT, film = new Float32Array(2 * FILM * size).fill(-0.8);
   $("images-film-figure").style.visibility = steps?.length ? "" : "hidden";
   for (let k = 0; steps?.length && k < FILM; k++) {
     const step = steps[Math.round((k * (tau.length - 1)) / (FILM - 1))];
-    ["x", "x0"].forEach((key, row) => step && film.set(
-      step[key].subarray(state.chosen * size, (state.chosen + 1) * size), ((row + Math.floor(k / FILM_COLUMNS)) * FILM_COLUMNS + k) * size));
+    ["x", "x0"].forEach((key, row) => step && film.set(chosenOf(step[key]), (row * FILM + k) * size));
   }
-  drawImages($("images-film"), film, shape, FILM_COLUMNS, 1);
+  drawImages($("images-film"), film, shape, FILM, 1);
 }
 
 /** Make the section work. */

@@ -89,7 +89,7 @@ function say() {
   if (!now) return "";
   $("learn-place").ariaValueText = `training step ${now.steps}`;
   $("learn-misses").textContent = `${now.misses.toFixed(0)} %`;
-  const [title, words] = isCard ? [`Training step ${now.steps + 1}`, "Noise moves a data point (blue) to a random place (red). The network sees only the noisy point, and guesses where it came from (ring). Then its numbers are changed a little, so that the guess would have been better."]
+  const [title, words] = isCard ? [`Training step ${now.steps + 1}`, "Noise moves a data point (blue) to a random place (red). The network sees only the red point, and guesses where it came from (ring). Then it is corrected a little."]
     : !now.steps ? ["Not trained", "The network knows nothing yet. Its arrows are orange, because they are wrong, and the dots that follow them stay noise."]
     : state.goal > state.at && !state.playing ? [`Training step ${now.steps} …`, "The network is still learning what you want to see."]
     : now.steps < STEPS ? [`Training step ${now.steps}`, "The arrows become grey as they become right. The dots begin as noise, and follow them."]
@@ -126,7 +126,7 @@ function drawCard(view, { x0, xt, guess }, part) {
   const until = (from, to) => Math.min(1, Math.max(0, (part - from) / (to - from)));
   const way = (a, b, share) => [a, a.map((value, k) => value + share * (b[k] - value))];
   drawLine(view, way(x0, xt, until(0.12, 0.4)), colours.dim, 2.5);
-  drawDots(view, x0, 8, colours.card);
+  drawDots(view, x0, 8, colours.page);
   drawDots(view, x0, 6.5, colours.data);
   drawDots(view, way(x0, xt, until(0.12, 0.4))[1], 6.5, colours.other);
   if (part < 0.5) return;

@@ -22,21 +22,21 @@ function captions() {
   const { place, moving, isBack } = gesture, { from, jumps } = scene;
   const sentence = scene.sentenceOf(state.chosen, place);
   if (sentence && (isBack || !moving)) return ["One point", sentence];
-  if (!isBack && !place) return ["Data", `${N} points form two arcs, one blue and one red. Tiles show four of them as pictures of two pixels. At the right is a larger picture.`];
-  if (!isBack && place === 1) return ["Only noise is left", "Nobody can tell where each point was. The way back begins here."];
+  if (!isBack && !place) return ["Data", `A small picture, and ${N} points on two arcs, a blue one and a red one.`];
+  if (!isBack && place === 1) return ["Only noise is left", "Nobody can tell what was here. The way back begins."];
   if (!isBack) {
-    return ["Noise is added", moving ? "Each point is shrunk towards the middle and scattered, until nobody can tell where it was. The picture fades in the same way."
+    return ["Noise is added", moving ? "The picture fades, and the points scatter, until nobody can tell what was here."
       : "Choose a point to see where it may have come from, or send all of them back."];
   }
   if (jumps) {
-    return ["Back in one jump", from < 0.2 ? "With so little noise, few origins are possible, so their mean is almost a data point. Jump from more noise to see the difference."
+    return ["Back in one jump", from < 0.2 ? "With so little noise, a jump ends almost at the data. Jump from more noise to see the difference."
       : from < 0.7 ? "Each point jumps to the mean of its possible origins, which lies between them. The picture loses some of its detail."
-      : `All ${N} points jump to almost the same place, the mean of all their origins. The mean of all points lies on neither arc, and the mean of many pictures is a blur.`];
+      : "All points jump to almost the same place, the mean of all data. It lies on neither arc, and the mean of many pictures is a blur."];
   }
-  if (place) return ["Back in many steps", "Each point follows its arrow a little, towards where it may have come from. Then it gets a new arrow: with less noise, fewer origins are possible."];
+  if (place) return ["Back in many steps", "Each point follows its arrow a little, and then it gets a new arrow. The picture does the same."];
   const { swapped } = scene;
   return ["They are back", swapped < N / 4 ? `From so little noise, ${swapped ? `all but ${swapped} of the ${N} points` : "all points"} came back to their own arc. From more noise, new data come back.`
-    : `The shape is the same, but ${swapped} of the ${N} points came back to the arc of the other colour: these are new points${from > 0.9 ? ", and a new picture" : ""}.`];
+    : `${from > 0.9 ? "A new picture, and new points" : "New points"}: ${swapped} of the ${N} came back to the arc of the other colour.`];
 }
 
 function say() {
@@ -90,7 +90,7 @@ function press(jumps) {
 
 /** Make the opening work. */
 export async function startOpening() {
-  const options = { limit: 1.65, every: 9, arrows: true, tiles: [20, 68, 140, 201], sampler: "ddim", steps: 100 };
+  const options = { limit: 1.65, every: 9, arrows: true, sampler: "ddim", steps: 100 };
   scene = new Scene($("scene-plane"), options, () => gesture.render());
   gesture = new Gesture("scene", [scene], draw, say);
   letChoose(scene, state, () => gesture);

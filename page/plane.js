@@ -1,15 +1,10 @@
 // Drawing: the palette, crisp canvases, and what is drawn in a plane.
 
-import { scheme } from "./common.js";
 import { density } from "./points.js";
 
-const NAMES = ["ink", "dim", "card", "line", "data", "other", "lit", "arrow"];
-const read = () => {
-  const style = getComputedStyle(document.documentElement);
-  return Object.fromEntries(NAMES.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
-};
-export let colours = read(); // of the style sheet
-scheme.addEventListener("change", () => { colours = read(); });
+const NAMES = ["ink", "dim", "page", "line", "data", "other", "lit", "arrow"];
+const style = getComputedStyle(document.documentElement);
+export const colours = Object.fromEntries(NAMES.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
 
 /** How a canvas shows the plane: at(x, y) is where a point lies, in CSS pixels, place(left, top) the
  * inverse. limit: the plane is seen from -limit to limit, upwards. */
@@ -27,7 +22,7 @@ export function clear(canvas, limit) {
   if (canvas.width !== across || canvas.height !== down) [canvas.width, canvas.height] = [across, down];
   const context = canvas.getContext("2d", { alpha: false });
   context.setTransform(ratio, 0, 0, ratio, 0, 0);
-  context.fillStyle = colours.card;
+  context.fillStyle = colours.page;
   context.fillRect(0, 0, width, height);
   context.lineCap = context.lineJoin = "round";
   return { ...view, context };
@@ -69,7 +64,7 @@ const hazes = new Map(); // those of the last frames, because several planes may
 export function drawHaze({ context, width, height, wide, limit }, abar, centres, std) {
   const deviation = Math.sqrt(1 - abar + abar * std ** 2); // of each centre: a cell is at most a third of it
   const rows = Math.round(Math.min(64, Math.max(24, (6 * limit) / deviation)));
-  const name = [rows, wide, limit, abar, colours.card].join();
+  const name = [rows, wide, limit, abar].join();
   if (hazes.size > 20) hazes.clear();
   if (!hazes.has(name)) hazes.set(name, haze(rows, abar, density(rows, abar, centres, std, wide, limit)));
   context.drawImage(hazes.get(name), 0, 0, width, height);
@@ -77,9 +72,11 @@ export function drawHaze({ context, width, height, wide, limit }, abar, centres,
 
 function haze(rows, abar, q) {
   const columns = q.length / rows, largest = q.reduce((a, b) => Math.max(a, b)), image = new ImageData(columns, rows);
-  const [blue, ground] = [colours.data, colours.card].map((hex) => [1, 3, 5].map((k) => parseInt(hex.slice(k, k + 2), 16)));
+  const [blue, ground] = [colours.data, colours.page].map((hex) => [1, 3, 5].map((k) => parseInt(hex.slice(k, k + 2), 16)));
   q.forEach((value, k) => { // opaque, which is faster than blending
-    const share = (0.16 + 0.3 * Math.sqrt(abar)) * Math.sqrt(value / largest); // paler where there is more noise
+    const [across, down] = [k % columns / columns, Math.floor(k / columns) / rows].map((at) => (2 * at - 1) ** 2);
+    const fade = Math.max(0, 1 - across - down); // towards the edge of the view
+    const share = (0.25 + 0.25 * Math.sqrt(abar)) * Math.sqrt(value / largest) * fade; // paler where there is more noise
     for (let c = 0; c < 3; c++) image.data[4 * k + c] = ground[c] + share * (blue[c] - ground[c]);
     image.data[4 * k + 3] = 255;
   });

@@ -12,10 +12,10 @@ const HAZE = 0.045; // the deviation of the data in the haze, so that it is seen
 
 export class Scene extends Passage {
   /** limit: of the view, upwards. every: of how many points one shows its path. arrows: whether a
-   * field of them is shown. tiles: points that are also shown as pictures. alpha: of those that are not chosen. */
-  constructor(canvas, { limit, every = Infinity, arrows = false, tiles = [], alpha = 0.9, ...options }, changed) {
+   * field of them is shown. alpha: of those that are not chosen. */
+  constructor(canvas, { limit, every = Infinity, arrows = false, alpha = 0.9, ...options }, changed) {
     super((x, t) => exactEps(x, ABAR[t], DATA, STD), options, changed);
-    Object.assign(this, { canvas, limit, every, arrows, tiles, alpha });
+    Object.assign(this, { canvas, limit, every, arrows, alpha });
     this.begin(DATA, noiseOf(1, 1, 2 * N)());
   }
 
@@ -51,14 +51,14 @@ export class Scene extends Passage {
     for (let k = 0; isBack && k < N; k += this.every) {
       drawLine(plane, [...this.#path(k, level), pointOf(x, k)], colourOf(this.labels[k]), 1.2 * small, 0.55);
     }
-    for (const label of [0, 1]) drawDots(plane, x, 3.2 * small, colourOf(label), this.alpha, (k) => this.labels[k] === label);
-    for (const k of this.jumps ? [] : this.tiles) drawTile(plane, pointOf(x, k), 13 * small);
+    for (const [size, alpha] of [[10, 0.12], [3.2, 1]]) { // each point glows
+      for (const label of [0, 1]) drawDots(plane, x, size * small, colourOf(label), alpha * this.alpha, (k) => this.labels[k] === label);
+    }
     if (chosen < 0) return;
     if (isBack) drawLine(plane, [...this.#path(chosen, level), pointOf(x, chosen)], colours.lit, 2.2 * small);
     if (!this.jumps && place) drawOrigins(plane, pointOf(x, chosen), this.weightsOf(chosen, place), shrunk);
     drawDots(plane, pointOf(x, chosen), 5.5 * small, colours.ink);
     drawDots(plane, pointOf(x, chosen), 4 * small, colours.lit);
-    if (this.tiles.length && !this.tiles.includes(chosen)) drawTile(plane, pointOf(x, chosen), 20 * small);
   }
 
   /** The places of point k on its way back, above a level. DDIM moves it smoothly between two steps. */
@@ -98,7 +98,7 @@ export class Scene extends Passage {
     // as many equal ones have the same entropy
     const n = Math.round(Math.exp(this.weightsOf(k, place).reduce((sum, w) => sum - (w && w * Math.log(w)), 0)));
     const some = n > 0.9 * N ? "almost any" : `about ${n}`;
-    return n > 1 ? `It may have come from ${some} of the ${N} data points: a thicker line means a more probable origin. The ring is their mean, and the arrow points there.`
+    return n > 1 ? `It may have come from ${some} of the ${N} data points. A thicker line means a likelier one, and the ring is their mean.`
       : "Only one origin is left, and the arrow points there.";
   }
 
@@ -116,19 +116,7 @@ export class Scene extends Passage {
 
 /** The scale of dots and lines, which are smaller in a small plane. */
 const scaleOf = ({ height }) => Math.max(0.6, Math.min(1, height / 300));
-const pointOf = (x, k) => x.subarray(2 * k, 2 * k + 2);
-
-/** Draw a point as the picture that it stands for: its first pixel is brighter to the right, its second one upwards. */
-function drawTile({ context, at }, point, size) {
-  const [left, top] = at(...point).map((place, k) => place + (k ? -size - 7 : 7));
-  context.fillStyle = colours.ink;
-  context.fillRect(left - 1.5, top - 1.5, 2 * size + 3, size + 3);
-  point.forEach((value, k) => {
-    const grey = Math.round(255 * Math.min(1, Math.max(0, (value + 1) / 2)));
-    context.fillStyle = `rgb(${grey} ${grey} ${grey})`;
-    context.fillRect(left + k * size, top, size, size);
-  });
-}
+export const pointOf = (x, k) => x.subarray(2 * k, 2 * k + 2);
 
 /** Draw lines from a point to the data it may have come from, and a ring at their mean. */
 function drawOrigins(plane, point, weights, shrunk) {
@@ -142,7 +130,7 @@ function drawOrigins(plane, point, weights, shrunk) {
     drawDots(plane, origin, (1.5 + 4 * Math.sqrt(weight)) * small, colours.lit, 0.8);
   });
   drawArrow(plane, point, mean, colours.ink, 2.5 * small, 9 * small);
-  drawRing(plane, mean, 9 * small, colours.card, 5 * small);
+  drawRing(plane, mean, 9 * small, colours.page, 5 * small);
   drawRing(plane, mean, 9 * small, colours.lit, 3 * small);
 }
 
