@@ -20,10 +20,10 @@ function say() {
   const { place, isBack, passages: [one, ...row] } = gesture;
   for (const scene of row) {
     const isThere = isBack && !place && scene.isComplete;
-    $(`${scene.canvas.id}-miss`).textContent = isThere ? `${(100 * missed(scene.at(0).x, DATA, STD)).toFixed(0)} % miss the data` : "";
+    $(`${scene.canvas.id}-miss`).textContent = isThere ? `${(100 * missed(scene.at(0).x, DATA, STD)).toFixed(0)} % miss the arcs` : "";
   }
-  const [title, text] = isBack && !place ? ["They are back", "One step ends at the mean, which is no data point after much noise. Many short steps reach the data."]
-    : [isBack ? "On the way back" : "One point: drag it", one.sentenceOf(state.chosen, place) || "Drag the slider to Noise, and let go."];
+  const [title, text] = isBack && !place ? ["Back from the noise", "One step ends at the average, which lies between the data. Many short steps reach the data."]
+    : [isBack ? "On the way back" : "One dot: drag it", one.sentenceOf(state.chosen, place) || "Drag the slider to Noise, and let go."];
   [$("arrows-title").textContent, $("arrows-text").textContent] = [title, text];
   return `${title}. ${text}`;
 }
@@ -34,15 +34,16 @@ export function startArrows() {
   const row = [1, 5, 50].map((steps) => sceneIn(`in-${steps}`, "ddim", steps, () => gesture, { every: 11 }));
   const scenes = [one, ...row], pull = (position) => {
     gesture.stop();
-    if (gesture.isBack && !gesture.place) return;
+    if (!gesture.place) return;
     for (const scene of scenes) scene.pull(state.pinned, position, gesture.place);
     gesture.render();
   };
   gesture = new Gesture("arrows", scenes, () => {
-    for (const scene of scenes) scene.draw(gesture.place, state.chosen);
+    one.draw(gesture.place, state.chosen);
+    for (const scene of row) scene.draw(gesture.place);
     if (state.chosen >= 0) drawImages($("arrows-tile"), pointOf(one.at(gesture.place).x, state.chosen), [1, 1, 2]);
   }, say);
-  for (const scene of scenes) letChoose(scene, state, () => gesture, pull);
+  letChoose(one, state, () => gesture, pull);
   gesture.moveTo(FIRST);
   gesture.beginWhenSeen(() => {
     gesture.hold = HOLD;

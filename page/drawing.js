@@ -142,7 +142,7 @@ function say() {
     : !isBack && !place ? "Draw with your finger or the mouse."
     : !isBack ? "Noise is added to your drawing, four times. Let go, and the network removes it."
     : place || !gesture.isComplete ? "The network removes the noise."
-    : "These four began with the noise of the slider, and the small ones below with less or more: choose one, or drag the slider.");
+    : "Four results for the noise at the slider. The small ones show less noise and more: choose one, or drag the slider.");
   return ($("drawing-text").textContent = text);
 }
 

@@ -2,32 +2,26 @@
 
 import { $, Owner, follow, pause } from "./common.js";
 import { included } from "./networks.js";
-import { drawImages } from "./plane.js";
-import { alphasBar, guided, noiseOf, predictX0, sampleProgressive } from "./sampler.js";
+import { drawFilm, drawImages, frame, partOf, pictureAt } from "./plane.js";
+import { alphasBar, guided as withGuidance, noiseOf, predictX0, sampleProgressive } from "./sampler.js";
 
 const STEPS = 10, SHAPE = [3, 32, 32], SIZE = 3072;
 const STRIP = [0, 0.5, 1, 2, 4], NINE = 9; // the guidance of the strip, and its pictures at each
 const ASKED = 3; // the step whose two answers are shown in large
-const COUNT = 36, FIRST = 6, FRAME = 110; // emoji at the end, which is large first, and the milliseconds of a step when one is shown again
+const COUNT = 36, AT_ONCE = 9, KINDS = ["smileys", "people", "flags", "food"], GUIDANCE = 1; // of the emoji at the end
+const FRAME = 250; // milliseconds of a step when one is shown again
 
 /** What is shown of a step: x_t, and at the end the estimates. */
 const seen = ({ t, x, x0 }) => (t < 250 ? x0 : x);
-const part = (x, k) => x.subarray(k * SIZE, (k + 1) * SIZE);
 
-/** Draw pictures of the classes y from xT with guidance w, and show(x) each step. Returns the steps. */
-async function emerge(network, xT, y, w, show) {
-  const steps = [], options = { sampler: "sa-solver", steps: STEPS, xT };
-  for await (const step of sampleProgressive(guided(network, y, w), null, network.betas, options)) {
+/** Draw pictures of the classes y from xT with guidance w, and show(x, steps) after each step. Returns the steps. */
+async function emerge(network, xT, y, w, show, steps = []) {
+  const options = { sampler: "sa-solver", steps: STEPS, xT };
+  for await (const step of sampleProgressive(withGuidance(network, y, w), null, network.betas, options)) {
     steps.push(step);
-    show(seen(step));
+    show(seen(step), steps);
   }
   return steps;
-}
-
-/** The picture that a pointer is at, in a canvas of rows of `columns`. */
-function pictureAt({ offsetX, offsetY, target }, columns) {
-  const side = target.clientWidth / columns;
-  return Math.floor(offsetX / side) + columns * Math.floor(offsetY / side);
 }
 
 // ---- guidance
@@ -50,13 +44,14 @@ function choose(k, chosen = strip.chosen) {
   const [name, ...costs] = ["name", "work", "variety"].map((key) => $(`strip-${key}-${k}`).textContent), w = STRIP[k];
   [$("strip-place").value, $("strip-place").ariaValueText, $("strip-now").textContent] = [k, name, name];
   $("strip-costs").textContent = costs.filter(Boolean).join(", ") || "being drawn";
-  $("strip-added").textContent = w ? `The difference is added ${w === 0.5 ? "½" : w} more time${w > 1 ? "s" : ""}` : "No guidance: this answer is taken";
-  for (const i of STRIP.keys()) $(`strip-${i}`).parentElement.classList.toggle("on", i === k);
+  $("strip-added").innerHTML = w ? `<b>With + ${w === 0.5 ? "½" : w} ×</b> the difference` : "No guidance: the answer <b>with</b> the word";
+  for (const i of STRIP.keys()) $(`strip-${i}`).closest("figure").classList.toggle("on", i === k);
+  frame($("strip"), chosen, 3, 3);
   $("strip-without").classList.toggle("old", !w); // nobody asks
   if (!strip.answers) return;
-  const [x, without, expected] = strip.answers.map((all) => part(all, chosen));
-  const exaggerated = expected.map((value, i) => value + w * (value - without[i]));
-  Object.entries({ noisy: x, without, with: expected, guided: exaggerated }).forEach(([key, shown]) => drawImages($(`strip-${key}`), shown, SHAPE));
+  const [x, without, expected] = strip.answers.map((all) => partOf(all, chosen, NINE));
+  const guided = expected.map((value, i) => value + w * (value - without[i]));
+  Object.entries({ noisy: x, without, with: expected, guided }).forEach(([key, shown]) => drawImages($(`strip-${key}`), shown, SHAPE));
 }
 
 /** Show what the reader wants to see, and no longer what is being drawn. */
@@ -75,14 +70,17 @@ async function drawStrip() {
   let first;
   for (const [k, w] of STRIP.entries()) {
     if (!strip.isTouched) choose(k);
-    const steps = await emerge(network, nine(), y, w, (shown) => drawImages($(`strip-${k}`), shown, SHAPE, 3, 1));
+    const steps = await emerge(network, nine(), y, w, (shown, { length }) => {
+      drawImages($(`strip-${k}`), shown, SHAPE, 3, 1);
+      if (k === strip.at) $("strip-costs").textContent = `step ${length} of ${STEPS}`;
+    });
     if (!strip.answers) {
       const { t, x, x0 } = steps[ASKED];
       strip.answers = [x, predictX0(x, await network.eps(x, t), alphasBar(network.betas)[t], 1), x0];
     }
     const questions = STEPS * (w ? 2 : 1), own = variety(steps.at(-1).x0);
     first ??= own;
-    tell(`strip-work-${k}`, questions / (2 * STEPS), `asked ${questions} times`);
+    tell(`strip-work-${k}`, questions / (2 * STEPS), `${questions} runs of the network`);
     tell(`strip-variety-${k}`, own / first, `variety ${(100 * own / first).toFixed(0)} %`);
     choose(strip.at);
   }
@@ -92,43 +90,58 @@ const nine = () => noiseOf(5, NINE, SIZE)();
 
 // ---- the end
 
-let seed = 5, steps = [], chosen = FIRST; // steps: of the emoji that are shown
+let seed = 5;
+const end = { chosen: 0, rows: [] }; // rows: the steps of the emoji that were drawn at the same time
 const replay = new Owner();
-const columns = () => (innerWidth < 800 ? 6 : 9);
-const showEnding = (x) => drawImages($("ending"), x, SHAPE, columns(), 2);
+const grid = () => (innerWidth < 800 ? [6, 6] : [9, 4]); // its columns and rows
+const showEnding = (x) => drawImages($("ending"), x, SHAPE, grid()[0], 2);
 
-/** Emoji of all kinds in turn. */
+/** Draw emoji of some kinds in turn, a row at the same time. */
 async function drawEnding() {
   const x = noiseOf(seed++, COUNT, SIZE)();
   replay.stop();
-  [steps, $("ending-more").disabled] = [[], true];
+  [end.rows, $("ending-more").disabled] = [[], true];
   showEnding(x);
-  const network = await included("emoji"), y = Array.from({ length: COUNT }, (_, k) => k % network.classes.length);
-  steps = await emerge(network, x, y, 0, (shown) => {
-    showEnding(shown);
-    drawImages($("ending-one"), part(shown, FIRST), SHAPE);
-  });
-  $("ending-more").disabled = false;
+  const network = await included("emoji"), kinds = KINDS.map((kind) => network.classes.indexOf(kind));
+  for (let from = 0; from < COUNT; from += AT_ONCE) {
+    const y = Array.from({ length: AT_ONCE }, (_, k) => kinds[(from + k) % kinds.length]);
+    const xT = x.slice(from * SIZE, (from + AT_ONCE) * SIZE);
+    end.rows.push(await emerge(network, xT, y, GUIDANCE, (shown, steps) => {
+      x.set(shown, from * SIZE);
+      showEnding(x);
+      if (!from) showStep(0, steps, steps.length);
+      $("ending-more").textContent = `Row ${1 + from / AT_ONCE}, step ${steps.length} of ${STEPS}`;
+    }));
+  }
+  [$("ending-more").disabled, $("ending-more").textContent] = [false, "Draw 36 more"];
+}
+
+/** Show the way of an emoji until a step, and frame it. */
+function showStep(k, steps, count) {
+  end.chosen = k;
+  frame($("ending-wall"), k, ...grid());
+  drawImages($("ending-one"), partOf(seen(steps[count - 1]), k % AT_ONCE, AT_ONCE), SHAPE);
+  drawFilm($("ending-film"), steps.slice(0, count), { k: k % AT_ONCE, count: AT_ONCE, shape: SHAPE, total: STEPS });
 }
 
 /** Show the way of an emoji once more. */
 async function showAgain(k, run) {
-  chosen = k;
-  for (const step of steps) {
+  const steps = end.rows[Math.floor(k / AT_ONCE)];
+  for (let count = 1; steps && count <= STEPS; count++) {
     if (run.stopped) return;
-    drawImages($("ending-one"), part(seen(step), k), SHAPE);
+    showStep(k, steps, count);
     await pause(FRAME);
   }
 }
 
-/** Begin when an element is seen. Returns what begins again. output: the name of the element for an error. */
-function beginWhenSeen(name, draw, output) {
+/** Begin when a share of an element is seen. Returns what begins again. output: the name of the element for an error. */
+function beginWhenSeen(name, share, draw, output) {
   let begun = false;
   const begin = () => draw().catch((error) => { $(output).textContent = error.message.split("\n")[0]; });
   follow($(name), (isSeen) => {
     if (isSeen && !begun) begin();
     begun ||= isSeen;
-  }, 0.2);
+  }, share);
   return begin;
 }
 
@@ -136,15 +149,16 @@ function beginWhenSeen(name, draw, output) {
 export function startEmoji() {
   for (const k of STRIP.keys()) {
     drawImages($(`strip-${k}`), nine(), SHAPE, 3, 1);
-    $(`strip-${k}`).onclick = (event) => pick(k, pictureAt(event, 3));
+    $(`strip-${k}`).onclick = (event) => pick(k, pictureAt(event, event.target, 3, 3));
   }
   choose(0);
   $("strip-place").oninput = ({ target }) => pick(Number(target.value));
-  beginWhenSeen("guidance", drawStrip, "strip-costs");
+  beginWhenSeen("guidance", 0.2, drawStrip, "strip-costs");
   showEnding(noiseOf(seed, COUNT, SIZE)());
+  frame($("ending-wall"), 0, ...grid());
   $("ending").onpointerdown = $("ending").onpointermove = (event) => {
-    const k = pictureAt(event, columns());
-    if (k !== chosen) replay.start((run) => showAgain(k, run));
+    const k = pictureAt(event, event.target, ...grid());
+    if (k !== end.chosen || event.type === "pointerdown") replay.start((run) => showAgain(k, run));
   };
-  $("ending-more").onclick = beginWhenSeen("ending", drawEnding, "ending-text");
+  $("ending-more").onclick = beginWhenSeen("ending", 0.6, drawEnding, "ending-text");
 }

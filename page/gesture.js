@@ -2,7 +2,9 @@
 
 import { $, animate, announce, follow, still } from "./common.js";
 
-const PACE = { rest: 4000, noising: 2200, noise: 600, back: 4000, jump: 1200 }; // milliseconds
+const PACE = { rest: 4000, noising: 2600, noise: 600, back: 4000, jump: 1200 }; // milliseconds
+/** How fast it moves at a place, 1 being the mean pace: slowly near the data, where most is to be seen. */
+const paceAt = (place) => 0.3 + 1.8 * place;
 
 export class Gesture {
   place = 0; // from 0, the data, to 1, the noise
@@ -115,11 +117,11 @@ export class Gesture {
     if (this.hold > 0) return;
     const { place, jumps, passages } = this;
     if (!this.isBack && place < 1) {
-      this.place = Math.min(1, place + passed / PACE.noising);
+      this.place = Math.min(1, place + (paceAt(place) * passed) / PACE.noising);
       if (this.place === 1) this.hold = PACE.noise;
     } else if (!this.isBack) return this.sendBack(jumps);
     else if (place > 0) {
-      const next = place - passed / (jumps ? PACE.jump / passages[0].from : PACE.back);
+      const next = place - (jumps ? (passages[0].from * passed) / PACE.jump : (paceAt(place) * passed) / PACE.back);
       this.place = Math.max(0, next, ...passages.map(({ reached }) => Math.min(place, reached)));
       if (this.place === 0) this.hold = this.repeats ? PACE.rest : 0;
     } else if (this.repeats) return this.toNoise(this.round % 3 === 2);

@@ -3,10 +3,10 @@
 import { $, follow, still } from "./common.js";
 import { Gesture } from "./gesture.js";
 import { Passage } from "./passage.js";
-import { drawImages } from "./plane.js";
+import { drawFilm, drawImages, frame, partOf, pictureAt } from "./plane.js";
 import { noiseOf, predictX0 } from "./sampler.js";
 
-const COLUMNS = 4, COUNT = COLUMNS ** 2, FILM = 10; // FILM: steps of a picture that are shown
+const COLUMNS = 5, ROWS = 4, COUNT = COLUMNS * ROWS;
 const ABOUT = { "fashion-mnist.onnx": "This network has learnt from 60,000 pictures of clothes.", "emoji.onnx": "This network has learnt from 3,743 emoji." };
 
 const state = { chosen: 0, awaited: "clothes", fault: "", sweeps: false, isSeen: false };
@@ -78,10 +78,10 @@ function captions() {
   const { place, isBack, isComplete } = gesture;
   if (state.fault) return ["No network", state.fault];
   if (state.awaited) return ["One moment", `The network for ${state.awaited} is loading.`];
-  if (isBack && !place && isComplete) return ["They are back", "Without noise, both sides of the curtain are the same. Drag the slider, and see what the network still recognises."];
+  if (isBack && !place && isComplete) return ["Back from the noise", "Without noise, both sides of the curtain are the same. Drag the slider, and see what the network still recognises."];
   if (isBack) return [`Back in ${pictures.tau.length} steps`, "In each step, the network is asked what it expects, and the noisy pictures move a little towards it."];
-  if (place === 1) return ["Only noise is left", "Everything is possible, and the mean of everything is a blur. Let go, and new pictures come back."];
-  return ["Noise is added", "The more noise there is, the more pictures are possible, and the blurrier their mean is. Let go, and pictures come back."];
+  if (place === 1) return ["Only noise is left", `The network expects the average of ${network?.classes.length ? "all pictures of a kind" : "everything"}, which is a blur. Let go, and new pictures come back.`];
+  return ["Noise is added", "The more noise there is, the more pictures are possible, and the blurrier their average is. Let go, and pictures come back."];
 }
 
 function say() {
@@ -95,28 +95,17 @@ function draw() {
   if (state.sweeps && isBack) $("images-curtain").value = 50 + 40 * Math.sin(2 * Math.PI * (1 - place));
   state.sweeps &&= place > 0;
   if (expected && (isBack || !place)) Object.assign(expected, { x0: null, place: -1 });
-  const column = state.chosen % COLUMNS, row = (state.chosen - column) / COLUMNS;
-  $("images-stage").style.cssText = `--curtain: ${$("images-curtain").value}%; --column: ${column}; --row: ${row}`;
+  $("images-grid").style.setProperty("--curtain", `${$("images-curtain").value}%`);
+  frame($("images-grid"), state.chosen, COLUMNS, ROWS);
   drawImages($("images-noisy"), x, shape, COLUMNS, 1);
   const right = network ? (!isBack && expected.x0) || x0 : x;
   drawImages($("images-expected"), right, shape, COLUMNS, 1);
-  drawImages($("images-one"), chosenOf(x), shape);
-  drawImages($("images-one-expected"), chosenOf(right), shape);
-  drawFilm(shape);
+  drawImages($("images-one"), partOf(x, state.chosen, COUNT), shape);
+  drawImages($("images-one-expected"), partOf(right, state.chosen, COUNT), shape);
+  const { steps, tau } = pictures; // on the way to the noise, the film shows the last way back
+  if (steps?.length) drawFilm($("images-film"), steps, { k: state.chosen, count: COUNT, shape, total: tau.length });
+  $("images-film").classList.toggle("old", !isBack);
   ask();
-}
-
-const chosenOf = (x) => x.subarray((state.chosen * x.length) / COUNT, ((state.chosen + 1) * x.length) / COUNT);
-
-/** The chosen picture in some of the steps, and below it what was expected of it. */
-function drawFilm(shape) {
-  const { steps, tau } = pictures, size = pictures.x0.length / COUNT, film = new Float32Array(2 * FILM * size).fill(-0.8);
-  $("images-film-figure").style.visibility = steps?.length ? "" : "hidden";
-  for (let k = 0; steps?.length && k < FILM; k++) {
-    const step = steps[Math.round((k * (tau.length - 1)) / (FILM - 1))];
-    ["x", "x0"].forEach((key, row) => step && film.set(chosenOf(step[key]), (row * FILM + k) * size));
-  }
-  drawImages($("images-film"), film, shape, FILM, 1);
 }
 
 /** Make the section work. */
@@ -124,17 +113,30 @@ export function startImages() {
   gesture = new Gesture("images", [pictures], draw, say);
   pictures.begin(new Float32Array(COUNT * 1024), noiseOf(0, COUNT, 1024)());
   gesture.moveTo(1);
-  const curtain = $("images-curtain"), choose = (k) => {
+  const curtain = $("images-curtain"), grid = $("images-grid"), choose = (k) => {
     state.chosen = (k + COUNT) % COUNT;
     gesture.render();
   };
-  curtain.oninput = () => {
+  const move = (value) => {
     state.sweeps = false;
+    curtain.value = value;
     gesture.render();
   };
-  curtain.onpointermove = curtain.onpointerdown = ({ offsetX, offsetY }) => {
-    const [column, row] = [offsetX, offsetY].map((at) => Math.floor((COLUMNS * at) / curtain.clientWidth));
-    if (Math.min(column, row) >= 0 && Math.max(column, row) < COLUMNS) choose(COLUMNS * row + column);
+  curtain.oninput = () => move(curtain.value);
+  let from = null; // where a pointer went down; a drag moves the curtain, and a click chooses
+  grid.onpointerdown = (event) => {
+    from = event.clientX;
+    grid.setPointerCapture(event.pointerId);
+  };
+  grid.onpointermove = (event) => {
+    if (event.pointerType === "mouse" && !event.buttons) choose(pictureAt(event, grid, COLUMNS, ROWS));
+    if (from === null || Math.abs(event.clientX - from) < 6) return;
+    from = NaN; // it moves from now on
+    move((100 * (event.clientX - grid.getBoundingClientRect().left)) / grid.clientWidth);
+  };
+  grid.onpointerup = grid.onpointercancel = (event) => {
+    if (event.type === "pointerup" && !Number.isNaN(from)) choose(pictureAt(event, grid, COLUMNS, ROWS));
+    from = null;
   };
   curtain.onkeydown = (event) => { // left and right move the curtain
     const turn = { ArrowUp: -1, ArrowDown: 1 }[event.key];

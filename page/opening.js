@@ -21,22 +21,21 @@ export const picture = new Passage(null, { sampler: "ddim", steps: 25 }, (error)
 function captions() {
   const { place, moving, isBack } = gesture, { from, jumps } = scene;
   const sentence = scene.sentenceOf(state.chosen, place);
-  if (sentence && (isBack || !moving)) return ["One point", sentence];
-  if (!isBack && !place) return ["Data", `A small picture, and ${N} points on two arcs, a blue one and a red one.`];
-  if (!isBack && place === 1) return ["Only noise is left", "Nobody can tell what was here. The way back begins."];
+  if (sentence && (isBack || !moving)) return ["One dot", sentence];
+  if (!isBack && !place) return ["Data", `A small picture, and ${N} dots on two arcs, a blue one and a red one.`];
+  if (!isBack && place === 1) return ["Only noise is left", "Nobody can tell what was here. Let go, and the way back begins."];
   if (!isBack) {
-    return ["Noise is added", moving ? "The picture fades, and the points scatter, until nobody can tell what was here."
-      : "Choose a point to see where it may have come from, or send all of them back."];
+    return ["Noise is added", "The picture fades to grey under the noise. The dots go the same way: they shrink to the middle and scatter."];
   }
   if (jumps) {
     return ["Back in one jump", from < 0.2 ? "With so little noise, a jump ends almost at the data. Jump from more noise to see the difference."
-      : from < 0.7 ? "Each point jumps to the mean of its possible origins, which lies between them. The picture loses some of its detail."
-      : "All points jump to almost the same place, the mean of all data. It lies on neither arc, and the mean of many pictures is a blur."];
+      : from < 0.7 ? "Each dot jumps to the average of its possible origins, which lies between them. The picture loses some of its detail."
+      : "All dots jump to almost the same place, the average of all data. It lies on neither arc, and the average of many pictures is a blur."];
   }
-  if (place) return ["Back in many steps", "Each point follows its arrow a little, and then it gets a new arrow. The picture does the same."];
+  if (place) return ["Back in many steps", "Each dot follows its arrow a little, and then it gets a new arrow. The picture does the same."];
   const { swapped } = scene;
-  return ["They are back", swapped < N / 4 ? `From so little noise, ${swapped ? `all but ${swapped} of the ${N} points` : "all points"} came back to their own arc. From more noise, new data come back.`
-    : `${from > 0.9 ? "A new picture, and new points" : "New points"}: ${swapped} of the ${N} came back to the arc of the other colour.`];
+  return ["Back from the noise", swapped < N / 4 ? `From so little noise, ${swapped ? `all but ${swapped} of the ${N} dots` : "all dots"} came back to their own arc. From more noise, new ones come back.`
+    : `${from > 0.9 ? "A new picture, and new dots" : "New dots"}: the arcs are the same, but ${swapped} of the ${N} dots are now on the other one.`];
 }
 
 function say() {

@@ -146,4 +146,31 @@ export function drawImages(canvas, x, [channels, height, width], columns = 1, ga
   }
 }
 
+/** Show a picture's steps, from left to right: x_t, and below it what was expected. count: of the pictures that
+ * the steps have, of which k is shown. columns: steps that are shown, of `total`. */
+export function drawFilm(canvas, steps, { k, count, shape, total, columns = 10 }) {
+  const size = shape[0] * shape[1] * shape[2], film = new Float32Array(2 * columns * size).fill(-0.8);
+  for (let column = 0; column < columns; column++) {
+    const step = steps[Math.round((column * (total - 1)) / (columns - 1))];
+    ["x", "x0"].forEach((key, row) => step && film.set(partOf(step[key], k, count), (row * columns + column) * size));
+  }
+  drawImages(canvas, film, shape, columns, 1);
+}
+
+/** Picture k of `count`. */
+export const partOf = (x, k, count) => x.subarray((k * x.length) / count, ((k + 1) * x.length) / count);
+
+/** Frame picture k of a grid, by the style sheet. */
+export function frame(element, k, columns, rows) {
+  const style = { across: columns, down: rows, column: k % columns, row: Math.floor(k / columns) };
+  for (const [name, value] of Object.entries(style)) element.style.setProperty(`--${name}`, value);
+}
+
+/** The picture of a grid that a pointer is at. */
+export function pictureAt({ clientX, clientY }, grid, columns, rows) {
+  const { left, top, width, height } = grid.getBoundingClientRect();
+  const [column, row] = [(columns * (clientX - left)) / width, (rows * (clientY - top)) / height];
+  return Math.min(columns - 1, Math.max(0, Math.floor(column))) + columns * Math.min(rows - 1, Math.max(0, Math.floor(row)));
+}
+
 const toPixels = (x) => Uint8ClampedArray.from(x, (value) => Math.round((value + 1) * 127.5));

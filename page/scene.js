@@ -93,13 +93,13 @@ export class Scene extends Passage {
   /** What the lines of point k show, or an empty string where there are none. */
   sentenceOf(k, place) {
     if (k < 0 || this.jumps) return "";
-    if (!place) return this.steps ? "The line is the path on which this point came back."
-      : "Drag the slider, and you see from which data points this one may have come.";
+    if (!place) return this.steps ? "The line is the path on which this dot came back."
+      : "Add noise, and you see where this dot may have come from.";
     // as many equal ones have the same entropy
     const n = Math.round(Math.exp(this.weightsOf(k, place).reduce((sum, w) => sum - (w && w * Math.log(w)), 0)));
     const some = n > 0.9 * N ? "almost any" : `about ${n}`;
-    return n > 1 ? `It may have come from ${some} of the ${N} data points. A thicker line means a likelier one, and the ring is their mean.`
-      : "Only one origin is left, and the arrow points there.";
+    return n > 1 ? `It may have come from ${some} of the ${N} places. A thicker line means a likelier one, and the ring is their average.`
+      : "Only one place is left, and the arrow points there.";
   }
 
   /** Where a pointer is in the view. */
@@ -138,21 +138,33 @@ function drawOrigins(plane, point, weights, shrunk) {
  * scene. pull(position): drags the chosen point. */
 export function letChoose(scene, state, gesture, pull = null) {
   const { canvas } = scene;
-  let pulls = false;
+  let pulls = false, finger = null; // where a finger that may scroll went down
   const choose = (k) => {
     if (!gesture().isBack && gesture().hold > 0) gesture().stop(); // it waits, and would go on by itself
     gesture().repeats = false;
     state.chosen = state.pinned = k;
     gesture().render();
   };
-  canvas.onpointerdown = (event) => {
+  const take = (event) => {
     const near = scene.pointNear(event, gesture().place);
     if (near < 0) return;
     choose(near);
     pulls = pull !== null;
   };
-  canvas.onpointerup = canvas.onpointercancel = () => { pulls = false; };
+  canvas.onpointerdown = (event) => {
+    finger = event.pointerType === "touch" ? event.clientX : null;
+    if (finger === null) take(event);
+  };
+  canvas.onpointerup = canvas.onpointercancel = (event) => {
+    if (finger !== null && event.type === "pointerup") take(event); // a tap
+    pulls = false;
+    finger = null;
+  };
   canvas.onpointermove = (event) => {
+    if (finger !== null && Math.abs(event.clientX - finger) > 8) {
+      finger = null;
+      take(event);
+    }
     if (pulls) return pull(scene.positionOf(event));
     if (event.pointerType !== "mouse") return;
     const near = scene.pointNear(event, gesture().place);

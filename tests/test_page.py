@@ -147,7 +147,7 @@ def value_of(page, module, code):
     )
 
 
-def images_at(page, place, shape=(16, 1, 32, 32), kind="x", module="images"):
+def images_at(page, place, shape=(20, 1, 32, 32), kind="x", module="images"):
     """The pictures of section 3 or 5 at a place: x_t, or the estimate x0."""
     name = {"images": "pictures", "drawing": "drawing"}[module]
     code = f"{name}.at({place}).{kind}"
@@ -520,7 +520,7 @@ def test_nothing_moves_where_the_reader_prefers_so(opened):
     page.wait_for_timeout(1500)
     assert page.get_attribute("#learn-play", "aria-label") == "Play"
     see(page, "images")
-    until(page, "images-title", "They are back")
+    until(page, "images-title", "Back from the noise")
     assert page.input_value("#images-place") == "0"
 
 
@@ -592,14 +592,14 @@ def test_opening_by_hand_and_by_keyboard(page):
     before = pixels(page, "scene-plane")
     page.focus("#scene-plane")
     page.keyboard.press("ArrowRight")
-    assert "data points" in page.text_content("#scene-text")
-    assert page.text_content("#scene-title") == "One point"
+    assert "may have come from" in page.text_content("#scene-text")
+    assert page.text_content("#scene-title") == "One dot"
     assert (pixels(page, "scene-plane") != before).any()
     page.keyboard.press("Escape")
     assert page.text_content("#scene-title") == "Noise is added"
     let_go(page, "scene", 0.8)
     assert page.text_content("#scene-title") == "Back in many steps"
-    until(page, "scene-title", "They are back")
+    until(page, "scene-title", "Back from the noise")
     # a tap on what has come back shows its path, and moves nothing
     x, y = points_at(page, 0)[17]
     box = page.locator("#scene-plane").bounding_box()
@@ -607,7 +607,7 @@ def test_opening_by_hand_and_by_keyboard(page):
     page.click("#scene-plane", position={"x": box["width"] / 2 + x * unit,
                                          "y": box["height"] / 2 - y * unit})  # fmt: skip
     assert page.input_value("#scene-place") == "0"
-    assert "path on which this point came back" in page.text_content("#scene-text")
+    assert "path on which this dot came back" in page.text_content("#scene-text")
     page.focus("#scene-plane")
     page.mouse.move(2, 2)
     page.keyboard.press("Escape")
@@ -656,7 +656,7 @@ def test_way_back_after_an_interrupted_jump(page):
     assert (distance.min(1) < 3 * STD).mean() > 0.85  # the data are those of an earlier way back
     # from little noise, nothing new comes back, and the caption does not say so
     for place, words in (
-        (1, "A new picture, and new points"),
+        (1, "A new picture, and new dots"),
         (0.1, "to their own arc"),
     ):
         value_of(
@@ -762,8 +762,8 @@ def test_included_network_draws_what_python_draws(page):
     network = ddpm_numpy.Network(SHIPPED, "cpu")
     see(page, "images")
     until_complete(page, "images")
-    y = [k % 10 for k in range(16)]
-    x_T = noise_of(page, 0, (16, 1, 32, 32))[0]
+    y = [k % 10 for k in range(20)]
+    x_T = noise_of(page, 0, (20, 1, 32, 32))[0]
     np.testing.assert_allclose(images_at(page, 1), x_T, atol=1e-3)
     steps = steps_of_python(network, images_at(page, 1), y)
     for place, kind, expected in (
@@ -785,7 +785,7 @@ def test_included_network_draws_what_python_draws(page):
     value_of(page, "images", "gesture.moveTo(0.5)")
     while not value_of(page, "images", "expected.place === 0.5"):
         page.wait_for_timeout(300)
-    t = np.full(16, 249)
+    t = np.full(20, 249)
     x = images_at(page, 0.5)
     abar = np.cumprod(1 - np.array(network.betas))[249]
     expected = (x - (1 - abar) ** 0.5 * network(x, t, np.array(y))) / abar**0.5
@@ -800,7 +800,7 @@ def test_gesture_brings_new_pictures(page):
     for place, isnew in ((0.2, False), (1, True)):
         let_go(page, "images", place)
         assert page.text_content("#images-title") == "Back in 10 steps"  # at once
-        until(page, "images-title", "They are back")
+        until(page, "images-title", "Back from the noise")
         apart = np.sqrt(np.square(images_at(page, 0) - before).mean())
         assert (apart > 0.4) == isnew
 
@@ -816,15 +816,15 @@ def test_settings_of_the_last_part(page):
     page.click("#settings button")
     until_complete(page, "images")
     steps = steps_of_python(
-        network, images_at(page, 1), [k % 10 for k in range(16)], steps=5, sampler="ddim"
+        network, images_at(page, 1), [k % 10 for k in range(20)], steps=5, sampler="ddim"
     )
     np.testing.assert_allclose(images_at(page, 0), steps[-1][2], atol=2e-2)
-    np.testing.assert_allclose(images_at(page, 1), noise_of(page, 3, (16, 1, 32, 32))[0], atol=1e-3)
+    np.testing.assert_allclose(images_at(page, 1), noise_of(page, 3, (20, 1, 32, 32))[0], atol=1e-3)
     page.evaluate("document.getElementById('settings').reset()")  # the next network draws by these
     page.click("#paper summary")
 
 
-BACK = "^These four began"
+BACK = "^Four results"
 
 
 def from_level(page):
@@ -873,7 +873,7 @@ def test_sections_do_not_wait_for_each_other(opened):
     until(page, "images-title", "Back in 10 steps")
     drag(page, "draw", (0.2, 0.2), (0.8, 0.2))
     see(page, "images")
-    until(page, "images-title", "They are back")
+    until(page, "images-title", "Back from the noise")
     see(page, "drawing")
     until(page, "drawing-text", BACK)
     assert pixels(page, "draw-ends").std() > 20 and pixels(page, "images-noisy").std() > 40
@@ -896,7 +896,7 @@ def test_layout(width, page):
     outside = "filter((e) => !e.closest('details') && !e.hidden)"
     assert page.evaluate(f"{controls}.{outside}.length") <= 14
     # a finger scrolls the page on the planes; only on the drawing it draws
-    for name in ("scene-plane", "arrows-one", "learn-plane", "images-curtain"):
+    for name in ("scene-plane", "arrows-one", "learn-plane", "images-grid"):
         assert "pan-y" in page.locator(f"#{name}").evaluate("e => getComputedStyle(e).touchAction")
     page.set_viewport_size({"width": 1280, "height": 900})
     page.evaluate("document.getElementById('paper').open = false")
@@ -913,10 +913,10 @@ def test_one_live_region_that_does_not_chatter(page):
             .observe(document.getElementById("live"), {childList: true});
     }""")
     let_go(page, "arrows", 1)
-    until(page, "arrows-in-50-miss", "miss the data")
+    until(page, "arrows-in-50-miss", "miss the arcs")
     page.wait_for_timeout(1500)
     said = page.evaluate("window.said")
-    assert 1 <= len(said) <= 2 and said[-1].startswith("They are back")
+    assert 1 <= len(said) <= 2 and said[-1].startswith("Back from the noise")
 
 
 def test_wrong_file_while_the_network_loads(opened, tmp_path):
@@ -931,7 +931,7 @@ def test_wrong_file_while_the_network_loads(opened, tmp_path):
         route.continue_()
     page.evaluate("window.ready")
     see(page, "images")
-    until(page, "images-title", "They are back")
+    until(page, "images-title", "Back from the noise")
     see(page, "drawing")
     until(page, "drawing-text", BACK)
 
@@ -965,14 +965,14 @@ def test_other_files_and_then_another_model(page, exported, tmp_path):
     assert page.evaluate("document.getElementById('images').getBoundingClientRect().top") < 300
     until_complete(page, "images")
     network = ddpm_numpy.Network(exported / "model.onnx", "cpu")
-    shape = (16, *network.shape)
+    shape = (20, *network.shape)
     steps = steps_of_python(network, images_at(page, 1, shape))
     np.testing.assert_allclose(images_at(page, 0, shape), steps[-1][2], atol=2e-2)
     assert np.ptp(tiles(page, "images-noisy", network.shape), axis=1).max() > 50  # in colour
     see(page, "drawing")
     until(page, "drawing-text", BACK)
     page.click("#use-clothes")  # back to the included network
-    until(page, "images-title", "They are back")
+    until(page, "images-title", "Back from the noise")
 
 
 def test_emoji(page):
@@ -982,9 +982,9 @@ def test_emoji(page):
     until(page, "images-about", "3,743 emoji")
     until(page, "images-title", "Back in 10 steps")
     assert np.ptp(tiles(page, "images-noisy", (3, 32, 32)), axis=1).max() > 50
-    until(page, "images-title", "They are back")
-    network, shape = ddpm_numpy.Network(EMOJI, "cpu"), (16, 3, 32, 32)
-    y = [k % len(network.classes) for k in range(16)]
+    until(page, "images-title", "Back from the noise")
+    network, shape = ddpm_numpy.Network(EMOJI, "cpu"), (20, 3, 32, 32)
+    y = [k % len(network.classes) for k in range(20)]
     steps = steps_of_python(network, images_at(page, 1, shape), y)
     assert np.abs(images_at(page, 0, shape) - steps[-1][2]).mean() < 2e-2
     page.click("#use-clothes")
@@ -1023,7 +1023,7 @@ def test_guidance_and_its_cost(page):
             shown = pixels(page, f"strip-{name}")
             assert np.abs(shown - to_pixels(expected[chosen : chosen + 1])[0]).mean() < 3
         assert ("old" in page.get_attribute("#strip-without", "class")) == (k == 0)
-        questions = "asked 20 times" if k else "asked 10 times"
+        questions = f"{20 if k else 10} runs of the network"
         assert page.text_content(f"#strip-work-{k}") == questions
     share = 100 * np.sqrt(lasts[1].var(0).mean() / lasts[0].var(0).mean())
     assert float(page.text_content("#strip-variety-4").split()[1]) == pytest.approx(share, abs=2)
@@ -1084,5 +1084,5 @@ def test_demo_is_drawn_in_the_page(demo, page):
         page.evaluate("""(seed) => import("./images.js").then(({ useSettings }) =>
             useSettings({ sampler: "sa-solver", steps: 50, seed }))""", seed)  # fmt: skip
         until_complete(page, "images")
-        right += are_right(to_pixels(images_at(page, 0, (16, 3, 8, 8)))).sum()
-    assert right >= 24  # of 32
+        right += are_right(to_pixels(images_at(page, 0, (20, 3, 8, 8)))).sum()
+    assert right >= 30  # of 40
