@@ -2,7 +2,7 @@
 
     python docs/record_page.py    # needs playwright and an installed Chromium; a minute
 
-Chromium opens the page in dark colours, and the program moves the scene from the data to the noise
+Chromium opens the page, and the program moves the scene from the data to the noise
 and back, which is when the network of the page draws the picture. It saves both in docs/figures: as
 moons.webp, which repeats, and as moons.png, one moment on the way back.
 """
@@ -66,7 +66,7 @@ def shown_at(page, place):
         content = io.BytesIO(base64.b64decode(url.partition(",")[2]))
         images.append(Image.open(content).convert("RGB"))
     plane, picture = images
-    frame = Image.new("RGB", (plane.width + GAP + SIZE, SIZE), "#0e1015")
+    frame = Image.new("RGB", (plane.width + GAP + SIZE, SIZE), "#0b0d14")
     frame.paste(plane, (0, 0))
     frame.paste(picture.resize((SIZE, SIZE), Image.Resampling.NEAREST), (plane.width + GAP, 0))
     return frame
@@ -87,9 +87,7 @@ def main():
     parser.add_argument("--out", type=Path, default=HERE / "figures", help="folder [docs/figures]")
     args = parser.parse_args()
     with browser_and_address() as (browser, address):
-        page = browser.new_page(
-            color_scheme="dark", reduced_motion="reduce", viewport={"width": 1280, "height": 900}
-        )
+        page = browser.new_page(reduced_motion="reduce", viewport={"width": 1280, "height": 900})
         page.goto(address)
         page.evaluate("window.ready")
         if page.text_content("#images-title") == "No network":

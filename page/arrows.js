@@ -20,7 +20,7 @@ function say() {
   const { place, isBack, passages: [one, ...row] } = gesture;
   for (const scene of row) {
     const isThere = isBack && !place && scene.isComplete;
-    $(`${scene.canvas.id}-miss`).textContent = isThere ? `${(100 * missed(scene.at(0).x, DATA, STD)).toFixed(0)} % miss the arcs` : "";
+    $(`${scene.canvas.id}-miss`).textContent = isThere ? `${(100 * missed(scene.at(0).x, DATA, STD)).toFixed(0)}% miss the arcs` : "";
   }
   const [title, text] = isBack && !place ? ["Back from the noise", "One step ends at the average, which lies between the data. Many short steps reach the data."]
     : [isBack ? "On the way back" : "One dot: drag it", one.sentenceOf(state.chosen, place) || "Drag the slider to Noise, and let go."];

@@ -2,25 +2,16 @@
 
 import { $, Owner, follow, pause, still } from "./common.js";
 import { Gesture } from "./gesture.js";
+import { included } from "./networks.js";
 import { Passage } from "./passage.js";
 import { drawImages } from "./plane.js";
 import { noiseOf, qSample, sampleProgressive } from "./sampler.js";
 
 const ENDS = 4, STEPS = 20; // images that come back, and in how many steps
 const LEVELS = [50, 150, 300, 500, 800], TRACK_STEPS = 10; // of the results along the slider, of 1000
-const FIRST = 0.74; // from where the first drawing comes back
+const FIRST = 0.6; // from where the first drawing comes back
 const WAIT = 500; // milliseconds without a stroke, after which the drawing comes back
-const UNFINISHED = { // what the reader may finish, in a square of side 1: shapes, and a dotted hint of the rest
-  "fashion-mnist.onnx": {
-    shapes: [["#b4b4b4", "M.38 .7 L.38 .495 L.5 .41 C.55 .37 .62 .38 .65 .43 C.71 .48 .8 .46 .87 .39 C.92 .35 .97 .4 .96 .5 L.97 .7"],
-      ["#f0f0f0", "M.38 .7 L.97 .7 L.97 .77 L.38 .77"]],
-    hint: "M.37 .5 C.25 .6 .07 .6 .04 .7 L.05 .77 L.37 .77",
-  },
-  "emoji.onnx": {
-    shapes: [["#ffc83d", "M.06 .5 a.44 .44 0 1 0 .88 0 a.44 .44 0 1 0 -.88 0"]],
-    hint: "M.33 .36 v.1 M.67 .36 v.1 M.28 .62 c.1 .14 .34 .14 .44 0",
-  },
-};
+const DISC = "M.06 .5 a.44 .44 0 1 0 .88 0 a.44 .44 0 1 0 -.88 0", FEATURES = "M.33 .36 v.1 M.67 .36 v.1 M.28 .62 c.1 .14 .34 .14 .44 0"; // a face, in a square of side 1
 const canvas = $("draw"), context = canvas.getContext("2d", { willReadFrequently: true });
 const state = { network: null, pen: "#ffffff", before: null, fault: "" }; // before: where the pen was
 const track = new Owner();
@@ -44,7 +35,7 @@ export function drawn() {
 // ---- what changes it
 
 function fail(error) {
-  state.fault = `The network failed: ${error.message.split("\n")[0]}`;
+  state.fault = error.message.split("\n")[0];
   say();
 }
 
@@ -99,37 +90,35 @@ function clear() {
   const isGrey = state.network.shape[0] === 1;
   [context.fillStyle, state.pen] = isGrey ? ["#000000", "#b4b4b4"] : ["#ffffff", "#4a2f14"];
   context.fillRect(0, 0, canvas.width, canvas.height);
-  $("draw-hint").style.display = "none";
   drawing.from = FIRST;
   for (const level of LEVELS) $(`track-${level}`).width += 0; // clears it
   restart();
 }
 
-/** Another network: begin with half a shoe, or a face without eyes. */
+/** Another network: begin with a face, where it knows faces. */
 export function useNetwork(network) {
   const { shape: [, height, width], betas, name, variance } = network;
   Object.assign(state, { network, fault: "" });
   drawing.use((x, t) => network.eps(x, t), { betas, variance });
   [canvas.height, canvas.width] = [height, width];
   clear();
-  context.scale(width, height);
-  const { shapes, hint } = UNFINISHED[name] ?? { shapes: [], hint: "" };
-  for (const [colour, path] of shapes) {
-    context.fillStyle = colour;
-    context.fill(new Path2D(path));
+  if (name === "emoji.onnx") {
+    context.scale(width, height);
+    Object.assign(context, { fillStyle: "#ffc83d", strokeStyle: state.pen, lineCap: "round", lineWidth: 0.08 });
+    context.fill(new Path2D(DISC));
+    context.stroke(new Path2D(FEATURES));
+    context.resetTransform();
   }
-  context.resetTransform();
-  $("draw-hint").firstElementChild.setAttribute("d", hint);
-  $("draw-hint").style.display = "";
   $("draw-clear").disabled = false;
   restart();
   gesture.begun = false;
   begin();
 }
 
-/** The first drawing comes back when it is seen. */
+/** When it is seen for the first time, the network is opened, and the first drawing comes back. */
 function begin() {
-  if (!state.network || !state.isSeen || gesture.begun) return;
+  if (!state.isSeen || gesture.begun) return;
+  if (!state.network) return included("emoji").then((network) => state.network ?? useNetwork(network), fail);
   comeBack();
   gesture.begun = true;
 }
@@ -142,7 +131,7 @@ function say() {
     : !isBack && !place ? "Draw with your finger or the mouse."
     : !isBack ? "Noise is added to your drawing, four times. Let go, and the network removes it."
     : place || !gesture.isComplete ? "The network removes the noise."
-    : "Four results for the noise at the slider. The small ones show less noise and more: choose one, or drag the slider.");
+    : "Four results for the noise at the slider. The small pictures show what comes back from less noise, and from more.");
   return ($("drawing-text").textContent = text);
 }
 
@@ -173,8 +162,7 @@ export function startDrawing() {
     clearTimeout(waiting);
     canvas.setPointerCapture(event.pointerId);
     state.before = null;
-    $("draw-hint").style.display = "none";
-    move(event);
+      move(event);
   };
   canvas.onpointermove = (event) => canvas.hasPointerCapture(event.pointerId) && move(event);
   canvas.onpointerup = () => { waiting = setTimeout(comeBack, WAIT); };

@@ -8,19 +8,22 @@ import { alphasBar, guided as withGuidance, noiseOf, predictX0, sampleProgressiv
 const STEPS = 10, SHAPE = [3, 32, 32], SIZE = 3072;
 const STRIP = [0, 0.5, 1, 2, 4], NINE = 9; // the guidance of the strip, and its pictures at each
 const ASKED = 3; // the step whose two answers are shown in large
-const COUNT = 36, AT_ONCE = 9, KINDS = ["smileys", "people", "flags", "food"], GUIDANCE = 1; // of the emoji at the end
+const COUNT = 36, AT_ONCE = 12, KINDS = ["smileys", "people", "flags", "food"], GUIDANCE = 1; // of the emoji at the end
 const FRAME = 250; // milliseconds of a step when one is shown again
 
 /** What is shown of a step: x_t, and at the end the estimates. */
 const seen = ({ t, x, x0 }) => (t < 250 ? x0 : x);
 
-/** Draw pictures of the classes y from xT with guidance w, and show(x, steps) after each step. Returns the steps. */
+/** Draw pictures of the classes y from xT with guidance w, and show(x, steps) after each step. Returns the steps,
+ * and at the end the result. */
 async function emerge(network, xT, y, w, show, steps = []) {
   const options = { sampler: "sa-solver", steps: STEPS, xT };
   for await (const step of sampleProgressive(withGuidance(network, y, w), null, network.betas, options)) {
     steps.push(step);
-    show(seen(step), steps);
+    await show(seen(step), steps);
   }
+  const { x0 } = steps.at(-1);
+  steps.push({ t: -1, x: x0, x0 }); // the result
   return steps;
 }
 
@@ -44,7 +47,7 @@ function choose(k, chosen = strip.chosen) {
   const [name, ...costs] = ["name", "work", "variety"].map((key) => $(`strip-${key}-${k}`).textContent), w = STRIP[k];
   [$("strip-place").value, $("strip-place").ariaValueText, $("strip-now").textContent] = [k, name, name];
   $("strip-costs").textContent = costs.filter(Boolean).join(", ") || "being drawn";
-  $("strip-added").innerHTML = w ? `<b>With + ${w === 0.5 ? "½" : w} ×</b> the difference` : "No guidance: the answer <b>with</b> the word";
+  $("strip-added").innerHTML = w ? `<b>With</b>, and ${w === 0.5 ? "½" : w} × the difference` : "<b>With</b>, and nothing more";
   for (const i of STRIP.keys()) $(`strip-${i}`).closest("figure").classList.toggle("on", i === k);
   frame($("strip"), chosen, 3, 3);
   $("strip-without").classList.toggle("old", !w); // nobody asks
@@ -67,21 +70,24 @@ async function drawStrip() {
     $(name).style.setProperty("--share", share);
     $(name).textContent = text;
   };
+  const waiting = [0, 4, 1, 3, 2]; // the indices, of which the reader may want one sooner
   let first;
-  for (const [k, w] of STRIP.entries()) {
+  while (waiting.length) {
+    const wanted = strip.isTouched && waiting.length < STRIP.length ? waiting.indexOf(strip.at) : 0;
+    const [k] = waiting.splice(Math.max(0, wanted), 1), w = STRIP[k];
     if (!strip.isTouched) choose(k);
-    const steps = await emerge(network, nine(), y, w, (shown, { length }) => {
+    const steps = await emerge(network, nine(), y, w, async (shown, { length, [ASKED]: asked }) => {
       drawImages($(`strip-${k}`), shown, SHAPE, 3, 1);
       if (k === strip.at) $("strip-costs").textContent = `step ${length} of ${STEPS}`;
-    });
-    if (!strip.answers) {
-      const { t, x, x0 } = steps[ASKED];
+      if (!asked || strip.answers) return;
+      const { t, x, x0 } = asked;
       strip.answers = [x, predictX0(x, await network.eps(x, t), alphasBar(network.betas)[t], 1), x0];
-    }
+      choose(strip.at);
+    });
     const questions = STEPS * (w ? 2 : 1), own = variety(steps.at(-1).x0);
     first ??= own;
     tell(`strip-work-${k}`, questions / (2 * STEPS), `${questions} runs of the network`);
-    tell(`strip-variety-${k}`, own / first, `variety ${(100 * own / first).toFixed(0)} %`);
+    tell(`strip-variety-${k}`, own / first, `variety ${(100 * own / first).toFixed(0)}%`);
     choose(strip.at);
   }
 }
@@ -93,7 +99,7 @@ const nine = () => noiseOf(5, NINE, SIZE)();
 let seed = 5;
 const end = { chosen: 0, rows: [] }; // rows: the steps of the emoji that were drawn at the same time
 const replay = new Owner();
-const grid = () => (innerWidth < 800 ? [6, 6] : [9, 4]); // its columns and rows
+const grid = () => (innerWidth < 800 ? [6, 6] : [12, 3]); // its columns and rows
 const showEnding = (x) => drawImages($("ending"), x, SHAPE, grid()[0], 2);
 
 /** Draw emoji of some kinds in turn, a row at the same time. */
@@ -112,6 +118,7 @@ async function drawEnding() {
       if (!from) showStep(0, steps, steps.length);
       $("ending-more").textContent = `Row ${1 + from / AT_ONCE}, step ${steps.length} of ${STEPS}`;
     }));
+    if (!from) showStep(0, end.rows[0], STEPS + 1);
   }
   [$("ending-more").disabled, $("ending-more").textContent] = [false, "Draw 36 more"];
 }
@@ -121,13 +128,13 @@ function showStep(k, steps, count) {
   end.chosen = k;
   frame($("ending-wall"), k, ...grid());
   drawImages($("ending-one"), partOf(seen(steps[count - 1]), k % AT_ONCE, AT_ONCE), SHAPE);
-  drawFilm($("ending-film"), steps.slice(0, count), { k: k % AT_ONCE, count: AT_ONCE, shape: SHAPE, total: STEPS });
+  drawFilm($("ending-film"), steps.slice(0, count), { k: k % AT_ONCE, count: AT_ONCE, shape: SHAPE, total: STEPS + 1 });
 }
 
 /** Show the way of an emoji once more. */
 async function showAgain(k, run) {
   const steps = end.rows[Math.floor(k / AT_ONCE)];
-  for (let count = 1; steps && count <= STEPS; count++) {
+  for (let count = 1; count <= steps?.length; count++) {
     if (run.stopped) return;
     showStep(k, steps, count);
     await pause(FRAME);
@@ -153,6 +160,7 @@ export function startEmoji() {
   }
   choose(0);
   $("strip-place").oninput = ({ target }) => pick(Number(target.value));
+  follow($("images"), (isSeen) => isSeen && included("emoji").catch(() => {})); // it is needed soon
   beginWhenSeen("guidance", 0.2, drawStrip, "strip-costs");
   showEnding(noiseOf(seed, COUNT, SIZE)());
   frame($("ending-wall"), 0, ...grid());

@@ -2,7 +2,7 @@
 
 import { $, animate, announce, follow, still } from "./common.js";
 
-const PACE = { rest: 4000, noising: 2600, noise: 600, back: 4000, jump: 1200 }; // milliseconds
+const PACE = { rest: 4000, noising: 2300, noise: 600, back: 3600, jump: 1200 }; // milliseconds
 /** How fast it moves at a place, 1 being the mean pace: slowly near the data, where most is to be seen. */
 const paceAt = (place) => 0.3 + 1.8 * place;
 
@@ -48,9 +48,9 @@ export class Gesture {
   // ---- what changes it
 
   /** Move to a place. Above the beginning of the way back, there is only the way to the noise, and at the
-   * noise, the next way back is another one. */
+   * noise, and where the slider stays, the next way back is another one. */
   moveTo(place) {
-    if (this.isBack && place && (this.place === 0 || (place === 1 && this.isComplete))) this.#renew();
+    if (this.isBack && place && (this.place === 0 || this.stays || (place === 1 && this.isComplete))) this.#renew();
     else if (this.isBack && place > this.passages[0].from) {
       for (const passage of this.passages) passage.begin(passage.x0, passage.noise);
     }

@@ -80,7 +80,7 @@ function captions() {
   if (state.awaited) return ["One moment", `The network for ${state.awaited} is loading.`];
   if (isBack && !place && isComplete) return ["Back from the noise", "Without noise, both sides of the curtain are the same. Drag the slider, and see what the network still recognises."];
   if (isBack) return [`Back in ${pictures.tau.length} steps`, "In each step, the network is asked what it expects, and the noisy pictures move a little towards it."];
-  if (place === 1) return ["Only noise is left", `The network expects the average of ${network?.classes.length ? "all pictures of a kind" : "everything"}, which is a blur. Let go, and new pictures come back.`];
+  if (place === 1) return ["Only noise is left", `The network expects the average of ${network?.classes.length ? "the kind of thing that it is told to draw" : "everything"}: a blur. Let go, and new pictures come back.`];
   return ["Noise is added", "The more noise there is, the more pictures are possible, and the blurrier their average is. Let go, and pictures come back."];
 }
 
@@ -103,7 +103,7 @@ function draw() {
   drawImages($("images-one"), partOf(x, state.chosen, COUNT), shape);
   drawImages($("images-one-expected"), partOf(right, state.chosen, COUNT), shape);
   const { steps, tau } = pictures; // on the way to the noise, the film shows the last way back
-  if (steps?.length) drawFilm($("images-film"), steps, { k: state.chosen, count: COUNT, shape, total: tau.length });
+  if (steps?.length) drawFilm($("images-film"), steps, { k: state.chosen, count: COUNT, shape, total: tau.length + 1 });
   $("images-film").classList.toggle("old", !isBack);
   ask();
 }

@@ -88,11 +88,11 @@ function say() {
   [$("learn-play").textContent, $("learn-play").ariaLabel] = state.playing ? ["❚❚", "Pause"] : play;
   if (!now) return "";
   $("learn-place").ariaValueText = `training step ${now.steps}`;
-  $("learn-misses").textContent = `${now.misses.toFixed(0)} %`;
+  $("learn-misses").textContent = `${now.misses.toFixed(0)}%`;
   const [title, words] = isCard ? [`Training step ${now.steps + 1}`, "Noise moves a data point (blue) to a random place (red). The network sees only the red point, and guesses where it came from (ring). Then it is corrected a little."]
     : !now.steps ? ["Not trained", "The network knows nothing yet. Its arrows are orange, because they are wrong, and the dots that follow them stay noise."]
-    : state.goal > state.at && !state.playing ? [`Training step ${now.steps} …`, "The network is still learning what you want to see."]
-    : now.steps < STEPS ? [`Training step ${now.steps}`, "The arrows become grey as they become right. The dots begin as noise, and follow them."]
+    : state.goal > state.at && !state.playing ? [`Training step ${now.steps} …`, "The network has not learnt so much yet: one moment."]
+    : now.steps < STEPS ? [`Training step ${now.steps}`, "An arrow turns from orange to grey as the network gets it right. The dots begin as noise, and follow the arrows."]
     : ["Trained", `After ${STEPS} steps, the arrows of the network are almost the right ones, and the dots that follow them end on the two arcs.`];
   [$("learn-title").textContent, $("learn-text").textContent] = [title, words];
   return `${title}. ${words} ${$("learn-misses").textContent} of the dots miss the data.`;

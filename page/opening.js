@@ -2,6 +2,7 @@
 
 import { $, still } from "./common.js";
 import { Gesture } from "./gesture.js";
+import { included } from "./networks.js";
 import { Passage } from "./passage.js";
 import { drawImages } from "./plane.js";
 import { N, Scene, letChoose } from "./scene.js";
@@ -11,6 +12,8 @@ const SHAPE = [1, 32, 32], SIZE = 1024;
 const STREAM = 1; // the noise of the recording: recorded.webp, by docs/make_figures.py
 const state = { chosen: -1, pinned: -1 }; // of the points: whose origins are shown
 let fault = ""; // of the network
+/** Whether there is only the picture, which the dots join in the second round. */
+const isAlone = () => !still && gesture.round === 1;
 export let scene, gesture;
 export const picture = new Passage(null, { sampler: "ddim", steps: 25 }, (error) => {
   if (error) fault = ` The network failed: ${error.message.split("\n")[0]}`;
@@ -19,33 +22,34 @@ export const picture = new Passage(null, { sampler: "ddim", steps: 25 }, (error)
 
 /** The heading beside the picture, and what to see. */
 function captions() {
-  const { place, moving, isBack } = gesture, { from, jumps } = scene;
+  const { place, moving, isBack } = gesture, { from, jumps } = scene, alone = isAlone();
   const sentence = scene.sentenceOf(state.chosen, place);
   if (sentence && (isBack || !moving)) return ["One dot", sentence];
-  if (!isBack && !place) return ["Data", `A small picture, and ${N} dots on two arcs, a blue one and a red one.`];
+  const dots = alone ? "" : " The dots are pictures of two pixels.";
+  if (!isBack && !place) return ["Clean", alone ? "A small picture of a shoe." : `A picture, and ${N} dots on two arcs.${dots}`];
   if (!isBack && place === 1) return ["Only noise is left", "Nobody can tell what was here. Let go, and the way back begins."];
-  if (!isBack) {
-    return ["Noise is added", "The picture fades to grey under the noise. The dots go the same way: they shrink to the middle and scatter."];
-  }
+  if (!isBack) return ["Noise is added", `The picture fades under the noise.${dots}${dots && " As they fade, they move to the middle, and the noise scatters them."}`];
   if (jumps) {
-    return ["Back in one jump", from < 0.2 ? "With so little noise, a jump ends almost at the data. Jump from more noise to see the difference."
-      : from < 0.7 ? "Each dot jumps to the average of its possible origins, which lies between them. The picture loses some of its detail."
-      : "All dots jump to almost the same place, the average of all data. It lies on neither arc, and the average of many pictures is a blur."];
+    return ["Back in one jump", from < 0.2 ? "With so little noise, a jump ends almost where it began. Jump from more noise to see the difference."
+      : from < 0.7 ? `The picture loses some of its detail.${alone ? "" : " Each dot jumps to the average of its possible origins, which lies between them."}`
+      : `The average of many pictures is a blur.${alone ? "" : " All dots jump to almost the same place, the average of all, which lies on neither arc."}`];
   }
-  if (place) return ["Back in many steps", "Each dot follows its arrow a little, and then it gets a new arrow. The picture does the same."];
+  if (place) return ["Back in many steps", alone ? "The noise is removed in many small steps, and a new picture appears." : "Each dot follows its arrow a little, and then it gets a new arrow. The picture does the same."];
+  if (alone) return ["Back from the noise", from > 0.9 ? "This picture is new. Nobody has drawn it." : "From so little noise, the same picture comes back."];
   const { swapped } = scene;
   return ["Back from the noise", swapped < N / 4 ? `From so little noise, ${swapped ? `all but ${swapped} of the ${N} dots` : "all dots"} came back to their own arc. From more noise, new ones come back.`
-    : `${from > 0.9 ? "A new picture, and new dots" : "New dots"}: the arcs are the same, but ${swapped} of the ${N} dots are now on the other one.`];
+    : `${from > 0.9 ? "A new picture, and new dots" : "New dots"}: the arcs are the same, but ${swapped} of the ${N} dots are now on the other arc.`];
 }
 
 function say() {
   const [title, words] = captions(), text = words + fault;
   [$("scene-title").textContent, $("scene-text").textContent] = [title, text];
-  $("scene-many").textContent = gesture.moving ? "Pause" : gesture.paused ? "Continue" : gesture.place ? "Send them back" : "To noise, and back";
+  $("scene-many").textContent = gesture.moving ? "Pause" : gesture.paused ? "Continue" : gesture.place ? "Back in many steps" : "To noise, and back";
   return `${title}. ${text}`;
 }
 
 function draw() {
+  $("scene").classList.toggle("alone", isAlone());
   scene.draw(gesture.place, state.chosen);
   if (!picture.x0) return;
   drawImages($("scene-picture"), picture.at(gesture.place).x, SHAPE);
@@ -69,10 +73,11 @@ async function valuesOf(image) {
   return Float32Array.from({ length: width * height }, (_, k) => data[4 * k] / 127.5 - 1);
 }
 
-/** Send the picture back by the estimates of a recording, the rows of recorded.webp. */
+/** Send the picture back from the noise by the estimates of a recording, the rows of recorded.webp. */
 function useRecording(estimates) {
   const rows = estimates.length / SIZE;
-  picture.eps ??= (x, t) => {
+  picture.eps ??= async (x, t) => {
+    if (picture.from < 1) return (await included("clothes")).eps(x, t); // of this, there is no recording
     const row = Math.min(rows - 1, Math.floor(((999 - t) * rows) / 1000)), [signal, spread] = partsAt(t);
     return x.map((value, k) => (value - signal * estimates[row * SIZE + k]) / spread);
   };

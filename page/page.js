@@ -1,6 +1,6 @@
-// The page: its sections, and which network draws in sections 3 and 5.
+// The page: its sections, and which network draws in section 3. In section 5, it is that of the emoji, or the reader's.
 
-import { $, announce, pause } from "./common.js";
+import { $, announce, follow, pause } from "./common.js";
 import { startArrows } from "./arrows.js";
 import * as drawing from "./drawing.js";
 import { startEmoji } from "./emoji.js";
@@ -37,7 +37,7 @@ async function select(key) {
     const network = key === "own" ? own : await included(key);
     if (key !== wanted) return;
     images.useNetwork(network, settings());
-    drawing.useNetwork(network);
+    if (key === "own") drawing.useNetwork(network);
   } catch (error) {
     if (key === wanted) images.fail(error);
   }
@@ -78,6 +78,11 @@ $("settings").onsubmit = (event) => {
   images.useSettings(settings());
   $("images").scrollIntoView();
 };
+
+// On a phone, the slider stays in sight as long as its section is.
+for (const part of document.querySelectorAll(".part")) {
+  follow(part.querySelector(".stage"), (isSeen) => part.classList.toggle("seen", isSeen), 0.4);
+}
 
 /** Start the sections, one at a time, so that the opening can move; then open the first network. */
 async function begin() {

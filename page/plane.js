@@ -6,6 +6,10 @@ const NAMES = ["ink", "dim", "page", "line", "data", "other", "lit", "arrow"];
 const style = getComputedStyle(document.documentElement);
 export const colours = Object.fromEntries(NAMES.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
 
+const channels = (hex) => [1, 3, 5].map((k) => parseInt(hex.slice(k, k + 2), 16));
+/** A colour between two. */
+export const blend = (from, to, share) => `rgb(${channels(from).map((value, k) => value + share * (channels(to)[k] - value))})`;
+
 /** How a canvas shows the plane: at(x, y) is where a point lies, in CSS pixels, place(left, top) the
  * inverse. limit: the plane is seen from -limit to limit, upwards. */
 export function viewOf({ clientWidth: width, clientHeight: height }, limit) {
@@ -72,7 +76,7 @@ export function drawHaze({ context, width, height, wide, limit }, abar, centres,
 
 function haze(rows, abar, q) {
   const columns = q.length / rows, largest = q.reduce((a, b) => Math.max(a, b)), image = new ImageData(columns, rows);
-  const [blue, ground] = [colours.data, colours.page].map((hex) => [1, 3, 5].map((k) => parseInt(hex.slice(k, k + 2), 16)));
+  const [blue, ground] = [colours.data, colours.page].map(channels);
   q.forEach((value, k) => { // opaque, which is faster than blending
     const [across, down] = [k % columns / columns, Math.floor(k / columns) / rows].map((at) => (2 * at - 1) ** 2);
     const fade = Math.max(0, 1 - across - down); // towards the edge of the view
@@ -146,9 +150,9 @@ export function drawImages(canvas, x, [channels, height, width], columns = 1, ga
   }
 }
 
-/** Show a picture's steps, from left to right: x_t, and below it what was expected. count: of the pictures that
- * the steps have, of which k is shown. columns: steps that are shown, of `total`. */
-export function drawFilm(canvas, steps, { k, count, shape, total, columns = 10 }) {
+/** Show a picture's steps and its result, from left to right: x_t, and below it what was expected. count: of the
+ * pictures that the steps have, of which k is shown. columns: steps that are shown, of `total`, with the result. */
+export function drawFilm(canvas, steps, { k, count, shape, total, columns = 11 }) {
   const size = shape[0] * shape[1] * shape[2], film = new Float32Array(2 * columns * size).fill(-0.8);
   for (let column = 0; column < columns; column++) {
     const step = steps[Math.round((column * (total - 1)) / (columns - 1))];

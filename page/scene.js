@@ -2,7 +2,7 @@
 
 import { announce } from "./common.js";
 import { Passage } from "./passage.js";
-import { clear, colours, drawArrow, drawArrows, drawDots, drawHaze, drawLine, drawRing, grid, viewOf } from "./plane.js";
+import { blend, clear, colours, drawArrow, drawArrows, drawDots, drawHaze, drawLine, drawRing, grid, viewOf } from "./plane.js";
 import { STD, exactEps, moons, nearest, posterior } from "./points.js";
 import { ABAR, between, noiseOf, partsAt } from "./sampler.js";
 
@@ -19,10 +19,11 @@ export class Scene extends Passage {
     this.begin(DATA, noiseOf(1, 1, 2 * N)());
   }
 
-  /** Each point has the colour of its origin. */
+  /** Each point has the colour of its origin, which it takes on when the noise begins. */
   begin(x0, noise) {
     super.begin(x0, noise);
-    this.labels = this.labelsOf(x0);
+    const labels = this.labelsOf(x0);
+    Object.assign(this, { labels, labelsBefore: this.labels ?? labels });
   }
 
   labelsOf(x) {
@@ -52,7 +53,10 @@ export class Scene extends Passage {
       drawLine(plane, [...this.#path(k, level), pointOf(x, k)], colourOf(this.labels[k]), 1.2 * small, 0.55);
     }
     for (const [size, alpha] of [[10, 0.12], [3.2, 1]]) { // each point glows
-      for (const label of [0, 1]) drawDots(plane, x, size * small, colourOf(label), alpha * this.alpha, (k) => this.labels[k] === label);
+      for (const [before, label] of [[0, 0], [0, 1], [1, 0], [1, 1]]) {
+        const colour = blend(colourOf(before), colourOf(label), isBack ? 1 : Math.min(1, 5 * place));
+        drawDots(plane, x, size * small, colour, alpha * this.alpha, (k) => this.labelsBefore[k] === before && this.labels[k] === label);
+      }
     }
     if (chosen < 0) return;
     if (isBack) drawLine(plane, [...this.#path(chosen, level), pointOf(x, chosen)], colours.lit, 2.2 * small);
