@@ -97,7 +97,7 @@ const nine = () => noiseOf(5, NINE, SIZE)();
 // ---- the end
 
 let seed = 5;
-const end = { chosen: 0, rows: [] }; // rows: the steps of the emoji that were drawn at the same time
+const end = { chosen: 4, rows: [] }; // rows: the steps of the emoji that were drawn at the same time
 const replay = new Owner();
 const grid = () => (innerWidth < 800 ? [6, 6] : [12, 3]); // its columns and rows
 const showEnding = (x) => drawImages($("ending"), x, SHAPE, grid()[0], 2);
@@ -106,6 +106,7 @@ const showEnding = (x) => drawImages($("ending"), x, SHAPE, grid()[0], 2);
 async function drawEnding() {
   const x = noiseOf(seed++, COUNT, SIZE)();
   replay.stop();
+  end.chosen %= AT_ONCE;
   [end.rows, $("ending-more").disabled] = [[], true];
   showEnding(x);
   const network = await included("emoji"), kinds = KINDS.map((kind) => network.classes.indexOf(kind));
@@ -115,10 +116,10 @@ async function drawEnding() {
     end.rows.push(await emerge(network, xT, y, GUIDANCE, (shown, steps) => {
       x.set(shown, from * SIZE);
       showEnding(x);
-      if (!from) showStep(0, steps, steps.length);
+      if (!from) showStep(end.chosen, steps, steps.length);
       $("ending-more").textContent = `Row ${1 + from / AT_ONCE}, step ${steps.length} of ${STEPS}`;
     }));
-    if (!from) showStep(0, end.rows[0], STEPS + 1);
+    if (!from) showStep(end.chosen, end.rows[0], STEPS + 1);
   }
   [$("ending-more").disabled, $("ending-more").textContent] = [false, "Draw 36 more"];
 }
@@ -163,7 +164,7 @@ export function startEmoji() {
   follow($("images"), (isSeen) => isSeen && included("emoji").catch(() => {})); // it is needed soon
   beginWhenSeen("guidance", 0.2, drawStrip, "strip-costs");
   showEnding(noiseOf(seed, COUNT, SIZE)());
-  frame($("ending-wall"), 0, ...grid());
+  frame($("ending-wall"), end.chosen, ...grid());
   $("ending").onpointerdown = $("ending").onpointermove = (event) => {
     const k = pictureAt(event, event.target, ...grid());
     if (k !== end.chosen || event.type === "pointerdown") replay.start((run) => showAgain(k, run));
