@@ -22,7 +22,8 @@ function say() {
     const isThere = isBack && !place && scene.isComplete;
     $(`${scene.canvas.id}-miss`).textContent = isThere ? `${(100 * missed(scene.at(0).x, DATA, STD)).toFixed(0)}% miss the arcs` : "";
   }
-  const [title, text] = isBack && !place ? ["Back from the noise", "One step ends at the average, which lies between the data. Many short steps reach the data."]
+  const [title, text] = isBack && !place ? ["Back from the noise", missed(row[0].at(0).x, DATA, STD) < 0.1 ? "After so little noise, one step is enough. Begin with more noise to see the difference."
+    : "One step ends at the average, which lies between the arcs. Many short steps reach them."]
     : [isBack ? "On the way back" : "One dot: drag it", one.sentenceOf(state.chosen, place) || "Drag the slider to Noise, and let go."];
   [$("arrows-title").textContent, $("arrows-text").textContent] = [title, text];
   return `${title}. ${text}`;

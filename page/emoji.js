@@ -1,6 +1,7 @@
 // What the second network draws by itself when it is seen: smileys with guidance, and the emoji at the end.
 
 import { $, Owner, follow, pause } from "./common.js";
+import { shown as imagesShown } from "./images.js";
 import { included } from "./networks.js";
 import { drawFilm, drawImages, frame, partOf, pictureAt } from "./plane.js";
 import { alphasBar, guided as withGuidance, noiseOf, predictX0, sampleProgressive } from "./sampler.js";
@@ -39,7 +40,7 @@ function variety(x) {
   return Math.sqrt(sum / x.length);
 }
 
-const strip = { at: 0, chosen: 1, isTouched: false, answers: null }; // answers: [x_t, x0 without the word, x0 with it]
+const strip = { at: 0, chosen: 1, isTouched: false, answers: null }; // answers: [x0 without the word, x0 with it]
 
 /** Show the two answers about a picture, and what the guidance of an index makes of them. */
 function choose(k, chosen = strip.chosen) {
@@ -47,14 +48,14 @@ function choose(k, chosen = strip.chosen) {
   const [name, ...costs] = ["name", "work", "variety"].map((key) => $(`strip-${key}-${k}`).textContent), w = STRIP[k];
   [$("strip-place").value, $("strip-place").ariaValueText, $("strip-now").textContent] = [k, name, name];
   $("strip-costs").textContent = costs.filter(Boolean).join(", ") || "being drawn";
-  $("strip-added").innerHTML = w ? `<b>With</b>, and ${w === 0.5 ? "½" : w} × the difference` : "<b>With</b>, and nothing more";
+  $("strip-added").innerHTML = w ? `Used: <b>${w === 0.5 ? "½" : w} × farther</b> in the same direction` : "Used: the picture with the word";
   for (const i of STRIP.keys()) $(`strip-${i}`).closest("figure").classList.toggle("on", i === k);
   frame($("strip"), chosen, 3, 3);
   $("strip-without").classList.toggle("old", !w); // nobody asks
   if (!strip.answers) return;
-  const [x, without, expected] = strip.answers.map((all) => partOf(all, chosen, NINE));
+  const [without, expected] = strip.answers.map((all) => partOf(all, chosen, NINE));
   const guided = expected.map((value, i) => value + w * (value - without[i]));
-  Object.entries({ noisy: x, without, with: expected, guided }).forEach(([key, shown]) => drawImages($(`strip-${key}`), shown, SHAPE));
+  Object.entries({ without, with: expected, guided }).forEach(([key, shown]) => drawImages($(`strip-${key}`), shown, SHAPE));
 }
 
 /** Show what the reader wants to see, and no longer what is being drawn. */
@@ -81,7 +82,7 @@ async function drawStrip() {
       if (k === strip.at) $("strip-costs").textContent = `step ${length} of ${STEPS}`;
       if (!asked || strip.answers) return;
       const { t, x, x0 } = asked;
-      strip.answers = [x, predictX0(x, await network.eps(x, t), alphasBar(network.betas)[t], 1), x0];
+      strip.answers = [predictX0(x, await network.eps(x, t), alphasBar(network.betas)[t], 1), x0];
       choose(strip.at);
     });
     const questions = STEPS * (w ? 2 : 1), own = variety(steps.at(-1).x0);
@@ -121,7 +122,7 @@ async function drawEnding() {
     }));
     if (!from) showStep(end.chosen, end.rows[0], STEPS + 1);
   }
-  [$("ending-more").disabled, $("ending-more").textContent] = [false, "Draw 36 more"];
+  [$("ending-more").disabled, $("ending-more").textContent] = [false, "Draw 36 others"];
 }
 
 /** Show the way of an emoji until a step, and frame it. */
@@ -142,15 +143,15 @@ async function showAgain(k, run) {
   }
 }
 
-/** Begin when a share of an element is seen. Returns what begins again. output: the name of the element for an error. */
-function beginWhenSeen(name, share, draw, output) {
+/** Say an error of draw() in the element `output`. */
+const tried = (draw, output) => () => draw().catch((error) => { $(output).textContent = error.message.split("\n")[0]; });
+
+function once(call) {
   let begun = false;
-  const begin = () => draw().catch((error) => { $(output).textContent = error.message.split("\n")[0]; });
-  follow($(name), (isSeen) => {
-    if (isSeen && !begun) begin();
-    begun ||= isSeen;
-  }, share);
-  return begin;
+  return () => {
+    if (!begun) call();
+    begun = true;
+  };
 }
 
 /** Make both work. Before they are seen, they show noise. */
@@ -161,13 +162,16 @@ export function startEmoji() {
   }
   choose(0);
   $("strip-place").oninput = ({ target }) => pick(Number(target.value));
-  follow($("images"), (isSeen) => isSeen && included("emoji").catch(() => {})); // it is needed soon
-  beginWhenSeen("guidance", 0.2, drawStrip, "strip-costs");
+  const begin = once(tried(drawStrip, "strip-costs"));
+  imagesShown.then(begin); // so that the reader need not wait
+  follow($("guidance"), (isSeen) => isSeen && begin(), 0.2);
   showEnding(noiseOf(seed, COUNT, SIZE)());
   frame($("ending-wall"), end.chosen, ...grid());
   $("ending").onpointerdown = $("ending").onpointermove = (event) => {
     const k = pictureAt(event, event.target, ...grid());
     if (k !== end.chosen || event.type === "pointerdown") replay.start((run) => showAgain(k, run));
   };
-  $("ending-more").onclick = beginWhenSeen("ending", 0.6, drawEnding, "ending-text");
+  $("ending-more").onclick = tried(drawEnding, "ending-text");
+  const beginEnding = once($("ending-more").onclick);
+  follow($("ending"), (isSeen) => isSeen && beginEnding(), 0.6);
 }

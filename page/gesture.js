@@ -47,13 +47,9 @@ export class Gesture {
 
   // ---- what changes it
 
-  /** Move to a place. Above the beginning of the way back, there is only the way to the noise, and at the
-   * noise, and where the slider stays, the next way back is another one. */
+  /** Move to a place: down on the way back, up by adding noise to what has come back. */
   moveTo(place) {
-    if (this.isBack && place && (this.place === 0 || this.stays || (place === 1 && this.isComplete))) this.#renew();
-    else if (this.isBack && place > this.passages[0].from) {
-      for (const passage of this.passages) passage.begin(passage.x0, passage.noise);
-    }
+    if (this.isBack && place && (place > this.place || this.stays)) this.#renew();
     this.place = place;
     this.render();
   }

@@ -12,8 +12,11 @@ const ABOUT = { "fashion-mnist.onnx": "This network has learnt from 60,000 pictu
 const state = { chosen: 0, awaited: "clothes", fault: "", sweeps: false, isSeen: false };
 let network = null;
 export let expected; // {x0, place, asked}: what the network expects on the way to the noise
+let tellShown;
+export const shown = new Promise((resolve) => { tellShown = resolve; }); // when the first pictures have come back
 export const pictures = new Passage(null, { sampler: "sa-solver", steps: 10 }, (error) => {
   if (error) fail(error);
+  else if (gesture.isComplete) tellShown();
   gesture.render();
 });
 export let gesture;
@@ -104,7 +107,7 @@ function draw() {
   drawImages($("images-one-expected"), partOf(right, state.chosen, COUNT), shape);
   const { steps, tau } = pictures; // on the way to the noise, the film shows the last way back
   if (steps?.length) drawFilm($("images-film"), steps, { k: state.chosen, count: COUNT, shape, total: tau.length + 1 });
-  $("images-film").classList.toggle("old", !isBack);
+  $("images-film").classList.toggle("old", !steps?.length);
   ask();
 }
 

@@ -1,7 +1,7 @@
 // Section 2: a network learns the arrows of the points. This is Algorithm 1, watched, and its saved weights.
 
 import { $, animate, announce, follow, pause, still } from "./common.js";
-import { clear, colours, drawArrows, drawDots, drawLine, drawRing, grid } from "./plane.js";
+import { clear, colours, drawArrows, drawDots, drawHaze, drawLine, drawRing, grid } from "./plane.js";
 import { STD, density, exactEps, missed } from "./points.js";
 import { ABAR, BETAS, noiseOf, sampleProgressive, uniform } from "./sampler.js";
 import { DATA } from "./scene.js";
@@ -89,7 +89,7 @@ function say() {
   if (!now) return "";
   $("learn-place").ariaValueText = `training step ${now.steps}`;
   $("learn-misses").textContent = `${now.misses.toFixed(0)}%`;
-  const [title, words] = isCard ? [`Training step ${now.steps + 1}`, "Noise moves a data point (blue) to a random place (red). The network sees only the red point, and guesses where it came from (ring). Then it is corrected a little."]
+  const [title, words] = isCard ? [`Training step ${now.steps + 1}`, "Noise moves a clean dot (blue) to a random place (red). The network sees only the red dot, and guesses where it came from (ring). Then it is corrected a little."]
     : !now.steps ? ["Not trained", "The network knows nothing yet. Its arrows are orange, because they are wrong, and the dots that follow them stay noise."]
     : state.goal > state.at && !state.playing ? [`Training step ${now.steps} …`, "The network has not learnt so much yet: one moment."]
     : now.steps < STEPS ? [`Training step ${now.steps}`, "An arrow turns from orange to grey as the network gets it right. The dots begin as noise, and follow the arrows."]
@@ -109,8 +109,8 @@ function drawStage(now) {
     const q = density(rows, ABAR[LEVEL], DATA, STD, view.wide, LIMIT), largest = Math.max(...q);
     Object.assign(field, { wide: view.wide, places, exact, presence: q.map((value) => Math.min(1, 2 * Math.sqrt(value / largest))) });
   }
-  const { places, exact, presence } = field, cell = (1.2 * view.height) / rows, [left] = view.at(0, 0), [right] = view.at(3 * STD, 0);
-  drawDots(view, DATA, right - left, colours.data, 0.22); // a point outside of these discs misses
+  const { places, exact, presence } = field, cell = (1.2 * view.height) / rows;
+  drawHaze(view, 1, DATA, 1.5 * STD);
   if (!now) return; // the network is not there yet
   const eps = epsOf(now.average, places, LEVEL), next = saved[saved.indexOf(now) + 1] ?? now, part = state.at % 1;
   const error = (k) => Math.hypot(eps[2 * k] - exact[2 * k], eps[2 * k + 1] - exact[2 * k + 1]);

@@ -5,12 +5,12 @@ import { Gesture } from "./gesture.js";
 import { included } from "./networks.js";
 import { Passage } from "./passage.js";
 import { drawImages } from "./plane.js";
-import { N, Scene, letChoose } from "./scene.js";
+import { DATA, N, Scene } from "./scene.js";
 import { noiseOf, partsAt } from "./sampler.js";
 
 const SHAPE = [1, 32, 32], SIZE = 1024;
 const STREAM = 1; // the noise of the recording: recorded.webp, by docs/make_figures.py
-const state = { chosen: -1, pinned: -1 }; // of the points: whose origins are shown
+const JOIN = 4000; // milliseconds for which the dots appear, before they move
 let fault = ""; // of the network
 /** Whether there is only the picture, which the dots join in the second round. */
 const isAlone = () => !still && gesture.round === 1;
@@ -22,13 +22,10 @@ export const picture = new Passage(null, { sampler: "ddim", steps: 25 }, (error)
 
 /** The heading beside the picture, and what to see. */
 function captions() {
-  const { place, moving, isBack } = gesture, { from, jumps } = scene, alone = isAlone();
-  const sentence = scene.sentenceOf(state.chosen, place);
-  if (sentence && (isBack || !moving)) return ["One dot", sentence];
-  const dots = alone ? "" : " The dots are pictures of two pixels.";
-  if (!isBack && !place) return ["Clean", alone ? "A small picture of a shoe." : `A picture, and ${N} dots on two arcs.${dots}`];
+  const { place, isBack } = gesture, { from, jumps } = scene, alone = isAlone();
+  if (!isBack && !place) return alone ? ["Clean", "A small picture of a shoe."] : ["A picture is a dot", `A picture of two pixels is a dot in a plane. Here are ${N} of them, on two arcs.`];
   if (!isBack && place === 1) return ["Only noise is left", "Nobody can tell what was here. Let go, and the way back begins."];
-  if (!isBack) return ["Noise is added", `The picture fades under the noise.${dots}${dots && " As they fade, they move to the middle, and the noise scatters them."}`];
+  if (!isBack) return ["Noise is added", alone ? "The picture fades under the noise." : "The picture fades under the noise. The dots fade, too, which moves them to the middle, and the noise scatters them."];
   if (jumps) {
     return ["Back in one jump", from < 0.2 ? "With so little noise, a jump ends almost where it began. Jump from more noise to see the difference."
       : from < 0.7 ? `The picture loses some of its detail.${alone ? "" : " Each dot jumps to the average of its possible origins, which lies between them."}`
@@ -44,13 +41,18 @@ function captions() {
 function say() {
   const [title, words] = captions(), text = words + fault;
   [$("scene-title").textContent, $("scene-text").textContent] = [title, text];
-  $("scene-many").textContent = gesture.moving ? "Pause" : gesture.paused ? "Continue" : gesture.place ? "Back in many steps" : "To noise, and back";
+  $("scene-many").textContent = gesture.moving ? "Pause" : gesture.paused ? "Continue" : gesture.place ? "Back in many steps" : "Play";
   return `${title}. ${text}`;
 }
 
 function draw() {
+  if (!isAlone() && $("scene").classList.contains("alone")) {
+    gesture.hold = JOIN;
+    scene.labels = null; // they begin with the data
+    scene.begin(DATA, scene.noise);
+  }
   $("scene").classList.toggle("alone", isAlone());
-  scene.draw(gesture.place, state.chosen);
+  scene.draw(gesture.place);
   if (!picture.x0) return;
   drawImages($("scene-picture"), picture.at(gesture.place).x, SHAPE);
   drawImages($("scene-before"), picture.x0, SHAPE);
@@ -97,7 +99,6 @@ export async function startOpening() {
   const options = { limit: 1.65, every: 9, arrows: true, sampler: "ddim", steps: 100 };
   scene = new Scene($("scene-plane"), options, () => gesture.render());
   gesture = new Gesture("scene", [scene], draw, say);
-  letChoose(scene, state, () => gesture);
   $("scene-many").onclick = () => press(false);
   $("scene-one").onclick = () => press(true);
   Object.assign(gesture, { moving: !still, repeats: !still });

@@ -39,12 +39,15 @@ export class Scene extends Passage {
 
   /** chosen: the point whose origins are shown, or -1. */
   draw(place, chosen = -1) {
-    const plane = clear(this.canvas, this.limit), { x, level } = this.at(place), [signal] = partsAt(level);
+    const { x, level } = this.at(place), [signal] = partsAt(level), { clientWidth, clientHeight } = this.canvas;
+    const [right, up] = chosen < 0 ? [0, 0] : pointOf(x, chosen).map(Math.abs);
+    this.seen = Math.max(this.limit, 1.08 * up, (1.08 * right * clientHeight) / clientWidth); // the chosen point is always in the view
+    const plane = clear(this.canvas, this.seen);
     const isBack = this.steps !== null, shrunk = DATA.map((value) => value * signal);
     const small = scaleOf(plane);
     drawHaze(plane, signal ** 2, DATA, HAZE);
     drawDots(plane, shrunk, 1.6 * small, colours.dim, 0.5);
-    if (this.arrows && (isBack || chosen >= 0) && place) {
+    if (this.arrows && isBack && place) {
       const places = grid(plane, ROWS), eps = exactEps(places, signal ** 2, DATA, STD);
       drawArrows(plane, places, eps.map((value) => -value), colours.arrow, (0.75 * plane.height) / ROWS);
     }
@@ -85,7 +88,7 @@ export class Scene extends Passage {
   /** Put point k to a position of the view, by other noise. */
   pull(k, position, place) {
     const [signal, spread] = partsAt(this.levelAt(place));
-    this.begin(this.x0, this.noise.map((value, i) => i >> 1 === k ? (position[i % 2] - signal * this.x0[i]) / spread : value));
+    this.begin(this.x0, this.noise.map((value, i) => (i >> 1 === k ? (position[i % 2] - signal * this.x0[i]) / spread : value)));
   }
 
   /** The probabilities of the origins of point k. */
@@ -102,13 +105,14 @@ export class Scene extends Passage {
     // as many equal ones have the same entropy
     const n = Math.round(Math.exp(this.weightsOf(k, place).reduce((sum, w) => sum - (w && w * Math.log(w)), 0)));
     const some = n > 0.9 * N ? "almost any" : `about ${n}`;
-    return n > 1 ? `It may have come from ${some} of the ${N} places. A thicker line means a likelier one, and the ring is their average.`
-      : "Only one place is left, and the arrow points there.";
+    return n > 1 ? `This dot may have come from ${some} of the ${N} clean dots. A thicker line means a likelier one, and the ring is their average.`
+      : "Only one clean dot is left, and the arrow points there.";
   }
 
-  /** Where a pointer is in the view. */
+  /** Where a pointer is in the view, without its edge. */
   positionOf({ offsetX, offsetY }) {
-    return viewOf(this.canvas, this.limit).place(offsetX, offsetY);
+    const view = viewOf(this.canvas, this.seen), ends = [0.92 * view.limit * view.wide, 0.92 * view.limit];
+    return view.place(offsetX, offsetY).map((value, k) => Math.max(-ends[k], Math.min(ends[k], value)));
   }
 
   /** The point at a pointer, or -1. */
@@ -140,7 +144,7 @@ function drawOrigins(plane, point, weights, shrunk) {
 
 /** Let a pointer and the arrow keys choose a point of a scene. state: {chosen, pinned}. gesture(): of the
  * scene. pull(position): drags the chosen point. */
-export function letChoose(scene, state, gesture, pull = null) {
+export function letChoose(scene, state, gesture, pull) {
   const { canvas } = scene;
   let pulls = false, finger = null; // where a finger that may scroll went down
   const choose = (k) => {
@@ -153,7 +157,7 @@ export function letChoose(scene, state, gesture, pull = null) {
     const near = scene.pointNear(event, gesture().place);
     if (near < 0) return;
     choose(near);
-    pulls = pull !== null;
+    pulls = true;
   };
   canvas.onpointerdown = (event) => {
     finger = event.pointerType === "touch" ? event.clientX : null;
