@@ -35,7 +35,7 @@ export function startArrows() {
   const row = [1, 5, 50].map((steps) => sceneIn(`in-${steps}`, "ddim", steps, () => gesture, { every: 11 }));
   const scenes = [one, ...row], pull = (position) => {
     gesture.stop();
-    if (!gesture.place) return;
+    if (gesture.place < 0.2) gesture.moveTo(FIRST); // so little noise moves no dot
     for (const scene of scenes) scene.pull(state.pinned, position, gesture.place);
     gesture.render();
   };

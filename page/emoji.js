@@ -40,7 +40,7 @@ function variety(x) {
   return Math.sqrt(sum / x.length);
 }
 
-const strip = { at: 0, chosen: 1, isTouched: false, answers: null }; // answers: [x0 without the word, x0 with it]
+const strip = { at: 2, chosen: 1, answers: null }; // answers: [x0 without the word, x0 with it]
 
 /** Show the two answers about a picture, and what the guidance of an index makes of them. */
 function choose(k, chosen = strip.chosen) {
@@ -48,7 +48,7 @@ function choose(k, chosen = strip.chosen) {
   const [name, ...costs] = ["name", "work", "variety"].map((key) => $(`strip-${key}-${k}`).textContent), w = STRIP[k];
   [$("strip-place").value, $("strip-place").ariaValueText, $("strip-now").textContent] = [k, name, name];
   $("strip-costs").textContent = costs.filter(Boolean).join(", ") || "being drawn";
-  $("strip-added").innerHTML = w ? `Used: <b>${w === 0.5 ? "½" : w} × farther</b> in the same direction` : "Used: the picture with the word";
+  $("strip-added").innerHTML = w ? `Used: <b>${w === 0.5 ? "½" : w} × farther</b> in the same direction` : "Used: the guess with the word";
   for (const i of STRIP.keys()) $(`strip-${i}`).closest("figure").classList.toggle("on", i === k);
   frame($("strip"), chosen, 3, 3);
   $("strip-without").classList.toggle("old", !w); // nobody asks
@@ -58,12 +58,6 @@ function choose(k, chosen = strip.chosen) {
   Object.entries({ without, with: expected, guided }).forEach(([key, shown]) => drawImages($(`strip-${key}`), shown, SHAPE));
 }
 
-/** Show what the reader wants to see, and no longer what is being drawn. */
-function pick(k, chosen) {
-  strip.isTouched = true;
-  choose(k, chosen);
-}
-
 /** Smileys from the same noise with each guidance. Below them, how often the network is asked, and how they vary. */
 async function drawStrip() {
   const network = await included("emoji"), y = new Array(NINE).fill(network.classes.indexOf("smileys"));
@@ -71,12 +65,10 @@ async function drawStrip() {
     $(name).style.setProperty("--share", share);
     $(name).textContent = text;
   };
-  const waiting = [0, 4, 1, 3, 2]; // the indices, of which the reader may want one sooner
+  const waiting = [0, 4, 1, 3, 2]; // the indices: after the first one, next is what the reader wants to see
   let first;
   while (waiting.length) {
-    const wanted = strip.isTouched && waiting.length < STRIP.length ? waiting.indexOf(strip.at) : 0;
-    const [k] = waiting.splice(Math.max(0, wanted), 1), w = STRIP[k];
-    if (!strip.isTouched) choose(k);
+    const [k] = waiting.splice(first ? Math.max(0, waiting.indexOf(strip.at)) : 0, 1), w = STRIP[k];
     const steps = await emerge(network, nine(), y, w, async (shown, { length, [ASKED]: asked }) => {
       drawImages($(`strip-${k}`), shown, SHAPE, 3, 1);
       if (k === strip.at) $("strip-costs").textContent = `step ${length} of ${STEPS}`;
@@ -146,6 +138,7 @@ async function showAgain(k, run) {
 /** Say an error of draw() in the element `output`. */
 const tried = (draw, output) => () => draw().catch((error) => { $(output).textContent = error.message.split("\n")[0]; });
 
+/** The function that calls another one only once. */
 function once(call) {
   let begun = false;
   return () => {
@@ -158,10 +151,10 @@ function once(call) {
 export function startEmoji() {
   for (const k of STRIP.keys()) {
     drawImages($(`strip-${k}`), nine(), SHAPE, 3, 1);
-    $(`strip-${k}`).onclick = (event) => pick(k, pictureAt(event, event.target, 3, 3));
+    $(`strip-${k}`).onclick = (event) => choose(k, pictureAt(event, event.target, 3, 3));
   }
-  choose(0);
-  $("strip-place").oninput = ({ target }) => pick(Number(target.value));
+  choose(strip.at);
+  $("strip-place").oninput = ({ target }) => choose(Number(target.value));
   const begin = once(tried(drawStrip, "strip-costs"));
   imagesShown.then(begin); // so that the reader need not wait
   follow($("guidance"), (isSeen) => isSeen && begin(), 0.2);

@@ -2,7 +2,7 @@
 
 import { $, animate, announce, follow, still } from "./common.js";
 
-const PACE = { rest: 4000, noising: 2300, noise: 600, back: 3600, jump: 1200 }; // milliseconds
+const PACE = { rest: 3000, noising: 2300, noise: 600, back: 3600, jump: 1200 }; // milliseconds
 /** How fast it moves at a place, 1 being the mean pace: slowly near the data, where most is to be seen. */
 const paceAt = (place) => 0.3 + 1.8 * place;
 

@@ -82,8 +82,8 @@ function captions() {
   if (state.fault) return ["No network", state.fault];
   if (state.awaited) return ["One moment", `The network for ${state.awaited} is loading.`];
   if (isBack && !place && isComplete) return ["Back from the noise", "Without noise, both sides of the curtain are the same. Drag the slider, and see what the network still recognises."];
-  if (isBack) return [`Back in ${pictures.tau.length} steps`, "In each step, the network is asked what it expects, and the noisy pictures move a little towards it."];
-  if (place === 1) return ["Only noise is left", `The network expects the average of ${network?.classes.length ? "the kind of thing that it is told to draw" : "everything"}: a blur. Let go, and new pictures come back.`];
+  if (isBack) return [`Back in ${pictures.tau.length} steps`, "In each step, the network guesses, and the noisy pictures move a little towards its guess."];
+  if (place === 1) return ["Only noise is left", `The network's guess is the average of ${network?.classes.length ? "the kind of thing that it is told to draw" : "everything"}: a blur. Let go, and new pictures come back.`];
   return ["Noise is added", "The more noise there is, the more pictures are possible, and the blurrier their average is. Let go, and pictures come back."];
 }
 

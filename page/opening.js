@@ -1,4 +1,4 @@
-// The opening: points, and beside them a picture, which the included network draws.
+// The opening: a picture, which the included network draws, and then dots beside it.
 
 import { $, still } from "./common.js";
 import { Gesture } from "./gesture.js";
@@ -10,7 +10,7 @@ import { noiseOf, partsAt } from "./sampler.js";
 
 const SHAPE = [1, 32, 32], SIZE = 1024;
 const STREAM = 1; // the noise of the recording: recorded.webp, by docs/make_figures.py
-const JOIN = 4000; // milliseconds for which the dots appear, before they move
+const JOIN = 3000; // milliseconds for which the dots appear, before they move
 let fault = ""; // of the network
 /** Whether there is only the picture, which the dots join in the second round. */
 const isAlone = () => !still && gesture.round === 1;
@@ -25,7 +25,7 @@ function captions() {
   const { place, isBack } = gesture, { from, jumps } = scene, alone = isAlone();
   if (!isBack && !place) return alone ? ["Clean", "A small picture of a shoe."] : ["A picture is a dot", `A picture of two pixels is a dot in a plane. Here are ${N} of them, on two arcs.`];
   if (!isBack && place === 1) return ["Only noise is left", "Nobody can tell what was here. Let go, and the way back begins."];
-  if (!isBack) return ["Noise is added", alone ? "The picture fades under the noise." : "The picture fades under the noise. The dots fade, too, which moves them to the middle, and the noise scatters them."];
+  if (!isBack) return ["Noise is added", alone ? "The picture turns grey under the noise." : "The picture turns grey under the noise. So do the dots: grey lies in the middle, and the noise scatters them."];
   if (jumps) {
     return ["Back in one jump", from < 0.2 ? "With so little noise, a jump ends almost where it began. Jump from more noise to see the difference."
       : from < 0.7 ? `The picture loses some of its detail.${alone ? "" : " Each dot jumps to the average of its possible origins, which lies between them."}`
@@ -38,7 +38,16 @@ function captions() {
     : `${from > 0.9 ? "A new picture, and new dots" : "New dots"}: the arcs are the same, but ${swapped} of the ${N} dots are now on the other arc.`];
 }
 
+/** Let the dots join the picture. */
+function join() {
+  $("scene").classList.remove("alone");
+  gesture.hold = JOIN;
+  scene.labels = null; // they begin with the data
+  scene.begin(DATA, scene.noise);
+}
+
 function say() {
+  if (!isAlone() && $("scene").classList.contains("alone")) join();
   const [title, words] = captions(), text = words + fault;
   [$("scene-title").textContent, $("scene-text").textContent] = [title, text];
   $("scene-many").textContent = gesture.moving ? "Pause" : gesture.paused ? "Continue" : gesture.place ? "Back in many steps" : "Play";
@@ -46,17 +55,11 @@ function say() {
 }
 
 function draw() {
-  if (!isAlone() && $("scene").classList.contains("alone")) {
-    gesture.hold = JOIN;
-    scene.labels = null; // they begin with the data
-    scene.begin(DATA, scene.noise);
-  }
-  $("scene").classList.toggle("alone", isAlone());
   scene.draw(gesture.place);
   if (!picture.x0) return;
-  drawImages($("scene-picture"), picture.at(gesture.place).x, SHAPE);
-  drawImages($("scene-before"), picture.x0, SHAPE);
-  $("scene-before").parentElement.style.visibility = gesture.isBack ? "" : "hidden";
+  const { x, x0 } = picture.at(gesture.place);
+  Object.entries({ picture: x, guess: x0, before: picture.x0 }).forEach(([name, shown]) => drawImages($(`scene-${name}`), shown, SHAPE));
+  $("scene-beside").style.visibility = gesture.isBack ? "" : "hidden";
 }
 
 /** Let the network draw the picture, in place of the recording. */

@@ -40,10 +40,10 @@ export class Passage {
     Object.assign(this, { x0, noise, steps: null, jumps: false });
   }
 
-  /** Begin with what has come back, or again with the same data: after a jump, or where they are kept. */
+  /** Begin with what has come back so far, or again with the same data: after a jump, or where they are kept. */
   renew(seed) {
-    const isNew = !this.options.keepsData && !this.jumps && this.eps && this.isComplete;
-    this.begin(isNew ? this.at(0).x : this.x0, noiseOf(seed, 1, this.x0.length)());
+    const isNew = !this.options.keepsData && !this.jumps && this.steps?.length;
+    this.begin(isNew ? this.steps.at(-1).x0 : this.x0, noiseOf(seed, 1, this.x0.length)());
   }
 
   stop() {
