@@ -878,7 +878,8 @@ def test_drawing_comes_back(page):
     assert np.abs(ends[0] - ends[1]).mean() > 0.05
     drag(page, "draw", (0.1, 0.5), (0.9, 0.5))
     page.wait_for_timeout(800)
-    let_go(page, "drawing", 0.15)  # also while the network works
+    value_of(page, "drawing", "(gesture.moveTo(0.6), gesture.sendBack(), gesture.stop())")
+    let_go(page, "drawing", 0.15)  # also on the way back
     until(page, "drawing-text", BACK)
     assert from_level(page) == pytest.approx(22, abs=3)
     picture = np.array(value_of(page, "drawing", "drawn()")).reshape(3, 32, 32)
