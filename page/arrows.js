@@ -1,11 +1,11 @@
 // Section 1: what the arrows are, with one point in a large plane; then the same points come back in 1, 5
 // and 50 steps. In the last part, two rules for a step.
 
-import { $ } from "./common.js";
+import { $, announce } from "./common.js";
 import { Gesture } from "./gesture.js";
 import { STD, missed } from "./points.js";
 import { drawImages } from "./plane.js";
-import { DATA, Scene, letChoose, pointOf } from "./scene.js";
+import { DATA, N, Scene, pointOf } from "./scene.js";
 
 const FIRST = 0.45, HOLD = 6000; // where it begins, and the milliseconds for which it stays there
 const CHOSEN = 64; // a point that is below the others
@@ -29,6 +29,55 @@ function say() {
   return `${title}. ${text}`;
 }
 
+/** Let a pointer and the arrow keys choose a dot. pull(position): drags it. */
+function letChoose(scene, pull) {
+  const { canvas } = scene;
+  let pulls = false, finger = null; // where a finger that may scroll went down
+  const choose = (k) => {
+    if (!gesture.isBack && gesture.hold > 0) gesture.stop(); // it waits, and would go on by itself
+    state.chosen = state.pinned = k;
+    gesture.render();
+  };
+  const take = (event) => {
+    const near = scene.pointNear(event, gesture.place);
+    if (near < 0) return;
+    choose(near);
+    pulls = true;
+  };
+  canvas.onpointerdown = (event) => {
+    finger = event.pointerType === "touch" ? event.clientX : null;
+    if (finger === null) take(event);
+  };
+  canvas.onpointerup = canvas.onpointercancel = (event) => {
+    if (finger !== null && event.type === "pointerup") take(event); // a tap
+    pulls = false;
+    finger = null;
+  };
+  canvas.onpointermove = (event) => {
+    if (finger !== null && Math.abs(event.clientX - finger) > 8) {
+      finger = null;
+      take(event);
+    }
+    if (pulls) return pull(scene.positionOf(event));
+    if (event.pointerType !== "mouse") return;
+    const near = scene.pointNear(event, gesture.place);
+    state.chosen = near < 0 ? state.pinned : near;
+    gesture.render();
+  };
+  canvas.onpointerleave = () => {
+    pulls = false;
+    state.chosen = state.pinned;
+    gesture.render();
+  };
+  canvas.onkeydown = (event) => {
+    const turn = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1, Escape: 0 }[event.key];
+    if (turn === undefined) return;
+    event.preventDefault();
+    choose(turn ? (Math.max(state.pinned, turn < 0 ? 0 : -1) + turn + N) % N : -1);
+    announce(turn ? `Dot ${state.pinned + 1} of ${N}. ${say()}` : "No dot is chosen.");
+  };
+}
+
 /** Make the section work, and the two planes of the last part. */
 export function startArrows() {
   const one = sceneIn("one", "ddim", 50, () => gesture, { alpha: 0.35, limit: 1.4 });
@@ -44,7 +93,7 @@ export function startArrows() {
     for (const scene of row) scene.draw(gesture.place);
     if (state.chosen >= 0) drawImages($("arrows-tile"), pointOf(one.at(gesture.place).x, state.chosen), [1, 1, 2]);
   }, say);
-  letChoose(one, state, () => gesture, pull);
+  letChoose(one, pull);
   gesture.moveTo(FIRST);
   gesture.beginWhenSeen(() => {
     gesture.hold = HOLD;

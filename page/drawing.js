@@ -11,7 +11,7 @@ const ENDS = 4, STEPS = 20; // images that come back, and in how many steps
 const LEVELS = [50, 150, 300, 500, 800], TRACK_STEPS = 10; // of the results along the slider, of 1000
 const FIRST = 0.6; // from where the first drawing comes back
 const WAIT = 500; // milliseconds without a stroke, after which the drawing comes back
-const DISC = "M.06 .5 a.44 .44 0 1 0 .88 0 a.44 .44 0 1 0 -.88 0", FEATURES = "M.33 .36 v.1 M.67 .36 v.1 M.28 .62 c.1 .14 .34 .14 .44 0"; // a face, in a square of side 1
+const DISC = "M.06 .5 a.44 .44 0 1 0 .88 0 a.44 .44 0 1 0 -.88 0", FEATURES = "M.33 .36 v.1 M.67 .36 v.1 M.28 .62 c.1 .14 .34 .14 .44 0"; // of a face, in a square of side 1
 const canvas = $("draw"), context = canvas.getContext("2d", { willReadFrequently: true });
 const state = { network: null, pen: "#ffffff", before: null, fault: "" }; // before: where the pen was
 const track = new Owner();
@@ -162,7 +162,7 @@ export function startDrawing() {
     clearTimeout(waiting);
     canvas.setPointerCapture(event.pointerId);
     state.before = null;
-      move(event);
+    move(event);
   };
   canvas.onpointermove = (event) => canvas.hasPointerCapture(event.pointerId) && move(event);
   canvas.onpointerup = () => { waiting = setTimeout(comeBack, WAIT); };

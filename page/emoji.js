@@ -17,8 +17,8 @@ const seen = ({ t, x, x0 }) => (t < 250 ? x0 : x);
 
 /** Draw pictures of the classes y from xT with guidance w, and show(x, steps) after each step. Returns the steps,
  * and at the end the result. */
-async function emerge(network, xT, y, w, show, steps = []) {
-  const options = { sampler: "sa-solver", steps: STEPS, xT };
+async function emerge(network, xT, y, w, show) {
+  const steps = [], options = { sampler: "sa-solver", steps: STEPS, xT };
   for await (const step of sampleProgressive(withGuidance(network, y, w), null, network.betas, options)) {
     steps.push(step);
     await show(seen(step), steps);
@@ -40,7 +40,7 @@ function variety(x) {
   return Math.sqrt(sum / x.length);
 }
 
-const strip = { at: 2, chosen: 1, answers: null }; // answers: [x0 without the word, x0 with it]
+const strip = { at: 2, chosen: 1, noise: null, answers: null }; // answers: [x0 without the word, x0 with it]
 
 /** Show the two answers about a picture, and what the guidance of an index makes of them. */
 function choose(k, chosen = strip.chosen) {
@@ -51,7 +51,7 @@ function choose(k, chosen = strip.chosen) {
   $("strip-added").innerHTML = w ? `Used: <b>${w === 0.5 ? "½" : w} × farther</b> in the same direction` : "Used: the guess with the word";
   for (const i of STRIP.keys()) $(`strip-${i}`).closest("figure").classList.toggle("on", i === k);
   frame($("strip"), chosen, 3, 3);
-  $("strip-without").classList.toggle("old", !w); // nobody asks
+  $("strip-without").classList.toggle("old", !w); // this is not asked
   if (!strip.answers) return;
   const [without, expected] = strip.answers.map((all) => partOf(all, chosen, NINE));
   const guided = expected.map((value, i) => value + w * (value - without[i]));
@@ -69,7 +69,7 @@ async function drawStrip() {
   let first;
   while (waiting.length) {
     const [k] = waiting.splice(first ? Math.max(0, waiting.indexOf(strip.at)) : 0, 1), w = STRIP[k];
-    const steps = await emerge(network, nine(), y, w, async (shown, { length, [ASKED]: asked }) => {
+    const steps = await emerge(network, strip.noise, y, w, async (shown, { length, [ASKED]: asked }) => {
       drawImages($(`strip-${k}`), shown, SHAPE, 3, 1);
       if (k === strip.at) $("strip-costs").textContent = `step ${length} of ${STEPS}`;
       if (!asked || strip.answers) return;
@@ -85,12 +85,10 @@ async function drawStrip() {
   }
 }
 
-const nine = () => noiseOf(5, NINE, SIZE)();
-
 // ---- the end
 
 let seed = 5;
-const end = { chosen: 4, rows: [] }; // rows: the steps of the emoji that were drawn at the same time
+const end = { chosen: 4, rows: [] }; // rows: the steps of those that were drawn at the same time
 const replay = new Owner();
 const grid = () => (innerWidth < 800 ? [6, 6] : [12, 3]); // its columns and rows
 const showEnding = (x) => drawImages($("ending"), x, SHAPE, grid()[0], 2);
@@ -149,8 +147,9 @@ function once(call) {
 
 /** Make both work. Before they are seen, they show noise. */
 export function startEmoji() {
+  strip.noise = noiseOf(5, NINE, SIZE)();
   for (const k of STRIP.keys()) {
-    drawImages($(`strip-${k}`), nine(), SHAPE, 3, 1);
+    drawImages($(`strip-${k}`), strip.noise, SHAPE, 3, 1);
     $(`strip-${k}`).onclick = (event) => choose(k, pictureAt(event, event.target, 3, 3));
   }
   choose(strip.at);

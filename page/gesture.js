@@ -2,9 +2,9 @@
 
 import { $, animate, announce, follow, still } from "./common.js";
 
-const PACE = { rest: 3000, noising: 2300, noise: 600, back: 3600, jump: 1200 }; // milliseconds
-/** How fast it moves at a place, 1 being the mean pace: slowly near the data, where most is to be seen. */
-const paceAt = (place) => 0.3 + 1.8 * place;
+const PACE = { rest: 3000, noising: 2500, noise: 600, back: 3900, jump: 1200 }; // milliseconds
+/** How fast it moves at a place: slowly near the data, where most is to be seen. A whole way takes as long as with a pace of 1. */
+const paceAt = (place) => 0.3 + 2.06 * place;
 
 export class Gesture {
   place = 0; // from 0, the data, to 1, the noise
@@ -47,7 +47,8 @@ export class Gesture {
 
   // ---- what changes it
 
-  /** Move to a place: down on the way back, up by adding noise to what has come back. */
+  /** Move to a place: down on the way back, up by adding noise to what has come back so far. Where the slider
+   * stays, each move adds noise. */
   moveTo(place) {
     if (this.isBack && place && (place > this.place || this.stays)) this.#renew();
     this.place = place;

@@ -95,7 +95,7 @@ function say() {
     : now.steps < STEPS ? [`Training step ${now.steps}`, "An arrow turns from orange to grey as the network gets it right. The dots begin as noise, and follow the arrows."]
     : ["Trained", `After ${STEPS} steps, the arrows of the network are almost the right ones, and the dots that follow them end on the two arcs.`];
   [$("learn-title").textContent, $("learn-text").textContent] = [title, words];
-  return `${title}. ${words} ${$("learn-misses").textContent} of the dots miss the data.`;
+  return `${title}. ${words} ${$("learn-misses").textContent} of the dots miss the arcs.`;
 }
 
 const field = {}; // {places, exact, presence}: the right arrows, and how many noisy points lie there

@@ -55,7 +55,7 @@ function say() {
 }
 
 function draw() {
-  scene.draw(gesture.place);
+  if (!isAlone()) scene.draw(gesture.place);
   if (!picture.x0) return;
   const { x, x0 } = picture.at(gesture.place);
   Object.entries({ picture: x, guess: x0, before: picture.x0 }).forEach(([name, shown]) => drawImages($(`scene-${name}`), shown, SHAPE));

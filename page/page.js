@@ -1,4 +1,5 @@
-// The page: its sections, and which network draws in section 3. In section 5, it is that of the emoji, or the reader's.
+// The page: its sections, and which network draws in section 3. In section 5, the network of the emoji draws, or the
+// reader's.
 
 import { $, announce, follow, pause } from "./common.js";
 import { startArrows } from "./arrows.js";

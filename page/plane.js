@@ -150,7 +150,7 @@ export function drawImages(canvas, x, [channels, height, width], columns = 1, ga
   }
 }
 
-/** Show a picture's steps and its result, from left to right: x_t, and below it what was expected. count: of the
+/** Show a picture's steps and its result, from left to right: x_t, and below it the guess. count: of the
  * pictures that the steps have, of which k is shown. columns: steps that are shown, of `total`, with the result. */
 export function drawFilm(canvas, steps, { k, count, shape, total, columns = 11 }) {
   const size = shape[0] * shape[1] * shape[2], film = new Float32Array(2 * columns * size).fill(-0.8);

@@ -1,6 +1,5 @@
 // Points in a plane that dissolve into noise and come back along the exact arrows.
 
-import { announce } from "./common.js";
 import { Passage } from "./passage.js";
 import { blend, clear, colours, drawArrow, drawArrows, drawDots, drawHaze, drawLine, drawRing, grid, viewOf } from "./plane.js";
 import { STD, exactEps, moons, nearest, posterior } from "./points.js";
@@ -63,7 +62,7 @@ export class Scene extends Passage {
     }
     if (chosen < 0) return;
     if (isBack) drawLine(plane, [...this.#path(chosen, level), pointOf(x, chosen)], colours.lit, 2.2 * small);
-    if (!this.jumps && place) drawOrigins(plane, pointOf(x, chosen), this.weightsOf(chosen, place), shrunk);
+    if (place) drawOrigins(plane, pointOf(x, chosen), this.weightsOf(chosen, place), shrunk);
     drawDots(plane, pointOf(x, chosen), 5.5 * small, colours.ink);
     drawDots(plane, pointOf(x, chosen), 4 * small, colours.lit);
   }
@@ -99,9 +98,8 @@ export class Scene extends Passage {
 
   /** What the lines of point k show, or an empty string where there are none. */
   sentenceOf(k, place) {
-    if (k < 0 || this.jumps) return "";
-    if (!place) return this.steps ? "The line is the path on which this dot came back."
-      : "Add noise, and you see where this dot may have come from.";
+    if (k < 0) return "";
+    if (!place) return "Add noise, and you see where this dot may have come from.";
     // as many equal ones have the same entropy
     const n = Math.round(Math.exp(this.weightsOf(k, place).reduce((sum, w) => sum - (w && w * Math.log(w)), 0)));
     const some = n > 0.9 * N ? "almost any" : `about ${n}`;
@@ -140,55 +138,4 @@ function drawOrigins(plane, point, weights, shrunk) {
   drawArrow(plane, point, mean, colours.ink, 2.5 * small, 9 * small);
   drawRing(plane, mean, 9 * small, colours.page, 5 * small);
   drawRing(plane, mean, 9 * small, colours.lit, 3 * small);
-}
-
-/** Let a pointer and the arrow keys choose a point of a scene. state: {chosen, pinned}. gesture(): of the
- * scene. pull(position): drags the chosen point. */
-export function letChoose(scene, state, gesture, pull) {
-  const { canvas } = scene;
-  let pulls = false, finger = null; // where a finger that may scroll went down
-  const choose = (k) => {
-    if (!gesture().isBack && gesture().hold > 0) gesture().stop(); // it waits, and would go on by itself
-    gesture().repeats = false;
-    state.chosen = state.pinned = k;
-    gesture().render();
-  };
-  const take = (event) => {
-    const near = scene.pointNear(event, gesture().place);
-    if (near < 0) return;
-    choose(near);
-    pulls = true;
-  };
-  canvas.onpointerdown = (event) => {
-    finger = event.pointerType === "touch" ? event.clientX : null;
-    if (finger === null) take(event);
-  };
-  canvas.onpointerup = canvas.onpointercancel = (event) => {
-    if (finger !== null && event.type === "pointerup") take(event); // a tap
-    pulls = false;
-    finger = null;
-  };
-  canvas.onpointermove = (event) => {
-    if (finger !== null && Math.abs(event.clientX - finger) > 8) {
-      finger = null;
-      take(event);
-    }
-    if (pulls) return pull(scene.positionOf(event));
-    if (event.pointerType !== "mouse") return;
-    const near = scene.pointNear(event, gesture().place);
-    state.chosen = near < 0 ? state.pinned : near;
-    gesture().render();
-  };
-  canvas.onpointerleave = () => {
-    pulls = false;
-    state.chosen = state.pinned;
-    gesture().render();
-  };
-  canvas.onkeydown = (event) => {
-    const turn = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1, Escape: 0 }[event.key];
-    if (turn === undefined) return;
-    event.preventDefault();
-    choose(turn ? (Math.max(state.pinned, turn < 0 ? 0 : -1) + turn + N) % N : -1);
-    announce(turn ? `Point ${state.pinned + 1} of ${N}. ${gesture().say()}` : "No point is chosen.");
-  };
 }

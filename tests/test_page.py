@@ -623,30 +623,34 @@ def test_one_dot_by_hand_and_by_keyboard(page):
     assert np.abs(tile - to_pixels(np.array([x, y], np.float32))).max() <= 1
 
 
-def test_finger_that_scrolls_moves_no_slider(opened):
-    """A finger that moves upwards from a slider scrolls the page; a tap moves the slider."""
+def test_finger_that_scrolls_moves_nothing_else(opened):
+    """A finger that moves upwards scrolls the page, also on a slider or a plane; a tap acts."""
     page = opened()
     page.set_viewport_size({"width": 390, "height": 844})
     cdp = page.context.new_cdp_session(page)
     cdp.send("Emulation.setTouchEmulationEnabled", {"enabled": True})
-    box = page.locator("#scene-place").bounding_box()
-    x, y = box["x"] + 0.8 * box["width"], box["y"] + box["height"] / 2
 
-    def touch(kind, *points):
-        points = [{"x": x, "y": at} for at in points]
-        cdp.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    def touch(name, rise):
+        box = page.locator(f"#{name}").bounding_box()
+        x, y = box["x"] + 0.8 * box["width"], box["y"] + box["height"] / 2
+        moves = [("touchMove", y - k) for k in range(0, rise, 20)]
+        for kind, at in [("touchStart", y), *moves, ("touchEnd", None)]:
+            points = [] if at is None else [{"x": x, "y": at}]
+            cdp.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+        page.wait_for_timeout(500)
 
-    touch("touchStart", y)
-    for k in range(10):
-        touch("touchMove", y - 20 * k)
-    touch("touchEnd")
-    page.wait_for_timeout(500)
+    touch("scene-place", 200)
     assert page.evaluate("scrollY") > 50 and page.input_value("#scene-place") == "0"
     page.evaluate("scrollTo(0, 0)")
-    touch("touchStart", y)
-    touch("touchEnd")
-    page.wait_for_timeout(500)
+    touch("scene-place", 0)
     assert page.text_content("#scene-title") == "Back in many steps"
+    before = pixels(page, "arrows-tile")
+    top = page.evaluate("scrollY")
+    touch("arrows-one", 200)
+    assert page.evaluate("scrollY") > top + 50
+    assert (pixels(page, "arrows-tile") == before).all()
+    touch("arrows-one", 0)
+    assert (pixels(page, "arrows-tile") != before).any()
 
 
 def test_way_back_after_an_interrupted_jump(page):
@@ -789,20 +793,17 @@ def test_included_network_draws_what_python_draws(page):
     page.wait_for_timeout(1000)
     clip = page.locator("#images-expected").evaluate("e => getComputedStyle(e).clipPath")
     assert clip == "inset(0px 0px 0px 25%)"
-    page.locator("#images-grid").click(
-        position={"x": 8, "y": 8}
-    )  # a click chooses, a drag moves it
+    grid = page.locator("#images-grid")
+    grid.click(position={"x": 8, "y": 8})  # a click chooses, and a drag moves the curtain
     assert page.input_value("#images-curtain") == "25"
     drag(page, "images-grid", (0.5, 0.1), (0.8, 0.1))
     assert page.input_value("#images-curtain") == "80"
-    page.locator("#images-grid").click(position={"x": 8, "y": 8})
+    grid.click(position={"x": 8, "y": 8})
     film = tiles(page, "images-film", (1, 32, 32)).reshape(2, 11, 3, 32, 32)
     for row, kind in enumerate((1, 2)):
-        for shown, step in zip(
-            film[row], [*steps, (None, steps[-1][2], steps[-1][2])], strict=True
-        ):
+        for shown, step in zip(film[row], [*steps, (-1, *2 * steps[-1][2:])], strict=True):
             assert np.abs(shown - to_pixels(step[kind][0])).max() <= 3
-    # the other way: what the network expects of pictures with noise
+    # the other way: the network's guess of pictures with noise
     value_of(page, "images", "gesture.moveTo(0.5)")
     while not value_of(page, "images", "expected.place === 0.5"):
         page.wait_for_timeout(300)
@@ -887,7 +888,7 @@ def test_drawing_comes_back(page):
     assert np.abs(ends - picture).mean() < 0.12
     page.locator("#track-800:not(.old)").wait_for(state="attached")  # pen-up fills the track
     fills = [np.abs(pixels(page, f"track-{t}") - pixels(page, "draw")).mean() for t in (50, 800)]
-    assert fills[0] < 30 and fills[1] > fills[0] + 10
+    assert fills[0] < 30 and fills[1] > 15
     page.click("#track-300")  # one of them is a level to come back from
     until(page, "drawing-text", BACK)
     assert from_level(page) == pytest.approx(300, abs=1)
@@ -957,9 +958,16 @@ def test_wrong_file_while_the_network_loads(opened, tmp_path):
     assert "is not a model" in choose(page, tmp_path / "text.onnx")
     while not held:
         page.wait_for_timeout(100)
+    # a jump from some noise waits for the network, because the recording is of a way from the noise
+    value_of(page, "opening", "(gesture.moveTo(0.3), gesture.sendBack(true), gesture.stop())")
+    page.wait_for_timeout(500)
+    assert not value_of(page, "opening", "picture.isComplete")
     for route in held:
         route.continue_()
     page.evaluate("window.ready")
+    until_complete(page)
+    shoe, jump = (value_of(page, "opening", f"picture.{it}") for it in ("x0", "at(0).x"))
+    assert np.corrcoef(shoe, jump)[0, 1] > 0.9
     see(page, "images")
     until(page, "images-title", "Back from the noise")
     see(page, "drawing")
@@ -1001,6 +1009,9 @@ def test_other_files_and_then_another_model(page, exported, tmp_path):
     assert np.ptp(tiles(page, "images-noisy", network.shape), axis=1).max() > 50  # in colour
     see(page, "drawing")
     until(page, "drawing-text", BACK)
+    choose(page, SHIPPED)  # a grey one, for which a drawing is grey
+    assert pixels(page, "draw").max() == 0
+    assert value_of(page, "drawing", "drawn()") == [-1] * 1024
     page.click("#use-clothes")  # back to the included network
     until(page, "images-title", "Back from the noise")
 
@@ -1041,28 +1052,18 @@ def test_guidance_and_its_cost(opened):
         page.locator("#strip-place").fill(str(k))
         assert np.abs(tiles(page, f"strip-{k}", (3, 32, 32)) - to_pixels(last)).mean() < 3
         box = page.locator(f"#strip-{k}").bounding_box()
-        place = {
-            "x": (chosen % 3 + 0.5) * box["width"] / 3,
-            "y": (chosen // 3 + 0.5) * box["width"] / 3,
-        }
-        page.click(f"#strip-{k}", position=place)
-        guided = answer + k * (
-            answer - other
-        )  # the guidance of the first and the last set is 0 and 4
-        for name, expected in (
-            ("without", other),
-            ("with", answer),
-            ("guided", guided),
-        ):
+        x, y = ((at + 0.5) * box["width"] / 3 for at in (chosen % 3, chosen // 3))
+        page.click(f"#strip-{k}", position={"x": x, "y": y})
+        guided = answer + k * (answer - other)  # the guidance of these sets is their index
+        for name, expected in (("without", other), ("with", answer), ("guided", guided)):
             shown = pixels(page, f"strip-{name}")
             assert np.abs(shown - to_pixels(expected[chosen : chosen + 1])[0]).mean() < 3
         assert ("old" in page.get_attribute("#strip-without", "class")) == (k == 0)
         questions = f"{20 if k else 10} runs of the network"
         assert page.text_content(f"#strip-work-{k}") == questions
     share = 100 * np.sqrt(lasts[1].var(0).mean() / lasts[0].var(0).mean())
-    assert float(page.text_content("#strip-variety-4").split()[1].rstrip("%")) == pytest.approx(
-        share, abs=2
-    )
+    shown = float(page.text_content("#strip-variety-4").removeprefix("variety ").rstrip("%"))
+    assert shown == pytest.approx(share, abs=2)
     assert share < 80
 
 
