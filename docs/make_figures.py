@@ -411,15 +411,23 @@ def page_noise(seed, k, count):
 
 
 def draw_recorded(path, network):
-    """Save what the page's opening scene shows before its network is loaded: 20 rows of x0_hat.
+    """Save what the page shows before its network is loaded: rows of 12 emoji.
 
-    DDIM draws them in 20 steps, without a class, from the page's noise for image 1.
+    The first row is what the page begins with. The others are the x0_hat of 12 steps of DDIM, with
+    guidance 1, from the page's noise. The classes take turns.
     """
-    x_T = np.array(page_noise(0, 1, int(np.prod(network.shape))), np.float32)
-    x_T = x_T.reshape(1, *network.shape)
-    chain = reverse(network, batch=1, w=None, steps=20, sampler="ddim", x_T=x_T)
-    rows = [to_pixels(x0)[0, 0] for _, _, x0 in chain]
-    Image.fromarray(np.concatenate(rows)).save(path, quality=90, method=6)
+    kinds = [network.classes.index(name) for name in ("smileys", "people", "flags")]
+    rows = []
+    for seed, turn, kept in ((4, 0, 1), (0, 1, 12)):
+        y = np.array([kinds[(k + k // 6 + turn) % 3] for k in range(12)])
+        x_T = np.array([page_noise(seed, k, 3072) for k in range(12)], np.float32)
+        chain = ddpm_numpy.sample_progressive(
+            ddpm_numpy.guided(network, y, 1), None, network.betas, steps=12, sampler="ddim",
+            x_T=x_T.reshape(12, 3, 32, 32),
+        )  # fmt: skip
+        rows += [np.concatenate(list(to_pixels(x0)), 2) for _, _, x0 in chain][-kept:]
+    image = np.concatenate(rows, 1).transpose(1, 2, 0)
+    Image.fromarray(image).save(path, quality=90, method=6)
 
 
 def draw_ends(path, network):
@@ -615,8 +623,8 @@ def main():
     draw_unet(args.out / "unet.png")
     save_image(args.out / "paper.png", grid(to_pixels(last(reverse(paper, batch=64))), 16))
     draw_strip(args.out, paper)
-    if network.shape == (1, 32, 32):  # the included network's
-        draw_recorded((PAGE if args.out == FIGURES else args.out) / "recorded.webp", network)
+    emoji = ddpm_numpy.Network(PAGE / "emoji.onnx", "cpu")
+    draw_recorded((PAGE if args.out == FIGURES else args.out) / "recorded.webp", emoji)
     draw_ends(args.out / "ends.png", paper)
     draw_steps(args.out / "steps.png", network)
     if network.classes:

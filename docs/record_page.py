@@ -1,10 +1,10 @@
-"""Record the opening scene of page/index.html: points and a picture go to noise, and come back.
+"""Record dots and pictures of page/index.html, which go to noise and come back.
 
     python docs/record_page.py    # needs playwright and an installed Chromium; a minute
 
-Chromium opens the page, and the program moves the scene from the data to the noise
-and back, which is when the network of the page draws the picture. It saves both in docs/figures: as
-moons.webp, which repeats, and as moons.png, one moment on the way back.
+Chromium opens the page, and the program moves its opening and its first section from the data to
+the noise and back. It saves both in docs/figures: as moons.webp, which repeats, and as moons.png,
+one moment on the way back.
 """
 
 import argparse
@@ -24,19 +24,22 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "page"
 BROWSERS = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
-SIZE, GAP = 360, 12  # size of the picture, and its distance from the plane, in pixels
+SIZE, GAP = 264, 8  # height of the plane, and its distance from the pictures, in pixels
 FORWARD, BACK, RATE = 30, 75, 20  # frames to the noise and back, and how many are shown a second
 DATA, NOISE, RESULT = 900, 500, 2200  # how long these frames stay, in milliseconds
 STILL = 0.11  # the place of moons.png, on the way back from 1 to 0
-STYLE = f"#scene-plane {{ width: 560px !important; height: {SIZE}px !important; }}"
+STYLE = f"#arrows-one {{ width: 420px !important; height: {SIZE}px !important; }}"
 
-GESTURE = "import('./opening.js').then(({ gesture }) => %s)"
-SHOWN_AT = """async (place) => {
-    const { gesture } = await import("./opening.js");
-    gesture.moveTo(place);
-    await new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve)));
-    return ["scene-plane", "scene-picture"].map((id) => document.getElementById(id).toDataURL());
+GESTURES = """async (call) => {
+    const files = ["./arrows.js", "./opening.js"];
+    const gestures = (await Promise.all(files.map((file) => import(file)))).map((it) => it.gesture);
+    const results = gestures.map(eval(call));
+    for (let k = 0; k < 2; k++) await new Promise(requestAnimationFrame); // they are drawn
+    return results;
 }"""
+CANVASES = (
+    """["arrows-one", "scene-pictures"].map((id) => document.getElementById(id).toDataURL())"""
+)
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -60,23 +63,27 @@ def browser_and_address():
 
 
 def shown_at(page, place):
-    """Return plane and picture at a place, from 0 (the data) to 1 (the noise), side by side."""
+    """Return plane and pictures at a place, from 0 (the data) to 1 (the noise), side by side."""
+    page.evaluate(GESTURES, f"(gesture) => gesture.moveTo({place})")
     images = []
-    for url in page.evaluate(SHOWN_AT, place):
+    for url in page.evaluate(CANVASES):
         content = io.BytesIO(base64.b64decode(url.partition(",")[2]))
         images.append(Image.open(content).convert("RGB"))
-    plane, picture = images
-    frame = Image.new("RGB", (plane.width + GAP + SIZE, SIZE), "#0b0d14")
+    plane, pictures = images
+    pictures = pictures.resize(
+        (SIZE * pictures.width // pictures.height, SIZE), Image.Resampling.NEAREST
+    )
+    frame = Image.new("RGB", (plane.width + GAP + pictures.width, SIZE), "#0b0d14")
     frame.paste(plane, (0, 0))
-    frame.paste(picture.resize((SIZE, SIZE), Image.Resampling.NEAREST), (plane.width + GAP, 0))
+    frame.paste(pictures, (plane.width + GAP, 0))
     return frame
 
 
 def record(page):
     """Return the frames to the noise, those of the way back, and the still."""
     there = [shown_at(page, k / FORWARD) for k in range(FORWARD + 1)]
-    page.evaluate(GESTURE % "(gesture.sendBack(), gesture.stop())")
-    while not page.evaluate(GESTURE % "gesture.isComplete"):
+    page.evaluate(GESTURES, "(gesture) => (gesture.sendBack(), gesture.stop())")
+    while not all(page.evaluate(GESTURES, "(gesture) => gesture.isComplete")):
         page.wait_for_timeout(200)
     back = [shown_at(page, 1 - k / BACK) for k in range(1, BACK + 1)]
     return there, back, back[round((1 - STILL) * BACK) - 1]
@@ -87,18 +94,19 @@ def main():
     parser.add_argument("--out", type=Path, default=HERE / "figures", help="folder [docs/figures]")
     args = parser.parse_args()
     with browser_and_address() as (browser, address):
-        page = browser.new_page(reduced_motion="reduce", viewport={"width": 1280, "height": 900})
+        page = browser.new_page(reduced_motion="reduce", viewport={"width": 720, "height": 2400})
         page.goto(address)
         page.evaluate("window.ready")
         if page.text_content("#images-title") == "No network":
             raise SystemExit(page.text_content("#images-text"))
         page.add_style_tag(content=STYLE)
+        page.press("#arrows-one", "Escape")  # no dot is chosen
         there, back, still = record(page)
     each = 1000 // RATE
     durations = [DATA, *[each] * (FORWARD - 1), NOISE, *[each] * (BACK - 1), RESULT]
     # Because of the haze, a GIF would be three times as large, even with 64 colours.
     there[0].save(args.out / "moons.webp", save_all=True, append_images=there[1:] + back,
-                  duration=durations, loop=0, quality=45, method=4)  # fmt: skip
+                  duration=durations, loop=0, quality=30, method=4)  # fmt: skip
     still.save(args.out / "moons.png", optimize=True)
 
 

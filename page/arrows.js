@@ -1,4 +1,4 @@
-// Section 1: what the arrows are, with one point in a large plane; then the same points come back in 1, 5
+// Section 1: the arrows, in a large plane; then the same points come back in 1, 5
 // and 50 steps. In the last part, two rules for a step.
 
 import { $, announce } from "./common.js";
@@ -80,7 +80,7 @@ function letChoose(scene, pull) {
 
 /** Make the section work, and the two planes of the last part. */
 export function startArrows() {
-  const one = sceneIn("one", "ddim", 50, () => gesture, { alpha: 0.35, limit: 1.4 });
+  const one = sceneIn("one", "ddim", 50, () => gesture, { limit: 1.5, every: 9, arrows: true });
   const row = [1, 5, 50].map((steps) => sceneIn(`in-${steps}`, "ddim", steps, () => gesture, { every: 11 }));
   const scenes = [one, ...row], pull = (position) => {
     gesture.stop();
@@ -89,6 +89,7 @@ export function startArrows() {
     gesture.render();
   };
   gesture = new Gesture("arrows", scenes, () => {
+    one.alpha = gesture.isBack ? 0.9 : 0.35; // the one dot is seen among the others
     one.draw(gesture.place, state.chosen);
     for (const scene of row) scene.draw(gesture.place);
     if (state.chosen >= 0) drawImages($("arrows-tile"), pointOf(one.at(gesture.place).x, state.chosen), [1, 1, 2]);

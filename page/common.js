@@ -30,6 +30,16 @@ export function follow(element, call, share = 0) {
   new IntersectionObserver((entries) => call(isSeen(entries.at(-1))), { threshold: [0, share] }).observe(element);
 }
 
+/** Call choose(-1 or 1) at the keys up and down of a slider, which left and right move. */
+export function onTurn(slider, choose) {
+  slider.onkeydown = (event) => {
+    const turn = { ArrowUp: -1, ArrowDown: 1 }[event.key];
+    if (!turn) return;
+    event.preventDefault();
+    choose(turn);
+  };
+}
+
 /** Call step(milliseconds) in the next frame, and again while it returns true and the element is in
  * sight. Returns the function that asks for it. */
 export function animate(element, step) {

@@ -1,12 +1,12 @@
 // Section 3: images. The gesture of the opening with a grid of pictures, under a curtain.
 
-import { $, follow, still } from "./common.js";
+import { $, follow, onTurn, still } from "./common.js";
 import { Gesture } from "./gesture.js";
 import { Passage } from "./passage.js";
-import { drawFilm, drawImages, frame, partOf, pictureAt } from "./plane.js";
+import { drawFilm, drawImages, frame, pictureAt } from "./plane.js";
 import { noiseOf, predictX0 } from "./sampler.js";
 
-const COLUMNS = 5, ROWS = 4, COUNT = COLUMNS * ROWS;
+const COLUMNS = 5, ROWS = 3, COUNT = COLUMNS * ROWS;
 const ABOUT = { "fashion-mnist.onnx": "This network has learnt from 60,000 pictures of clothes.", "emoji.onnx": "This network has learnt from 3,743 emoji." };
 
 const state = { chosen: 0, awaited: "clothes", fault: "", sweeps: false, isSeen: false };
@@ -101,10 +101,7 @@ function draw() {
   $("images-grid").style.setProperty("--curtain", `${$("images-curtain").value}%`);
   frame($("images-grid"), state.chosen, COLUMNS, ROWS);
   drawImages($("images-noisy"), x, shape, COLUMNS, 1);
-  const right = network ? (!isBack && expected.x0) || x0 : x;
-  drawImages($("images-expected"), right, shape, COLUMNS, 1);
-  drawImages($("images-one"), partOf(x, state.chosen, COUNT), shape);
-  drawImages($("images-one-expected"), partOf(right, state.chosen, COUNT), shape);
+  drawImages($("images-expected"), network ? (!isBack && expected.x0) || x0 : x, shape, COLUMNS, 1);
   const { steps, tau } = pictures; // on the way to the noise, the film shows the last way back
   if (steps?.length) drawFilm($("images-film"), steps, { k: state.chosen, count: COUNT, shape, total: tau.length + 1 });
   $("images-film").classList.toggle("old", !steps?.length);
@@ -141,12 +138,7 @@ export function startImages() {
     if (event.type === "pointerup" && !Number.isNaN(from)) choose(pictureAt(event, grid, COLUMNS, ROWS));
     from = null;
   };
-  curtain.onkeydown = (event) => { // left and right move the curtain
-    const turn = { ArrowUp: -1, ArrowDown: 1 }[event.key];
-    if (!turn) return;
-    event.preventDefault();
-    choose(state.chosen + turn);
-  };
+  onTurn(curtain, (turn) => choose(state.chosen + turn));
   follow($("images-stage"), (isSeen) => {
     state.isSeen = isSeen;
     begin();

@@ -4,11 +4,11 @@
 import { $, announce, follow, pause } from "./common.js";
 import { startArrows } from "./arrows.js";
 import * as drawing from "./drawing.js";
-import { startEmoji } from "./emoji.js";
+import { startGuidance } from "./guidance.js";
 import * as images from "./images.js";
 import { startLearning } from "./learn.js";
 import { included, open } from "./networks.js";
-import * as opening from "./opening.js";
+import { startOpening } from "./opening.js";
 
 // A link to the repository works only on GitHub Pages, where the repository's address is known.
 const [, owner] = location.hostname.match(/^(.+)\.github\.io$/) ?? [];
@@ -87,13 +87,13 @@ for (const part of document.querySelectorAll(".part")) {
 
 /** Start the sections, one at a time, so that the opening can move; then open the first network. */
 async function begin() {
-  for (const start of [startArrows, startLearning, images.startImages, drawing.startDrawing, startEmoji]) {
+  for (const start of [startArrows, startLearning, images.startImages, startGuidance, drawing.startDrawing]) {
     await pause(0);
     start();
   }
-  included("clothes").then(opening.useNetwork, () => {}); // the opening has a recording
+  included("emoji").catch(() => {}); // for the opening, which says its errors
   await select("clothes");
 }
 
-window.recorded = opening.startOpening();
+window.recorded = startOpening();
 window.ready = begin();

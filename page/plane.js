@@ -7,8 +7,6 @@ const style = getComputedStyle(document.documentElement);
 export const colours = Object.fromEntries(NAMES.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
 
 const channels = (hex) => [1, 3, 5].map((k) => parseInt(hex.slice(k, k + 2), 16));
-/** A colour between two. */
-export const blend = (from, to, share) => `rgb(${channels(from).map((value, k) => value + share * (channels(to)[k] - value))})`;
 
 /** How a canvas shows the plane: at(x, y) is where a point lies, in CSS pixels, place(left, top) the
  * inverse. limit: the plane is seen from -limit to limit, upwards. */

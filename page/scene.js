@@ -1,7 +1,7 @@
 // Points in a plane that dissolve into noise and come back along the exact arrows.
 
 import { Passage } from "./passage.js";
-import { blend, clear, colours, drawArrow, drawArrows, drawDots, drawHaze, drawLine, drawRing, grid, viewOf } from "./plane.js";
+import { clear, colours, drawArrow, drawArrows, drawDots, drawHaze, drawLine, drawRing, grid, viewOf } from "./plane.js";
 import { STD, exactEps, moons, nearest, posterior } from "./points.js";
 import { ABAR, between, noiseOf, partsAt } from "./sampler.js";
 
@@ -10,28 +10,12 @@ const ROWS = 13; // of arrows
 const HAZE = 0.045; // the deviation of the data in the haze, so that it is seen
 
 export class Scene extends Passage {
-  /** limit: of the view, upwards. every: of how many points one shows its path. arrows: whether a
-   * field of them is shown. alpha: of those that are not chosen. */
+  /** The data are DATA. limit: of the view, upwards. every: of how many points one shows its path. arrows:
+   * whether a field of them is shown. alpha: of those that are not chosen. */
   constructor(canvas, { limit, every = Infinity, arrows = false, alpha = 0.9, ...options }, changed) {
     super((x, t) => exactEps(x, ABAR[t], DATA, STD), options, changed);
     Object.assign(this, { canvas, limit, every, arrows, alpha });
     this.begin(DATA, noiseOf(1, 1, 2 * N)());
-  }
-
-  /** Each point has the colour of its origin, which it takes on when the noise begins. */
-  begin(x0, noise) {
-    super.begin(x0, noise);
-    const labels = this.labelsOf(x0);
-    Object.assign(this, { labels, labelsBefore: this.labels ?? labels });
-  }
-
-  labelsOf(x) {
-    return Array.from({ length: N }, (_, k) => DATA.labels[nearest(x[2 * k], x[2 * k + 1], DATA).index]);
-  }
-
-  /** How many points have come back to the other moon. */
-  get swapped() {
-    return this.labelsOf(this.at(0).x).filter((label, k) => label !== this.labels[k]).length;
   }
 
   // ---- the drawing
@@ -50,15 +34,12 @@ export class Scene extends Passage {
       const places = grid(plane, ROWS), eps = exactEps(places, signal ** 2, DATA, STD);
       drawArrows(plane, places, eps.map((value) => -value), colours.arrow, (0.75 * plane.height) / ROWS);
     }
-    const colourOf = (label) => (label ? colours.data : colours.other);
+    const colourOf = (label) => (label ? colours.data : colours.other); // of its origin
     for (let k = 0; isBack && k < N; k += this.every) {
-      drawLine(plane, [...this.#path(k, level), pointOf(x, k)], colourOf(this.labels[k]), 1.2 * small, 0.55);
+      drawLine(plane, [...this.#path(k, level), pointOf(x, k)], colourOf(DATA.labels[k]), 1.2 * small, 0.55);
     }
     for (const [size, alpha] of [[10, 0.12], [3.2, 1]]) { // each point glows
-      for (const [before, label] of [[0, 0], [0, 1], [1, 0], [1, 1]]) {
-        const colour = blend(colourOf(before), colourOf(label), isBack ? 1 : Math.min(1, 5 * place));
-        drawDots(plane, x, size * small, colour, alpha * this.alpha, (k) => this.labelsBefore[k] === before && this.labels[k] === label);
-      }
+      for (const label of [0, 1]) drawDots(plane, x, size * small, colourOf(label), alpha * this.alpha, (k) => DATA.labels[k] === label);
     }
     if (chosen < 0) return;
     if (isBack) drawLine(plane, [...this.#path(chosen, level), pointOf(x, chosen)], colours.lit, 2.2 * small);

@@ -43,7 +43,7 @@ pytestmark = [
 ]
 EMOJI = PAGE / "emoji.onnx"
 NAMES = {
-    "opening": "scene, gesture, picture",
+    "opening": "gesture, pictures",
     "arrows": "gesture, pair",
     "learn": "saved",
     "images": "pictures, gesture, expected",
@@ -137,19 +137,28 @@ def until(page, name, pattern):
 
 
 def value_of(page, module, code):
-    """What an expression with the exports of a module of the page gives; arrays become lists."""
-    return page.evaluate(
-        f"""() => window.kept = (async () => {{ // kept, or else it may be garbage before it ends
+    """What an expression with the exports of a module of the page gives; arrays become lists.
+
+    The browser may collect the promise that a call waits for, so no call waits for one.
+    """
+    page.evaluate(
+        f"""() => {{
             const plain = (x) => ArrayBuffer.isView(x) ? Array.from(x) : x;
-            const {{ {NAMES[module]} }} = await import("./{module}.js");
-            return plain(await ({code}));
-        }})()"""
+            window.answer = null;
+            import("./{module}.js").then(async ({{ {NAMES[module]} }}) => ({code})).then(
+                (value) => {{ window.answer = {{ value: plain(value) }}; }},
+                (error) => {{ window.answer = {{ error: String(error) }}; }});
+        }}"""
     )
+    while not (answer := page.evaluate("window.answer")):
+        page.wait_for_timeout(10)
+    assert "error" not in answer, answer
+    return answer["value"]
 
 
-def images_at(page, place, shape=(20, 1, 32, 32), kind="x", module="images"):
-    """The pictures of section 3 or 5 at a place: x_t, or the estimate x0."""
-    name = {"images": "pictures", "drawing": "drawing"}[module]
+def images_at(page, place, shape=(15, 1, 32, 32), kind="x", module="images"):
+    """The pictures of a section at a place: x_t, or the estimate x0."""
+    name = "drawing" if module == "drawing" else "pictures"
     code = f"{name}.at({place}).{kind}"
     return np.array(value_of(page, module, code), np.float32).reshape(shape)
 
@@ -481,16 +490,11 @@ def test_picture_waits_for_the_network(page):
 # ---- the opening
 
 
-def points_at(page, place):
-    return np.array(value_of(page, "opening", f"scene.at({place}).x")).reshape(-1, 2)
-
-
 def test_opening_moves_at_once_and_until_it_is_touched(opened):
-    """It needs neither the recording nor a network to begin; a touch ends the repetition."""
-    missing = dict.fromkeys([OUTSIDE, "onnx", "recorded"], lambda route: route.abort())
+    """It needs no network to begin; a touch ends the repetition."""
+    missing = dict.fromkeys([OUTSIDE, "onnx"], lambda route: route.abort())
     page = opened(missing, motion="no-preference", wait=False)
     page.wait_for_function("document.getElementById('scene-place').value > 0", timeout=10_000)
-    assert page.locator("#scene.alone").count() == 1  # there are no dots in the first round
     page.focus("#scene-place")
     at = page.input_value("#scene-place")
     page.wait_for_timeout(1000)
@@ -508,7 +512,6 @@ def test_opening_moves_at_once_and_until_it_is_touched(opened):
         page.wait_for_function("document.getElementById('scene-place').value > 0")
         assert value_of(page, "opening", "gesture.jumps") == (k % 3 == 2)
         value_of(page, "opening", "(gesture.stop(), gesture.moveTo(1), gesture.sendBack())")
-    assert page.locator("#scene.alone").count() == 0
 
 
 def test_nothing_moves_where_the_reader_prefers_so(opened):
@@ -531,7 +534,7 @@ def test_opening_is_on_the_first_screen(page):
     for width, height in ((1280, 900), (390, 844)):
         page.set_viewport_size({"width": width, "height": height})
         page.evaluate("scrollTo(0, 0)")
-        for name in ("scene-plane", "scene-picture", "scene-place", "scene-many", "scene-one"):
+        for name in ("scene-pictures", "scene-place", "scene-many", "scene-one"):
             box = page.locator(f"#{name}").bounding_box()
             assert box["x"] >= 0 and box["x"] + box["width"] <= width, name
             assert box["y"] >= 0 and box["y"] + box["height"] <= height, name
@@ -539,47 +542,32 @@ def test_opening_is_on_the_first_screen(page):
 
 
 def test_opening_goes_to_noise_and_back(opened):
-    """By the forward process (4), then by the exact arrows; in one jump, to the mean."""
-    page = opened()
+    """By (4); the first way back is recorded, and the network draws what follows."""
+    page, shape = opened(), (12, 3, 32, 32)
     page.evaluate("window.ready")
-    data = points_at(page, 0)
-    moons = torch.tensor(data).float()[..., None, None]
-    half, diffusion = points_at(page, 0.5), Diffusion(linear_betas())  # t = 249
-    noise = points_at(page, 1)
-    abar = diffusion.alphas_bar[249].item()
-    last = diffusion.alphas_bar[999].item()
-    eps = (noise - last**0.5 * data) / (1 - last) ** 0.5
-    np.testing.assert_allclose(half, abar**0.5 * data + (1 - abar) ** 0.5 * eps, atol=1e-4)
-    picture = lambda place: np.array(  # noqa: E731
-        value_of(page, "opening", f"picture.at({place}).x"), np.float32
-    ).reshape(1, 1, 32, 32)
-    assert np.std(picture(1)) == pytest.approx(1, abs=0.05)
-    assert np.corrcoef(picture(0).ravel(), picture(0.2).ravel())[0, 1] > 0.9
+    first, half, noise = (images_at(page, place, shape, module="opening") for place in (0, 0.5, 1))
+    abar, last = Diffusion(linear_betas()).alphas_bar[[249, 999]].tolist()
+    eps = noise_of(page, 0, shape)[0]
+    np.testing.assert_allclose(half, abar**0.5 * first + (1 - abar) ** 0.5 * eps, atol=1e-4)
+    np.testing.assert_allclose(noise, last**0.5 * first + (1 - last) ** 0.5 * eps, atol=1e-4)
+    network = ddpm_numpy.Network(EMOJI, "cpu")
+    kinds = [network.classes.index(name) for name in ("smileys", "people", "flags")]
+    way = lambda x_T, turn: steps_of_python(  # noqa: E731
+        network, x_T, [kinds[(k + k // 6 + turn) % 3] for k in range(12)], 1, 12, "ddim"
+    )
     value_of(page, "opening", "(gesture.moveTo(1), gesture.sendBack(), gesture.stop())")
     until_complete(page)
-    exact = exact_network(diffusion, moons, std=STD)
-    expected = -exact(torch.tensor(noise).float()[..., None, None], torch.full((240,), 999))
-    lower = round(1000 * 0.97**2 - 1)  # but for the shrinking, they move along the arrows
-    moved = points_at(page, 0.97) / diffusion.alphas_bar[lower].item() ** 0.5 - noise / last**0.5
-    cosine = F.cosine_similarity(torch.tensor(moved), expected.flatten(1))
-    assert cosine.median() > 0.99
-    nearest = np.linalg.norm(points_at(page, 0)[:, None] - data, axis=-1)
-    assert (nearest.min(1) < 3 * STD).mean() > 0.9
-    origins = nearest.argmin(1)
-    assert len(set(origins)) > 100 and (origins != np.arange(240)).mean() > 0.9
-    # the network draws the picture that it draws in Python; in one jump, its estimate
-    network = ddpm_numpy.Network(SHIPPED, "cpu")
-    y = [len(network.classes)]
-    steps = steps_of_python(network, picture(1), y, steps=25, sampler="ddim")
-    np.testing.assert_allclose(picture(0), steps[-1][2], atol=2e-2)
-    value_of(page, "opening", "(gesture.moveTo(0), gesture.moveTo(0.999), gesture.moveTo(1))")
-    assert abs(np.corrcoef(points_at(page, 1).ravel(), noise.ravel())[0, 1]) < 0.3  # fresh noise
-    x_T = picture(1)
+    result = images_at(page, 0, shape, module="opening")
+    assert np.abs(result - way(noise, 1)[-1][2]).mean() < 0.08  # the recording is compressed
+    value_of(page, "opening", "(gesture.finish(), gesture.moveTo(0.5), gesture.moveTo(1))")
+    x_T = images_at(page, 1, shape, module="opening")
+    assert abs(np.corrcoef(x_T.ravel(), noise.ravel())[0, 1]) < 0.1  # fresh noise
+    again = images_at(page, 0, shape, module="opening")
+    assert np.abs(again - result).max() < 1e-3  # the noise is added to these
     value_of(page, "opening", "(gesture.sendBack(true), gesture.stop())")
     until_complete(page)
-    assert np.abs(points_at(page, 0) - data.mean(0)).max() < 0.05
-    steps = steps_of_python(network, x_T, y, steps=25, sampler="ddim")
-    np.testing.assert_allclose(picture(0), steps[0][2], atol=2e-2)
+    jump = images_at(page, 0, shape, module="opening")
+    assert np.abs(jump - way(x_T, 2)[0][2]).mean() < 2e-2
 
 
 def test_opening_by_hand_and_by_keyboard(page):
@@ -615,7 +603,7 @@ def test_one_dot_by_hand_and_by_keyboard(page):
     until(page, "arrows-title", "Back from the noise")
     x, y = value_of(page, "arrows", "gesture.passages[0].at(0).x.slice(34, 36)")
     box = page.locator("#arrows-one").bounding_box()
-    unit = box["height"] / 2.8
+    unit = box["height"] / 3
     place = {"x": box["width"] / 2 + x * unit, "y": box["height"] / 2 - y * unit}
     page.click("#arrows-one", position=place)
     assert page.input_value("#arrows-place") == "0"
@@ -653,27 +641,22 @@ def test_finger_that_scrolls_moves_nothing_else(opened):
     assert (pixels(page, "arrows-tile") != before).any()
 
 
-def test_way_back_after_an_interrupted_jump(page):
-    """In the middle of a jump, a point has another amount of noise than its place says."""
-    data = points_at(page, 0)
-    code = "(gesture.moveTo(0), gesture.moveTo(0.01), gesture.moveTo(1), gesture.sendBack(true))"
-    value_of(page, "opening", code)
+def test_way_back_after_an_interrupted_jump(opened):
+    """In the middle of a jump, a picture has another amount of noise than its place says."""
+    page, shape = opened(), (12, 3, 32, 32)
+    value_of(page, "opening", "(gesture.moveTo(1), gesture.sendBack(true), gesture.stop())")
+    blur = images_at(page, 0, shape, module="opening")
     value_of(page, "opening", "(gesture.moveTo(0.4), gesture.sendBack(), gesture.stop())")
     assert page.input_value("#scene-place") == "1000"
     until_complete(page)
-    distance = np.linalg.norm(points_at(page, 0)[:, None] - data, axis=-1)
-    assert (distance.min(1) < 3 * STD).mean() > 0.85  # the data are those of an earlier way back
+    assert images_at(page, 0, shape, module="opening").std() > 1.1 * blur.std()
+    value_of(page, "opening", "gesture.finish()")
+    assert page.text_content("#scene-text").startswith("These pictures are new")
     # from little noise, nothing new comes back, and the caption does not say so
-    for place, words in (
-        (1, "A new picture, and new dots"),
-        (0.1, "to their own arc"),
-    ):
-        value_of(
-            page, "opening", f"(gesture.moveTo(0), gesture.moveTo({place}), gesture.sendBack())"
-        )
-        until_complete(page)
-        value_of(page, "opening", "gesture.finish()")
-        assert words in page.text_content("#scene-text")
+    value_of(page, "opening", "(gesture.moveTo(0), gesture.moveTo(0.1), gesture.sendBack(true))")
+    until_complete(page)
+    value_of(page, "opening", "gesture.finish()")
+    assert "almost where it began" in page.text_content("#scene-text")
 
 
 # ---- section 1 and 2
@@ -693,6 +676,32 @@ def test_way_between_two_steps_is_that_of_ddim(page):
         )
 
 
+def test_dots_go_to_noise_and_back(page):
+    """By the forward process (4), then by the exact arrows; in one step, to the mean."""
+    at = lambda place, plane=0: np.reshape(  # noqa: E731
+        value_of(page, "arrows", f"gesture.passages[{plane}].at({place}).x"), (-1, 2)
+    )
+    value_of(page, "arrows", "(gesture.moveTo(0), gesture.moveTo(0.1), gesture.moveTo(0))")
+    data, half, noise = (at(place) for place in (0, 0.5, 1))  # 0.5 is t = 249
+    moons, diffusion = torch.tensor(data).float()[..., None, None], Diffusion(linear_betas())
+    abar, last = diffusion.alphas_bar[[249, 999]].tolist()
+    eps = (noise - last**0.5 * data) / (1 - last) ** 0.5
+    np.testing.assert_allclose(half, abar**0.5 * data + (1 - abar) ** 0.5 * eps, atol=1e-4)
+    value_of(page, "arrows", "(gesture.moveTo(1), gesture.sendBack(), gesture.stop())")
+    until_complete(page, "arrows")
+    exact = exact_network(diffusion, moons, std=STD)
+    expected = -exact(torch.tensor(noise).float()[..., None, None], torch.full((240,), 999))
+    lower = round(1000 * 0.97**2 - 1)  # but for the shrinking, they move along the arrows
+    moved = at(0.97) / diffusion.alphas_bar[lower].item() ** 0.5 - noise / last**0.5
+    cosine = F.cosine_similarity(torch.tensor(moved), expected.flatten(1))
+    assert cosine.median() > 0.99
+    nearest = np.linalg.norm(at(0)[:, None] - data, axis=-1)
+    assert (nearest.min(1) < 3 * STD).mean() > 0.9
+    origins = nearest.argmin(1)
+    assert len(set(origins)) > 100 and (origins != np.arange(240)).mean() > 0.9
+    assert np.abs(at(0, 1) - data.mean(0)).max() < 0.05
+
+
 def test_one_slider_sends_four_planes_back(page):
     """In 1, 5 and 50 steps; one step is straight. A point that is pulled has other noise."""
     let_go(page, "arrows", 1)
@@ -709,7 +718,7 @@ def test_one_slider_sends_four_planes_back(page):
     assert pixels(page, "arrows-in-5").std() > 5
     value_of(page, "arrows", "(gesture.moveTo(0), gesture.moveTo(0.6))")
     assert not value_of(page, "arrows", "gesture.passages.some((p) => p.jumps)")
-    box, view = page.locator("#arrows-one").bounding_box(), 2.8
+    box, view = page.locator("#arrows-one").bounding_box(), 3
     x, y = np.array(value_of(page, "arrows", "gesture.passages[0].at(0.6).x.slice(128, 130)"))
     place = (0.5 + x / view * box["height"] / box["width"], 0.5 - y / view)
     drag(page, "arrows-one", place, (0.5, 0.5))
@@ -720,7 +729,7 @@ def test_one_slider_sends_four_planes_back(page):
     value_of(page, "arrows", "gesture.moveTo(1)")
     assert pixels(page, "arrows-one").std() > 5  # it is drawn
     seen = value_of(page, "arrows", "[gesture.passages[0].seen, gesture.passages[0].at(1).x[129]]")
-    assert 1.4 < 1.05 * seen[1] < seen[0]
+    assert 1.5 < 1.05 * seen[1] < seen[0]
     assert np.abs(after[:, 128:130]).max() < 0.05 and np.ptp(after, axis=0).max() == 0
     value_of(page, "arrows", "(gesture.moveTo(0), gesture.moveTo(0.1), gesture.moveTo(0))")
     data = value_of(page, "arrows", "gesture.passages.map((p) => Array.from(p.at(0).x))")
@@ -778,8 +787,8 @@ def test_included_network_draws_what_python_draws(page):
     network = ddpm_numpy.Network(SHIPPED, "cpu")
     see(page, "images")
     until_complete(page, "images")
-    y = [k % 10 for k in range(20)]
-    x_T = noise_of(page, 0, (20, 1, 32, 32))[0]
+    y = [k % 10 for k in range(15)]
+    x_T = noise_of(page, 0, (15, 1, 32, 32))[0]
     np.testing.assert_allclose(images_at(page, 1), x_T, atol=1e-3)
     steps = steps_of_python(network, images_at(page, 1), y)
     for place, kind, expected in (
@@ -807,7 +816,7 @@ def test_included_network_draws_what_python_draws(page):
     value_of(page, "images", "gesture.moveTo(0.5)")
     while not value_of(page, "images", "expected.place === 0.5"):
         page.wait_for_timeout(300)
-    t = np.full(20, 249)
+    t = np.full(15, 249)
     x = images_at(page, 0.5)
     abar = np.cumprod(1 - np.array(network.betas))[249]
     expected = (x - (1 - abar) ** 0.5 * network(x, t, np.array(y))) / abar**0.5
@@ -845,10 +854,10 @@ def test_settings_of_the_last_part(page):
     page.click("#settings button")
     until_complete(page, "images")
     steps = steps_of_python(
-        network, images_at(page, 1), [k % 10 for k in range(20)], steps=5, sampler="ddim"
+        network, images_at(page, 1), [k % 10 for k in range(15)], steps=5, sampler="ddim"
     )
     np.testing.assert_allclose(images_at(page, 0), steps[-1][2], atol=2e-2)
-    np.testing.assert_allclose(images_at(page, 1), noise_of(page, 3, (20, 1, 32, 32))[0], atol=1e-3)
+    np.testing.assert_allclose(images_at(page, 1), noise_of(page, 3, (15, 1, 32, 32))[0], atol=1e-3)
     page.evaluate("document.getElementById('settings').reset()")  # the next network draws by these
     page.click("#paper summary")
 
@@ -927,7 +936,7 @@ def test_layout(width, page):
     outside = "filter((e) => !e.closest('details') && !e.hidden)"
     assert page.evaluate(f"{controls}.{outside}.length") <= 14
     # a finger scrolls the page on the planes; only on the drawing it draws
-    for name in ("scene-plane", "arrows-one", "learn-plane", "images-grid"):
+    for name in ("arrows-one", "learn-plane", "images-grid"):
         assert "pan-y" in page.locator(f"#{name}").evaluate("e => getComputedStyle(e).touchAction")
     page.set_viewport_size({"width": 1280, "height": 900})
     page.evaluate("document.getElementById('paper').open = false")
@@ -953,21 +962,20 @@ def test_one_live_region_that_does_not_chatter(page):
 def test_wrong_file_while_the_network_loads(opened, tmp_path):
     """It changes nothing: the included network draws as soon as it is there."""
     held = []
-    page = opened({"fashion-mnist.onnx": lambda route: held.append(route)})
+    page = opened({"/[a-z-]+.onnx": lambda route: held.append(route)})
     (tmp_path / "text.onnx").write_bytes(b"hello, world")
     assert "is not a model" in choose(page, tmp_path / "text.onnx")
-    while not held:
+    while len(held) < 2:
         page.wait_for_timeout(100)
-    # a jump from some noise waits for the network, because the recording is of a way from the noise
+    # from some noise, the opening waits for its network, because the recording is from the noise
     value_of(page, "opening", "(gesture.moveTo(0.3), gesture.sendBack(true), gesture.stop())")
     page.wait_for_timeout(500)
-    assert not value_of(page, "opening", "picture.isComplete")
+    assert not value_of(page, "opening", "pictures.isComplete")
     for route in held:
         route.continue_()
     page.evaluate("window.ready")
     until_complete(page)
-    shoe, jump = (value_of(page, "opening", f"picture.{it}") for it in ("x0", "at(0).x"))
-    assert np.corrcoef(shoe, jump)[0, 1] > 0.9
+    assert value_of(page, "opening", "pictures.at(0.3).x0").count(0) < 100  # nothing is missing
     see(page, "images")
     until(page, "images-title", "Back from the noise")
     see(page, "drawing")
@@ -1003,7 +1011,7 @@ def test_other_files_and_then_another_model(page, exported, tmp_path):
     assert page.evaluate("document.getElementById('images').getBoundingClientRect().top") < 300
     until_complete(page, "images")
     network = ddpm_numpy.Network(exported / "model.onnx", "cpu")
-    shape = (20, *network.shape)
+    shape = (15, *network.shape)
     steps = steps_of_python(network, images_at(page, 1, shape))
     np.testing.assert_allclose(images_at(page, 0, shape), steps[-1][2], atol=2e-2)
     assert np.ptp(tiles(page, "images-noisy", network.shape), axis=1).max() > 50  # in colour
@@ -1024,8 +1032,8 @@ def test_emoji(page):
     until(page, "images-title", "Back in 10 steps")
     assert np.ptp(tiles(page, "images-noisy", (3, 32, 32)), axis=1).max() > 50
     until(page, "images-title", "Back from the noise")
-    network, shape = ddpm_numpy.Network(EMOJI, "cpu"), (20, 3, 32, 32)
-    y = [k % len(network.classes) for k in range(20)]
+    network, shape = ddpm_numpy.Network(EMOJI, "cpu"), (15, 3, 32, 32)
+    y = [k % len(network.classes) for k in range(15)]
     steps = steps_of_python(network, images_at(page, 1, shape), y)
     assert np.abs(images_at(page, 0, shape) - steps[-1][2]).mean() < 2e-2
     page.click("#use-clothes")
@@ -1036,10 +1044,10 @@ def test_guidance_and_its_cost(opened):
     page = opened()
     page.evaluate("window.ready")
     see(page, "strip")
-    page.locator("#strip-place").fill("3")  # this is drawn next
+    page.locator("#strip-place").fill("2")  # this is drawn next
+    until(page, "strip-variety-2", "variety")
+    assert page.text_content("#strip-variety-3") == ""
     until(page, "strip-variety-3", "variety")
-    assert page.text_content("#strip-variety-4") == ""
-    until(page, "strip-variety-4", "variety")
     network = ddpm_numpy.Network(EMOJI, "cpu")
     smileys, noise = [network.classes.index("smileys")] * 9, noise_of(page, 5, (9, 3, 32, 32))[0]
     ways = [steps_of_python(network, noise, smileys, w) for w in (0, 4)]
@@ -1048,13 +1056,13 @@ def test_guidance_and_its_cost(opened):
     abar = np.cumprod(1 - np.array(network.betas))[t]
     other = network(x, np.full(9, t), np.full(9, len(network.classes)))
     other = np.clip((x - (1 - abar) ** 0.5 * other) / abar**0.5, -1, 1)
-    for k, last, chosen in zip((0, 4), lasts, (2, 7), strict=True):
+    for k, w, last, chosen in zip((0, 3), (0, 4), lasts, (2, 7), strict=True):
         page.locator("#strip-place").fill(str(k))
         assert np.abs(tiles(page, f"strip-{k}", (3, 32, 32)) - to_pixels(last)).mean() < 3
         box = page.locator(f"#strip-{k}").bounding_box()
         x, y = ((at + 0.5) * box["width"] / 3 for at in (chosen % 3, chosen // 3))
         page.click(f"#strip-{k}", position={"x": x, "y": y})
-        guided = answer + k * (answer - other)  # the guidance of these sets is their index
+        guided = answer + w * (answer - other)
         for name, expected in (("without", other), ("with", answer), ("guided", guided)):
             shown = pixels(page, f"strip-{name}")
             assert np.abs(shown - to_pixels(expected[chosen : chosen + 1])[0]).mean() < 3
@@ -1062,27 +1070,9 @@ def test_guidance_and_its_cost(opened):
         questions = f"{20 if k else 10} runs of the network"
         assert page.text_content(f"#strip-work-{k}") == questions
     share = 100 * np.sqrt(lasts[1].var(0).mean() / lasts[0].var(0).mean())
-    shown = float(page.text_content("#strip-variety-4").removeprefix("variety ").rstrip("%"))
+    shown = float(page.text_content("#strip-variety-3").removeprefix("variety ").rstrip("%"))
     assert shown == pytest.approx(share, abs=2)
     assert share < 80
-
-
-def test_ending(page):
-    """Thirty-six emoji emerge from noise, and then others."""
-    see(page, "ending")
-    page.locator("#ending-more:enabled").wait_for()
-    ends = tiles(page, "ending", (3, 32, 32), 2).astype(int)
-    # neighbouring pixels of noise differ by about 90
-    assert np.abs(np.diff(ends)).reshape(36, -1).mean(1).max() < 45
-    box = page.locator("#ending").bounding_box()  # one of them takes its way again
-    page.click("#ending", position={"x": 1.5 * box["width"] / 12, "y": 2.5 * box["height"] / 3})
-    page.wait_for_timeout(4000)
-    assert np.abs(pixels(page, "ending-one") - ends[25]).max() <= 3
-    film = tiles(page, "ending-film", (3, 32, 32))
-    assert np.abs(film[[10, 21]] - ends[25]).max() <= 3 and np.abs(film[0] - ends[25]).mean() > 30
-    page.click("#ending-more")
-    noise = noise_of(page, 6, (36, 3, 32, 32))[0]
-    assert np.abs(tiles(page, "ending", (3, 32, 32), 2)[12:] - to_pixels(noise[12:])).max() <= 3
 
 
 def test_without_a_connection(opened):
@@ -1121,5 +1111,5 @@ def test_demo_is_drawn_in_the_page(demo, page):
         page.evaluate("""(seed) => import("./images.js").then(({ useSettings }) =>
             useSettings({ sampler: "sa-solver", steps: 50, seed }))""", seed)  # fmt: skip
         until_complete(page, "images")
-        right += are_right(to_pixels(images_at(page, 0, (20, 3, 8, 8)))).sum()
-    assert right >= 30  # of 40
+        right += are_right(to_pixels(images_at(page, 0, (15, 3, 8, 8)))).sum()
+    assert right >= 23  # of 30
