@@ -410,24 +410,38 @@ def page_noise(seed, k, count):
     return z
 
 
-def draw_recorded(path, network):
-    """Save what the page shows before its network is loaded: rows of 12 emoji.
+def draw_recorded(folder, network):
+    """Save what the page shows before its network is loaded, as rows of emoji.
 
-    The first row is what the page begins with. The others are the x0_hat of 12 steps of DDIM, with
-    guidance 1, from the page's noise. The classes take turns.
+    recorded.webp: 12 emoji, and then the x0_hat of 10 steps of DDIM, with guidance 1, from the
+    page's noise; the classes take turns. smileys.webp: nine from the same noise with the guidance
+    of four sets, and x0_hat in the fifth step of the first one, without the class and with it.
     """
+
+    def save(name, rows):
+        image = np.concatenate([np.concatenate(list(to_pixels(x)), 2) for x in rows], 1)
+        Image.fromarray(image.transpose(1, 2, 0)).save(folder / name, quality=90, method=6)
+
+    def chain(seed, y, w, sampler):
+        x_T = np.array([page_noise(seed, k, 3072) for k in range(len(y))], np.float32)
+        model, options = ddpm_numpy.guided(network, np.array(y), w), dict(steps=10, sampler=sampler)
+        x_T = x_T.reshape(-1, *network.shape)
+        return [*ddpm_numpy.sample_progressive(model, None, network.betas, x_T=x_T, **options)]
+
     kinds = [network.classes.index(name) for name in ("smileys", "people", "flags")]
-    rows = []
-    for seed, turn, kept in ((4, 0, 1), (0, 1, 12)):
-        y = np.array([kinds[(k + k // 6 + turn) % 3] for k in range(12)])
-        x_T = np.array([page_noise(seed, k, 3072) for k in range(12)], np.float32)
-        chain = ddpm_numpy.sample_progressive(
-            ddpm_numpy.guided(network, y, 1), None, network.betas, steps=12, sampler="ddim",
-            x_T=x_T.reshape(12, 3, 32, 32),
-        )  # fmt: skip
-        rows += [np.concatenate(list(to_pixels(x0)), 2) for _, _, x0 in chain][-kept:]
-    image = np.concatenate(rows, 1).transpose(1, 2, 0)
-    Image.fromarray(image).save(path, quality=90, method=6)
+    before, after = (
+        chain(seed, [kinds[(k + k // 6 + turn) % 3] for k in range(12)], 1, "ddim")
+        for seed, turn in ((4, 0), (0, 1))
+    )
+    save("recorded.webp", [x0 for _, _, x0 in before[-1:] + after])
+    sets = [chain(5, kinds[:1] * 9, w, "sa-solver") for w in (0, 1, 2, 4)]
+    t, x, expected = sets[0][4]
+    eps, abar = (
+        network(x, np.full(9, t), np.full(9, len(network.classes))),
+        np.prod(1 - network.betas[: t + 1]),
+    )
+    without = np.clip((x - (1 - abar) ** 0.5 * eps) / abar**0.5, -1, 1)
+    save("smileys.webp", [*(steps[-1][2] for steps in sets), without, expected])
 
 
 def draw_ends(path, network):
@@ -624,7 +638,7 @@ def main():
     save_image(args.out / "paper.png", grid(to_pixels(last(reverse(paper, batch=64))), 16))
     draw_strip(args.out, paper)
     emoji = ddpm_numpy.Network(PAGE / "emoji.onnx", "cpu")
-    draw_recorded((PAGE if args.out == FIGURES else args.out) / "recorded.webp", emoji)
+    draw_recorded(PAGE if args.out == FIGURES else args.out, emoji)
     draw_ends(args.out / "ends.png", paper)
     draw_steps(args.out / "steps.png", network)
     if network.classes:

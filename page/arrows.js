@@ -7,7 +7,8 @@ import { STD, missed } from "./points.js";
 import { drawImages } from "./plane.js";
 import { DATA, N, Scene, pointOf } from "./scene.js";
 
-const FIRST = 0.45, HOLD = 6000; // where it begins, and the milliseconds for which it stays there
+const FIRST = 0.45, HOLD = 4000; // where it begins, and the milliseconds for which it stays there
+const RELEASED = 1200; // milliseconds for which a dot stays where the reader has put it
 const CHOSEN = 64; // a point that is below the others
 const state = { chosen: CHOSEN, pinned: CHOSEN };
 export let gesture, pair;
@@ -22,17 +23,17 @@ function say() {
     const isThere = isBack && !place && scene.isComplete;
     $(`${scene.canvas.id}-miss`).textContent = isThere ? `${(100 * missed(scene.at(0).x, DATA, STD)).toFixed(0)}% miss the arcs` : "";
   }
-  const [title, text] = isBack && !place ? ["Back from the noise", missed(row[0].at(0).x, DATA, STD) < 0.1 ? "After so little noise, one step is enough. Begin with more noise to see the difference."
-    : "One step ends at the average, which lies between the arcs. Many short steps reach them."]
+  const [title, text] = isBack && !place ? ["Back from the noise", missed(row[0].at(0).x, DATA, STD) < 0.4 ? "After so little noise, one step is almost enough. Begin with more noise to see the difference."
+    : "One step ends between the arcs, and many short steps reach them. Each dot has the colour of the arc on which it began."]
     : [isBack ? "On the way back" : "One dot: drag it", one.sentenceOf(state.chosen, place) || "Drag the slider to Noise, and let go."];
   [$("arrows-title").textContent, $("arrows-text").textContent] = [title, text];
   return `${title}. ${text}`;
 }
 
-/** Let a pointer and the arrow keys choose a dot. pull(position): drags it. */
-function letChoose(scene, pull) {
+/** Let a pointer and the arrow keys choose a dot. pull(position) drags it, and release() lets it go. */
+function letChoose(scene, pull, release) {
   const { canvas } = scene;
-  let pulls = false, finger = null; // where a finger that may scroll went down
+  let pulls = false, pulled = false, finger = null; // where a finger that may scroll went down
   const choose = (k) => {
     if (!gesture.isBack && gesture.hold > 0) gesture.stop(); // it waits, and would go on by itself
     state.chosen = state.pinned = k;
@@ -42,6 +43,7 @@ function letChoose(scene, pull) {
     const near = scene.pointNear(event, gesture.place);
     if (near < 0) return;
     choose(near);
+    canvas.setPointerCapture(event.pointerId);
     pulls = true;
   };
   canvas.onpointerdown = (event) => {
@@ -50,7 +52,8 @@ function letChoose(scene, pull) {
   };
   canvas.onpointerup = canvas.onpointercancel = (event) => {
     if (finger !== null && event.type === "pointerup") take(event); // a tap
-    pulls = false;
+    if (pulled) release();
+    pulls = pulled = false;
     finger = null;
   };
   canvas.onpointermove = (event) => {
@@ -58,6 +61,7 @@ function letChoose(scene, pull) {
       finger = null;
       take(event);
     }
+    pulled ||= pulls;
     if (pulls) return pull(scene.positionOf(event));
     if (event.pointerType !== "mouse") return;
     const near = scene.pointNear(event, gesture.place);
@@ -65,7 +69,6 @@ function letChoose(scene, pull) {
     gesture.render();
   };
   canvas.onpointerleave = () => {
-    pulls = false;
     state.chosen = state.pinned;
     gesture.render();
   };
@@ -94,7 +97,10 @@ export function startArrows() {
     for (const scene of row) scene.draw(gesture.place);
     if (state.chosen >= 0) drawImages($("arrows-tile"), pointOf(one.at(gesture.place).x, state.chosen), [1, 1, 2]);
   }, say);
-  letChoose(one, pull);
+  letChoose(one, pull, () => {
+    gesture.sendBack();
+    gesture.hold = RELEASED;
+  });
   gesture.moveTo(FIRST);
   gesture.beginWhenSeen(() => {
     gesture.hold = HOLD;

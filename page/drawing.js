@@ -4,7 +4,7 @@ import { $, Owner, follow, pause, still } from "./common.js";
 import { Gesture } from "./gesture.js";
 import { included } from "./networks.js";
 import { Passage } from "./passage.js";
-import { drawImages } from "./plane.js";
+import { drawImages, partOf } from "./plane.js";
 import { noiseOf, qSample, sampleProgressive } from "./sampler.js";
 
 const ENDS = 4, STEPS = 20; // images that come back, and in how many steps
@@ -12,8 +12,9 @@ const LEVELS = [50, 150, 300, 500, 800], TRACK_STEPS = 10; // of the results alo
 const FIRST = 0.6; // from where the first drawing comes back
 const WAIT = 500; // milliseconds without a stroke, after which the drawing comes back
 const DISC = "M.06 .5 a.44 .44 0 1 0 .88 0 a.44 .44 0 1 0 -.88 0", FEATURES = "M.33 .36 v.1 M.67 .36 v.1 M.28 .62 c.1 .14 .34 .14 .44 0"; // of a face, in a square of side 1
+const PENS = ["#4a2f14", "#e5383b", "#ff8c1a", "#ffd23f", "#3fa34d", "#2f7de1", "#ffffff"];
 const canvas = $("draw"), context = canvas.getContext("2d", { willReadFrequently: true });
-const state = { network: null, pen: "#ffffff", before: null, fault: "" }; // before: where the pen was
+const state = { network: null, shape: [3, 32, 32], before: null, fault: "", isNear: false }; // before: where the pen was
 const track = new Owner();
 let waiting;
 export let gesture;
@@ -24,7 +25,7 @@ export const drawing = new Passage(null, { sampler: "ddim", steps: STEPS, keepsD
 
 /** The drawing, as the network sees it: Float32Array (C, H, W). */
 export function drawn() {
-  const [channels, height, width] = state.network.shape, area = height * width;
+  const [channels, height, width] = state.shape, area = height * width;
   const { data } = context.getImageData(0, 0, width, height);
   return Float32Array.from({ length: channels * area }, (_, k) => {
     const at = 4 * (k % area), grey = 0.299 * data[at] + 0.587 * data[at + 1] + 0.114 * data[at + 2];
@@ -77,7 +78,8 @@ async function fillTrack(run) {
 
 /** Draw a line from where the pen was. */
 function paint(x, y) {
-  Object.assign(context, { strokeStyle: state.pen, lineCap: "round", lineWidth: canvas.width / 11 });
+  const isGrey = state.shape[0] === 1;
+  Object.assign(context, { strokeStyle: isGrey ? "#b4b4b4" : PENS[$("draw-pen").value], lineCap: "round", lineWidth: canvas.width / 11 });
   context.beginPath();
   context.moveTo(...state.before ?? [x, y]);
   context.lineTo(x + 0.01, y);
@@ -87,37 +89,29 @@ function paint(x, y) {
 }
 
 function clear() {
-  const isGrey = state.network.shape[0] === 1;
-  [context.fillStyle, state.pen] = isGrey ? ["#000000", "#b4b4b4"] : ["#ffffff", "#4a2f14"];
+  [, canvas.height, canvas.width] = state.shape;
+  context.fillStyle = state.shape[0] === 1 ? "#000000" : "#ffffff";
   context.fillRect(0, 0, canvas.width, canvas.height);
   drawing.from = FIRST;
   for (const level of LEVELS) $(`track-${level}`).width += 0; // clears it
   restart();
 }
 
-/** Another network: begin with a face, where it knows faces. */
+/** The network that draws: that of the emoji, which can be waited for, or the reader's. */
 export function useNetwork(network) {
-  const { shape: [, height, width], betas, name, variance } = network;
-  Object.assign(state, { network, fault: "" });
+  const { shape, betas, name, variance } = network, isOwn = name !== "emoji.onnx";
+  Object.assign(state, { network, shape, fault: "" });
   drawing.use((x, t) => network.eps(x, t), { betas, variance });
-  [canvas.height, canvas.width] = [height, width];
-  clear();
-  if (name === "emoji.onnx") {
-    context.scale(width, height);
-    Object.assign(context, { fillStyle: "#ffc83d", strokeStyle: state.pen, lineCap: "round", lineWidth: 0.08 });
-    context.fill(new Path2D(DISC));
-    context.stroke(new Path2D(FEATURES));
-    context.resetTransform();
-  }
-  $("draw-clear").disabled = false;
-  restart();
+  $("draw-pen").disabled = shape[0] === 1;
+  if (isOwn) clear();
+  else restart();
   gesture.begun = false;
   begin();
 }
 
-/** When it is seen for the first time, the network is opened, and the first drawing comes back. */
+/** When it will soon be seen, the network is opened, and the first drawing comes back. */
 function begin() {
-  if (!state.isSeen || gesture.begun) return;
+  if (!state.isNear || gesture.begun) return;
   if (!state.network) return included("emoji").then((network) => state.network ?? useNetwork(network), fail);
   comeBack();
   gesture.begun = true;
@@ -127,21 +121,20 @@ function begin() {
 
 function say() {
   const { place, isBack } = gesture;
-  const text = state.fault || (!state.network ? "The network is loading."
-    : !isBack && !place ? "Draw with your finger or the mouse."
-    : !isBack ? "Noise is added to your drawing, four times. Let go, and the network removes it."
+  const text = state.fault || (!isBack && !place ? "Draw with your finger or the mouse."
+    : !state.network ? "The network is loading."
+    : !isBack ? "Noise is added to four copies of your drawing. Let go, and the network removes it."
     : place || !gesture.isComplete ? "The network removes the noise."
     : "Four results for the noise at the slider. The small pictures show what comes back from less noise, and from more.");
   return ($("drawing-text").textContent = text);
 }
 
 function draw() {
-  if (!state.network) return;
-  const { shape, size } = state.network, { place, isBack } = gesture, { x } = drawing.at(place);
+  const { shape } = state, { place, isBack } = gesture, { x } = drawing.at(place);
   drawImages($("draw-ends"), x, shape, 2, 1);
   $("draw-ends").classList.toggle("old", !isBack && !place);
   $("draw-noised").hidden = isBack || !place;
-  if (!isBack && place) drawImages($("draw-noised"), x.subarray(0, size), shape);
+  if (!isBack && place) drawImages($("draw-noised"), partOf(x, 0, ENDS), shape);
 }
 
 /** Make the section work. */
@@ -158,7 +151,6 @@ export function startDrawing() {
   const move = ({ offsetX, offsetY }) =>
     paint((offsetX * canvas.width) / canvas.clientWidth, (offsetY * canvas.height) / canvas.clientHeight);
   canvas.onpointerdown = (event) => {
-    if (!state.network) return;
     clearTimeout(waiting);
     canvas.setPointerCapture(event.pointerId);
     state.before = null;
@@ -166,9 +158,18 @@ export function startDrawing() {
   };
   canvas.onpointermove = (event) => canvas.hasPointerCapture(event.pointerId) && move(event);
   canvas.onpointerup = () => { waiting = setTimeout(comeBack, WAIT); };
-  follow($("drawing-stage"), (isSeen) => {
-    state.isSeen = isSeen;
+  const near = (isSeen) => {
+    state.isNear ||= isSeen;
     begin();
-  }, 0.4);
-  say();
+  };
+  clear();
+  context.scale(canvas.width, canvas.height); // a face
+  Object.assign(context, { fillStyle: PENS[3], strokeStyle: PENS[0], lineCap: "round", lineWidth: 0.08 });
+  context.fill(new Path2D(DISC));
+  context.stroke(new Path2D(FEATURES));
+  context.resetTransform();
+  restart();
+  gesture.begun = false;
+  follow($("guidance"), near, 0.5); // so that the reader need not wait
+  follow($("drawing-stage"), near, 0.4);
 }

@@ -2,7 +2,7 @@
 
 import { $, animate, announce, follow, still } from "./common.js";
 
-const PACE = { rest: 3000, noising: 2500, noise: 600, back: 3900, jump: 1200 }; // milliseconds
+const PACE = { rest: 3000, noising: 2200, noise: 500, back: 3900, jump: 1200 }; // milliseconds
 /** How fast it moves at a place: slowly near the data, where most is to be seen. A whole way takes as long as with a pace of 1. */
 const paceAt = (place) => 0.3 + 2.06 * place;
 

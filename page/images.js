@@ -9,14 +9,11 @@ import { noiseOf, predictX0 } from "./sampler.js";
 const COLUMNS = 5, ROWS = 3, COUNT = COLUMNS * ROWS;
 const ABOUT = { "fashion-mnist.onnx": "This network has learnt from 60,000 pictures of clothes.", "emoji.onnx": "This network has learnt from 3,743 emoji." };
 
-const state = { chosen: 0, awaited: "clothes", fault: "", sweeps: false, isSeen: false };
+const state = { chosen: 0, awaited: "clothes", fault: "", sweeps: false, isTouched: false, isNear: false }; // isTouched: the curtain, by the reader
 let network = null;
 export let expected; // {x0, place, asked}: what the network expects on the way to the noise
-let tellShown;
-export const shown = new Promise((resolve) => { tellShown = resolve; }); // when the first pictures have come back
 export const pictures = new Passage(null, { sampler: "sa-solver", steps: 10 }, (error) => {
   if (error) fail(error);
-  else if (gesture.isComplete) tellShown();
   gesture.render();
 });
 export let gesture;
@@ -43,6 +40,7 @@ export function useNetwork(opened, { seed = 0, ...options } = {}) {
   pictures.begin(new Float32Array(COUNT * size), noiseOf(seed, COUNT, size)());
   expected = { x0: null, place: -1, asked: false };
   state.fault = state.awaited = "";
+  $("images-film").width += 0; // clears it
   gesture.stop();
   gesture.begun = false;
   gesture.moveTo(1);
@@ -51,11 +49,11 @@ export function useNetwork(opened, { seed = 0, ...options } = {}) {
 
 export const useSettings = (settings) => network && useNetwork(network, settings);
 
-/** Send the first pictures back when they are seen. Without motion, only the result is shown. */
+/** Send the first pictures back when they will soon be seen. Without motion, only the result is shown. */
 function begin() {
-  if (!network || !state.isSeen || gesture.begun) return;
+  if (!network || !state.isNear || gesture.begun) return;
   gesture.begun = true;
-  state.sweeps = !still;
+  state.sweeps = !still && !state.isTouched;
   gesture.sendBack();
   if (still) gesture.finish();
 }
@@ -83,7 +81,7 @@ function captions() {
   if (state.awaited) return ["One moment", `The network for ${state.awaited} is loading.`];
   if (isBack && !place && isComplete) return ["Back from the noise", "Without noise, both sides of the curtain are the same. Drag the slider, and see what the network still recognises."];
   if (isBack) return [`Back in ${pictures.tau.length} steps`, "In each step, the network guesses, and the noisy pictures move a little towards its guess."];
-  if (place === 1) return ["Only noise is left", `The network's guess is the average of ${network?.classes.length ? "the kind of thing that it is told to draw" : "everything"}: a blur. Let go, and new pictures come back.`];
+  if (place === 1) return ["Only noise is left", `The network's guess is the average of everything that is possible${network?.classes.length ? " of a kind" : ""}: a blur. Let go, and new pictures come back.`];
   return ["Noise is added", "The more noise there is, the more pictures are possible, and the blurrier their average is. Let go, and pictures come back."];
 }
 
@@ -118,7 +116,7 @@ export function startImages() {
     gesture.render();
   };
   const move = (value) => {
-    state.sweeps = false;
+    Object.assign(state, { sweeps: false, isTouched: true });
     curtain.value = value;
     gesture.render();
   };
@@ -139,8 +137,10 @@ export function startImages() {
     from = null;
   };
   onTurn(curtain, (turn) => choose(state.chosen + turn));
-  follow($("images-stage"), (isSeen) => {
-    state.isSeen = isSeen;
+  const near = (isSeen) => {
+    state.isNear ||= isSeen;
     begin();
-  }, 0.3);
+  };
+  follow($("learning"), near, 0.5); // so that the reader need not wait
+  follow($("images-stage"), near, 0.3);
 }

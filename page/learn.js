@@ -90,7 +90,7 @@ function say() {
   $("learn-place").ariaValueText = `training step ${now.steps}`;
   $("learn-misses").textContent = `${now.misses.toFixed(0)}%`;
   const [title, words] = isCard ? [`Training step ${now.steps + 1}`, "Noise moves a clean dot (blue) to a random place (red). The network sees only the red dot, and guesses where it came from (ring). Then it is corrected a little."]
-    : !now.steps ? ["Not trained", "The network knows nothing yet. Its arrows are orange, because they are wrong, and the dots that follow them stay noise."]
+    : !now.steps ? ["Not trained", "The network knows nothing yet. Its arrows all point to the middle: orange means wrong, and the dots that follow them do not find the arcs."]
     : state.goal > state.at && !state.playing ? [`Training step ${now.steps} …`, "The network has not learnt so much yet: one moment."]
     : now.steps < STEPS ? [`Training step ${now.steps}`, "An arrow turns from orange to grey as the network gets it right. The dots begin as noise, and follow the arrows."]
     : ["Trained", `After ${STEPS} steps, the arrows of the network are almost the right ones, and the dots that follow them end on the two arcs.`];

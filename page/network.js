@@ -40,9 +40,6 @@ function* fields(bytes) {
   }
 }
 
-/** What the worker could not do; the message is a sentence for the user. */
-export class NetworkError extends Error {}
-
 /**
  * eps_theta(x_t, t) from the bytes of a model.onnx, computed in a worker.
  *
@@ -90,7 +87,7 @@ export class Network {
 
   #ask(question) {
     return new Promise((...callbacks) => {
-      if (!this.#worker) throw new NetworkError("the network was closed");
+      if (!this.#worker) throw new Error("the network was closed");
       this.#waiting.push(callbacks);
       this.#worker.postMessage(question);
     });
@@ -98,7 +95,7 @@ export class Network {
 
   #answer(data) {
     const [resolve, reject] = this.#waiting.shift() ?? [];
-    if (data.error) reject?.(new NetworkError(data.error));
+    if (data.error) reject?.(new Error(data.error));
     else resolve?.(data);
   }
 

@@ -148,6 +148,17 @@ export function drawImages(canvas, x, [channels, height, width], columns = 1, ga
   }
 }
 
+/** The pictures of a row of an image, each 32 x 32 pixels in colour, as drawImages takes them. */
+export function rowOf(image, row) {
+  const width = image.naturalWidth, context = new OffscreenCanvas(width, 32).getContext("2d");
+  context.drawImage(image, 0, -32 * row);
+  const { data } = context.getImageData(0, 0, width, 32);
+  return Float32Array.from({ length: 96 * width }, (_, i) => {
+    const k = Math.floor(i / 3072), c = (i >> 10) % 3, y = (i >> 5) % 32;
+    return data[4 * (y * width + 32 * k + (i % 32)) + c] / 127.5 - 1;
+  });
+}
+
 /** Show a picture's steps and its result, from left to right: x_t, and below it the guess. count: of the
  * pictures that the steps have, of which k is shown. columns: steps that are shown, of `total`, with the result. */
 export function drawFilm(canvas, steps, { k, count, shape, total, columns = 11 }) {
