@@ -91,7 +91,7 @@ async function begin() {
     await pause(0);
     start();
   }
-  included("emoji").catch(() => {}); // for the opening, which says its errors
+  await included("emoji").catch(() => {}); // for the opening, which says its errors
   await select("clothes");
 }
 

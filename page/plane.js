@@ -65,7 +65,7 @@ const hazes = new Map(); // those of the last frames, because several planes may
 /** Draw the density of x_t as a haze. */
 export function drawHaze({ context, width, height, wide, limit }, abar, centres, std) {
   const deviation = Math.sqrt(1 - abar + abar * std ** 2); // of each centre: a cell is at most a third of it
-  const rows = Math.round(Math.min(64, Math.max(24, (6 * limit) / deviation)));
+  const rows = Math.round(Math.min(64, height / 5, Math.max(24, (6 * limit) / deviation)));
   const name = [rows, wide, limit, abar].join();
   if (hazes.size > 20) hazes.clear();
   if (!hazes.has(name)) hazes.set(name, haze(rows, abar, density(rows, abar, centres, std, wide, limit)));

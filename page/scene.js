@@ -52,7 +52,7 @@ export class Scene extends Passage {
   #path(k, level) {
     const { steps, xT } = this, places = [];
     if (this.jumps || !steps.length) return [pointOf(xT, k)];
-    const parts = this.options.sampler === "ddim" && steps.length < 60 ? 10 : 1;
+    const parts = this.options.sampler === "ddim" ? Math.ceil(60 / steps.length) : 1;
     steps.filter(({ t }) => t > level).forEach(({ t, x, x0 }, i) => {
       const end = Math.max(level, steps[i + 1]?.t ?? level);
       for (let part = 0; part < parts; part++) {
