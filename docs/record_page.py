@@ -28,7 +28,7 @@ SIZE, GAP = 264, 8  # height of the plane, and its distance from the pictures, i
 FORWARD, BACK, RATE = 30, 75, 20  # frames to the noise and back, and how many are shown a second
 DATA, NOISE, RESULT = 900, 500, 2200  # how long these frames stay, in milliseconds
 STILL = 0.11  # the place of moons.png, on the way back from 1 to 0
-STYLE = f"#arrows-one {{ width: 420px !important; height: {SIZE}px !important; }}"
+STYLE = f"#arrows-50 {{ width: 420px !important; height: {SIZE}px !important; }}"
 
 GESTURES = """async (call) => {
     const files = ["./arrows.js", "./opening.js"];
@@ -38,7 +38,7 @@ GESTURES = """async (call) => {
     return results;
 }"""
 CANVASES = (
-    """["arrows-one", "scene-pictures"].map((id) => document.getElementById(id).toDataURL())"""
+    """["arrows-50", "scene-pictures"].map((id) => document.getElementById(id).toDataURL())"""
 )
 
 
@@ -100,7 +100,7 @@ def main():
         if page.text_content("#images-title") == "No network":
             raise SystemExit(page.text_content("#images-text"))
         page.add_style_tag(content=STYLE)
-        page.press("#arrows-one", "Escape")  # no dot is chosen
+        page.press("#arrows-50", "Escape")  # no dot is chosen
         there, back, still = record(page)
     each = 1000 // RATE
     durations = [DATA, *[each] * (FORWARD - 1), NOISE, *[each] * (BACK - 1), RESULT]

@@ -1,5 +1,5 @@
-// Section 1: the arrows, in a large plane; then the same points come back in 1, 5
-// and 50 steps. In the last part, two rules for a step.
+// Section 1: the same dots come back in 50 steps, in a large plane with arrows, and in 5 and 1. In the last
+// part, two rules for a step.
 
 import { $, announce } from "./common.js";
 import { Gesture } from "./gesture.js";
@@ -18,14 +18,14 @@ const sceneIn = (name, sampler, steps, gesture, options) => new Scene($(`arrows-
   { limit: 1.75, sampler, steps, keepsData: true, ...options }, () => gesture().render());
 
 function say() {
-  const { place, isBack, passages: [one, ...row] } = gesture;
-  for (const scene of row) {
+  const { place, isBack, passages } = gesture, [large, , one] = passages;
+  for (const scene of passages) {
     const isThere = isBack && !place && scene.isComplete;
     $(`${scene.canvas.id}-miss`).textContent = isThere ? `${(100 * missed(scene.at(0).x, DATA, STD)).toFixed(0)}% miss the arcs` : "";
   }
-  const [title, text] = isBack && !place ? ["Back from the noise", missed(row[0].at(0).x, DATA, STD) < 0.4 ? "After so little noise, one step is almost enough. Begin with more noise to see the difference."
-    : "One step ends between the arcs, and many short steps reach them. Each dot has the colour of the arc on which it began."]
-    : [isBack ? "On the way back" : "One dot: drag it", one.sentenceOf(state.chosen, place) || "Drag the slider to Noise, and let go."];
+  const [title, text] = isBack && !place ? ["Back from the noise", missed(one.at(0).x, DATA, STD) < 0.4 ? "After so little noise, one step is almost enough. Begin with more noise to see the difference."
+    : "One step ends between the arcs, and many short steps reach them. The colour of a dot tells on which arc it began: it may return to the other one."]
+    : [isBack ? "On the way back" : "One dot: drag it", large.sentenceOf(state.chosen, place) || "Drag the slider to Noise, and let go."];
   [$("arrows-title").textContent, $("arrows-text").textContent] = [title, text];
   return `${title}. ${text}`;
 }
@@ -83,21 +83,20 @@ function letChoose(scene, pull, release) {
 
 /** Make the section work, and the two planes of the last part. */
 export function startArrows() {
-  const one = sceneIn("one", "ddim", 50, () => gesture, { limit: 1.5, every: 9, arrows: true });
-  const row = [1, 5, 50].map((steps) => sceneIn(`in-${steps}`, "ddim", steps, () => gesture, { every: 11 }));
-  const scenes = [one, ...row], pull = (position) => {
+  const scenes = [50, 5, 1].map((steps) => sceneIn(steps, "ddim", steps, () => gesture, { limit: 1.5, every: 9, arrows: steps === 50 }));
+  const [large, ...small] = scenes, pull = (position) => {
     gesture.stop();
     if (gesture.place < 0.2) gesture.moveTo(FIRST); // so little noise moves no dot
     for (const scene of scenes) scene.pull(state.pinned, position, gesture.place);
     gesture.render();
   };
   gesture = new Gesture("arrows", scenes, () => {
-    one.alpha = gesture.isBack ? 0.9 : 0.35; // the one dot is seen among the others
-    one.draw(gesture.place, state.chosen);
-    for (const scene of row) scene.draw(gesture.place);
-    if (state.chosen >= 0) drawImages($("arrows-tile"), pointOf(one.at(gesture.place).x, state.chosen), [1, 1, 2]);
+    large.alpha = gesture.isBack ? 0.9 : 0.35; // the one dot is seen among the others
+    large.draw(gesture.place, state.chosen);
+    for (const scene of small) scene.draw(gesture.place);
+    if (state.chosen >= 0) drawImages($("arrows-tile"), pointOf(large.at(gesture.place).x, state.chosen), [1, 1, 2]);
   }, say);
-  letChoose(one, pull, () => {
+  letChoose(large, pull, () => {
     gesture.sendBack();
     gesture.hold = RELEASED;
   });

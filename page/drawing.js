@@ -99,12 +99,12 @@ function clear() {
 
 /** The network that draws: that of the emoji, which can be waited for, or the reader's. */
 export function useNetwork(network) {
-  const { shape, betas, name, variance } = network, isOwn = name !== "emoji.onnx";
+  const { shape, betas, name, variance } = network;
   Object.assign(state, { network, shape, fault: "" });
   drawing.use((x, t) => network.eps(x, t), { betas, variance });
   $("draw-pen").disabled = shape[0] === 1;
-  if (isOwn) clear();
-  else restart();
+  if (name === "emoji.onnx") restart();
+  else clear();
   gesture.begun = false;
   begin();
 }

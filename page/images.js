@@ -33,8 +33,8 @@ export function awaitNetwork(name) {
 
 /** Begin with noise, which no pictures precede. The classes take turns. options: of the reverse process. */
 export function useNetwork(opened, { seed = 0, ...options } = {}) {
-  const { name, size, betas, variance, classes, shape: [channels, height, width] } = network = opened;
-  const y = classes.length ? Array.from({ length: COUNT }, (_, k) => k % classes.length) : undefined;
+  const { name, size, betas, variance, classes, kinds = [...classes.keys()], shape: [channels, height, width] } = network = opened;
+  const y = kinds.length ? Array.from({ length: COUNT }, (_, k) => kinds[k % kinds.length]) : undefined;
   $("images-about").textContent = ABOUT[name] ?? `Your network draws ${channels === 3 ? "coloured" : "grey"} pictures of ${width} × ${height} pixels.`;
   pictures.use((x, t) => opened.eps(x, t, y), { betas, variance, ...options });
   pictures.begin(new Float32Array(COUNT * size), noiseOf(seed, COUNT, size)());
@@ -81,7 +81,7 @@ function captions() {
   if (state.awaited) return ["One moment", `The network for ${state.awaited} is loading.`];
   if (isBack && !place && isComplete) return ["Back from the noise", "Without noise, both sides of the curtain are the same. Drag the slider, and see what the network still recognises."];
   if (isBack) return [`Back in ${pictures.tau.length} steps`, "In each step, the network guesses, and the noisy pictures move a little towards its guess."];
-  if (place === 1) return ["Only noise is left", `The network's guess is the average of everything that is possible${network?.classes.length ? " of a kind" : ""}: a blur. Let go, and new pictures come back.`];
+  if (place === 1) return ["Only noise is left", `The network's guess is the average of ${{ "emoji.onnx": "all smileys, all people or all flags", "fashion-mnist.onnx": "all clothes of a kind" }[network?.name] ?? "all pictures"}: a blur. Let go, and new pictures come back.`];
   return ["Noise is added", "The more noise there is, the more pictures are possible, and the blurrier their average is. Let go, and pictures come back."];
 }
 

@@ -8,9 +8,9 @@ import { DATA } from "./scene.js";
 import { Trainer, draw, epsOf } from "./trainer.js";
 
 const BATCH = 128, SAMPLES = 200, STEPS = 3000, LAST = 40; // LAST: the index of the last weights that are saved
-const CARDS = [0, 1, 10, 26]; // the weights whose guess is shown slowly, with an example
+const CARDS = [0, 1, 10]; // the weights whose guess is shown slowly, with an example
 const LEVEL = 80, LIMIT = 1.25; // the noise level of the arrows, and the view
-const PACE = { card: 2400, next: 220 }; // milliseconds
+const PACE = { card: 2200, next: 200 }; // milliseconds
 const SLICE = 10; // milliseconds of work at a time, so that nothing stalls
 const SIGNAL = Math.sqrt(ABAR[LEVEL]);
 /** After how many steps of training the weights of an index are saved. */
@@ -72,6 +72,7 @@ function advance(passed) {
 function changed() {
   if (isWanted() && !state.trains) train();
   $("learn-place").value = state.at;
+  $("learn-place").style.setProperty("--from", (saved.length - 1) / LAST); // a mark: until here, it is trained
   say();
   ask();
 }
@@ -80,15 +81,14 @@ function changed() {
 
 /** The example that is shown slowly, after the weights of its index. */
 const card = () => state.at % 1 > 0 && CARDS.includes(Math.floor(state.at)) ? saved[Math.floor(state.at)]?.card : null;
-const shown = () => saved[Math.floor(state.at)];
+const shown = () => saved[Math.floor(state.at)] ?? { steps: 0, average: trainer.average, x0: new Float32Array() };
 
 function say() {
   const now = shown(), isCard = card() !== null;
   const play = ["►", state.at >= LAST ? "Play again" : "Play"];
   [$("learn-play").textContent, $("learn-play").ariaLabel] = state.playing ? ["❚❚", "Pause"] : play;
-  if (!now) return "";
   $("learn-place").ariaValueText = `training step ${now.steps}`;
-  $("learn-misses").textContent = `${now.misses.toFixed(0)}%`;
+  $("learn-misses").textContent = now.misses === undefined ? "–" : `${now.misses.toFixed(0)}%`;
   const [title, words] = isCard ? [`Training step ${now.steps + 1}`, "Noise moves a clean dot (blue) to a random place (red). The network sees only the red dot, and guesses where it came from (ring). Then it is corrected a little."]
     : !now.steps ? ["Not trained", "The network knows nothing yet. Its arrows all point to the middle: orange means wrong, and the dots that follow them do not find the arcs."]
     : state.goal > state.at && !state.playing ? [`Training step ${now.steps} …`, "The network has not learnt so much yet: one moment."]
@@ -111,7 +111,6 @@ function drawStage(now) {
   }
   const { places, exact, presence } = field, cell = (1.2 * view.height) / rows;
   drawHaze(view, 1, DATA, 1.5 * STD);
-  if (!now) return; // the network is not there yet
   const eps = epsOf(now.average, places, LEVEL), next = saved[saved.indexOf(now) + 1] ?? now, part = state.at % 1;
   const error = (k) => Math.hypot(eps[2 * k] - exact[2 * k], eps[2 * k + 1] - exact[2 * k + 1]);
   const ways = eps.map((value) => -value), wrong = (k) => presence[k] * Math.min(1, 1.5 * error(k));

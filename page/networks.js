@@ -7,6 +7,7 @@ export const RUNTIME = "onnxruntime-web@1.30.0";
 const RUNTIMES = ["node_modules/onnxruntime-web", `https://cdn.jsdelivr.net/npm/${RUNTIME}`]
   .map((folder) => new URL(`${folder}/dist/ort.webgpu.bundle.min.mjs`, import.meta.url).href);
 const FILES = { clothes: "fashion-mnist.onnx", emoji: "emoji.onnx" };
+const KINDS = { emoji: ["smileys", "people", "flags"] }; // the classes that are drawn
 const opened = {}; // promises
 
 /** Open a model.onnx. Fails with a sentence for the reader. */
@@ -28,5 +29,6 @@ async function download(name) {
   return open(name, new Uint8Array(content));
 }
 
-/** The promise of the network "clothes" or "emoji". */
-export const included = (name) => (opened[name] ??= download(FILES[name]));
+/** The promise of the network "clothes" or "emoji"; kinds: the indices of the classes that are drawn. */
+export const included = (name) => (opened[name] ??= download(FILES[name]).then((network) =>
+  Object.assign(network, { kinds: KINDS[name]?.map((kind) => network.classes.indexOf(kind)) })));

@@ -8,7 +8,7 @@ import { drawImages, rowOf } from "./plane.js";
 import { guided, noiseOf, partsAt } from "./sampler.js";
 
 const COUNT = 12, SHAPE = [3, 32, 32], SIZE = 3072, STEPS = 10;
-const KINDS = ["smileys", "people", "flags"], GUIDANCE = 1;
+const GUIDANCE = 1;
 const columns = () => (innerWidth < 736 ? 4 : 6);
 let fault = ""; // of the network
 let turn = 0; // each time that they come back from only noise, the pictures are of the next kind
@@ -26,7 +26,7 @@ async function eps(x, t) {
     const [signal, spread] = partsAt(t), x0 = rowOf($("scene-recording"), 1 + Math.floor(((999 - t) * STEPS) / 1000));
     return x.map((value, k) => (value - signal * x0[k]) / spread);
   }
-  const network = await included("emoji"), kinds = KINDS.map((kind) => network.classes.indexOf(kind));
+  const network = await included("emoji"), { kinds } = network;
   return guided(network, Array.from({ length: COUNT }, (_, k) => kinds[(k + Math.floor(k / 6) + turn) % kinds.length]), GUIDANCE)(x, t);
 }
 
@@ -34,12 +34,12 @@ async function eps(x, t) {
 function captions() {
   const { place, isBack } = gesture, { from, jumps, steps } = pictures;
   if (fault) return ["No network", fault];
-  if (!isBack && !place) return ["Clean", "A network has drawn these twelve pictures."];
+  if (!isBack && !place) return ["Clean", "A network has drawn these twelve smileys, people and flags."];
   if (!isBack && place < 1) return ["Noise is added", "The pictures disappear in the noise."];
   if (!isBack) return ["Only noise is left", "Nobody can tell what was here. Let go, and the way back begins."];
-  if (jumps) return ["Back in one jump", steps.length ? "One jump ends at the average of all pictures that are possible: a blur." : "The network is getting ready."];
+  if (jumps) return ["Back in one jump", steps.length ? "One jump ends at an average: of all smileys, of all people, or of all flags." : "The network is getting ready."];
   if (place) return ["Back in many steps", steps.length ? "In each step, the network removes a little of the noise." : "The network is getting ready."];
-  return from > 0.9 ? ["New pictures", "Nobody has drawn them."]
+  return from > 0.9 ? ["New pictures", "No person drew them."]
     : [from > 0.5 ? "Similar pictures" : "The same pictures", "From more noise, other ones come back."];
 }
 

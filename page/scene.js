@@ -24,7 +24,7 @@ export class Scene extends Passage {
   draw(place, chosen = -1) {
     const { x, level } = this.at(place), [signal] = partsAt(level), { clientWidth, clientHeight } = this.canvas;
     const [right, up] = chosen < 0 ? [0, 0] : pointOf(x, chosen).map(Math.abs);
-    this.seen = Math.max(this.limit, 1.08 * up, (1.08 * right * clientHeight) / clientWidth); // the chosen point is always in the view
+    this.seen = Math.max(this.limit, 1.08 * up, (Math.max(1.2, 1.08 * right) * clientHeight) / clientWidth); // the data and the chosen point are always in the view
     const plane = clear(this.canvas, this.seen);
     const isBack = this.steps !== null, shrunk = DATA.map((value) => value * signal);
     const small = scaleOf(plane);
