@@ -24,18 +24,18 @@ function say() {
     $(`${scene.canvas.id}-miss`).textContent = isThere ? `${(100 * missed(scene.at(0).x, DATA, STD)).toFixed(0)}% miss the arcs` : "";
   }
   const [title, text] = isBack && !place ? ["Back from the noise", missed(one.at(0).x, DATA, STD) < 0.4 ? "After so little noise, one step is almost enough. Begin with more noise to see the difference."
-    : "One step ends between the arcs, and many short steps reach them. The colour of a dot tells on which arc it began: it may return to the other one."]
+    : "One step ends between the arcs, and many short steps reach them, perhaps the other one: a dot keeps its colour."]
     : [isBack ? "On the way back" : "One dot: drag it", large.sentenceOf(state.chosen, place) || "Drag the slider to Noise, and let go."];
   [$("arrows-title").textContent, $("arrows-text").textContent] = [title, text];
   return `${title}. ${text}`;
 }
 
-/** Let a pointer and the arrow keys choose a dot. pull(position) drags it, and release() lets it go. */
+/** Let a pointer and the arrow keys choose a dot. pull(position) drags it, and release(ms) lets it go after some
+ * milliseconds. */
 function letChoose(scene, pull, release) {
   const { canvas } = scene;
   let pulls = false, pulled = false, finger = null; // where a finger that may scroll went down
   const choose = (k) => {
-    if (!gesture.isBack && gesture.hold > 0) gesture.stop(); // it waits, and would go on by itself
     state.chosen = state.pinned = k;
     gesture.render();
   };
@@ -52,7 +52,7 @@ function letChoose(scene, pull, release) {
   };
   canvas.onpointerup = canvas.onpointercancel = (event) => {
     if (finger !== null && event.type === "pointerup") take(event); // a tap
-    if (pulled) release();
+    if (pulls && gesture.place && !gesture.isBack) release(pulled ? RELEASED : HOLD);
     pulls = pulled = false;
     finger = null;
   };
@@ -96,9 +96,9 @@ export function startArrows() {
     for (const scene of small) scene.draw(gesture.place);
     if (state.chosen >= 0) drawImages($("arrows-tile"), pointOf(large.at(gesture.place).x, state.chosen), [1, 1, 2]);
   }, say);
-  letChoose(large, pull, () => {
+  letChoose(large, pull, (ms) => {
     gesture.sendBack();
-    gesture.hold = RELEASED;
+    gesture.hold = ms;
   });
   gesture.moveTo(FIRST);
   gesture.beginWhenSeen(() => {

@@ -18,7 +18,7 @@ const state = { network: null, shape: [3, 32, 32], before: null, fault: "", isNe
 const track = new Owner();
 let waiting;
 export let gesture;
-export const drawing = new Passage(null, { sampler: "ddim", steps: STEPS, keepsData: true }, (error) => {
+export const drawing = new Passage(null, { sampler: "ddim", steps: STEPS, scales: true, keepsData: true }, (error) => {
   if (error) fail(error);
   gesture.render();
 });

@@ -12,7 +12,7 @@ const ABOUT = { "fashion-mnist.onnx": "This network has learnt from 60,000 pictu
 const state = { chosen: 0, awaited: "clothes", fault: "", sweeps: false, isTouched: false, isNear: false }; // isTouched: the curtain, by the reader
 let network = null;
 export let expected; // {x0, place, asked}: what the network expects on the way to the noise
-export const pictures = new Passage(null, { sampler: "sa-solver", steps: 10 }, (error) => {
+export const pictures = new Passage(null, { sampler: "sa-solver", steps: 10, scales: true }, (error) => {
   if (error) fail(error);
   gesture.render();
 });

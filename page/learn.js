@@ -93,7 +93,7 @@ function say() {
     : !now.steps ? ["Not trained", "The network knows nothing yet. Its arrows all point to the middle: orange means wrong, and the dots that follow them do not find the arcs."]
     : state.goal > state.at && !state.playing ? [`Training step ${now.steps} …`, "The network has not learnt so much yet: one moment."]
     : now.steps < STEPS ? [`Training step ${now.steps}`, "An arrow turns from orange to grey as the network gets it right. The dots begin as noise, and follow the arrows."]
-    : ["Trained", `After ${STEPS} steps, the arrows of the network are almost the right ones, and the dots that follow them end on the two arcs.`];
+    : ["Trained", `After ${STEPS} steps, the arrows of the network are almost the right ones, and most of the dots that follow them end on the arcs.`];
   [$("learn-title").textContent, $("learn-text").textContent] = [title, words];
   return `${title}. ${words} ${$("learn-misses").textContent} of the dots miss the arcs.`;
 }

@@ -13,7 +13,7 @@ const columns = () => (innerWidth < 736 ? 4 : 6);
 let fault = ""; // of the network
 let turn = 0; // each time that they come back from only noise, the pictures are of the next kind
 export let gesture;
-export const pictures = new Passage(eps, { sampler: "ddim", steps: STEPS }, (error) => {
+export const pictures = new Passage(eps, { sampler: "ddim", steps: STEPS, scales: true }, (error) => {
   if (error) fault = error.message.split("\n")[0];
   gesture.render();
 });
@@ -37,8 +37,8 @@ function captions() {
   if (!isBack && !place) return ["Clean", "A network has drawn these twelve smileys, people and flags."];
   if (!isBack && place < 1) return ["Noise is added", "The pictures disappear in the noise."];
   if (!isBack) return ["Only noise is left", "Nobody can tell what was here. Let go, and the way back begins."];
-  if (jumps) return ["Back in one jump", steps.length ? "One jump ends at an average: of all smileys, of all people, or of all flags." : "The network is getting ready."];
-  if (place) return ["Back in many steps", steps.length ? "In each step, the network removes a little of the noise." : "The network is getting ready."];
+  if (jumps) return ["Back in one jump", steps.length ? "One jump ends at an average: of all smileys, of all people, or of all flags." : "The network begins."];
+  if (place) return ["Back in many steps", steps.length ? "In each step, the network removes a little of the noise." : "The network begins."];
   return from > 0.9 ? ["New pictures", "No person drew them."]
     : [from > 0.5 ? "Similar pictures" : "The same pictures", "From more noise, other ones come back."];
 }

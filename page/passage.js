@@ -14,8 +14,9 @@ export class Passage {
   #sampling = new Owner();
 
   /**
-   * eps(x, t): the network, or null while there is none. options: those of sampleProgressive, and
-   * betas. changed(error): called when there are more steps, or when eps has failed.
+   * eps(x, t): the network, or null while there is none. options: those of sampleProgressive; betas; scales:
+   * whether fewer steps lead back from less noise; keepsData: whether it begins anew with the same data.
+   * changed(error): called when there are more steps, or when eps has failed.
    */
   constructor(eps, options, changed) {
     this.changed = changed;
@@ -88,7 +89,8 @@ export class Passage {
   /** Take the way back, perhaps again, from where it began. */
   sample() {
     const { eps, xT, options } = this, t = Math.max(0, Math.round(this.levelAt(this.from)));
-    const betas = options.betas.slice(0, t + 1), count = Math.min(options.steps, t + 1), steps = this.steps = [];
+    const wanted = options.scales ? Math.ceil(options.steps * this.from) : options.steps;
+    const betas = options.betas.slice(0, t + 1), count = Math.min(wanted, t + 1), steps = this.steps = [];
     this.tau = respaced(betas, count).tau.reverse();
     this.#sampling.start(async (run) => {
       if (!eps) return;
