@@ -637,8 +637,8 @@ def main():
     draw_unet(args.out / "unet.png")
     save_image(args.out / "paper.png", grid(to_pixels(last(reverse(paper, batch=64))), 16))
     draw_strip(args.out, paper)
-    emoji = ddpm_numpy.Network(PAGE / "emoji.onnx", "cpu")
-    draw_recorded(PAGE if args.out == FIGURES else args.out, emoji)
+    if args.out == FIGURES:
+        draw_recorded(PAGE, ddpm_numpy.Network(PAGE / "emoji.onnx", "cpu"))
     draw_ends(args.out / "ends.png", paper)
     draw_steps(args.out / "steps.png", network)
     if network.classes:

@@ -76,6 +76,7 @@ function letChoose(scene, pull, release) {
     const turn = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1, Escape: 0 }[event.key];
     if (turn === undefined) return;
     event.preventDefault();
+    gesture.stop(); // it would go on by itself
     choose(turn ? (Math.max(state.pinned, turn < 0 ? 0 : -1) + turn + N) % N : -1);
     announce(turn ? `Dot ${state.pinned + 1} of ${N}. ${say()}` : "No dot is chosen.");
   };
