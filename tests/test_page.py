@@ -575,7 +575,10 @@ def test_opening_goes_to_noise_and_back(opened):
     )
     value_of(page, "opening", "(gesture.moveTo(1), gesture.sendBack(), gesture.stop())")
     until_complete(page)
-    result = images_at(page, 0, shape, module="opening")
+    result, guess = (
+        images_at(page, u, shape, kind, "opening") for u, kind in ((0, "x"), (1, "x0"))
+    )
+    assert np.abs(guess - way(noise, 1)[0][2]).mean() < 0.08
     assert np.abs(result - way(noise, 1)[-1][2]).mean() < 0.08  # the recording is compressed
     value_of(page, "opening", "(gesture.finish(), gesture.moveTo(0.5), gesture.moveTo(1))")
     x_T = images_at(page, 1, shape, module="opening")
@@ -676,6 +679,7 @@ def test_way_back_after_an_interrupted_jump(opened):
     value_of(page, "opening", "gesture.finish()")
     assert page.text_content("#scene-title") == "The same pictures"
     # the button for a jump begins with only noise
+    value_of(page, "opening", "(gesture.moveTo(0), gesture.moveTo(0.3))")
     page.click("#scene-one")
     until(page, "scene-title", "Noise is added")
     until(page, "scene-title", "Back in one jump")
@@ -748,11 +752,17 @@ def test_one_slider_sends_three_planes_back(page):
     after = np.array(
         value_of(page, "arrows", "gesture.passages.map((p) => Array.from(p.at(0.6).x))")
     )
-    far = "gesture.passages[0].pull(64, [0, 1.4], 0.6)"  # with more noise, it would leave the view
-    value_of(page, "arrows", f"(gesture.moveTo(0), gesture.moveTo(0.6), {far}, gesture.moveTo(1))")
-    assert pixels(page, "arrows-50").std() > 5  # it is drawn
-    seen = value_of(page, "arrows", "[gesture.passages[0].seen, gesture.passages[0].at(1).x[129]]")
-    assert 1.5 < 1.05 * seen[1] < seen[0]
+    for far, k, scale in (("[0, 1.4]", 129, 1), ("[2.4, 0]", 128, box["height"] / box["width"])):
+        pull = (
+            f"gesture.passages[0].pull(64, {far}, 0.6)"  # with more noise, it would leave the view
+        )
+        value_of(
+            page, "arrows", f"(gesture.moveTo(0), gesture.moveTo(0.6), {pull}, gesture.moveTo(1))"
+        )
+        assert pixels(page, "arrows-50").std() > 5  # it is drawn
+        code = f"[gesture.passages[0].seen, gesture.passages[0].at(1).x[{k}]]"
+        seen, at = value_of(page, "arrows", code)
+        assert 1.5 < 1.05 * scale * at < seen
     assert np.abs(after[:, 128:130]).max() < 0.05 and np.ptp(after, axis=0).max() == 0
     value_of(page, "arrows", "(gesture.moveTo(0), gesture.moveTo(0.1), gesture.moveTo(0))")
     data = value_of(page, "arrows", "gesture.passages.map((p) => Array.from(p.at(0).x))")
@@ -933,6 +943,7 @@ def test_sections_do_not_wait_for_each_other(opened):
     until(page, "drawing-text", "The network removes")
     see(page, "images")
     drag(page, "images-grid", (0.5, 0.1), (0.8, 0.1))
+    page.click("#use-clothes")  # again
     until(page, "images-title", "Back in 10 steps")
     drag(page, "draw", (0.2, 0.2), (0.8, 0.2))
     see(page, "images")
