@@ -11,22 +11,23 @@ const COUNT = 12, SHAPE = [3, 32, 32], SIZE = 3072, STEPS = 10;
 const GUIDANCE = 1;
 const columns = () => (innerWidth < 736 ? 4 : 6);
 let fault = ""; // of the network
-let turn = 0; // each time that they come back from only noise, the pictures are of the next kind
+/** Which kind the pictures are of: of the next one, if they come back from only noise. */
+const turnOf = ({ x0, from }) => (x0.turn ?? 0) + Number(from === 1);
 export let gesture;
 export const pictures = new Passage(eps, { sampler: "ddim", steps: STEPS, scales: true }, (error) => {
   if (error) fault = error.message.split("\n")[0];
+  else pictures.steps.at(-1).x0.turn = turnOf(pictures); // noise may be added to these
   gesture.render();
 });
 
 /** The first way back is recorded, because the network may still be loading: recorded.webp, by docs/make_figures.py,
  * has the first pictures, and then a row of estimates for each step. */
 async function eps(x, t) {
-  if (t === 999) turn++;
   if (gesture.round === 1 && pictures.from === 1) {
     const [signal, spread] = partsAt(t), x0 = rowOf($("scene-recording"), 1 + Math.floor(((999 - t) * STEPS) / 1000));
     return x.map((value, k) => (value - signal * x0[k]) / spread);
   }
-  const network = await included("emoji"), { kinds } = network;
+  const network = await included("emoji"), { kinds } = network, turn = turnOf(pictures);
   return guided(network, Array.from({ length: COUNT }, (_, k) => kinds[(k + Math.floor(k / 6) + turn) % kinds.length]), GUIDANCE)(x, t);
 }
 

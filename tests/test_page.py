@@ -570,9 +570,8 @@ def test_opening_goes_to_noise_and_back(opened):
     np.testing.assert_allclose(noise, last**0.5 * first + (1 - last) ** 0.5 * eps, atol=1e-4)
     network = ddpm_numpy.Network(EMOJI, "cpu")
     kinds = [network.classes.index(name) for name in ("smileys", "people", "flags")]
-    way = lambda x_T, turn: steps_of_python(  # noqa: E731
-        network, x_T, [kinds[(k + k // 6 + turn) % 3] for k in range(12)], 1, 10, "ddim"
-    )
+    y = lambda turn: [kinds[(k + k // 6 + turn) % 3] for k in range(12)]  # noqa: E731
+    way = lambda x_T, turn: steps_of_python(network, x_T, y(turn), 1, 10, "ddim")  # noqa: E731
     value_of(page, "opening", "(gesture.moveTo(1), gesture.sendBack(), gesture.stop())")
     until_complete(page)
     result, guess = (
@@ -589,6 +588,13 @@ def test_opening_goes_to_noise_and_back(opened):
     until_complete(page)
     jump = images_at(page, 0, shape, module="opening")
     assert np.abs(jump - way(x_T, 2)[0][2]).mean() < 2e-2
+    # after a jump, the noise is added to the pictures before, which are of the kind before
+    half = "(gesture.finish(), gesture.moveTo(0.5), gesture.sendBack(true), gesture.stop())"
+    value_of(page, "opening", half)
+    until_complete(page)
+    x, jump = (images_at(page, place, shape, module="opening") for place in (0.5, 0))
+    eps = ddpm_numpy.guided(network, np.array(y(1)), 1)(x, np.full(12, 249))
+    assert np.abs(jump - np.clip((x - (1 - abar) ** 0.5 * eps) / abar**0.5, -1, 1)).mean() < 2e-2
 
 
 def test_opening_by_hand_and_by_keyboard(page):
