@@ -658,7 +658,7 @@ def test_finger_that_scrolls_moves_nothing_else(opened):
     assert page.evaluate("scrollY") > 50 and page.input_value("#scene-place") == "0"
     page.evaluate("scrollTo(0, 0)")
     touch("scene-place", 0)
-    assert page.text_content("#scene-title") == "Back in many steps"
+    until(page, "scene-title", "Back in many steps")
     before = pixels(page, "arrows-tile")
     top = page.evaluate("scrollY")
     touch("arrows-50", 200)
