@@ -418,9 +418,9 @@ def draw_recorded(folder, network):
     of four sets, and x0_hat in the fifth step of the first one, without the class and with it.
     """
 
-    def save(name, rows):
+    def save(name, rows, **options):
         image = np.concatenate([np.concatenate(list(to_pixels(x)), 2) for x in rows], 1)
-        Image.fromarray(image.transpose(1, 2, 0)).save(folder / name, quality=90, method=6)
+        Image.fromarray(image.transpose(1, 2, 0)).save(folder / name, method=6, **options)
 
     def chain(seed, y, w, sampler):
         x_T = np.array([page_noise(seed, k, 3072) for k in range(len(y))], np.float32)
@@ -433,7 +433,7 @@ def draw_recorded(folder, network):
         chain(seed, [kinds[(k + k // 6 + turn) % 3] for k in range(12)], 1, "ddim")
         for seed, turn in ((4, 0), (0, 1))
     )
-    save("recorded.webp", [x0 for _, _, x0 in before[-1:] + after])
+    save("recorded.webp", [x0 for _, _, x0 in before[-1:] + after], quality=90)
     sets = [chain(5, kinds[:1] * 9, w, "sa-solver") for w in (0, 1, 2, 4)]
     t, x, expected = sets[0][4]
     eps, abar = (
@@ -441,7 +441,7 @@ def draw_recorded(folder, network):
         np.prod(1 - network.betas[: t + 1]),
     )
     without = np.clip((x - (1 - abar) ** 0.5 * eps) / abar**0.5, -1, 1)
-    save("smileys.webp", [*(steps[-1][2] for steps in sets), without, expected])
+    save("smileys.webp", [*(steps[-1][2] for steps in sets), without, expected], lossless=True)
 
 
 def draw_ends(path, network):

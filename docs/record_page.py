@@ -30,16 +30,14 @@ DATA, NOISE, RESULT = 900, 500, 2200  # how long these frames stay, in milliseco
 STILL = 0.11  # the place of moons.png, on the way back from 1 to 0
 STYLE = f"#arrows-50 {{ width: 420px !important; height: {SIZE}px !important; }}"
 
-GESTURES = """async (call) => {
+GESTURES = """async () => {
     const files = ["./arrows.js", "./opening.js"];
     const gestures = (await Promise.all(files.map((file) => import(file)))).map((it) => it.gesture);
-    const results = gestures.map(eval(call));
+    const results = gestures.map((gesture) => %s);
     for (let k = 0; k < 2; k++) await new Promise(requestAnimationFrame); // they are drawn
     return results;
 }"""
-CANVASES = (
-    """["arrows-50", "scene-pictures"].map((id) => document.getElementById(id).toDataURL())"""
-)
+CANVASES = "['arrows-50', 'scene-pictures'].map((id) => document.getElementById(id).toDataURL())"
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -64,7 +62,7 @@ def browser_and_address():
 
 def shown_at(page, place):
     """Return plane and pictures at a place, from 0 (the data) to 1 (the noise), side by side."""
-    page.evaluate(GESTURES, f"(gesture) => gesture.moveTo({place})")
+    page.evaluate(GESTURES % f"gesture.moveTo({place})")
     images = []
     for url in page.evaluate(CANVASES):
         content = io.BytesIO(base64.b64decode(url.partition(",")[2]))
@@ -82,8 +80,8 @@ def shown_at(page, place):
 def record(page):
     """Return the frames to the noise, those of the way back, and the still."""
     there = [shown_at(page, k / FORWARD) for k in range(FORWARD + 1)]
-    page.evaluate(GESTURES, "(gesture) => (gesture.sendBack(), gesture.stop())")
-    while not all(page.evaluate(GESTURES, "(gesture) => gesture.isComplete")):
+    page.evaluate(GESTURES % "(gesture.sendBack(), gesture.stop())")
+    while not all(page.evaluate(GESTURES % "gesture.isComplete")):
         page.wait_for_timeout(200)
     back = [shown_at(page, 1 - k / BACK) for k in range(1, BACK + 1)]
     return there, back, back[round((1 - STILL) * BACK) - 1]

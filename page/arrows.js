@@ -24,7 +24,7 @@ function say() {
     $(`${scene.canvas.id}-miss`).textContent = isThere ? `${(100 * missed(scene.at(0).x, DATA, STD)).toFixed(0)}% miss the arcs` : "";
   }
   const [title, text] = isBack && !place ? ["Back from the noise", missed(one.at(0).x, DATA, STD) < 0.4 ? "After so little noise, one step is almost enough. Begin with more noise to see the difference."
-    : "One step ends between the arcs, and many short steps reach them, perhaps the other one: a dot keeps its colour."]
+    : "One step ends between the arcs. Many short steps reach an arc, perhaps the other one: a dot keeps its colour."]
     : [isBack ? "On the way back" : "One dot: drag it", large.sentenceOf(state.chosen, place) || "Drag the slider to Noise, and let go."];
   [$("arrows-title").textContent, $("arrows-text").textContent] = [title, text];
   return `${title}. ${text}`;

@@ -40,6 +40,11 @@ export function onTurn(slider, choose) {
   };
 }
 
+/** Call call() when a stage comes into sight, or already the section before it, so that the reader need not wait. */
+export function whenNear(before, stage, call) {
+  for (const name of [before, stage]) follow($(name), (isSeen) => isSeen && call(), 0.4);
+}
+
 /** Call step(milliseconds) in the next frame, and again while it returns true and the element is in
  * sight. Returns the function that asks for it. */
 export function animate(element, step) {

@@ -1,6 +1,6 @@
 // Section 5: a drawing. The gesture of the opening begins with what the reader has drawn.
 
-import { $, Owner, follow, pause, still } from "./common.js";
+import { $, Owner, pause, still, whenNear } from "./common.js";
 import { Gesture } from "./gesture.js";
 import { included } from "./networks.js";
 import { Passage } from "./passage.js";
@@ -158,10 +158,6 @@ export function startDrawing() {
   };
   canvas.onpointermove = (event) => canvas.hasPointerCapture(event.pointerId) && move(event);
   canvas.onpointerup = () => { waiting = setTimeout(comeBack, WAIT); };
-  const near = (isSeen) => {
-    state.isNear ||= isSeen;
-    begin();
-  };
   clear();
   context.scale(canvas.width, canvas.height); // a face
   Object.assign(context, { fillStyle: PENS[3], strokeStyle: PENS[0], lineCap: "round", lineWidth: 0.08 });
@@ -170,6 +166,10 @@ export function startDrawing() {
   context.resetTransform();
   restart();
   gesture.begun = false;
-  follow($("guidance"), near, 0.5); // so that the reader need not wait
-  follow($("drawing-stage"), near, 0.4);
+  whenNear("guidance", "drawing-stage", () => {
+    state.isNear = true;
+    begin();
+  });
+  const stops = PENS.map((pen, k) => `${pen} 0 ${(100 * (k + 1)) / PENS.length}%`);
+  $("draw-pen").style.background = `linear-gradient(to right, ${stops})`;
 }

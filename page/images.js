@@ -1,13 +1,16 @@
 // Section 3: images. The gesture of the opening with a grid of pictures, under a curtain.
 
-import { $, follow, onTurn, still } from "./common.js";
+import { $, onTurn, still, whenNear } from "./common.js";
 import { Gesture } from "./gesture.js";
 import { Passage } from "./passage.js";
 import { drawFilm, drawImages, frame, pictureAt } from "./plane.js";
 import { noiseOf, predictX0 } from "./sampler.js";
 
 const COLUMNS = 5, ROWS = 3, COUNT = COLUMNS * ROWS;
-const ABOUT = { "fashion-mnist.onnx": "This network has learnt from 60,000 pictures of clothes.", "emoji.onnx": "This network has learnt from 3,743 emoji." };
+const KNOWN = { // from what the included networks have learnt, and what a guess is the average of
+  "fashion-mnist.onnx": ["60,000 pictures of clothes", "all clothes of a kind"],
+  "emoji.onnx": ["3,743 emoji", "all smileys, all people or all flags"],
+};
 
 const state = { chosen: 0, awaited: "clothes", fault: "", sweeps: false, isTouched: false, isNear: false }; // isTouched: the curtain, by the reader
 let network = null;
@@ -35,7 +38,7 @@ export function awaitNetwork(name) {
 export function useNetwork(opened, { seed = 0, ...options } = {}) {
   const { name, size, betas, variance, classes, kinds = [...classes.keys()], shape: [channels, height, width] } = network = opened;
   const y = kinds.length ? Array.from({ length: COUNT }, (_, k) => kinds[k % kinds.length]) : undefined;
-  $("images-about").textContent = ABOUT[name] ?? `Your network draws ${channels === 3 ? "coloured" : "grey"} pictures of ${width} × ${height} pixels.`;
+  $("images-about").textContent = KNOWN[name] ? `This network has learnt from ${KNOWN[name][0]}.` : `Your network draws ${channels === 3 ? "coloured" : "grey"} pictures of ${width} × ${height} pixels.`;
   pictures.use((x, t) => opened.eps(x, t, y), { betas, variance, ...options });
   pictures.begin(new Float32Array(COUNT * size), noiseOf(seed, COUNT, size)());
   expected = { x0: null, place: -1, asked: false };
@@ -81,7 +84,7 @@ function captions() {
   if (state.awaited) return ["One moment", `The network for ${state.awaited} is loading.`];
   if (isBack && !place && isComplete) return ["Back from the noise", "Without noise, both sides of the curtain are the same. Drag the slider, and see what the network still recognises."];
   if (isBack) return [`Back in ${pictures.tau.length} steps`, "In each step, the network guesses, and the noisy pictures move a little towards its guess."];
-  if (place === 1) return ["Only noise is left", `The network's guess is the average of ${{ "emoji.onnx": "all smileys, all people or all flags", "fashion-mnist.onnx": "all clothes of a kind" }[network?.name] ?? "all pictures"}: a blur. Let go, and new pictures come back.`];
+  if (place === 1) return ["Only noise is left", `The network's guess is the average of ${KNOWN[network?.name]?.[1] ?? "all pictures"}: a blur. Let go, and new pictures come back.`];
   return ["Noise is added", "The more noise there is, the more pictures are possible, and the blurrier their average is. Let go, and pictures come back."];
 }
 
@@ -137,10 +140,8 @@ export function startImages() {
     from = null;
   };
   onTurn(curtain, (turn) => choose(state.chosen + turn));
-  const near = (isSeen) => {
-    state.isNear ||= isSeen;
+  whenNear("learning", "images-stage", () => {
+    state.isNear = true;
     begin();
-  };
-  follow($("learning"), near, 0.5); // so that the reader need not wait
-  follow($("images-stage"), near, 0.3);
+  });
 }

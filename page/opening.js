@@ -7,8 +7,7 @@ import { Passage } from "./passage.js";
 import { drawImages, rowOf } from "./plane.js";
 import { guided, noiseOf, partsAt } from "./sampler.js";
 
-const COUNT = 12, SHAPE = [3, 32, 32], SIZE = 3072, STEPS = 10;
-const GUIDANCE = 1;
+const COUNT = 12, SHAPE = [3, 32, 32], SIZE = 3072, STEPS = 10, GUIDANCE = 1;
 const columns = () => (innerWidth < 736 ? 4 : 6);
 let fault = ""; // of the network
 /** Which kind the pictures are of: of the next one, if they come back from only noise. */
@@ -38,7 +37,7 @@ function captions() {
   if (!isBack && !place) return ["Clean", "A network has drawn these twelve smileys, people and flags."];
   if (!isBack && place < 1) return ["Noise is added", "The pictures disappear in the noise."];
   if (!isBack) return ["Only noise is left", "Nobody can tell what was here. Let go, and the way back begins."];
-  if (jumps) return ["Back in one jump", steps.length ? "One jump ends at an average: of all smileys, of all people, or of all flags." : "The network begins."];
+  if (jumps) return ["Back in one jump", steps.length ? "One jump ends at a blur of all smileys, of all people, or of all flags." : "The network begins."];
   if (place) return ["Back in many steps", steps.length ? "In each step, the network removes a little of the noise." : "The network begins."];
   return from > 0.9 ? ["New pictures", "No person drew them."]
     : [from > 0.5 ? "Similar pictures" : "The same pictures", "From more noise, other ones come back."];

@@ -758,6 +758,8 @@ def test_one_slider_sends_three_planes_back(page):
     after = np.array(
         value_of(page, "arrows", "gesture.passages.map((p) => Array.from(p.at(0.6).x))")
     )
+    page.mouse.move(5, 5)  # away from the plane, where it would choose a dot
+    value_of(page, "arrows", "gesture.stop()")  # or the dot comes back
     for far, k, scale in (("[0, 1.4]", 129, 1), ("[2.4, 0]", 128, box["height"] / box["width"])):
         pull = (
             f"gesture.passages[0].pull(64, {far}, 0.6)"  # with more noise, it would leave the view
@@ -935,7 +937,7 @@ def test_drawing_comes_back(page):
     assert np.abs(ends - picture).mean() < 0.12
     page.locator("#track-800:not(.old)").wait_for(state="attached")  # pen-up fills the track
     fills = [np.abs(pixels(page, f"track-{t}") - pixels(page, "draw")).mean() for t in (50, 800)]
-    assert fills[0] < 30 and fills[1] > 15
+    assert fills[0] < 30 and fills[1] > max(15, fills[0] + 10)
     page.click("#track-300")  # one of them is a level to come back from
     until(page, "drawing-text", BACK)
     assert from_level(page) == pytest.approx(300, abs=1)
@@ -1083,13 +1085,24 @@ def test_emoji(page):
 
 
 def test_guidance_and_its_cost(page):
-    """The recorded pictures are at the slider and at the pointer, and the costs are theirs."""
+    """Nine smileys from the same noise, as in Python; more guidance, less variety."""
     see(page, "guidance")
     with Image.open(PAGE / "smileys.webp") as image:
         rows = np.array(image.convert("RGB"), int).reshape(6, 32, 9, 32, 3).transpose(0, 2, 4, 1, 3)
     *sets, without, answer = rows
     x = [(1 - nine / 127.5).std(0) for nine in sets]
     shares = [round(100 * np.sqrt((it**2).mean() / (x[0] ** 2).mean())) for it in x]
+    assert shares[3] < 80
+    network = ddpm_numpy.Network(EMOJI, "cpu")
+    smileys, noise = [network.classes.index("smileys")] * 9, noise_of(page, 5, (9, 3, 32, 32))[0]
+    ways = [steps_of_python(network, noise, smileys, w) for w in (0, 4)]
+    t, x, guess = ways[0][4]  # about this noisy picture, the network is asked twice
+    abar = np.cumprod(1 - np.array(network.betas))[t]
+    other = network(x, np.full(9, t), np.full(9, len(network.classes)))
+    other = np.clip((x - (1 - abar) ** 0.5 * other) / abar**0.5, -1, 1)
+    drawn = (ways[0][-1][2], ways[1][-1][2], other, guess)
+    for recorded, expected in zip((sets[0], sets[3], without, answer), drawn, strict=True):
+        assert np.abs(recorded - to_pixels(expected)).mean() < 3
     for k, w, chosen in ((0, 0, 2), (3, 4, 7)):
         page.locator("#strip-place").fill(str(k))
         assert np.abs(tiles(page, f"strip-{k}", (3, 32, 32)) - sets[k]).max() <= 1
