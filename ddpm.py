@@ -12,7 +12,7 @@ It presents the method in this order:
 
 Numbers in parentheses are the paper's equation numbers. Images are float32 (B, C, H, W) in [-1, 1].
 A model is any function (x_t, t) that returns the noise in x_t. What came after the paper, such as
-few-step samplers and guidance, is in beyond.py.
+few-step samplers and guidance, is in sample.py and extras/variants.py.
 
 Time: the paper counts t = 1..T and calls the data x_0. Here t is an int64 tensor of shape (B,) with
 values 0..T-1 that indexes the tables, so t = 0 is the paper's t = 1: an image with one step of

@@ -1,24 +1,27 @@
-"""One image: read a file, convert its pixels, arrange images in a grid, save them.
+"""The training set: a folder of images as one array, and the built-in demo.
 
-The rest is what sample.py needs without support/: check_output checks beforehand whether a file
-can be written, and `replacing` writes it, so that an old file is replaced as a whole or kept.
+    images, labels = read_folder("./images", 32)     # uint8 (N, C, 32, 32)
+    x0 = from_pixels(images)                         # float32 in [-1, 1]
 
-Pixels are uint8, (C, H, W) for one image and (B, C, H, W) for several; C is 1 for greyscale
-images and 3 for colour. The networks work on float32 in [-1, 1].
+It needs numpy, Pillow and tqdm, and no other file of the project.
 """
 
 import contextlib
-import io
-import math
+import hashlib
+import inspect
 import os
-import re
 import secrets
-import signal
 import sys
+import tempfile
+import warnings
+from functools import partial
+from itertools import product
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
+from tqdm import tqdm
 
 with contextlib.suppress(ImportError):  # HEIC, the format of iPhone photos
     from pillow_heif import register_heif_opener
@@ -27,9 +30,6 @@ with contextlib.suppress(ImportError):  # HEIC, the format of iPhone photos
 
 Image.init()
 FORMATS = [kind for kind in Image.OPEN if kind != "EPS"]  # EPS would start Ghostscript
-TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")  # the names of what `replacing` writes
-
-# ------------------------------------------------------------------------------------------- images
 
 
 def read_image(path, size, channels):
@@ -62,177 +62,172 @@ def from_pixels(pixels):
     return pixels / np.float32(127.5) - 1
 
 
-def to_pixels(x):
-    """Return an array with values in [-1, 1] as uint8 pixels, rounded."""
-    return ((x.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
+# ------------------------------------------------------------------------------ a folder of images
 
 
-def to_image(pixels):
-    """Return uint8 pixels (C, H, W) as a Pillow image."""
-    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+def image_files(folder):
+    """Return the paths of the image files in a folder and its sub-folders, sorted, and the others.
 
-
-def grid(pixels, columns=None, rows=None, names=()):
-    """Return uint8 pixels (B, C, H, W) as one Pillow image with rows of `columns` images.
-
-    If `rows` is given, and there are at least that many images, image k is in row k % rows.
-    Without either, the grid is about square. Small images are enlarged. names: the names of the
-    rows, written to their left.
+    An image file has a suffix that Pillow can read; a folder that can't be listed counts as one.
+    Hidden files, and folders that hold a run of train.py, are left out. Links are followed. Exits
+    if there is no image file.
     """
-    if rows and 1 < rows <= len(pixels):
-        columns = math.ceil(len(pixels) / rows)
-        blank = np.full((rows * columns - len(pixels), *pixels.shape[1:]), 255, np.uint8)
-        order = np.arange(rows * columns).reshape(columns, rows).T.ravel()
-        pixels = np.concatenate([pixels, blank])[order]
-    columns = columns or math.ceil(math.sqrt(len(pixels)))
-    padding = (0, -len(pixels) % columns), (0, 0), (1, 1), (1, 1)
-    pixels = np.pad(pixels, padding, constant_values=255)
-    _, c, h, w = pixels.shape
-    pixels = pixels.reshape(-1, columns, c, h, w).transpose(2, 0, 3, 1, 4)
-    image = to_image(pixels.reshape(c, -1, columns * w))
-    scale = max(1, round(512 / max(image.size)), round(64 / h))
-    image = ImageOps.scale(image, scale, Image.Resampling.NEAREST)
-    has_all_rows = len(names) * h * scale == image.height  # not with fewer images than names
-    return label_rows(image, names) if has_all_rows else image
+    if not os.path.isdir(folder):
+        sys.exit(f"{folder} is not a folder")
+    suffixes = {s for s, kind in Image.registered_extensions().items() if kind in FORMATS}
+    images, others, seen = [], [], set()
+
+    def closed(error):
+        images.append(os.path.join(error.filename, "*"))
+
+    for root, folders, names in os.walk(folder, onerror=closed, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen or "log.csv" in names or "checkpoint.pt" in names:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in (name for name in names if not name.startswith(".")):
+            is_image = os.path.splitext(name)[1].lower() in suffixes
+            (images if is_image else others).append(os.path.join(root, name))
+    if not images:
+        sys.exit(f"{folder}: there is no image that can be read")
+    return sorted(images, key=lambda path: path.replace(os.sep, "/")), others
 
 
-def label_rows(image, names):
-    """Return a Pillow image whose rows of equal height have their names to the left."""
-    font = ImageFont.load_default(16)
-    margin = 16 + math.ceil(max(font.getlength(name) for name in names))
-    canvas = ImageOps.expand(image, (margin, 0, 0, 0), fill="white")
-    for row, name in enumerate(names):
-        middle = (row + 0.5) * image.height / len(names)
-        ImageDraw.Draw(canvas).text((8, middle), name, "black", font, anchor="lm")
-    return canvas
+def report(verb, paths, why):
+    """Print how many files are left out and why, and the names of the first three."""
+    if paths:
+        print(f"{verb} {len(paths):,} files {why}: {', '.join(map(ascii, sorted(paths)[:3]))}")
 
 
-# -------------------------------------------------------------------------------------------- files
+def class_of(path, folder):
+    """Return the name of the sub-folder of `folder` that the file is in, "" if it is in none."""
+    parts = Path(path).relative_to(folder).parts
+    return parts[0] if len(parts) > 1 else ""
 
 
-def check_output(path, *inputs):
-    """Exit if no file can be made at `path`, or if the file there is one of the inputs."""
-    folder = next(p for p in Path(os.path.abspath(path)).parents if os.path.lexists(p))
-    if not folder.is_dir():
-        sys.exit(f"{path} can't be written: {folder} is not a folder")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        sys.exit(f"{path} can't be written: no permission to write to {folder}")
-    if os.path.isdir(path):
-        sys.exit(f"{path} can't be written: it is a folder")
-    for name in inputs:
-        if os.path.exists(name) and os.path.exists(path) and os.path.samefile(name, path):
-            sys.exit(f"{path} is also read, so it is not written; choose another name")
+def class_names(folder):
+    """Return the names of the classes, sorted: the sub-folders that have images in them.
 
-
-def check_new_folder(path):
-    """Exit unless `path` is a new or empty folder that can be written."""
-    check_output(Path(path) / "x")
-    if os.path.exists(path) and (not os.path.isdir(path) or os.listdir(path)):
-        sys.exit(f"{path} must be a new or empty folder")
-
-
-def is_folder_name(name):
-    """Return whether a folder can have this name, and a terminal can show it."""
-    return name == Path(name).name and name not in ("", "..") and name.isprintable()
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """Yield a new binary file, which becomes the file `path` at the end of the block.
-
-    If the block fails, `path` stays as it was. Exits if the disk is full or can't be written to.
+    Exits if there are images outside the sub-folders, if there are fewer than two classes, or if
+    a name can't be shown or can't be the name of a folder everywhere.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    names = sorted({class_of(path, folder) for path in image_files(folder)[0]})
+    if "" in names:
+        sys.exit(
+            f"--classes: {folder} has images outside of its sub-folders, which are the classes"
+        )
+    if len(names) < 2:
+        sys.exit(f"--classes: {folder} needs images in two sub-folders or more; found: {names}")
+    if bad := [name for name in names if not name.isprintable() or set(name) & set('\\:*?"<>|')]:
+        sys.exit(f"--classes: {bad[0]!r} can't be the name of a class; rename the sub-folder")
+    return names
+
+
+def has_colour(path):
+    """Return whether an image file is in colour. It reads little more than the header."""
     try:
-        with open(temporary, "x+b") as file:  # x: no file or link of this name may be there
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # else, after a power cut, the new name may have no content
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        # An error of another file is a bug, and one of Pillow has no errno: neither exits here.
-        if isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary)):
-            stays = " and stays as it was" * path.exists()
-            sys.exit(f"{path} can't be written{stays}: {error.strerror}")
-        raise
+        with Image.open(path, formats=FORMATS) as image:
+            if image.mode in ("P", "PA"):
+                palette = np.reshape(image.getpalette("RGB"), (-1, 3))
+                return bool((palette != palette[:, :1]).any())
+            return image.mode not in ("1", "L", "LA", "F") and not image.mode.startswith("I")
+    except Exception:  # Pillow raises many kinds; `decode` leaves the file out
+        return False
 
 
-def save_image(path, image, **options):
-    """Save a Pillow image in the format of the suffix, in a folder that is made if needed."""
-    kind = Image.registered_extensions()[Path(path).suffix.lower()]
-    with replacing(path) as file:
-        image.save(file, kind, **options)
+def try_to_read(path, size, channels):
+    """Return the pixels of an image file, or None if it can't be read."""
+    try:
+        return read_image(path, size, channels)
+    except Exception:  # Pillow raises many kinds
+        return None
 
 
-def save_animation(path, images, each=60, last=2000):
-    """Save Pillow images as an animation. each, last: milliseconds per image, and of the last."""
-    duration = [each] * (len(images) - 1) + [last]
-    save_image(path, images[0], save_all=True, append_images=images[1:], duration=duration, loop=0)
+def state_of(path):
+    """Return what changes with a file: its size and two times; nothing for a broken link."""
+    state = os.stat(path) if os.path.exists(path) else None
+    return (state.st_size, state.st_mtime_ns, state.st_ctime_ns) if state else ()
 
 
-# ------------------------------------------------------------------------------------- the terminal
+def decode(paths, size, channels, file):
+    """Write which of the paths can be read (N bytes), and then the pixels of these, to a new file.
 
-
-class Output(io.FileIO):
-    """Standard output or error that stays writable after its reader has ended.
-
-    If the reader of a pipe (tee, head, less) ends, the output goes to the terminal instead, and the
-    program is told to stop, unless nohup started it. If the terminal is closed, the output is lost,
-    and SIGHUP tells the program to stop.
+    The file is put in place as a whole. Exits with one line if the disk is full.
     """
-
-    def write(self, data):
-        """Write bytes."""
-        try:
-            return super().write(data)
-        except OSError as error:
-            try:
-                place = os.open("/dev/tty", os.O_WRONLY)
-            except OSError:
-                place = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(place, self.fileno())
-            os.close(place)
-            if isinstance(error, BrokenPipeError) and not ignores_hangup():
-                super().write(b"\nthe reader of the pipe has ended\n")
-                signal.raise_signal(signal.SIGTERM)
-            return super().write(data)
-
-
-def guard_output():
-    """Let print survive a pipe whose reader has ended, and characters the encoding lacks."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        buffer = getattr(stream, "buffer", None)
-        raw = getattr(buffer, "raw", buffer)  # python -u has no buffer
-        if type(raw) is io.FileIO:  # neither Jupyter's nor a Windows console
-            file = io.BufferedWriter(Output(raw.fileno(), "w", closefd=False))
-            guarded = io.TextIOWrapper(file, stream.encoding, "backslashreplace", None, True)
-            setattr(sys, name, guarded)
+    is_read = np.zeros(len(paths), bool)
+    temporary = file.with_name(f"{file.name}.{secrets.token_hex(8)}.tmp")
+    read = partial(try_to_read, size=size, channels=channels)
+    try:
+        with open(temporary, "xb") as out, ThreadPool(min(8, os.cpu_count() or 1)) as pool:
+            out.write(is_read.tobytes())
+            bar = tqdm(pool.imap(read, paths), "decoding", len(paths), unit=" images", leave=False)
+            for index, pixels in enumerate(bar):
+                if pixels is not None:
+                    is_read[index] = True
+                    out.write(pixels.tobytes())
+            out.seek(0)
+            out.write(is_read.tobytes())
+        os.replace(temporary, file)
+    except OSError as error:
+        sys.exit(f"{file} can't be written: {error.strerror}")
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def ignores_hangup():
-    """Return whether nohup started the program, so that a closed terminal does not end it."""
-    return hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+def read_folder(folder, size, channels=None, classes=None, cache=None):
+    """Return the images in a folder, uint8 (N, C, size, size), and their labels, int64 (N,).
 
+    channels: C, 1 or 3, or None for 3 if any image is in colour.
+    classes: names of sub-folders. The label of an image is the index of its sub-folder in this
+        list. Without such a list, the labels are None.
+    cache: a folder for the decoded images, which are memory-mapped, until a file changes.
 
-def interrupt(*_):
-    """Handle a signal: raise KeyboardInterrupt, and ignore the signals that follow.
-
-    Nothing then interrupts the saving of finished work.
+    Counts and names the files that are left out. Exits if no image is left, or if one is in none of
+    the classes.
     """
-    catch_signals(signal.SIG_IGN)
-    raise KeyboardInterrupt
+    warnings.filterwarnings("ignore", module="PIL")  # what can't be read is reported
+    paths, others = image_files(folder)
+    report("ignored", others, "without a suffix that Pillow reads")
+    channels = channels or (3 if any(map(has_colour, paths)) else 1)
+    found = [(os.path.relpath(path, folder), *state_of(path)) for path in paths]
+    key = ascii((size, channels, found, inspect.getsource(read_image)))
+    name = f".images-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(cache or temporary) / name
+        if not file.exists():
+            decode(paths, size, channels, file)
+        data = np.memmap(file, np.uint8, "c") if cache else np.fromfile(file, np.uint8)
+    is_read = data[: len(paths)].astype(bool)
+    broken = [path for path, read in zip(paths, is_read, strict=True) if not read]
+    report("left out", broken, "that can't be read")
+    if len(broken) == len(paths):
+        sys.exit(f"{folder}: there is no image that can be read")
+    images = data[len(paths) :].reshape(-1, channels, size, size)
+    if not classes:
+        return images, None
+    names = [class_of(path, folder) for path, read in zip(paths, is_read, strict=True) if read]
+    if unknown := {*names} - {*classes}:
+        sys.exit(f"{folder} has images in {min(unknown)!r}, which is none of the classes {classes}")
+    return images, np.array([classes.index(name) for name in names])
 
 
-def catch_signals(handler=interrupt):
-    """Install a handler for Ctrl-C, SIGTERM and SIGHUP (a closed terminal, unless under nohup).
+# ---------------------------------------------------------------------------------------- the demo
 
-    The default raises KeyboardInterrupt once.
-    """
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name) and not (name == "SIGHUP" and ignores_hangup()):
-            signal.signal(getattr(signal, name), handler)
+
+GLYPHS = [
+    ".#. ### .#.", "#.# .#. #.#", "### #.# ###", "### .#. .#.", "#.# #.# ###", "#.# ### #.#",
+]  # fmt: skip
+COLOURS = [(230, 57, 70), (244, 162, 28), (56, 160, 75), (38, 110, 220)]
+
+
+def demo_images():
+    """Return each glyph in each colour at nine places, on white: uint8 (216, 3, 8, 8)."""
+    images = []
+    for glyph, colour, left, top in product(GLYPHS, COLOURS, range(3), range(3)):
+        cells = np.array([[cell == "#" for cell in row] for row in glyph.split()])
+        image = np.full((8, 8, 3), 255, np.uint8)
+        image[top : top + 6, left : left + 6][cells.repeat(2, 0).repeat(2, 1)] = colour
+        images.append(image.transpose(2, 0, 1))
+    return np.stack(images)

@@ -4,9 +4,9 @@
 
 This is the whole path on one page: Algorithm 1 with Adam, the exported network, and Algorithm 2
 in numpy under ONNX Runtime. It needs ddpm.py, torch, numpy, Pillow, tqdm, onnx, onnxscript and
-onnxruntime. The programs train.py, export.py and sample.py add resuming, checks, any device and
-faster samplers. They also have the paper's random flips, and the warm-up of the learning rate and
-the clipped gradient of the authors' code.
+onnxruntime (onnxruntime-gpu for an NVIDIA GPU). The programs train.py, export.py and sample.py add
+resuming, checks, faster samplers, the paper's random flips, bfloat16, which speeds up the paper's
+large network, and the warm-up and the clipped gradient of the authors' code.
 """
 
 import copy
@@ -20,37 +20,45 @@ import numpy as np
 import onnx
 import torch
 from PIL import Image, ImageOps
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ddpm import Diffusion, UNet, linear_betas
 
-# The images of a folder: float32 (N, 3, 32, 32) in [-1, 1]
-files = [p for p in Path(sys.argv[1]).rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg")]
+if len(sys.argv) != 2:
+    sys.exit("usage: python minimal.py FOLDER_OF_IMAGES")
+
+# The images of the folder that can be read: float32 (N, 3, 32, 32) in [-1, 1]
 pixels = []
-for path in tqdm(files):
-    image = Image.open(path).convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    pixels.append(np.asarray(ImageOps.fit(image, (32, 32))))
-if not files:
-    sys.exit(f"{sys.argv[1]}: there are no PNG or JPEG files")
-images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
+for path in tqdm([*Path(sys.argv[1]).rglob("*")]):
+    if path.suffix.lower() in (".png", ".jpg", ".jpeg"):
+        try:
+            image = Image.open(path).convert("RGBA")
+        except Exception:  # Pillow raises many kinds
+            continue
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        pixels.append(np.asarray(ImageOps.fit(image, (32, 32))))
+if not pixels:
+    sys.exit(f"{sys.argv[1]}: there are no PNG or JPEG files that can be read")
+device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(device) / 127.5 - 1
 
 # Algorithm 1 with Adam, and an average of the weights
-device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 diffusion = Diffusion(linear_betas())
 # 32 pixels, 3 channels, four levels of 16, 32, 64 and 64 features; the paper's network is UNet()
 model = UNet(32, 3, 16, (1, 2, 4, 4), num_res_blocks=1, attention_resolutions=(), dropout=0)
 model = model.to(device)
 average = copy.deepcopy(model).eval()
-optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-for step in tqdm(range(10_000)):
-    loss = diffusion.loss(model, images[torch.randint(len(images), (64,))].to(device))
+move_average = get_ema_multi_avg_fn(0.999)
+optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+for step in (bar := tqdm(range(10_000))):
+    loss = diffusion.loss(model, images[torch.randint(len(images), (64,), device=device)])
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    with torch.no_grad():
-        for mean, weights in zip(average.parameters(), model.parameters(), strict=True):
-            mean.lerp_(weights, 1 - min(0.9999, (1 + step) / (10 + step)))
+    move_average([*average.parameters()], [*model.parameters()], None)
+    if step % 100 == 0:  # reading the loss waits for the device
+        bar.set_postfix(loss=f"{loss.item():.3f}")
 
 # The network as ONNX, with the schedule in its metadata; the exporter's messages are suppressed
 warnings.simplefilter("ignore")
@@ -75,25 +83,26 @@ import onnxruntime
 from PIL import Image
 
 # Algorithm 2 under ONNX Runtime, on CUDA if its libraries are there
-if shutil.which("nvidia-smi"):
+providers = ["CPUExecutionProvider"]
+if shutil.which("nvidia-smi") and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
     onnxruntime.preload_dlls()
-else:
-    onnxruntime.set_default_logger_severity(4)
-available = onnxruntime.get_available_providers()
-providers = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in available]
+    providers.insert(0, "CUDAExecutionProvider")
 session = onnxruntime.InferenceSession("model.onnx", providers=providers)
-print("drawing on", session.get_providers()[0])
 metadata = session.get_modelmeta().custom_metadata_map
 betas, shape = json.loads(metadata["ddpm.betas"]), json.loads(metadata["ddpm.image_shape"])
 alphas_bar = np.cumprod(1 - np.array(betas)).tolist()
 random = np.random.default_rng(0)
 x = random.standard_normal((16, *shape), np.float32)
 for t in reversed(range(len(betas))):
+    beta, abar = betas[t], alphas_bar[t]
     (eps,) = session.run(["eps"], {"x_t": x, "t": np.full(len(x), t)})
-    x = (x - betas[t] / (1 - alphas_bar[t]) ** 0.5 * eps) / (1 - betas[t]) ** 0.5  # (11)
-    if t > 0:
-        x += betas[t] ** 0.5 * random.standard_normal(x.shape, np.float32)
+    x0 = ((x - (1 - abar) ** 0.5 * eps) / abar**0.5).clip(-1, 1)  # (15)
+    if t > 0:  # the posterior mean (7), and noise
+        abar_prev = alphas_bar[t - 1]
+        mean = abar_prev**0.5 * beta * x0 + (1 - beta) ** 0.5 * (1 - abar_prev) * x
+        x = mean / (1 - abar) + beta**0.5 * random.standard_normal(x.shape, np.float32)
 C, H, W = shape
-rows = ((x.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8).reshape(4, 4, C, H, W)
-grid = rows.transpose(0, 3, 1, 4, 2).reshape(4 * H, 4 * W, C)
+rows = ((x0 + 1) * 127.5).round().astype(np.uint8).reshape(4, 4, C, H, W)
+grid = rows.transpose(0, 3, 1, 4, 2).reshape(4 * H, 4 * W, C).repeat(4, 0).repeat(4, 1)
 Image.fromarray(grid.squeeze()).save("samples.png")
+print(f"samples.png: 16 images by Algorithm 2, with model.onnx on {session.get_providers()[0]}")

@@ -1,336 +1,423 @@
-"""Sample images from model.onnx with ONNX Runtime, or from a checkpoint with torch.
+"""Draw images with a model.onnx in numpy and ONNX Runtime: the loop, the network, the program.
 
-    python sample.py --onnx model.onnx                     # 64 images in samples.png
-    python sample.py --checkpoint run                      # the same in torch, without an export
-    python sample.py --onnx model.onnx --steps 10          # a hundredth of the time
-    python sample.py --onnx model.onnx -n 10000 --dir out  # one PNG per image
-    python sample.py --onnx model.onnx --interpolate a.png b.png  # between two images
-    python sample.py --onnx model.onnx --inpaint image.png mask.png  # redraw the white part
-    python sample.py --onnx model.onnx --class boot bag --guidance 2  # if it has classes
+    python sample.py --onnx model.onnx                           # 64 images in samples.png
+    python sample.py --onnx model.onnx --steps 10                # a hundredth of the time
+    python sample.py --onnx model.onnx -n 10000 --dir out        # one PNG file per image
+    python sample.py --onnx model.onnx --class boot bag --guidance 2    # if it has classes
+    python sample.py --checkpoint run                            # in torch, without an export
 
-With --onnx, the program runs on CUDA or a CPU, and needs ddpm_numpy.py, samplers.py, images.py,
-numpy, Pillow, tqdm and onnxruntime (for CUDA, see the manual), but not torch. With --checkpoint, it
-runs on every device that torch supports, and needs the files of train.py, but no ONNX package.
+This file can be copied alone. As a library it needs numpy and onnxruntime (for an NVIDIA GPU,
+onnxruntime-gpu[cuda,cudnn]); the program also needs Pillow and tqdm:
+
+    network = Network("model.onnx")
+    x0 = sample(network, 16, steps=10)  # float32 in [-1, 1], (16, C, H, W)
+
+Numbers in parentheses are the paper's equation numbers (arXiv:2006.11239). t is 0..T-1, as in
+ddpm.py.
 """
 
 import argparse
-import hashlib
+import io
 import json
+import math
 import os
+import shutil
 import signal
 import sys
-import time
-from functools import partial
+import tempfile
+from importlib.util import find_spec
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 
-try:
-    import numpy as np
-    from PIL import Image, ImageOps
-    from tqdm import tqdm
+if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
+    for package in "numpy", "PIL", "tqdm", "onnxruntime":
+        if not find_spec(package):
+            sys.exit(f"sample.py needs {package}: pip install numpy Pillow tqdm onnxruntime")
 
-    from ddpm_numpy import LAMBDAS, Network, class_labels, mix, noise_of
-    from images import (
-        catch_signals,
-        check_output,
-        from_pixels,
-        grid,
-        guard_output,
-        is_folder_name,
-        read_image,
-        replacing,
-        save_animation,
-        save_image,
-        to_image,
-        to_pixels,
-    )
-    from samplers import SAMPLERS, choose_sampler
-except ModuleNotFoundError as error:
-    is_ours = error.name in ("ddpm_numpy", "images", "samplers")
-    how = f"copy {error.name}.py" if is_ours else "pip install numpy Pillow tqdm onnxruntime"
-    sys.exit(f"sample.py needs {error.name}: {how}")
-except KeyboardInterrupt:
-    sys.exit("sample.py: stopped")
+import numpy as np
 
-GRID = 256  # the largest number of images in one grid
-FRAMES = 50  # the number of steps that the GIF shows
-NOTE = ".sample.json"  # in --dir: the settings of its images, so that the same command can resume
+SAMPLERS = "ddpm", "ddim", "dpm-solver++"
+
+# ------------------------------------------------------------------------------ the reverse process
 
 
-def image_file(name, kinds=("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")):
-    """Return the name of a file for an image, as an argparse type."""
-    if Image.registered_extensions().get(Path(name).suffix.lower()) not in kinds:
-        raise argparse.ArgumentTypeError(f"{name} must be a {' or '.join(kinds)} file")
-    return name
+def reverse(eps, draw_noise, betas, variance="large", steps=None, sampler=None, clip=True):
+    """Yield (t, x_t, x0_hat) of the reverse process, from t = T-1 down.
+
+    x_t is the input of the network and x0_hat the current estimate of the clean image; the last
+    x0_hat is the sample. Both are arrays or tensors, shaped like the noise: all coefficients are
+    Python floats, so float32 stays float32, on any device.
+
+    eps(x_t, t): the noise in x_t, where t is an int.
+    draw_noise(): returns x_T, and then each z. To start at an x_t, pass betas[: t + 1] and a
+        function that returns x_t first.
+    betas, variance: as for Diffusion in ddpm.py.
+    steps: how many of the T steps to take, evenly spaced; all if None.
+    sampler: "ddpm" is the paper's Algorithm 2, the default with all T steps. "dpm-solver++" is the
+        second-order multistep solver of Lu et al. 2022 (arXiv:2211.01095), the default with fewer.
+        "ddim" is DDIM without noise (Song et al. 2021, arXiv:2010.02502).
+    clip: keep x0_hat in [-1, 1].
+
+    Raises ValueError for an unknown variance or sampler, or steps out of range.
+    """
+    T = len(betas)
+    steps = T if steps is None else steps
+    sampler = sampler or ("ddpm" if steps == T else "dpm-solver++")
+    if not 1 <= steps <= T:
+        raise ValueError(f"steps must be 1..{T}, not {steps}")
+    if sampler not in SAMPLERS or variance not in ("large", "small"):
+        raise ValueError(f"there is no sampler {sampler!r} or no variance {variance!r}")
+    alphas_bar = [*accumulate((1 - float(beta) for beta in betas), mul)]
+    levels = [T * k // steps - 1 for k in range(steps, 0, -1)]  # T-1 first; the last is T/steps - 1
+    x, earlier = draw_noise(), None
+    for t, s in zip(levels, [*levels[1:], None], strict=True):  # a step leads from t to s
+        abar = alphas_bar[t]
+        signal, spread = math.sqrt(abar), math.sqrt(1 - abar)
+        x0 = (x - spread * eps(x, t)) / signal  # (15)
+        x0 = x0.clip(-1, 1) if clip else x0
+        yield t, x, x0
+        if s is None:
+            return
+        abar_s = alphas_bar[s]
+        if sampler == "ddpm":  # Algorithm 2: the posterior mean (7), and noise
+            beta = 1 - abar / abar_s
+            mean = math.sqrt(abar_s) * beta / (1 - abar) * x0
+            mean = mean + math.sqrt(abar / abar_s) * (1 - abar_s) / (1 - abar) * x
+            sigma2 = beta if variance == "large" else (1 - abar_s) / (1 - abar) * beta
+            x = mean + math.sqrt(sigma2) * draw_noise()
+            continue
+        target = x0
+        if sampler == "dpm-solver++":  # extrapolate x0_hat in log SNR to the middle of the step
+            log_snr, log_snr_s = (math.log(a / (1 - a)) for a in (abar, abar_s))
+            if earlier:
+                rate = (log_snr_s - log_snr) / 2 / (log_snr - earlier[0])
+                target = x0 + rate * (x0 - earlier[1])
+            earlier = log_snr, x0
+        x = math.sqrt(abar_s) * target + math.sqrt(1 - abar_s) * ((x - signal * target) / spread)
+
+
+def guided(network, y, w):
+    """Return (1 + w) eps(x_t, t, y) - w eps(x_t, t), as a function of (x_t, t).
+
+    This is classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598, eq. 6), for arrays and
+    tensors. y: the classes, int64 (B,). w: 0 draws the class as it is, and larger values draw what
+    is more typical of it. Other programs use the scale s = 1 + w.
+    """
+
+    def eps(x_t, t):
+        given = network(x_t, t, y)
+        return given if w == 0 else (1 + w) * given - w * network(x_t, t)
+
+    return eps
+
+
+def noise_of(seed, first, n, shape):
+    """Return draw_noise() for the images first, first + 1, ...: standard normal, (n, *shape).
+
+    The noise of image k depends on (seed, k) alone, and not on the number of images.
+    """
+    streams = [np.random.default_rng((seed, first + k)) for k in range(n)]
+    return lambda: np.stack([stream.standard_normal(shape, np.float32) for stream in streams])
+
+
+def sample_progressive(network, n, classes=None, guidance=0.0, seed=0, first=0, **options):
+    """Return the generator `reverse` of n images that a Network draws together, each (n, C, H, W).
+
+    classes: names, which the images take in turn; all classes if None. guidance: the w of `guided`.
+    seed, first: the images have the numbers first, first + 1, ... of this seed. options: steps,
+    sampler and clip of `reverse`.
+
+    Raises ValueError for a name that is not a class, and for guidance that is not finite, or
+    without classes.
+    """
+    names = classes or network.classes
+    if unknown := {*names} - {*network.classes}:
+        raise ValueError(f"the network has the classes {network.classes}, not {min(unknown)!r}")
+    if not math.isfinite(guidance) or (guidance and not names):
+        raise ValueError(f"guidance needs a network with classes and a number, not {guidance}")
+    eps = network
+    if names:
+        y = [network.classes.index(names[k % len(names)]) for k in range(first, first + n)]
+        eps = guided(network, np.array(y), guidance)
+    return network.reverse(eps, noise_of(seed, first, n, network.shape), **options)
+
+
+def sample(network, n, *args, **options):
+    """Return the last x0_hat of sample_progressive, with its arguments: (n, C, H, W)."""
+    for _, _, x0_hat in sample_progressive(network, n, *args, **options):
+        x0 = x0_hat
+    return x0
+
+
+# -------------------------------------------------------------------------------------- the network
+
+
+def example(shape, T):
+    """Return the input (x_t, t) whose eps, at up to 64 evenly spaced places, is in the metadata."""
+    x_t = math.sqrt(2) * np.sin(np.arange(math.prod(shape)))
+    return x_t.reshape(1, *shape).astype(np.float32), T // 2
+
+
+class Network:
+    """eps_theta(x_t, t) from a model.onnx: float32 (B, C, H, W), and t, to eps, for any B.
+
+    A call takes t as an int or int64 (B,), and with classes y, int64 (B,); None stands for "no
+    class". One Network may be used from several threads.
+
+    device: "auto" prefers CUDA, "cuda" requires it, "cpu" avoids it. On CUDA, eps of the `example`
+    is compared with the answer in the file.
+    options: onnxruntime.SessionOptions, for example the number of threads.
+
+    Attributes: betas, float64 (T,), and variance are those of the file, shape is (C, H, W) of an
+    image, classes has the names of the classes, if any, and provider is the part of ONNX Runtime
+    that computes.
+
+    Raises ValueError if the file is missing or was not written by export.py, and if CUDA is
+    required but not available, or wrong.
+    """
+
+    def __init__(self, path, device="auto", options=None):
+        import onnxruntime as ort
+
+        if device not in ("auto", "cuda", "cpu"):
+            raise ValueError(f'device must be "auto", "cuda" or "cpu", not {device!r}')
+        providers, cuda = ["CPUExecutionProvider"], "CUDAExecutionProvider"
+        wanted = device == "cuda" or (device == "auto" and shutil.which("nvidia-smi"))
+        if wanted and cuda in ort.get_available_providers():
+            ort.preload_dlls()  # the libraries that pip installed
+            providers.insert(0, (cuda, {"cudnn_conv_algo_search": "HEURISTIC"}))
+        try:
+            self.session = ort.InferenceSession(path, options, providers=providers)
+        except Exception as error:  # ONNX Runtime raises many kinds
+            raise ValueError(f"{path} can't be opened as a model.onnx: {error!s:.200}") from None
+        self.provider = self.session.get_providers()[0]  # the CPU if CUDA does not load
+        if device == "cuda" and self.provider != cuda:
+            raise ValueError("ONNX Runtime can't use CUDA; see Accelerators in docs/guide.md")
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        if missing := {"ddpm.betas", "ddpm.variance", "ddpm.image_shape"} - metadata.keys():
+            raise ValueError(f"{path} was not written by export.py: it lacks {min(missing)}")
+        self.betas = np.array(json.loads(metadata["ddpm.betas"]), np.float64)
+        self.variance = metadata["ddpm.variance"]
+        self.shape = tuple(json.loads(metadata["ddpm.image_shape"]))
+        self.classes = json.loads(metadata.get("ddpm.classes", "[]"))
+        if any(Path(f"/{name}").name != name or name == ".." for name in self.classes):
+            raise ValueError(f"{path} has a class that can't be the name of a folder")
+        if self.provider == cuda:
+            eps = self(*example(self.shape, len(self.betas))).ravel()
+            eps = eps[:: -(-eps.size // 64)]
+            answer = np.array(json.loads(metadata.get("ddpm.eps_of_example", "null")) or eps)
+            if not np.square(eps - answer).mean() < 0.05**2 * np.square(answer).mean():
+                raise ValueError(f"{path}: eps on CUDA is wrong; use --device cpu")
+
+    def __call__(self, x_t, t, y=None):
+        feeds = {"x_t": x_t, "t": np.full(len(x_t), t, np.int64)}
+        if self.classes:
+            feeds["y"] = np.full(len(x_t), len(self.classes) if y is None else y, np.int64)
+        return self.session.run(["eps"], feeds)[0]
+
+    def reverse(self, eps, draw_noise, **options):
+        """Return `reverse` with this network's schedule. eps: this network, or it `guided`."""
+        return reverse(eps, draw_noise, self.betas, self.variance, **options)
+
+
+# ----------------------------------------------------------------------- images, output and signals
+
+
+def to_pixels(x):
+    """Return an array with values in [-1, 1] as uint8 pixels, rounded."""
+    return ((x.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
+
+
+def to_image(pixels):
+    """Return uint8 pixels (C, H, W) as a Pillow image."""
+    from PIL import Image
+
+    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+
+
+def grid(pixels, rows=None):
+    """Return uint8 pixels (N, C, H, W) as one Pillow image; small images are enlarged.
+
+    rows: image k is in row k % rows. Without it, the grid is about square, row by row.
+    """
+    n, c, h, w = pixels.shape
+    columns = math.ceil(n / rows if rows else math.sqrt(n))
+    blank = (rows or math.ceil(n / columns)) * columns - n
+    cells = np.pad(pixels, ((0, blank), (0, 0), (1, 1), (1, 1)), constant_values=255)
+    cells = cells.reshape(*((columns, -1) if rows else (-1, columns)), c, h + 2, w + 2)
+    cells = cells.swapaxes(0, 1) if rows else cells
+    image = to_image(cells.transpose(2, 0, 3, 1, 4).reshape(c, -1, columns * (w + 2)))
+    scale = max(1, round(512 / max(image.size)))
+    return image.resize((image.width * scale, image.height * scale), resample=0)  # nearest
+
+
+def check_output(path, *inputs):
+    """Exit with one line if no file can be written at `path`, or if it is one of the inputs."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=Path(path).parent).close()
+    except OSError as error:
+        sys.exit(f"{path} can't be written: {error.strerror}")
+    if os.path.isdir(path) or os.path.realpath(path) in map(os.path.realpath, inputs):
+        sys.exit(f"{path} can't be written: it is a folder, or the program reads it")
+
+
+class Output(io.FileIO):
+    """Standard output or error, which drops what is written once its reader has ended."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def guard_output():
+    """Let print survive a pipe whose reader has ended, and characters the encoding lacks."""
+    for name in "stdout", "stderr":
+        stream = getattr(sys, name)
+        buffer = getattr(stream, "buffer", None)
+        if type(getattr(buffer, "raw", buffer)) is io.FileIO:  # not Jupyter's or a Windows console
+            file = io.BufferedWriter(Output(stream.fileno(), "w", closefd=False))
+            text = io.TextIOWrapper(file, stream.encoding, "backslashreplace", None, True)
+            setattr(sys, name, text)
+
+
+class StopRequest:
+    """Note a signal that asks the program to stop: its `number`, 0 until then.
+
+    The signals are Ctrl-C, SIGTERM, SIGHUP (the terminal was closed) and SIGPIPE (the reader of a
+    pipe has ended). One that is ignored already, as under nohup, stays ignored.
+    """
+
+    def __init__(self):
+        self.number = 0
+        for name in "SIGINT", "SIGTERM", "SIGHUP", "SIGPIPE":
+            number = getattr(signal, name, None)  # Windows lacks two of them
+            if number and (name == "SIGPIPE" or signal.getsignal(number) != signal.SIG_IGN):
+                signal.signal(number, self.receive)
+
+    def receive(self, number, _):
+        """Note the first signal, and let a second Ctrl-C end the program at once."""
+        self.number = self.number or number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+
+    def end(self):
+        """End the program as the signal does by default, so that a loop of the shell ends, too."""
+        signal.signal(self.number, signal.SIG_DFL)
+        signal.raise_signal(self.number)
+
+
+# -------------------------------------------------------------------------------------- the program
 
 
 def arguments():
-    """Return the arguments of the command line."""
+    """Return the arguments of the command line. Exits if they do not fit."""
     parser = argparse.ArgumentParser(
-        usage="python sample.py --onnx model.onnx [options]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+        usage="python sample.py --onnx model.onnx [options]", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
     flag = parser.add_argument
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--onnx", help="network written by export.py [model.onnx]")
-    source.add_argument("--checkpoint", help="a run, a checkpoint, or published weights, in torch")
+    source.add_argument("--onnx", default="model.onnx", help="network of export.py [%(default)s]")
+    source.add_argument("--checkpoint", help="a run of train.py, in torch")
     flag("-n", type=int, help="number of images [64, or 8 of each class]")
-    flag("--out", default="samples.png", type=image_file, help="a grid of images [%(default)s]")
-    flag("--dir", type=Path, help="one PNG per image, in a new folder or one that this command "
-         f"started to fill; needed if -n is above {GRID}")  # fmt: skip
-    animation_file = partial(image_file, kinds=("GIF", "WEBP"))
-    flag("--scale", type=int, default=1, help="enlarge the files of --dir [%(default)s]")
-    flag("--gif", type=animation_file, help="an animation of the reverse process, first batch only")
-    flag("--inpaint", nargs=2, metavar=("IMAGE", "MASK"), help="redraw where the mask is white")
-    flag("--interpolate", nargs=2, metavar="FILE", help="two images; draw 11 mixtures of them")
-    flag("--t", type=int, nargs="+", help="t at which to mix, one row each, 0..T-1 [T / 5]")
-    flag("--steps", type=int, help="steps of the reverse process, 1..T [T, as in the paper]")
-    flag("--sampler", choices=SAMPLERS, help="[ddpm with all T steps, sa-solver with fewer]")
-    flag("--eta", type=float, help="noise of DDIM, 0 to 1; selects --sampler ddim [0, no noise]")
-    flag("--batch", default=64, type=int, help="images drawn together [%(default)s]")
-    flag("--seed", default=0, type=int, help="the same seed draws the same images [%(default)s]")
-    flag("--class", dest="classes", nargs="+", action="extend", metavar="NAME",
-         help="classes to draw [all]")  # fmt: skip
+    flag("--first", type=int, default=0, help="number of the first image, to go on [%(default)s]")
+    flag("--out", default="samples.png", help="a PNG file with up to 256 images [%(default)s]")
+    flag("--dir", type=Path, help="a new or empty folder, for one PNG file per image")
+    flag("--steps", type=int, help="steps of the reverse process [T, as in the paper]")
+    flag("--sampler", choices=SAMPLERS, help="[ddpm with all T steps, dpm-solver++ with fewer]")
+    flag("--batch", type=int, default=64, help="images drawn together [%(default)s]")
+    flag("--seed", type=int, default=0, help="image k depends on (seed, k) alone [%(default)s]")
+    flag("--class", dest="classes", nargs="+", metavar="NAME", help="classes to draw [all]")
     flag("--guidance", type=float, default=0.0, help="w: makes images more typical of a class [0]")
     flag("--device", default="auto", help="auto, cuda, cpu; in torch also cuda:1, mps, xpu [auto]")
-    flag("--amp", action=argparse.BooleanOptionalAction,
-         help="torch in bfloat16 [if the device has it]")  # fmt: skip
     args = parser.parse_args()
-    if args.amp is not None and not args.checkpoint:
-        parser.error("--amp needs --checkpoint")
-    args.source = args.checkpoint or args.onnx or "model.onnx"
-    if min(args.batch, args.scale, 1 if args.n is None else args.n) < 1 or args.seed < 0:
-        parser.error("-n, --batch and --scale must be at least 1, and --seed at least 0")
-    if (args.n or 1) > GRID and not args.dir:
-        parser.error(f"-n {args.n} needs --dir, because --out shows at most {GRID} images")
-    if args.interpolate and (args.inpaint or args.n or args.dir or args.gif):
-        parser.error("--interpolate can't be combined with --inpaint, -n, --dir or --gif")
-    if args.interpolate and (len(args.classes or []) > 1 or (args.guidance and not args.classes)):
-        parser.error("--interpolate takes at most one class, and exactly one with --guidance")
-    if args.t and not args.interpolate:
-        parser.error("--t needs --interpolate")
-    inputs = *(args.inpaint or ()), *(args.interpolate or ()), args.source
-    outputs = [path for path in (args.out, args.gif, args.dir and args.dir / NOTE) if path]
-    if len({os.path.abspath(path) for path in outputs}) < len(outputs):
-        parser.error("--out and --gif must be different files")
-    for path in outputs:
-        check_output(path, *inputs)
+    if min(args.batch, 1 if args.n is None else args.n) < 1 or min(args.first, args.seed) < 0:
+        parser.error("-n and --batch must be at least 1, --first and --seed at least 0")
+    if not args.out.lower().endswith(".png"):
+        parser.error(f"--out {args.out} must be a PNG file")
+    if not args.dir and (args.n or 1) > 256:
+        parser.error(f"-n {args.n} needs --dir, because --out shows at most 256 images")
+    check_output(args.out, args.checkpoint or args.onnx)
+    if args.dir:
+        check_output(args.dir / "0.png")
+        if any(args.dir.iterdir()):
+            parser.error(f"--dir {args.dir} must be a new or empty folder")
     return args
 
 
-def read(path, shape):
-    """Return an image file as uint8 of this shape (C, H, W)."""
-    try:
-        return read_image(path, shape[-1], shape[0])
-    except Exception as error:  # Pillow raises many kinds
-        sys.exit(f"sample.py: {path} can't be read: {error}")
-
-
-def read_mask(path, shape, of):
-    """Return where to redraw, bool (1, H, W): where the mask is white or, on transparency, opaque.
-
-    The lightest grey of the file counts as white, so that masks of 0 and 1 work. of: the masked
-    file. A mask that is not square must have the same aspect ratio: both are cropped to a square.
-    """
-    grey = read(path, (1, *shape[1:]))
-    with Image.open(path) as mask, Image.open(of) as image:
-        (w, h), (W, H) = (ImageOps.exif_transpose(file).size for file in (mask, image))
-        if w != h and abs(w * H - h * W) > max(w * H, h * W) / 50:
-            sys.exit(f"sample.py: {path} has {w}x{h} pixels and {of} {W}x{H}: give both the "
-                     "same shape, or make the mask a square for the cropped image")  # fmt: skip
-        alpha = ImageOps.exif_transpose(mask).convert("RGBA").getchannel("A")
-    if alpha.getextrema()[0] < 128:
-        grey = np.asarray(ImageOps.fit(alpha, shape[:0:-1], Image.Resampling.LANCZOS))[None]
-    return grey > grey.max() / 2
-
-
-def pixels_of(x):
-    """Return x_t or x0_hat, an array or a tensor on any device, as pixels. Exits if not finite."""
-    x = x if isinstance(x, np.ndarray) else x.cpu().numpy()
-    if not np.isfinite(x).all():
-        sys.exit("sample.py: the network's output is not finite, so no image is saved")
-    return to_pixels(x)
-
-
 def open_network(args):
-    """Return the network of --checkpoint in torch, or that of --onnx in ONNX Runtime.
-
-    sample.py uses the same attributes of both: betas, shape, classes, step, provider, digest, and
-    reverse, the loop that yields (t, x_t, x0_hat).
-    """
-    if not args.checkpoint:
-        return Network(args.source, args.device)
+    """Return the network, and complete args.steps and args.n. Exits if the flags do not fit it."""
     try:
-        from support.torch_network import TorchNetwork
-    except ModuleNotFoundError as error:
-        sys.exit(f"sample.py: --checkpoint needs {error.name}; see requirements.txt")
-    return TorchNetwork(args.checkpoint, args.device, args.amp, args.n or 0, args.batch, args.steps)
+        if not args.checkpoint:
+            network = Network(args.onnx, args.device)
+        elif find_spec("torch") and find_spec("extras"):
+            from extras.torch_network import TorchNetwork
 
-
-def draw_interpolation(network, args, y):
-    """Save a grid with a row for each --t: the two images, and between them the mixtures."""
-    ends, rows = [read(path, network.shape) for path in args.interpolate], []
-    y = np.resize(y, len(LAMBDAS)) if args.classes else None
-    try:
-        for t in args.t:
-            draw_noise = noise_of(args.seed, 0, (1, *network.shape))  # for all mixtures
-            x_t = mix(*map(from_pixels, ends), t, network.betas, draw_noise)
-            steps = min(args.steps, t + 1)
-            chain = network.reverse(y, args.guidance, draw_noise, start=t, x_T=x_t, steps=steps,
-                                    sampler=args.sampler, eta=args.eta)  # fmt: skip
-            for _, _, x0 in tqdm(chain, f"t = {t}", steps, unit="step", mininterval=1):
-                mixtures = x0
-            rows += [ends[0], *pixels_of(mixtures), ends[1]]
-    except KeyboardInterrupt:
-        if not rows:
-            raise
-    catch_signals(signal.SIG_IGN)  # what is finished is saved
-    columns = len(LAMBDAS) + 2
-    names = [f"t = {t}" for t in args.t[: len(rows) // columns]]
-    save_image(args.out, grid(np.stack(rows), columns, names=names))
-    print(f"{args.out}: each row has one image, 11 mixtures (lambda = 0 to 1), and the other image")
-    if len(names) < len(args.t):
-        raise KeyboardInterrupt(f"stopped after {len(names)} of {len(args.t)} rows")
-
-
-def draw_batch(network, args, y, batch, known, bar, frames):
-    """Return the images `batch`, a slice, as pixels; append its part of the GIF to the frames.
-
-    frames: None if the GIF does not show this batch.
-    """
-    draw_noise = noise_of(args.seed, batch.start, (batch.stop - batch.start, *network.shape))
-    chosen = {*np.linspace(0, args.steps - 1, FRAMES).round().astype(int)}
-    chain = network.reverse(None if y is None else y[batch], args.guidance, draw_noise, known=known,
-                            steps=args.steps, sampler=args.sampler, eta=args.eta)  # fmt: skip
-    for i, (_, x, x0_hat) in enumerate(chain):
-        if frames is not None and i in chosen:
-            frames.append(pixels_of(x[:GRID]))
-        bar.update()
-        x0 = x0_hat
-    pixels = pixels_of(x0)
-    if frames is not None:
-        frames.append(pixels[:GRID])
-    return pixels
-
-
-def draw_samples(network, args, y):
-    """Save -n samples: the grid, and the folder and the GIF if asked for.
-
-    y: the class of each image, or None. Each class has a row in the grid, and a sub-folder. On
-    Ctrl-C, the finished batches are saved. Images that --dir already holds are not drawn again.
-    """
-    n, known, frames = args.n, None, []
-    names = [] if y is None else list(dict.fromkeys(network.classes[k] for k in y))
-    if args.inpaint:
-        image = from_pixels(read(args.inpaint[0], network.shape))
-        known = image, read_mask(args.inpaint[1], network.shape, args.inpaint[0])
-        print(f"the mask selects {known[1].mean():.0%} of the image")
-    paths = begin_folder(args, network, y) if args.dir else []
-    here = [path.is_file() for path in paths] or [False] * n
-    if any(here):
-        print(f"{args.dir} has {sum(here):,} of the images already")
-    batches = [slice(k, min(k + args.batch, n)) for k in range(0, n, args.batch)]
-    shown, done, drawn, began = [], 0, 0, time.monotonic()
-    bar = tqdm(total=sum(not all(here[batch]) for batch in batches) * args.steps, unit="step",
-               mininterval=1)  # fmt: skip
-    try:
-        for batch in batches:
-            if all(here[batch]):
-                pixels = [read(path, network.shape) for path in paths[batch][: GRID - len(shown)]]
-            else:
-                of_gif = frames if args.gif and batch.start == 0 else None
-                pixels = draw_batch(network, args, y, batch, known, bar, of_gif)
-                drawn += len(pixels)
-            for path, image in zip(paths[batch], pixels, strict=False):
-                if not path.is_file():
-                    large = ImageOps.scale(to_image(image), args.scale, Image.Resampling.NEAREST)
-                    save_image(path, large)
-            shown.extend(pixels[: GRID - len(shown)])
-            done = batch.stop
-    except KeyboardInterrupt:
-        if not done:
-            raise
-    finally:
-        bar.close()
-    catch_signals(signal.SIG_IGN)  # what is finished is saved
-    seconds = time.monotonic() - began
-    save_image(args.out, grid(np.stack(shown), rows=len(names), names=names))
-    if args.gif and not frames:
-        print(f"{args.gif} is not saved, because the first images were drawn before")
-    elif args.gif:
-        states = [grid(x, rows=len(names)) for x in frames]
-        save_animation(args.gif, states, each=3000 // (len(frames) - 1))
-    number = f"{done:,} image{'s' * (done > 1)}"
-    shows = f"the first {GRID} of {number}" if done > GRID else number
-    of = f" of {', '.join(names)}" if names else ""
-    speed = f" ({seconds:.1f} s, {seconds / drawn:.2f} s each)" if drawn else ""
-    if args.dir:
-        print(f"{args.dir}: {number} as PNG files")
-    print(f"{args.out}: {shows}{of}{speed}")
-    if done < n:
-        raise KeyboardInterrupt(f"stopped after {done:,} of {n:,} images")
-
-
-def begin_folder(args, network, y):
-    """Return the paths of the images of --dir, some of which may be there already.
-
-    Those are from the same command, in which only -n, --batch, --out and --gif may have differed.
-    Exits if the folder holds anything else.
-    """
-    folders = [args.dir] * args.n if y is None else [args.dir / network.classes[k] for k in y]
-    paths = [folder / f"{k:06d}.png" for k, folder in enumerate(folders)]
-    names = "steps", "sampler", "eta", "seed", "classes", "guidance", "scale"
-    settings = {name: getattr(args, name) for name in names}
-    inputs = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in args.inpaint or ()]
-    note = settings | {"network": network.digest(), "inpainted": inputs}
-    here = [*args.dir.iterdir()] if args.dir.exists() else []
-    if not any(path.name[0] != "." for path in here):
-        with replacing(args.dir / NOTE) as file:
-            file.write(json.dumps(note).encode())
-        return paths
-    old = json.loads((args.dir / NOTE).read_bytes()) if (args.dir / NOTE).is_file() else {}
-    if differs := [name for name in note if old.get(name, "") != note[name]]:
-        what = f"; what differs: {', '.join(differs)}" if old else ""
-        sys.exit(f"sample.py: --dir {args.dir} must be a new or empty folder, or one that the same "
-                 f"command started to fill{what}")  # fmt: skip
-    return paths
-
-
-def draw(args):
-    """Open the network, and draw what the flags ask for."""
-    args.classes = args.classes and list(dict.fromkeys(args.classes))  # each has one row
-    try:
-        network = open_network(args)
-        if bad := [name for name in network.classes if not is_folder_name(name)]:  # for --dir
-            raise ValueError(f"{args.source}: a class must not be named {bad[0]!r}")
+            network = TorchNetwork(args.checkpoint, args.device)
+        else:
+            raise ValueError("--checkpoint needs torch, and the other files of the repository")
+        sample_progressive(network, 1, args.classes, args.guidance)  # raises ValueError
         T, classes = len(network.betas), len(args.classes or network.classes)
-        args.n = args.n or (min(8 * classes, GRID) if classes > 1 else 64)
-        args.steps, args.t = T if args.steps is None else args.steps, args.t or [T // 5]
-        choose_sampler(args.sampler, args.eta, args.steps, T)
-        y = class_labels(network.classes, args.classes, args.n, args.guidance)
+        args.steps = T if args.steps is None else args.steps
+        if not 1 <= args.steps <= T:
+            raise ValueError(f"--steps must be 1..{T}, not {args.steps}")
     except ValueError as error:
         sys.exit(f"sample.py: {error}")
-    if not all(0 <= t < T for t in args.t):
-        sys.exit(f"sample.py: this model has T = {T}: --t must be 0..{T - 1}")
-    name = network.provider.removesuffix("ExecutionProvider")
-    hint = "; to use a GPU, see Accelerators in docs/guide.md"
-    step = f", training step {network.step:,}" if network.step else ""
-    print(f"{args.source} on {name}{step}{hint if name == 'CPU' and args.device == 'auto' else ''}")
-    if args.steps > 50:
-        print(f"{args.steps} steps; --steps 10 takes {10 / args.steps:.1%} of the time")
-    (draw_interpolation if args.interpolate else draw_samples)(network, args, y)
+    args.n = args.n or (min(8 * classes, 256) if classes > 1 else 64)
+    return network
+
+
+def draw(network, args, stop):
+    """Yield (first number, pixels) of each batch, until a signal or a value that is not finite."""
+    from tqdm import tqdm
+
+    options = {"steps": args.steps, "sampler": args.sampler}
+    end, batches = args.first + args.n, -(-args.n // args.batch)
+    with tqdm(total=batches * args.steps, unit="step", mininterval=1) as bar:
+        for first in range(args.first, end, args.batch):
+            how = min(args.batch, end - first), args.classes, args.guidance, args.seed, first
+            for _, _, x0_hat in sample_progressive(network, *how, **options):
+                bar.update()
+                if stop.number:
+                    return
+                x0 = x0_hat
+            x0 = x0 if isinstance(x0, np.ndarray) else x0.cpu().numpy()
+            if not np.isfinite(x0).all():
+                return
+            yield first, to_pixels(x0)
 
 
 def main():
-    catch_signals()
+    """Save each finished batch in --dir, and the grid at the end, also after Ctrl-C."""
     guard_output()
-    try:
-        draw(arguments())
-    except KeyboardInterrupt as stop:  # Python exits as on Ctrl-C, and a shell loop ends, too
-        stop.args = (f"sample.py: {str(stop) or 'stopped before an image was finished'}",)
-        sys.excepthook = lambda _, error, __: print(error, file=sys.stderr)
-        raise
+    args = arguments()
+    network = open_network(args)
+    print(f"{args.checkpoint or args.onnx} on {network.provider}: {args.n} images, "
+          f"{args.steps} steps" + "; --steps 10 is faster" * (args.steps > 50))  # fmt: skip
+    names = args.classes or network.classes
+    stop, shown, done = StopRequest(), [], 0
+    for first, pixels in draw(network, args, stop):
+        for k, image in enumerate(pixels if args.dir else (), first):
+            folder = args.dir / names[k % len(names)] if names else args.dir
+            folder.mkdir(parents=True, exist_ok=True)
+            to_image(image).save(folder / f"{k:06d}.png")
+        shown.extend(pixels[: 256 - len(shown)])
+        done += len(pixels)
+    if done:
+        grid(np.stack(shown), len(names)).save(args.out)
+        print(f"{args.out}: {len(shown)} images{' of ' * bool(names)}{', '.join(names)}")
+    if done < args.n and not stop.number:
+        sys.exit(f"sample.py: after {done:,} images, the network's output is not finite")
+    if done < args.n:
+        print(f"stopped after {done:,} of {args.n:,} images; the others: --first "
+              f"{args.first + done} -n {args.n - done}", file=sys.stderr)  # fmt: skip
+        stop.end()
 
 
 if __name__ == "__main__":

@@ -2,35 +2,105 @@
 
     pytest test_ddpm.py
 
-needs ddpm.py, tests/closed_forms.py, pyproject.toml, torch, numpy and pytest. The tests stand in
-the order of ddpm.py. Numbers in parentheses are the paper's equation numbers.
+needs ddpm.py beside it, torch, numpy and pytest. First come data, networks and samples that are
+known in closed form, then the tests, in the order of ddpm.py. Numbers in parentheses are the
+paper's equation numbers.
 """
 
 import math
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from closed_forms import (
-    PAPER,
-    VARIANCES,
-    M,
-    S,
-    algorithm_2,
-    at,
-    best_network,
-    close,
-    mean_and_deviation,
-    oracle,
-    randn,
-    sample_moments,
-    seeded,
-    small_unet,
-    wobbly,
-)
 
 from ddpm import Attention, Diffusion, Downsample, ResBlock, UNet, linear_betas, timestep_embedding
+
+PAPER = Diffusion(linear_betas())
+VARIANCES = ("large", "small")
+M, S = 0.3, 0.15  # mean and deviation of the Gaussian data
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=seeded(seed))
+
+
+def close(a, b, tolerance=1e-6):
+    a, b = (torch.as_tensor(v, dtype=torch.float64) for v in (a, b))
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def at(table, t):
+    """Return the entries of a table at t, to broadcast over images."""
+    return table[t].view(-1, 1, 1, 1)
+
+
+def best_network(mean=M, deviation=S):
+    """Return E[eps | x_t], which is linear in x_t, for x_0 ~ N(mean, deviation^2)."""
+
+    def eps(x_t, t):
+        abar = at(PAPER.alphas_bar, t)
+        slope = (1 - abar).sqrt() / (abar * deviation**2 + 1 - abar)
+        return (slope * (x_t.double() - abar.sqrt() * mean)).float()
+
+    return eps
+
+
+def oracle(x0):
+    """Return a network that knows x_0, like best_network() for a Gaussian without width."""
+    return best_network(x0, 0)
+
+
+def wobbly(x_t, t):
+    """A mock network for torch and numpy: it is nonlinear in x_t and different for each t."""
+    return x_t / (0.5 + abs(x_t)) + float(t[0]) / 1000
+
+
+def mean_and_deviation(variance, steps=1000):
+    """Return the mean and deviation of the samples of best_network(), by a recursion over t.
+
+    The step is Algorithm 2 as printed, x <- p x + q eps + sigma z. The recursion shares no code
+    with the sampler.
+    """
+    abars = [PAPER.alphas_bar[k * 1000 // steps - 1].item() for k in range(steps, 0, -1)]
+    mean, deviation2 = 0.0, 1.0
+    for abar, abar_prev in pairwise([*abars, 1.0]):
+        alpha = abar / abar_prev
+        p, q = 1 / math.sqrt(alpha), -(1 - alpha) / math.sqrt(1 - abar) / math.sqrt(alpha)
+        small = (1 - abar_prev) / (1 - abar) * (1 - alpha)
+        sigma2 = 1 - alpha if variance == "large" and abar_prev < 1 else small
+        slope = math.sqrt(1 - abar) / (abar * S**2 + 1 - abar)  # eps = slope (x - sqrt(abar) M)
+        mean = (p + q * slope) * mean - q * slope * math.sqrt(abar) * M
+        deviation2 = (p + q * slope) ** 2 * deviation2 + sigma2
+    return mean, math.sqrt(deviation2)
+
+
+def sample_moments(sample, draws):
+    """Return the exact mean and deviation of what a sampler draws with best_network().
+
+    Image k receives one unit of noise, at draw k, and the last image receives none.
+    """
+    noise = iter(torch.eye(draws + 1).view(-1, draws + 1, 1, 1, 1))
+    x0 = sample(best_network(), (draws + 1, 1, 1, 1), draw_noise=partial(next, noise), clip=False)
+    x0 = x0.double().flatten()
+    return x0[-1].item(), (x0[:-1] - x0[-1]).norm().item()
+
+
+def small_unet(jitter=0.1, **kwargs):
+    torch.manual_seed(0)
+    settings = dict(image_size=8, base_channels=8, channel_mults=(1, 2), num_res_blocks=1,
+                    attention_resolutions=(4,), dropout=0.5)  # fmt: skip
+    model = UNet(**(settings | kwargs)).eval()
+    with torch.no_grad():  # layers that are near zero would hide the others
+        for p in model.parameters():
+            p.add_(jitter * torch.randn_like(p))
+    return model
+
 
 # ------------------------------------------------------------------------------- the noise schedule
 
@@ -275,7 +345,7 @@ def test_bound_is_above_the_exact_likelihood(variance, gap):
     x0 = ((M + S * randn(256, 1, 16, 16) + 1) * 127.5).round() / 127.5 - 1
     bound = d.vlb(best_network(), x0, seeded(1)).total.mean().item()
     # These are of x0_hat, to which the decoder adds sigma_1:
-    mean, deviation = mean_and_deviation(algorithm_2, variance)
+    mean, deviation = mean_and_deviation(variance)
 
     def bits(mean, variance):
         halves = torch.tensor([-1, 1]).view(2, 1, 1, 1, 1) / 255
@@ -310,7 +380,7 @@ def test_sampling_with_an_oracle_returns_its_image(variance):
 @pytest.mark.parametrize("variance, width", [("large", 1.006), ("small", 0.975)])
 def test_sampler_equals_the_recursion(variance, width):
     """With T = 1000, even the best network gets the width of the samples slightly wrong."""
-    expected = mean, deviation = mean_and_deviation(algorithm_2, variance)
+    expected = mean, deviation = mean_and_deviation(variance)
     sample = Diffusion(linear_betas(), variance).sample
     assert sample_moments(sample, 1000) == pytest.approx(expected, rel=1e-4)
     assert mean == pytest.approx(M, abs=1e-3) and deviation / S == pytest.approx(width, abs=5e-4)

@@ -1,99 +1,101 @@
 """Train a DDPM: a folder of images in, run/checkpoint.pt out.
 
-    python train.py                       # the built-in demo, a few minutes on a laptop CPU
-    python train.py --data ./images       # the paper's CIFAR-10 run, on your images
+    python train.py                            # the built-in demo, minutes on a CPU, into demo/
+    python train.py --data ./images            # the paper's CIFAR-10 run on your images, into run/
     python train.py --data ./images --quick    # a small network, minutes on two CPU cores
     python train.py --data ./images --classes  # the sub-folders are classes, to sample by name
-    python train.py --data ./images --init hf:google/ddpm-cifar10-32   # fine-tune published weights
-    torchrun --standalone --nproc_per_node=4 train.py --data ./images   # on four GPUs
+    python train.py --out run                  # goes on with a run; so does its first command
+    torchrun --standalone --nproc_per_node=4 train.py --data ./images    # on four GPUs
 
-Rerunning the same command resumes training. Besides the checkpoint, the run folder holds log.csv
-(one row per step), loss.png and preview-STEP.png: samples of the averaged network (EMA), always
-from the same noise.
+Besides the checkpoint, the run folder holds the decoded images, log.csv (one row per step) and
+preview-STEP.png: samples of the averaged network (EMA), always from the same noise.
 """
-
-import support.start  # noqa: F401  # isort: skip
 
 import argparse
 import contextlib
 import copy
+import hashlib
+import math
+import os
+import secrets
+import shlex
+import shutil
+import signal
 import sys
 import time
-from dataclasses import dataclass, fields
+from collections import deque
+from datetime import timedelta
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the first step, Ctrl-C ends at once
+
+import filelock
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from beyond import TARGETS, WEIGHTINGS, as_eps, cosine_betas, loss_weights, weighted_loss
-from ddpm import Diffusion, linear_betas
-from images import catch_signals, from_pixels, guard_output
-from support import cli, data, device, ranks, run, trained
-from support.demo import demo_images
-from support.device import to_device
-from support.ranks import LOCAL_RANK, RANK, WORLD
-from support.settings import (
-    as_flag,
-    config_of,
-    flag,
-    given_flags,
-    refuse_other_ranks,
-    refuse_other_run,
-)
-from support.trained import Network
+from ddpm import Diffusion, UNet, linear_betas
+from images import class_names, demo_images, from_pixels, read_folder
+from sample import StopRequest, check_output, grid, guard_output, reverse, to_pixels
+
+# torchrun sets these: the rank of this process, the number of all, and its rank on its machine.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 # -------------------------------------------------------------------------------------- Algorithm 1
 
 
-def algorithm_1(network, ema, optimizer, diffusion, images, labels, args):
+def algorithm_1(network, ema, optimizer, diffusion, images, labels, s):
     """Return step(k), which takes gradient step k on a batch that (seed, k) alone determines.
 
     Its result is a tensor (2,), whose sum over the processes is the loss and the norm of the
     gradient. Nothing in a step waits for CUDA, so that Python can prepare the next one.
 
     network, ema: what is trained, and its average. images: uint8 (N, C, H, W). labels: int64 (N,)
-    on the same device, or None. args: the Settings.
+    on the same device, or None. s: a namespace with a value for each of SETTINGS.
     """
-    eps = as_eps(network, diffusion, args.predicts, args.device)
-    weights = loss_weights(diffusion, args.weighting, args.predicts).to(args.device, torch.float32)
-    diffusion = device.with_tables_on(diffusion, args.device)
-    parts = WORLD * args.accumulate  # of a batch; each process computes --accumulate of them
+    device, parts = next(network.parameters()).device, WORLD * s.accumulate
+    diffusion = copy.copy(diffusion)
+    for name, table in vars(diffusion).items():
+        if isinstance(table, torch.Tensor):  # then a look-up copies nothing to the device
+            setattr(diffusion, name, table.to(device, torch.float32))
 
     def step(k):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(k, args)
-        set_seed(args.device, args.seed, k, 0)
-        index = torch.randint(len(images), (args.batch,), device=images.device)
-        flip = torch.rand(args.batch, 1, 1, 1, device=args.device) < (0.5 if args.flip else 0)
-        t = torch.randint(diffusion.T, (args.batch,), device=args.device)
-        noise = torch.randn(args.batch, *images.shape[1:], device=args.device)
+            group["lr"] = learning_rate(k, s)
+        set_seed(device, s.seed, k, 0)
+        index = torch.randint(len(images), (s.batch,), device=images.device)
+        flip = torch.rand(s.batch, 1, 1, 1, device=device) < (0.5 if s.flip else 0)
+        t = torch.randint(diffusion.T, (s.batch,), device=device)
+        noise = torch.randn(s.batch, *images.shape[1:], device=device)
         batch = [index, flip, t, noise]
         if labels is not None:  # drop a tenth: guidance needs eps without a class, too
-            drop = torch.rand(args.batch, device=images.device) < 0.1
-            batch.append(labels[index].masked_fill(drop, len(args.classes)))
+            drop = torch.rand(s.batch, device=images.device) < 0.1
+            batch.append(labels[index].masked_fill(drop, ema.num_classes))
 
-        total = torch.zeros((), device=args.device)
-        for part in range(RANK * args.accumulate, (RANK + 1) * args.accumulate):
+        total = torch.zeros((), device=device)
+        for part in range(RANK * s.accumulate, (RANK + 1) * s.accumulate):  # those of this process
             index, flip, t, noise, *y = (drawn.tensor_split(parts)[part] for drawn in batch)
-            x0 = from_pixels(to_device(images[index], args.device))
+            x0 = from_pixels(to_device(images[index], device))
             x0 = torch.where(flip, x0.flip(3), x0)
-            model = partial(eps, y=to_device(*y, args.device)) if y else eps
-            set_seed(args.device, args.seed, k, 1 + part)  # for the dropout
-            is_last = WORLD == 1 or (part + 1) % args.accumulate == 0  # it exchanges the gradients
+            model = partial(network, y=to_device(*y, device)) if y else network
+            set_seed(device, s.seed, k, 1 + part)  # for the dropout
+            is_last = WORLD == 1 or (part + 1) % s.accumulate == 0  # it exchanges the gradients
             with contextlib.nullcontext() if is_last else network.no_sync():
-                with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-                    loss = weighted_loss(diffusion, model, x0, t, noise, weights)
-                    loss = loss * len(x0) / args.batch
+                with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
+                    loss = diffusion.loss(model, x0, t, noise) * len(x0) / s.batch
                 (loss * WORLD).backward()  # DistributedDataParallel averages over the processes
             total += loss.detach()
 
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        update_ema(ema, network, k, args.ema)
+        update_ema(ema, network, k, s.ema)
         return torch.stack([total, norm / WORLD])  # the norm is the same in every process
 
     return step
@@ -112,10 +114,10 @@ def update_ema(ema, model, step, decay):
         average.copy_(buffer)
 
 
-def learning_rate(step, args):
+def learning_rate(step, settings):
     """Return --lr after a linear rise over --warmup steps; with --lr-decay, it falls to 0."""
-    decay = 1 - step / args.steps if args.lr_decay else 1.0
-    return args.lr * min(1.0, (step + 1) / max(1, args.warmup)) * decay
+    decay = 1 - step / settings.steps if settings.lr_decay else 1.0
+    return settings.lr * min(1.0, (step + 1) / max(1, settings.warmup)) * decay
 
 
 def set_seed(device, *numbers):
@@ -127,59 +129,60 @@ def set_seed(device, *numbers):
         torch.get_device_module(device).manual_seed(seed)
 
 
-# -------------------------------------------------------------------------------------------- flags
+# ---------------------------------------------------------------------------------------- settings
 
 
-RUN, CPU = Path("run"), torch.device("cpu")
-SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
-LOG_EVERY = {"cpu": 1}  # steps between readings of the losses; else 10, as each waits for a GPU
-count, whole, amount = cli.number(int, 1), cli.number(int, 0, 2**63), cli.number(float, 0)
-share, switch = cli.number(float, 0, 1), argparse.BooleanOptionalAction
+def number(kind, low, high=math.inf):
+    """Return an argparse type for an int or a float that is at least `low` and below `high`."""
+
+    def parse(text):
+        if not low <= kind(text) < high:
+            raise argparse.ArgumentTypeError(f"{text} is out of range")
+        return kind(text)
+
+    return parse
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The settings of a run. The defaults are the paper's CIFAR-10 network and run, on a CPU."""
-
-    data: str = flag(None, "train", "folder of images [the built-in demo]", action=cli.Once)
-    classes: tuple = flag((), "train", "the sub-folders of --data are classes", action="store_true")
-    out: Path = flag(RUN, None, "folder of the run", type=Path)
-    init: str = flag(None, "train", "start from a run or diffusers weights: a folder, or hf:NAME")
-    image_size: int = flag(32, "model", "pixels; images are cropped to a square", type=count)
-    in_channels: int = flag(None, "model", "1 for greyscale [detected]", type=int, choices=(1, 3))
-    base_channels: int = flag(128, "model", "width of the first level", type=count)
-    channel_mults: tuple = flag((1, 2, 2, 2), "model", "relative widths", type=count, nargs="+")
-    num_res_blocks: int = flag(2, "model", "residual blocks per level", type=count)
-    attention_resolutions: tuple = flag((16,), "model", "sizes with attention", type=int, nargs="*")
-    dropout: float = flag(0.1, "model", "share of the activations to drop", type=share)
-    norm_groups: int = flag(None, "model")  # from the weights of --init
-    schedule: str = flag("linear", "diffusion", "betas", choices=SCHEDULES)
-    betas: tuple = flag(None, "diffusion")  # from the weights of --init, instead of the schedule
-    variance: str = flag("large", "diffusion", "sigma_t^2", choices=("large", "small"))
-    predicts: str = flag("eps", "train", "network's output", choices=TARGETS)
-    weighting: str = flag("simple", "train", "weight of each t; see the manual", choices=WEIGHTINGS)
-    batch: int = flag(128, "train", "images per step, over all GPUs", type=count)
-    accumulate: int = flag(1, None, "parts to split each batch into", type=count)
-    optimizer: str = flag("adam", "train", "muon suits short runs", choices=("adam", "muon"))
-    lr: float = flag(2e-4, "train", "learning rate", type=amount)
-    warmup: int = flag(None, "train", "steps until --lr [min(5000, steps / 20)]", type=whole)
-    lr_decay: bool = flag(False, "train", "let --lr fall to 0 at --steps", action=switch)
-    steps: int = flag(800_000, "train", "number of training steps", type=count)
-    ema: float = flag(0.9999, "train", "decay of the averaged weights", type=share)
-    flip: bool = flag(True, "train", "flip images left to right at random", action=switch)
-    seed: int = flag(0, "train", "seed of all random numbers", type=whole)
-    device: torch.device = flag(CPU, None, "auto, cpu, cuda, cuda:1, mps or xpu [auto]")
-    amp: bool = flag(False, None, "bfloat16 [where it is fast and exact enough]", action=switch)
-    compile: bool = flag(False, None, "torch.compile [on CUDA, from 5,000 steps]", action=switch)
-    preview_every: int = flag(8000, None, "steps between previews [4%% of the time]", type=count)
-    save_minutes: float = flag(5.0, None, "minutes between saves", type=amount)
-
+count, whole, amount, share = number(int, 1), number(int, 0), number(float, 0), number(float, 0, 1)
+# {name: (type or choices, default, meaning)}; [...] stands for several values. The defaults are the
+# paper's CIFAR-10 run. A setting without a meaning has no flag: published weights bring it along.
+NETWORK = {
+    "image_size": (count, 32, "pixels; images are cropped to a square"),
+    "in_channels": ((1, 3), None, "1 for greyscale, 3 for colour [detected]"),
+    "base_channels": (count, 128, "width of the first level"),
+    "channel_mults": ([count], (1, 2, 2, 2), "relative widths of the levels"),
+    "num_res_blocks": (count, 2, "residual blocks per level"),
+    "attention_resolutions": ([int], (16,), "sizes with attention"),
+    "norm_groups": (None, None, None),
+}
+METHOD = {
+    "data": (os.path.abspath, None, "folder of images [the built-in demo]"),
+    "classes": (bool, False, "the sub-folders of --data are classes"),
+    "betas": (None, tuple(linear_betas().tolist()), None),
+    "variance": (("large", "small"), "large", "sigma_t^2"),
+    "parts": ([("v", "min-snr", "muon")], (), "what quick.py puts in place of the paper's"),
+    "batch": (count, 128, "images per step, over all GPUs"),
+    "lr": (amount, 2e-4, "learning rate"),
+    "warmup": (whole, None, "steps until --lr [min(5000, steps / 20)]"),
+    "lr_decay": (bool, False, "let --lr fall to 0 at --steps"),
+    "ema": (share, 0.9999, "decay of the averaged weights"),
+    "flip": (bool, True, "flip images left to right at random"),
+    "seed": (whole, 0, "seed of all random numbers"),
+}
+FREE = {  # what may change when a run is resumed
+    "steps": (count, 800_000, "number of training steps"),
+    "dropout": (share, 0.1, "share of the activations to drop"),
+    "accumulate": (count, 1, "parts to split each batch into, to save memory"),
+    "amp": (bool, None, "bfloat16 [where it is fast]"),
+    "preview_every": (count, None, "steps between previews [4%% of the time]"),
+    "save_minutes": (amount, 5.0, "minutes between saves"),
+}
+SETTINGS = NETWORK | METHOD | FREE
 
 # --quick: a run of minutes on a CPU, for small images. benchmarks/ladder.md has measurements.
 QUICK = dict(
     base_channels=16, channel_mults=(1, 2, 4, 4), num_res_blocks=1, attention_resolutions=(),
-    dropout=0.0, predicts="v", weighting="min-snr", optimizer="muon", batch=64, lr=6e-3,
-    lr_decay=True, steps=1500,
+    dropout=0.0, parts=("v", "min-snr", "muon"), batch=64, lr=6e-3, lr_decay=True, steps=1500,
 )  # fmt: skip
 
 # The demo: a small network that learns the 216 images on two CPU cores in under four minutes.
@@ -192,228 +195,419 @@ DEMO = dict(
 def command_line():
     """Return the flags that are given, {name: value}."""
     parser = argparse.ArgumentParser(
-        usage="python train.py --data ./images [options]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        usage="python train.py --data ./images [options]", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument("--quick", action="store_true",
-                        help="a small network and a short run; see the manual")  # fmt: skip
-    return given_flags(parser, Settings)
+    )  # fmt: skip
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    add("--out", type=Path, help="folder of the run [run, or demo without --data]")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps or xpu [auto]")
+    add("--compile", action=switch, help="torch.compile [on CUDA, from 5,000 steps]")
+    add("--quick", action="store_true", help="a small network and a short run; see the manual")
+    for name, (kind, default, meaning) in SETTINGS.items():
+        if meaning and kind is bool:
+            add(as_flag(name), action=switch, help=meaning)
+        elif meaning:
+            nargs, kind = ("*", kind[0]) if isinstance(kind, list) else (None, kind)
+            choices, kind = (kind, type(kind[0])) if isinstance(kind, tuple) else (None, kind)
+            shown = "" if "[" in meaning else f" [{as_flag('', default)[3:]}]"
+            add(as_flag(name), type=kind, nargs=nargs, choices=choices, help=meaning + shown)
+    given = vars(parser.parse_args())
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 
 
-def decided_by(weights, given):
-    """Return the settings that the weights of --init fix. Exits if a given flag differs."""
-    shape = [f for f in fields(Settings) if f.metadata["kept"] == "model" and f.name != "dropout"]
-    decided = {f.name: weights.settings.get(f.name, f.default) for f in shape}
-    decided = {name: tuple(v) if isinstance(v, list) else v for name, v in decided.items()}
-    decided |= {"predicts": weights.predicts, "betas": tuple(weights.diffusion.betas.tolist())}
-    if "schedule" in given:
-        given = given | {"betas": tuple(SCHEDULES[given["schedule"]]().tolist())}
-    if wrong := [name for name in decided if given.get(name, decided[name]) != decided[name]]:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
-        sys.exit(f"train.py: --init fixes {flags.replace('betas', 'schedule')}; omit the "
-                 "flags that contradict it")  # fmt: skip
-    return decided | ({"init": trained.name_of(given["init"])} if "init" in given else {})
+def as_flag(name, value=True):
+    """Return a setting as the flag that gives it."""
+    values = value if isinstance(value, tuple) else () if isinstance(value, bool) else (value,)
+    return " ".join([f"--{'no-' * (value is False)}{name.replace('_', '-')}", *map(str, values)])
 
 
-def decide(given, weights=None, state=None):
-    """Return the Settings from the flags that are given. Exits if they do not fit.
+def decide(given, state, out, device):
+    """Return the settings as a namespace: the defaults, then what is saved, then the given flags.
 
-    weights: the Trained of --init. state: the checkpoint to resume, whose warm-up and --init are
-    kept. given["device"] is a torch.device.
+    Exits if the flags do not fit together, or contradict what is saved.
     """
-    is_demo, quick = given.get("data") is None, given.get("quick")
-    if is_demo and (quick or "classes" in given):
-        sys.exit("train.py: --quick and --classes need --data; the demo is already quick")
-    old = state["config"]["train"] if state else {}
-    v = {f.name: f.default for f in fields(Settings)} | {"init": old.get("init")}
-    v |= DEMO if is_demo else QUICK if quick else {}
-    v |= {"variance": weights.diffusion.variance} if weights else {}
-    v |= {name: value for name, value in given.items() if name != "quick"}
-    v |= decided_by(weights, given) if weights else {}
-    if is_demo and (v["image_size"], v["in_channels"] or 3) != (8, 3):
-        sys.exit("train.py: without --data the images are those of the demo, 8x8 in colour")
-    if v["batch"] < WORLD * v["accumulate"]:
+    saved = state["settings"] if state else {}
+    data, quick = given.get("data", saved.get("data")), given.get("quick")
+    if data is None and given.keys() & {"quick", "classes", "image_size", "in_channels"}:
+        sys.exit("train.py: --quick, --classes and the size of images need --data")
+    if state and quick:
+        given = {"parts": QUICK["parts"]} | given
+    s = {name: default for name, (_, default, _) in SETTINGS.items()}
+    s |= saved or (QUICK if quick else DEMO if data is None else {})
+    s |= {name: value for name, value in given.items() if name in SETTINGS}
+    fixed = {*NETWORK, "betas", "parts"}  # with new weights and with published ones
+    if state and state["images"]:
+        fixed |= {*METHOD} - {"data"} | ({"steps"} if s["lr_decay"] else set())
+    for name in fixed if state else ():
+        if s[name] != saved[name]:
+            sys.exit(f"train.py: the run in {out} was begun without {as_flag(name, s[name])}; omit "
+                     "this flag, or use another --out")  # fmt: skip
+    s = argparse.Namespace(**s)
+    if state and s.steps < state["step"]:
+        sys.exit(f"train.py: {out} is at step {state['step']:,} already; --steps must be larger")
+    if s.batch < WORLD * s.accumulate:
         sys.exit("train.py: --batch must be at least the number of GPUs times --accumulate")
-    v["classes"] = tuple(data.class_names(v["data"])) if v["classes"] else ()
-    v["betas"] = v["betas"] or tuple(SCHEDULES[v["schedule"]]().tolist())
-    if v["in_channels"] is None and state:
-        v["in_channels"] = state["config"]["model"]["in_channels"]
-    if v["warmup"] is None:
-        v["warmup"] = old.get("warmup", min(5000, v["steps"] // 20))
-    v["amp"] = device.uses_bfloat16(v["predicts"], v["device"], given.get("amp"))
-    if "compile" not in given:  # it takes a minute or more
-        v["compile"] = v["steps"] >= 5000 and device.can_compile(v["device"])
-    if "preview_every" not in given:  # each preview takes as long as 240 images
-        v["preview_every"] = max(25 * 240 // v["batch"], v["steps"] // 100, 1)
-    return Settings(**v)
+    if s.warmup is None:
+        s.warmup = min(5000, s.steps // 20)
+    if s.amp is None:
+        s.amp = has_bfloat16(device)
+    if s.preview_every is None:  # each preview takes as long as 240 images
+        s.preview_every = max(25 * 240 // s.batch, s.steps // 100, 1)
+    return s
+
+
+# ---------------------------------------------------------------------------------- the run folder
+
+
+def build(settings, shape, names):
+    """Return (network, diffusion): eps_theta(x_t, t, y=None), with new weights, and its Diffusion.
+
+    settings: those of a checkpoint. shape: (C, H, W) of an image. names: those of the classes.
+    To train another network, return it here. Raises ValueError for settings that do not fit.
+    """
+    make_network, make_diffusion = UNet, Diffusion
+    if "min-snr" in settings["parts"]:
+        from quick import MinSNRDiffusion as make_diffusion
+    diffusion = make_diffusion(settings["betas"], settings["variance"])
+    if "v" in settings["parts"]:
+        from quick import VUNet
+
+        make_network = partial(VUNet, diffusion)
+    options = {name: settings[name] for name in (*NETWORK, "dropout")}
+    options |= {"in_channels": shape[0], "image_size": shape[-1], "num_classes": len(names)}
+    return make_network(**options), diffusion
+
+
+def load(path):
+    """Return (network, diffusion, state) of a run folder, or of its checkpoint.pt.
+
+    The network has the averaged weights, is in eval mode, and returns eps. state: {"settings",
+    "shape": (C, H, W), "names": those of the classes, "images": a digest, "step", "model", "ema",
+    "optimizer"}. No code in the file is executed. Exits with one line if it can't be read.
+    """
+    path = Path(path, "checkpoint.pt") if os.path.isdir(path) else Path(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds
+        sys.exit(f"{path} can't be read: {(str(error) or repr(error)).splitlines()[0]}")
+    if not isinstance(state, dict) or not {"settings", "shape", "names", "ema"} <= state.keys():
+        sys.exit(f"{path} is not a checkpoint of this version of train.py")
+    network, diffusion = build(state["settings"], state["shape"], state["names"])
+    network.load_state_dict(state["ema"])
+    return network.eval(), diffusion, state
+
+
+def default_run():
+    """Return the folder that a program opens without a path: run, or demo if there is no run."""
+    return "run" if os.path.exists("run") else "demo"
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a new binary file, which takes the place of the file `path` at the end of the block.
+
+    If the block fails, `path` stays as it was. Exits with one line if the disk is full.
+    """
+    temporary = Path(path).with_name(f".{Path(path).name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # else, after a power cut, the new name may have no content
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter
+        sys.exit(f"{path} can't be written: {error.__context__ or error}")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def open_run(out, data, lock):
+    """Return the checkpoint of a run folder, or None. Exits if another process holds the lock."""
+    if data and Path(data).resolve().is_relative_to(out.resolve()):
+        sys.exit(f"train.py: --out {out} must not be the folder of the images, or above it")
+    check_output(out / "checkpoint.pt")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        sys.exit(f"train.py: another process trains in {out}; wait for it, or use another --out")
+    for path in out.glob(".*.tmp"):  # left by a killed process
+        path.unlink()
+    return load(out)[2] if (out / "checkpoint.pt").exists() else None
+
+
+def open_log(path, step):
+    """Cut log.csv back to its first `step` steps, and return the last losses."""
+    lines = path.read_text().splitlines(keepends=True)[1:] if path.exists() else []
+    # A killed process leaves rows of steps after its checkpoint, and half a row.
+    rows = [row for row in lines if row[-1] == "\n" and int(row.split(",")[0]) <= step]
+    with replacing(path) as file:
+        file.write(("step,loss,grad_norm,lr\n" + "".join(rows)).encode())
+    return deque((float(row.split(",")[1]) for row in rows), maxlen=100)
+
+
+def preview(path, network, diffusion, shape, names, s):
+    """Save 36 images of this shape (C, H, W), classes in rows, always from the same noise."""
+    device = next(network.parameters()).device
+    random = torch.Generator(device).manual_seed(s.seed)
+    y = torch.arange(36, device=device) % len(names) if names else None
+
+    def eps(x_t, t):
+        return network(x_t, torch.full((36,), t, device=device), y)
+
+    def draw_noise():
+        return torch.randn(36, *shape, generator=random, device=device)
+
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
+        *_, (_, _, x0) = reverse(eps, draw_noise, s.betas, steps=min(20, len(s.betas)))
+    with contextlib.suppress(OSError):  # a full disk does not end the run
+        grid(to_pixels(x0.cpu().numpy()), len(names)).save(path)
+
+
+# -------------------------------------------------------------------------- devices and processes
+
+
+def choose_device(name):
+    """Return the torch.device that --device names; "auto" is the accelerator, if there is one.
+
+    Under torchrun, each process of a machine has an accelerator of its own. Exits with what torch
+    says if the device is not there.
+    """
+    auto = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    try:
+        device = torch.device(auto if name == "auto" else name)
+        if device.type != "cpu":
+            index = LOCAL_RANK if WORLD > 1 else device.index or 0
+            device = torch.device(device.type, index)
+            torch.accelerator.set_device_index(index)
+        torch.ones(1, device=device)  # runs a kernel, which the build may lack for an old card
+    except (RuntimeError, AssertionError) as error:
+        sys.exit(f"--device {name}: {str(error).splitlines()[0]}")
+    return device
+
+
+def has_bfloat16(device):
+    """Return whether the device computes in bfloat16; emulating it would only cost time."""
+    if device.type == "cpu":
+        return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    if device.type == "mps":  # nobody has measured it
+        return False
+    return torch.get_device_module(device).is_bf16_supported(including_emulation=False)
+
+
+def to_device(x, device):
+    """Return a tensor on the device. From pinned memory, the copy to CUDA is asynchronous."""
+    x = x.pin_memory() if device.type == "cuda" and not x.is_cuda else x
+    return x.to(device, non_blocking=True)
+
+
+def join(device):
+    """Connect the processes through gloo and, for gradients on a GPU, its maker's library."""
+    if RANK > 0:  # the first process speaks
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    gpu = {"cuda": ",cuda:nccl" * dist.is_nccl_available(), "xpu": ",xpu:xccl"}  # no NCCL: Windows
+    backend = f"cpu:gloo{gpu.get(device.type, '')}"
+    dist.init_process_group(backend, timeout=timedelta(hours=4))  # one process decodes the images
+
+
+def from_first(function, *args):
+    """Return the first process's function(*args) in every process. If it exits, all of them do."""
+    values = [None, None]
+    if RANK == 0:
+        try:
+            values[0] = function(*args)
+        except SystemExit as error:
+            values[1] = error.code
+    if WORLD > 1:
+        dist.broadcast_object_list(values)
+    if values[1]:
+        sys.exit(values[1] if RANK == 0 else 1)
+    return values[0]
+
+
+def from_all(value):
+    """Return a list of the values of all processes, when all have come here."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 # -------------------------------------------------------------------------------------- the program
 
 
-def settings_of(given, state):
-    """Return (the Settings, the config, the Trained of --init or None).
+def load_images(s, channels, out):
+    """Return (images, labels or None, names of the classes, a digest of all three).
 
-    state: the checkpoint to resume, or None; settings that an older run lacks get their defaults.
-    Exits if the flags do not fit, or do not fit the checkpoint.
+    The first process of each machine decodes them into the folder `out`, for all of its processes.
     """
-    weights, init = None, given.get("init")
-    if state:
-        known = config_of(Settings())
-        state["config"] = {part: known[part] | state["config"][part] for part in known}
-        init = state["config"]["train"]["init"] if init is None else init
-    if init is not None:  # a resumed run has its own weights; those of --init may be gone
-        with ranks.said_by(LOCAL_RANK == 0):
-            weights = trained.from_checkpoint(state) if state else trained.load(init)
-    with ranks.said_by(RANK == 0):
-        args = decide(given, weights, state)
-        config = config_of(args)
-        try:
-            with torch.device("meta"):
-                Network(**config["model"] | {"in_channels": args.in_channels or 3})
-        except ValueError as error:
-            sys.exit(f"train.py: {error}")
-        refuse_other_run(args.out, state, config, args.steps)
-    return args, config, weights
-
-
-def load_images(args, config, state):
-    """Return (images, labels) as tensors, which the first process of each machine decodes.
-
-    Enters the number of channels and the fingerprint into the config. Exits if they do not fit the
-    run.
-    """
-    with ranks.first_of_machine_first():
-        images, labels = demo_images(), None
-        if args.data is not None:
-            images, labels = data.read_folder(
-                args.data, args.image_size, args.in_channels, classes=args.classes, cache=args.out
-            )
-    config["model"]["in_channels"] = images.shape[1]
-    config["train"]["images"] = data.fingerprint(images)
-    ours = config["train"] | {"steps": args.steps, "accumulate": args.accumulate}
-    configs = ranks.from_all(config | {"train": ours})
-    with ranks.said_by(RANK == 0):
-        refuse_other_ranks(configs)
-        refuse_other_run(args.out, state, config, args.steps)
-    if args.data is not None and LOCAL_RANK == 0:
-        data.forget_others(images, args.out)
-    images = torch.from_numpy(images)
-    if images.nbytes < 2e9:  # otherwise, they are moved batch by batch
-        images = images.to(args.device)
-    return images, None if labels is None else torch.from_numpy(labels).to(images.device)
-
-
-def build(args, config, state, weights):
-    """Return (diffusion, model, its average, optimizer), new or as they were saved."""
-    torch.manual_seed(args.seed)
-    diffusion = Diffusion(**config["diffusion"])
-    model = Network(**config["model"]).to(args.device)
-    if weights and not state:
-        trained.start_from(weights, model, list(args.classes))
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
-    if args.optimizer == "muon":
-        from support.muon import Muon
-
-        optimizer = Muon(model, args.lr)
+    if s.data is None:
+        images, labels, names = demo_images(), None, ()
     else:
-        optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
-    if state:
-        for part, name in ((model, "model"), (ema, "ema"), (optimizer, "optimizer")):
-            part.load_state_dict(state[name])
-    return diffusion, model, ema, optimizer
+        if LOCAL_RANK > 0:
+            from_all(None)
+        out.mkdir(parents=True, exist_ok=True)
+        names = tuple(class_names(s.data)) if s.classes else ()
+        images, labels = read_folder(s.data, s.image_size, channels, names, cache=out)
+        if LOCAL_RANK == 0:
+            from_all(None)
+    digest = hashlib.blake2b(np.ascontiguousarray(images), digest_size=8)
+    digest.update(repr((images.shape, names, labels is not None and labels.tolist())).encode())
+    return images, labels, names, digest.hexdigest()
 
 
-def describe(args, images, start, size):
-    """Print what will be trained. start: the first step. size: the number of parameters."""
-    has_default = (f for f in fields(args) if f.metadata["kept"] and f.default not in (None, ()))
-    changed = [as_flag(f.name, v) for f in has_default if (v := getattr(args, f.name)) != f.default]
-    names = ", ".join([*args.classes[:10], *["..."] * (len(args.classes) > 10)])
-    kind = f", in {len(args.classes):,} classes: {names}" if args.classes else ""
-    kind += "; the network will memorise the images" if len(images) < 100 else ""
-    where = f"{args.device}, {'bfloat16' if args.amp else 'float32'}"
-    where += ", compiled" if args.compile else ""
-    print(f"images   {len(images):,} of {'x'.join(map(str, images.shape[1:]))}{kind}")
-    print(f"settings the paper's{', but ' * bool(changed)}{' '.join(changed)}")
-    print(f"network  {size:,} parameters on {WORLD} x {where}")
-    print(f"steps    {start:,} to {args.steps:,}; a preview every {args.preview_every:,}")
+def say_days(network, diffusion, shape, s, start):
+    """Print how long the run will take, if that is days, as on a CPU: measured on two images."""
+    for _ in range(2):  # the first time is longer
+        began = time.monotonic()
+        with torch.autocast("cpu", torch.bfloat16, enabled=s.amp):
+            diffusion.loss(network, torch.zeros(2, *shape)).backward()
+        days = (time.monotonic() - began) / 2 * s.batch * (s.steps - start) / 24 / 3600
+    network.zero_grad()
+    if days > 1:
+        print(f"this will take about {days:,.0f} days on this CPU; --quick takes minutes")
 
 
-def train(args, config, start, diffusion, model, ema, optimizer, images, labels):
-    """Take the steps from `start` on, until told to stop; return the step where it stops."""
-    is_main, path = RANK == 0, args.out / "checkpoint.pt"
-    network = DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD > 1 else model
-    network = device.compiled(network) if args.compile else network
-    if is_main:
-        describe(args, images, start, sum(p.numel() for p in model.parameters()))
-        log = run.Log(args.out / "log.csv", start, partial(learning_rate, args=args))
-    step = algorithm_1(network, ema, optimizer, diffusion, images, labels, args)
-    bar = tqdm(total=args.steps, initial=start, unit="step", mininterval=1, disable=not is_main)
-    stop, saved, done, pending = cli.StopRequest(), time.monotonic(), start, []
-    for k in range(start, args.steps):
-        pending.append(step(k))
-        show = (k + 1) % args.preview_every == 0 or k + 1 == args.steps
-        must_read = show or (k + 1) % LOG_EVERY.get(args.device.type, 10) == 0
-        if not must_read and not (WORLD == 1 and stop.made):  # processes stop together
+def train(s, out, start, step, save, draw):
+    """Take the steps from `start` on, until asked to stop; return the step and the StopRequest.
+
+    step: that of algorithm_1. save(k) and draw(k) write the checkpoint and a preview after step k.
+    """
+    recent = open_log(out / "log.csv", start) if RANK == 0 else None
+    bar = tqdm(total=s.steps, initial=start, unit="step", mininterval=1, disable=RANK > 0)
+    stop, saved, done, pending, rows = StopRequest(), time.monotonic(), start, [], b""
+    if WORLD > 1:  # torchrun passes Ctrl-C on, so that it comes twice
+        signal.signal(signal.SIGINT, lambda *_: stop.receive(signal.SIGTERM, None))
+    for k in range(start + 1, s.steps + 1):
+        pending.append(step(k - 1))
+        show = k % s.preview_every == 0 or k == s.steps
+        must_read = show or k % 10 == 0 or pending[0].device.type == "cpu"  # it waits for a GPU
+        if not must_read and not (WORLD == 1 and stop.number):  # processes stop together
             continue
 
         # The losses, the norms, and whether a process was told to stop, in one reduction:
-        stops = pending[0].new_tensor([stop.made, 0])
-        *losses, (stops, _) = ranks.sum_of_all(torch.stack([*pending, stops])).tolist()
-        done, pending = k + 1, []
+        values = torch.stack([*pending, pending[0].new_tensor([stop.number, 0])])
+        if WORLD > 1:
+            dist.all_reduce(values)
+        *losses, (stops, _) = values.tolist()
         if not np.isfinite(losses).all():
             bar.close()
-            why = f"the loss or its gradient became infinite or NaN by step {done:,}"
-            remedy = "the step is not saved. Try a lower --lr, a longer --warmup, or --no-amp."
-            sys.exit(f"{why}; {remedy}" if is_main else 1)
-        if is_main:
-            mean, is_late = log.add(done, losses), time.monotonic() - saved > 60 * args.save_minutes
-            # There is a checkpoint before a preview: support/data.py then leaves out the folder.
-            if done == args.steps or stops or is_late or (show and not path.exists()):
-                run.save(path, config, done, model, ema, optimizer)
+            sys.exit(f"the loss or its gradient is infinite or NaN by step {k:,}, which is not "
+                     "saved; try a lower --lr or --no-amp, and a new --out")  # fmt: skip
+        for i, (loss, norm) in enumerate(losses if RANK == 0 else (), done + 1):
+            rows += f"{i},{loss:.6g},{norm:.6g},{learning_rate(i - 1, s):.6g}\n".encode()
+            recent.append(loss)
+        done, pending = k, []
+        if RANK == 0:
+            # A full disk may take a part of the rows; the others are kept for the next time.
+            with contextlib.suppress(OSError), open(out / "log.csv", "ab", 0) as file:
+                rows = rows[file.write(rows) :]
+            late = time.monotonic() - saved > 60 * s.save_minutes
+            if k == s.steps or stops or late:
+                save(k)
                 saved = time.monotonic()
-            bar.set_postfix_str(f"loss {mean:.4f}", refresh=False)
+            bar.set_postfix_str(f"loss {np.mean(recent):.4f}", refresh=False)
             bar.update(len(losses))
             if show:
-                image = args.out / f"preview-{done:07d}.png"
-                run.preview(image, images.shape[1:], ema, diffusion, args)
-                log.plot(args.out / "loss.png", done)
+                draw(k)
         if stops:
             break
     bar.close()
-    ranks.leave()
-    return done
+    return done, stop
 
 
 def main():
     guard_output()
-    with ranks.said_by(RANK == 0):
-        given = command_line()
-    device.prefer_speed()
-    with ranks.said_by(LOCAL_RANK == 0):
-        given["device"] = device.choose_device(given.get("device", "auto"))
-    ranks.join(given["device"])
-    with contextlib.ExitStack() as held:
-        state = ranks.from_first(held.enter_context, run.opened(given.get("out", RUN)))
-        args, config, weights = settings_of(given, state)
-        images, labels = load_images(args, config, state)
-        parts, start = build(args, config, state, weights), state["step"] if state else 0
-        del state, weights  # they are as large as the network
-        done = train(args, config, start, *parts, images, labels)
-    if done < args.steps:
-        program, words = "torchrun ..." if WORLD > 1 else "python", cli.command(*sys.argv)
-        said = f"stopped at step {done:,}; to resume:\n  {program} {words}"
-        raise KeyboardInterrupt(said) if RANK == 0 else SystemExit(1)
-    if RANK == 0:
-        if start == done:
-            print("no step was taken: the run is finished; for a new run, use another --out")
-        print(f"done: {(args.out / 'checkpoint.pt').as_posix()} is at step {done:,}")
-        print(cli.drawing("--checkpoint", args.out, args.classes, args.data is None))
+    given = command_line()
+    torch.set_float32_matmul_precision("high")  # TF32 for products that stay float32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True  # equal batches
+    device = choose_device(given["device"])
+    if WORLD > 1:
+        join(device)
+    out = given.get("out") or Path("run" if "data" in given else "demo")
+    lock = filelock.FileLock(out / ".lock")  # a killed process loses it
+    old = from_first(open_run, out, given.get("data"), lock)
+    s = decide(given, old, out, device)
+    channels = old["shape"][0] if old else s.in_channels
+    images, labels, names, digest = load_images(s, channels, out)
+    mine = vars(s) | {"data": None, "images": digest}
+    if others := [other for other in from_all(mine) if other != mine]:
+        wrong = [name for name in mine if others[0][name] != mine[name]]
+        sys.exit(f"the processes have different {' and '.join(wrong)}")
+    shape, start = images.shape[1:], old["step"] if old else 0
+    if old and (shape, names) != (old["shape"], old["names"]):
+        sys.exit(f"train.py: {out} is for images of {old['shape']} and the classes {old['names']}")
+    if old and old["images"] not in (None, digest):
+        if s.data != old["settings"]["data"]:
+            sys.exit(f"train.py: {out} was trained on other images; use another --out")
+        print(f"the images have changed since step {old['step']:,}; training continues with them")
+    if LOCAL_RANK == 0 and s.data is not None:
+        for path in {*out.glob(".images-*")} - {out / Path(images.filename).name}:
+            path.unlink(missing_ok=True)  # another machine may do the same
+
+    torch.manual_seed(s.seed)
+    try:
+        network, diffusion = build(vars(s), shape, names)
+    except ValueError as error:
+        sys.exit(f"train.py: {error}")
+    network.to(device)
+    ema = copy.deepcopy(network).requires_grad_(False).eval()
+    if "muon" in s.parts:
+        from quick import Muon
+
+        optimizer = Muon(network, s.lr)
+    else:
+        optimizer = torch.optim.Adam(network.parameters(), s.lr, fused=True)
+    saved = {"model": network, "ema": ema, "optimizer": optimizer}
+    for name, part in saved.items() if old else ():
+        if old[name]:  # published weights have no optimizer
+            part.load_state_dict(old[name])
+    images = torch.from_numpy(images)
+    images = images.to(device) if images.nbytes < 2e9 else images  # else, they are moved in batches
+    labels = None if labels is None else torch.from_numpy(labels).to(images.device)
+
+    def save(k):
+        state = {"settings": vars(s), "shape": shape, "names": names, "images": digest, "step": k}
+        with replacing(out / "checkpoint.pt") as file:
+            torch.save(state | {name: part.state_dict() for name, part in saved.items()}, file)
+
+    def draw(k):
+        preview(out / f"preview-{k:07d}.png", ema, diffusion, shape, names, s)
+
+    model = network
+    if WORLD > 1:
+        model = DistributedDataParallel(network, gradient_as_bucket_view=True)
+    can_compile = device.type == "cuda" and find_spec("triton") and shutil.which("gcc")
+    if given.get("compile", can_compile and s.steps - start >= 5000):
+        options = {"force_layout_optimization": True}  # channels_last, which suits tensor cores
+        model = torch.compile(model, dynamic=False, options=options)
+    other = [as_flag(name, v) for name, (_, default, meaning) in SETTINGS.items()
+             if meaning and default is not None and (v := getattr(s, name)) != default]  # fmt: skip
+    of = f", in {len(names):,} classes: {', '.join(names[:10])}" if names else ""
+    print(f"images   {len(images):,} of {'x'.join(map(str, shape))}{of}")
+    print(f"settings the paper's{', but ' * bool(other)}{' '.join(other)}")
+    print(f"network  {sum(p.numel() for p in network.parameters()):,} parameters on {WORLD} x "
+          f"{device}, {'bfloat16' if s.amp else 'float32'}")  # fmt: skip
+    print(f"steps    {start:,} to {s.steps:,}; a preview every {s.preview_every:,}")
+    if device.type == "cpu" and WORLD == 1:
+        say_days(network, diffusion, shape, s, start)
+    step = algorithm_1(model, ema, optimizer, diffusion, images, labels, s)
+    done, stop = train(s, out, start, step, save, draw)
+    if WORLD > 1:
+        from_all(None)  # a process that ends first can abort the others
+        dist.destroy_process_group()
+    if done < s.steps:
+        print(f"stopped at step {done:,}; to go on: train.py --out {out}", file=sys.stderr)
+        stop.end() if stop.number else sys.exit(1)
+    if start == done:
+        print(f"{out} is finished; for a new run, use another --out")
+    here = Path(sys.argv[0]).parent
+    export = "python", here / "export.py", "--checkpoint", out, "--onnx", "model.onnx"
+    sample = "python", here / "sample.py", "--onnx", "model.onnx", "--steps", "10"
+    print(f"done: {out} is at step {done:,}; next:")
+    for words in export, (*sample, *["--guidance", "1"] * bool(names)):
+        print(" ", shlex.join(map(str, words)))
 
 
 if __name__ == "__main__":
-    catch_signals()  # until the training loop handles them
     main()

@@ -1,48 +1,44 @@
-"""Compare the speed of this project and its peers on the same images.
+"""Compare the speed of this project and diffusers, on the paper's CIFAR-10 network.
 
-    pip install -r benchmarks/requirements.txt
+    pip install -r requirements-dev.txt
     python benchmarks/compare.py            # prints the tables and writes benchmarks/RESULTS.md
 
-The three take turns in one process. Each figure is the median over the rounds except the first few.
-Run nothing else meanwhile. This project and diffusers use the paper's CIFAR-10 U-Net with 35.7 M
-random weights, and denoising-diffusion-pytorch uses its own U-Net, of the nearest size.
+The networks have 35.7 M random weights each. The two take turns in one process. Each figure is the
+median over the rounds except the first few. Run nothing else meanwhile.
 """
 
 import argparse
 import contextlib
 import copy
 import importlib.metadata
-import io
 import itertools
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
+import onnx
+import onnxruntime
 import torch
-from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-import ddpm_numpy  # noqa: E402
-import export  # noqa: E402
+import sample  # noqa: E402
 import train  # noqa: E402
 from ddpm import Diffusion, UNet, linear_betas  # noqa: E402
+from export import to_onnx  # noqa: E402
+from extras.half import to_half  # noqa: E402
 from images import from_pixels  # noqa: E402
-from support import device, reduced  # noqa: E402
-from support.data import read_folder  # noqa: E402
-from support.settings import config_of  # noqa: E402
-from support.trained import Trained  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ONNX = "cpu" if torch.version.hip else DEVICE.type  # what ONNX Runtime computes on
+IS_CUDA = DEVICE.type == "cuda"  # on ROCm, too
+HAS_ONNX = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+ONNX = "cuda" if IS_CUDA and HAS_ONNX else "cpu"  # what ONNX Runtime computes on
+SHAPE = 3, 32, 32
 CIFAR = {
     "sample_size": 32,
     "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
@@ -59,14 +55,12 @@ CIFAR = {
 
 def clock(step):
     """Return the seconds per call. On CUDA, 20 calls are timed, which overlap as in a loop."""
-    calls = 20 if DEVICE.type == "cuda" else 1
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+    calls, wait = (20, torch.cuda.synchronize) if IS_CUDA else (1, lambda: None)
+    wait()
     began = time.perf_counter()
     for _ in range(calls):
         step()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+    wait()
     return (time.perf_counter() - began) / calls
 
 
@@ -81,20 +75,6 @@ def in_turn(steps, rounds, warm_up=5):
             time.sleep(0.2)
             seconds[name].append(clock(step))
     return {name: statistics.median(s[warm_up:]) for name, s in seconds.items()}
-
-
-def flops(network, size=32):
-    """Return the number of operations of a forward pass of one image."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.zeros(1, 3, size, size), torch.zeros(1, dtype=torch.int64))
-    return counter.get_total_flops()
-
-
-def matmul_flops(dtype):
-    """Return the most operations per second that the device reaches in a product of matrices."""
-    n = 8192 if DEVICE.type == "cuda" else 3072
-    a, b = (torch.randn(n, n, device=DEVICE).to(dtype) for _ in range(2))
-    return 2 * n**3 / min(clock(lambda: a @ b) for _ in range(8))
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -139,80 +119,39 @@ def diffusers_loop(images, batch, dtype=None):
     return step
 
 
-def lucidrains_loop(folder, batch):
-    """Return a function that takes a step of denoising-diffusion-pytorch's Trainer.
+def compiled(network):
+    """Compile a network where and as train.py does, on CUDA."""
+    options = {"force_layout_optimization": True}
+    return torch.compile(network, dynamic=False, options=options) if IS_CUDA else network
 
-    Also return the number of its parameters, and how many times larger its batch is.
+
+def settings(**given):
+    """Return the settings of the paper's run as train.build takes them, except those given."""
+    defaults = {name: default for name, (_, default, _) in train.SETTINGS.items()}
+    return defaults | {"warmup": 5000, "amp": train.has_bfloat16(DEVICE)} | given
+
+
+def train_py(images, prepare, **given):
+    """Return a function that takes a step of train.py.
+
+    images: uint8 (N, C, H, W). prepare: a function of the network, such as `compiled`. given: as
+    for `settings`.
     """
-    from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
-
-    network = Unet(128, dim_mults=(1, 2, 2, 2), dropout=0.1)
-    trainer = Trainer(
-        GaussianDiffusion(network, image_size=32, objective="pred_noise", beta_schedule="linear"),
-        str(folder),
-        train_batch_size=max(16, batch),  # it takes no less
-        train_num_steps=0,
-        save_and_sample_every=10**9,
-        results_folder=str(folder.parent / "results"),
-        calculate_fid=False,
-    )
-    size = sum(p.numel() for p in network.parameters())
+    s = argparse.Namespace(**settings(**given))
+    network, diffusion = train.build(vars(s), images.shape[1:], ())
+    ema = copy.deepcopy(network.to(DEVICE)).requires_grad_(False)
+    optimizer = torch.optim.Adam(network.parameters(), s.lr, fused=True)
+    how = prepare(network), ema, optimizer, diffusion, images.to(DEVICE), None, s
+    take, steps = train.algorithm_1(*how), itertools.count()
 
     def step():
-        trainer.train_num_steps = trainer.step + 1
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            trainer.train()
-
-    return step, size, max(16, batch) / batch
-
-
-def train_py(images, batch):
-    """Return a function that takes a step of train.py with its default flags.
-
-    The network is compiled where and as train.py does. images: uint8 (N, 3, 32, 32).
-    """
-    args = train.Settings(
-        batch=batch, device=DEVICE, amp=device.has_bfloat16(DEVICE), in_channels=3, warmup=5000,
-        betas=tuple(linear_betas().tolist()),
-    )  # fmt: skip
-    diffusion, model, ema, optimizer = train.build(args, config_of(args), None, None)
-    if device.can_compile(DEVICE):
-        torch.compiler.reset()
-        model = device.compiled(model)
-    images, steps = images.to(DEVICE), itertools.count()
-    take = train.algorithm_1(model, ema, optimizer, diffusion, images, None, args)
-
-    def step():
-        device.prefer_speed()  # as train.py does
+        torch.set_float32_matmul_precision("high")  # as train.py does
+        torch.backends.cudnn.benchmark = True
         take(next(steps))
-        torch.set_float32_matmul_precision("highest")  # torch's defaults, for the peers
+        torch.set_float32_matmul_precision("highest")  # torch's defaults, for diffusers
         torch.backends.cudnn.benchmark = False
 
     return step
-
-
-def peak_memory(which, folder, batch):
-    """Return the peak memory of three training steps in a process of their own, in GB."""
-    command = [sys.executable, __file__, "--memory", which, "--batch", str(batch)]
-    done = subprocess.run([*command, "--folder", str(folder)], capture_output=True, text=True)
-    return float(done.stdout.split()[-1])
-
-
-def print_memory(which, folder, batch):
-    """Take three training steps, and print the peak memory of this process in GB."""
-    images = torch.from_numpy(read_folder(folder, 32)[0])
-    if which == "train.py":
-        step = train_py(images, batch)
-    else:
-        dtype = torch.bfloat16 if which == "bf16" else None
-        step = diffusers_loop(from_pixels(images), batch, dtype)
-    for _ in range(3):
-        step()
-    if DEVICE.type == "cuda":
-        return print(torch.cuda.max_memory_allocated() / 1e9)
-    # not from getrusage, which also counts the process before this one's exec
-    status = Path("/proc/self/status").read_text().split()
-    print(int(status[status.index("VmHWM:") + 1]) * 1024 / 1e9)
 
 
 # --------------------------------------------------------------------------------------- the tables
@@ -220,103 +159,49 @@ def print_memory(which, folder, batch):
 
 def table(head, rows):
     """Return a table in Markdown."""
-    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def training_table(folder, batch, rounds, floor):
-    """Return the times and memory of training steps. floor: the fewest seconds per image."""
-    kinds = {"train.py": "train.py", "diffusers, float32": "f32", "diffusers, bfloat16": "bf16"}
-    if DEVICE.type == "cpu" and sys.platform != "linux":  # only Linux has /proc
-        kinds = {}
-    memory = {name: f"{peak_memory(kind, folder, batch):.2f}" for name, kind in kinds.items()}
-    images = torch.from_numpy(read_folder(folder, 32)[0])
-    lucidrains, size, larger = lucidrains_loop(folder, batch)
+def training_table(batch, rounds):
+    """Return the times of training steps."""
+    images = torch.randint(256, (256, *SHAPE), dtype=torch.uint8)
     steps = {
-        "train.py": train_py(images, batch),
+        "train.py": train_py(images, compiled, batch=batch),
         "diffusers, float32": diffusers_loop(from_pixels(images), batch),
         "diffusers, bfloat16": diffusers_loop(from_pixels(images), batch, torch.bfloat16),
-        f"denoising-diffusion-pytorch, {size / 1e6:.1f} M": lucidrains,
     }
-    times = {
-        name: seconds / batch / (larger if name.startswith("denoising") else 1)
-        for name, seconds in in_turn(steps, rounds, warm_up=2).items()
-    }
-    rows = []
-    for name, s in times.items():
-        ratio = s / times["diffusers, float32"]
-        of_floor = "" if name.startswith("denoising") else f"{s / floor:.2f}"  # another network
-        rows.append([name, f"{1000 * s:.1f}", f"{ratio:.2f}", of_floor, memory.get(name, "")])
-    head = (
-        "a training step", "ms per image", "ratio to diffusers, float32", "ratio to the bf16 floor",
-        "peak GB",
-    )  # fmt: skip
-    return table(head, rows)
+    seconds = in_turn(steps, rounds, warm_up=2)
+    rows = [
+        [name, f"{1000 * s / batch:.1f}", f"{s / seconds['diffusers, float32']:.2f}"]
+        for name, s in seconds.items()
+    ]
+    return table(["a training step", "ms per image", "ratio to diffusers, float32"], rows)
 
 
-def torch_step(network, *args):
-    """Return a function that runs a network of torch."""
-
-    def step():
-        with torch.no_grad():
-            network(*args)
-
-    return step
-
-
-def network_table(model, paths, rounds, floor):
+@torch.no_grad()
+def network_table(model, paths, rounds):
     """Return the times of one eps. paths: {precision: the exported network}."""
     from diffusers import UNet2DModel
 
     theirs = UNet2DModel(**CIFAR).to(DEVICE).eval()
     model = copy.deepcopy(model).to(DEVICE)
     rows = []
-    for batch in (64, 1) if DEVICE.type == "cuda" else (16, 1):
-        x, t = torch.randn(batch, 3, 32, 32), torch.full((batch,), 500)
-        on_device = x.to(DEVICE), t.to(DEVICE)
-        x, t = x.numpy(), t.numpy()
+    for batch in (64, 1) if IS_CUDA else (16, 1):
+        x = torch.randn(batch, *SHAPE)
+        on_device = x.to(DEVICE), torch.full((batch,), 500, device=DEVICE)
         steps = {
-            "torch, ours": torch_step(model, *on_device),
-            "torch, diffusers": torch_step(theirs, *on_device),
+            "torch, ours": partial(model, *on_device),
+            "torch, diffusers": partial(theirs, *on_device),
         }
         for name, path in paths.items():
-            network = ddpm_numpy.Network(path, ONNX)
-            steps[f"ONNX Runtime on {ONNX}, {name}"] = lambda n=network, x=x, t=t: n(x, t)
+            network = sample.Network(path, ONNX)
+            steps[f"ONNX Runtime on {ONNX}, {name}"] = partial(network, x.numpy(), 500)
         seconds = in_turn(steps, rounds)
         for name, s in seconds.items():
-            rows.append([
-                f"{name}, batch {batch}", f"{1000 * s / batch:.3g}",
-                f"{s / seconds['torch, diffusers']:.2f}", f"{s / batch / floor:.2f}",
-            ])  # fmt: skip
-    head = "one eps", "ms per image", "ratio to diffusers", "ratio to the float32 floor"
-    return table(head, rows)
-
-
-def loop_line(path, batch=16, steps=6):
-    """Return a sentence on how much longer the loop of sample.py takes than the network in it."""
-    network, inside = ddpm_numpy.Network(path), []
-
-    def timed(x, t):
-        began = time.perf_counter()
-        eps = network(x, t)
-        inside.append(time.perf_counter() - began)
-        return eps
-
-    draw_noise = ddpm_numpy.noise_of(0, 0, (batch, *network.shape))
-    whole = []
-    for _ in range(3):
-        inside.clear()
-        began = time.perf_counter()
-        chain = ddpm_numpy.sample_progressive(
-            timed, draw_noise, network.betas, network.variance, steps
-        )
-        for _ in chain:
-            pass
-        whole.append((time.perf_counter() - began) / sum(inside))
-    return (
-        f"The loop of sample.py takes {statistics.median(whole):.3f} times as long as its calls "
-        "to the network alone.\n"
-    )
+            ratio = s / seconds["torch, diffusers"]
+            rows.append([f"{name}, batch {batch}", f"{1000 * s / batch:.3g}", f"{ratio:.2f}"])
+    return table(["one eps", "ms per image", "ratio to diffusers"], rows)
 
 
 def processor():
@@ -329,8 +214,8 @@ def processor():
 
 def machine():
     """Return what the figures depend on: the processor or GPU, and the versions."""
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else processor()
-    packages = "torch onnxruntime-gpu onnxruntime diffusers denoising-diffusion-pytorch"
+    name = torch.cuda.get_device_name() if IS_CUDA else processor()
+    packages = "torch onnxruntime-gpu onnxruntime diffusers"
     versions = []
     for package in packages.split():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -345,55 +230,24 @@ def main():
     )
     parser.add_argument("--batch", type=int, default=16, help="batch size in training [16]")
     parser.add_argument("--rounds", type=int, default=7, help="the median is over these [7]")
-    parser.add_argument("--out", default=str(HERE / "RESULTS.md"), help="[benchmarks/RESULTS.md]")
-    parser.add_argument("--memory", help=argparse.SUPPRESS)  # how it calls itself
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.memory:
-        return print_memory(args.memory, args.folder, args.batch)
-
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "pictures"
-        folder.mkdir()
-        random = np.random.default_rng(0)
-        for k in range(256):
-            pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"{k}.png")
-
+    with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         model = UNet().eval()
-        kinds = {"float32": None, "int8": "int8"}
-        if ONNX == "cuda":  # ONNX Runtime uses TF32 there
-            kinds = {"TF32": None, "float16": "half"}
-        paths = {name: Path(temporary) / f"{name}.onnx" for name in kinds}
-        settings = {"in_channels": 3, "image_size": 32}
-        with contextlib.redirect_stdout(io.StringIO()):
-            trained = Trained(model, Diffusion(linear_betas()), settings, 0, "random")
-            reduced.MAX_ERROR = 1e9  # random weights have larger errors and take as long
-            for name, kind in kinds.items():
-                export.write_onnx(trained, paths[name], kind)
-        if DEVICE.type == "cuda":  # TF32, as in the rows
+        proto = to_onnx(model, Diffusion(linear_betas()), SHAPE)
+        paths = {"TF32" if ONNX == "cuda" else "float32": f"{folder}/model.onnx"}
+        onnx.save(proto, f"{folder}/model.onnx")
+        if ONNX == "cuda":
+            paths["float16"] = f"{folder}/half.onnx"
+            onnx.save(to_half(proto), f"{folder}/half.onnx")
+        if IS_CUDA:  # TF32, as in the rows
             torch.set_float32_matmul_precision("high")
-        forward = flops(model)
-        rates = {dtype: matmul_flops(dtype) for dtype in (torch.float32, torch.bfloat16)}
-        floors = {dtype: forward / rate for dtype, rate in rates.items()}
-        text = "\n".join([
-            "# Side by side\n",
-            f"`python benchmarks/compare.py`, {time.strftime('%Y-%m-%d')}: {machine()}.\n",
-            f"A forward pass of the network takes {forward / 1e9:.2f} GFLOP per image. Large "
-            f"matrices are multiplied at {rates[torch.float32] / 1e9:.0f} GFLOP/s in float32 and "
-            f"{rates[torch.bfloat16] / 1e9:.0f} in bfloat16. At these rates, a pass "
-            f"takes at least {1000 * floors[torch.float32]:.1f} and "
-            f"{1000 * floors[torch.bfloat16]:.1f} ms per image (the floors below), and a training "
-            "step takes at least three times as long.\n",
+        text = "\n\n".join([
+            "# Side by side",
+            f"`python benchmarks/compare.py`, {time.strftime('%Y-%m-%d')}: {machine()}.",
+            training_table(args.batch, args.rounds), network_table(model, paths, args.rounds),
         ])  # fmt: skip
-        for make in (
-            partial(training_table, folder, args.batch, args.rounds, 3 * floors[torch.bfloat16]),
-            partial(network_table, model, paths, args.rounds, floors[torch.float32]),
-            partial(loop_line, next(iter(paths.values()))),
-        ):
-            text += "\n" + make()
-            Path(args.out).write_text(text)  # after each part, because a later one may fail
+    (HERE / "RESULTS.md").write_text(text + "\n")
     print(text)
 
 

@@ -12,11 +12,10 @@ program also prints what share of them, and of the test images, the classifier r
 
     python benchmarks/frechet.py samples --data mine
 
-measures the distance to other images, with a classifier trained on them, so this distance cannot be
-compared with that to any other data set. --data has two folders of images, train and test, with a
-sub-folder for each of at most ten classes, or with the class in each name: 00000_9_boot.png is of
-class 9. The first time, the classifier trains for some minutes, and is then kept in that folder as
-ruler.npz. benchmarks/ruler.npz is that file of `--data fashion-mnist`.
+measures the distance to other images, with a classifier that is trained on them, so this distance
+cannot be compared with the distance to any other data set. --data has two folders, train and test,
+with a sub-folder of images for each of at most ten classes. The first time, the classifier trains
+for some minutes, and is then kept in that folder as ruler.npz.
 """
 
 import argparse
@@ -32,8 +31,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from images import from_pixels, replacing
-from support.data import class_names, class_of, image_files, labels_of, read_folder
+from images import class_names, class_of, from_pixels, image_files, read_folder
 
 RULER = Path(__file__).with_name("ruler.npz")
 SIZE, SETS = 32, 10  # SETS: how many sets of real images are compared with the test set
@@ -116,33 +114,20 @@ class Ruler:
 def share_recognised(model, images, labels):
     """Return the share of images that a Classifier recognises as their labels, int64 (N,)."""
     found = torch.cat([model(from_pixels(part)).argmax(1) for part in images.split(500)])
-    return (found == torch.as_tensor(labels)).float().mean().item()
+    return (found == labels).float().mean().item()
 
 
-def read(folder):
-    """Return the images of a folder in greyscale, at 32x32, cropped as in train.py."""
-    return torch.from_numpy(read_folder(folder, SIZE, 1)[0])
-
-
-def labels_and_names(folder):
-    """Return the labels of the images in a folder, int64 (N,), and the name of each label.
-
-    The class of an image is its sub-folder or, without sub-folders, a part of its name.
-    """
-    paths = image_files(folder)[0]
-    if class_of(paths[0], folder):
-        names = class_names(folder)
-        return torch.from_numpy(labels_of(paths, folder, names)), names
-    words = [Path(path).stem.split("_") for path in paths]
-    names = {int(label): name for _, label, name in words}
-    return torch.tensor([int(label) for _, label, _ in words]), [names[k] for k in sorted(names)]
+def read(folder, names=()):
+    """Return images in greyscale, uint8 (N, 1, 32, 32), and their labels, int64 (N,), or None."""
+    images, labels = read_folder(folder, SIZE, 1, names)
+    return torch.from_numpy(images), None if labels is None else torch.from_numpy(labels)
 
 
 def make_ruler(data, path):
     """Train a classifier on data / "train", and save it with the statistics of data / "test"."""
-    images, (labels, names) = read(data / "train"), labels_and_names(data / "train")
+    names = class_names(data / "train")
+    (images, labels), (test, test_labels) = (read(data / part, names) for part in ("train", "test"))
     model = train_classifier(images, labels)
-    test, (test_labels, _) = read(data / "test"), labels_and_names(data / "test")
     of_test, features = statistics(features_of(model, test)), features_of(model, images)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     ranks = torch.stack([(labels[order] == k).cumsum(0) for k in range(len(names))], 1)
@@ -157,8 +142,7 @@ def make_ruler(data, path):
         for name, number in sets.items():
             chosen = (features[order[number == k]] for k in range(SETS))
             file[name] = [frechet_distance(statistics(part), of_test) for part in chosen]
-    with replacing(path) as kept:
-        np.savez_compressed(kept, **file)
+    np.savez_compressed(path, **file)
 
 
 def main():
@@ -178,8 +162,7 @@ def main():
         print(f"training images, {name}: {values.mean():.2f} +- {values.std(ddof=1):.2f}")
     for folder in args.samples:
         has_classes = {class_of(path, folder) for path in image_files(folder)[0]} <= {*ruler.names}
-        images, labels = read_folder(folder, SIZE, 1, classes=ruler.names if has_classes else None)
-        images = torch.from_numpy(images)
+        images, labels = read(folder, ruler.names if has_classes else ())
         print(f"{folder}, {len(images):,} samples: {ruler.distance(images):.2f}", flush=True)
         if has_classes:
             share = share_recognised(ruler.model, images, labels)

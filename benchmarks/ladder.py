@@ -3,116 +3,117 @@
     python benchmarks/ladder.py v --data fashion-mnist         # train a rung, draw, and measure
     python benchmarks/ladder.py v --data fashion-mnist --steps 10000 --seed 1
     python benchmarks/ladder.py paper --data fashion-mnist --sampler ddpm --sampling-steps 1000
-    python benchmarks/ladder.py paper --data fashion-mnist --sampler bound --samples 128 --sets 1
-    python benchmarks/ladder.py included --sampler ddim        # the network of the page
-    python benchmarks/ladder.py                                # the tables, and ladder.png
+    python benchmarks/ladder.py page/fashion-mnist.onnx --sampling-steps 10 --sets 3
+    python benchmarks/ladder.py                                # the tables
 
-A rung is `train.py --quick --no-flip` on fashion-mnist/train, with the flags below. The images are
-named as frechet.py describes, or lie in a sub-folder for each class. An interrupted training
-resumes. Each set of samples is a row of benchmarks/ladder.csv and is drawn only once. The bound of
---samples test images is a row, too. With OMP_NUM_THREADS=1, the program uses one core, so that two
-rungs can be trained at a time.
+A rung is `train.py --quick --no-flip` on fashion-mnist/train, which has a sub-folder for each
+class, with the flags below. Instead of a rung, a model.onnx can be measured. An interrupted
+training resumes. Each set of samples is a row of benchmarks/ladder.csv and is drawn only once. With
+OMP_NUM_THREADS=1, the program uses one core, so that two rungs can be trained at a time.
 """
 
 import argparse
-import contextlib
 import csv
-import io
+import itertools
+import signal
 import statistics
-import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
+import onnx
 import onnxruntime
 import torch
-from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path.insert(0, str(HERE.parent))
 
-import frechet  # noqa: E402
+import train  # noqa: E402
+from benchmarks import frechet  # noqa: E402
+from ddpm import look_up  # noqa: E402
+from export import to_onnx  # noqa: E402
+from extras.variants import eps_of_output, loss_weights  # noqa: E402
+from sample import SAMPLERS, Network, sample, to_pixels  # noqa: E402
 
-import ddpm_numpy  # noqa: E402
-import export  # noqa: E402
-from ddpm import Diffusion  # noqa: E402
-from images import from_pixels, to_pixels  # noqa: E402
-from samplers import SAMPLERS  # noqa: E402
-from support.trained import load  # noqa: E402
+ADAM = "--lr 1e-3 --no-lr-decay"
+RUNGS = {  # flags in place of those of --quick, and what they change
+    "paper": (f"--parts {ADAM}",
+              "the paper's: eps, (14), Adam with a learning rate of 1e-3, no labels"),
+    "v": (f"--parts v {ADAM}", "the network predicts v"),
+    "min-snr": (f"--parts v min-snr {ADAM}", "weights min(SNR, 5) of the error of x0_hat"),
+    "muon": ("--no-lr-decay", "Muon with a learning rate of 6e-3"),
+    "quick": ("", "the learning rate falls to 0: `--quick`"),
+    "labels": ("--classes", "labels: `--quick --classes`"),
+}  # fmt: skip
+# The other rows of the paper's Table 2: the target, and the weights of the loss. With the mean, a
+# factor of up to 100 turns the output into eps, so that bfloat16 is not exact enough.
+OTHERS = {"mean-vlb": ("mean", "vlb"), "mean-native": ("mean", "native"), "eps-vlb": ("eps", "vlb")}
+RUNGS |= dict.fromkeys(OTHERS, (f"--parts min-snr --no-amp {ADAM}", ""))
+LONG, INCLUDED = 10_000, "fashion-mnist.onnx"
+WAY = "sampler", "sampling_steps", "variance", "guidance", "samples"
+COLUMNS = "rung", "seed", "steps", *WAY, "set", "distance", "recognised"
 
-ADAM = "--optimizer adam --lr 1e-3 --no-lr-decay"
-RUNGS = {  # flags in place of those of --quick
-    "paper": f"--predicts eps --weighting simple {ADAM}",
-    "v": f"--weighting simple {ADAM}",
-    "min-snr": ADAM,
-    "muon": "--no-lr-decay",
-    "quick": "",
-    "labels": "--classes",
-    # the paper's Table 2, of which "paper" is a row, too
-    "mean-vlb": f"--predicts mean --weighting vlb {ADAM}",
-    "mean-native": f"--predicts mean --weighting native {ADAM}",
-    "eps-vlb": f"--predicts eps --weighting vlb {ADAM}",
-}
-INCLUDED = HERE.parent / "page" / "fashion-mnist.onnx"  # --quick --classes --steps 13000
-LONG = 10_000
-WAY = "sampler", "sampling_steps", "variance", "clip", "guidance"
-COLUMNS = "rung", "seed", "steps", *WAY, "samples", "set", "distance", "recognised", "bits"
+
+class OtherTarget(torch.nn.Module):
+    """A network that predicts something else than eps, as one that returns eps(x_t, t)."""
+
+    def __init__(self, network, diffusion, predicts):
+        super().__init__()
+        self.network, self.tables = network, eps_of_output(diffusion, predicts)
+
+    def forward(self, x_t, t, y=None):
+        a, b = (look_up(table, t, x_t) for table in self.tables)
+        return a * x_t + b * self.network(x_t, t, y)
+
+
+def build_other(predicts, weights, settings, shape, names, build=train.build):
+    """Return train.build's network and diffusion with another target, and other loss weights."""
+    network, diffusion = build(settings, shape, names)  # eps, and MinSNRDiffusion
+    diffusion.loss_weights = loss_weights(diffusion, weights, predicts)
+    return OtherTarget(network, diffusion, predicts), diffusion
 
 
 def short(rung):
     """Return the steps of eight minutes on two cores: with Muon, a step takes 1.1 times as long."""
-    return 1650 if ADAM in RUNGS[rung] else 1500
+    return 1650 if ADAM in RUNGS[rung][0] else 1500
 
 
-def train(args, out):
-    """Train a rung in a process of its own, or resume it; nothing happens if it is finished."""
-    flags = f"--quick --no-flip --warmup 75 --preview-every 2500 {RUNGS[args.rung]}".split()
-    flags += ["--steps", args.steps, "--seed", args.seed, "--out", out]
-    command = [sys.executable, HERE.parent / "train.py", "--data", args.data / "train", *flags]
-    subprocess.run(list(map(str, command)), check=True)
-
-
-def open_network(run, args):
-    """Return the Network of a run or of an ONNX file, with the variance of args."""
+def open_network(args):
+    """Return the Network of a model.onnx or of a rung, which is trained, or resumed, first."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        path = run if run.suffix == ".onnx" else Path(folder, "model.onnx")
-        if path != run:
-            export.write_onnx(load(run), path)
-        network = ddpm_numpy.Network(path, "cpu", options)
-    network.variance = args.variance
-    return network
+    if args.rung.endswith(".onnx"):
+        return Network(args.rung, "cpu", options)
+    if args.rung in OTHERS:
+        train.build = partial(build_other, *OTHERS[args.rung])
+    out = f"ladder/{args.rung}-{args.seed}-{args.steps}"
+    flags = f"--quick --no-flip --warmup 75 --preview-every 2500 {RUNGS[args.rung][0]}".split()
+    flags += ["--data", f"{args.data}/train", "--steps", args.steps, "--seed", args.seed]
+    sys.argv = ["train.py", *map(str, flags), "--out", out]
+    train.main()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the sampling
+    network, diffusion, state = train.load(out)
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/model.onnx"
+        onnx.save(to_onnx(network, diffusion, state["shape"], state["names"]), path)
+        return Network(path, "cpu", options)
 
 
-def draw(network, args, number):
-    """Return set `number` of samples, uint8 (samples, 1, 32, 32), of the classes in turn."""
-    how = dict(sampler=args.sampler, steps=args.sampling_steps, clip=args.clip)
-    first, pixels = number * args.samples, []
-    for k in range(first, first + args.samples, 50):
-        x0 = ddpm_numpy.sample(network, 50, guidance=args.guidance, first=k, **how)
+def judge(network, ruler, row):
+    """Draw the set of samples of a row, and return its distance and the share recognised."""
+    n, first, pixels = int(row["samples"]), int(row["set"]) * int(row["samples"]), []
+    how = {"sampler": row["sampler"], "steps": int(row["sampling_steps"])}
+    network.variance = row["variance"]
+    for k in range(first, first + n, 50):
+        x0 = sample(network, 50, guidance=float(row["guidance"]), first=k, **how)
         pixels.append(torch.from_numpy(to_pixels(x0)))
-    return torch.cat(pixels)
-
-
-def judge(network, ruler, args, number):
-    """Return the columns of the table that describe set `number` of samples."""
-    pixels = draw(network, args, number)
-    found = {"distance": f"{ruler.distance(pixels):.2f}"}
-    if network.classes:
-        labels = ddpm_numpy.class_labels(ruler.names, network.classes, args.samples)
-        found["recognised"] = f"{frechet.share_recognised(ruler.model, pixels, labels):.3f}"
-    return found
-
-
-def bound(trained, args):
-    """Return the bound of --samples test images, evenly spread, in bits per dimension."""
-    images = frechet.read(args.data / "test")
-    images = images[:: len(images) // args.samples][: args.samples]
-    diffusion = Diffusion(trained.diffusion.betas, args.variance)
-    random = torch.Generator().manual_seed(0)
-    bounds = [diffusion.vlb(trained.eps, from_pixels(x), random).total for x in images.split(64)]
-    return {"bits": f"{torch.cat(bounds).mean():.3f}"}
+    pixels, recognised = torch.cat(pixels), ""
+    if names := network.classes:
+        labels = [ruler.names.index(names[k % len(names)]) for k in range(first, first + n)]
+        share = frechet.share_recognised(ruler.model, pixels, torch.tensor(labels))
+        recognised = f"{share:.3f}"
+    return {"distance": f"{ruler.distance(pixels):.2f}", "recognised": recognised}
 
 
 def read_rows(path):
@@ -124,75 +125,33 @@ def read_rows(path):
 
 
 def measure(args):
-    """Train a rung, and append a row for each set of samples that is not in the table."""
-    is_run = args.rung != "included"
-    out = args.runs / f"{args.rung}-{args.seed}-{args.steps}" if is_run else INCLUDED
-    key = {name: str(getattr(args, name)) for name in COLUMNS[: 4 + len(WAY)]}
-    wanted = [key | {"set": str(k)} for k in range(args.sets)]
+    """Append a row for each set of samples that is not in the table."""
+    key = {name: str(getattr(args, name)) for name in ("seed", "steps", *WAY)}
+    key["rung"] = Path(args.rung).name
+    counts = itertools.product(map(str, args.sampling_steps), map(str, range(args.sets)))
+    wanted = [key | {"sampling_steps": n, "set": k} for n, k in counts]
     have = [{name: row[name] for name in wanted[0]} for row in read_rows(args.table)]
     if missing := [row for row in wanted if row not in have]:
-        if is_run:
-            train(args, out)
-        is_bound = args.sampler == "bound"
-        network, ruler = (None, None) if is_bound else (open_network(out, args), frechet.Ruler())
+        network, ruler = open_network(args), frechet.Ruler()
         for row in missing:
-            number = int(row["set"])
-            row |= bound(load(out), args) if is_bound else judge(network, ruler, args, number)
-            print(row, flush=True)
+            row |= judge(network, ruler, row)
+            print(*(row[name] for name in COLUMNS), flush=True)
             with open(args.table, "a", newline="") as file:
                 csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
 
 
-def arguments():
-    """Return the arguments of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    flag = parser.add_argument
-    flag("rung", nargs="?", choices=[*RUNGS, "included"], help="what to train and measure")
-    flag("--data", type=Path, help="the folder of Fashion-MNIST, with train and test")
-    flag("--runs", type=Path, default=Path("ladder"), help="folder of the runs [%(default)s]")
-    flag("--table", type=Path, default=HERE / "ladder.csv", help="[benchmarks/ladder.csv]")
-    flag("--steps", type=int, help="training steps [1650, with Muon 1500]")
-    flag("--seed", type=int, default=0, help="seed of the training [%(default)s]")
-    flag("--sampler", default="sa-solver", choices=[*SAMPLERS, "bound"], help="[%(default)s]")
-    flag("--sampling-steps", type=int, default=10, help="[%(default)s]")
-    flag("--variance", default="large", choices=("large", "small"), help="[%(default)s]")
-    flag("--clip", default=True, action=argparse.BooleanOptionalAction, help="clip x0_hat")
-    flag("--guidance", type=float, default=0.0, help="[%(default)s]")
-    flag("--samples", type=int, default=1000, help="per set, a multiple of 50 [%(default)s]")
-    flag("--sets", type=int, default=3, help="sets of samples [%(default)s]")
-    args = parser.parse_args()
-    if args.rung == "included":
-        args.steps = 13_000
-    elif args.rung:
-        args.steps = args.steps or short(args.rung)
-        if not args.data:
-            parser.error("a rung needs --data")
-    return args
+# ----------------------------------------------------------------------------------------- tables
 
-
-# ------------------------------------------------------------------------------ tables and figure
-
-MEANING = {
-    "paper": "the paper's: eps, (14), Adam with a learning rate of 1e-3, no labels",
-    "v": "the network predicts v",
-    "min-snr": "weights min(SNR, 5) of the error of x0_hat",
-    "muon": "Muon with a learning rate of 6e-3",
-    "quick": "the learning rate falls to 0: `--quick`",
-    "labels": "labels: `--quick --classes`",
-}
 WAYS = {  # ways to sample: the column's title, and the values in its rows
-    "SA-Solver, 10": {"sampler": "sa-solver", "sampling_steps": "10"},
-    "SA-Solver, 50": {"sampler": "sa-solver", "sampling_steps": "50"},
-    "DDIM, 10": {"sampler": "ddim", "sampling_steps": "10"},
-    "DDIM, 50": {"sampler": "ddim", "sampling_steps": "50"},
+    "SA-Solver, 10": {"sampler": "sa-solver", "sampling_steps": "10"},  # the former sampler
+    "DPM-Solver++, 10": {"sampler": "dpm-solver++", "sampling_steps": "10"},
+    "DPM-Solver++, 50": {"sampler": "dpm-solver++", "sampling_steps": "50"},
     "Algorithm 2, 1000": {"sampler": "ddpm", "sampling_steps": "1000"},
 }
-PLAIN = {"variance": "large", "clip": "True", "guidance": "0.0", "samples": "1000"}
+PLAIN = {"variance": "large", "guidance": "0.0", "samples": "1000"}
 
 
-def distances(rows, rung, steps, **way):
+def distances(rows, rung, steps="", **way):
     """Return {seed: the distances of its sets} of a rung, from the rows of the table."""
     wanted, found = {"rung": rung, "steps": str(steps)} | PLAIN | way, {}
     for row in rows:
@@ -225,34 +184,35 @@ def table(rows, steps_of):
     lines = [
         [meaning, f"{steps_of(rung):,}",
          *(cell(distances(rows, rung, steps_of(rung), **way)) for way in WAYS.values())]
-        for rung, meaning in MEANING.items()
+        for rung, (_, meaning) in RUNGS.items()
     ]  # fmt: skip
     return in_markdown(["what changes", "steps", *WAYS], lines, labels=2)
 
 
-def samplers(rows, rung, steps):
-    """Return the distances of a network by each sampler and number of its steps, in Markdown."""
+def samplers(rows, name):
+    """Return the distances of a model.onnx by sampler and number of steps, in Markdown."""
     counts = "5", "10", "20", "50", "1000"
     names = {
         "Algorithm 2, large variance": {"sampler": "ddpm"},
         "Algorithm 2, small variance": {"sampler": "ddpm", "variance": "small"},
         "DDIM": {"sampler": "ddim"},
-        "SA-Solver": {"sampler": "sa-solver"},
+        "DPM-Solver++": {"sampler": "dpm-solver++"},
     }
     lines = [
-        [name, *(cell(distances(rows, rung, steps, **way, sampling_steps=n)) for n in counts)]
-        for name, way in names.items()
+        [title, *(cell(distances(rows, name, **way, sampling_steps=n)) for n in counts)]
+        for title, way in names.items()
     ]
     return in_markdown(["steps", *counts], lines)
 
 
-def guidance(rows):
-    """Return the distances of the included network for several w, in Markdown."""
-    lines = []
-    for w in "0.0", "1.0", "2.0", "4.0", "6.0":
-        way = WAYS["SA-Solver, 10"] | {"guidance": w, "rung": "included", "set": "0"}
-        (row,) = (r for r in rows if all(r[name] == value for name, value in way.items()))
-        lines.append([w.removesuffix(".0"), row["distance"], f"{float(row['recognised']):.1%}"])
+def guidance(rows, name):
+    """Return the distances of the first set of a model.onnx for each w, in Markdown."""
+    wanted = WAYS["DPM-Solver++, 10"] | {"rung": name, "set": "0"}
+    lines = [
+        [row["guidance"].removesuffix(".0"), row["distance"], f"{float(row['recognised']):.1%}"]
+        for row in sorted(rows, key=lambda row: float(row["guidance"]))
+        if all(row[column] == value for column, value in wanted.items())
+    ]
     return in_markdown(["w", "Fréchet distance", "recognised"], lines)
 
 
@@ -273,38 +233,35 @@ def table_2(rows):
     return in_markdown([*head, "here, large variance", "here, small variance"], lines, labels=3)
 
 
-def save_figure(rows, path):
-    """Draw the distance in 10 steps of SA-Solver against the training steps, a line for a rung."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for rung in MEANING:
-        points = [
-            (steps, statistics.mean(sets))
-            for steps in (short(rung), LONG, 20_000)
-            for sets in distances(rows, rung, steps, **WAYS["SA-Solver, 10"]).values()
-        ]
-        steps = sorted({n for n, _ in points})
-        means = [statistics.mean(value for n, value in points if n == at) for at in steps]
-        (line,) = axes.plot(steps, means, label=rung)
-        axes.plot(*zip(*points, strict=True), ".", color=line.get_color())
-    axes.set(xlabel="training steps of 64 images", ylabel="Fréchet distance")
-    axes.set(xscale="log", yscale="log")
-    axes.minorticks_off()
-    axes.set_xticks([1500, 5000, 10_000, 20_000], ["1,500", "5,000", "10,000", "20,000"])
-    axes.set_yticks([5, 10, 20, 50], ["5", "10", "20", "50"])
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=100)
-
-
 def main():
-    args = arguments()
-    if args.rung:
-        return measure(args)
-    rows = read_rows(args.table)
-    tables = table(rows, short), table(rows, lambda _: LONG), samplers(rows, "paper", 20_000)
-    print(*tables, samplers(rows, "included", 13_000), guidance(rows), table_2(rows), sep="\n\n")
-    save_figure(rows, HERE / "ladder.png")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flag = parser.add_argument
+    flag("rung", nargs="?", help=f"{', '.join(RUNGS)}, or a model.onnx")
+    flag("--data", help="the folder of Fashion-MNIST, with train; a rung needs it")
+    flag("--table", type=Path, default=HERE / "ladder.csv", help="[benchmarks/ladder.csv]")
+    flag("--steps", type=int, help="training steps [1650, with Muon 1500]")
+    flag("--seed", type=int, default=0, help="seed of the training [%(default)s]")
+    flag("--sampler", default="dpm-solver++", choices=SAMPLERS, help="[%(default)s]")
+    flag("--sampling-steps", type=int, nargs="+", default=[10, 50], help="[10 50]")
+    flag("--variance", default="large", choices=("large", "small"), help="[%(default)s]")
+    flag("--guidance", type=float, default=0.0, help="[%(default)s]")
+    flag("--samples", type=int, default=1000, help="per set, a multiple of 50 [%(default)s]")
+    flag("--sets", type=int, default=1, help="sets of samples [%(default)s]")
+    args = parser.parse_args()
+    if not args.rung:
+        rows = read_rows(args.table)
+        tables = table(rows, short), table(rows, lambda _: LONG), samplers(rows, "paper.onnx")
+        tables += samplers(rows, INCLUDED), guidance(rows, INCLUDED), table_2(rows)
+        return print(*tables, sep="\n\n")
+    if args.rung.endswith(".onnx"):
+        args.seed = args.steps = ""
+    elif args.rung in RUNGS and args.data:
+        args.steps = args.steps or short(args.rung)
+    else:
+        parser.error(f"{args.rung} needs --data, or is no rung")
+    measure(args)
 
 
 if __name__ == "__main__":

@@ -24,17 +24,16 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from beyond import sample  # noqa: E402
 from ddpm import Diffusion, linear_betas  # noqa: E402
-from ddpm_numpy import Network  # noqa: E402
 from docs.make_figures import FIGURES, PAGE, save_sheet  # noqa: E402
-from exact import exact_network, mean_squared_error  # noqa: E402
-from images import from_pixels  # noqa: E402
-from support.data import image_files, read_folder  # noqa: E402
-from support.trained import load  # noqa: E402
+from extras.exact import exact_network, mean_squared_error  # noqa: E402
+from extras.variants import sample  # noqa: E402
+from images import from_pixels, read_folder, read_image  # noqa: E402
+from sample import Network  # noqa: E402
+from train import load  # noqa: E402
 
 SIZES, STEPS = (100, 300, 1_000, 10_000, 30_000), 4_000
 TIMES = (0, 5, 20, 50, 100, 200, 250, 300, 350, 400, 450, 500, 550, 600, 700, 850, 999)
@@ -63,7 +62,7 @@ def split(data, runs):
 
 
 def train(sets, runs):
-    """Train a network on each set, two at a time on one core each; finished runs stay."""
+    """Return train.load of a run on each set, trained two at a time on one core each."""
 
     def run(key):
         out = runs / "run-{}-{}".format(*key)
@@ -94,8 +93,9 @@ def nearest(x, images):
 
 def print_nearest(folder, data):
     """Print how far each image of a folder is from its nearest image of the data, nearest first."""
-    paths, images = image_files(folder)[0], from_pixels(torch.from_numpy(read_folder(data, 32)[0]))
-    samples = from_pixels(torch.from_numpy(read_folder(folder, 32, images.shape[1])[0]))
+    paths, images = sorted(folder.rglob("*.png")), read_folder(data, 32)[0]
+    samples = np.stack([read_image(path, 32, images.shape[1]) for path in paths])
+    samples, images = (from_pixels(torch.from_numpy(x)) for x in (samples, images))
     _, distance = nearest(samples, images)
     for value, path in sorted(zip(distance.tolist(), paths, strict=True)):
         print(f"{value:5.1f}  {path}")
@@ -178,9 +178,10 @@ def draw_copies(path, data, runs):
     rows, names = [], []
     for n in SIZES:
         images = read(sets[n, 0], 16)
+        (network, diffusion, _), (other_network, _, _) = trained[n, 0], trained[n, 1]
         samples = [
-            sample(trained[n, side].diffusion, trained[n, side].eps, x_T.shape, 50, x_T=x_T)
-            for side in (0, 1)
+            sample(diffusion, model, x_T.shape, 50, draw_noise=lambda: x_T)
+            for model in (network, other_network)
         ]
         index, distance = nearest(samples[0], images)
         _, of_test = nearest(test, images)
@@ -188,8 +189,7 @@ def draw_copies(path, data, runs):
             127.5 * (samples[0] - x).square().flatten(1).mean(1).sqrt()
             for x in (samples[1], samples[0].roll(1, 0))
         )
-        diffusion, eps_model = trained[n, 0].diffusion, torch.no_grad()(trained[n, 0].eps)
-        seen, unseen = (errors(diffusion, eps_model, x) for x in (images[:512], test))
+        seen, unseen = (errors(diffusion, network, x) for x in (images[:512], test))
         print(f"{n} images: samples are {distance.median():.1f} from the nearest training image, "
               f"test images {of_test.median():.1f}; samples of both networks are "
               f"{apart.median():.1f} apart, a tenth of them more than {apart.quantile(0.9):.1f}, "

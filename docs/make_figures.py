@@ -18,21 +18,28 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image
+from PIL import Image, ImageOps
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 FIGURES, PAGE = HERE / "figures", HERE.parent / "page"
 sys.path.insert(0, str(HERE.parent))
 
-import ddpm_numpy  # noqa: E402
-from beyond import cosine_betas, sample_progressive  # noqa: E402
 from ddpm import Bound, Diffusion, linear_betas  # noqa: E402
-from evaluate import rate_distortion  # noqa: E402
-from exact import exact_network  # noqa: E402
-from images import from_pixels, grid, save_animation, save_image, to_pixels  # noqa: E402
-from samplers import Chain  # noqa: E402
-from support.data import read_folder  # noqa: E402
-from support.demo import are_right  # noqa: E402
+from extras import variants  # noqa: E402
+from extras.evaluate import rate_distortion  # noqa: E402
+from extras.exact import exact_network  # noqa: E402
+from extras.interpolate import LAMBDAS, interpolate, starting_at  # noqa: E402
+from images import demo_images, from_pixels, read_folder  # noqa: E402
+from sample import (  # noqa: E402
+    Network,
+    grid,
+    guided,
+    noise_of,
+    reverse,
+    sample,
+    sample_progressive,
+    to_pixels,
+)
 
 DPI, BATCH = 100, 16
 TABLE_4 = [  # the paper's Table 4: bits per dimension, RMSE
@@ -42,13 +49,19 @@ TABLE_4 = [  # the paper's Table 4: bits per dimension, RMSE
 ]  # fmt: skip
 
 
+def sheet(images):
+    """Return images, (rows, columns, C, H, W) in [-1, 1], as one Pillow image."""
+    rows, _, *shape = images.shape
+    return grid(to_pixels(images.swapaxes(0, 1).reshape(-1, *shape)), rows)
+
+
 def show(axes, images, columns=(), rows=(), frames=()):
     """Draw images, (rows, columns, C, H, W) in [-1, 1], as one labelled grid.
 
     frames: the (row, column) of the images to mark.
     """
-    R, C, *shape = images.shape
-    image = grid(to_pixels(images.reshape(-1, *shape)), C).convert("RGB")
+    R, C = images.shape[:2]
+    image = sheet(images).convert("RGB")
     axes.imshow(image, extent=(0, C, R, 0), interpolation="nearest")
     axes.set_xticks(np.arange(len(columns)) + 0.5, columns)
     axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
@@ -87,7 +100,7 @@ def draw_schedule(path, x0):
     times = (1, 125, 250, 375, 500, 625, 750, 875, 1000)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     curves, rows = {}, []
-    for name, betas in (("linear", linear_betas()), ("cosine", cosine_betas())):
+    for name, betas in (("linear", linear_betas()), ("cosine", variants.cosine_betas())):
         diffusion = Diffusion(betas)
         curves[name] = range(1, diffusion.T + 1), diffusion.alphas_bar
         rows.append([diffusion.q_sample(x0, torch.tensor([t - 1]), noise)[0] for t in times])
@@ -143,8 +156,9 @@ def distance_to_gaussian(chain, t):
 
 def short_chain(steps):
     """Return the paper's schedule in this many steps: a Diffusion, and the t that it visits."""
-    chain = Chain(linear_betas().tolist(), "large", steps)
-    return Diffusion(chain.betas), chain.tau
+    tau = [1000 * k // steps - 1 for k in range(1, steps + 1)]
+    abar = (1 - linear_betas()).cumprod(0)[tau]
+    return Diffusion(1 - abar / torch.cat([torch.ones(1), abar[:-1]])), tau
 
 
 def draw_small_steps(path):
@@ -182,7 +196,9 @@ def ddim_paths(count):
     paper = Diffusion(linear_betas())
     network = exact_network(paper, TWO.view(2, 1, 1, 1))
     x_T = torch.special.ndtri((torch.arange(count).double() + 0.5) / count).view(count, 1, 1, 1)
-    chain = sample_progressive(paper, network, None, 1000, "ddim", x_T=x_T)
+    chain = variants.sample_progressive(
+        paper, network, x_T.shape, 1000, "ddim", draw_noise=lambda: x_T
+    )
     return torch.stack([x_t.flatten() for _, x_t, _ in chain], 1)
 
 
@@ -227,7 +243,9 @@ def draw_rectangles(path):
     heights, widths = half_error(snr[1:]), snr[:-1] - snr[1:]
     axes.bar(snr[1:], heights, widths, align="edge", facecolor="#fbdcb8", edgecolor="C1")
     axes.plot(fine, half_error(fine), "C0", linewidth=2)
-    axes.set(xlim=(0, 4), ylim=(0, 0.55), xlabel="SNR", ylabel="squared error of $\\hat x_0$ / 2")
+    axes.set(
+        xlim=(0, 4), ylim=(0, 0.55), xlabel="SNR", ylabel="half the squared error of $\\hat x_0$"
+    )
     figure.savefig(path, dpi=DPI)
 
 
@@ -252,48 +270,6 @@ def draw_velocity(path):
         right.plot(tau, x / (signal + spread), "black", linewidth=1.6)
     left.set(xlabel="t", ylabel="$x_t$", xlim=(1000, 1), title="DDPM")
     right.set(xlabel="$\\tau$", ylabel="r", xlim=(1, 0), title="flow matching")
-    figure.savefig(path, dpi=DPI)
-
-
-def draw_corrector(path):
-    """Draw a step of SA-Solver for the two points: predict with a parabola, and redo the step."""
-    chain, t = Chain(linear_betas(), "large", 10), 3  # the step from t = 400 to 300
-    abar, every = np.array(chain.alphas_bar), (1 - linear_betas()).cumprod(0).numpy()
-
-    def levels(abar):
-        return np.log(abar / (1 - abar)) / 2
-
-    def estimate(x, abar):
-        return np.tanh(np.sqrt(abar) * x / (1 - abar))
-
-    x, path_x = 0.6, []
-    for a, before in zip(every[::-1], [*every[-2::-1], 1], strict=True):  # DDIM in 1000 steps
-        path_x.append(x)
-        x0 = estimate(x, a)
-        x = np.sqrt(before) * x0 + np.sqrt((1 - before) / (1 - a)) * (x - np.sqrt(a) * x0)
-    path_x = np.array(path_x[::-1])
-    exact, lam = estimate(path_x, every), levels(abar)
-    nodes = [t + 2, t + 1, t]
-    values = [exact[chain.tau[k]] for k in nodes]
-    line = np.linspace(lam[t], lam[t - 1], 200)
-
-    def parabola(at):
-        return np.polyval(np.polyfit(lam[nodes], values, 2), at)
-
-    scale = np.sqrt((1 - abar[t - 1]) / (1 - abar[t]))
-    area = ((np.exp(line) * parabola(line))[:-1] * np.diff(line)).sum()
-    x_s = scale * path_x[chain.tau[t]] + np.sqrt(1 - abar[t - 1]) * area
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    for axes, title in zip(figure.subplots(1, 2, sharey=True), ("predict", "redo"), strict=True):
-        wide = np.linspace(lam[nodes[0]], line[-1], 200)
-        axes.plot(levels(every), exact, "black", linewidth=1)
-        axes.plot(wide, parabola(wide), "C0--")
-        axes.plot(line, parabola(line), "C0", linewidth=2)
-        axes.plot(lam[nodes], values, "C0o")
-        axes.set_xticks(lam[[t, t - 1]], ["$\\lambda_t$", "$\\lambda_s$"])
-        axes.set(title=title, xlim=(lam[t + 2] - 0.1, line[-1] + 0.2), ylim=(0, 0.75))
-        axes.set_ylabel("$\\hat x_0$" if title == "predict" else "")
-        nodes, values = [t + 1, t, t - 1], [*values[1:], estimate(x_s, abar[t - 1])]
     figure.savefig(path, dpi=DPI)
 
 
@@ -340,33 +316,10 @@ def draw_unet(path):
 # ---------------------------------------------------------------------------------- with a network
 
 
-def reverse(network, seed=0, batch=BATCH, w=0, **kwargs):
-    """Draw a batch of images from this seed: the chain of ddpm_numpy.sample_progressive.
-
-    With classes, the images are of each class in turn, with guidance w, or of no class if w is
-    None.
-    """
-    noise = ddpm_numpy.noise_of(seed, 0, (batch, *network.shape))
-    model = network
-    if w is not None:
-        model = ddpm_numpy.guided(network, np.arange(batch) % max(1, len(network.classes)), w)
-    return ddpm_numpy.sample_progressive(model, noise, network.betas, network.variance, **kwargs)
-
-
-def last(chain):
-    """Return the last x0_hat of a chain: the samples."""
-    for _, _, x0 in chain:
-        image = x0
-    return image
-
-
 def draw_strip(folder, network):
-    """Save strip.png, two samples along the chain, and reverse.gif, nine: x_t beside x0_hat.
-
-    A network with classes gets no class.
-    """
+    """Save strip.png, two samples along the chain, and reverse.gif, nine: x_t beside x0_hat."""
     times, states, frames = [1000, 850, 700, 600, 500, 400, 300, 200, 100, 1], [], []
-    for i, x, x0 in reverse(network, batch=9, w=None):
+    for i, x, x0 in sample_progressive(network, 9):
         if i + 1 in times:
             states += [x[:2], x0[:2]]
         if i % 20 == 0 or i == network.betas.size - 1:
@@ -380,14 +333,16 @@ def draw_strip(folder, network):
     for scale in (1, max(1, 408 // size)):
         sizes = size * scale, size * scale // 2
         frames = [frame.resize(sizes, Image.Resampling.NEAREST) for frame in frames]
-    frames = [frame.quantize(32, dither=Image.Dither.NONE) for frame in frames]
-    save_animation(folder / "reverse.gif", frames, each=80, last=3000)
+    first, *others = [frame.quantize(32, dither=Image.Dither.NONE) for frame in frames]
+    durations = [80] * len(others) + [3000]
+    first.save(folder / "reverse.gif", save_all=True, append_images=others, duration=durations,
+               loop=0)  # fmt: skip
 
 
 def beside(x, x0):
     """Return the first nine x_t as three columns, and three columns of x0_hat beside them."""
     left, right = (images[:9].reshape(3, 3, *images.shape[1:]) for images in (x, x0))
-    return grid(to_pixels(np.concatenate([left, right], 1).reshape(18, *x.shape[1:])), 6)
+    return sheet(np.concatenate([left, right], 1))
 
 
 def page_noise(seed, k, count):
@@ -424,9 +379,8 @@ def draw_recorded(folder, network):
 
     def chain(seed, y, w, sampler):
         x_T = np.array([page_noise(seed, k, 3072) for k in range(len(y))], np.float32)
-        model, options = ddpm_numpy.guided(network, np.array(y), w), dict(steps=10, sampler=sampler)
-        x_T = x_T.reshape(-1, *network.shape)
-        return [*ddpm_numpy.sample_progressive(model, None, network.betas, x_T=x_T, **options)]
+        x_T, eps = x_T.reshape(-1, *network.shape), guided(network, np.array(y), w)
+        return [*network.reverse(eps, lambda: x_T, steps=10, sampler=sampler)]
 
     kinds = [network.classes.index(name) for name in ("smileys", "people", "flags")]
     before, after = (
@@ -434,31 +388,23 @@ def draw_recorded(folder, network):
         for seed, turn in ((4, 0), (0, 1))
     )
     save("recorded.webp", [x0 for _, _, x0 in before[-1:] + after], quality=90)
-    sets = [chain(5, kinds[:1] * 9, w, "sa-solver") for w in (0, 1, 2, 4)]
+    sets = [chain(5, kinds[:1] * 9, w, "dpm-solver++") for w in (0, 1, 2, 4)]
     t, x, expected = sets[0][4]
-    eps, abar = (
-        network(x, np.full(9, t), np.full(9, len(network.classes))),
-        np.prod(1 - network.betas[: t + 1]),
-    )
-    without = np.clip((x - (1 - abar) ** 0.5 * eps) / abar**0.5, -1, 1)
+    abar = np.prod(1 - network.betas[: t + 1])
+    without = np.clip((x - (1 - abar) ** 0.5 * network(x, t)) / abar**0.5, -1, 1)
     save("smileys.webp", [*(steps[-1][2] for steps in sets), without, expected], lossless=True)
 
 
 def draw_ends(path, network):
-    """Draw the paper's figure 7: eight ends of the chain from one shared x_t, for several t.
-
-    A network with classes gets no class.
-    """
-    shared = {i + 1: x for i, x, _ in reverse(network, batch=1, w=None)}
+    """Draw the paper's figure 7: eight ends of the chain from one shared x_t, for several t."""
+    shared = {i + 1: x for i, x, _ in sample_progressive(network, 1)}
     rows, columns = [], 8
     times = [1000, 750, 500, 250]
     for t in times:
-        x_t = np.repeat(shared[t], columns, 0)
-        noise = ddpm_numpy.noise_of(1, 0, x_t.shape)
-        chain = ddpm_numpy.sample_progressive(
-            network, noise, network.betas[:t], network.variance, x_T=x_t
-        )
-        rows.append(np.concatenate([shared[t], last(chain)]))
+        noise = noise_of(1, 0, columns, network.shape)
+        draw_noise = starting_at(shared[t].repeat(columns, 0), noise)
+        *_, (_, _, x0) = reverse(network, draw_noise, network.betas[:t], network.variance)
+        rows.append(np.concatenate([shared[t], x0]))
     save_sheet(
         path, np.stack(rows), ["shared $x_t$", *map(str, range(1, columns + 1))],
         [f"t = {t}" for t in times],
@@ -469,10 +415,10 @@ def draw_steps(path, network):
     """Draw sixteen samples from the same first noise, by each sampler and number of steps."""
     counts, figure = (5, 10, 20, 50, network.betas.size), Figure(figsize=(9.6, 6.2))
     figure.set_layout_engine("constrained")
-    names = {"ddpm": "Algorithm 2", "ddim": "DDIM", "sa-solver": "SA-Solver"}
+    names = {"ddpm": "Algorithm 2", "ddim": "DDIM", "dpm-solver++": "DPM-Solver++"}
     for axes_row, sampler in zip(figure.subplots(len(names), len(counts)), names, strict=True):
         for axes, steps in zip(axes_row, counts, strict=True):
-            images = last(reverse(network, steps=steps, sampler=sampler))
+            images = sample(network, BATCH, steps=steps, sampler=sampler)
             show(axes, images.reshape(4, 4, *images.shape[1:]))
             axes.set_title(f"{names[sampler]}, {steps} steps", fontsize=9)
     figure.savefig(path, dpi=DPI)
@@ -483,25 +429,20 @@ def draw_classes(path, network):
     weights, classes = (0, 1, 2, 4), len(network.classes)
     figure = Figure(figsize=(9.6, 0.57 * classes + 0.4), layout="constrained")
     for axes, w in zip(figure.subplots(1, len(weights)), weights, strict=True):
-        images = last(reverse(network, batch=4 * classes, w=w, steps=20))
+        images = sample(network, 4 * classes, guidance=w, steps=20)
         images = images.reshape(4, classes, *network.shape).swapaxes(0, 1)
         show(axes, images, rows=network.classes if w == 0 else ())
         axes.set_title(f"w = {w}", fontsize=10)
     figure.savefig(path, dpi=DPI)
 
 
-def draw_interpolation(path, network, pair):
+def draw_interpolation(path, network, a, b):
     """Draw mixtures of two images at several t, as in the paper's figure 8."""
     times, rows = (125, 250, 500, 750), []
     for t in times:
-        noise = ddpm_numpy.noise_of(0, 0, (1, *network.shape))
-        x_t = ddpm_numpy.mix(*pair, t - 1, network.betas, noise)
-        chain = ddpm_numpy.sample_progressive(
-            network, noise, network.betas[:t], network.variance, x_T=x_t
-        )
-        rows.append([pair[0], *last(chain)[::2], pair[1]])
-    mixed = [f"$\\lambda$ = {x:.1f}" for x in ddpm_numpy.LAMBDAS[::2]]
-    columns = ["image A", *mixed, "image B"]
+        *_, (_, _, x0) = interpolate(network, a, b, t - 1)
+        rows.append([a, *x0[::2], b])
+    columns = ["image A", *(f"$\\lambda$ = {x:.1f}" for x in LAMBDAS[::2]), "image B"]
     save_sheet(path, np.array(rows), columns, [f"t = {t}" for t in times], inches=1.0)
 
 
@@ -595,10 +536,16 @@ def draw_snr(path, diffusion, bound):
     figure.savefig(path, dpi=DPI)
 
 
+def are_right(pixels):
+    """Return which pixels, uint8 (N, 3, 8, 8), are demo images to within 48 of 255 per value."""
+    allowed = demo_images().astype(int)
+    nearest = [np.abs(allowed - image).max((1, 2, 3)).min() for image in pixels.astype(int)]
+    return np.array(nearest) <= 48
+
+
 def draw_demo(path, onnx):
     """Draw 64 samples of the demo's network, and mark the wrong ones."""
-    network = ddpm_numpy.Network(onnx, "cpu")
-    images = last(reverse(network, batch=64))
+    images = sample(Network(onnx, "cpu"), 64)
     right = are_right(to_pixels(images))
     print(f"  {right.sum()} of 64 samples of the demo are right")
     frames = [divmod(k, 16) for k in np.flatnonzero(~right)]
@@ -623,28 +570,32 @@ def main():
     args = parser.parse_args()
 
     args.out.mkdir(parents=True, exist_ok=True)
-    network = ddpm_numpy.Network(args.onnx, "cpu")
-    paper = ddpm_numpy.Network(args.paper, "cpu")
+    network, paper = Network(args.onnx, "cpu"), Network(args.paper, "cpu")
     channels, size, _ = network.shape
-    images, labels = read_folder(args.data, size, channels, 4 * BATCH, network.classes)
-    x0 = from_pixels(torch.from_numpy(images))
+    images, labels = read_folder(args.data, size, channels, network.classes)
+    n = min(len(images), 4 * BATCH)
+    some = np.arange(n) * len(images) // n  # evenly spread over the folder
+    x0, labels = (
+        from_pixels(torch.from_numpy(images[some])),
+        None if labels is None else labels[some],
+    )
     draw_schedule(args.out / "schedule.png", x0[:1])
     draw_small_steps(args.out / "small-steps.png")
     draw_two_points(args.out / "two-points.png")
     draw_rectangles(args.out / "rectangles.png")
     draw_velocity(args.out / "velocity.png")
-    draw_corrector(args.out / "corrector.png")
     draw_unet(args.out / "unet.png")
-    save_image(args.out / "paper.png", grid(to_pixels(last(reverse(paper, batch=64))), 16))
+    samples = sheet(sample(paper, 64).reshape(4, 16, *paper.shape))
+    ImageOps.scale(samples, 2, Image.Resampling.NEAREST).save(args.out / "paper.png")
     draw_strip(args.out, paper)
-    if args.out == FIGURES:
-        draw_recorded(PAGE, ddpm_numpy.Network(PAGE / "emoji.onnx", "cpu"))
+    if args.out.resolve() == FIGURES:
+        draw_recorded(PAGE, Network(PAGE / "emoji.onnx", "cpu"))
     draw_ends(args.out / "ends.png", paper)
     draw_steps(args.out / "steps.png", network)
     if network.classes:
         draw_classes(args.out / "classes.png", network)
-    pair = x0[[16 % len(x0), 24 % len(x0)]].numpy()
-    draw_interpolation(args.out / "interpolation.png", network, pair)
+    a, b = x0[[16 % len(x0), 24 % len(x0)]].numpy()
+    draw_interpolation(args.out / "interpolation.png", network, a, b)
     draw_loss_and_bound(args.out, network, x0, labels)
     if args.demo:
         draw_demo(args.out / "demo.png", args.demo)

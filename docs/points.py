@@ -19,7 +19,9 @@ HERE = Path(__file__).parent
 FIGURES = HERE / "figures"
 sys.path.insert(0, str(HERE.parent))
 
-from beyond import (  # noqa: E402
+from ddpm import Diffusion, linear_betas, timestep_embedding  # noqa: E402
+from extras.exact import exact_network  # noqa: E402
+from extras.variants import (  # noqa: E402
     as_eps,
     guided,
     loss_weights,
@@ -27,8 +29,6 @@ from beyond import (  # noqa: E402
     sample_progressive,
     weighted_loss,
 )
-from ddpm import Diffusion, linear_betas, timestep_embedding  # noqa: E402
-from exact import exact_network  # noqa: E402
 
 # The mixture of Gaussians, (3, 2, 1, 1) and a number:
 MEANS = torch.tensor([[-0.6, -0.5], [0.0, 0.6], [0.6, -0.2]])[..., None, None]
@@ -87,7 +87,7 @@ def fit(
 ):  # fmt: skip
     """Run Algorithm 1 with Adam and a learning rate that falls to 0; return eps(x_t, t, y=None).
 
-    weighting, predicts: see beyond.py.
+    weighting, predicts: see extras/variants.py.
     drop: the share of the labels of labelled_moons that is replaced by "no class", as in train.py.
     """
     torch.manual_seed(0)
@@ -185,7 +185,7 @@ def main():
     short = Diffusion(linear_betas(T=100))
 
     def draw(diffusion, eps, **kwargs):
-        """Draw N samples by Algorithm 2, or as the arguments of beyond.sample say."""
+        """Draw N samples by Algorithm 2, or as the arguments of variants.sample say."""
         torch.manual_seed(1)
         return sample(diffusion, eps, (N, 2, 1, 1), **kwargs)
 
@@ -196,13 +196,15 @@ def main():
         model = fit(paper, data)
         if data is mixture:
             draw_field(FIGURES / "field.png", paper, model)
-        chain = sample_progressive(paper, model, (8, 2, 1, 1), steps=200, eta=0, x_T=circle)
+        chain = sample_progressive(
+            paper, model, circle.shape, 200, "ddim", draw_noise=lambda: circle
+        )
         paths = [x_t for _, x_t, _ in chain]
         panels += [
             (f"{name}: data", data(N)),
             (f"{name}: paths of DDIM", torch.stack(paths)),
             (f"{name}: Algorithm 2", draw(paper, model)),
-            (f"{name}: DDIM, 50 steps", draw(paper, model, steps=50, eta=0)),
+            (f"{name}: DDIM, 50 steps", draw(paper, model, steps=50, sampler="ddim")),
         ]
     panels += [
         ("moons: without z", draw(paper, model, draw_noise=only_first(torch.randn(N, 2, 1, 1)))),

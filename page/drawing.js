@@ -5,7 +5,7 @@ import { Gesture } from "./gesture.js";
 import { included } from "./networks.js";
 import { Passage } from "./passage.js";
 import { drawImages, partOf } from "./plane.js";
-import { noiseOf, qSample, sampleProgressive } from "./sampler.js";
+import { noiseOf, qSample, reverse } from "./sampler.js";
 
 const ENDS = 4, STEPS = 20; // images that come back, and in how many steps
 const LEVELS = [50, 150, 300, 500, 800], TRACK_STEPS = 10; // of the results along the slider, of 1000
@@ -66,9 +66,9 @@ async function fillTrack(run) {
   for (const level of LEVELS) {
     while (!gesture.isComplete && !run.stopped) await pause(100);
     const t = Math.round((level / 1000) * betas.length), xT = qSample(x0, t, noise, drawing.abars);
-    const options = { sampler: "sa-solver", steps: Math.min(TRACK_STEPS, t + 1), xT };
+    const options = { sampler: "dpm-solver++", steps: Math.min(TRACK_STEPS, t + 1) };
     let last;
-    for await (last of sampleProgressive(drawing.eps, null, betas.slice(0, t + 1), options)) {
+    for await (last of reverse(drawing.eps, () => xT, betas.slice(0, t + 1), options)) {
       if (run.stopped) return;
     }
     drawImages($(`track-${level}`), last.x0, shape);

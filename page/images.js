@@ -15,7 +15,7 @@ const KNOWN = { // from what the included networks have learnt, and what a guess
 const state = { chosen: 0, awaited: "clothes", fault: "", sweeps: false, isTouched: false, isNear: false }; // isTouched: the curtain, by the reader
 let network = null;
 export let expected; // {x0, place, asked}: what the network expects on the way to the noise
-export const pictures = new Passage(null, { sampler: "sa-solver", steps: 10, scales: true }, (error) => {
+export const pictures = new Passage(null, { sampler: "dpm-solver++", steps: 10, scales: true }, (error) => {
   if (error) fail(error);
   gesture.render();
 });
@@ -83,7 +83,7 @@ function captions() {
   if (state.fault) return ["No network", state.fault];
   if (state.awaited) return ["One moment", `The network for ${state.awaited} is loading.`];
   if (isBack && !place && isComplete) return ["Back from the noise", "Without noise, both sides of the curtain are the same. Drag the slider, and see what the network still recognises."];
-  if (isBack) return [`Back in ${pictures.tau.length} steps`, "In each step, the network guesses, and the noisy pictures move a little towards its guess."];
+  if (isBack) return [`Back in ${pictures.levels.length} steps`, "In each step, the network guesses, and the noisy pictures move a little towards its guess."];
   if (place === 1) return ["Only noise is left", `The network's guess is the average of ${KNOWN[network?.name]?.[1] ?? "all pictures"}: a blur. Let go, and new pictures come back.`];
   return ["Noise is added", "The more noise there is, the more pictures are possible, and the blurrier their average is. Let go, and pictures come back."];
 }
@@ -103,8 +103,8 @@ function draw() {
   frame($("images-grid"), state.chosen, COLUMNS, ROWS);
   drawImages($("images-noisy"), x, shape, COLUMNS, 1);
   drawImages($("images-expected"), network ? (!isBack && expected.x0) || x0 : x, shape, COLUMNS, 1);
-  const { steps, tau } = pictures; // on the way to the noise, the film shows the last way back
-  if (steps?.length) drawFilm($("images-film"), steps, { k: state.chosen, count: COUNT, shape, total: tau.length + 1 });
+  const { steps, levels } = pictures; // on the way to the noise, the film shows the last way back
+  if (steps?.length) drawFilm($("images-film"), steps, { k: state.chosen, count: COUNT, shape, total: levels.length + 1 });
   $("images-film").classList.toggle("old", !steps?.length);
   ask();
 }

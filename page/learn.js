@@ -3,7 +3,7 @@
 import { $, animate, announce, follow, pause, still } from "./common.js";
 import { clear, colours, drawArrows, drawDots, drawHaze, drawLine, drawRing, grid } from "./plane.js";
 import { STD, density, exactEps, missed } from "./points.js";
-import { ABAR, BETAS, noiseOf, sampleProgressive, uniform } from "./sampler.js";
+import { ABAR, BETAS, noiseOf, reverse, uniform } from "./sampler.js";
 import { DATA } from "./scene.js";
 import { Trainer, draw, epsOf } from "./trainer.js";
 
@@ -41,7 +41,7 @@ async function save() {
   const average = trainer.average.map((p) => p.slice()), eps = (x, t) => epsOf(average, x, t);
   const options = { sampler: "ddim", steps: 50, clip: false };
   let last;
-  for await (last of sampleProgressive(eps, noiseOf(0, SAMPLES, 2), BETAS, options)) {
+  for await (last of reverse(eps, noiseOf(0, SAMPLES, 2), BETAS, options)) {
     if (last.t % 5 === 4) await pause(0);
   }
   saved.push({ steps: trainer.steps, average, x0: last.x0, misses: 100 * missed(last.x0, DATA, STD), card: cardOf(eps) });

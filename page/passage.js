@@ -2,7 +2,7 @@
 // data) to 1 (the noise), tells how far it is.
 
 import { Owner, pause } from "./common.js";
-import { BETAS, alphasBar, between, noiseOf, qSample, respaced, sampleProgressive } from "./sampler.js";
+import { BETAS, alphasBar, between, levelsOf, noiseOf, qSample, reverse } from "./sampler.js";
 
 const SLICE = 12; // milliseconds of work at a time, so that nothing on the page stalls
 
@@ -14,7 +14,7 @@ export class Passage {
   #sampling = new Owner();
 
   /**
-   * eps(x, t): the network, or null while there is none. options: those of sampleProgressive; betas; scales:
+   * eps(x, t): the network, or null while there is none. options: those of reverse; betas; scales:
    * whether fewer steps lead back from less noise; keepsData: whether it begins anew with the same data.
    * changed(error): called when there are more steps, or when eps has failed.
    */
@@ -55,7 +55,7 @@ export class Passage {
   get reached() {
     if (!this.steps || !this.eps) return 0;
     if (this.jumps) return this.steps.length ? 0 : this.from;
-    const level = this.steps.length ? this.tau[this.steps.length] ?? -1 : Infinity;
+    const level = this.steps.length ? this.levels[this.steps.length] ?? -1 : Infinity;
     const isEnd = this.steps.at(-1)?.t === -1;
     return isEnd ? 0 : Math.min(this.from, Math.sqrt((level + 1) / this.options.betas.length) + 1e-6);
   }
@@ -75,7 +75,7 @@ export class Passage {
       return { x: x0.map((value, k) => value + rest * (x[k] - value)), x0, level: wanted };
     }
     const step = steps.findLast(({ t }) => t >= wanted) ?? steps[0];
-    return this.options.sampler === "ddim" || wanted < (this.tau[steps.length] ?? -1)
+    return this.options.sampler === "ddim" || wanted < (this.levels[steps.length] ?? -1)
       ? { x: between(step, wanted, abars), x0: step.x0, level: wanted }
       : { x: step.x, x0: step.x0, level: step.t }; // the other samplers jump from step to step
   }
@@ -91,12 +91,12 @@ export class Passage {
     const { eps, xT, options } = this, t = Math.max(0, Math.round(this.levelAt(this.from)));
     const wanted = options.scales ? Math.ceil(options.steps * this.from) : options.steps;
     const betas = options.betas.slice(0, t + 1), count = Math.min(wanted, t + 1), steps = this.steps = [];
-    this.tau = respaced(betas, count).tau.reverse();
+    this.levels = levelsOf(t + 1, count);
     this.#sampling.start(async (run) => {
       if (!eps) return;
-      const drawNoise = noiseOf(7, 1, xT.length);
+      const draw = noiseOf(7, 1, xT.length), drawNoise = () => (steps.length ? draw() : xT);
       let end = performance.now() + SLICE;
-      for await (const step of sampleProgressive(eps, drawNoise, betas, { ...options, steps: count, xT })) {
+      for await (const step of reverse(eps, drawNoise, betas, { ...options, steps: count })) {
         if (run.stopped) return;
         steps.push(step);
         if (this.jumps) break;

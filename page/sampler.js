@@ -1,4 +1,4 @@
-// The diffusion process of ddpm.py in JavaScript: the forward process, the samplers, guidance.
+// Diffusion in JavaScript: the forward process of ddpm.py; the reverse process and the guidance of sample.py.
 // Numbers in brackets are equations of the paper, arXiv:2006.11239. t counts 0..T-1, as in ddpm.py.
 // Images are Float32Array in [-1, 1], in the order (B, C, H, W).
 
@@ -31,112 +31,64 @@ export function between({ t, x, x0 }, level, abars = ABAR) {
   return rest ? x.map((value, k) => signal * x0[k] + (noise / rest) * (value - before * x0[k])) : x;
 }
 
-/**
- * A chain through some of the T noise levels: {betas, tau}, both of length `steps`, 1..T. tau lists
- * the t of the full chain that the shorter one visits.
- */
-export function respaced(betas, steps) {
-  const T = betas.length;
-  const tau = Array.from({ length: steps }, (_, k) => Math.floor((T * (k + 1)) / steps) - 1);
-  const abar = alphasBar(betas);
-  return { tau, betas: tau.map((t, i) => 1 - abar[t] / (i ? abar[tau[i - 1]] : 1)) };
-}
+/** The `steps` of T levels that the reverse process visits: T - 1 first, and T / steps - 1 at last. */
+export const levelsOf = (T, steps) => Array.from({ length: steps }, (_, k) => Math.floor((T * (steps - k)) / steps) - 1);
 
 /** The estimate of x_0 by (15), clipped to [-limit, limit]. */
 export const predictX0 = (x, eps, abar, limit = Infinity) => x.map((value, k) =>
   Math.min(limit, Math.max(-limit, (value - Math.sqrt(1 - abar) * eps[k]) / Math.sqrt(abar))));
 
 /**
- * The reverse process as an async generator: yields {t, x, x0} from t = T-1 down.
+ * The loop of sample.py as an async generator: yields {t, x, x0} from t = T-1 down.
  * x is x_t, the input of the network; x0 is the current estimate of the clean images, and the last
  * one is the sample.
- * epsModel(x, t) returns eps, or a promise of it. drawNoise() returns the next z.
+ * eps(x, t) returns the noise in x, or a promise of it. drawNoise() returns x_T, and then each z. To
+ * start at an x_t, pass betas.slice(0, t + 1) and a function that returns x_t first.
  * variance: sigma_t^2 of "ddpm" is beta_t if "large", the posterior variance (7) if "small".
  * steps: how many of the T steps to take; all by default.
- * sampler: "ddpm" is the paper's Algorithm 2; "ddim" is DDIM; "sa-solver" is SA-Solver without noise.
+ * sampler: "ddpm", the paper's Algorithm 2, is the default with all steps, "dpm-solver++" with fewer; "ddim" is DDIM.
  * clip: whether x0 is clipped to [-1, 1].
- * xT: where to start; pure noise by default. To continue from an x_t, pass betas.slice(0, t + 1) too.
  */
-export async function* sampleProgressive(
-  epsModel, drawNoise, betas, { variance = "large", steps = betas.length, sampler = "ddpm", xT, clip = true } = {},
-) {
-  const chain = respaced(betas, steps), abars = alphasBar(chain.betas), solverStep = saSolverStep(abars);
-  let x = xT ?? drawNoise();
-  for (let i = steps - 1; i >= 0; i--) {
-    const beta = chain.betas[i], abar = abars[i], eps = await epsModel(x, chain.tau[i]);
-    const x0 = predictX0(x, eps, abar, clip ? 1 : Infinity);
-    yield { t: chain.tau[i], x, x0 };
-    if (i === 0) return; // the last step adds no noise, and its mean is x0 itself
-    const abarPrev = abars[i - 1];
-    if (sampler === "sa-solver") {
-      x = solverStep(x0, x, i);
-    } else if (sampler === "ddim") { // with eps recomputed from the clipped x_0
-      const fromX = Math.sqrt((1 - abarPrev) / (1 - abar)), fromX0 = Math.sqrt(abarPrev) - Math.sqrt(abar) * fromX;
-      x = x.map((value, k) => fromX0 * x0[k] + fromX * value);
-    } else { // (7)
-      const fromX0 = (Math.sqrt(abarPrev) * beta) / (1 - abar);
-      const fromX = (Math.sqrt(1 - beta) * (1 - abarPrev)) / (1 - abar);
-      const noise = variance === "large" ? beta : ((1 - abarPrev) / (1 - abar)) * beta;
-      const sigma = Math.sqrt(noise), z = drawNoise();
-      x = x.map((value, k) => fromX0 * x0[k] + fromX * value + sigma * z[k]);
+export async function* reverse(eps, drawNoise, betas, { variance = "large", steps = betas.length, sampler, clip = true } = {}) {
+  sampler ??= steps === betas.length ? "ddpm" : "dpm-solver++";
+  const abars = alphasBar(betas), levels = levelsOf(betas.length, steps);
+  let x = drawNoise(), earlier = null;
+  for (const [k, t] of levels.entries()) { // a step leads from t to s
+    const s = levels[k + 1], abar = abars[t], signal = Math.sqrt(abar), spread = Math.sqrt(1 - abar);
+    const x0 = predictX0(x, await eps(x, t), abar, clip ? 1 : Infinity);
+    yield { t, x, x0 };
+    if (s === undefined) return;
+    const abarS = abars[s];
+    if (sampler === "ddpm") { // Algorithm 2: the posterior mean (7), and noise
+      const beta = 1 - abar / abarS, fromX0 = (Math.sqrt(abarS) * beta) / (1 - abar);
+      const fromX = (Math.sqrt(abar / abarS) * (1 - abarS)) / (1 - abar);
+      const sigma2 = variance === "large" ? beta : ((1 - abarS) / (1 - abar)) * beta;
+      const sigma = Math.sqrt(sigma2), z = drawNoise();
+      x = x.map((value, i) => fromX0 * x0[i] + fromX * value + sigma * z[i]);
+      continue;
     }
+    let target = x0;
+    if (sampler === "dpm-solver++") { // extrapolate x0 in log SNR to the middle of the step
+      const [logSnr, logSnrS] = [abar, abarS].map((a) => Math.log(a / (1 - a)));
+      if (earlier) {
+        const rate = (logSnrS - logSnr) / 2 / (logSnr - earlier.logSnr), before = earlier.x0;
+        target = x0.map((value, i) => value + rate * (value - before[i]));
+      }
+      earlier = { logSnr, x0 };
+    }
+    const [signalS, spreadS] = [Math.sqrt(abarS), Math.sqrt(1 - abarS)];
+    x = x.map((value, i) => signalS * target[i] + spreadS * ((value - signal * target[i]) / spread));
   }
 }
 
 /**
- * The weights c of: integral from start to end of e^(s - end) x0(s) ds = sum of c_k x0_k. x0(s) is
- * the polynomial through the points (nodes[k], x0_k).
+ * eps(x, t) of classifier-free guidance: (1 + w) eps given y, minus w eps without a class.
+ * y has the index of the class of each image.
  */
-function nodeWeights(nodes, start, end) {
-  const h = end - start, moments = [-Math.expm1(-h)]; // the integrals of e^u u^k from -h to 0
-  for (let k = 1; k < nodes.length; k++) moments.push(-Math.exp(-h) * (-h) ** k - k * moments[k - 1]);
-  return nodes.map((node) => {
-    let powers = [1]; // the coefficients of Lagrange's polynomial, which is 1 at this node
-    for (const other of nodes) {
-      if (other === node) continue; // multiply it by (u - other) / (node - other)
-      const lower = [0, ...powers], same = [...powers, 0];
-      powers = lower.map((value, k) => (value - (other - end) * same[k]) / (node - other));
-    }
-    return powers.reduce((sum, power, k) => sum + moments[k] * power, 0);
-  });
-}
-
-/** The function step(x0, x, t), which returns x_{t-1}, of SA-Solver without noise: that of beyond.py. */
-function saSolverStep(abar, order = 3) {
-  const lambda = abar.map((value) => Math.log(value / (1 - value)) / 2);
-  const signal = abar.map(Math.sqrt), spread = abar.map((value) => Math.sqrt(1 - value));
-  const nodes = [], estimates = []; // the latest first
-  let begin = null; // where the last step began
-  const solve = (x, before, after) => { // x at the level `after`, from x at the level `before`
-    const weights = nodeWeights(nodes, lambda[before], lambda[after]);
-    return x.map((value, k) => estimates.reduce(
-      (sum, x0, n) => sum + signal[after] * weights[n] * x0[k],
-      (spread[after] / spread[before]) * value));
-  };
-  return (x0, x, t) => {
-    nodes.unshift(lambda[t]);
-    estimates.unshift(x0);
-    nodes.length = estimates.length = Math.min(order, nodes.length);
-    begin = begin ? solve(begin, t + 1, t) : x;
-    return solve(begin, t, t - 1);
-  };
-}
-
-/**
- * An epsModel(x, t) of classifier-free guidance: (1 + w) eps given the classes y, minus w eps.
- * y has the index of the class of each image, or classes.length for "no class".
- */
-export function guided(network, y, w) {
-  const none = y.map(() => network.classes.length);
-  return async (x, t) => {
-    if (w === 0) return network.eps(x, t, y);
-    const twice = new Float32Array(2 * x.length);
-    twice.set(x);
-    twice.set(x, x.length);
-    const eps = await network.eps(twice, t, [...y, ...none]);
-    return x.map((_, k) => (1 + w) * eps[k] - w * eps[k + x.length]);
-  };
-}
+export const guided = (network, y, w) => async (x, t) => {
+  const given = await network.eps(x, t, y), without = w === 0 ? given : await network.eps(x, t);
+  return given.map((value, k) => (1 + w) * value - w * without[k]);
+};
 
 /** A standard normal number by the Box-Muller transform. random: a function of `uniform`. */
 export const normal = (random) => Math.sqrt(-2 * Math.log(1 - random())) * Math.cos(2 * Math.PI * random());

@@ -89,12 +89,7 @@ export class Trainer {
     this.average = this.parameters.map((p) => p.slice());
   }
 
-  /** eps_theta(x_t, t) of the averaged network. */
-  eps(x, t) {
-    return epsOf(this.average, x, t);
-  }
-
-  /** A gradient step of Algorithm 1 on a batch of `draw`. Returns {loss, xt, eps, gradient}. */
+  /** A gradient step of Algorithm 1 on a batch of `draw`. Returns {loss, gradient}. */
   step(batch) {
     const { t, noise } = batch, xt = noised(batch);
     const [x, a1, h1, a2, h2, v] = forward(this.parameters, features(xt, t));
@@ -109,7 +104,7 @@ export class Trainer {
     const dA1 = siluBackward(a1, affineBackward(h1, W2, dA2, dW2, db2));
     affineBackward(x, W1, dA1, dW1, db1);
     this.adam(gradient);
-    return { loss: lossOf(noise, eps), xt, eps, gradient };
+    return { loss: eps.reduce((sum, value, k) => sum + (noise[k] - value) ** 2, 0) / eps.length, gradient }; // (14)
   }
 
   /** Adam, whose learning rate is halved by step 1000, and the average of the weights (EMA), as in train.py. */
@@ -128,11 +123,8 @@ export class Trainer {
   }
 }
 
-/** The loss (14): the mean squared error of eps. */
-export const lossOf = (noise, eps) => eps.reduce((sum, value, k) => sum + (noise[k] - value) ** 2, 0) / eps.length;
-
 /** x_t (4) of a batch, with a t for each point. */
-export const noised = ({ x0, t, noise }) =>
+const noised = ({ x0, t, noise }) =>
   x0.map((value, k) => Math.sqrt(ABAR[t[k >> 1]]) * value + Math.sqrt(1 - ABAR[t[k >> 1]]) * noise[k]);
 
 /** The random part of a step: x_0 ~ q(x_0), which is one of the points plus a Gaussian of deviation std,

@@ -1,173 +1,140 @@
-"""evaluate.py: the bound that it prints, and the rate-distortion curve that it saves."""
+"""extras/evaluate.py, the bound of a run, and extras/torch_network.py, its network in torch."""
 
-import itertools
-import os
-import signal
-import sys
-import warnings
+import re
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import posix, read
+from conftest import read
 from PIL import Image
 
-import evaluate
 from ddpm import Diffusion, linear_betas
-from images import from_pixels
-from support import device
-from support.data import read_folder
-from support.demo import demo_images
-from support.plot import figure_class
-from support.trained import load
+from extras import torch_network
+from extras.torch_network import TorchNetwork
+from images import from_pixels, read_folder
+from sample import Network, sample, sample_progressive
+from test_ddpm import randn, seeded
+from train import load
 
-BETAS = linear_betas(100, 1e-4, 0.2)
-
-
-@pytest.fixture
-def network(trained, tmp_path):
-    """Return the averaged network of a run, whose checkpoint is saved with T = 100 for speed."""
-    state = read(trained[0] / "run")
-    state["config"]["diffusion"]["betas"] = BETAS.tolist()
-    torch.save(state, tmp_path / "checkpoint.pt")
-    return load(tmp_path).model
+PROGRAM, BETAS = "extras/evaluate.py", linear_betas()[:40]  # T = 40 takes less time
 
 
-@pytest.fixture
-def measure(network, image_folder, tmp_path, run):
-    """Run evaluate.py on the images of a folder; return what it printed."""
-    words = ["--data", image_folder, "--checkpoint", "checkpoint.pt"]
-    return partial(run, "evaluate.py", *words, cwd=tmp_path)
+@pytest.fixture(scope="module")
+def save(trained, coloured, tmp_path_factory):
+    """Save one of two runs, "plain" or "classes", with other settings in a folder, with T = 40."""
+
+    def call(name, images="a digest", **settings):
+        state = read(coloured if name == "classes" else trained[0] / "run") | {"images": images}
+        state["settings"] |= {"betas": tuple(BETAS.tolist()), "amp": False} | settings
+        folder = tmp_path_factory.mktemp(name)
+        torch.save(state, folder / "checkpoint.pt")
+        return folder
+
+    return call
 
 
-def printed(said, name):
-    """Return the number after a name in the output of evaluate.py."""
-    line = next(line for line in said.splitlines() if line.startswith(f"  {name} "))
-    return float(line.removeprefix(f"  {name} ").split()[0])
+@pytest.fixture(scope="module")
+def both(save, trained, coloured):
+    """Return the networks of both runs, each in torch and as an exported file."""
+    pairs = {"plain": trained[0] / "model.onnx", "classes": coloured / "model.onnx"}
+    pairs = {name: (TorchNetwork(save(name), "cpu"), Network(pairs[name], "cpu")) for name in pairs}
+    for _, file in pairs.values():
+        file.betas = file.betas[:40]
+    return pairs
 
 
-def test_bound_and_curve_are_those_of_ddpm_py(network, image_folder, tmp_path, measure):
+@pytest.mark.parametrize("name, variance", [("plain", "large"), ("classes", "small")])
+def test_bound_is_that_of_ddpm_py(name, variance, save, image_folder, class_folder, run, tmp_path):
     """Compare the program with Diffusion.vlb, and the curve with the sums that define it."""
-    said = measure("--images", 5, "--batch", 3, "--seed", 2)
-    assert "on 5 images" in said and "500/500" in said  # passes of the network: 5 x T
-    x0 = from_pixels(torch.from_numpy(read_folder(image_folder, 8, most=5)[0]))
-    x0 = x0[torch.randperm(5, generator=torch.Generator().manual_seed(2))]
-    noise = torch.Generator().manual_seed(2)
-    bounds = [Diffusion(BETAS).vlb(network, part, noise) for part in x0.split(3)]
-    L_T, L_t, total, mse = (torch.cat(part).mean(0) for part in zip(*bounds, strict=True))
-    rmse = 127.5 * mse.sqrt()
-    for name, expected, error in (
-        ("L_T", L_T, 1e-6), ("L_1 + .. + L_T-1", L_t[1:].sum(), 1e-3), ("L_0", L_t[0], 1e-3),
-        ("total", total, 1e-3), ("RMSE", rmse[0], 1e-2),
-    ):  # fmt: skip
-        assert printed(said, name) == pytest.approx(expected.item(), abs=error)
-    (curve,) = tmp_path.glob(f"rate-distortion-{image_folder.name}-5-images.csv")
-    assert curve.read_text().startswith("t,L_t,rate,rmse\n")
-    table = np.loadtxt(curve, delimiter=",", skiprows=1)
-    assert table[:, 0].tolist() == list(range(100))
-    np.testing.assert_allclose(table[:, 1], L_t, rtol=1e-3, atol=1e-6)
-    for t in (0, 1, 50, 99):  # what is known before the step at t: L_T and the terms above t
-        assert table[t, 2] == pytest.approx(L_T.item() + L_t[t + 1 :].sum().item(), rel=1e-3)
-        assert table[t, 3] == pytest.approx(rmse[t].item(), rel=1e-3)
-    assert Image.open(curve.with_suffix(".png")).size == (640, 440)
-
-
-def test_float32_is_not_rounded_to_tf32(measure):
-    """cuDNN rounds in convolutions and, if it is told to, torch rounds in matrix products."""
-    device.prefer_speed()
     torch.backends.cudnn.allow_tf32 = True
-    with warnings.catch_warnings(action="error"):  # torch may deprecate a way to say it
-        measure("--images", 1)
-    assert torch.get_float32_matmul_precision() == "highest"
-    assert not torch.backends.cudnn.allow_tf32
+    out, folder = save(name), {"plain": image_folder, "classes": class_folder}[name]
+    words = "--checkpoint", out, "--data", folder, "--variance", variance, "--seed", 2
+    said = run(PROGRAM, *words, "--images", 5, "--batch", 3, cwd=tmp_path)
+    assert "on 5 images" in said and not torch.backends.cudnn.allow_tf32
+    (network, _, state), noise, bounds = load(out), seeded(2), []
+    images, labels = read_folder(folder, 8, 3, state["names"])
+    for index in torch.randperm(len(images), generator=seeded(2))[:5].split(3):
+        eps = network if labels is None else partial(network, y=torch.from_numpy(labels)[index])
+        x0 = from_pixels(torch.from_numpy(images)[index])
+        bounds.append(Diffusion(BETAS, variance).vlb(eps, x0, noise))
+    L_T, L_t, total, mse = (torch.cat(part).mean(0).numpy() for part in zip(*bounds, strict=True))
+    rmse, numbers = 127.5 * mse**0.5, np.array(re.findall(r"^  \S.*?  +(\S+)", said, re.M), float)
+    np.testing.assert_allclose(numbers, [L_T, L_t[1:].sum(), L_t[0], total, rmse[0]], 0, 1e-3)
+    assert numbers[:3].sum() == pytest.approx(numbers[3], abs=2e-4)
+    table = np.loadtxt(out / "rate-distortion.csv", delimiter=",", skiprows=1)
+    rates = [L_T + L_t[t + 1 :].sum() for t in range(40)]  # what is known before the step at t
+    np.testing.assert_allclose(table.T, [range(40), L_t, rates, rmse], rtol=1e-3, atol=1e-6)
+    assert Image.open(out / "rate-distortion.png").size == (640, 440)
 
 
-def test_without_data_it_is_the_demo(network, tmp_path, run):
-    """This holds for a network trained on the demo. --checkpoint may be a run folder."""
-    state = read(tmp_path)
-    state["config"]["train"]["data"] = None
-    torch.save(state, tmp_path / "checkpoint.pt")
-    words = ["--checkpoint", ".", "--images", 1, "--out", "new", "--variance", "small"]
-    said = run("evaluate.py", *words, cwd=tmp_path)
-    assert "(step 12) on 1 image of the demo" in said
-    assert {p.suffix for p in (tmp_path / "new").iterdir()} == {".csv", ".png"}
-    x0 = from_pixels(torch.from_numpy(demo_images()))
-    x0 = x0[torch.randperm(216, generator=torch.Generator().manual_seed(0))][:1]
-    bound = Diffusion(BETAS, "small").vlb(network, x0, torch.Generator().manual_seed(0))
-    assert printed(said, "total") == pytest.approx(bound.total.item(), abs=1e-3)
+def test_interrupt_keeps_the_finished_batches(save, image_folder, tmp_path, run, monkeypatch):
+    whole, batches = Diffusion.vlb, iter("ab")
 
-
-def test_interrupt_keeps_what_is_measured(tmp_path, measure, monkeypatch):
-    vlb, batches = Diffusion.vlb, itertools.count(1)
-
-    def interrupted(*args):
-        if next(batches) in (1, 4):  # at once, then after two batches
+    def vlb(*args):
+        if not next(batches, None):
             raise KeyboardInterrupt
-        return vlb(*args)
+        return whole(*args)
 
-    monkeypatch.setattr(Diffusion, "vlb", interrupted)
-    assert "stopped before a batch was" in measure(code=130)
-    said = measure("--batch", 2, code=130)
-    assert "on 4 images of" in said and "stopped after 4 of 12 images" in said
-    total = printed(said, "L_1 + .. + L_T-1") + printed(said, "L_0")
-    (curve,) = tmp_path.glob("rate-distortion-*-4-images.csv")
-    table = np.loadtxt(curve, delimiter=",", skiprows=1)
-    assert table[:, 1].sum() == pytest.approx(total, abs=1e-3)
+    monkeypatch.setattr(Diffusion, "vlb", vlb)
+    words = "--data", image_folder, "--batch", 2, "--checkpoint", save("plain")
+    assert "on 4 images" in run(PROGRAM, *words, cwd=tmp_path)
 
 
-@posix
-def test_signal_ends_it_without_a_traceback(network, image_folder, tmp_path, start):
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-        pytest.skip("nohup started the tests, so evaluate.py ignores SIGHUP")
-    process = start("evaluate.py", "--data", image_folder, "--checkpoint", "checkpoint.pt",
-                    "--batch", 1, cwd=tmp_path)  # fmt: skip
-    assert any("bits/dim in the last batch" in line for line in process.stdout)
-    process.send_signal(signal.SIGHUP)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGINT and "evaluate.py: stopped" in said
-    assert "Traceback" not in said
-
-
-def test_without_matplotlib_it_writes_the_table(tmp_path, measure, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    figure_class.cache_clear()
-    said = measure("--images", 1)
-    figure_class.cache_clear()
-    assert "matplotlib is missing: pip install matplotlib" in said
-    assert {p.suffix for p in tmp_path.iterdir()} == {".pt", ".csv"}
-
-
-def test_run_that_can_not_be_written_and_its_training_images(
-    trained, image_folder, tmp_path, run, monkeypatch
-):
-    """The curve is then saved in the current folder."""
-    folder = trained[0] / "run"
-    monkeypatch.setattr(os, "access", lambda path, mode: path != folder)
-    words = ["--data", image_folder, "--images", 1, "--checkpoint", folder]
-    said = run("evaluate.py", *words, cwd=tmp_path)
-    assert f"the network was trained on a folder named {image_folder.name}; if the" in said
-    assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".csv", ".png"]
-
-
-def test_device_and_output_are_checked_before_images_are_read(trained, tmp_path, run, monkeypatch):
-    monkeypatch.setattr(evaluate, "read_folder", None)
-    (tmp_path / "file").touch()
-    words = ["--checkpoint", trained[0] / "run", "--data", "."]
-    assert "--device quantum" in run("evaluate.py", *words, "--device", "quantum", cwd=tmp_path,
-                                     code=1)  # fmt: skip
-    said = run("evaluate.py", *words, "--out", "file", cwd=tmp_path, code=1)
-    assert "can't be written" in said and "is not a folder" in said
-
-
-def test_errors_of_the_user_are_one_line(trained, image_folder, tmp_path, run):
-    whole, image = ["--checkpoint", trained[0] / "run"], image_folder / "0.png"
+def test_mistakes_are_one_line(save, image_folder, tmp_path, run):
+    """Without --data, the images are the demo's if the run is."""
+    demo, data = save("plain", data=None), ["--data", image_folder]
+    assert "on 1 images" in run(PROGRAM, "--checkpoint", demo, "--images", 1, cwd=tmp_path)
+    must = "--data must be a folder of images that the network has not seen"
     for words, said in (
-        (["--data", image_folder], "run/checkpoint.pt does not exist; python train.py writes"),
-        (["--checkpoint", "rnu"], "rnu does not exist"),
-        (whole, "--data must be a folder of images"),
-        ([*whole, "--data", "none"], "none: no such folder"),
-        ([*whole, "--data", image_folder, "--out", image], "0.png is not a folder"),
-    ):
-        assert said in run("evaluate.py", *words, cwd=tmp_path, code=1)
-    assert "must be at least 1" in run("evaluate.py", "--batch", 0, cwd=tmp_path, code=2)
+        (["--checkpoint", save("plain")], must), (["--device", "quantum"], "--device quantum: "),
+        (["--checkpoint", save("plain", images=None, data=None)], must),
+        ([*data, "--checkpoint", "rnu"], "rnu can't be read"), (data, "demo can't be read"),
+        ([*data, "--checkpoint", save("classes")], "which is none of the classes"),
+    ):  # fmt: skip
+        assert said in run(PROGRAM, *words, cwd=tmp_path, code=1)
+
+
+def test_network_in_torch_has_the_interface_of_the_file(both):
+    x = randn(2, 3, 8, 8)
+    for network, file in both.values():
+        assert (network.shape, network.classes) == (file.shape, file.classes)
+        assert (network.variance, network.provider) == (file.variance, "cpu, float32")
+        np.testing.assert_array_equal(1 - network.betas, 1 - file.betas)
+        for t in 7, np.array([7, 39]):
+            for y in (None, np.array([0, 2])) if file.classes else (None,):
+                eps = network(x, torch.from_numpy(t) if np.ndim(t) else t, y)
+                np.testing.assert_allclose(eps, file(x.numpy(), t, y), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name, options", [
+    ("plain", {"clip": False}), ("classes", {"guidance": 1.0}),  # all steps
+    ("classes", {"steps": 5, "classes": ["red", "blue"], "guidance": 2.0, "first": 4, "seed": 3}),
+    ("plain", {"steps": 7, "sampler": "ddim"}), ("plain", {"steps": 7, "sampler": "ddpm"}),
+])  # fmt: skip
+def test_images_are_those_of_the_exported_file(name, options, both):
+    in_torch, expected = (sample(network, 3, **options) for network in both[name])
+    assert in_torch.dtype == torch.float32 and expected.std() > 0.1
+    np.testing.assert_allclose(in_torch, expected, rtol=0, atol=1 / 127.5)
+
+
+def test_all_steps_are_the_loop_of_ddpm_py(both, monkeypatch):
+    """So an edit of that loop is seen in the samples."""
+    monkeypatch.setattr(Diffusion, "predict_x0", lambda self, x_t, t, eps: 0 * x_t + 0.5)
+    for steps, sampler in (None, None), (40, "ddpm"), (40, "ddim"), (39, "ddpm"):
+        _, _, x0 = next(sample_progressive(both["plain"][0], 2, steps=steps, sampler=sampler))
+        assert (x0 == 0.5).all() == (steps != 39 and sampler != "ddim")
+
+
+def test_bfloat16_is_used_where_the_run_used_it(save, both, monkeypatch):
+    """The weights are converted once, those of the norms not at all."""
+    x, y = randn(2, 3, 8, 8), torch.tensor([0, 2])
+    exact = both["classes"][0](x, 7, y)
+    for has, amp, kind in (True, True, "bfloat16"), (True, None, "float32"), (0, True, "float32"):
+        monkeypatch.setattr(torch_network, "has_bfloat16", lambda device, has=has: has)
+        network = TorchNetwork(save("classes", amp=amp), "cpu")
+        eps, unet = network(x, 7, y), network.network
+        assert network.provider == f"cpu, {kind}" and torch.equal(eps, exact) == (kind == "float32")
+        assert unet.conv_in.weight.dtype == getattr(torch, kind)
+        assert unet.norm_out.weight.dtype == eps.dtype == torch.float32
+        torch.testing.assert_close(eps, exact, rtol=0, atol=0.1)

@@ -1,134 +1,230 @@
-"""The promises of images.py: how a file is read, pixels, the grid, the plot."""
+"""images.py: how a file is read, which files of a folder are read, classes, the cache, the demo."""
 
 import os
-import signal
+import time
+import zlib
 
 import numpy as np
 import pytest
 import torch
-from conftest import posix, restoring_signals
-from PIL import Image
+from conftest import COLOURS, posix, python
+from PIL import EpsImagePlugin, Image
 
-from images import Output, catch_signals, from_pixels, grid, read_image, replacing, to_pixels
-from support.data import is_grey
-from support.plot import save_plot
-
-
-@pytest.fixture
-def read_saved(tmp_path):
-    """Save a Pillow image, and read it again."""
-
-    def call(image, name="x.png", **options):
-        image.save(tmp_path / name, **options)
-        with Image.open(tmp_path / name) as saved:
-            channels = 1 if is_grey(saved) else 3
-        return read_image(tmp_path / name, 4, channels)
-
-    return call
+import images
+from images import class_names, demo_images, from_pixels, has_colour, read_folder, read_image
+from sample import to_pixels
 
 
-def test_transparency_is_white(read_saved):
-    palette = Image.new("P", (4, 4), 0)
-    palette.putpalette([255, 0, 0])
-    for image, options in (
-        (Image.new("RGBA", (4, 4), (255, 0, 0, 0)), {}),
-        (Image.new("LA", (4, 4), (0, 0)), {}),
-        (palette, {"transparency": 0}),
-        (Image.new("RGB", (4, 4), "red"), {"transparency": (255, 0, 0)}),
-        (Image.new("L", (4, 4), 9), {"transparency": 9}),
-        (Image.fromarray(np.full((4, 4), 300, np.uint16)), {"transparency": 300}),
-    ):
-        assert (read_saved(image, **options) == 255).all()
+def save(path, colour=0, mode="L", size=(4, 4)):
+    """Save an image of one colour."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path)
+
+
+def values(folder, channels=None, **options):
+    """Return the first pixel of each image in a folder: a list of lists of C values."""
+    return read_folder(folder, 4, channels, **options)[0][:, :, 0, 0].tolist()
+
+
+def read_saved(path, image, **options):
+    """Save a Pillow image, and read it again, in colour if the file is."""
+    image.save(path, **options)
+    return read_image(path, 4, 3 if has_colour(path) else 1)
+
+
+def test_transparency_is_white(tmp_path):
+    grey, deep = Image.new("L", (4, 4), 9), Image.fromarray(np.full((4, 4), 300, np.uint16))
+    for image, transparent in (
+        (Image.new("RGBA", (4, 4), (255, 0, 0, 0)), None), (Image.new("LA", (4, 4), (0, 0)), None),
+        (Image.new("RGB", (4, 4), "red"), (255, 0, 0)), (grey.convert("P"), 9), (grey, 9),
+        (deep, 300),
+    ):  # fmt: skip
+        assert (read_saved(tmp_path / "x.png", image, transparency=transparent) == 255).all()
     half = Image.new("RGBA", (4, 4), (255, 0, 0, 51))
-    assert read_saved(half)[:, 0, 0].tolist() == [255, 204, 204]
+    assert read_saved(tmp_path / "x.png", half)[:, 0, 0].tolist() == [255, 204, 204]
 
 
-@pytest.mark.parametrize("name", ["x.png", "x.tiff", "x.pgm"])
-def test_16_bits_are_scaled_and_not_clipped(name, read_saved):
+def test_16_bits_are_scaled_and_32_bits_refused(tmp_path):
+    """The range of the latter is unknown: 0..1, 0..255 and 0..65535 all occur."""
     ramp = np.linspace(0, 65535, 16).reshape(4, 4).astype(np.uint16)
-    ours = read_saved(Image.fromarray(ramp), name)
-    assert ours.shape == (1, 4, 4)
-    np.testing.assert_array_equal(ours[0], (ramp / 257).round().astype(np.uint8))
+    for name in "x.png", "x.tiff", "x.pgm":
+        ours = read_saved(tmp_path / name, Image.fromarray(ramp))
+        np.testing.assert_array_equal(ours, (ramp / 257).round().astype(np.uint8)[None])
+    for dtype in np.float32, np.int32:
+        with pytest.raises(ValueError, match="does not say the range"):
+            read_saved(tmp_path / "x.tiff", Image.fromarray(np.full((4, 4), 100, dtype)))
 
 
-def test_palettes_are_grey_or_colour_as_their_colours(read_saved):
-    grey = Image.new("L", (4, 4), 100)
-    assert read_saved(grey, "x.gif").shape == (1, 4, 4)
-    palette = grey.convert("P")
-    assert (read_saved(palette) == 100).all()
-    palette.putpalette([k % 256 for k in range(1, 769)])
-    assert read_saved(palette).shape == (3, 4, 4)
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.int32])
-def test_32_bit_pixels_are_refused(dtype, read_saved):
-    """Their range is unknown: 0..1, 0..255 and 0..65535 all occur."""
-    with pytest.raises(ValueError, match="does not say the range"):
-        read_saved(Image.fromarray(np.full((4, 4), 100, dtype)), "x.tiff")
-
-
-def test_images_are_turned_upright_and_cropped_to_the_centre(read_saved):
+def test_images_are_turned_upright_and_cropped_to_the_centre(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
-    half = Image.new("L", (4, 4), 0)
+    half, wide = Image.new("L", (4, 4), 0), Image.new("L", (12, 4), 0)
     half.paste(255, (0, 0, 4, 2))
-    ours = read_saved(half, exif=exif)[0]
-    assert (ours[:2] == 0).all() and (ours[2:] == 255).all()
-    wide = Image.new("L", (12, 4), 0)
     wide.paste(255, (4, 0, 8, 4))
-    assert (read_saved(wide) == 255).all()
+    assert read_saved(tmp_path / "x.png", half, exif=exif)[0, :, 0].tolist() == [0, 0, 255, 255]
+    assert (read_saved(tmp_path / "x.png", wide) == 255).all()
 
 
-def test_pixels_survive_the_round_trip_and_are_rounded():
+def test_pixels_survive_the_round_trip():
     pixels = np.arange(256, dtype=np.uint8)
-    x = from_pixels(pixels)
+    x, tensor = from_pixels(pixels), from_pixels(torch.from_numpy(pixels))
     assert x.dtype == np.float32 and x[[0, 255]].tolist() == [-1, 1]
-    np.testing.assert_array_equal(to_pixels(x), pixels)
-    tensor = from_pixels(torch.from_numpy(pixels))
     assert tensor.dtype == torch.float32 and np.array_equal(tensor.numpy(), x)
-    near = [-2, -1 + 0.4 / 127.5, -1 + 0.6 / 127.5, 1 - 0.4 / 127.5, 2]
-    assert to_pixels(np.float32(near)).tolist() == [0, 0, 1, 255, 255]
+    assert np.array_equal(to_pixels(x), pixels)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_grid_shows_every_image(channels):
-    shape = (5, channels, 4, 4)
-    x = np.linspace(-1, 1, 5, dtype=np.float32)[:, None, None, None] * np.ones(shape)
-    image = np.asarray(grid(to_pixels(x)))
-    assert image.ndim == (2 if channels == 1 else 3)
-    middle = slice(image.shape[1] // 6, None, image.shape[1] // 3)  # middles of tiles, 2 rows of 3
-    tiles = image.reshape(*image.shape[:2], channels)[middle, middle]
-    assert tiles[..., 0].tolist() == [[0, 64, 128], [191, 255, 255]]  # the sixth is left white
-    assert (tiles == tiles[..., :1]).all()
+def test_folder_is_read_with_its_sub_folders(image_folder, tmp_path, capsys):
+    """Files that are left out are counted, and the first three named, also if the cache is read."""
+    for _ in range(2):
+        array, labels = read_folder(image_folder, 8, cache=tmp_path)
+        assert array.shape == (12, 3, 8, 8) and array.dtype == np.uint8 and labels is None
+        said = capsys.readouterr().out
+        assert f"ignored 1 files without a suffix that Pillow reads: '{image_folder}" in said
+        assert "left out 1 files that can't be read" in said and "broken.png" in said
+    save(tmp_path / "0.png", 9)
+    for name in *(f"bad-{k}.png" for k in range(5)), "\x1b[31m.txt":
+        (tmp_path / name).write_text("not an image")
+    assert values(tmp_path) == [[9]]
+    said = capsys.readouterr().out
+    assert "left out 5 files" in said and "bad-2.png" in said and "bad-3.png" not in said
+    assert "\\x1b[31m.txt" in said and "\x1b" not in said
 
 
-def test_error_of_another_file_keeps_its_traceback(tmp_path):
-    (tmp_path / "x.png").write_text("whole")
-    with pytest.raises(FileNotFoundError), replacing(tmp_path / "x.png"):
-        (tmp_path / "missing").read_bytes()
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["whole"]
+def test_every_format_is_read(tmp_path, monkeypatch, capsys, recwarn):
+    """EPS is left out, whatever its suffix, because reading it would start Ghostscript."""
+    grey = Image.new("L", (8, 8), 100)
+    for suffix in "avif bmp gif JPG jp2 pcx pgm png sgi tga tif webp".split():
+        grey.save(tmp_path / f"a.{suffix}", quality=100)
+    grey.save(tmp_path / "really-a.png", "JPEG")  # a suffix that lies
+    grey.save(tmp_path / "animated.gif", save_all=True, append_images=[Image.new("L", (8, 8), 9)])
+    save(tmp_path / "float.tif", mode="F")
+    grey.save(tmp_path / "0.png", "EPS")
+    bomb = bytearray((tmp_path / "a.png").read_bytes())
+    bomb[16:24] = (60_000).to_bytes(4, "big") * 2  # width and height, in the header
+    bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    opened = []
+    monkeypatch.setattr(EpsImagePlugin.EpsImageFile, "_open", lambda self: opened.append(self))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)  # Pillow warns of the others, too
+    array, _ = read_folder(tmp_path, 4)
+    assert array.shape[:2] == (14, 3) and np.abs(array.astype(int) - 100).max() <= 1  # AVIF is RGB
+    assert "left out 3 files that can't be read" in capsys.readouterr().out
+    assert not opened and not recwarn.list
 
 
-@pytest.mark.parametrize("log", [False, True])
-def test_plot_shows_the_curve(log, tmp_path):
-    save_plot(tmp_path / "x.png", range(300), [100] * 100 + [10] * 100 + [1] * 100, "x", "y", log)
-    pixels = np.asarray(Image.open(tmp_path / "x.png").convert("RGB")).astype(int)
-    rows, columns = np.nonzero(pixels[..., 2] - pixels[..., 0] > 100)  # the blue curve
-    thirds = (columns - columns.min()) * 3 // (np.ptp(columns) + 1)
-    left, middle, right = (np.median(rows[thirds == k]) for k in range(3))
-    share = (right - middle) / (right - left)
-    assert left < middle < right and share == pytest.approx(1 / 2 if log else 1 / 11, abs=0.02)
+def test_folder_is_grey_only_if_every_image_is(tmp_path):
+    save(tmp_path / "a.png", 9)
+    save(tmp_path / "b.png", 1, mode="1")
+    save(tmp_path / "c.tif", mode="F")  # left out, but grey
+    palette = Image.new("L", (4, 4), 100).convert("P")  # grey, because its colours are
+    palette.save(tmp_path / "d.png")
+    assert values(tmp_path) == [[9], [255], [100]]
+    palette.putpalette([0, 255, 0] * 256)
+    palette.save(tmp_path / "d.png")
+    assert values(tmp_path) == [[9] * 3, [255] * 3, [0, 255, 0]]
+    assert values(tmp_path, channels=1) == [[9], [255], [150]]
 
 
 @posix
-@pytest.mark.parametrize("nohup", [False, True])
-def test_lost_reader_stops_the_program_once_unless_it_runs_under_nohup(nohup, tmp_path):
-    reader, writer = os.pipe()
-    os.close(reader)
-    with restoring_signals(), Output(writer, "w") as output:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
-        catch_signals()
-        if not nohup:
-            with pytest.raises(KeyboardInterrupt):
-                output.write(b"lost\n")
-        assert output.write(b"next\n") == 5
+def test_links_are_followed_once_and_runs_are_left_out(tmp_path, monkeypatch, capsys):
+    """The order is that of the names, and a folder that can't be listed is named."""
+    names = "B.png a-.png a.png a/10.png a/9.png a/z.png b/1.png m/0.png n/0.png".split()
+    for k, name in enumerate(names):
+        save(tmp_path / ("far" if name[0] == "m" else "in") / name, k)
+    for name in "srqpom":  # the first name counts, in whichever order the disk has them
+        (tmp_path / "in" / name).symlink_to(tmp_path / "far" / "m")
+        (tmp_path / "far" / "m" / name).symlink_to(tmp_path / "far")
+    for name in "closed/0.png", ".hidden/0.png", "log/deep/0.png", "run/deep/0.png":
+        save(tmp_path / "in" / name)
+    (tmp_path / "in" / "gone.png").symlink_to(tmp_path / "nothing")
+    for name in "log/log.csv", "run/checkpoint.pt":
+        (tmp_path / "in" / name).touch()
+    scandir, closed = os.scandir, str(tmp_path / "in" / "closed")  # root may list every folder
+    monkeypatch.setattr(os, "scandir", lambda path: scandir("/no" if path == closed else path))
+    assert values(str(tmp_path / "in")) == [[k] for k in range(len(names))]
+    assert "left out 2 files that can't be read: '/no/*', " in capsys.readouterr().out
+
+
+def test_mistakes_are_one_line(tmp_path):
+    for folder in tmp_path / "nowhere", __file__:
+        with pytest.raises(SystemExit, match=r"^[^\n]* is not a folder$"):
+            read_folder(folder, 4)
+    for name in "note.txt", "broken.png":
+        (tmp_path / name).write_text("not an image")
+        with pytest.raises(SystemExit, match=r"^[^\n]*: there is no image that can be read$"):
+            read_folder(tmp_path, 4)
+    for name, said in (
+        ("red", r"two sub-folders or more; found: \['red'\]"), ("a:b", "'a:b' can't be the name"),
+        ("a\nb", r"'a\\nb' can't be the name of a class"), (".", "images outside of its sub-fol"),
+    ):  # fmt: skip
+        save(tmp_path / "classes" / name / "0.png")
+        with pytest.raises(SystemExit, match=rf"^--classes: [^\n]*{said}[^\n]*$"):
+            class_names(tmp_path / "classes")
+
+
+def test_labels_are_those_of_the_images_that_can_be_read(class_folder, tmp_path):
+    names = class_names(class_folder)
+    assert names == [*COLOURS]
+    for cache in (None, tmp_path, tmp_path):  # the third time, nothing is decoded
+        array, labels = read_folder(class_folder, 8, classes=names, cache=cache)
+        assert labels.tolist() == [0] * 20 + [1] * 20 + [2] * 20
+        expected = np.array([COLOURS[names[label]] for label in labels])
+        assert np.abs(array.mean((2, 3)) - expected).max() < 20
+    with pytest.raises(SystemExit, match="images in 'blue', which is none of the classes"):
+        read_folder(class_folder, 8, classes=names[1:])
+
+
+def test_images_are_decoded_once(tmp_path, monkeypatch):
+    """The memory-mapped file is used until a file or the source of read_image changes."""
+    folder, decoded, decode = tmp_path / "data", [], images.decode
+    for k in range(3):
+        save(folder / f"{k}.png", k)
+    monkeypatch.setattr(images, "decode", lambda *args: decoded.append(1) or decode(*args))
+
+    def cached(channels=None, folder=folder):
+        """Return the first value of each image, and how often the folder has been decoded."""
+        array, _ = read_folder(folder, 4, channels, cache=tmp_path)
+        assert isinstance(array, np.memmap) and len([*tmp_path.iterdir()]) == 1 + len(decoded)
+        return array[:, 0, 0, 0].tolist(), len(decoded)
+
+    for path in folder, f"{folder}/", os.path.relpath(folder):
+        assert cached(folder=path) == ([0, 1, 2], 1)
+    assert cached(channels=3) == cached(channels=3) == ([0, 1, 2], 2)
+    (folder / "2.png").rename(folder / "-.png")
+    assert cached() == ([2, 0, 1], 3)
+    save(folder / "1.png", 8)
+    assert cached() == ([2, 0, 8], 4)
+    os.utime(folder / "0.png", ns=(1, 1))
+    assert cached() == ([2, 0, 8], 5)
+    monkeypatch.setattr(images, "read_image", lambda *args: 255 - read_image(*args))
+    assert cached() == ([253, 255, 247], 6)
+
+
+@posix
+def test_mended_permission_is_seen(tmp_path, monkeypatch):
+    save(tmp_path / "0.png", 0)
+    save(tmp_path / "1.png", 1)
+    open_image, closed = Image.open, lambda path: not os.stat(path).st_mode & 0o400
+    monkeypatch.setattr(Image, "open", lambda path, **options: (  # root may read every file
+        open_image("/nowhere" if closed(path) else path, **options)))  # fmt: skip
+    for mode, expected in (0o000, [[0]]), (0o600, [[0], [1]]):
+        (tmp_path / "1.png").chmod(mode)
+        assert values(tmp_path, cache=tmp_path) == expected
+        time.sleep(0.05)  # so that the two times differ
+
+
+@posix
+def test_full_disk_is_one_line(tmp_path):
+    """A limit on the size of files stands for the disk. No part of a file stays."""
+    save(tmp_path / "0.png")
+    code = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+    code += "import images; images.read_folder('.', 400, cache='.')"
+    assert python("-c", code, cwd=tmp_path, code=1).endswith(" can't be written: File too large\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["0.png"]
+
+
+def test_demo_has_each_glyph_in_each_colour_at_nine_places():
+    assert len(np.unique(demo_images(), axis=0)) == 216
+    drawn = (demo_images() != 255).any(1)
+    assert (drawn.sum((1, 2)) % 4 == 0).all() and drawn.any(0).all()  # of cells of 2 x 2

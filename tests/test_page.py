@@ -8,26 +8,19 @@ import time
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import HERE
 from PIL import Image
 
-import beyond
-import ddpm_numpy
+import export
+import sample
 import train
 from ddpm import Diffusion, linear_betas
 from docs.make_figures import page_noise
-from docs.points import MEANS, STD
-from exact import exact_network
-from export import write_onnx
-from images import to_pixels
-from samplers import Chain
-from support.demo import are_right
-from support.reduced import MAX_ERROR
-from support.trained import load
+from extras.exact import exact_network
+from sample import to_pixels
 
 pytest.importorskip("playwright", reason="the page's tests need playwright")
 from docs.record_page import CHROMIUM, browser_and_address
@@ -43,6 +36,7 @@ pytestmark = [
     pytest.mark.skipif(not RUNTIME.is_dir(), reason=f"run: {INSTALL}"),
 ]
 EMOJI = PAGE / "emoji.onnx"
+STD = 0.02  # of the points, as in page/points.js
 NAMES = {
     "opening": "gesture, pictures",
     "arrows": "gesture, pair",
@@ -99,15 +93,18 @@ def page(opened):
 
 @pytest.fixture(scope="module")
 def exported(image_folder, tmp_path_factory):
-    """model.onnx, and int8.onnx with float32 at small t, of a network trained with --quick."""
+    """The folder of model.onnx, a network trained with --quick."""
     folder = tmp_path_factory.mktemp("exported")
     words = ["--data", image_folder, "--image-size", 8, "--channel-mults", 1, 2, "--quick"]
     words += ["--attention-resolutions", 4, "--variance", "small", "--steps", 100, "--batch", 8]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["train.py", "--out", str(folder / "run"), *map(str, words)])
-        train.main()
-    write_onnx(load(folder / "run"), folder / "model.onnx")
-    write_onnx(load(folder / "run"), folder / "int8.onnx", "int8")
+    run, file = folder / "run", folder / "model.onnx"
+    for program, args in (
+        (train, ["--out", run, *words]),
+        (export, ["--checkpoint", run, "--onnx", file]),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.argv", [program.__file__, *map(str, args)])
+            program.main()
     return folder
 
 
@@ -261,23 +258,13 @@ def noise_of(page, seed, shape, draws=1):
     return np.array(z, np.float32).reshape(draws, *shape)
 
 
-def steps_of_python(network, x_T, y=None, w=0, steps=10, sampler="sa-solver"):
+def steps_of_python(network, x_T, y=None, w=0, steps=10, sampler=None):
     """(t, x_t, x0_hat) of each step in Python."""
-    model = network if y is None else ddpm_numpy.guided(network, np.array(y), w)
-    options = dict(steps=steps, sampler=sampler, x_T=x_T)
-    return list(ddpm_numpy.sample_progressive(model, None, network.betas, **options))
+    eps = network if y is None else sample.guided(network, np.array(y), w)
+    return list(network.reverse(eps, lambda: x_T, steps=steps, sampler=sampler))
 
 
 # -------------------------------------------------------------------------------------- the numbers
-
-
-@pytest.mark.parametrize("steps", [1, 2, 7, 999, 1000])
-def test_respaced(steps, page):
-    betas = np.linspace(1e-4, 0.02, 1000)
-    theirs = js(page, "sampler.respaced", betas, steps)
-    chain = Chain(betas, "large", steps)
-    np.testing.assert_array_equal(theirs["tau"], chain.tau)
-    np.testing.assert_allclose(theirs["betas"], chain.betas, rtol=1e-9)
 
 
 SAMPLE = """async (noises, betas, options) => {
@@ -286,44 +273,36 @@ SAMPLE = """async (noises, betas, options) => {
     const eps = (x, t) => x.map((value) =>
         Math.sqrt(1 - abar[t]) * (value + 0.1 * Math.sin(3 * value)) / (1 - 0.91 * abar[t]));
     const draw = () => noises.shift();
-    for await (const {t, x, x0} of sampler.sampleProgressive(eps, draw, betas, options)) {
+    for await (const {t, x, x0} of sampler.reverse(eps, draw, betas, options)) {
         steps.push([t, x, x0]);
     }
     return [steps, noises.length];
 }"""
 SHAPE, BETAS = (2, 1, 3, 3), np.linspace(1e-3, 0.2, 40)
-NOISES = np.random.default_rng(0).standard_normal((82, *SHAPE)).astype(np.float32)
+NOISES = np.random.default_rng(0).normal(0, 3, (41, *SHAPE)).astype(np.float32)  # x0 is clipped
 
 
 def smooth_eps(x, t):
     """The eps of SAMPLE."""
-    a = (1 - BETAS).cumprod()[t[0]]
+    a = (1 - BETAS).cumprod()[t]
     return (np.sqrt(1 - a) * (x + 0.1 * np.sin(3 * x)) / (1 - 0.91 * a)).astype(np.float32)
 
 
-def assert_steps_equal(page, options, expected, left):
-    """Compare (t, x_t, x0_hat) of each step; `left` is what Python did not use of the noise."""
-    expected = list(expected)
+@pytest.mark.parametrize("sampler", [None, *sample.SAMPLERS])
+@pytest.mark.parametrize("variance, steps, clip", [
+    ("large", 40, True), ("small", 39, True), ("small", 7, True), ("large", 7, False),
+    ("large", 2, True), ("large", 1, True),
+])  # fmt: skip
+def test_reverse_process_is_that_of_sample_py(variance, steps, clip, sampler, page):
+    """On the same noise, of which it draws as much."""
+    left, options = iter(NOISES), dict(variance=variance, steps=steps, sampler=sampler, clip=clip)
+    expected = list(sample.reverse(smooth_eps, lambda: next(left), BETAS, **options))
     theirs, unused = js(page, SAMPLE, list(NOISES), BETAS, options)
     assert unused == len(list(left))
     for (t, x, x0), (their_t, their_x, their_x0) in zip(expected, theirs, strict=True):
         assert t == their_t
         np.testing.assert_allclose(their_x, x.ravel(), atol=1e-5)
         np.testing.assert_allclose(their_x0, x0.ravel(), atol=1e-5)
-
-
-@pytest.mark.parametrize("variance, steps, sampler, given", [
-    ("large", 40, "ddpm", ""), ("small", 40, "ddpm", "x_T"), ("large", 7, "ddpm", "x_T"),
-    ("small", 7, "ddpm", ""), ("large", 1, "ddpm", ""), ("large", 7, "sa-solver", ""),
-    ("large", 40, "sa-solver", "x_T"), ("small", 2, "sa-solver", "x_T"), ("large", 7, "ddim", ""),
-    ("small", 40, "ddim", "x_T"), ("small", 1, "ddim", "x_T"),
-])  # fmt: skip
-def test_reverse_process_is_that_of_sample_py(variance, steps, sampler, given, page):
-    left, options = iter(NOISES), {"variance": variance, "steps": steps, "sampler": sampler}
-    x_T = NOISES[-1] if given else None
-    draw = lambda: next(left)  # noqa: E731
-    expected = ddpm_numpy.sample_progressive(smooth_eps, draw, BETAS, **options, x_T=x_T)
-    assert_steps_equal(page, options | {"xT": x_T}, expected, left)
 
 
 def test_noise_is_normal_and_of_one_image_each(page):
@@ -351,26 +330,18 @@ EPS = """async (content, x, times) => {
 }"""
 
 
-@pytest.mark.parametrize("name", ["shipped", "emoji", "model", "int8"])
+@pytest.mark.parametrize("name", ["shipped", "emoji", "model"])
 def test_eps_is_pythons(name, page, exported):
-    path = {"shipped": SHIPPED, "emoji": EMOJI}.get(name, exported / f"{name}.onnx")
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-    metadata = session.get_modelmeta().custom_metadata_map
-    shape, times = (3, *json.loads(metadata["ddpm.image_shape"])), [0, 300, 999]
+    path = {"shipped": SHIPPED, "emoji": EMOJI, "model": exported / "model.onnx"}[name]
+    network, times = sample.Network(path, "cpu"), [0, 300, 999]
+    metadata, shape = network.session.get_modelmeta().custom_metadata_map, (3, *network.shape)
     x = np.random.default_rng(0).standard_normal(shape, np.float32)
-    classes = len(json.loads(metadata.get("ddpm.classes", "[]")))
-    no_class = {"y": np.full(3, classes)} if classes else {}
     atol = 1e-2 if name == "emoji" else 1e-4  # its weights are of 16 bits
     theirs = js(page, EPS, base64.b64encode(path.read_bytes()).decode(), x, times)
     for t, their_eps in zip(times, theirs["eps"], strict=True):
-        (eps,) = session.run(["eps"], {"x_t": x, "t": np.full(3, t)} | no_class)
-        if name == "int8" and t:  # integer kernels round in another order, and some saturate
-            error = np.square(their_eps - eps.ravel()).mean() / np.square(eps).mean()
-            assert error**0.5 < MAX_ERROR
-        else:
-            np.testing.assert_allclose(their_eps, eps.ravel(), atol=atol)
+        np.testing.assert_allclose(their_eps, network(x, t).ravel(), atol=atol)
     np.testing.assert_allclose(theirs["alone"], theirs["eps"][0][: len(theirs["alone"])], atol=atol)
-    assert theirs["metadata"] == metadata and theirs["shape"] == list(shape[1:])
+    assert theirs["metadata"] == metadata and theirs["shape"] == [*network.shape]
     assert theirs["variance"] == metadata["ddpm.variance"]
     assert theirs["betas"] == json.loads(metadata["ddpm.betas"])
     assert theirs["late"] == "the network was closed"
@@ -378,24 +349,25 @@ def test_eps_is_pythons(name, page, exported):
 
 @pytest.mark.parametrize("t", [0, 50, 500, 999])
 def test_closed_forms_of_points(t, page):
-    """The field against exact.py, and the density against a sum of Gaussians."""
+    """The field against extras/exact.py, and the density against a sum of Gaussians."""
     diffusion, x = Diffusion(linear_betas()), 4 * torch.rand(50, 2, 1, 1) - 2
+    centres, std = torch.tensor([[-0.6, -0.5], [0.0, 0.6], [0.6, -0.2]]), 0.1
     abar = diffusion.alphas_bar[t].item()
     forms = "(x, ...rest) => [points.exactEps(x, ...rest), points.density(24, ...rest, 1, 2.3)]"
-    eps, q = js(page, forms, x, abar, MEANS, STD)
-    expected = exact_network(diffusion, MEANS, std=STD)(x, torch.full((50,), t))
+    eps, q = js(page, forms, x, abar, centres, std)
+    expected = exact_network(diffusion, centres[..., None, None], std=std)(x, torch.full((50,), t))
     np.testing.assert_allclose(eps, expected.ravel(), rtol=1e-4, atol=1e-5)
     ticks = 2.3 * (2 * (np.arange(24) + 0.5) / 24 - 1)
     places = np.stack(np.meshgrid(ticks, -ticks), -1)  # from the top left
-    offsets = places[:, :, None] - abar**0.5 * MEANS.flatten(1).numpy()
-    gaussians = np.exp(-(offsets**2).sum(-1) / (2 * (abar * STD**2 + 1 - abar)))
+    offsets = places[:, :, None] - abar**0.5 * centres.numpy()
+    gaussians = np.exp(-(offsets**2).sum(-1) / (2 * (abar * std**2 + 1 - abar)))
     np.testing.assert_allclose(q, gaussians.sum(-1).ravel(), rtol=1e-4, atol=1e-5)
 
 
 TRAIN = """(batches, levels) => {
     const learner = new trainer.Trainer(), start = learner.parameters.map((p) => p.slice());
     const steps = batches.map((batch) => learner.step(batch)), [{x0}] = batches;
-    const eps = levels.map((t) => learner.eps(x0, t));
+    const eps = levels.map((t) => trainer.epsOf(learner.average, x0, t));
     return [start, steps, learner.parameters, learner.average, eps];
 }"""
 
@@ -425,9 +397,10 @@ def test_training_takes_the_steps_of_torch(page):
             angles = 0.15 * torch.arange(1, 9) * (abar / (1 - abar)).log().float() / 2
             inputs = [4 * x, waves.sin(), waves.cos(), angles.sin(), angles.cos()]
             h = F.silu(torch.cat(inputs, 1) @ W1 + b1)
-            return (F.silu(h @ W2 + b2) @ W3 + b3)[..., None, None]
+            v = F.silu(h @ W2 + b2) @ W3 + b3
+            return (abar.sqrt() * v + (1 - abar).sqrt() * x).float()[..., None, None]
 
-        return beyond.as_eps(network, diffusion, "v")
+        return network
 
     for k, (batch, theirs) in enumerate(zip(batches, taken, strict=True)):
         optimizer.param_groups[0]["lr"] = 0.012 / (1 + k / 1000)
@@ -568,7 +541,7 @@ def test_opening_goes_to_noise_and_back(opened):
     eps = noise_of(page, 0, shape)[0]
     np.testing.assert_allclose(half, abar**0.5 * first + (1 - abar) ** 0.5 * eps, atol=1e-4)
     np.testing.assert_allclose(noise, last**0.5 * first + (1 - last) ** 0.5 * eps, atol=1e-4)
-    network = ddpm_numpy.Network(EMOJI, "cpu")
+    network = sample.Network(EMOJI, "cpu")
     kinds = [network.classes.index(name) for name in ("smileys", "people", "flags")]
     y = lambda turn: [kinds[(k + k // 6 + turn) % 3] for k in range(12)]  # noqa: E731
     way = lambda x_T, turn: steps_of_python(network, x_T, y(turn), 1, 10, "ddim")  # noqa: E731
@@ -593,7 +566,7 @@ def test_opening_goes_to_noise_and_back(opened):
     value_of(page, "opening", half)
     until_complete(page)
     x, jump = (images_at(page, place, shape, module="opening") for place in (0.5, 0))
-    eps = ddpm_numpy.guided(network, np.array(y(1)), 1)(x, np.full(12, 249))
+    eps = sample.guided(network, np.array(y(1)), 1)(x, 249)
     assert np.abs(jump - np.clip((x - (1 - abar) ** 0.5 * eps) / abar**0.5, -1, 1)).mean() < 2e-2
 
 
@@ -825,7 +798,7 @@ def test_network_learns_the_moons(page):
 
 def test_included_network_draws_what_python_draws(page):
     """The grid, and the expectation under the curtain."""
-    network = ddpm_numpy.Network(SHIPPED, "cpu")
+    network = sample.Network(SHIPPED, "cpu")
     see(page, "images")
     until_complete(page, "images")
     y = [k % 10 for k in range(15)]
@@ -856,10 +829,9 @@ def test_included_network_draws_what_python_draws(page):
     # the other way: the network's guess of pictures with noise
     value_of(page, "images", "gesture.moveTo(0.5)")
     until_true(page, lambda: value_of(page, "images", "expected.place === 0.5"))
-    t = np.full(15, 249)
     x = images_at(page, 0.5)
     abar = np.cumprod(1 - np.array(network.betas))[249]
-    expected = (x - (1 - abar) ** 0.5 * network(x, t, np.array(y))) / abar**0.5
+    expected = (x - (1 - abar) ** 0.5 * network(x, 249, np.array(y))) / abar**0.5
     shown = tiles(page, "images-expected", (1, 32, 32))
     assert np.abs(shown - to_pixels(expected.astype(np.float32))).max() <= 3
 
@@ -884,7 +856,7 @@ def test_gesture_brings_new_pictures(page):
 
 def test_settings_of_the_last_part(page):
     """Another sampler, other steps, and another seed: from the noise of this seed."""
-    network = ddpm_numpy.Network(SHIPPED, "cpu")
+    network = sample.Network(SHIPPED, "cpu")
     page.click("#paper summary")
     for name, value in (("sampler", "ddim"), ("steps", "5"), ("seed", "3")):
         page.locator(f"#settings [name={name}]").evaluate(
@@ -1055,7 +1027,7 @@ def test_other_files_and_then_another_model(page, exported, tmp_path):
     assert page.get_attribute("#use-own", "aria-pressed") == "true"
     assert page.evaluate("document.getElementById('images').getBoundingClientRect().top") < 300
     until_complete(page, "images")
-    network = ddpm_numpy.Network(exported / "model.onnx", "cpu")
+    network = sample.Network(exported / "model.onnx", "cpu")
     shape = (15, *network.shape)
     steps = steps_of_python(network, images_at(page, 1, shape))
     np.testing.assert_allclose(images_at(page, 0, shape), steps[-1][2], atol=2e-2)
@@ -1077,7 +1049,7 @@ def test_emoji(page):
     until(page, "images-title", "Back in 10 steps")
     assert np.ptp(tiles(page, "images-noisy", (3, 32, 32)), axis=1).max() > 50
     until(page, "images-title", "Back from the noise")
-    network, shape = ddpm_numpy.Network(EMOJI, "cpu"), (15, 3, 32, 32)
+    network, shape = sample.Network(EMOJI, "cpu"), (15, 3, 32, 32)
     kinds = [network.classes.index(name) for name in ("smileys", "people", "flags")]
     steps = steps_of_python(network, images_at(page, 1, shape), kinds * 5)
     assert np.abs(images_at(page, 0, shape) - steps[-1][2]).mean() < 2e-2
@@ -1093,16 +1065,15 @@ def test_guidance_and_its_cost(page):
     x = [(1 - nine / 127.5).std(0) for nine in sets]
     shares = [round(100 * np.sqrt((it**2).mean() / (x[0] ** 2).mean())) for it in x]
     assert shares[3] < 80
-    network = ddpm_numpy.Network(EMOJI, "cpu")
+    network = sample.Network(EMOJI, "cpu")
     smileys, noise = [network.classes.index("smileys")] * 9, noise_of(page, 5, (9, 3, 32, 32))[0]
     ways = [steps_of_python(network, noise, smileys, w) for w in (0, 4)]
     t, x, guess = ways[0][4]  # about this noisy picture, the network is asked twice
     abar = np.cumprod(1 - np.array(network.betas))[t]
-    other = network(x, np.full(9, t), np.full(9, len(network.classes)))
-    other = np.clip((x - (1 - abar) ** 0.5 * other) / abar**0.5, -1, 1)
+    other = np.clip((x - (1 - abar) ** 0.5 * network(x, t)) / abar**0.5, -1, 1)
     drawn = (ways[0][-1][2], ways[1][-1][2], other, guess)
     for recorded, expected in zip((sets[0], sets[3], without, answer), drawn, strict=True):
-        assert np.abs(recorded - to_pixels(expected)).mean() < 3
+        assert np.abs(recorded - to_pixels(expected)).mean() < 0.5
     for k, w, chosen in ((0, 0, 2), (3, 4, 7)):
         page.locator("#strip-place").fill(str(k))
         assert np.abs(tiles(page, f"strip-{k}", (3, 32, 32)) - sets[k]).max() <= 1
@@ -1145,16 +1116,3 @@ def test_onnxruntime_comes_from_jsdelivr_where_there_is_no_copy(opened):
     settled(page, "() => window.ready")
     assert page.text_content("#images-title") != "No network"
     assert asked == {f"https://cdn.jsdelivr.net/npm/{VERSION}/dist"}
-
-
-@pytest.mark.slow
-def test_demo_is_drawn_in_the_page(demo, page):
-    """The network of the demo, judged as in Python."""
-    assert "model.onnx draws" in choose(page, demo / "model.onnx")
-    right = 0
-    for seed in (0, 1):
-        settled(page, """(seed) => import("./images.js").then(({ useSettings }) =>
-            useSettings({ sampler: "sa-solver", steps: 50, seed }))""", seed)  # fmt: skip
-        until_complete(page, "images")
-        right += are_right(to_pixels(images_at(page, 0, (15, 3, 8, 8)))).sum()
-    assert right >= 23  # of 30

@@ -1,0 +1,87 @@
+"""Redraw a part of an image: where the mask is white or, on transparency, opaque.
+
+    python -m extras.inpaint --onnx model.onnx image.png mask.png
+    python -m extras.inpaint --onnx model.onnx image.png mask.png --class boot --guidance 2
+
+The network needs no special training: in each step, the image replaces x0_hat outside of the mask.
+Both files must have the same size, and are cropped to their centre square.
+"""
+
+import argparse
+import sys
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from images import from_pixels, read_image
+from sample import Network, check_output, grid, sample_progressive, to_pixels
+
+
+class Inpainting(Network):
+    """A Network that draws only where `mask`, bool (1, H, W), is True.
+
+    Elsewhere, x0_hat is `image`, float32 (C, H, W). Set both before you draw.
+    """
+
+    def reverse(self, eps, draw_noise, **options):
+        """Return the generator of sample.reverse for eps inside of the mask."""
+        alphas_bar = np.cumprod(1 - self.betas).tolist()
+
+        def partly(x_t, t):
+            abar = alphas_bar[t]
+            known = (x_t - abar**0.5 * self.image) / (1 - abar) ** 0.5  # (4), solved for the noise
+            return np.where(self.mask, eps(x_t, t), known)
+
+        return super().reverse(partly, draw_noise, **options)
+
+
+def read_mask(path, of, size):
+    """Return where to redraw the image file `of`, bool (1, size, size).
+
+    The lightest grey counts as white, so masks of 0 and 1 work. Raises ValueError if the files
+    differ in size.
+    """
+    with Image.open(path) as mask, Image.open(of) as image:
+        mask, image = ImageOps.exif_transpose(mask), ImageOps.exif_transpose(image)
+        if mask.size != image.size:
+            raise ValueError(f"{path} and {of} must have the same size")
+        alpha = mask.convert("RGBA").getchannel("A")
+        mask = alpha if alpha.getextrema()[0] < 128 else mask.convert("L")
+    mask = np.asarray(ImageOps.fit(mask, (size, size)))
+    return mask[None] > mask.max() / 2
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    flag = parser.add_argument
+    flag("image")
+    flag("mask")
+    flag("--onnx", default="model.onnx", help="network of export.py [%(default)s]")
+    flag("--out", default="inpainted.png", help="a PNG file [%(default)s]")
+    flag("-n", type=int, default=16, help="number of versions [%(default)s]")
+    flag("--steps", type=int, default=50, help="steps of the reverse process [%(default)s]")
+    flag("--seed", type=int, default=0, help="seed of the noise [%(default)s]")
+    flag("--class", dest="classes", nargs="+", metavar="NAME", help="classes to draw [all]")
+    flag("--guidance", type=float, default=0.0, help="w: makes images more typical of a class [0]")
+    args = parser.parse_args()
+    check_output(args.out, args.onnx, args.image, args.mask)
+    try:
+        network = Inpainting(args.onnx)
+        channels, size, _ = network.shape
+        network.image = from_pixels(read_image(args.image, size, channels))
+        network.mask = read_mask(args.mask, args.image, size)
+        if args.n < 1 or not 1 <= args.steps <= len(network.betas):
+            raise ValueError(f"-n must be at least 1, and --steps 1..{len(network.betas)}")
+        how = args.n, args.classes, args.guidance, args.seed
+        chain = sample_progressive(network, *how, steps=args.steps)
+    except (OSError, ValueError) as error:
+        sys.exit(f"inpaint.py: {error}")
+    for _, _, x0_hat in tqdm(chain, total=args.steps, unit="step"):
+        x0 = x0_hat
+    grid(to_pixels(x0), len(args.classes or network.classes)).save(args.out, "PNG")
+    print(f"{args.out}: {args.n} images; the mask selects {network.mask.mean():.0%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Draw images between two images, as in figure 8 of the paper.
+
+    python -m extras.interpolate --onnx model.onnx a.png b.png --t 200
+
+Both images are diffused to x_t and mixed, and the reverse process goes on from there. The larger t
+is, the more the network invents.
+"""
+
+import argparse
+import math
+import sys
+from itertools import chain, count
+
+import numpy as np
+from tqdm import tqdm
+
+from images import from_pixels, read_image
+from sample import Network, check_output, grid, noise_of, reverse, to_pixels
+
+LAMBDAS = np.linspace(0, 1, 11, dtype=np.float32)  # the shares of the second image
+
+
+def starting_at(x_t, draw_noise):
+    """Return a draw_noise() that returns x_t first: the reverse process starts there."""
+    noises = chain([x_t], (draw_noise() for _ in count()))
+    return lambda: next(noises)
+
+
+def interpolate(network, a, b, t, steps=None, seed=0):
+    """Return the reverse process of eleven mixtures from x_t on: yields (t, x_t, x0_hat).
+
+    a, b: float32 in [-1, 1], (C, H, W). t: 0..T-1. steps: 1..t+1, or all if None.
+
+    All images have the same noise. In the paper, the two images have different noise, so that of
+    the middle mixture has 71% of the right standard deviation, and the network blurs the image.
+    """
+    betas, shares = network.betas[: t + 1], LAMBDAS[:, None, None, None]
+    abar = math.prod(1 - betas)
+    draw_noise = noise_of(seed, 0, 1, network.shape)
+    x_t = math.sqrt(abar) * ((1 - shares) * a + shares * b) + math.sqrt(1 - abar) * draw_noise()
+    return reverse(network, starting_at(x_t, draw_noise), betas, network.variance, steps)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    flag = parser.add_argument
+    flag("a")
+    flag("b")
+    flag("--onnx", default="model.onnx", help="network of export.py [%(default)s]")
+    flag("--out", default="interpolated.png", help="a PNG file [%(default)s]")
+    flag("--t", type=int, default=200, help="where to mix, 0..T-1 [%(default)s]")
+    flag("--steps", type=int, help="steps of the reverse process, 1..t+1 [all]")
+    flag("--seed", type=int, default=0, help="seed of the noise [%(default)s]")
+    args = parser.parse_args()
+    check_output(args.out, args.onnx, args.a, args.b)
+    try:
+        network = Network(args.onnx)
+        channels, size, _ = network.shape
+        a, b = (read_image(path, size, channels) for path in (args.a, args.b))
+        steps = args.t + 1 if args.steps is None else args.steps
+        if not 0 < steps <= args.t + 1 <= len(network.betas):
+            raise ValueError(f"--t must be 0..{len(network.betas) - 1}, and --steps 1..t+1")
+        process = interpolate(network, from_pixels(a), from_pixels(b), args.t, steps, args.seed)
+    except (OSError, ValueError) as error:
+        sys.exit(f"interpolate.py: {error}")
+    for _, _, x0_hat in tqdm(process, total=steps, unit="step"):
+        x0 = x0_hat
+    grid(np.stack([a, *to_pixels(x0), b]), rows=1).save(args.out, "PNG")
+    print(f"{args.out}: the first image, 11 mixtures (lambda = 0 to 1), and the second image")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The network of a run in torch, on any accelerator, with the interface of sample.Network.
+
+sample.py draws with it if --checkpoint is given. The noise is the same as with a model.onnx.
+"""
+
+import torch
+
+from sample import reverse
+from train import choose_device, has_bfloat16, load
+
+
+class TorchNetwork:
+    """eps_theta(x_t, t) of a run: float32 tensors (B, C, H, W) on its device, and t, to eps.
+
+    A call takes t as an int or int64 (B,), and with classes y, int64 (B,); None stands for "no
+    class". It computes in bfloat16 if the run did, and the device can.
+
+    path: a run folder or its checkpoint.pt. device: auto, cpu, cuda, cuda:1, mps or xpu.
+    Attributes: those of sample.Network, and diffusion. Exits if the run or the device is not there.
+    """
+
+    def __init__(self, path, device="auto"):
+        self.network, self.diffusion, state = load(path)
+        self.device = choose_device(device)
+        self.amp = bool(state["settings"]["amp"] and has_bfloat16(self.device))
+        self.network.to(self.device)
+        if self.amp:  # convert the weights once, and not in each step
+            for module in self.network.modules():
+                if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+                    module.bfloat16()
+        else:  # float32 as float32, whereas cuDNN's convolutions use TF32 by default
+            torch.backends.cudnn.allow_tf32 = False
+        self.betas, self.variance = self.diffusion.betas.numpy(), self.diffusion.variance
+        self.shape, self.classes = tuple(state["shape"]), list(state["names"])
+        self.provider = f"{self.device}, {'bfloat16' if self.amp else 'float32'}"
+
+    @torch.no_grad()
+    def __call__(self, x_t, t, y=None):
+        t = t if isinstance(t, torch.Tensor) else torch.full((len(x_t),), t, device=self.device)
+        y = None if y is None else torch.as_tensor(y, device=self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            return self.network(x_t, t, y).float()
+
+    def reverse(self, eps, draw_noise, steps=None, sampler=None, clip=True):
+        """Return the generator sample.reverse on the device, or the loop of ddpm.py with all steps.
+
+        eps: this network, or it `guided`. draw_noise() returns arrays.
+        """
+
+        def on_device():
+            return torch.from_numpy(draw_noise()).to(self.device)
+
+        if steps in (None, self.diffusion.T) and sampler in (None, "ddpm"):
+            return self.diffusion.sample_progressive(eps, None, draw_noise=on_device, clip=clip)
+        return reverse(eps, on_device, self.betas, self.variance, steps, sampler, clip)

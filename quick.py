@@ -1,0 +1,123 @@
+"""What `train.py --quick` puts in place of the paper's network, loss and optimizer.
+
+    diffusion = MinSNRDiffusion(linear_betas())    # in place of Diffusion: other weights in `loss`
+    network = VUNet(diffusion, image_size=32)      # in place of UNet: its output is v
+    optimizer = Muon(network, lr=6e-3)             # in place of torch.optim.Adam
+
+Each has the interface of what it replaces, so that nothing else has to know about it: the network
+returns eps. benchmarks/ladder.md shows what each of them changes.
+"""
+
+from collections import defaultdict
+
+import torch
+from torch import nn
+
+from ddpm import Diffusion, UNet, look_up
+
+
+class VUNet(UNet):
+    """A UNet whose output is v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0, and which returns eps.
+
+    The target v is from Salimans and Ho 2022 (arXiv:2202.00512). diffusion: a Diffusion, for its
+    schedule. options: the arguments of UNet, whose weights and errors this class shares.
+    """
+
+    def __init__(self, diffusion, **options):
+        super().__init__(**options)
+        for name in ("sqrt_alphas_bar", "sqrt_one_minus_alphas_bar"):  # not in the state_dict
+            self.register_buffer(name, getattr(diffusion, name).float(), persistent=False)
+
+    def forward(self, x_t, t, y=None):
+        """Predict the noise in x_t (B, C, H, W) at t (B,), given the classes y (B,), if any."""
+        signal, spread = (
+            look_up(table, t, x_t)
+            for table in (self.sqrt_alphas_bar, self.sqrt_one_minus_alphas_bar)
+        )
+        return spread * x_t + signal * super().forward(x_t, t, y)
+
+
+class MinSNRDiffusion(Diffusion):
+    """A Diffusion whose loss gives the squared error of x0_hat the weight min(SNR, 5).
+
+    (14) gives it the weight SNR = abar_t / (1 - abar_t). The weights are from Hang et al. 2023
+    (arXiv:2303.09556).
+    """
+
+    def __init__(self, betas, variance="large"):
+        super().__init__(betas, variance)
+        self.loss_weights = (5 * (1 - self.alphas_bar) / self.alphas_bar).clamp(max=1)  # of eps
+
+    def loss(self, model, x0, t=None, noise=None):
+        """Return the weighted mean squared error of the noise, a scalar; see Diffusion.loss."""
+        t = torch.randint(self.T, (len(x0),), device=x0.device) if t is None else t
+        noise = torch.randn_like(x0) if noise is None else noise
+        error = self.squared_error(model, x0, t, noise)
+        return (look_up(self.loss_weights, t, error) * error).mean()
+
+
+def orthogonalize(G):
+    """Return approximately U V^T for each matrix G = U S V^T of a stack (k, m, n).
+
+    Each of the five iterations applies p(s) = 3.4445 s - 4.775 s^3 + 2.0315 s^5 to the singular
+    values. Together they map every s from 0.002 to 1 to a value between 0.68 and 1.21.
+    """
+    X = G / (G.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        A = X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=-4.775, alpha=2.0315)
+        X = torch.baddbmm(X, B, X, beta=3.4445)
+    return X
+
+
+def hidden_weights(model):
+    """Return the weights of the linear and convolutional layers between x_t and eps.
+
+    The first convolution, which reads x_t, and the last module, which returns eps, are left out.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    first = next((layer for layer in layers if isinstance(layer, nn.Conv2d)), layers[0])
+    outer = {first, *[*model.children()][-1].modules()}
+    return [layer.weight for layer in layers if layer not in outer]
+
+
+class Muon(torch.optim.Adam):
+    """Apply Muon to the hidden_weights of a model, and Adam to the other parameters.
+
+    Adam divides the step of each entry of a weight by the size of that entry's gradients. Muon
+    (Jordan et al. 2024, kellerjordan.github.io/posts/muon) treats the weight as a matrix, and sets
+    all singular values of its averaged gradient to about 1. The weight of a convolution counts as a
+    matrix (out, in * height * width). As in Liu et al. 2025 (arXiv:2502.16982), steps have a root
+    mean square of about 0.2 lr, which is typical of Adam, so both can share one learning rate.
+    """
+
+    def __init__(self, model, lr, momentum=0.9):
+        super().__init__(model.parameters(), lr, fused=True)
+        self.momentum = momentum
+        equal = defaultdict(list)  # weights of equal shape are multiplied together, as a stack
+        for weight in hidden_weights(model):
+            equal[weight.flatten(1).shape].append(weight)
+        self.stacks = list(equal.values())
+        self.momenta = [w[0].new_zeros(len(w), *shape) for shape, w in equal.items()]
+
+    @torch.no_grad()
+    def step(self):
+        """Take a step with the gradients of the parameters."""
+        lr = self.param_groups[0]["lr"]
+        for weights, average in zip(self.stacks, self.momenta, strict=True):
+            gradient = torch.stack([weight.grad.flatten(1) for weight in weights])
+            average.lerp_(gradient, 1 - self.momentum)
+            steps = orthogonalize(gradient.lerp(average, self.momentum))
+            steps *= -0.2 * lr * max(steps.shape[1:]) ** 0.5
+            for weight, step in zip(weights, steps, strict=True):
+                weight += step.view_as(weight)
+                weight.grad = None  # so that Adam skips this weight
+        super().step()
+
+    def state_dict(self):
+        return super().state_dict() | {"muon": self.momenta}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        for average, saved in zip(self.momenta, state["muon"], strict=True):
+            average.copy_(saved)

@@ -1,0 +1,129 @@
+"""The programs of extras/ that draw with a model.onnx, and half.py, on the included networks."""
+
+import re
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+from extras.interpolate import interpolate
+from images import from_pixels
+from sample import Network, grid, noise_of, sample, to_image, to_pixels
+from test_ddpm import PAPER
+
+HERE = Path(__file__).parent.parent
+PLAIN, CLASSES = HERE / "docs" / "paper.onnx", HERE / "page" / "fashion-mnist.onnx"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a program of extras/; return what it printed, or the line with which it exits."""
+
+    def call(name, *words):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        try:
+            import_module(f"extras.{name}").main()
+        except SystemExit as error:
+            assert "\n" not in error.code
+            return error.code
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Return two images that a network draws, uint8 (2, 1, 32, 32)."""
+    return to_pixels(sample(Network(PLAIN), 2, steps=10))
+
+
+def cells(path, rows, columns):
+    """Return the images of a grid, uint8 (rows, columns, H, W)."""
+    with Image.open(path) as image:
+        image = image.resize((columns * 34, rows * 34), resample=0)
+    return np.asarray(image).reshape(rows, 34, columns, 34).swapaxes(1, 2)[..., 1:-1, 1:-1]
+
+
+@pytest.mark.parametrize("source", [PLAIN, CLASSES])
+def test_half_keeps_the_noise_of_small_t(run, source, tmp_path):
+    """Rounding x_t alone, in which the noise has a deviation of 0.01, would make 1 % at t = 0."""
+    said = run("half", source, tmp_path / "half.onnx")
+    errors = {int(t): float(error) for error, t in re.findall(r"([\d.]+)% at t = (\d+)", said)}
+    assert [*errors] == [0, 10, 50, 100, 500, 999]
+    assert 0.1 < errors[0] < 0.5 and 0 < errors[100] < 0.1
+    exact, half = onnx.load(source), onnx.load(tmp_path / "half.onnx")
+    onnx.checker.check_model(half)
+    assert [*half.metadata_props] == [*exact.metadata_props]
+    assert half.ByteSize() < 0.54 * exact.ByteSize()
+
+
+@pytest.mark.parametrize("error", [0.021, float("nan")])
+def test_half_writes_nothing_that_differs_much(run, tmp_path, monkeypatch, error):
+    monkeypatch.setattr("extras.half.relative_errors", lambda *_: {0: 0.001, 10: error})
+    assert "is not written" in run("half", PLAIN, tmp_path / "half.onnx")
+    assert not (tmp_path / "half.onnx").exists()
+
+
+def test_inpainting_keeps_the_image_outside_of_the_mask(run, drawn, tmp_path):
+    """A white mask, one of ones, and an opaque part on transparency say the same."""
+    image, mask, out = (tmp_path / name for name in ("image.png", "mask.png", "out.png"))
+    words = [image, mask, "--onnx", PLAIN, "--out", out, "-n", 4, "--steps", 5]
+    to_image(drawn[0]).save(image)
+    where = np.zeros((32, 32), bool)
+    where[8:20, 4:30] = True
+    white = Image.fromarray(255 * where.astype(np.uint8))
+    opaque, results = Image.merge("LA", [Image.new("L", (32, 32)), white]), []
+    for kind in (white, white.point(lambda value: value // 255), opaque):
+        kind.save(mask)
+        assert "selects 30%" in run("inpaint", *words)
+        results.append(cells(out, 2, 2).reshape(4, 32, 32).astype(int))
+        assert (results[0] == results[-1]).all()
+    assert (results[0][:, ~where] == drawn[0, 0][~where]).all()
+    assert abs(results[0][0] - results[0][1])[where].mean() > 5
+    white.resize((32, 31)).save(mask)
+    assert run("inpaint", *words).endswith("must have the same size")
+
+
+def test_interpolation_starts_from_mixtures_with_the_same_noise(run, drawn, tmp_path):
+    network, (a, b) = Network(PLAIN), from_pixels(drawn)
+    t, x_t, _ = next(interpolate(network, a, b, 300, 5, seed=3))
+    noise, abar = noise_of(3, 0, 1, network.shape)()[0], PAPER.alphas_bar[300].item()
+    ends = [abar**0.5 * image + (1 - abar) ** 0.5 * noise for image in (a, b)]
+    assert t == 300 and x_t.dtype == np.float32
+    np.testing.assert_allclose(x_t, np.linspace(*ends, 11), atol=1e-5)
+    for k, name in enumerate("ab"):
+        to_image(drawn[k]).save(tmp_path / f"{name}.png")
+    words = [tmp_path / "a.png", tmp_path / "b.png", "--onnx", PLAIN, "--out", tmp_path / "out.png"]
+    assert "11 mixtures" in run("interpolate", *words, "--t", 9)
+    row = cells(tmp_path / "out.png", 1, 13)[0].astype(int)
+    assert (row[[0, 12]] == drawn[:, 0]).all()
+    assert abs(row[[1, 11]] - drawn[:, 0]).mean() < 8 > abs(row[6] - drawn[:, 0].mean(0)).mean()
+    assert run("interpolate", *words, "--t", 9, "--steps", 11).endswith("--steps 1..t+1")
+
+
+def test_animation_ends_with_the_samples(run, tmp_path):
+    words = ["--onnx", CLASSES, "--class", "boot", "bag", "-n", 6, "--out", tmp_path / "out.gif"]
+    assert "6 images in 11 frames" in run("animate", *words, "--steps", 10, "--guidance", 1)
+    expected = sample(Network(CLASSES), 6, ["boot", "bag"], 1, steps=10)
+    with Image.open(tmp_path / "out.gif") as gif:
+        assert gif.n_frames == 11 and gif.info["loop"] == 0
+        gif.seek(10)
+        difference = np.asarray(gif.convert("L"), int) - grid(to_pixels(expected), 2)
+    assert abs(difference).max() < 4
+    assert "not 'hat'" in run("animate", *words, "--class", "hat")
+    assert "--steps 1..1000" in run("animate", *words, "--steps", 1001)
+
+
+def test_curve_of_the_log(run, tmp_path, monkeypatch):
+    lines = [f"{k},{100 / k},1,0.001\n" for k in range(1, 1001)]
+    (tmp_path / "log.csv").write_text("step,loss,grad_norm,lr\n" + "".join(lines))
+    out = tmp_path / "loss.png"
+    assert "1,000 steps" in run("plot", tmp_path / "log.csv", out)
+    assert Image.open(out).size == (640, 440)
+    assert "can't be read" in run("plot", out, tmp_path / "other.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "pip install matplotlib" in run("plot", tmp_path / "log.csv", out)

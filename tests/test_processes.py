@@ -1,0 +1,210 @@
+"""Accelerators, mock ones, and several processes, on one machine or two."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import HERE, TINY, command, posix, read
+from PIL import Image
+
+import train
+
+CPU = torch.device("cpu")
+
+# ------------------------------------------------------------------------------------- accelerators
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Pretend that torch sees an accelerator; return a list of the indices that are set."""
+
+    def pretend(kind, rank=0, world=1, ones=None):
+        indices, found = [], kind and torch.device(kind)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: found)
+        monkeypatch.setattr(torch.accelerator, "set_device_index", indices.append)
+        monkeypatch.setattr(torch, "ones", ones or (lambda *_, **__: None))
+        monkeypatch.setattr(train, "LOCAL_RANK", rank)
+        monkeypatch.setattr(train, "WORLD", world)
+        return indices
+
+    return pretend
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
+def test_auto_is_the_accelerator_of_the_machine(kind, machine):
+    indices = machine(kind)
+    for name in ("auto", kind, f"{kind}:0"):
+        assert train.choose_device(name) == torch.device(kind, 0)
+    assert train.choose_device("cpu") == CPU and indices == [0, 0, 0]
+    assert train.choose_device(f"{kind}:3") == torch.device(kind, 3) and indices[3:] == [3]
+    indices = machine(kind, rank=2, world=4)
+    assert train.choose_device(kind) == torch.device(kind, 2) and indices == [2]
+
+
+def test_devices_that_are_not_there_are_one_line(machine):
+    assert train.choose_device("auto") == CPU
+    for name in "cuda", "xpu:1", "quantum":
+        with pytest.raises(SystemExit, match=rf"^--device {name}: .*[a-z]"):
+            train.choose_device(name)
+
+    def fail(*_, **__):
+        raise RuntimeError("CUDA error: no kernel image is available\nCompile with ...")
+
+    machine("cuda", ones=fail)
+    with pytest.raises(
+        SystemExit, match=r"^--device auto: CUDA error: no kernel image is avail.*$"
+    ):
+        train.choose_device("auto")
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_bfloat16_is_used_where_it_is_fast(answer, monkeypatch):
+    """Old GPUs and most processors only emulate it."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": answer})
+    for module in (torch.cuda, torch.xpu):
+        monkeypatch.setattr(module, "is_bf16_supported", lambda *, including_emulation: answer)
+    for kind in map(torch.device, ("cpu", "cuda:1", "xpu")):
+        assert train.decide({"data": "."}, None, "run", kind).amp is answer
+    assert not train.has_bfloat16(torch.device("mps"))
+
+
+def test_processes_are_connected_by_the_library_of_their_device(monkeypatch):
+    used = []
+    monkeypatch.setattr(train.dist, "init_process_group", lambda backend, **_: used.append(backend))
+    for nccl in True, False:  # as on Windows
+        monkeypatch.setattr(train.dist, "is_nccl_available", lambda a=nccl: a)
+        for kind in "cpu", "cuda", "xpu":
+            train.join(torch.device(kind))
+    gloo, xccl = "cpu:gloo", "cpu:gloo,xpu:xccl"
+    assert used == [gloo, "cpu:gloo,cuda:nccl", xccl, gloo, gloo, xccl]
+
+
+# -------------------------------------------------------------------------------- several processes
+
+# Does what torchrun does, but imports torch only once: forks a process for each rank.
+SERVER = """
+import json, os, signal, sys, torch._dynamo, train
+for line in sys.stdin:
+    port, ranks = json.loads(line)
+    for rank, (folder, local, words) in enumerate(ranks):
+        if not os.fork():
+            signal.alarm(150)
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(len(ranks))}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            train.RANK, train.LOCAL_RANK, train.WORLD = rank, local, len(ranks)
+            os.chdir(folder)
+            sys.argv[1:] = words
+            os.dup2(os.open(f"said{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+            os.dup2(1, 2)
+            sys.exit(train.main())
+    print(*(os.waitstatus_to_exitcode(os.wait()[1]) for _ in ranks), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def together():
+    """Train in a process for each (folder, local rank, flags); return what each has printed."""
+    server = subprocess.Popen(
+        command("-c", SERVER), cwd=HERE, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+
+    def call(*ranks, code=0):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        ranks = [(str(folder), local, [*map(str, words)]) for folder, local, words in ranks]
+        print(json.dumps([str(port), ranks]), file=server.stdin, flush=True)
+        status = server.stdout.readline().split()
+        said = [Path(folder, f"said{k}.txt").read_text() for k, (folder, _, _) in enumerate(ranks)]
+        assert status == [str(code)] * len(ranks), said
+        return said
+
+    yield call
+    server.communicate()
+
+
+def assert_same_run(a, b, rtol=1e-5):
+    """Compare the weights and logs of two run folders, which may differ by rounding."""
+    one, other = read(a), read(b)
+    for part in ("model", "ema"):
+        for name, value in one[part].items():
+            torch.testing.assert_close(other[part][name], value, rtol=rtol, atol=1e-6)
+    a, b = (np.loadtxt(path / "log.csv", delimiter=",", skiprows=1) for path in (a, b))
+    np.testing.assert_allclose(a, b, rtol=1e-4)
+
+
+@posix
+@pytest.mark.parametrize("dropout", [0, 0.3])
+def test_two_processes_train_as_one(dropout, together, image_folder, tmp_path, tiny):
+    """With dropout, they equal one that splits each batch into two parts, like the two."""
+    words = ["--no-amp", "--warmup", 0, "--dropout", dropout]
+    parts = ["--accumulate", 2] if dropout else []
+    tiny(*words, *parts, "--steps", 8, "--out", "one")
+    tiny(*words, *parts, "--steps", 3, "--out", "two")  # resumed by two processes
+    words = ["--data", image_folder, *TINY, "--out", "two", "--accumulate", 1, "--steps", 8]
+    said, silent = together((tmp_path, 0, words), (tmp_path, 1, words))
+    assert "on 2 x cpu" in said and "steps    3 to 8" in said and "done: two" in said
+    assert "steps" not in silent
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.fixture
+def machines(tmp_path):
+    """Return two folders, each with a folder of the same images."""
+    images = tmp_path / "a" / "images"
+    images.mkdir(parents=True)
+    for k in range(9):
+        Image.new("RGB", (8, 8), (20 * k, 90, 30)).save(images / f"{k}.png")
+    return tmp_path / "a", Path(shutil.copytree(tmp_path / "a", tmp_path / "b"))
+
+
+@posix
+@pytest.mark.parametrize("shared", [True, False])
+def test_two_machines_train_as_one(shared, together, machines, run):
+    """The second one may have a run of its own, which is left alone."""
+    a, b = machines
+    words = ["--data", "images", *TINY, "--dropout", 0, "--no-amp", "--warmup", 0, "--steps"]
+    run("train.py", *words, 6, "--out", "one", cwd=a)
+    run("train.py", *words, 1, "--seed", 5, cwd=b)
+    before = (b / "run" / "checkpoint.pt").read_bytes()
+    words += [6, *["--out", a / "run"] * shared]
+    together((a, 0, words), (a if shared else b, 0, words))
+    assert_same_run(a / "one", a / "run")
+    assert (b / "run" / "checkpoint.pt").read_bytes() == before
+    assert len([*a.glob("run/.images-*")]) == len([*b.glob("run/.images-*")]) == 1
+
+
+@posix
+@pytest.mark.parametrize("different", ["images", "lr"])
+def test_machines_that_differ_are_refused_before_the_first_step(different, together, machines):
+    a, b = machines
+    words = ["--data", "images", *TINY, "--steps", 3]
+    if different == "images":
+        Image.new("RGB", (8, 8), "red").save(b / "images" / "9.png")
+    said = together((a, 0, words), (b, 0, words + ["--lr", 1] * (different == "lr")), code=1)
+    assert all(f"the processes have different {different}\n" in text for text in said)
+    assert not [*a.glob("run/*.pt"), *a.glob("run/log.csv")]
+
+
+@posix
+def test_ctrl_c_stops_all_processes_of_torchrun_and_saves(image_folder, tmp_path, start):
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 --local-addr=127.0.0.1"
+    words = ["--data", image_folder, *TINY, "--steps", 9999]
+    process = start(*torchrun.split(), HERE / "train.py", *words, cwd=tmp_path)
+    log = tmp_path / "run" / "log.csv"
+    while not log.exists() or "\n5," not in log.read_text():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    said, _ = process.communicate(timeout=60)
+    step = read(tmp_path / "run")["step"]
+    assert said.count(f"stopped at step {step:,}; to go on") == 2, said
+    assert log.read_text().splitlines()[step].startswith(f"{step},")

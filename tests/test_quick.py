@@ -1,0 +1,106 @@
+"""quick.py against closed forms, torch's optimizers and extras/variants.py."""
+
+import pytest
+import torch
+
+from ddpm import UNet
+from extras.variants import as_eps, loss_weights, weighted_loss
+from quick import MinSNRDiffusion, Muon, VUNet, hidden_weights, orthogonalize
+from test_ddpm import PAPER, best_network, close, randn, small_unet
+from train import SETTINGS, build
+
+SMALL = dict(image_size=8, base_channels=8, channel_mults=(1, 2), num_res_blocks=1,
+             attention_resolutions=(4,), dropout=0.0)  # fmt: skip
+T = torch.tensor([0, 10, 500, 999])
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_network_predicts_v_and_returns_eps(classes):
+    """Its weights are those of a UNet, so that either can open a checkpoint of the other."""
+    unet = small_unet(num_classes=classes)
+    network = VUNet(PAPER, **SMALL, num_classes=classes).eval()
+    network.load_state_dict(unet.state_dict())
+    y = [torch.tensor([0, 1, 2, 3])] if classes else []
+    x_t, eps = randn(4, 3, 8, 8), as_eps(unet, PAPER, "v")
+    with torch.no_grad():
+        torch.testing.assert_close(network(x_t, T, *y), eps(x_t, T, *y))
+        assert not torch.equal(network(x_t, T, *y), unet(x_t, T, *y))
+
+
+def test_exact_v_gives_the_exact_noise(monkeypatch):
+    x0, noise = randn(4, 3, 8, 8), randn(4, 3, 8, 8, seed=1)
+    signal, spread = (
+        table[T].float().view(4, 1, 1, 1)
+        for table in (PAPER.sqrt_alphas_bar, PAPER.sqrt_one_minus_alphas_bar)
+    )
+    monkeypatch.setattr(UNet, "forward", lambda *_: signal * noise - spread * x0)
+    close(VUNet(PAPER, **SMALL)(signal * x0 + spread * noise, T), noise, 1e-5)
+
+
+def test_loss_weights_the_error_of_x0_by_min_snr_5():
+    """Averaged over t, the loss of a network in closed form is that of the definition."""
+    diffusion, eps = MinSNRDiffusion(PAPER.betas, "small"), best_network()
+    x0, noise, t = randn(1000, 1, 2, 2), randn(1000, 1, 2, 2, seed=1), torch.arange(1000)
+    x_t = PAPER.q_sample(x0, t, noise)
+    error = (x0 - PAPER.predict_x0(x_t, t, eps(x_t, t))).double().square().mean((1, 2, 3))
+    snr = PAPER.alphas_bar / (1 - PAPER.alphas_bar)
+    expected = (snr.clamp(max=5) * error).mean()
+    assert diffusion.loss(eps, x0, t, noise).item() == pytest.approx(expected.item(), rel=1e-4)
+    weights = loss_weights(PAPER, "min-snr")
+    close(diffusion.loss(eps, x0, t, noise), weighted_loss(PAPER, eps, x0, t, noise, weights))
+    torch.manual_seed(0)
+    drawn = diffusion.loss(eps, x0.repeat(20, 1, 1, 1)).item()  # t and the noise are drawn
+    assert drawn == pytest.approx(expected.item(), rel=0.1) and diffusion.variance == "small"
+
+
+@pytest.mark.parametrize("parts", [(), ("v",), ("min-snr",), ("v", "min-snr")])
+def test_parts_are_substituted_one_by_one(parts):
+    settings = {name: default for name, (_, default, _) in SETTINGS.items()} | SMALL
+    network, diffusion = build(settings | {"parts": parts, "betas": [0.1, 0.2]}, (1, 8, 8), "ab")
+    assert isinstance(network, VUNet) == ("v" in parts) and isinstance(network, UNet)
+    assert isinstance(diffusion, MinSNRDiffusion) == ("min-snr" in parts)
+    assert diffusion.T == 2 and network.num_classes == 2
+    assert network(torch.zeros(2, 1, 8, 8), torch.tensor([0, 1])).shape == (2, 1, 8, 8)
+
+
+def test_hidden_weights_are_those_between_the_first_and_the_last_layer():
+    model = small_unet(num_classes=3)
+    left_out = "conv_in.weight", "conv_out.weight", "class_embedding.weight"
+    expected = [w for n, w in model.named_parameters() if w.ndim > 1 and n not in left_out]
+    assert [id(w) for w in hidden_weights(model)] == [id(w) for w in expected]
+
+
+def test_singular_values_become_about_1_and_the_vectors_stay():
+    U, _, Vh = torch.linalg.svd(randn(3, 16, 24).double(), full_matrices=False)
+    S = torch.logspace(-2, 0, 16, dtype=torch.float64)
+    inside = U.mT @ orthogonalize(U * S @ Vh) @ Vh.mT
+    values = inside.diagonal(dim1=1, dim2=2)
+    assert values.min() > 0.68 and values.max() < 1.21
+    torch.testing.assert_close(inside, values.diag_embed(), rtol=0, atol=1e-6)
+
+
+def test_steps_are_those_of_torch():
+    """torch.optim.Muon takes matrices and computes in bfloat16; the other steps are Adam's."""
+    model = small_unet()
+    hidden = [weight.data_ptr() for weight in hidden_weights(model)]
+    matrices, others = [], []  # pairs of a parameter and its copy
+    for p in model.parameters():
+        pairs, copy = (matrices, p.flatten(1)) if p.data_ptr() in hidden else (others, p)
+        pairs.append((p, torch.nn.Parameter(copy.detach().clone())))
+    assert len(matrices) > 20 and len(others) > 20
+    ours, copies = Muon(model, 1e-3), [copy for _, copy in matrices]
+    muon = torch.optim.Muon(copies, 1e-3, 0, ours.momentum, adjust_lr_fn="match_rms_adamw")
+    adam = torch.optim.Adam([copy for _, copy in others], 1e-3)
+    for lr in (1e-3, 5e-4, 2e-3):
+        before = [p.detach().clone() for p, _ in matrices]
+        for p, copy in matrices + others:
+            p.grad = torch.randn_like(p)
+            copy.data, copy.grad = p.detach().view_as(copy).clone(), p.grad.view_as(copy).clone()
+        for optimizer in (ours, muon, adam):
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+        for (p, copy), start in zip(matrices, before, strict=True):
+            step, expected = (weight.detach().flatten(1) - start.flatten(1) for weight in (p, copy))
+            assert (step - expected).norm() < 0.03 * expected.norm()
+        for p, copy in others:
+            torch.testing.assert_close(p, copy, rtol=1e-5, atol=1e-7)
