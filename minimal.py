@@ -49,14 +49,14 @@ diffusion = Diffusion(linear_betas())
 model = UNet(32, 3, 16, (1, 2, 4, 4), num_res_blocks=1, attention_resolutions=(), dropout=0)
 model = model.to(device)
 average = copy.deepcopy(model).eval()
-move_average = get_ema_multi_avg_fn(0.999)
 optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
 for step in (bar := tqdm(range(10_000))):
     loss = diffusion.loss(model, images[torch.randint(len(images), (64,), device=device)])
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    move_average([*average.parameters()], [*model.parameters()], None)
+    decay = min(0.9999, (1 + step) / (10 + step))
+    get_ema_multi_avg_fn(decay)([*average.parameters()], [*model.parameters()], None)
     if step % 100 == 0:  # reading the loss waits for the device
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
