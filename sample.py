@@ -261,8 +261,10 @@ def check_output(path, *inputs):
         tempfile.TemporaryFile(dir=Path(path).parent).close()
     except OSError as error:
         sys.exit(f"{path} can't be written: {error.strerror}")
-    if os.path.isdir(path) or os.path.realpath(path) in map(os.path.realpath, inputs):
-        sys.exit(f"{path} can't be written: it is a folder, or the program reads it")
+    if os.path.isdir(path) or (os.path.exists(path) and not os.access(path, os.W_OK)):
+        sys.exit(f"{path} can't be written: it is a folder, or without permission")
+    if os.path.realpath(path) in map(os.path.realpath, inputs):
+        sys.exit(f"{path} can't be written: the program reads it")
 
 
 class Output(io.FileIO):
@@ -324,7 +326,8 @@ def arguments():
     flag = parser.add_argument
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--onnx", default="model.onnx", help="network of export.py [%(default)s]")
-    source.add_argument("--checkpoint", help="a run of train.py, in torch")
+    run = "run" if os.path.exists("run") else "demo"
+    source.add_argument("--checkpoint", nargs="?", const=run, help="a run, in torch [run or demo]")
     flag("-n", type=int, help="number of images [64, or 8 of each class]")
     flag("--first", type=int, default=0, help="number of the first image, to go on [%(default)s]")
     flag("--out", default="samples.png", help="a PNG file with up to 256 images [%(default)s]")

@@ -143,7 +143,8 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-count, whole, amount, share = number(int, 1), number(int, 0), number(float, 0), number(float, 0, 1)
+count, whole = number(int, 1), number(int, 0, 2**63)
+amount, share = number(float, 0), number(float, 0, 1)
 # {name: (type or choices, default, meaning)}; [...] stands for several values. The defaults are the
 # paper's CIFAR-10 run. A setting without a meaning has no flag: published weights bring it along.
 NETWORK = {

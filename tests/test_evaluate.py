@@ -18,6 +18,7 @@ from test_ddpm import randn, seeded
 from train import load
 
 PROGRAM, BETAS = "extras/evaluate.py", linear_betas()[:40]  # T = 40 takes less time
+X = randn(2, 3, 8, 8)
 
 
 @pytest.fixture(scope="module")
@@ -96,15 +97,14 @@ def test_mistakes_are_one_line(save, image_folder, tmp_path, run):
 
 
 def test_network_in_torch_has_the_interface_of_the_file(both):
-    x = randn(2, 3, 8, 8)
     for network, file in both.values():
         assert (network.shape, network.classes) == (file.shape, file.classes)
         assert (network.variance, network.provider) == (file.variance, "cpu, float32")
         np.testing.assert_array_equal(1 - network.betas, 1 - file.betas)
         for t in 7, np.array([7, 39]):
             for y in (None, np.array([0, 2])) if file.classes else (None,):
-                eps = network(x, torch.from_numpy(t) if np.ndim(t) else t, y)
-                np.testing.assert_allclose(eps, file(x.numpy(), t, y), rtol=0, atol=1e-4)
+                eps = network(X, torch.from_numpy(t) if np.ndim(t) else t, y)
+                np.testing.assert_allclose(eps, file(X.numpy(), t, y), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name, options", [
@@ -119,7 +119,6 @@ def test_images_are_those_of_the_exported_file(name, options, both):
 
 
 def test_all_steps_are_the_loop_of_ddpm_py(both, monkeypatch):
-    """So an edit of that loop is seen in the samples."""
     monkeypatch.setattr(Diffusion, "predict_x0", lambda self, x_t, t, eps: 0 * x_t + 0.5)
     for steps, sampler in (None, None), (40, "ddpm"), (40, "ddim"), (39, "ddpm"):
         _, _, x0 = next(sample_progressive(both["plain"][0], 2, steps=steps, sampler=sampler))
@@ -128,13 +127,13 @@ def test_all_steps_are_the_loop_of_ddpm_py(both, monkeypatch):
 
 def test_bfloat16_is_used_where_the_run_used_it(save, both, monkeypatch):
     """The weights are converted once, those of the norms not at all."""
-    x, y = randn(2, 3, 8, 8), torch.tensor([0, 2])
-    exact = both["classes"][0](x, 7, y)
+    exact, torch.backends.cudnn.allow_tf32 = both["plain"][0](X, 7), True
     for has, amp, kind in (True, True, "bfloat16"), (True, None, "float32"), (0, True, "float32"):
         monkeypatch.setattr(torch_network, "has_bfloat16", lambda device, has=has: has)
-        network = TorchNetwork(save("classes", amp=amp), "cpu")
-        eps, unet = network(x, 7, y), network.network
+        network = TorchNetwork(save("plain", amp=amp), "cpu")
+        eps, unet = network(X, 7), network.network
         assert network.provider == f"cpu, {kind}" and torch.equal(eps, exact) == (kind == "float32")
+        assert torch.backends.cudnn.allow_tf32 == (kind == "bfloat16")
         assert unet.conv_in.weight.dtype == getattr(torch, kind)
         assert unet.norm_out.weight.dtype == eps.dtype == torch.float32
         torch.testing.assert_close(eps, exact, rtol=0, atol=0.1)

@@ -133,7 +133,7 @@ def test_links_are_followed_once_and_runs_are_left_out(tmp_path, monkeypatch, ca
         save(tmp_path / ("far" if name[0] == "m" else "in") / name, k)
     for name in "srqpom":  # the first name counts, in whichever order the disk has them
         (tmp_path / "in" / name).symlink_to(tmp_path / "far" / "m")
-        (tmp_path / "far" / "m" / name).symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "m" / "loop").symlink_to(tmp_path / "far")
     for name in "closed/0.png", ".hidden/0.png", "log/deep/0.png", "run/deep/0.png":
         save(tmp_path / "in" / name)
     (tmp_path / "in" / "gone.png").symlink_to(tmp_path / "nothing")
@@ -152,7 +152,7 @@ def test_mistakes_are_one_line(tmp_path):
     for name in "note.txt", "broken.png":
         (tmp_path / name).write_text("not an image")
         with pytest.raises(SystemExit, match=r"^[^\n]*: there is no image that can be read$"):
-            read_folder(tmp_path, 4)
+            read_folder(tmp_path, 4, cache=tmp_path)
     for name, said in (
         ("red", r"two sub-folders or more; found: \['red'\]"), ("a:b", "'a:b' can't be the name"),
         ("a\nb", r"'a\\nb' can't be the name of a class"), (".", "images outside of its sub-fol"),

@@ -169,8 +169,10 @@ def test_other_images_of_another_folder_are_refused(tmp_path, run):
     assert len([*(tmp_path / "run").glob(".images-*")]) == 1 and not cache.exists()
     assert "without --classes" in train_on("moved", 5, "--classes", code=1)
     train_on("moved", 2, "--classes", "--out", "c")
+    (tmp_path / "moved" / "x" / "1.png").rename(tmp_path / "moved" / "y" / "-.png")
+    assert "changed since step 2" in train_on("moved", 3, "--classes", "--out", "c")  # the labels
     save("moved/z/0.png", "green")
-    said = train_on("moved", 3, "--classes", "--out", "c", code=1)
+    said = train_on("moved", 4, "--classes", "--out", "c", code=1)
     assert "and the classes ('x', 'y')" in said
 
 
