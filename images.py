@@ -98,7 +98,8 @@ def image_files(folder):
 def report(verb, paths, why):
     """Print how many files are left out and why, and the names of the first three."""
     if paths:
-        print(f"{verb} {len(paths):,} files {why}: {', '.join(map(ascii, sorted(paths)[:3]))}")
+        names = ", ".join(map(ascii, sorted(paths)[:3]))
+        print(f"{verb} {len(paths):,} file{'s' * (len(paths) > 1)} {why}: {names}")
 
 
 def class_of(path, folder):

@@ -192,7 +192,7 @@ class Network:
         try:
             self.session = ort.InferenceSession(path, options, providers=providers)
         except Exception as error:  # ONNX Runtime raises many kinds
-            raise ValueError(f"{path} can't be opened as a model.onnx: {error!s:.200}") from None
+            raise ValueError(f"{path!s:.99} can't be opened: {error!s:.200}") from None
         self.provider = self.session.get_providers()[0]  # the CPU if CUDA does not load
         if device == "cuda" and self.provider != cuda:
             raise ValueError("ONNX Runtime can't use CUDA; see Accelerators in docs/guide.md")

@@ -99,11 +99,9 @@ def main():
     print(f"  L_0                  {L_t[0]:8.4f}    the distortion")
     print(f"  total                {bound.total.mean():8.4f}{error}")
     print(f"  RMSE                 {rmse[0]:8.4f}    of x0_hat at t = 0, on the scale 0..255")
-    table, path = (
-        torch.stack([torch.arange(len(rate)), L_t, rate, rmse], 1),
-        out / "rate-distortion.csv",
-    )
-    np.savetxt(path, table.numpy(), "%.9g", ",", header="t,L_t,rate,rmse", comments="")
+    path = out / "rate-distortion.csv"
+    table = torch.stack([torch.arange(len(rate)), L_t, rate, rmse], 1).numpy()
+    np.savetxt(path, table, "%.9g", ",", header="t,L_t,rate,rmse", comments="")
     titles = "rate, bits per dimension", "RMSE of x0_hat, of 255"
     save_plot(path.with_suffix(".png"), rate.tolist(), rmse.tolist(), *titles)
     print(f"the curve: {path} and .png")

@@ -38,8 +38,9 @@ def pytest_configure(config):
 
 
 def hear_signals():
-    """Undo in a child process that the shell ignores Ctrl-C for what it runs behind `&`."""
+    """Undo in a child process that `&` ignores Ctrl-C, and nohup a closed terminal."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 BEFORE = {} if sys.platform == "win32" else {"preexec_fn": hear_signals}

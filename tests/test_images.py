@@ -79,8 +79,8 @@ def test_folder_is_read_with_its_sub_folders(image_folder, tmp_path, capsys):
         array, labels = read_folder(image_folder, 8, cache=tmp_path)
         assert array.shape == (12, 3, 8, 8) and array.dtype == np.uint8 and labels is None
         said = capsys.readouterr().out
-        assert f"ignored 1 files without a suffix that Pillow reads: '{image_folder}" in said
-        assert "left out 1 files that can't be read" in said and "broken.png" in said
+        assert f"ignored 1 file without a suffix that Pillow reads: '{image_folder}" in said
+        assert "left out 1 file that can't be read" in said and "broken.png" in said
     save(tmp_path / "0.png", 9)
     for name in *(f"bad-{k}.png" for k in range(5)), "\x1b[31m.txt":
         (tmp_path / name).write_text("not an image")
