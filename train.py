@@ -399,7 +399,7 @@ def has_bfloat16(device):
 def to_device(x, device):
     """Return a tensor on the device. From pinned memory, the copy to CUDA is asynchronous."""
     x = x.pin_memory() if device.type == "cuda" and not x.is_cuda else x
-    return x.to(device, non_blocking=True)
+    return x.to(device, non_blocking=device.type == "cuda")
 
 
 def join(device):
@@ -595,7 +595,7 @@ def main():
     step = algorithm_1(model, ema, optimizer, diffusion, images, labels, s)
     done, stop = train(s, out, start, step, save, draw)
     if WORLD > 1:
-        from_all(None)  # a process that ends first can abort the others
+        dist.barrier()  # a process that ends first can abort the others
         dist.destroy_process_group()
     if done < s.steps:
         print(f"stopped at step {done:,}; to go on: train.py --out {out}", file=sys.stderr)

@@ -24,7 +24,6 @@ from test_ddpm import PAPER, at, close, small_unet
 
 
 def same_weights(one, other):
-    """Return whether two state dicts are equal, but for rounding."""
     return one.keys() == other.keys() and all(torch.allclose(one[k], other[k]) for k in one)
 
 
@@ -154,7 +153,7 @@ def test_amp_computes_the_network_in_bfloat16(amp, tiny, tmp_path, monkeypatch):
     said = tiny("--steps", 1, "--amp" if amp else "--no-amp")
     kind = "bfloat16" if amp else "float32"
     assert seen == {(torch.float32, getattr(torch, kind))} and f"cpu, {kind}" in said
-    assert all(w.dtype == torch.float32 for w in read(tmp_path / "run")["model"].values())
+    assert {w.dtype for w in read(tmp_path / "run")["model"].values()} == {torch.float32}
 
 
 def test_step_never_waits_for_the_device(monkeypatch):
