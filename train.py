@@ -595,7 +595,8 @@ def main():
     step = algorithm_1(model, ema, optimizer, diffusion, images, labels, s)
     done, stop = train(s, out, start, step, save, draw)
     if WORLD > 1:
-        dist.barrier()  # a process that ends first can abort the others
+        from_all(None)  # a process that ends first can abort the others
+        time.sleep(1)  # gloo's threads and the end of Python can otherwise wait for each other
         dist.destroy_process_group()
     if done < s.steps:
         print(f"stopped at step {done:,}; to go on: train.py --out {out}", file=sys.stderr)
