@@ -23,8 +23,8 @@ import onnx
 import torch
 from onnxscript import opset20 as op
 
-from sample import Network, check_output, example, guard_output
-from train import default_run, load, replacing
+from sample import Network, check_output, default_run, example, guard_output
+from train import load, replacing
 
 OPSET = 20  # ONNX Runtime has kernels for it on the CPU, on CUDA and in the browser
 TOLERANCE = 1e-4  # the largest difference from torch, in an eps that is about N(0, 1)

@@ -326,7 +326,7 @@ def arguments():
     flag = parser.add_argument
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--onnx", default="model.onnx", help="network of export.py [%(default)s]")
-    run = "run" if os.path.exists("run") else "demo"
+    run = default_run()
     source.add_argument("--checkpoint", nargs="?", const=run, help="a run, in torch [run or demo]")
     flag("-n", type=int, help="number of images [64, or 8 of each class]")
     flag("--first", type=int, default=0, help="number of the first image, to go on [%(default)s]")
@@ -352,6 +352,11 @@ def arguments():
         if any(args.dir.iterdir()):
             parser.error(f"--dir {args.dir} must be a new or empty folder")
     return args
+
+
+def default_run():
+    """Return the folder that a program opens without a path: run, or demo if there is no run."""
+    return "run" if os.path.exists("run") else "demo"
 
 
 def open_network(args):

@@ -240,8 +240,8 @@ def decide(given, state, out, device):
     fixed = {*NETWORK, "betas", "parts"}  # with new weights and with published ones
     if state and state["images"]:
         fixed |= {*METHOD} - {"data"} | ({"steps"} if s["lr_decay"] else set())
-    for name in fixed if state else ():
-        if s[name] != saved[name]:
+    for name in SETTINGS if state else ():
+        if name in fixed and s[name] != saved[name]:
             sys.exit(f"train.py: the run in {out} was begun without {as_flag(name, s[name])}; omit "
                      "this flag, or use another --out")  # fmt: skip
     s = argparse.Namespace(**s)
@@ -297,11 +297,6 @@ def load(path):
     network, diffusion = build(state["settings"], state["shape"], state["names"])
     network.load_state_dict(state["ema"])
     return network.eval(), diffusion, state
-
-
-def default_run():
-    """Return the folder that a program opens without a path: run, or demo if there is no run."""
-    return "run" if os.path.exists("run") else "demo"
 
 
 @contextlib.contextmanager
@@ -477,8 +472,6 @@ def train(s, out, start, step, save, draw):
     recent = open_log(out / "log.csv", start) if RANK == 0 else None
     bar = tqdm(total=s.steps, initial=start, unit="step", mininterval=1, disable=RANK > 0)
     stop, saved, done, pending, rows = StopRequest(), time.monotonic(), start, [], b""
-    if WORLD > 1:  # torchrun passes Ctrl-C on, so that it comes twice
-        signal.signal(signal.SIGINT, lambda *_: stop.receive(signal.SIGTERM, None))
     for k in range(start + 1, s.steps + 1):
         pending.append(step(k - 1))
         show = k % s.preview_every == 0 or k == s.steps

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from ddpm import Bound, Diffusion
 from extras.plot import save_plot
 from images import demo_images, from_pixels, read_folder
-from sample import check_output, guard_output
-from train import choose_device, default_run, load
+from sample import check_output, default_run, guard_output
+from train import choose_device, load
 
 
 def rate_distortion(bound):

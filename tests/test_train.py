@@ -210,7 +210,7 @@ def test_commands_from_folder_to_images(run, image_folder, tmp_path, monkeypatch
             run(Path(program).name, *flags, cwd=tmp_path)
         assert same_weights(read(out)["ema"], exported[-1]) and Path("samples.png").exists()
         Path("samples.png").unlink()
-        assert train.default_run() == out
+        assert export.default_run() == out
     names = {re.sub(r"images-\w+", "images-", path.name) for path in Path("run").iterdir()}
     assert names == {"checkpoint.pt", "log.csv", "preview-0000009.png", ".lock", ".images-"}
     rows = Path("run/log.csv").read_text().splitlines()
