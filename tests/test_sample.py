@@ -2,7 +2,6 @@
 
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -10,11 +9,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from io import BytesIO
 from pathlib import Path
-from threading import Thread
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
 import numpy as np
 import onnx
@@ -115,24 +110,12 @@ def test_program_alone(folder):
         assert said == f"sample.py needs {package}: pip install numpy Pillow tqdm onnxruntime\n"
 
 
-def test_service_of_the_manual_answers_with_images(folder):
-    guide = (HERE / "docs" / "guide.md").read_text("utf-8")
-    (code,) = re.findall(r"```python\n(import io\n.*?)```", guide, re.S)
-    service = {"__name__": "service"}
-    exec(code, service)
-    with service["ThreadingHTTPServer"](("localhost", 0), service["Handler"]) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://localhost:{server.server_port}/"
-        names = [*COLOURS] * 3
-        with ThreadPoolExecutor(4) as pool:
-            answers = pool.map(lambda name: urlopen(f"{url}?class={name}&w=0").read(), names)
-            for name, answer in zip(names, answers, strict=True):
-                colour = np.asarray(Image.open(BytesIO(answer)).resize((5, 5)))[2, 2] / 127.5 - 1
-                assert np.abs(colour - COLOURS[name]).max() < 0.4
-        for query, status in ("?class=pink", 400), ("?w=strong", 400), ("favicon.ico", 404):
-            with pytest.raises(HTTPError, match=str(status)):
-                urlopen(url + query)
-        server.shutdown()
+def test_threads_share_a_network(folder):
+    network = sample.Network("model.onnx", "cpu")
+    draw = partial(sample.sample, network, 3, ["red"], steps=9)
+    with ThreadPoolExecutor(4) as pool:
+        for seed, x0 in enumerate(pool.map(lambda seed: draw(seed=seed), range(8))):
+            assert np.array_equal(x0, draw(seed=seed))
 
 
 # --------------------------------------------------------------------------------------- the images
