@@ -124,7 +124,7 @@ class Diffusion:
     def squared_error(self, model, x0, t, noise):
         """Return the squared error of the predicted noise, (B, C, H, W), at t (B,).
 
-        Everything but the network is float32, also under autocast: in bfloat16, abar_t would round
+        Everything but the network is float32, even under autocast: in bfloat16, abar_t would round
         to 1 for the first ten steps, which leaves no noise.
         """
         x_t = self.q_sample(x0, t, noise)

@@ -129,7 +129,7 @@ def write_onnx(network, diffusion, shape, names, path):
     worst = largest_difference(network, session, shape, diffusion.T, len(names))
     eps = session(*example(shape, diffusion.T)).ravel()
     if not worst < TOLERANCE:
-        sys.exit(f"export.py: eps differs from torch's by {worst:.1e}; {path} is not written")
+        sys.exit(f"export.py: eps differs from torch's by {worst:.1e}; {path} was not written")
     values = [round(float(value), 5) for value in eps[:: -(-eps.size // 64)]]
     proto.metadata_props.add(key="ddpm.eps_of_example", value=json.dumps(values))
     with replacing(path) as file:

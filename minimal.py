@@ -74,7 +74,7 @@ onnx.helper.set_model_props(network, metadata)
 onnx.save(network, "model.onnx")
 
 
-# The lines from here on do not need torch, and can be copied alone, with a model.onnx.
+# The lines from here on do not need torch, and can be copied on their own, with a model.onnx.
 import json
 import shutil
 

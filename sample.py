@@ -6,7 +6,7 @@
     python sample.py --onnx model.onnx --class boot bag --guidance 2    # if it has classes
     python sample.py --checkpoint run                            # in torch, without an export
 
-This file can be copied alone. As a library it needs numpy and onnxruntime (for an NVIDIA GPU,
+This file can be copied on its own. As a library it needs numpy and onnxruntime (for an NVIDIA GPU,
 onnxruntime-gpu[cuda,cudnn]); the program also needs Pillow and tqdm:
 
     network = Network("model.onnx")
@@ -69,7 +69,7 @@ def reverse(eps, draw_noise, betas, variance="large", steps=None, sampler=None, 
     if not 1 <= steps <= T:
         raise ValueError(f"steps must be 1..{T}, not {steps}")
     if sampler not in SAMPLERS or variance not in ("large", "small"):
-        raise ValueError(f"there is no sampler {sampler!r} or no variance {variance!r}")
+        raise ValueError(f"unknown sampler {sampler!r} or variance {variance!r}")
     alphas_bar = [*accumulate((1 - float(beta) for beta in betas), mul)]
     levels = [T * k // steps - 1 for k in range(steps, 0, -1)]  # T-1 first; the last is T/steps - 1
     x, earlier = draw_noise(), None
@@ -137,7 +137,7 @@ def sample_progressive(network, n, classes=None, guidance=0.0, seed=0, first=0, 
     if unknown := {*names} - {*network.classes}:
         raise ValueError(f"the network has the classes {network.classes}, not {min(unknown)!r}")
     if not math.isfinite(guidance) or (guidance and not names):
-        raise ValueError(f"guidance needs a network with classes and a number, not {guidance}")
+        raise ValueError(f"guidance must be a number, and needs classes, not {guidance}")
     eps = network
     if names:
         y = [network.classes.index(names[k % len(names)]) for k in range(first, first + n)]
@@ -262,7 +262,7 @@ def check_output(path, *inputs):
     except OSError as error:
         sys.exit(f"{path} can't be written: {error.strerror}")
     if os.path.isdir(path) or (os.path.exists(path) and not os.access(path, os.W_OK)):
-        sys.exit(f"{path} can't be written: it is a folder, or without permission")
+        sys.exit(f"{path} can't be written: it is a folder, or permission is missing")
     if os.path.realpath(path) in map(os.path.realpath, inputs):
         sys.exit(f"{path} can't be written: the program reads it")
 
@@ -329,7 +329,7 @@ def arguments():
     run = default_run()
     source.add_argument("--checkpoint", nargs="?", const=run, help="a run, in torch [run or demo]")
     flag("-n", type=int, help="number of images [64, or 8 of each class]")
-    flag("--first", type=int, default=0, help="number of the first image, to go on [%(default)s]")
+    flag("--first", type=int, default=0, help="number of the first image [%(default)s]")
     flag("--out", default="samples.png", help="a PNG file with up to 256 images [%(default)s]")
     flag("--dir", type=Path, help="a new or empty folder, for one PNG file per image")
     flag("--steps", type=int, help="steps of the reverse process [T, as in the paper]")
@@ -402,7 +402,7 @@ def draw(network, args, stop):
 
 
 def main():
-    """Save each finished batch in --dir, and the grid at the end, also after Ctrl-C."""
+    """Save each finished batch in --dir, and the grid at the end, even after Ctrl-C."""
     guard_output()
     args = arguments()
     network = open_network(args)

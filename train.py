@@ -161,7 +161,7 @@ METHOD = {
     "classes": (bool, False, "the sub-folders of --data are classes"),
     "betas": (None, tuple(linear_betas().tolist()), None),
     "variance": (("large", "small"), "large", "sigma_t^2"),
-    "parts": ([("v", "min-snr", "muon")], (), "what quick.py puts in place of the paper's"),
+    "parts": ([("v", "min-snr", "muon")], (), "parts of quick.py to use"),
     "batch": (count, 128, "images per step, over all GPUs"),
     "lr": (amount, 2e-4, "learning rate"),
     "warmup": (whole, None, "steps until --lr [min(5000, steps / 20)]"),
@@ -175,7 +175,7 @@ FREE = {  # what may change when a run is resumed
     "dropout": (share, 0.1, "share of the activations to drop"),
     "accumulate": (count, 1, "parts to split each batch into, to save memory"),
     "amp": (bool, None, "bfloat16 [where it is fast]"),
-    "preview_every": (count, None, "steps between previews [4%% of the time]"),
+    "preview_every": (count, None, "steps between previews [at most 4%% of the time]"),
     "save_minutes": (amount, 5.0, "minutes between saves"),
 }
 SETTINGS = NETWORK | METHOD | FREE
@@ -203,7 +203,7 @@ def command_line():
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--out", type=Path, help="folder of the run [run, or demo without --data]")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps or xpu [auto]")
-    add("--compile", action=switch, help="torch.compile [on CUDA, from 5,000 steps]")
+    add("--compile", action=switch, help="torch.compile [on CUDA, if 5,000 steps remain]")
     add("--quick", action="store_true", help="a small network and a short run; see the manual")
     for name, (kind, default, meaning) in SETTINGS.items():
         if meaning and kind is bool:
@@ -218,7 +218,7 @@ def command_line():
 
 
 def as_flag(name, value=True):
-    """Return a setting as the flag that gives it."""
+    """Return the flag that gives a setting."""
     values = value if isinstance(value, tuple) else () if isinstance(value, bool) else (value,)
     return " ".join([f"--{'no-' * (value is False)}{name.replace('_', '-')}", *map(str, values)])
 
@@ -246,7 +246,7 @@ def decide(given, state, out, device):
                      "this flag, or use another --out")  # fmt: skip
     s = argparse.Namespace(**s)
     if state and s.steps < state["step"]:
-        sys.exit(f"train.py: {out} is at step {state['step']:,} already; --steps must be larger")
+        sys.exit(f"train.py: {out} is at step {state['step']:,} already; --steps can't be smaller")
     if s.batch < WORLD * s.accumulate:
         sys.exit("train.py: --batch must be at least the number of GPUs times --accumulate")
     if s.warmup is None:
@@ -326,7 +326,7 @@ def open_run(out, data, lock):
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        sys.exit(f"train.py: another process trains in {out}; wait for it, or use another --out")
+        sys.exit(f"train.py: another process is training in {out}; wait, or use another --out")
     for path in out.glob(".*.tmp"):  # left by a killed process
         path.unlink()
     return load(out)[2] if (out / "checkpoint.pt").exists() else None
@@ -398,8 +398,8 @@ def to_device(x, device):
 
 
 def join(device):
-    """Connect the processes through gloo and, for gradients on a GPU, its maker's library."""
-    if RANK > 0:  # the first process speaks
+    """Connect the processes through gloo and, for gradients on a GPU, the vendor's library."""
+    if RANK > 0:  # only the first process prints
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     gpu = {"cuda": ",cuda:nccl" * dist.is_nccl_available(), "xpu": ",xpu:xccl"}  # no NCCL: Windows
     backend = f"cpu:gloo{gpu.get(device.type, '')}"
@@ -486,14 +486,14 @@ def train(s, out, start, step, save, draw):
         *losses, (stops, _) = values.tolist()
         if not np.isfinite(losses).all():
             bar.close()
-            sys.exit(f"the loss or its gradient is infinite or NaN by step {k:,}, which is not "
-                     "saved; try a lower --lr or --no-amp, and a new --out")  # fmt: skip
+            sys.exit(f"the loss or its gradient is infinite or NaN by step {k:,}; the last "
+                     "checkpoint is kept; try a new --out and a lower --lr")  # fmt: skip
         for i, (loss, norm) in enumerate(losses if RANK == 0 else (), done + 1):
             rows += f"{i},{loss:.6g},{norm:.6g},{learning_rate(i - 1, s):.6g}\n".encode()
             recent.append(loss)
         done, pending = k, []
         if RANK == 0:
-            # A full disk may take a part of the rows; the others are kept for the next time.
+            # A full disk may accept only some of the rows; the others are kept for the next time.
             with contextlib.suppress(OSError), open(out / "log.csv", "ab", 0) as file:
                 rows = rows[file.write(rows) :]
             late = time.monotonic() - saved > 60 * s.save_minutes
@@ -579,7 +579,7 @@ def main():
              if meaning and default is not None and (v := getattr(s, name)) != default]  # fmt: skip
     of = f", in {len(names):,} classes: {', '.join(names[:10])}" if names else ""
     print(f"images   {len(images):,} of {'x'.join(map(str, shape))}{of}")
-    print(f"settings the paper's{', but ' * bool(other)}{' '.join(other)}")
+    print(f"settings the paper's{', except ' * bool(other)}{' '.join(other)}")
     print(f"network  {sum(p.numel() for p in network.parameters()):,} parameters on {WORLD} x "
           f"{device}, {'bfloat16' if s.amp else 'float32'}")  # fmt: skip
     print(f"steps    {start:,} to {s.steps:,}; a preview every {s.preview_every:,}")
@@ -592,7 +592,7 @@ def main():
         time.sleep(1)  # gloo's threads and the end of Python can otherwise wait for each other
         dist.destroy_process_group()
     if done < s.steps:
-        print(f"stopped at step {done:,}; to go on: train.py --out {out}", file=sys.stderr)
+        print(f"stopped at step {done:,}; to go on: python train.py --out {out}", file=sys.stderr)
         stop.end() if stop.number else sys.exit(1)
     if start == done:
         print(f"{out} is finished; for a new run, use another --out")

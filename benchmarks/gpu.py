@@ -7,9 +7,9 @@ So far, it has run only on CPUs, with --tiny. Its times replace the estimates in
     python benchmarks/gpu.py --tiny       # every part with a tiny network, also on a CPU
 
 It runs without diffusers and, if the rows of ONNX Runtime are not wanted, without onnxruntime-gpu.
-Each part is a process of its own, because an error of CUDA spoils all later work of its process.
+Each part is a process of its own, because a CUDA error makes its process unusable.
 The report grows row by row, errors.txt has the traceback of each row that fails, and each program
-has a log. When the time is up, the other rows are skipped.
+has a log. When the time is up, the remaining rows are skipped.
 """
 
 import argparse

@@ -6,9 +6,9 @@
     python benchmarks/ladder.py page/fashion-mnist.onnx --sampling-steps 10 --sets 3
     python benchmarks/ladder.py                                # the tables
 
-A rung is `train.py --quick --no-flip` on fashion-mnist/train, which has a sub-folder for each
-class, with the flags below. Instead of a rung, a model.onnx can be measured. An interrupted
-training resumes. Each set of samples is a row of benchmarks/ladder.csv and is drawn only once. With
+A rung is `train.py --quick --no-flip --no-amp` on fashion-mnist/train, which has a sub-folder for
+each class, with the flags below. Instead of a rung, a model.onnx can be measured. An interrupted
+run resumes. Each set of samples is a row of benchmarks/ladder.csv and is drawn only once. With
 OMP_NUM_THREADS=1, the program uses one core, so that two rungs can be trained at a time.
 """
 
@@ -43,20 +43,21 @@ RUNGS = {  # flags in place of those of --quick, and what they change
     "v": (f"--parts v {ADAM}", "the network predicts v"),
     "min-snr": (f"--parts v min-snr {ADAM}", "weights min(SNR, 5) of the error of x0_hat"),
     "muon": ("--no-lr-decay", "Muon with a learning rate of 6e-3"),
-    "quick": ("", "the learning rate falls to 0: `--quick`"),
-    "labels": ("--classes", "labels: `--quick --classes`"),
+    "quick": ("", "the learning rate falls to 0"),
+    "labels": ("--classes", "labels, `--classes`"),
 }  # fmt: skip
 # The other rows of the paper's Table 2: the target, and the weights of the loss. With the mean, a
 # factor of up to 100 turns the output into eps, so that bfloat16 is not exact enough.
 OTHERS = {"mean-vlb": ("mean", "vlb"), "mean-native": ("mean", "native"), "eps-vlb": ("eps", "vlb")}
-RUNGS |= dict.fromkeys(OTHERS, (f"--parts min-snr --no-amp {ADAM}", ""))
-LONG, INCLUDED = 10_000, "fashion-mnist.onnx"
+RUNGS |= dict.fromkeys(OTHERS, (f"--parts min-snr {ADAM}", ""))
+SHORT, LONG, TABLE_2 = 1500, 10_000, 1650  # training steps
+INCLUDED = "fashion-mnist.onnx"
 WAY = "sampler", "sampling_steps", "variance", "guidance", "samples"
 COLUMNS = "rung", "seed", "steps", *WAY, "set", "distance", "recognised"
 
 
 class OtherTarget(torch.nn.Module):
-    """A network that predicts something else than eps, as one that returns eps(x_t, t)."""
+    """A network that predicts something other than eps, as one that returns eps(x_t, t)."""
 
     def __init__(self, network, diffusion, predicts):
         super().__init__()
@@ -74,11 +75,6 @@ def build_other(predicts, weights, settings, shape, names, build=train.build):
     return OtherTarget(network, diffusion, predicts), diffusion
 
 
-def short(rung):
-    """Return the steps of eight minutes on two cores: with Muon, a step takes 1.1 times as long."""
-    return 1650 if ADAM in RUNGS[rung][0] else 1500
-
-
 def open_network(args):
     """Return the Network of a model.onnx or of a rung, which is trained, or resumed, first."""
     options = onnxruntime.SessionOptions()
@@ -88,9 +84,9 @@ def open_network(args):
     if args.rung in OTHERS:
         train.build = partial(build_other, *OTHERS[args.rung])
     out = f"ladder/{args.rung}-{args.seed}-{args.steps}"
-    flags = f"--quick --no-flip --warmup 75 --preview-every 2500 {RUNGS[args.rung][0]}".split()
-    flags += ["--data", f"{args.data}/train", "--steps", args.steps, "--seed", args.seed]
-    sys.argv = ["train.py", *map(str, flags), "--out", out]
+    flags = f"--quick --no-flip --no-amp --warmup 75 --preview-every 2500 {RUNGS[args.rung][0]} "
+    flags += f"--steps {args.steps} --seed {args.seed}"
+    sys.argv = ["train.py", *flags.split(), "--data", f"{args.data}/train", "--out", out]
     train.main()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the sampling
     network, diffusion, state = train.load(out)
@@ -143,7 +139,6 @@ def measure(args):
 # ----------------------------------------------------------------------------------------- tables
 
 WAYS = {  # ways to sample: the column's title, and the values in its rows
-    "SA-Solver, 10": {"sampler": "sa-solver", "sampling_steps": "10"},  # the former sampler
     "DPM-Solver++, 10": {"sampler": "dpm-solver++", "sampling_steps": "10"},
     "DPM-Solver++, 50": {"sampler": "dpm-solver++", "sampling_steps": "50"},
     "Algorithm 2, 1000": {"sampler": "ddpm", "sampling_steps": "1000"},
@@ -161,13 +156,11 @@ def distances(rows, rung, steps="", **way):
 
 
 def cell(found):
-    """Return "mean ± standard deviation" of the seeds' means or, of a single seed, of its sets."""
-    values = [statistics.mean(sets) for sets in found.values()]
-    values = next(iter(found.values())) if len(values) == 1 else values
-    if not values:
-        return ""
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
+    """Return the mean ± standard deviation of a file's sets, or ± standard error of the seeds."""
+    values = found.get("") or [sets[0] for sets in found.values()]
+    divisor = 1 if "" in found else len(values) ** 0.5
+    spread = f" ± {statistics.stdev(values) / divisor:.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}" if values else ""
 
 
 def in_markdown(head, lines, labels=1):
@@ -179,14 +172,13 @@ def in_markdown(head, lines, labels=1):
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def table(rows, steps_of):
-    """Return the ladder in Markdown. steps_of: a function of the rung."""
+def table(rows, steps):
+    """Return the ladder after a number of training steps, in Markdown."""
     lines = [
-        [meaning, f"{steps_of(rung):,}",
-         *(cell(distances(rows, rung, steps_of(rung), **way)) for way in WAYS.values())]
+        [meaning, *(cell(distances(rows, rung, steps, **way)) for way in WAYS.values())]
         for rung, (_, meaning) in RUNGS.items()
-    ]  # fmt: skip
-    return in_markdown(["what changes", "steps", *WAYS], lines, labels=2)
+    ]
+    return in_markdown(["what changes", *WAYS], lines)
 
 
 def samplers(rows, name):
@@ -227,7 +219,7 @@ def table_2(rows):
     lines = []
     for rung, words in meaning.items():
         ways = ({"variance": variance, "samples": "100"} for variance in ("large", "small"))
-        found = [distances(rows, rung, short(rung), **WAYS["Algorithm 2, 1000"] | w) for w in ways]
+        found = [distances(rows, rung, TABLE_2, **WAYS["Algorithm 2, 1000"] | w) for w in ways]
         lines.append([*words, *(", ".join(f"{d[0]:.0f}" for d in f.values()) for f in found)])
     head = "the network predicts", "loss", "paper, CIFAR-10: FID"
     return in_markdown([*head, "here, large variance", "here, small variance"], lines, labels=3)
@@ -241,7 +233,7 @@ def main():
     flag("rung", nargs="?", help=f"{', '.join(RUNGS)}, or a model.onnx")
     flag("--data", help="the folder of Fashion-MNIST, with train; a rung needs it")
     flag("--table", type=Path, default=HERE / "ladder.csv", help="[benchmarks/ladder.csv]")
-    flag("--steps", type=int, help="training steps [1650, with Muon 1500]")
+    flag("--steps", type=int, default=SHORT, help="training steps [%(default)s]")
     flag("--seed", type=int, default=0, help="seed of the training [%(default)s]")
     flag("--sampler", default="dpm-solver++", choices=SAMPLERS, help="[%(default)s]")
     flag("--sampling-steps", type=int, nargs="+", default=[10, 50], help="[10 50]")
@@ -252,15 +244,13 @@ def main():
     args = parser.parse_args()
     if not args.rung:
         rows = read_rows(args.table)
-        tables = table(rows, short), table(rows, lambda _: LONG), samplers(rows, "paper.onnx")
+        tables = table(rows, SHORT), table(rows, LONG), samplers(rows, "paper.onnx")
         tables += samplers(rows, INCLUDED), guidance(rows, INCLUDED), table_2(rows)
         return print(*tables, sep="\n\n")
     if args.rung.endswith(".onnx"):
         args.seed = args.steps = ""
-    elif args.rung in RUNGS and args.data:
-        args.steps = args.steps or short(args.rung)
-    else:
-        parser.error(f"{args.rung} needs --data, or is no rung")
+    elif args.rung not in RUNGS or not args.data:
+        parser.error(f"{args.rung} is not a rung, or --data is missing")
     measure(args)
 
 

@@ -1,4 +1,4 @@
-"""Turn published weights into a run, a run into published weights, or a run into a new run.
+"""Turn published weights into a run, a run into diffusers' format, or a run into a new run.
 
     python -m extras.diffusers_weights google/ddpm-cifar10-32 run        # or a folder on the disk
     python -m extras.diffusers_weights --to-diffusers run my-ddpm        # for DDPMPipeline
@@ -185,7 +185,7 @@ def main():
         parser.error(f"{args.new} must be a new or empty folder")
     is_run = Path(args.source, "checkpoint.pt").is_file() or Path(args.source).is_file()
     if not find_spec("diffusers") and (args.to_diffusers or not is_run):
-        sys.exit("the format of published weights needs diffusers: pip install diffusers")
+        sys.exit("published weights need the package diffusers: pip install diffusers")
     if args.to_diffusers:
         to_diffusers(args.source, args.new)
         print(f"{args.new}: DDPMPipeline.from_pretrained, or UNet2DModel with classes, opens it")

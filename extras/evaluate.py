@@ -2,7 +2,7 @@
 
     python -m extras.evaluate --data ./test-images [--checkpoint run] [--images 1000]
 
-It prints the terms of the bound, and saves the rate-distortion curve (the paper's figure 5) as
+It prints the terms of the bound, and saves the rate-distortion curve (the paper's Figure 5) as
 rate-distortion.csv and .png in the folder of the run. Each image takes T evaluations of the
 network. After Ctrl-C, it reports on the finished batches.
 """
@@ -70,7 +70,7 @@ def main():
     parser.add_argument("--images", type=int, help="how many images, drawn at random [all]")
     parser.add_argument("--variance", choices=("large", "small"), help="[as in training]")
     parser.add_argument("--batch", type=int, default=128, help="[%(default)s]")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0, help="of noise and images [%(default)s]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps or xpu [auto]")
     args = parser.parse_args()
     out = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent

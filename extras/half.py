@@ -4,7 +4,7 @@
 
 ONNX Runtime converts the network, except where float16 would hide the weak noise of small t: the
 time embedding, the first and last layers and the first block stay in float32. The program prints by
-how much eps changes on images that the network draws. Above 2 %, it writes nothing.
+how much eps changes on images that the network draws. Above 2%, it writes nothing.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def main():
         errors = relative_errors(Network(f"{folder}/half.onnx"), exact)
     print("error of eps:", ", ".join(f"{error:.2%} at t = {t}" for t, error in errors.items()))
     if not all(error < 0.02 for error in errors.values()):  # nor NaN
-        sys.exit(f"half.py: {args.half} is not written, because the error is above 2 %")
+        sys.exit(f"half.py: {args.half} was not written, because the error is above 2%")
     onnx.save(half, args.half)
     print(f"{args.half}: {half.ByteSize() / 1e6:.1f} MB")
 

@@ -1,9 +1,9 @@
-"""Redraw a part of an image: where the mask is white or, on transparency, opaque.
+"""Redraw a part of an image: where the mask is white or, if it has transparency, opaque.
 
     python -m extras.inpaint --onnx model.onnx image.png mask.png
     python -m extras.inpaint --onnx model.onnx image.png mask.png --class boot --guidance 2
 
-The network needs no special training: in each step, the image replaces x0_hat outside of the mask.
+The network needs no special training: in each step, the image replaces x0_hat outside the mask.
 Both files must have the same size, and are cropped to their centre square.
 """
 

@@ -1,4 +1,4 @@
-"""Draw images between two images, as in figure 8 of the paper.
+"""Draw images between two images, as in Figure 8 of the paper.
 
     python -m extras.interpolate --onnx model.onnx a.png b.png --t 200
 
@@ -31,8 +31,8 @@ def interpolate(network, a, b, t, steps=None, seed=0):
 
     a, b: float32 in [-1, 1], (C, H, W). t: 0..T-1. steps: 1..t+1, or all if None.
 
-    All images have the same noise. In the paper, the two images have different noise, so that of
-    the middle mixture has 71% of the right standard deviation, and the network blurs the image.
+    All images have the same noise. In the paper, the two images have different noise, so the
+    noise of the middle mixture has 71% of its right standard deviation, which blurs the image.
     """
     betas, shares = network.betas[: t + 1], LAMBDAS[:, None, None, None]
     abar = math.prod(1 - betas)

@@ -1,4 +1,4 @@
-"""Draw the loss of a run against the step, averaged over up to 200 intervals.
+"""Draw the loss of a run against the step, averaged within each of up to 200 intervals.
 
 python -m extras.plot run/log.csv run/loss.png
 """
@@ -16,7 +16,7 @@ def save_plot(path, x, y, x_label, y_label, log=False):
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        sys.exit(f"{path} is not drawn, because matplotlib is missing: pip install matplotlib")
+        sys.exit(f"{path} was not drawn, because matplotlib is missing: pip install matplotlib")
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     axes.plot(x, y)

@@ -160,8 +160,10 @@ METHOD = "from ddpm import *; UNet(base_channels=8)(torch.zeros(1, 3, 32, 32), t
 LIBRARY = "from sample import *; sample(Network('model.onnx'), 2, steps=3)"
 FEW = {"train.py": "--steps 1 --base-channels 8 --batch 4", "sample.py": "--steps 2 -n 2"}
 COPIES = {  # what is run in an empty folder with the files of a row; test_minimal.py has one more
-    "the method": [["-c", METHOD]],
-    "its proof": [["-m", "pytest", "-q", "test_ddpm.py", "-k", "schedule or posterior or stands"]],
+    "the method": [
+        ["-c", METHOD],
+        ["-m", "pytest", "-q", "test_ddpm.py", "-k", "schedule or posterior or stands"],
+    ],
     "drawing": [["-c", LIBRARY], ["sample.py", *FEW["sample.py"].split()]],
     "training": [
         ["train.py", *FEW["train.py"].split()],
