@@ -372,7 +372,7 @@ class UNet(nn.Module):
             for _ in range(num_res_blocks + 1):
                 layers.append(res_block(ch + skips.pop(), width, attends))
                 ch = width
-            layers.append(Upsample(ch) if skips else nn.Identity())
+            layers.append(Upsample(ch) if skips else nn.Identity())  # no skips: the last level
             self.up.append(layers)
 
         self.norm_out = nn.GroupNorm(groups, ch, eps=1e-6)

@@ -273,6 +273,31 @@ def draw_velocity(path):
     figure.savefig(path, dpi=DPI)
 
 
+def draw_weights(path):
+    """Draw the weights that five losses give the errors of x0_hat and of the noise at each t."""
+    paper = Diffusion(linear_betas(), "small")
+    snr, times = paper.alphas_bar / (1 - paper.alphas_bar), range(2, paper.T + 1)
+    weights = {  # of the squared error of the noise, for uniform t
+        "the bound (12)": paper.bound_weights(),
+        "$L_{simple}$ (14)": torch.ones(paper.T),
+        "the image": 1 / snr,
+        "v": 1 / paper.alphas_bar,
+        "min-SNR": (5 / snr).clamp(max=1),
+    }
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, factor in ((left, snr), (right, torch.ones(paper.T))):
+        curves = {name: (w * factor)[1:] for name, w in weights.items()}
+        curves = {name: (times, w / w.mean()) for name, w in curves.items()}
+        plot(axes, curves, "t", "", xscale="log", yscale="log", ylim=(1e-7, 1e4))
+        axes.set_xticks((2, 10, 100, 350, 1000), (2, 10, 100, 350, 1000))
+        axes.minorticks_off()
+    right.get_legend().remove()
+    left.set(title="the squared error of $\\hat x_0$", ylabel="weight, divided by its mean")
+    right.set_title("the squared error of the noise")
+    figure.savefig(path, dpi=DPI)
+
+
 def draw_unet(path):
     """Draw the U-Net of the CIFAR-10 network: sizes, widths, attention and skip connections."""
     figure = Figure(figsize=(8.6, 4.6), layout="constrained")
@@ -495,7 +520,7 @@ def draw_loss_and_bound(folder, network, x0, labels):
 
 
 def draw_snr(path, diffusion, bound):
-    """Plot the error of x0_hat against the SNR, its cost in bits, and the weights of the losses.
+    """Plot the error of x0_hat against the SNR, and its cost in bits.
 
     With the small variance, the terms of the bound are (SNR_{t-1} - SNR_t) mse_t / 2 nats, so the
     rate is the area under SNR mse / 2 on an axis of log SNR.
@@ -504,35 +529,23 @@ def draw_snr(path, diffusion, bound):
     falls = snr[:-1] - snr[1:]  # the fall of the SNR in the step to each t > 0
     terms = torch.cat([torch.zeros(1), falls * mse[1:] / (2 * np.log(2))])
     _, rate, _ = rate_distortion(bound._replace(L_t=terms[None]))
-    figure = Figure(figsize=(10, 3.9), layout="constrained")
-    left, middle, right = figure.subfigures(1, 3)
-    left, right = left.subplots(), right.subplots()
-    middle, below = middle.subplots(2, 1, sharex=True)
+    figure = Figure(figsize=(8.4, 3.9), layout="constrained")
+    left, right = figure.subfigures(1, 2)
+    left, (above, below) = left.subplots(), right.subplots(2, 1, sharex=True)
     plot(left, {"": (snr, mse)}, "SNR", "squared error of $\\hat x_0$", yscale="log")
     per_decade = snr * mse * np.log2(10) / 2
-    plot(middle, {"": (snr, per_decade)}, "", "per factor of 10", ylim=(0, None))
-    middle.fill_between(snr, per_decade, alpha=0.3)
+    plot(above, {"": (snr, per_decade)}, "", "per factor of 10", ylim=(0, None))
+    above.fill_between(snr, per_decade, alpha=0.3)
     plot(below, {"": (snr, rate)}, "SNR", "running sum", ylim=(0, None))
-    weights = {  # weights of the squared error of x0_hat, for uniform t
-        "the bound": falls,
-        "$L_{simple}$ (14)": snr,
-        "v": snr + 1,
-        "$x_0$": torch.ones_like(snr),
-        "min-SNR": snr.clamp(max=5),
-    }
-    curves = {name: (snr[-len(w) :], w / w.mean()) for name, w in weights.items()}
-    scales = {"yscale": "log", "ylim": (1e-8, 1e8)}
-    plot(right, curves, "SNR", "weight, divided by its mean", **scales)
     times = np.array([1, 10, 100, 300, 500, 1000])
-    right.legend(fontsize=8, loc="upper left")
-    for axes in (left, middle, below, right):
+    for axes in (left, above, below):
         axes.set(xscale="log", xticks=(1e-4, 1e-2, 1, 1e2, 1e4))
         if axes is below:
             continue
-        above = axes.secondary_xaxis("top")
-        above.set_xticks(snr[times - 1].tolist(), times, fontsize=8)
-        above.minorticks_off()
-        above.set_xlabel("t")
+        top = axes.secondary_xaxis("top")
+        top.set_xticks(snr[times - 1].tolist(), times, fontsize=8)
+        top.minorticks_off()
+        top.set_xlabel("t")
     figure.savefig(path, dpi=DPI)
 
 
@@ -584,6 +597,7 @@ def main():
     draw_two_points(args.out / "two-points.png")
     draw_rectangles(args.out / "rectangles.png")
     draw_velocity(args.out / "velocity.png")
+    draw_weights(args.out / "weights.png")
     draw_unet(args.out / "unet.png")
     samples = sheet(sample(paper, 64).reshape(4, 16, *paper.shape))
     ImageOps.scale(samples, 2, Image.Resampling.NEAREST).save(args.out / "paper.png")

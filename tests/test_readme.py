@@ -268,6 +268,18 @@ def test_small_reverse_steps_are_nearly_gaussian():
     assert make_figures.distance_to_gaussian(ten, 1) == pytest.approx(0.22, abs=0.01)
 
 
+def test_weights_of_the_losses_are_those_of_the_lesson():
+    """Section 8 has the weights of the error of the noise, divided by their mean over t > 1."""
+    small = Diffusion(linear_betas(), "small")
+    snr = small.alphas_bar / (1 - small.alphas_bar)
+    torch.testing.assert_close(small.bound_weights()[1:], (snr[:-1] / snr[1:] - 1) / 2)
+    bound, image = "the bound, with the small variance", "the squared error of the image"
+    for name, weights, rel in ((bound, small.bound_weights(), 0.02), (image, 1 / snr, 0.35)):
+        (cells,) = re.findall(rf"^\| {name} \| ([0-9. |]+) \|$", LESSON, re.M)
+        found = (weights / weights[1:].mean())[[1, 9, 99, 349, 999]].tolist()
+        assert [*map(float, cells.split("|"))] == pytest.approx(found, rel=rel)
+
+
 def test_recordings_of_the_page_are_what_python_draws(tmp_path):
     """Except for the loss of the compression."""
     make_figures.draw_recorded(tmp_path, Network(make_figures.PAGE / "emoji.onnx", "cpu"))
@@ -288,7 +300,7 @@ def test_figures_are_made(trained, image_folder, tmp_path):
     python(HERE / "docs" / "make_figures.py", *flags, cwd=tmp_path, timeout=600)
     made = sorted((tmp_path / "docs").iterdir())
     names = "by-t ends interpolation paper rate-distortion rectangles reverse schedule small-steps"
-    names += " snr steps strip two-points unet velocity"
+    names += " snr steps strip two-points unet velocity weights"
     assert [path.stem for path in made] == names.split()
     for path in made:
         with Image.open(path) as image:
