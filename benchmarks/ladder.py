@@ -222,7 +222,8 @@ def table_2(rows):
         found = [distances(rows, rung, TABLE_2, **WAYS["Algorithm 2, 1000"] | w) for w in ways]
         lines.append([*words, *(", ".join(f"{d[0]:.0f}" for d in f.values()) for f in found)])
     head = "the network predicts", "loss", "paper, CIFAR-10: FID"
-    return in_markdown([*head, "here, large variance", "here, small variance"], lines, labels=3)
+    head += "here, large variance, 100 samples", "here, small variance, 100 samples"
+    return in_markdown([*head], lines, labels=3)
 
 
 def main():
