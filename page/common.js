@@ -1,70 +1,65 @@
-// What the sections share: elements, frames, what is said, and owners of what runs.
+// What the sections share: elements, pointers and captions.
 
 export const $ = (id) => document.getElementById(id);
 export const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
 export const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
-/** An owner of what runs: start(task) ends the task before and calls task(run), which ends soon after
- * run.stopped, and then nobody hears of its error. */
-export class Owner {
-  #run = { stopped: true };
-
-  stop() {
-    this.#run.stopped = true;
-  }
-
-  async start(task) {
-    this.stop();
-    const run = this.#run = { stopped: false };
-    try {
-      await task(run);
-    } catch (error) {
-      if (!run.stopped) throw error;
-    }
-  }
+/** Call call(share) when another share of an element, from 0 to 1, is in sight. */
+export function follow(element, call) {
+  const watch = (entries) => call(entries.at(-1).intersectionRatio);
+  new IntersectionObserver(watch, { threshold: [0, 0.01, 0.4, 0.6] }).observe(element);
 }
 
-/** Call call(isSeen) when an element comes into sight, or leaves it. share: of it that must be seen. */
-export function follow(element, call, share = 0) {
-  const isSeen = (entry) => entry.isIntersecting && entry.intersectionRatio >= share;
-  new IntersectionObserver((entries) => call(isSeen(entries.at(-1))), { threshold: [0, share] }).observe(element);
-}
-
-/** Call choose(-1 or 1) at the keys up and down of a slider, which left and right move. */
-export function onTurn(slider, choose) {
-  slider.onkeydown = (event) => {
-    const turn = { ArrowUp: -1, ArrowDown: 1 }[event.key];
-    if (!turn) return;
-    event.preventDefault();
-    choose(turn);
+/**
+ * Let a pointer act on an element: press(event), drag(event, moved), release(event, moved). moved
+ * tells a drag from a click. A finger acts only when it has moved sideways, or as a tap, so that it
+ * can scroll the page, if it `scrolls`. Returns a function that tells whether the pointer is down.
+ */
+export function onPointer(element, { press, drag, release, scrolls = true }) {
+  let from = null, acts = false, moved = false;
+  const begin = (event) => {
+    acts = true;
+    element.setPointerCapture(event.pointerId);
+    press?.(event);
   };
-}
-
-/** Call call() when a stage comes into sight, or already the section before it, so that the reader need not wait. */
-export function whenNear(before, stage, call) {
-  for (const name of [before, stage]) follow($(name), (isSeen) => isSeen && call(), 0.4);
-}
-
-/** Call step(milliseconds) in the next frame, and again while it returns true and the element is in
- * sight. Returns the function that asks for it. */
-export function animate(element, step) {
-  let before = null, asked = false, isSeen = false;
-  const ask = () => {
-    if (!asked && isSeen) requestAnimationFrame(frame);
-    asked ||= isSeen;
+  element.onpointerdown = (event) => {
+    [from, acts, moved] = [event, false, false];
+    if (event.pointerType !== "touch" || !scrolls) begin(event);
   };
-  function frame(now) {
-    asked = false;
-    const goesOn = element.clientHeight > 0 && step(Math.min(100, now - (before ?? now)));
-    before = goesOn ? now : null;
-    if (goesOn) ask();
-  }
-  follow(element, (value) => {
-    isSeen = value;
-    ask();
+  element.onpointermove = (event) => {
+    if (!from) return;
+    const right = event.clientX - from.clientX, down = event.clientY - from.clientY;
+    moved ||= Math.hypot(right, acts ? down : 0) > 6;
+    if (moved && !acts) begin(event);
+    if (acts) drag(event, moved);
+  };
+  element.onpointerup = element.onpointercancel = (event) => {
+    if (from && !acts && event.type === "pointerup") begin(event);
+    from = null;
+    if (acts) release(event, moved);
+  };
+  return () => from !== null;
+}
+
+/**
+ * The captions of a section, which are in index.html. Returns show(key, values), which puts values in
+ * the place of {names}, and returns what it shows. All captions take the same place, which fits the
+ * longest one, so that nothing moves when another one is shown.
+ */
+export function captions(name) {
+  const boxes = [...$(`${name}-words`).children].map((box) => {
+    const parts = [...box.children];
+    return { box, key: box.dataset.key, parts, texts: parts.map((part) => part.textContent) };
   });
-  new ResizeObserver(ask).observe(element);
-  return ask;
+  return (key, values = {}) => {
+    for (const { box, ...its } of boxes) box.classList.toggle("shown", its.key === key);
+    const { parts, texts } = boxes.find((its) => its.key === key);
+    return parts.map((part, k) => {
+      const text = texts[k].replace(/{(\w+)}/g, (_, value) => values[value]);
+      if (part.textContent !== text) part.textContent = text;
+      return text;
+    }).join(". ");
+  };
 }
 
 let waiting;
