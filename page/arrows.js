@@ -10,7 +10,7 @@ const FIRST = 0.45, HOLD = 4000; // where it begins, and the milliseconds for wh
 const RELEASED = 1200; // milliseconds for which a dot stays where the reader has put it
 const show = captions("arrows");
 let chosen = 64; // the dot whose origins are shown: at first, one that is below the others
-let gesture, scenes, large, pulls; // pulls: whether the pointer has a dot
+let gesture, scenes, large;
 
 function draw() {
   const { place, isBack } = gesture;
@@ -39,23 +39,29 @@ function choose(k) {
   gesture.render();
 }
 
-function press(event) {
-  const near = large.pointNear(event, gesture.place);
-  pulls = near >= 0;
-  if (pulls) choose(near);
-}
-
-function drag(event) {
-  if (!pulls) return;
-  gesture.stop();
-  if (gesture.place < 0.2) gesture.moveTo(FIRST); // so little noise moves no dot
-  for (const scene of scenes) scene.pull(chosen, large.positionOf(event), gesture.place);
-  gesture.render();
-}
-
-function release(_, moved) {
-  if (!pulls || !gesture.place || gesture.isBack) return;
-  gesture.hold(moved ? RELEASED : HOLD, () => gesture.sendBack());
+/** Let the pointer choose a dot, and pull it. */
+function listen() {
+  let before = null, hold = null; // before: the dot before, or null where the pointer has none
+  onPointer(large.canvas, {
+    press(event) {
+      const near = large.pointNear(event, gesture.place);
+      [before, hold] = [near < 0 ? null : chosen, HOLD];
+      if (near >= 0) choose(near);
+    },
+    drag(event) {
+      if (before === null) return;
+      hold = RELEASED;
+      gesture.stop();
+      if (gesture.place < 0.2) gesture.moveTo(FIRST); // so little noise moves no dot
+      for (const scene of scenes) scene.pull(chosen, large.positionOf(event), gesture.place);
+      gesture.render();
+    },
+    release() {
+      const isReady = before !== null && gesture.place && !gesture.isBack;
+      if (isReady) gesture.hold(hold, () => gesture.sendBack());
+    },
+    cancel: () => before !== null && choose(before),
+  });
 }
 
 /** Choose another dot by the arrow keys, or none. */
@@ -75,7 +81,7 @@ export function startArrows() {
   scenes = [50, 5, 1].map((steps) => new Scene($(`arrows-${steps}`), steps, 1.5, changed));
   [large] = scenes;
   gesture = new Gesture("arrows", scenes, draw, say);
-  onPointer(large.canvas, { press, drag, release });
+  listen();
   large.canvas.onkeydown = turn;
   gesture.moveTo(FIRST);
   if (!still) gesture.whenSeen(() => gesture.hold(HOLD, () => gesture.sendBack()));

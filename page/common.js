@@ -10,35 +10,16 @@ export function follow(element, call) {
   new IntersectionObserver(watch, { threshold: [0, 0.01, 0.4, 0.6] }).observe(element);
 }
 
-/**
- * Let a pointer act on an element: press(event), drag(event, moved), release(event, moved). moved
- * tells a drag from a click. A finger acts only when it has moved sideways, or as a tap, so that it
- * can scroll the page, if it `scrolls`. Returns a function that tells whether the pointer is down.
- */
-export function onPointer(element, { press, drag, release, scrolls = true }) {
-  let from = null, acts = false, moved = false;
-  const begin = (event) => {
-    acts = true;
-    element.setPointerCapture(event.pointerId);
-    press?.(event);
-  };
+/** Let a pointer act on an element, which keeps it until it is released; drag(event) is called while
+ * it is down. The browser cancels what a finger does when it scrolls the page instead. */
+export function onPointer(element, { press, drag, release, cancel = release }) {
   element.onpointerdown = (event) => {
-    [from, acts, moved] = [event, false, false];
-    if (event.pointerType !== "touch" || !scrolls) begin(event);
+    element.setPointerCapture(event.pointerId);
+    press(event);
   };
-  element.onpointermove = (event) => {
-    if (!from) return;
-    const right = event.clientX - from.clientX, down = event.clientY - from.clientY;
-    moved ||= Math.hypot(right, acts ? down : 0) > 6;
-    if (moved && !acts) begin(event);
-    if (acts) drag(event, moved);
-  };
-  element.onpointerup = element.onpointercancel = (event) => {
-    if (from && !acts && event.type === "pointerup") begin(event);
-    from = null;
-    if (acts) release(event, moved);
-  };
-  return () => from !== null;
+  element.onpointermove = (event) => element.hasPointerCapture(event.pointerId) && drag(event);
+  element.onpointerup = release;
+  element.onpointercancel = cancel;
 }
 
 /**

@@ -7,17 +7,13 @@ import { noiseOf } from "./sampler.js";
 import { Gesture } from "./timeline.js";
 
 const ENDS = 4, STEPS = 20; // images that come back, and in how many steps
-const PLACES = [0.22, 0.39, 0.55, 0.71, 0.89], TRACK_STEPS = 10; // of the small results at the slider
+const PLACES = [0.22, 0.39, 0.55, 0.71, 0.89], SMALL_STEPS = 10; // of the small results
 const FIRST = 0.6; // from where the first drawing comes back
 const WAIT = 500; // milliseconds without a stroke, after which the drawing comes back
-const DISC = "M.06 .5 a.44 .44 0 1 0 .88 0 a.44 .44 0 1 0 -.88 0"; // a face, in a square of side 1
-const FEATURES = "M.33 .36 v.1 M.67 .36 v.1 M.28 .62 c.1 .14 .34 .14 .44 0";
-const [BROWN, YELLOW] = ["#4a2f14", "#ffd23f"];
 const canvas = $("draw"), context = canvas.getContext("2d", { willReadFrequently: true });
-const show = captions("drawing");
-let network = null, shape = [3, 32, 32], fault = "", pen = BROWN;
-let gesture, waiting, before; // before: where the pen was
-let track = []; // {canvas, passage} of the small results, which are drawn one after the other
+const show = captions("drawing"), pens = [...$("draw-pens").children];
+let network = null, shape = [3, 32, 32], fault = "", gesture, waiting;
+let pen = pens[0], before; // before: where the pen was
 
 const drawing = new Passage(null, {
   sampler: "ddim", steps: STEPS, scales: true, keepsData: true,
@@ -25,6 +21,23 @@ const drawing = new Passage(null, {
   if (error) fail(error);
   else if (drawing.result) fill();
   gesture.render();
+});
+
+const track = PLACES.map((place) => { // the small results, which come one after the other
+  const its = $("drawing-track").appendChild(document.createElement("canvas"));
+  its.style.left = `${100 * place}%`;
+  its.onclick = () => {
+    gesture.moveTo(place);
+    gesture.letGo();
+  };
+  const passage = new Passage(null, { steps: SMALL_STEPS }, (error) => {
+    if (error) return fail(error);
+    if (!passage.result) return;
+    drawImages(its, passage.result, shape);
+    its.className = "pixels";
+    fill();
+  });
+  return { canvas: its, passage };
 });
 
 /** The drawing, as the network sees it: Float32Array (C, H, W). */
@@ -37,8 +50,6 @@ function drawn() {
   });
 }
 
-// ---- what changes it
-
 export function fail(error) {
   fault = error.message;
   gesture.render();
@@ -46,11 +57,12 @@ export function fail(error) {
 
 /** Another drawing: nothing has come back from it. */
 function restart() {
-  const x0 = drawn(), data = Float32Array.from({ length: ENDS * x0.length }, (_, k) => x0[k % x0.length]);
-  drawing.begin(data, noiseOf(gesture.round++, ENDS, x0.length)());
+  const x0 = drawn(), { length } = x0;
+  const copies = Float32Array.from({ length: ENDS * length }, (_, k) => x0[k % length]);
+  drawing.begin(copies, noiseOf(gesture.round++, ENDS, length)());
   for (const { passage, canvas } of track) {
-    passage.begin(x0, noiseOf(1, 1, x0.length)());
-    canvas.classList.add("old");
+    passage.begin(x0, noiseOf(1, 1, length)());
+    canvas.className = "pixels old";
   }
   gesture.stop();
   gesture.moveTo(0);
@@ -61,10 +73,10 @@ function comeBack() {
   if (!network) return;
   gesture.moveTo(drawing.from ?? FIRST);
   gesture.sendBack();
-  if (still) gesture.finish();
+  if (still) gesture.place = 0;
 }
 
-/** Draw the next small result that this drawing has not. */
+/** Draw the next small result that is missing. */
 function fill() {
   const next = track.findIndex(({ passage }) => !passage.steps);
   if (next >= 0) track[next].passage.sendBack(PLACES[next]);
@@ -73,8 +85,8 @@ function fill() {
 /** Draw a line from where the pen was. */
 function paint({ offsetX, offsetY }) {
   const scale = canvas.width / canvas.clientWidth, [x, y] = [scale * offsetX, scale * offsetY];
-  const strokeStyle = shape[0] === 1 ? "#b4b4b4" : pen;
-  Object.assign(context, { strokeStyle, lineCap: "round", lineWidth: canvas.width / 11 });
+  context.strokeStyle = shape[0] === 1 ? "#b4b4b4" : pen.value;
+  Object.assign(context, { lineCap: "round", lineWidth: canvas.width / 11 });
   context.beginPath();
   context.moveTo(...before ?? [x, y]);
   context.lineTo(x + 0.01, y);
@@ -87,31 +99,20 @@ function clear() {
   [, canvas.height, canvas.width] = shape;
   context.fillStyle = shape[0] === 1 ? "#000000" : "#ffffff";
   context.fillRect(0, 0, canvas.width, canvas.height);
-  for (const { canvas } of track) canvas.width += 0; // clears it
-  restart();
-}
-
-function drawFace() {
-  context.scale(canvas.width, canvas.height);
-  Object.assign(context, { fillStyle: YELLOW, strokeStyle: BROWN, lineCap: "round", lineWidth: 0.08 });
-  context.fill(new Path2D(DISC));
-  context.stroke(new Path2D(FEATURES));
-  context.resetTransform();
   restart();
 }
 
 /** The network that draws: that of the emoji, or the reader's, which begins with an empty sheet. */
 export function useNetwork(opened) {
   [network, shape, fault] = [opened, opened.shape, ""];
-  const passages = [drawing, ...track.map(({ passage }) => passage)], { betas } = network;
-  for (const passage of passages) passage.use((x, t) => opened.eps(x, t), { betas });
+  for (const { passage } of [{ passage: drawing }, ...track]) {
+    passage.use((x, t) => opened.eps(x, t), { betas: network.betas });
+  }
   $("draw-pens").hidden = shape[0] === 1;
   if (network.kinds) restart();
   else clear();
   gesture.whenSeen(comeBack);
 }
-
-// ---- what shows it
 
 function say() {
   const { place, isBack, hasCome } = gesture;
@@ -128,49 +129,26 @@ function draw() {
   if (!isBack && place) drawImages($("draw-noised"), partOf(x, 0, ENDS), shape);
 }
 
-/** A small result below the slider, which is a place to come back from. */
-function addSmall(place) {
-  const its = $("drawing-track").appendChild(document.createElement("canvas"));
-  its.className = "pixels old";
-  its.style.left = `${100 * place}%`;
-  its.onclick = () => {
-    gesture.moveTo(place);
-    gesture.letGo();
-  };
-  const passage = new Passage(null, { steps: TRACK_STEPS }, (error) => {
-    if (error) return fail(error);
-    if (!passage.result) return;
-    drawImages(its, passage.result, shape);
-    its.classList.remove("old");
-    fill();
-  });
-  return { canvas: its, passage };
-}
-
-/** Make the section work. Returns its timeline. */
+/** Make the section work, with a smiley of the opening. Returns its timeline. */
 export function startDrawing() {
   gesture = new Gesture("drawing", [drawing], draw, say, true);
   gesture.letGo = () => network && gesture.place && gesture.sendBack();
-  track = PLACES.map(addSmall);
-  for (const button of $("draw-pens").children) {
+  for (const button of pens) {
     button.style.background = button.value;
     button.onclick = () => {
-      pen = button.value;
-      for (const other of $("draw-pens").children) other.ariaPressed = String(other === button);
+      pen = button;
+      for (const other of pens) other.ariaPressed = String(other === pen);
     };
   }
   $("draw-clear").onclick = clear;
-  onPointer(canvas, {
-    scrolls: false,
-    press(event) {
-      clearTimeout(waiting);
-      before = null;
-      paint(event);
-    },
-    drag: paint,
-    release() { waiting = setTimeout(comeBack, WAIT); },
-  });
-  clear();
-  drawFace();
+  const press = (event) => {
+    clearTimeout(waiting);
+    before = null;
+    paint(event);
+  };
+  const release = () => { waiting = setTimeout(comeBack, WAIT); };
+  onPointer(canvas, { press, drag: paint, release });
+  context.drawImage($("recording"), 0, 0, 32, 32, 0, 0, 32, 32);
+  restart();
   return gesture;
 }

@@ -3,7 +3,7 @@
 
 import { $, captions, follow, pause, still } from "./common.js";
 import * as plane from "./plane.js";
-import { STD, exactEps, missed, posterior } from "./points.js";
+import { STD, exactEps, missed } from "./points.js";
 import { ABAR, BETAS, noiseOf, reverse, uniform } from "./sampler.js";
 import { DATA } from "./scene.js";
 import { Timeline } from "./timeline.js";
@@ -12,24 +12,22 @@ import { Trainer, draw, epsOf } from "./trainer.js";
 const { colours } = plane;
 const BATCH = 128, SAMPLES = 200, STEPS = 3000;
 const LAST = 40; // the index of the last weights that are saved
-const CARDS = [0, 1, 10]; // the weights whose guess is shown slowly, with an example
-const PACE = { first: 9000, card: 3500, next: 200 }; // milliseconds
+const PACE = { first: 9000, next: 200 }; // milliseconds from one index to the next
 const SLICE = 10; // milliseconds of work at a time, so that nothing stalls
 const INDEX = 80, SIGNAL = Math.sqrt(ABAR[INDEX]), SPREAD = Math.sqrt(1 - ABAR[INDEX]); // of the arrows
+const saved = []; // {steps, average, x0, misses}: x0 are samples
+const trainer = new Trainer(), random = uniform(1, 0), show = captions("learn");
+let timeline, example, trains = false; // example: of the first step, which is shown slowly
+
 /** After how many steps of training the weights of an index are saved. */
 const stepsAt = (i) => Math.ceil(STEPS * (i / LAST) ** 2);
-
-const saved = []; // {steps, average, x0, misses, card}: x0 are samples, and card is an example
-const trainer = new Trainer(), random = uniform(1, 0), show = captions("learn");
-let timeline, trains = false;
-let goal = null; // the place that the reader wants to see, if it is not trained yet
-
 const trained = () => Math.max(0, saved.length - 1) / LAST; // the place until which it is trained
 const at = () => timeline.place * LAST; // between the saved weights with the indices below and above
 const shown = () =>
   saved[Math.floor(at())] ?? { steps: 0, average: trainer.average, x0: new Float32Array() };
-/** The example that is shown slowly, after the weights of its index. */
-const card = () => (at() % 1 && CARDS.includes(Math.floor(at())) ? shown().card : null);
+/** How much of the time of the example has passed, or 0 where it is not shown. */
+const partOf = () => (at() < 1 ? at() : 0);
+const mix = (a, b, share) => a.map((value, k) => value + share * (b[k] - value));
 
 /** Train while the section is seen. */
 async function train() {
@@ -46,54 +44,39 @@ async function train() {
   trains = false;
 }
 
-/** Save the weights, with an example of their guesses, and what they draw from always the same noise. */
+/** Save the weights, and what they draw, always from the same noise. */
 async function save() {
-  const average = trainer.average.map((p) => p.slice()), eps = (x, t) => epsOf(average, x, t);
-  const options = { sampler: "ddim", steps: 50, clip: false };
+  const average = trainer.average.map((p) => p.slice()), options = { sampler: "ddim", steps: 50, clip: false };
+  const eps = (x, t) => epsOf(average, x, t);
   let last;
   for await (last of reverse(eps, noiseOf(0, SAMPLES, 2)(), BETAS, options)) {
     if (last.t % 5 === 4) await pause(0);
   }
   const misses = (100 * missed(last.x0, DATA, STD)).toFixed(0);
-  saved.push({ steps: trainer.steps, average, x0: last.x0, misses, card: cardOf(eps) });
+  saved.push({ steps: trainer.steps, average, x0: last.x0, misses });
   timeline.render();
 }
 
-/** An example that is far from its origin, at the level of the arrows: {x0, xt, guess}, shrunk as the
- * data are. */
-function cardOf(eps) {
-  const { x0, noise } = draw(DATA, 0, BATCH, random);
-  const isFar = (x, y) => Math.abs(Math.hypot(x, y) - 1.7) < 0.2;
-  const i = noise.findIndex((x, k) => k % 2 === 0 && isFar(x, noise[k + 1]));
-  const origin = x0.slice(i, i + 2).map((value) => SIGNAL * value);
-  const xt = origin.map((value, k) => value + SPREAD * noise[i + k]), its = eps(xt, INDEX);
-  return { x0: origin, xt, guess: xt.map((value, k) => value - SPREAD * its[k]) };
-}
-
-/** Move on: slowly through the first cards, and not beyond what is trained. */
+/** Move on: slowly in the first step, and not beyond what is trained. */
 function training(passed) {
-  const index = Math.floor(at()), isSlow = goal === null && CARDS.includes(index);
-  const pace = isSlow ? (index ? PACE.card : PACE.first) : PACE.next, end = goal ?? 1;
-  timeline.place = Math.min(timeline.place + passed / pace / LAST, trained(), end);
-  if (timeline.place === end) timeline.state = "idle";
+  const pace = at() < 1 ? PACE.first : PACE.next;
+  timeline.place = Math.min(timeline.place + passed / pace / LAST, trained());
+  if (timeline.place === 1) timeline.state = "idle";
 }
 
+/** Move to a place, or as far as it is trained, and then on. */
 function moveTo(place) {
   timeline.place = Math.min(place, trained());
-  goal = place > timeline.place ? place : null;
-  timeline.go(goal === null ? "idle" : "training");
+  timeline.go(place > timeline.place ? "training" : "idle");
 }
 
 function play() {
-  goal = null;
   if (timeline.place === 1) timeline.place = 0;
   timeline.go("training");
 }
 
-// ---- what is seen
-
 function say() {
-  const { steps, misses } = shown(), part = at() % 1, { isMoving, place } = timeline;
+  const { steps, misses } = shown(), part = partOf(), { isMoving, place } = timeline;
   const phase = part < 0.35 ? "noise" : part < 0.65 ? "guess" : "correct";
   const share = saved.length ? `${misses}%` : "–", stage = steps < STEPS ? "some" : "done";
   $("learn-play").textContent = isMoving ? "❚❚" : "►";
@@ -101,42 +84,41 @@ function say() {
   $("learn-place").ariaValueText = `training step ${steps}`;
   $("learn-place").style.setProperty("--from", trained()); // a mark
   $("learn-misses").textContent = share;
-  const said = show(card() ? phase : steps ? stage : "none", { steps, next: steps + 1 });
+  const said = show(part ? phase : steps ? stage : "none", { steps });
   return `${said} ${share} of the dots miss the arcs.`;
-}
-
-let field = {}; // {width, places, exact, presence}: the right arrows, and how many noisy points lie there
-
-function fieldOf(view) {
-  if (field.width === view.width) return field;
-  const places = plane.grid(view, view.height < 300 ? 9 : 11), abar = ABAR[INDEX];
-  const q = Array.from({ length: places.length / 2 }, (_, k) =>
-    posterior(places[2 * k], places[2 * k + 1], abar, DATA, STD).density);
-  const largest = Math.max(...q), presence = q.map((value) => Math.min(1, 2 * Math.sqrt(value / largest)));
-  field = { width: view.width, places, presence, exact: exactEps(places, abar, DATA, STD) };
-  return field;
 }
 
 /** The right arrows, and over them those of the network, where there are noisy points to practise on;
  * and the points that followed them, on their way from one network that is saved to the next. */
 function drawStage() {
-  const view = plane.clear($("learn-plane"), 1.25), { places, presence, exact } = fieldOf(view);
-  const cell = view.unit * (places[2] - places[0]), its = card(), now = shown();
-  const eps = epsOf(now.average, places, INDEX), alpha = (k) => (its ? 0.3 : 1) * presence[k];
+  const view = plane.clear($("learn-plane"), 1.25), places = plane.grid(view, view.height < 300 ? 9 : 11);
+  const cell = view.unit * (places[2] - places[0]), part = partOf(), now = shown();
+  const isNear = (k) => Math.max(0, Math.min(1, 2 - 1.5 * Math.hypot(places[k] / 1.4, places[k + 1])));
+  const alpha = (k) => (part ? 0.3 : 1) * isNear(2 * k);
+  const exact = exactEps(places, ABAR[INDEX], DATA, STD), eps = epsOf(now.average, places, INDEX);
   plane.drawHaze(view, 1, 0.08);
   for (const [its, colour, width] of [[exact, colours.arrow, 5], [eps, colours.lit, 2]]) {
     plane.drawArrows(view, places, its.map((value) => -value), colour, cell, width, alpha);
   }
   const next = saved[Math.floor(at()) + 1] ?? now, x = mix(now.x0, next.x0, at() % 1);
-  plane.drawDots(view, x, 2.8, colours.ink, its ? 0.12 : 0.85);
-  if (its) drawCard(view, its, at() % 1);
+  plane.drawDots(view, x, 2.8, colours.ink, part ? 0.12 : 0.85);
+  if (part) drawExample(view, part);
 }
 
-const mix = (a, b, share) => a.map((value, k) => value + share * (b[k] - value));
+/** A dot that is far from its origin: {x0, xt, guess}, shrunk as the data are. */
+function exampleOf() {
+  const { x0, noise } = draw(DATA, 0, BATCH, random);
+  const isFar = (x, y) => Math.abs(Math.hypot(x, y) - 1.7) < 0.2;
+  const i = noise.findIndex((x, k) => k % 2 === 0 && isFar(x, noise[k + 1]));
+  const origin = x0.slice(i, i + 2).map((value) => SIGNAL * value);
+  const xt = origin.map((value, k) => value + SPREAD * noise[i + k]);
+  const eps = epsOf(saved[0].average, xt, INDEX);
+  return { x0: origin, xt, guess: xt.map((value, k) => value - SPREAD * eps[k]) };
+}
 
-/** An example, one thing after the other: the data point, its noise, the guess, and the correction.
- * part: of the time, 0 to 1. */
-function drawCard(view, { x0, xt, guess }, part) {
+/** One thing after the other: the clean dot, its noise, the guess, and the correction. */
+function drawExample(view, part) {
+  const { x0, xt, guess } = (example ??= exampleOf());
   const until = (from, to) => Math.min(1, Math.max(0, (part - from) / (to - from)));
   const noisy = mix(x0, xt, until(0.1, 0.3)), ring = mix(guess, x0, 0.3 * until(0.8, 0.95));
   plane.drawLine(view, [x0, noisy], colours.dim, 2.5);
@@ -151,7 +133,7 @@ function drawCard(view, { x0, xt, guess }, part) {
 export function startLearning() {
   timeline = Object.assign(new Timeline("learn", drawStage, say), { training, moveTo });
   $("learn-play").onclick = () => (timeline.isMoving ? timeline.stop() : play());
-  follow(timeline.stage, () => train());
+  follow(timeline.stage, train);
   if (!still) timeline.whenSeen(play);
   timeline.render();
   return timeline;

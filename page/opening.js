@@ -16,7 +16,7 @@ let isOffline = false; // then each way back is the recorded one, from only nois
  * beginning, and then the estimates in each step of the first way back, which needs no network. */
 function rowOf(row) {
   const width = 32 * COUNT, context = new OffscreenCanvas(width, 32).getContext("2d");
-  context.drawImage($("scene-recording"), 0, -32 * row);
+  context.drawImage($("recording"), 0, -32 * row);
   const { data } = context.getImageData(0, 0, width, 32);
   return Float32Array.from({ length: SIZE * COUNT }, (_, i) => {
     const k = Math.floor(i / SIZE), c = (i >> 10) % 3, y = (i >> 5) % 32;
@@ -33,17 +33,13 @@ async function eps(x, t) {
   return guided(network, y, GUIDANCE)(x, t);
 }
 
-function caption() {
-  const { place, isBack } = gesture, { from, steps } = pictures;
-  if (!isBack) return !place ? "clean" : place < 1 ? "noising" : "noise";
-  if (place) return isOffline ? "recorded" : steps.length ? "back" : "wait";
-  return from > 0.9 ? "new" : from > 0.5 ? "similar" : "same";
-}
-
 function say() {
-  const { isMoving, state, place } = gesture, rest = place ? "Remove the noise" : "Play";
+  const { place, isBack, isMoving, state } = gesture, { from } = pictures;
+  const rest = place ? "Remove the noise" : "Play";
   $("scene-play").textContent = isMoving ? "Pause" : state === "paused" ? "Continue" : rest;
-  return show(caption());
+  if (!isBack) return show(!place ? "clean" : place < 1 ? "noising" : "noise");
+  if (place) return show(isOffline ? "recorded" : "back");
+  return show(from > 0.9 ? "new" : "similar");
 }
 
 /** Go on with the recording, which needs no network. */
@@ -57,7 +53,7 @@ function goOffline() {
 
 /** Make the opening work. Returns its timeline. */
 export async function startOpening() {
-  await $("scene-recording").decode();
+  await $("recording").decode();
   const estimates = Array.from({ length: STEPS }, (_, k) => rowOf(k + 1));
   const recorded = (place) => place === 1 && (gesture.round === 1 || isOffline) && estimates;
   const options = { sampler: "ddim", steps: STEPS, scales: true, recorded };
@@ -72,8 +68,8 @@ export async function startOpening() {
     drawImages($("scene-pictures"), pictures.at(gesture.place).x, SHAPE, columns, 1);
   }, say);
   gesture.letGo = () => {
-    const isRecorded = isOffline && !gesture.isBack && gesture.place < 1;
-    if (!gesture.place || isRecorded) gesture.toNoise();
+    const lacksNoise = isOffline && !gesture.isBack && gesture.place < 1;
+    if (!gesture.place || lacksNoise) gesture.toNoise();
     else gesture.sendBack();
   };
   gesture.slider.onfocus = () => gesture.repeats && gesture.stop();

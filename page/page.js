@@ -9,16 +9,10 @@ import { startLearning } from "./learn.js";
 import { included, open } from "./networks.js";
 import { startOpening } from "./opening.js";
 
-// A link to the repository works only on GitHub Pages, where the repository's address is known.
+// On GitHub Pages, the repository's address is known.
 const [, owner] = location.hostname.match(/^(.+)\.github\.io$/) ?? [];
-if (owner) {
-  const repository = `https://github.com/${owner}/${location.pathname.split("/")[1]}`;
-  $("code").hidden = false;
-  $("code").firstElementChild.href = repository;
-  for (const link of document.querySelectorAll("[data-lesson]")) {
-    link.href = `${repository}/blob/HEAD/docs/lesson.md#${link.dataset.lesson}`;
-  }
-}
+if (owner) $("code").href = `https://github.com/${owner}/${location.pathname.split("/")[1]}`;
+$("unloaded").hidden = true;
 
 const KEYS = ["clothes", "emoji", "own"]; // of the buttons
 let wanted = "clothes"; // the network that shall draw

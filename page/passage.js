@@ -4,14 +4,11 @@
 import { pause } from "./common.js";
 import { BETAS, alphasBar, between, levelsOf, noiseOf, qSample, reverse } from "./sampler.js";
 
-const SLICE = 12; // milliseconds of work at a time, so that nothing on the page stalls
-
 /** x_t at every place. */
 export class Passage {
   x0 = null; // with the noise, it makes x_t on the way to the noise (4)
   noise = null;
   steps = null; // of the way back, from its beginning down: {t, x, x0}; the result has t = -1
-  #run = null; // the way back that is being computed, if there is one
 
   /**
    * eps(x, t): the network, or null while there is none. options: those of reverse; betas; scales:
@@ -38,7 +35,6 @@ export class Passage {
   /** Begin with these data and this noise. */
   begin(x0, noise) {
     Object.assign(this, { x0, noise, steps: null });
-    this.#run = null;
   }
 
   /** Begin with what has come back, or again with the same data where nothing whole has. */
@@ -60,7 +56,7 @@ export class Passage {
     return Math.min(this.from, Math.sqrt((level + 1) / this.abars.length) + 1e-6);
   }
 
-  /** {x, x0, level} at a place, x0 being the estimate. Between two steps, the way is that of DDIM. */
+  /** {x, x0, level} at a place, x0 being the estimate. Between two steps, it moves as by DDIM. */
   at(place) {
     const level = this.levelAt(place), { steps, abars, x0, noise, xT } = this;
     if (!steps) return { x: qSample(x0, level, noise, abars), x0, level };
@@ -71,39 +67,31 @@ export class Passage {
 
   /** Begin the way back at a place. */
   sendBack(place) {
-    const { options } = this, t = Math.max(0, Math.round(this.levelAt(place)));
+    const { options, abars } = this, t = Math.max(0, Math.round(this.levelAt(place)));
     const wanted = options.scales ? Math.ceil(options.steps * place) : options.steps;
-    const levels = levelsOf(t + 1, Math.min(wanted, t + 1)), xT = this.at(place).x;
-    Object.assign(this, { xT, from: place, levels, steps: [] });
-    const recorded = options.recorded?.(place);
-    if (recorded) this.#replay(recorded);
-    else this.#sample(options.betas.slice(0, t + 1));
-  }
-
-  #replay(estimates) {
-    const { steps, levels, abars, xT } = this;
-    this.#run = null;
-    levels.forEach((t, k) => {
-      steps.push({ t, x: k ? between(steps[k - 1], t, abars) : xT, x0: estimates[k] });
-    });
+    const levels = levelsOf(t + 1, Math.min(wanted, t + 1)), xT = this.at(place).x, steps = [];
+    Object.assign(this, { xT, from: place, levels, steps });
+    const estimates = options.recorded?.(place);
+    if (!estimates) return this.#sample(options.betas.slice(0, t + 1));
+    for (const [k, level] of levels.entries()) {
+      const x = k ? between(steps[k - 1], level, abars) : xT;
+      steps.push({ t: level, x, x0: estimates[k] });
+    }
     this.#end();
   }
 
   async #sample(betas) {
-    const { eps, xT, options, steps, levels } = this, run = this.#run = {};
+    const { eps, xT, options, steps, levels } = this;
     try {
-      let end = performance.now() + SLICE;
       for await (const step of reverse(eps, xT, betas, { ...options, steps: levels.length })) {
-        if (run !== this.#run) return;
+        if (steps !== this.steps) return; // another way back has begun
         steps.push(step);
-        if (performance.now() < end) continue;
         this.changed();
-        await pause(0);
-        end = performance.now() + SLICE;
+        await pause(0); // so that nothing on the page stalls
       }
-      if (run === this.#run) this.#end();
+      if (steps === this.steps) this.#end();
     } catch (error) {
-      if (run !== this.#run) return;
+      if (steps !== this.steps) return;
       if (steps.length) this.#end(); // the rest of the way is a jump to the last estimate
       else this.steps = null;
       this.changed(error);

@@ -5,8 +5,8 @@ import { uniform } from "./sampler.js";
 
 export const STD = 0.02; // of the Gaussian around each point of the data
 
-/** Given x_t = (x, y): the probabilities of the centres it may have come from, and the density of
- * x_t, up to a factor. std: the deviation of the Gaussian around each centre. */
+/** The probabilities of the centres that x_t = (x, y) may have come from. std: the deviation of the
+ * Gaussian around each centre. */
 export function posterior(x, y, abar, centres, std) {
   const signal = Math.sqrt(abar), variance = abar * std ** 2 + 1 - abar; // of each Gaussian at t
   const weights = Float64Array.from({ length: centres.length / 2 }, (_, m) =>
@@ -14,7 +14,7 @@ export function posterior(x, y, abar, centres, std) {
   const largest = weights.reduce((a, b) => Math.max(a, b)); // all others might round to 0
   let total = 0;
   for (let m = 0; m < weights.length; m++) total += weights[m] = Math.exp(weights[m] - largest);
-  return { weights: weights.map((weight) => weight / total), density: total * Math.exp(largest) };
+  return weights.map((weight) => weight / total);
 }
 
 /** E[eps | x_t] for a mixture of Gaussians with these centres, of the deviation std. */
@@ -22,7 +22,7 @@ export function exactEps(x, abar, centres, std) {
   const signal = Math.sqrt(abar), scale = Math.sqrt(1 - abar) / (abar * std ** 2 + 1 - abar);
   const eps = new Float32Array(x.length);
   for (let k = 0; k < x.length; k += 2) {
-    const { weights } = posterior(x[k], x[k + 1], abar, centres, std);
+    const weights = posterior(x[k], x[k + 1], abar, centres, std);
     let right = 0, up = 0; // the mean of the centres
     for (let m = 0; m < weights.length; m++) {
       right += weights[m] * centres[2 * m];

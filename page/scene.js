@@ -81,7 +81,7 @@ export class Scene extends Passage {
   /** The probabilities of the origins of point k. */
   weightsOf(k, place) {
     const { x, level } = this.at(place), [signal] = partsAt(level);
-    return posterior(...pointOf(x, k), signal ** 2, DATA, STD).weights;
+    return posterior(...pointOf(x, k), signal ** 2, DATA, STD);
   }
 
   /** Where a pointer is in the view, without its edge. */

@@ -3,10 +3,8 @@
 import { $, announce, follow, onPointer } from "./common.js";
 
 const PACE = { rest: 3000, noising: 2200, noise: 500, back: 3900 }; // milliseconds
-const THUMB = 14.4; // half of the slider's, in pixels
 
-/** How fast it moves at a place: slowly near the data, where most is to be seen. A whole way takes
- * as long as with a pace of 1. */
+/** How fast it moves at a place: slowly near the data, where most is to be seen; 1 on average. */
 const paceAt = (place) => 0.3 + 2.06 * place;
 
 /** A place from 0 to 1, which a slider shows and moves. */
@@ -16,7 +14,7 @@ export class Timeline {
   seen = 0; // the share of the stage that is in sight
   begin = null; // what it will do by itself, until something else happens
   #asked = 0; // a frame, if there is one
-  #before = null; // its time, while it moves
+  #before = null; // its time, while something moves
 
   /** name: of the ids of its stage and its slider. draw(): draws what is seen. say(): says it, and
    * returns it. */
@@ -24,14 +22,12 @@ export class Timeline {
     Object.assign(this, { draw, say, slider: $(`${name}-place`), stage: $(`${name}-stage`) });
     follow(this.stage, (seen) => {
       this.seen = seen;
-      this.ask();
+      this.#ask();
       if (seen >= 0.6) this.begin?.();
     });
-    new ResizeObserver(() => this.ask()).observe(this.stage);
+    new ResizeObserver(() => this.#ask()).observe(this.stage);
     this.#listen();
   }
-
-  // ---- what changes it
 
   get isMoving() {
     return this.state !== "idle" && this.state !== "paused";
@@ -42,15 +38,15 @@ export class Timeline {
     this.render();
   }
 
+  moveTo(place) {
+    this.place = place;
+    this.render();
+  }
+
   /** Begin by itself when most of the stage is seen. */
   whenSeen(begin) {
     this.begin = begin;
     if (this.seen >= 0.6) begin();
-  }
-
-  moveTo(place) {
-    this.place = place;
-    this.render();
   }
 
   /** Stay here for some milliseconds, and then do something. */
@@ -81,37 +77,37 @@ export class Timeline {
   letGo() {}
 
   #listen() {
-    const { slider } = this, move = (place) => {
+    const { slider } = this;
+    let before = null, byKey = false; // before: where it was when the pointer went down
+    const end = () => { before = null; };
+    onPointer(slider, {
+      press: () => { [before, byKey] = [this.place, false]; },
+      drag() {}, // the browser moves the thumb
+      release: () => end(this.place && this.letGo()),
+      cancel: () => end(this.moveTo(before)),
+    });
+    slider.oninput = () => {
       this.stop();
-      this.moveTo(Math.max(0, Math.min(1, place)));
+      this.moveTo(slider.value / 1000);
+      if (before === null && !byKey) this.letGo(); // after a tap
     };
-    const drag = ({ clientX }) => {
-      const { left, width } = slider.getBoundingClientRect();
-      move((clientX - left - THUMB) / (width - 2 * THUMB));
-    };
-    const release = () => this.place && this.letGo();
-    const isDown = onPointer(slider, { press: drag, drag, release });
-    // the browser moves the thumb at once, also for a finger that will scroll, so it is put back
-    slider.oninput = () => (isDown() ? this.render() : move(slider.value / 1000));
-    slider.onchange = () => isDown() || this.isMoving || announce(this.say());
+    slider.onchange = () => byKey && announce(this.say());
     slider.onkeydown = (event) => {
+      byKey = true;
       if (event.key !== "Enter" && event.key !== " ") return;
       event.preventDefault();
       this.letGo();
     };
   }
 
-  // ---- what shows it
-
   /** Say what is seen, and draw it in the next frame. */
   render() {
     this.slider.value = 1000 * this.place;
     this.say();
-    this.ask();
+    this.#ask();
   }
 
-  /** Ask for a frame, if it would be seen. */
-  ask() {
+  #ask() {
     if (this.seen && !this.#asked) this.#asked = requestAnimationFrame((now) => this.#frame(now));
   }
 
@@ -142,19 +138,15 @@ export class Gesture extends Timeline {
     return this.passages[0].steps !== null;
   }
 
-  /** Whether all the ways back are known. */
-  get isComplete() {
-    return this.isBack && this.passages.every(({ result }) => result);
-  }
-
+  /** Whether the way back is over. */
   get hasCome() {
-    return this.isComplete && !this.place;
+    return !this.place && this.passages.every(({ result }) => result);
   }
 
   /** Move to a place: down on the way back, up by adding noise to what has come back so far. Where
    * the slider stays, each move adds noise. */
   moveTo(place) {
-    if (this.isBack && place && (place > this.place || this.stays)) this.#renew();
+    if (place && (place > this.place || this.stays)) this.#renew();
     super.moveTo(place);
   }
 
@@ -165,7 +157,7 @@ export class Gesture extends Timeline {
 
   /** Begin the way to the noise, which the way back follows. */
   toNoise() {
-    if (this.isBack) this.#renew();
+    this.#renew();
     this.go("noising");
   }
 
@@ -188,18 +180,14 @@ export class Gesture extends Timeline {
     else this.state = "idle";
   }
 
-  /** Show the end of the way back at once, as soon as there is one. */
-  finish() {
-    this.place = 0;
-    this.go("idle");
-  }
-
   stop() {
     this.repeats = false;
     super.stop();
   }
 
+  /** Add fresh noise to what has come back. */
   #renew() {
+    if (!this.isBack) return;
     this.round++;
     for (const passage of this.passages) passage.renew(this.round);
   }
