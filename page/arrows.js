@@ -1,13 +1,12 @@
 // Section 1: the same dots come back in 50 steps, in a large plane with arrows, and in 5 and 1.
 
-import { $, announce, captions, onPointer, still } from "./common.js";
+import { $, captions, onPointer, still } from "./common.js";
 import { drawImages } from "./plane.js";
 import { STD, missed } from "./points.js";
 import { DATA, N, Scene, pointOf } from "./scene.js";
 import { Gesture } from "./timeline.js";
 
-const FIRST = 0.45, HOLD = 4000; // where it begins, and the milliseconds for which it stays there
-const RELEASED = 1200; // milliseconds for which a dot stays where the reader has put it
+const FIRST = 0.45, HOLD = 2500; // where it begins, and the milliseconds for which a dot stays
 const show = captions("arrows");
 let chosen = 64; // the dot whose origins are shown: at first, one that is below the others
 let gesture, scenes, large;
@@ -16,7 +15,7 @@ function draw() {
   const { place, isBack } = gesture;
   large.draw(place, isBack ? 0.9 : 0.35, chosen); // the one dot is seen among the others
   for (const scene of scenes.slice(1)) scene.draw(place);
-  if (chosen >= 0) drawImages($("arrows-tile"), pointOf(large.at(place).x, chosen), [1, 1, 2]);
+  drawImages($("arrows-tile"), pointOf(large.at(place).x, chosen), [1, 1, 2]);
 }
 
 function say() {
@@ -27,7 +26,7 @@ function say() {
     $(`${canvas.id}-miss`).textContent = hasCome ? `${percent}% miss the arcs` : "";
   }
   if (hasCome) return show(shares[2] < 0.4 ? "near" : "done");
-  if (chosen < 0 || !place) return show(chosen < 0 ? "none" : "clean");
+  if (!place) return show("clean");
   const title = isBack ? "On the way back" : "One dot: drag it", weights = large.weightsOf(chosen, place);
   // as many equally likely origins have the same entropy
   const n = Math.round(Math.exp(weights.reduce((sum, w) => sum - (w && w * Math.log(w)), 0)));
@@ -41,16 +40,15 @@ function choose(k) {
 
 /** Let the pointer choose a dot, and pull it. */
 function listen() {
-  let before = null, hold = null; // before: the dot before, or null where the pointer has none
+  let before = null; // the dot before, or null where the pointer has none
   onPointer(large.canvas, {
     press(event) {
       const near = large.pointNear(event, gesture.place);
-      [before, hold] = [near < 0 ? null : chosen, HOLD];
+      before = near < 0 ? null : chosen;
       if (near >= 0) choose(near);
     },
     drag(event) {
       if (before === null) return;
-      hold = RELEASED;
       gesture.stop();
       if (gesture.place < 0.2) gesture.moveTo(FIRST); // so little noise moves no dot
       for (const scene of scenes) scene.pull(chosen, large.positionOf(event), gesture.place);
@@ -58,21 +56,10 @@ function listen() {
     },
     release() {
       const isReady = before !== null && gesture.place && !gesture.isBack;
-      if (isReady) gesture.hold(hold, () => gesture.sendBack());
+      if (isReady) gesture.hold(HOLD, () => gesture.sendBack());
     },
     cancel: () => before !== null && choose(before),
   });
-}
-
-/** Choose another dot by the arrow keys, or none. */
-function turn(event) {
-  const turns = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1, Escape: 0 };
-  const step = turns[event.key];
-  if (step === undefined) return;
-  event.preventDefault();
-  gesture.stop(); // it would go on by itself
-  choose(step ? (Math.max(chosen, step < 0 ? 0 : -1) + step + N) % N : -1);
-  announce(step ? `Dot ${chosen + 1} of ${N}. ${say()}` : "No dot is chosen.");
 }
 
 /** Make the section work. Returns its timeline. */
@@ -82,7 +69,6 @@ export function startArrows() {
   [large] = scenes;
   gesture = new Gesture("arrows", scenes, draw, say);
   listen();
-  large.canvas.onkeydown = turn;
   gesture.moveTo(FIRST);
   if (!still) gesture.whenSeen(() => gesture.hold(HOLD, () => gesture.sendBack()));
   return gesture;

@@ -15,9 +15,7 @@ const show = captions("drawing"), pens = [...$("draw-pens").children];
 let network = null, shape = [3, 32, 32], fault = "", gesture, waiting;
 let pen = pens[0], before; // before: where the pen was
 
-const drawing = new Passage(null, {
-  sampler: "ddim", steps: STEPS, scales: true, keepsData: true,
-}, (error) => {
+const drawing = new Passage(null, { steps: STEPS, scales: true, keepsData: true }, (error) => {
   if (error) fail(error);
   else if (drawing.result) fill();
   gesture.render();

@@ -7,9 +7,6 @@ import { guided, noiseOf, predictX0 } from "./sampler.js";
 import { Gesture } from "./timeline.js";
 
 const COLUMNS = 5, COUNT = 15, FILM = 11; // columns of the pictures and of the film
-const MEANS = { // what the guess of an included network is the average of
-  "fashion-mnist.onnx": "all clothes of a kind", "emoji.onnx": "all smileys, all people or all flags",
-};
 const WORDS = { none: null, weak: 0, strong: 3 }; // the guidance of each choice; null: no word
 const curtain = $("images-curtain"), show = captions("images");
 let network = null, word = "weak", notice = null; // notice: [the key of a caption, text]
@@ -63,12 +60,11 @@ async function ask() {
 }
 
 function say() {
-  const { place, isBack, hasCome } = gesture, mean = MEANS[network?.name];
+  const { place, isBack, hasCome } = gesture;
   if (notice) return show(notice[0], { text: notice[1] });
   if (hasCome) return show(network.kinds ? word : "done");
   if (isBack) return show("back", { steps: pictures.levels.length });
-  const all = mean && !(network.kinds && word === "none") ? mean : "all pictures";
-  return show(place < 1 ? "noising" : "noise", { all });
+  return show(place < 1 ? "noising" : "noise");
 }
 
 function draw() {

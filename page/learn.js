@@ -46,10 +46,10 @@ async function train() {
 
 /** Save the weights, and what they draw, always from the same noise. */
 async function save() {
-  const average = trainer.average.map((p) => p.slice()), options = { sampler: "ddim", steps: 50, clip: false };
-  const eps = (x, t) => epsOf(average, x, t);
+  const average = trainer.average.map((p) => p.slice());
+  const eps = (x, t) => epsOf(average, x, t), xT = noiseOf(0, SAMPLES, 2)();
   let last;
-  for await (last of reverse(eps, noiseOf(0, SAMPLES, 2)(), BETAS, options)) {
+  for await (last of reverse(eps, xT, BETAS, 50, false)) {
     if (last.t % 5 === 4) await pause(0);
   }
   const misses = (100 * missed(last.x0, DATA, STD)).toFixed(0);

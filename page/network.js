@@ -1,45 +1,20 @@
 // eps_theta(x_t, t) from a model.onnx of export.py, computed by ONNX Runtime in a worker.
 // Images are Float32Array, in the order (B, C, H, W).
 
-/** The fields of a protobuf message: [number, bytes], bytes being undefined for a plain number. */
-function* fields(bytes) {
-  let at = 0;
-  const varint = () => {
-    let value = 0, scale = 1;
-    for (;;) {
-      if (at >= bytes.length || scale > 2 ** 63) throw new Error("it is not an ONNX file");
-      const byte = bytes[at++];
-      value += (byte & 127) * scale; // a shift would overflow 32 bits
-      scale *= 128;
-      if (byte < 128) return value;
+/** What the file says about itself: the JSON value of a key in its metadata_props, or a default one.
+ * In a protobuf, a string is a tag, its length in digits of 7 bits, and its bytes. */
+function metadataOf(bytes) {
+  const text = new TextDecoder("latin1").decode(bytes);
+  return (name, otherwise) => {
+    let at = text.lastIndexOf(`ddpm.${name}\x12`), length = 0, scale = 1, digit = 128;
+    if (at < 0 && otherwise === undefined) throw new Error(`its metadata lacks ddpm.${name}`);
+    if (at < 0) return otherwise;
+    for (at += name.length + 6; digit >= 128; at++, scale *= 128) {
+      digit = bytes[at];
+      length += (digit % 128) * scale;
     }
+    return JSON.parse(text.slice(at, at + length));
   };
-  while (at < bytes.length) {
-    const tag = varint(), type = tag % 8;
-    let content;
-    if (type === 0) varint();
-    else if (type === 1) at += 8;
-    else if (type === 5) at += 4;
-    else if (type === 2) {
-      const length = varint();
-      content = bytes.subarray(at, (at += length));
-    } else throw new Error("it is not an ONNX file");
-    if (at > bytes.length) throw new Error("it is cut off");
-    yield [Math.floor(tag / 8), content];
-  }
-}
-
-/** The metadata_props of a ModelProto (its field 14) as an object of strings. */
-function readMetadata(bytes) {
-  const props = {}, text = new TextDecoder();
-  for (const [field, prop] of fields(bytes)) {
-    if (field !== 14) continue;
-    const { 1: key, 2: value } = Object.fromEntries(fields(prop));
-    props[text.decode(key)] = text.decode(value ?? new Uint8Array());
-  }
-  const missing = ["ddpm.betas", "ddpm.image_shape"].filter((name) => !(name in props));
-  if (missing.length) throw new Error(`its metadata lacks ${missing.join(", ")}`);
-  return props;
 }
 
 /**
@@ -54,8 +29,8 @@ function readMetadata(bytes) {
  * close() frees the memory; calls that wait for an answer fail.
  */
 export async function open(bytes, runtime, fallback = runtime) {
-  const metadata = readMetadata(bytes), read = (name) => JSON.parse(metadata[`ddpm.${name}`] ?? "[]");
-  const betas = read("betas"), shape = read("image_shape"), classes = read("classes");
+  const read = metadataOf(bytes), betas = read("betas"), shape = read("image_shape");
+  const classes = read("classes", []), values = read("eps_of_example", []);
   const worker = new Worker(import.meta.url, { type: "module" });
   const waiting = []; // [resolve, reject] of each question, in order
   let isClosed = false;
@@ -80,8 +55,8 @@ export async function open(bytes, runtime, fallback = runtime) {
     while (waiting.length) answer({ error: "the network was closed" });
   };
   const eps = async (x, t, y) => (await ask({ x, t, y })).eps;
-  const file = { shape, classes, T: betas.length, values: read("eps_of_example") };
   try {
+    const file = { shape, classes, T: betas.length, values };
     const { device } = await ask({ bytes, runtime, fallback, ...file });
     return { betas, shape, classes, size: shape[0] * shape[1] * shape[2], device, eps, close };
   } catch (error) {

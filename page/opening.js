@@ -56,7 +56,7 @@ export async function startOpening() {
   await $("recording").decode();
   const estimates = Array.from({ length: STEPS }, (_, k) => rowOf(k + 1));
   const recorded = (place) => place === 1 && (gesture.round === 1 || isOffline) && estimates;
-  const options = { sampler: "ddim", steps: STEPS, scales: true, recorded };
+  const options = { steps: STEPS, scales: true, recorded };
   pictures = new Passage(eps, options, (error) => {
     if (error) goOffline();
     else pictures.steps.at(-1).x0.turn = turn(); // noise may be added to these

@@ -11,9 +11,9 @@ export class Passage {
   steps = null; // of the way back, from its beginning down: {t, x, x0}; the result has t = -1
 
   /**
-   * eps(x, t): the network, or null while there is none. options: those of reverse; betas; scales:
-   * whether fewer steps lead back from less noise; keepsData: whether it begins anew with the same
-   * data; recorded(place): the estimates of a way back by DDIM, where they are known.
+   * eps(x, t): the network, or null while there is none. options: steps, and whether there are fewer
+   * from less noise (scales); betas; clip; whether it begins anew with the same data (keepsData);
+   * the estimates of a way back from a place, where they are known (recorded(place)).
    * changed(error): called when there are more steps, or when eps has failed.
    */
   constructor(eps, options, changed) {
@@ -83,7 +83,7 @@ export class Passage {
   async #sample(betas) {
     const { eps, xT, options, steps, levels } = this;
     try {
-      for await (const step of reverse(eps, xT, betas, { ...options, steps: levels.length })) {
+      for await (const step of reverse(eps, xT, betas, levels.length, options.clip)) {
         if (steps !== this.steps) return; // another way back has begun
         steps.push(step);
         this.changed();

@@ -16,7 +16,7 @@ const colourOf = (label) => (label ? colours.data : colours.other); // of its or
 export class Scene extends Passage {
   /** limit: of the view, upwards. */
   constructor(canvas, steps, limit, changed) {
-    const options = { sampler: "ddim", steps, clip: false, keepsData: true };
+    const options = { steps, clip: false, keepsData: true };
     super((x, t) => exactEps(x, ABAR[t], DATA, STD), options, changed);
     Object.assign(this, { canvas, limit });
     this.begin(DATA, noiseOf(1, 1, 2 * N)());
@@ -24,9 +24,10 @@ export class Scene extends Passage {
 
   // ---- the drawing
 
-  /** alpha: of the dots. chosen: the point whose origins are shown, or -1; with them, arrows. */
+  /** alpha: of the dots. chosen: the point whose origins are shown, or -1. */
   draw(place, alpha = 0.9, chosen = -1) {
-    const { x, level } = this.at(place), [signal, spread] = partsAt(level), isBack = this.steps !== null;
+    const { x, level } = this.at(place), [signal, spread] = partsAt(level);
+    const isBack = this.steps !== null;
     const { clientWidth, clientHeight } = this.canvas;
     const [right, up] = chosen < 0 ? [0, 0] : pointOf(x, chosen).map(Math.abs);
     // the data and the chosen point are always in the view
