@@ -27,7 +27,8 @@ function say() {
   }
   if (hasCome) return show(shares[2] < 0.4 ? "near" : "done");
   if (!place) return show("clean");
-  const title = isBack ? "On the way back" : "One dot: drag it", weights = large.weightsOf(chosen, place);
+  const title = isBack ? "On the way back" : "One dot: drag it";
+  const weights = large.weightsOf(chosen, place);
   // as many equally likely origins have the same entropy
   const n = Math.round(Math.exp(weights.reduce((sum, w) => sum - (w && w * Math.log(w)), 0)));
   return show(n > 1 ? "many" : "one", { title, some: n > 0.9 * N ? "almost any" : `about ${n}` });

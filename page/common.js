@@ -12,7 +12,7 @@ export function follow(element, call) {
 
 /** Let a pointer act on an element, which keeps it until it is released; drag(event) is called while
  * it is down. The browser cancels what a finger does when it scrolls the page instead. */
-export function onPointer(element, { press, drag, release, cancel = release }) {
+export function onPointer(element, { press, drag = () => {}, release, cancel = release }) {
   element.onpointerdown = (event) => {
     element.setPointerCapture(event.pointerId);
     press(event);
@@ -23,9 +23,8 @@ export function onPointer(element, { press, drag, release, cancel = release }) {
 }
 
 /**
- * The captions of a section, which are in index.html. Returns show(key, values), which puts values in
- * the place of {names}, and returns what it shows. All captions take the same place, which fits the
- * longest one, so that nothing moves when another one is shown.
+ * Returns show(key, values), which shows a caption of a section with values in the place of {names},
+ * and returns it. All captions lie in the same place, so that a longer one moves nothing.
  */
 export function captions(name) {
   const boxes = [...$(`${name}-words`).children].map((box) => {

@@ -2,7 +2,7 @@
 
 import { $, captions, onPointer, still } from "./common.js";
 import { Passage } from "./passage.js";
-import { drawImages, partOf } from "./plane.js";
+import { drawImages } from "./plane.js";
 import { noiseOf } from "./sampler.js";
 import { Gesture } from "./timeline.js";
 
@@ -124,7 +124,7 @@ function draw() {
   drawImages($("draw-ends"), x, shape, 2, 1);
   $("draw-ends").classList.toggle("old", !isBack && !place);
   $("draw-noised").hidden = isBack || !place;
-  if (!isBack && place) drawImages($("draw-noised"), partOf(x, 0, ENDS), shape);
+  if (!isBack && place) drawImages($("draw-noised"), x.subarray(0, x.length / ENDS), shape);
 }
 
 /** Make the section work, with a smiley of the opening. Returns its timeline. */

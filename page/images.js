@@ -2,7 +2,7 @@
 
 import { $, captions, still } from "./common.js";
 import { Passage } from "./passage.js";
-import { drawImages, partOf } from "./plane.js";
+import { drawImages } from "./plane.js";
 import { guided, noiseOf, predictX0 } from "./sampler.js";
 import { Gesture } from "./timeline.js";
 
@@ -87,8 +87,8 @@ function drawFilm(steps, shape) {
   for (let column = 0; column < FILM; column++) {
     const step = steps[Math.round((column * pictures.levels.length) / (FILM - 1))];
     if (!step) break;
-    film.set(partOf(step.x, 0, COUNT), column * size);
-    film.set(partOf(step.x0, 0, COUNT), (FILM + column) * size);
+    film.set(step.x.subarray(0, size), column * size);
+    film.set(step.x0.subarray(0, size), (FILM + column) * size);
   }
   drawImages($("images-film"), film, shape, FILM, 1);
 }

@@ -86,7 +86,7 @@ async function start({ bytes, runtime, fallback, T, values, ...file }) {
   ({ shape, classes } = file);
   ort.env.wasm.numThreads = self.crossOriginIsolated ? navigator.hardwareConcurrency : 1;
   const create = async (provider) => {
-    const options = { executionProviders: [provider], logSeverityLevel: 4 }; // the errors are thrown
+    const options = { executionProviders: [provider], logSeverityLevel: 4 }; // errors are thrown
     session = await ort.InferenceSession.create(bytes, options);
     await check(T, values);
   };

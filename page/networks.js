@@ -1,4 +1,4 @@
-// The networks of the page: the included ones, each opened when it is first needed, and the reader's.
+// The networks of the page: the included ones, opened when they are first needed, and the reader's.
 
 import * as file from "./network.js";
 
@@ -24,12 +24,12 @@ export async function open(name, bytes) {
 }
 
 async function download(name) {
-  const response = await fetch(name).catch(() => null);
-  const content = response?.ok && await response.arrayBuffer().catch(() => null);
-  if (!content) throw new Error(LOST); // the connection may also break on the way
+  const read = (response) => (response.ok ? response.arrayBuffer() : null);
+  const content = await fetch(name).then(read).catch(() => null); // the connection may break
+  if (!content) throw new Error(LOST);
   return open(name, new Uint8Array(content));
 }
 
-/** The promise of the network "clothes" or "emoji"; kinds: the indices of the classes that are drawn. */
+/** The promise of the network "clothes" or "emoji". kinds: the indices of the classes to draw. */
 export const included = (name) => (opened[name] ??= download(FILES[name]).then((network) =>
   Object.assign(network, { kinds: KINDS[name]?.map((kind) => network.classes.indexOf(kind)) })));

@@ -24,12 +24,10 @@ function rowOf(row) {
   });
 }
 
-/** Which kind the pictures are of: of the next one, if they come back from only noise. */
-const turn = () => (pictures.x0.turn ?? 0) + Number(pictures.from === 1);
-
+/** The network, which draws in each place what the recording has there. */
 async function eps(x, t) {
   const network = await included("emoji"), { kinds } = network;
-  const y = Array.from({ length: COUNT }, (_, k) => kinds[(k + Math.floor(k / 6) + turn()) % 3]);
+  const y = Array.from({ length: COUNT }, (_, k) => kinds[(k + Math.floor(k / 6) + 1) % 3]);
   return guided(network, y, GUIDANCE)(x, t);
 }
 
@@ -59,7 +57,6 @@ export async function startOpening() {
   const options = { steps: STEPS, scales: true, recorded };
   pictures = new Passage(eps, options, (error) => {
     if (error) goOffline();
-    else pictures.steps.at(-1).x0.turn = turn(); // noise may be added to these
     gesture.render();
   });
   pictures.begin(rowOf(0), noiseOf(0, COUNT, SIZE)());

@@ -1,7 +1,6 @@
-// The page: its sections, and which network draws in section 3. In section 4, the network of the
-// emoji draws, or the reader's.
+// The page: its sections, and which networks draw in sections 3 and 4.
 
-import { $, announce, follow, pause } from "./common.js";
+import { $, announce, follow } from "./common.js";
 import { startArrows } from "./arrows.js";
 import * as drawing from "./drawing.js";
 import * as images from "./images.js";
@@ -9,13 +8,8 @@ import { startLearning } from "./learn.js";
 import { included, open } from "./networks.js";
 import { startOpening } from "./opening.js";
 
-// On GitHub Pages, the repository's address is known.
-const [, owner] = location.hostname.match(/^(.+)\.github\.io$/) ?? [];
-if (owner) $("code").href = `https://github.com/${owner}/${location.pathname.split("/")[1]}`;
-$("unloaded").hidden = true;
-
-const KEYS = ["clothes", "emoji", "own"]; // of the buttons
-let wanted = "clothes"; // the network that shall draw
+const KEYS = ["clothes", "emoji", "own"]; // of the buttons of section 3
+let wanted = "clothes"; // the network that shall draw there
 let own = null; // the reader's
 
 /** Let a network draw as soon as it is open, if no other one is wanted by then. */
@@ -31,22 +25,21 @@ async function select(key) {
   }
 }
 
+function tell(text, isError = false) {
+  $("own-status").textContent = text;
+  $("own-status").classList.toggle("error", isError);
+  announce(text);
+}
+
 /** Open the reader's network. One that cannot be opened changes nothing. */
 async function openOwn(file) {
-  const tell = (text, isError = false) => {
-    $("own-status").textContent = text;
-    $("own-status").classList.toggle("error", isError);
-    announce(text);
-  };
   tell(`Loading ${file.name} …`);
-  let opened;
+  const before = own;
   try {
-    opened = await open(file.name, new Uint8Array(await file.arrayBuffer()));
+    own = await open(file.name, new Uint8Array(await file.arrayBuffer()));
   } catch (error) {
     return tell(error.message, true);
   }
-  const before = own;
-  own = opened;
   $("use-own").textContent = file.name;
   $("use-own").hidden = false;
   select("own");
@@ -56,29 +49,27 @@ async function openOwn(file) {
   $("images").scrollIntoView();
 }
 
-for (const key of KEYS) $(`use-${key}`).onclick = () => select(key);
-$("model").onchange = ({ target }) => {
-  const [file] = target.files;
-  target.value = "";
-  if (file) openOwn(file);
-};
-
-// On a phone, the slider stays in sight as long as its section is.
-for (const part of document.querySelectorAll(".part")) {
-  follow(part.querySelector(".stage"), (share) => part.classList.toggle("seen", share >= 0.4));
-}
-
-/** Start the sections, one at a time, so that the opening can move, and then open the networks. */
+/** Start the sections, and then open the networks. */
 async function begin() {
-  const sections = { opening: await startOpening() }, { startImages } = images;
-  const starts = { arrows: startArrows, learn: startLearning, images: startImages };
-  for (const [name, start] of Object.entries({ ...starts, drawing: drawing.startDrawing })) {
-    await pause(0);
-    sections[name] = start();
-  }
-  window.sections = sections; // the timelines, for docs/record_page.py and the tests
+  window.sections = { // their timelines, for docs/record_page.py and the tests
+    opening: await startOpening(), arrows: startArrows(), learning: startLearning(),
+    images: images.startImages(), drawing: drawing.startDrawing(),
+  };
   await included("emoji").then((network) => own ?? drawing.useNetwork(network), drawing.fail);
   await select("clothes");
 }
 
+const [, owner] = location.hostname.match(/^(.+)\.github\.io$/) ?? []; // of the repository
+if (owner) $("code").href = `https://github.com/${owner}/${location.pathname.split("/")[1]}`;
+$("unloaded").hidden = true;
+for (const key of KEYS) $(`use-${key}`).onclick = () => select(key);
+$("model").onchange = ({ target }) => {
+  const [file] = target.files;
+  if (file) openOwn(file);
+  target.value = "";
+};
+// On a phone, the slider stays in sight as long as its section is.
+for (const part of document.querySelectorAll(".part")) {
+  follow(part.querySelector(".stage"), (share) => part.classList.toggle("seen", share >= 0.4));
+}
 window.ready = begin();

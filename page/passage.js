@@ -27,7 +27,7 @@ export class Passage {
     this.abars = alphasBar(this.options.betas);
   }
 
-  /** The pace: half of the way belongs to the lowest quarter of the levels, where most is decided. */
+  /** Half of the way belongs to the lowest quarter of the levels, where most is decided. */
   levelAt(place) {
     return this.abars.length * place ** 2 - 1;
   }

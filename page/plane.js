@@ -7,26 +7,24 @@ const style = getComputedStyle(document.documentElement);
 export const colours = Object.fromEntries(
   NAMES.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
 
-/** How a canvas shows the plane, upwards from -limit to limit: at(x, y) is where a point lies, in
- * CSS pixels, and place(left, top) the inverse. */
-export function viewOf({ clientWidth: width, clientHeight: height }, limit) {
-  const unit = height / 2 / limit;
-  const at = (x, y) => [width / 2 + x * unit, height / 2 - y * unit];
-  const place = (left, top) => [(left - width / 2) / unit, (height / 2 - top) / unit];
-  return { width, height, unit, limit, at, place };
-}
-
-/** Clear a canvas, crisp at any pixel ratio, and return its view with the context that draws in it. */
+/** Clear a canvas, crisp at any pixel ratio, and return how it shows the plane, upwards from -limit
+ * to limit: at(x, y) is where a point lies, in CSS pixels, and place(left, top) the inverse. */
 export function clear(canvas, limit) {
-  const view = viewOf(canvas, limit), { width, height } = view, ratio = devicePixelRatio;
-  const [across, down] = [Math.round(width * ratio), Math.round(height * ratio)];
-  if (canvas.width !== across || canvas.height !== down) [canvas.width, canvas.height] = [across, down];
-  const context = canvas.getContext("2d", { alpha: false });
+  const { clientWidth: width, clientHeight: height } = canvas, ratio = devicePixelRatio;
+  fit(canvas, Math.round(width * ratio), Math.round(height * ratio));
+  const context = canvas.getContext("2d", { alpha: false }), unit = height / 2 / limit;
   context.setTransform(ratio, 0, 0, ratio, 0, 0);
   context.fillStyle = colours.page;
   context.fillRect(0, 0, width, height);
   context.lineCap = context.lineJoin = "round";
-  return { ...view, context };
+  const at = (x, y) => [width / 2 + x * unit, height / 2 - y * unit];
+  const place = (left, top) => [(left - width / 2) / unit, (height / 2 - top) / unit];
+  return { context, width, height, unit, at, place };
+}
+
+/** Change the size of a canvas, if it is another one. */
+function fit(canvas, width, height) {
+  if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
 }
 
 /** Draw points as dots. radius: in pixels. which: of the points; by default, all. */
@@ -77,12 +75,11 @@ export function drawHaze({ context, width, height, unit, at }, signal, deviation
 
 /** The places of so many rows of arrows over the view, from the top left. */
 export function grid({ width, height, place }, rows) {
-  const cell = height / rows, columns = Math.round(width / cell);
-  const left = (width - cell * (columns - 1)) / 2;
-  return Float32Array.from({ length: 2 * rows * columns }, (_, i) => {
-    const k = i >> 1, down = cell * (Math.floor(k / columns) + 0.5);
-    return place(left + cell * (k % columns), down)[i % 2];
-  });
+  const cell = height / rows, places = [];
+  for (let down = cell / 2; down < height; down += cell) {
+    for (let right = cell / 2; right < width; right += cell) places.push(...place(right, down));
+  }
+  return Float32Array.from(places);
 }
 
 /** Draw an arrow between two places of the plane, which ends `gap` pixels before the second one. */
@@ -106,7 +103,8 @@ export function drawArrow({ context, at }, from, to, colour, width, gap = 0, hea
  * A short way has a longer arrow than its share, so that its head can be seen. */
 export function drawArrows(view, places, ways, colour, cell, width, alpha = () => 1) {
   for (let k = 0; k < places.length; k += 2) {
-    const size = Math.hypot(ways[k], ways[k + 1]), length = cell * Math.sqrt(Math.min(1, size / 2.5));
+    const size = Math.hypot(ways[k], ways[k + 1]);
+    const length = cell * Math.sqrt(Math.min(1, size / 2.5));
     view.context.globalAlpha = alpha(k / 2);
     if (!size || view.context.globalAlpha < 0.03) continue;
     const end = [0, 1].map((i) => places[k + i] + (ways[k + i] / size) * (length / view.unit));
@@ -119,8 +117,8 @@ export function drawArrows(view, places, ways, colour, cell, width, alpha = () =
  * with a gap. */
 export function drawImages(canvas, x, [channels, height, width], columns = 1, gap = 0) {
   const area = height * width, count = x.length / channels / area;
-  const across = columns * (width + gap) - gap, down = Math.ceil(count / columns) * (height + gap) - gap;
-  if (canvas.width !== across || canvas.height !== down) [canvas.width, canvas.height] = [across, down];
+  const rows = Math.ceil(count / columns);
+  fit(canvas, columns * (width + gap) - gap, rows * (height + gap) - gap);
   const context = canvas.getContext("2d"), image = context.createImageData(width, height);
   const pixels = Uint8ClampedArray.from(x, (value) => Math.round((value + 1) * 127.5));
   for (let k = 0; k < count; k++) {
@@ -134,6 +132,3 @@ export function drawImages(canvas, x, [channels, height, width], columns = 1, ga
     context.putImageData(image, column * (width + gap), row * (height + gap));
   }
 }
-
-/** Picture k of `count`. */
-export const partOf = (x, k, count) => x.subarray((k * x.length) / count, ((k + 1) * x.length) / count);

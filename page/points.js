@@ -1,4 +1,4 @@
-// Points in the plane, and the exact noise prediction for them, E[eps | x_t], which has a closed form.
+// Points in the plane, and the exact noise prediction for them, which has a closed form.
 // B points are a Float32Array of 2 B numbers.
 
 import { uniform } from "./sampler.js";
@@ -9,12 +9,16 @@ export const STD = 0.02; // of the Gaussian around each point of the data
  * Gaussian around each centre. */
 export function posterior(x, y, abar, centres, std) {
   const signal = Math.sqrt(abar), variance = abar * std ** 2 + 1 - abar; // of each Gaussian at t
-  const weights = Float64Array.from({ length: centres.length / 2 }, (_, m) =>
-    -((x - signal * centres[2 * m]) ** 2 + (y - signal * centres[2 * m + 1]) ** 2) / (2 * variance));
-  const largest = weights.reduce((a, b) => Math.max(a, b)); // all others might round to 0
-  let total = 0;
+  const weights = new Float64Array(centres.length / 2);
+  let largest = -Infinity, total = 0;
+  for (let m = 0; m < weights.length; m++) {
+    const square = (x - signal * centres[2 * m]) ** 2 + (y - signal * centres[2 * m + 1]) ** 2;
+    weights[m] = -square / (2 * variance);
+    largest = Math.max(largest, weights[m]); // all others might round to 0
+  }
   for (let m = 0; m < weights.length; m++) total += weights[m] = Math.exp(weights[m] - largest);
-  return weights.map((weight) => weight / total);
+  for (let m = 0; m < weights.length; m++) weights[m] /= total;
+  return weights;
 }
 
 /** E[eps | x_t] for a mixture of Gaussians with these centres, of the deviation std. */
@@ -47,7 +51,8 @@ export function nearest(x, y, centres) {
 /** The share of points that are farther than three deviations from each centre. */
 export function missed(points, centres, std) {
   const isFar = (x, y) => nearest(x, y, centres).distance > 3 * std;
-  return (2 * points.filter((x, k) => k % 2 === 0 && isFar(x, points[k + 1])).length) / points.length;
+  const far = points.filter((x, k) => k % 2 === 0 && isFar(x, points[k + 1]));
+  return (2 * far.length) / points.length;
 }
 
 /** A place of the two arcs: x = 0.6 (cos - 0.5), y = 0.6 (sin - 0.25), or the opposite. */

@@ -1,6 +1,5 @@
-// Diffusion in JavaScript: the forward process of ddpm.py; DDIM and the guidance of sample.py. Numbers
-// in brackets are equations of the paper, arXiv:2006.11239. t counts 0..T-1, as in ddpm.py, so that
-// level t of the paper has the index t - 1.
+// The forward process of ddpm.py; DDIM and the guidance of sample.py. Numbers in brackets are
+// equations of the paper, arXiv:2006.11239. t counts 0..T-1, as in ddpm.py, and the paper from 1.
 // Images are Float32Array in [-1, 1], in the order (B, C, H, W).
 
 /** The running products abar_t of alpha_t = 1 - beta_t. */
@@ -42,11 +41,10 @@ export const predictX0 = (x, eps, abar, limit = Infinity) => x.map((value, k) =>
   Math.min(limit, Math.max(-limit, (value - Math.sqrt(1 - abar) * eps[k]) / Math.sqrt(abar))));
 
 /**
- * The loop of sample.py with the sampler "ddim", as an async generator: yields {t, x, x0} from
- * t = T-1 down. x is x_t, the input of the network, and at first xT; x0 is the current estimate of the
- * clean images, clipped to [-1, 1] if `clip`, and the last one is the sample.
- * eps(x, t) returns the noise in x, or a promise of it. To start at an x_t, pass it as xT, with
- * betas.slice(0, t + 1). steps: how many of the T steps to take.
+ * The loop of sample.py with the sampler "ddim", as an async generator: yields {t, x, x0} of `steps`
+ * steps from t = T-1 down. x is x_t, at first xT; x0 is the estimate of the clean images, clipped to
+ * [-1, 1] if `clip`, and the last one is the sample. eps(x, t) returns the noise in x, or a promise
+ * of it. To start at an x_t, pass it as xT, with betas.slice(0, t + 1).
  */
 export async function* reverse(eps, xT, betas, steps, clip = true) {
   const abars = alphasBar(betas);

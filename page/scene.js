@@ -2,10 +2,10 @@
 
 import { Passage } from "./passage.js";
 import {
-  clear, colours, drawArrow, drawArrows, drawDots, drawHaze, drawLine, drawRing, grid, viewOf,
+  clear, colours, drawArrow, drawArrows, drawDots, drawHaze, drawLine, drawRing, grid,
 } from "./plane.js";
 import { STD, exactEps, moons, nearest, posterior } from "./points.js";
-import { ABAR, between, noiseOf, partsAt } from "./sampler.js";
+import { ABAR, noiseOf, partsAt } from "./sampler.js";
 
 export const DATA = moons(), N = DATA.length / 2;
 const ROWS = 13; // of arrows
@@ -22,55 +22,40 @@ export class Scene extends Passage {
     this.begin(DATA, noiseOf(1, 1, 2 * N)());
   }
 
-  // ---- the drawing
-
   /** alpha: of the dots. chosen: the point whose origins are shown, or -1. */
   draw(place, alpha = 0.9, chosen = -1) {
     const { x, level } = this.at(place), [signal, spread] = partsAt(level);
-    const isBack = this.steps !== null;
-    const { clientWidth, clientHeight } = this.canvas;
-    const [right, up] = chosen < 0 ? [0, 0] : pointOf(x, chosen).map(Math.abs);
+    const { canvas, steps, from } = this, wide = canvas.clientWidth / canvas.clientHeight;
+    const [right, up] = chosen < 0 ? [0, 0] : pointOf(x, chosen).map((it) => 1.08 * Math.abs(it));
     // the data and the chosen point are always in the view
-    const wide = (Math.max(1.2, 1.08 * right) * clientHeight) / clientWidth;
-    this.seen = Math.max(this.limit, 1.08 * up, wide);
-    const plane = clear(this.canvas, this.seen), shrunk = DATA.map((value) => value * signal);
+    const plane = clear(canvas, Math.max(this.limit, up, Math.max(1.2, right) / wide));
     const small = Math.max(0.6, Math.min(1, plane.height / 300)); // the scale of what is drawn
+    const shrunk = DATA.map((value) => value * signal);
     drawHaze(plane, signal, Math.hypot(HAZE * signal, spread));
     drawDots(plane, shrunk, 1.6 * small, colours.dim, 0.5);
-    if (this.options.steps === 50 && isBack && place) {
+    if (this.options.steps === 50 && steps && place) {
       const places = grid(plane, ROWS), eps = exactEps(places, signal ** 2, DATA, STD);
       const cell = (0.75 * plane.height) / ROWS;
       drawArrows(plane, places, eps.map((value) => -value), colours.arrow, cell, 1.4);
     }
-    for (let k = 0; isBack && k < N; k += EVERY) {
-      drawLine(plane, this.#path(k, level), colourOf(DATA.labels[k]), 1.2 * small, 0.55);
-    }
+    const parts = steps ? Array.from({ length: 41 }, (_, part) => part / 40) : []; // of the ways
+    const way = parts.map((part) => this.at(from + (place - from) * part).x);
+    const drawWay = (k, ...look) => drawLine(plane, way.map((it) => pointOf(it, k)), ...look);
+    for (let k = 0; k < N; k += EVERY) drawWay(k, colourOf(DATA.labels[k]), 1.2 * small, 0.55);
     for (const [size, its] of [[10, 0.12], [3.2, 1]]) { // each point glows
       for (const label of [0, 1]) {
         const isOwn = (k) => DATA.labels[k] === label;
         drawDots(plane, x, size * small, colourOf(label), its * alpha, isOwn);
       }
     }
+    this.plane = plane;
     if (chosen < 0) return;
+    drawWay(chosen, colours.ink, 2.2 * small);
     const point = pointOf(x, chosen);
-    if (isBack) drawLine(plane, this.#path(chosen, level), colours.ink, 2.2 * small);
     if (place) drawOrigins(plane, point, this.weightsOf(chosen, place), shrunk, small);
     drawDots(plane, point, 6 * small, colours.page);
     drawDots(plane, point, 4.8 * small, colours.ink);
   }
-
-  /** The places of point k on its way back, from its beginning down to a level. */
-  #path(k, level) {
-    const { steps, from } = this, top = this.levelAt(from), parts = 60;
-    const step = ({ t, x, x0 }) => ({ t, x: pointOf(x, k), x0: pointOf(x0, k) });
-    if (!steps.length) return [pointOf(this.xT, k)];
-    return Array.from({ length: parts + 1 }, (_, part) => {
-      const at = top + ((level - top) * part) / parts;
-      return between(step(steps.findLast(({ t }) => t >= at) ?? steps[0]), at);
-    });
-  }
-
-  // ---- a point
 
   /** Put point k to a position of the view, by other noise. */
   pull(k, position, place) {
@@ -85,11 +70,11 @@ export class Scene extends Passage {
     return posterior(...pointOf(x, k), signal ** 2, DATA, STD);
   }
 
-  /** Where a pointer is in the view, without its edge. */
+  /** Where a pointer is in the plane, without the edge of the view. */
   positionOf({ offsetX, offsetY }) {
-    const { limit, width, height, place } = viewOf(this.canvas, this.seen);
-    const ends = [(0.92 * limit * width) / height, 0.92 * limit];
-    return place(offsetX, offsetY).map((value, k) => Math.max(-ends[k], Math.min(ends[k], value)));
+    const { width, height, place } = this.plane;
+    const inside = (value, end) => Math.max(0.04 * end, Math.min(0.96 * end, value));
+    return place(inside(offsetX, width), inside(offsetY, height));
   }
 
   /** The point at a pointer, or -1. */

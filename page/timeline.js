@@ -13,6 +13,7 @@ export class Timeline {
   state = "idle"; // or "paused", or the name of the method that moves it: here, only "held"
   seen = 0; // the share of the stage that is in sight
   begin = null; // what it will do by itself, until something else happens
+  repeats = false; // whether it begins again by itself
   #asked = 0; // a frame, if there is one
   #before = null; // its time, while something moves
 
@@ -62,6 +63,7 @@ export class Timeline {
 
   /** Stop for the reader, who takes over. */
   stop() {
+    this.repeats = false;
     this.go("idle");
   }
 
@@ -73,30 +75,26 @@ export class Timeline {
     this.go(state === "paused" ? before : "paused");
   }
 
-  /** What happens when the reader lets go of the slider, or presses Enter. */
-  letGo() {}
-
   #listen() {
     const { slider } = this;
     let before = null, byKey = false; // before: where it was when the pointer went down
     const end = () => { before = null; };
     onPointer(slider, {
       press: () => { [before, byKey] = [this.place, false]; },
-      drag() {}, // the browser moves the thumb
-      release: () => end(this.place && this.letGo()),
+      release: () => end(this.place && this.letGo?.()),
       cancel: () => end(this.moveTo(before)),
     });
-    slider.oninput = () => {
+    slider.oninput = () => { // the browser moves the thumb
       this.stop();
       this.moveTo(slider.value / 1000);
-      if (before === null && !byKey) this.letGo(); // after a tap
+      if (before === null && !byKey) this.letGo?.(); // after a tap
     };
     slider.onchange = () => byKey && announce(this.say());
     slider.onkeydown = (event) => {
       byKey = true;
       if (event.key !== "Enter" && event.key !== " ") return;
       event.preventDefault();
-      this.letGo();
+      this.letGo?.();
     };
   }
 
@@ -125,7 +123,6 @@ export class Timeline {
 
 /** The gesture: drag to the noise, let go, and something new comes back. */
 export class Gesture extends Timeline {
-  repeats = false; // whether it begins again by itself, until the reader takes over
   round = 1; // the seed of the noise
 
   /** passages: what moves. stays: whether the slider stays where the reader let go. */
@@ -150,6 +147,7 @@ export class Gesture extends Timeline {
     super.moveTo(place);
   }
 
+  /** What happens when the reader lets go of the slider, or presses Enter. */
   letGo() {
     if (this.place) this.sendBack();
     else this.toNoise();
@@ -178,11 +176,6 @@ export class Gesture extends Timeline {
     if (this.place && this.isBack) return;
     if (this.repeats) this.hold(PACE.rest, () => this.toNoise());
     else this.state = "idle";
-  }
-
-  stop() {
-    this.repeats = false;
-    super.stop();
   }
 
   /** Add fresh noise to what has come back. */

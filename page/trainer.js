@@ -50,19 +50,12 @@ const siluBackward = (x, dy) =>
   x.map((value, k) => dy[k] * sigmoid(value) * (1 + value * (1 - sigmoid(value))));
 
 /** What the network reads of each point: x_t, sines of it, and the embedding of t. */
-function features(x, t) {
-  const rows = new Float32Array(t.length * INPUTS);
-  x.forEach((value, k) => {
-    const at = (k >> 1) * INPUTS + (k % 2);
-    rows[at] = 4 * value;
-    WAVES.forEach((w, j) => {
-      rows[at + 2 + 2 * j] = Math.sin(w * value);
-      rows[at + 2 + 2 * (WAVES.length + j)] = Math.cos(w * value);
-    });
-  });
-  t.forEach((level, i) => rows.set(EMBEDDING[level], (i + 1) * INPUTS - 2 * HALF));
-  return rows;
-}
+const features = (x, t) => Float32Array.from(t.flatMap((level, i) => {
+  const point = [x[2 * i], x[2 * i + 1]];
+  const waves = WAVES.flatMap((w) => point.map((value) => w * value));
+  const sines = [...waves.map(Math.sin), ...waves.map(Math.cos)];
+  return [...point.map((value) => 4 * value), ...sines, ...EMBEDDING[level]];
+}));
 
 /** All layers, for the gradient. The first one is the input, the last one the output. */
 function forward([W1, b1, W2, b2, W3, b3], x) {
@@ -93,14 +86,14 @@ export class Trainer {
   }
 
   /** A gradient step of Algorithm 1 on a batch of `draw`. Returns {loss, gradient}. */
-  step(batch) {
-    const { t, noise } = batch, xt = noised(batch);
-    const [x, a1, h1, a2, h2, v] = forward(this.parameters, features(xt, t));
+  step({ x0, t, noise }) {
     const gradient = this.parameters.map((p) => new Float32Array(p.length));
     const [, , W2, , W3] = this.parameters, [dW1, db1, dW2, db2, dW3, db3] = gradient;
-    const eps = new Float32Array(xt.length);
+    const parts = t.map((level) => partsAt(level)), eps = new Float32Array(x0.length);
+    const xt = x0.map((value, k) => parts[k >> 1][0] * value + parts[k >> 1][1] * noise[k]); // (4)
+    const [x, a1, h1, a2, h2, v] = forward(this.parameters, features(xt, t));
     const dV = v.map((value, k) => {
-      const [signal, spread] = partsAt(t[k >> 1]);
+      const [signal, spread] = parts[k >> 1];
       eps[k] = signal * value + spread * xt[k];
       return (-2 * signal * (noise[k] - eps[k])) / eps.length;
     });
@@ -108,8 +101,8 @@ export class Trainer {
     const dA1 = siluBackward(a1, affineBackward(h1, W2, dA2, dW2, db2));
     affineBackward(x, this.parameters[0], dA1, dW1, db1);
     this.adam(gradient);
-    const loss = eps.reduce((sum, value, k) => sum + (noise[k] - value) ** 2, 0) / eps.length; // (14)
-    return { loss, gradient };
+    const loss = eps.reduce((sum, value, k) => sum + (noise[k] - value) ** 2, 0) / eps.length;
+    return { loss, gradient }; // (14)
   }
 
   /** Adam, whose learning rate is halved by step 1000, and the average of the weights. */
@@ -129,14 +122,8 @@ export class Trainer {
   }
 }
 
-/** x_t (4) of a batch, with a t for each point. */
-const noised = ({ x0, t, noise }) => x0.map((value, k) => {
-  const [signal, spread] = partsAt(t[k >> 1]);
-  return signal * value + spread * noise[k];
-});
-
-/** The random part of a step: x_0, which is one of the points plus a Gaussian of deviation std, t and
- * the noise. random: a function of `uniform`. */
+/** The random part of a step: x_0, which is one of the points plus a Gaussian of deviation std, t
+ * and the noise. random: a function of `uniform`. */
 export function draw(points, std, count, random) {
   const index = Array.from({ length: count }, () => Math.floor((random() * points.length) / 2));
   const filled = (value) => Float32Array.from({ length: 2 * count }, (_, k) => value(k));
