@@ -146,7 +146,7 @@ export function startDrawing() {
   };
   const release = () => { waiting = setTimeout(comeBack, WAIT); };
   onPointer(canvas, { press, drag: paint, release });
-  context.drawImage($("recording"), 0, 0, 32, 32, 0, 0, 32, 32);
+  context.drawImage($("recording"), 96, 0, 32, 32, 0, 0, 32, 32);
   restart();
   return gesture;
 }

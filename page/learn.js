@@ -50,7 +50,7 @@ async function save() {
   for await (last of reverse((x, t) => epsOf(average, x, t), xT, BETAS, 50, false)) {
     if (last.t % 5 === 4) await pause(0);
   }
-  const { x0 } = last, misses = (100 * missed(x0, DATA, STD)).toFixed(0);
+  const { x0 } = last, misses = `${(100 * missed(x0, DATA, STD)).toFixed(0)}%`;
   saved.push({ steps: trainer.steps, average, x0, misses });
   timeline.render();
 }
@@ -80,9 +80,9 @@ function say() {
   $("learn-play").ariaLabel = isMoving ? "Pause" : place === 1 ? "Play again" : "Play";
   $("learn-place").ariaValueText = `training step ${steps}`;
   $("learn-place").style.setProperty("--from", trained()); // a mark
-  $("learn-misses").textContent = `${misses}%`;
+  $("learn-misses").textContent = misses;
   const stage = !steps ? "none" : steps < STEPS ? "some" : "done";
-  return `${show(part ? phase : stage, { steps })} ${misses}% of the dots miss the arcs.`;
+  return `${show(part ? phase : stage, { steps })} ${misses} of the dots miss the arcs.`;
 }
 
 /** The right arrows, and over them those of the network, where there are noisy points to practise

@@ -85,8 +85,9 @@ export class Timeline {
       cancel: () => end(this.moveTo(before)),
     });
     slider.oninput = () => { // the browser moves the thumb
+      const place = slider.value / 1000; // before it is rendered
       this.stop();
-      this.moveTo(slider.value / 1000);
+      this.moveTo(place);
       if (before === null && !byKey) this.letGo?.(); // after a tap
     };
     slider.onchange = () => byKey && announce(this.say());

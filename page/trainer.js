@@ -50,12 +50,19 @@ const siluBackward = (x, dy) =>
   x.map((value, k) => dy[k] * sigmoid(value) * (1 + value * (1 - sigmoid(value))));
 
 /** What the network reads of each point: x_t, sines of it, and the embedding of t. */
-const features = (x, t) => Float32Array.from(t.flatMap((level, i) => {
-  const point = [x[2 * i], x[2 * i + 1]];
-  const waves = WAVES.flatMap((w) => point.map((value) => w * value));
-  const sines = [...waves.map(Math.sin), ...waves.map(Math.cos)];
-  return [...point.map((value) => 4 * value), ...sines, ...EMBEDDING[level]];
-}));
+function features(x, t) {
+  const rows = new Float32Array(t.length * INPUTS);
+  x.forEach((value, k) => {
+    const at = (k >> 1) * INPUTS + (k % 2);
+    rows[at] = 4 * value;
+    WAVES.forEach((w, j) => {
+      rows[at + 2 + 2 * j] = Math.sin(w * value);
+      rows[at + 2 + 2 * (WAVES.length + j)] = Math.cos(w * value);
+    });
+  });
+  t.forEach((level, i) => rows.set(EMBEDDING[level], (i + 1) * INPUTS - 2 * HALF));
+  return rows;
+}
 
 /** All layers, for the gradient. The first one is the input, the last one the output. */
 function forward([W1, b1, W2, b2, W3, b3], x) {
