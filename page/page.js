@@ -9,7 +9,7 @@ import { included, open } from "./networks.js";
 import { startOpening } from "./opening.js";
 
 const KEYS = ["clothes", "emoji", "own"]; // of the buttons of section 3
-let wanted = "clothes"; // the network that shall draw there
+let wanted = null; // the network that shall draw there
 let own = null; // the reader's
 
 /** Let a network draw as soon as it is open, if no other one is wanted by then. */
@@ -56,7 +56,7 @@ async function begin() {
     images: images.startImages(), drawing: drawing.startDrawing(),
   };
   await included("emoji").then((network) => own ?? drawing.useNetwork(network), drawing.fail);
-  await select("clothes");
+  if (!wanted) await select("clothes"); // the reader may have been faster
 }
 
 const [, owner] = location.hostname.match(/^(.+)\.github\.io$/) ?? []; // of the repository

@@ -14,9 +14,7 @@ import torch.nn.functional as F
 from conftest import HERE
 from PIL import Image
 
-import export
 import sample
-import train
 from ddpm import Diffusion, linear_betas
 from docs.make_figures import page_noise
 from extras.exact import exact_network
@@ -46,7 +44,6 @@ def opened():
 
     routes: what handles some of its requests. Without any, no console may show an error, and the
     page may not ask for anything from outside. motion: what the reader prefers; by default, none.
-    keep: whether the tab stays open when another one is opened.
     """
     said, tabs = [], []
 
@@ -54,7 +51,7 @@ def opened():
         said.append(route.request.url)
         route.abort()
 
-    def call(routes=None, motion="reduce", wait=True, keep=False):
+    def call(routes=None, motion="reduce", keep=False):
         while tabs:  # those of earlier tests, which would take time from this one
             tabs.pop().close()
         page = browser.new_page(viewport={"width": 1280, "height": 900}, reduced_motion=motion)
@@ -67,8 +64,7 @@ def opened():
         if not routes:
             page.on("console", lambda m: said.append(m.text) if m.type == "error" else None)
         page.goto(address)
-        if wait:
-            page.wait_for_function("window.sections")
+        page.wait_for_function("window.sections")
         return page
 
     with browser_and_address() as (browser, address):
@@ -82,23 +78,6 @@ def page(opened):
     page = opened(keep=True)
     settled(page, "() => window.ready")
     return page
-
-
-@pytest.fixture(scope="module")
-def exported(image_folder, tmp_path_factory):
-    """The folder of model.onnx, a network trained with --quick."""
-    folder = tmp_path_factory.mktemp("exported")
-    words = ["--data", image_folder, "--image-size", 8, "--channel-mults", 1, 2, "--quick"]
-    words += ["--attention-resolutions", 4, "--variance", "small", "--steps", 100, "--batch", 8]
-    run, file = folder / "run", folder / "model.onnx"
-    for program, args in (
-        (train, ["--out", run, *words]),
-        (export, ["--checkpoint", run, "--onnx", file]),
-    ):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sys.argv", [program.__file__, *map(str, args)])
-            program.main()
-    return folder
 
 
 def until_true(page, call):
@@ -178,17 +157,6 @@ def caption(page, name, pattern):
     shown = page.locator(f"#{name}-words .shown", has_text=re.compile(pattern))
     shown.wait_for(state="attached")
     return shown.text_content()
-
-
-def set_value(page, name, value):
-    """Move a slider as a reader would by the keyboard, or choose an option."""
-    page.locator(f"#{name}").evaluate(
-        """(element, value) => {
-            element.value = value;
-            for (const event of ["input", "change"]) element.dispatchEvent(new Event(event));
-        }""",
-        value,
-    )
 
 
 def drag(page, name, start, end):
@@ -311,8 +279,8 @@ EPS = """async (content, x, times) => {
 
 
 @pytest.mark.parametrize("name", ["shipped", "emoji", "model"])
-def test_eps_is_pythons(name, page, exported):
-    path = {"shipped": SHIPPED, "emoji": EMOJI, "model": exported / "model.onnx"}[name]
+def test_eps_is_pythons(name, page, trained):
+    path = {"shipped": SHIPPED, "emoji": EMOJI, "model": trained[0] / "model.onnx"}[name]
     network, times = sample.Network(path, "cpu"), [0, 300, 999]
     metadata, shape = network.session.get_modelmeta().custom_metadata_map, (3, *network.shape)
     x = np.random.default_rng(0).standard_normal(shape, np.float32)
@@ -393,18 +361,6 @@ def test_training_takes_the_steps_of_torch(page):
     for t, theirs in zip(levels, eps, strict=True):
         expected = eps_of(mean)(x0, torch.full((9,), t)).ravel()
         assert np.abs(np.array(theirs) - expected.numpy()).max() < 1e-3 * expected.abs().max()
-
-
-def test_batches_are_random_as_algorithm_1_has_them(page):
-    draw = "() => trainer.draw([-1, 0.5, 1, -0.5], 0.1, 20000, sampler.uniform(0, 0))"
-    x0, t, noise = map(np.array, js(page, draw).values())
-    x0, noise = x0.reshape(-1, 2), noise.reshape(-1, 2)
-    second = x0[:, 0] > 0
-    assert np.mean(second) == pytest.approx(0.5, abs=0.015)
-    spread = (x0 - np.where(second[:, None], [1, -0.5], [-1, 0.5])) / 0.1
-    both = np.concatenate([noise, spread], 1)
-    assert np.abs(both.mean(0)).max() < 0.03 and np.abs(np.cov(both.T) - np.eye(4)).max() < 0.04
-    assert set(range(1000)) == {*t} and np.abs(np.histogram(t, 10)[0] - 2000).max() < 200
 
 
 # ------------------------------------------------------------------------------------- its promises
@@ -615,13 +571,13 @@ def test_network_learns_the_moons(page):
     """It trains while it is seen, and the slider scrubs what is trained."""
     see(page, "learn-stage")
     caption(page, "learn", "^Not trained")
-    set_value(page, "learn-place", 1000)
+    page.fill("#learn-place", str(1000))
     assert int(page.input_value("#learn-place")) < 500  # it shows what has been learnt, and goes on
     trained = "document.getElementById('learn-place').style.getPropertyValue('--from') >= 0.55"
     page.wait_for_function(trained)
     shown = []
     for place, title, misses in ((550, "^Training step 908", 50), (0, "^Not trained", 100)):
-        set_value(page, "learn-place", place)
+        page.fill("#learn-place", str(place))
         caption(page, "learn", title)
         shown.append(pixels(page, "learn-plane"))
         assert misses - 30 < int(page.text_content("#learn-misses").rstrip("%")) < misses
@@ -740,29 +696,10 @@ def test_layout(width, page):
     page.set_viewport_size({"width": 1280, "height": 900})
 
 
-def test_wrong_file_while_the_network_loads(opened, tmp_path):
-    """It changes nothing: the included network draws as soon as it is there."""
-    held = []
-    page = opened({"emoji.onnx": lambda route: held.append(route)})
-    (tmp_path / "text.onnx").write_bytes(b"hello, world")
-    assert "is not a model" in choose(page, tmp_path / "text.onnx")
-    until_true(page, lambda: held)
-    value_of(page, "opening", "(gesture.moveTo(0.3), gesture.sendBack(), gesture.stop())")
-    page.wait_for_timeout(500)
-    assert not value_of(page, "opening", "passage.result")  # it waits for its network
-    drag(page, "draw", (0.1, 0.9), (0.9, 0.9))  # on the face, which needs no network
-    assert pixels(page, "draw")[2, 29, 16] < 80
-    for route in held:
-        route.continue_()
-    settled(page, "() => window.ready")
-    until_complete(page)
-    see(page, "drawing-stage")
-    caption(page, "drawing", "^Four results")
-
-
-def test_other_files_and_then_another_model(page, exported, tmp_path):
-    """What is not a model leaves the one before; one that was trained with --quick replaces it."""
-    model = (exported / "model.onnx").read_bytes()
+def test_other_files_and_then_another_model(page, trained, tmp_path):
+    """What is not a model leaves the one before; another model replaces it."""
+    path = trained[0] / "model.onnx"
+    model = path.read_bytes()
     changed = onnx.load_from_string(model)
     (answer,) = (p for p in changed.metadata_props if p.key == "ddpm.eps_of_example")
     answer.value = json.dumps([-value for value in json.loads(answer.value)])
@@ -776,12 +713,12 @@ def test_other_files_and_then_another_model(page, exported, tmp_path):
         said = choose(page, tmp_path / name)
         assert said.startswith(f"{name} is not a model from export.py") and what in said
         assert "error" in page.get_attribute("#own-status", "class")
-    page.set_input_files("#model", exported / "model.onnx")
+    page.set_input_files("#model", path)
     until(page, "own-status", "^model.onnx draws in sections 3 and 4")
     assert page.get_attribute("#use-own", "aria-pressed") == "true"
     see(page, "images-stage")
     until_complete(page, "images")
-    network = sample.Network(exported / "model.onnx", "cpu")
+    network = sample.Network(path, "cpu")
     shape = (15, *network.shape)
     steps = steps_of_python(network, images_at(page, 1, shape))
     np.testing.assert_allclose(images_at(page, 0, shape), steps[-1][2], atol=2e-2)
@@ -802,5 +739,7 @@ def test_onnxruntime_comes_from_jsdelivr_where_there_is_no_copy(opened):
         route.fulfill(path=RUNTIME / "dist" / name, headers={"Access-Control-Allow-Origin": "*"})
 
     page = opened({OUTSIDE: outside, COPY: lambda route: route.fulfill(status=404)})
+    page.click("#use-emoji")  # before any network is there
     settled(page, "() => window.ready")
+    assert page.get_attribute("#use-emoji", "aria-pressed") == "true"
     assert asked == {f"https://cdn.jsdelivr.net/npm/{VERSION}/dist"}
