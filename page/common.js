@@ -10,8 +10,8 @@ export function follow(element, call) {
   new IntersectionObserver(watch, { threshold: [0, 0.01, 0.4, 0.6] }).observe(element);
 }
 
-/** Let a pointer act on an element, which keeps it until it is released; drag(event) is called while
- * it is down. The browser cancels what a finger does when it scrolls the page instead. */
+/** Let a pointer act on an element, which keeps it until it is released. While it is down, it drags.
+ * The browser cancels what a finger does when it scrolls the page instead. */
 export function onPointer(element, { press, drag = () => {}, release, cancel = release }) {
   element.onpointerdown = (event) => {
     element.setPointerCapture(event.pointerId);
@@ -23,8 +23,8 @@ export function onPointer(element, { press, drag = () => {}, release, cancel = r
 }
 
 /**
- * Returns show(key, values), which shows a caption of a section with values in the place of {names},
- * and returns it. All captions lie in the same place, so that a longer one moves nothing.
+ * Returns show(key, values), which shows a caption of a section, with values in the place of
+ * {names}, and returns it. All captions lie in the same place, so that a longer one moves nothing.
  */
 export function captions(name) {
   const boxes = [...$(`${name}-words`).children].map((box) => {

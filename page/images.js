@@ -107,7 +107,7 @@ export function startImages() {
   for (const key of Object.keys(WORDS)) {
     $(`word-${key}`).onclick = () => {
       word = key;
-      for (const other of Object.keys(WORDS)) $(`word-${other}`).ariaPressed = String(other === key);
+      for (const it of Object.keys(WORDS)) $(`word-${it}`).ariaPressed = String(it === key);
       useNetwork(network);
     };
   }

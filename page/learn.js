@@ -21,7 +21,7 @@ let timeline, trains = false, exact = []; // exact: eps at the places of the arr
 /** After how many steps of training the weights of an index are saved. */
 const stepsAt = (i) => Math.ceil(STEPS * (i / LAST) ** 2);
 const trained = () => Math.max(0, saved.length - 1) / LAST; // the place until which it is trained
-const at = () => timeline.place * LAST; // between the saved weights with the indices below and above
+const at = () => timeline.place * LAST; // between the indices of two saved weights
 const shown = () =>
   saved[Math.floor(at())] ?? { steps: 0, average: trainer.average, x0: new Float32Array() };
 /** How much of the example of the first step has been shown; 0 before and after it. */

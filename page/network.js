@@ -1,7 +1,7 @@
 // eps_theta(x_t, t) from a model.onnx of export.py, computed by ONNX Runtime in a worker.
 // Images are Float32Array, in the order (B, C, H, W).
 
-/** What the file says about itself: the JSON value of a key in its metadata_props, or a default one.
+/** What the file says about itself: the JSON value of a key in its metadata_props, or a default.
  * In a protobuf, a string is a tag, its length in digits of 7 bits, and its bytes. */
 function metadataOf(bytes) {
   const text = new TextDecoder("latin1").decode(bytes);

@@ -1,5 +1,5 @@
-// What dissolves into noise and comes back: the points of a plane, or pictures. A place, from 0 (the
-// data) to 1 (the noise), tells how far it is.
+// What dissolves into noise and comes back: the points of a plane, or pictures. A place, from 0
+// (the data) to 1 (the noise), tells how far it is.
 
 import { pause } from "./common.js";
 import { BETAS, alphasBar, between, levelsOf, noiseOf, qSample, reverse } from "./sampler.js";
@@ -11,8 +11,8 @@ export class Passage {
   steps = null; // of the way back, from its beginning down: {t, x, x0}; the result has t = -1
 
   /**
-   * eps(x, t): the network, or null while there is none. options: steps, and whether there are fewer
-   * from less noise (scales); betas; clip; whether it begins anew with the same data (keepsData);
+   * eps(x, t): the network, or null while there is none. options: steps, and whether fewer are
+   * taken from less noise (scales); betas; clip; whether it begins anew with the same data (keepsData);
    * the estimates of a way back from a place, where they are known (recorded(place)).
    * changed(error): called when there are more steps, or when eps has failed.
    */

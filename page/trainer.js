@@ -4,7 +4,7 @@
 
 import { ABAR, T, normal, partsAt, uniform } from "./sampler.js";
 
-const WAVES = [3, 6, 12, 24]; // frequencies of sines of x_t, with which fine detail is learnt sooner
+const WAVES = [3, 6, 12, 24]; // frequencies of sines of x_t, by which fine detail is learnt sooner
 const HALF = 8, INPUTS = 2 + 4 * WAVES.length + 2 * HALF, WIDTH = 64; // WIDTH: of the hidden layers
 const RATE = 0.012, DECAY = 0.999; // the learning rate at first, and the decay of the average
 const EMBEDDING = ABAR.map((abar) => { // sines and cosines of half of log SNR
