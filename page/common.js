@@ -10,8 +10,8 @@ export function follow(element, call) {
   new IntersectionObserver(watch, { threshold: [0, 0.01, 0.4, 0.6] }).observe(element);
 }
 
-/** Let a pointer act on an element, which keeps it until it is released. While it is down, it drags.
- * The browser cancels what a finger does when it scrolls the page instead. */
+/** Let a pointer act on an element, which keeps it until it is released. The browser cancels what a
+ * finger does when it scrolls the page instead. */
 export function onPointer(element, { press, drag = () => {}, release, cancel = release }) {
   element.onpointerdown = (event) => {
     element.setPointerCapture(event.pointerId);

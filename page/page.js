@@ -59,8 +59,14 @@ async function begin() {
   if (!wanted) await select("clothes"); // the reader may have been faster
 }
 
-const [, owner] = location.hostname.match(/^(.+)\.github\.io$/) ?? []; // of the repository
-if (owner) $("code").href = `https://github.com/${owner}/${location.pathname.split("/")[1]}`;
+const [, owner] = location.hostname.match(/^(.+)\.github\.io$/) ?? [];
+if (owner) { // the links to the repository work only on GitHub Pages, where its address is known
+  const repository = `https://github.com/${owner}/${location.pathname.split("/")[1]}`;
+  $("code").href = repository;
+  for (const link of document.querySelectorAll("[data-lesson]")) {
+    link.href = `${repository}/blob/HEAD/docs/lesson.md#${link.dataset.lesson}`;
+  }
+}
 $("unloaded").hidden = true;
 for (const key of KEYS) $(`use-${key}`).onclick = () => select(key);
 $("model").onchange = ({ target }) => {

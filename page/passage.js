@@ -11,9 +11,9 @@ export class Passage {
   steps = null; // of the way back, from its beginning down: {t, x, x0}; the result has t = -1
 
   /**
-   * eps(x, t): the network, or null while there is none. options: steps, and whether fewer are
-   * taken from less noise (scales); betas; clip; whether it begins anew with the same data (keepsData);
-   * the estimates of a way back from a place, where they are known (recorded(place)).
+   * eps(x, t): the network, or null while there is none. options: steps; scales, whether fewer are
+   * taken from less noise; betas; clip; keepsData, whether it begins anew with the same data;
+   * recorded(place), the estimates of a way back from there, where they are known.
    * changed(error): called when there are more steps, or when eps has failed.
    */
   constructor(eps, options, changed) {

@@ -41,10 +41,10 @@ export const predictX0 = (x, eps, abar, limit = Infinity) => x.map((value, k) =>
   Math.min(limit, Math.max(-limit, (value - Math.sqrt(1 - abar) * eps[k]) / Math.sqrt(abar))));
 
 /**
- * The loop of sample.py with the sampler "ddim", as an async generator: yields {t, x, x0} of each of
- * `steps` steps from t = T-1 down. x is x_t, at first xT; x0 is the estimate of the clean images,
- * clipped to [-1, 1] if `clip`, and the last one is the sample. eps(x, t) returns the noise in x, or
- * a promise of it. To start at an x_t, pass it as xT, with betas.slice(0, t + 1).
+ * The loop of sample.py with the sampler "ddim", as an async generator: yields {t, x, x0} of each
+ * of `steps` steps from t = T-1 down. x is x_t, at first xT; x0 is the estimate of the images,
+ * clipped to [-1, 1] if `clip`, and the last one is the sample. eps(x, t) returns the noise in x,
+ * or a promise of it. To start at an x_t, pass it as xT, with betas.slice(0, t + 1).
  */
 export async function* reverse(eps, xT, betas, steps, clip = true) {
   const abars = alphasBar(betas);

@@ -59,7 +59,8 @@ export class Scene extends Passage {
 
   /** Put point k to a position of the view, by other noise. */
   pull(k, position, place) {
-    const [signal, spread] = partsAt(this.levelAt(place)), noise = this.noise.slice(), { x0 } = this;
+    const [signal, spread] = partsAt(this.levelAt(place)), { x0 } = this;
+    const noise = this.noise.slice();
     for (const i of [0, 1]) noise[2 * k + i] = (position[i] - signal * x0[2 * k + i]) / spread;
     this.begin(x0, noise);
   }
