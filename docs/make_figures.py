@@ -394,30 +394,22 @@ def draw_recorded(folder, network):
     """Save what the page shows before its network is loaded, as rows of emoji.
 
     recorded.webp: 12 emoji, and then the x0_hat of 10 steps of DDIM, with guidance 1, from the
-    page's noise; the classes take turns. smileys.webp: nine from the same noise with the guidance
-    of four sets, and x0_hat in the fifth step of the first one, without the class and with it.
+    page's noise; the classes take turns.
     """
 
-    def save(name, rows, **options):
-        image = np.concatenate([np.concatenate(list(to_pixels(x)), 2) for x in rows], 1)
-        Image.fromarray(image.transpose(1, 2, 0)).save(folder / name, method=6, **options)
-
-    def chain(seed, y, w, sampler):
+    def chain(seed, y):
         x_T = np.array([page_noise(seed, k, 3072) for k in range(len(y))], np.float32)
-        x_T, eps = x_T.reshape(-1, *network.shape), guided(network, np.array(y), w)
-        return [*network.reverse(eps, lambda: x_T, steps=10, sampler=sampler)]
+        x_T, eps = x_T.reshape(-1, *network.shape), guided(network, np.array(y), 1)
+        return [*network.reverse(eps, lambda: x_T, steps=10, sampler="ddim")]
 
     kinds = [network.classes.index(name) for name in ("smileys", "people", "flags")]
     before, after = (
-        chain(seed, [kinds[(k + k // 6 + turn) % 3] for k in range(12)], 1, "ddim")
+        chain(seed, [kinds[(k + k // 6 + turn) % 3] for k in range(12)])
         for seed, turn in ((4, 0), (0, 1))
     )
-    save("recorded.webp", [x0 for _, _, x0 in before[-1:] + after], quality=90)
-    sets = [chain(5, kinds[:1] * 9, w, "dpm-solver++") for w in (0, 1, 2, 4)]
-    t, x, expected = sets[0][4]
-    abar = np.prod(1 - network.betas[: t + 1])
-    without = np.clip((x - (1 - abar) ** 0.5 * network(x, t)) / abar**0.5, -1, 1)
-    save("smileys.webp", [*(steps[-1][2] for steps in sets), without, expected], lossless=True)
+    rows = [np.concatenate(list(to_pixels(x0)), 2) for _, _, x0 in before[-1:] + after]
+    image = Image.fromarray(np.concatenate(rows, 1).transpose(1, 2, 0))
+    image.save(folder / "recorded.webp", method=6, quality=90)
 
 
 def draw_ends(path, network):

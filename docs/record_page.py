@@ -31,9 +31,8 @@ STILL = 0.11  # the place of moons.png, on the way back from 1 to 0
 STYLE = f"#arrows-50 {{ width: 420px !important; height: {SIZE}px !important; }}"
 
 GESTURES = """async () => {
-    const files = ["./arrows.js", "./opening.js"];
-    const gestures = (await Promise.all(files.map((file) => import(file)))).map((it) => it.gesture);
-    const results = gestures.map((gesture) => %s);
+    const { arrows, opening } = window.sections;
+    const results = [arrows, opening].map((gesture) => %s);
     for (let k = 0; k < 2; k++) await new Promise(requestAnimationFrame); // they are drawn
     return results;
 }"""
@@ -81,7 +80,7 @@ def record(page):
     """Return the frames to the noise, those of the way back, and the still."""
     there = [shown_at(page, k / FORWARD) for k in range(FORWARD + 1)]
     page.evaluate(GESTURES % "(gesture.sendBack(), gesture.stop())")
-    while not all(page.evaluate(GESTURES % "gesture.isComplete")):
+    while not all(page.evaluate(GESTURES % "gesture.passages.every((it) => it.result !== null)")):
         page.wait_for_timeout(200)
     back = [shown_at(page, 1 - k / BACK) for k in range(1, BACK + 1)]
     return there, back, back[round((1 - STILL) * BACK) - 1]
@@ -95,10 +94,7 @@ def main():
         page = browser.new_page(reduced_motion="reduce", viewport={"width": 720, "height": 2400})
         page.goto(address)
         page.evaluate("window.ready")
-        if page.text_content("#images-title") == "No network":
-            raise SystemExit(page.text_content("#images-text"))
         page.add_style_tag(content=STYLE)
-        page.press("#arrows-50", "Escape")  # no dot is chosen
         there, back, still = record(page)
     each = 1000 // RATE
     durations = [DATA, *[each] * (FORWARD - 1), NOISE, *[each] * (BACK - 1), RESULT]

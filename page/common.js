@@ -1,70 +1,45 @@
-// What the sections share: elements, frames, what is said, and owners of what runs.
+// What the sections share: elements, pointers and captions.
 
 export const $ = (id) => document.getElementById(id);
 export const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
 export const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
-/** An owner of what runs: start(task) ends the task before and calls task(run), which ends soon after
- * run.stopped, and then nobody hears of its error. */
-export class Owner {
-  #run = { stopped: true };
-
-  stop() {
-    this.#run.stopped = true;
-  }
-
-  async start(task) {
-    this.stop();
-    const run = this.#run = { stopped: false };
-    try {
-      await task(run);
-    } catch (error) {
-      if (!run.stopped) throw error;
-    }
-  }
+/** Call call(share) when another share of an element, from 0 to 1, is in sight. */
+export function follow(element, call) {
+  const watch = (entries) => call(entries.at(-1).intersectionRatio);
+  new IntersectionObserver(watch, { threshold: [0, 0.01, 0.4, 0.6] }).observe(element);
 }
 
-/** Call call(isSeen) when an element comes into sight, or leaves it. share: of it that must be seen. */
-export function follow(element, call, share = 0) {
-  const isSeen = (entry) => entry.isIntersecting && entry.intersectionRatio >= share;
-  new IntersectionObserver((entries) => call(isSeen(entries.at(-1))), { threshold: [0, share] }).observe(element);
-}
-
-/** Call choose(-1 or 1) at the keys up and down of a slider, which left and right move. */
-export function onTurn(slider, choose) {
-  slider.onkeydown = (event) => {
-    const turn = { ArrowUp: -1, ArrowDown: 1 }[event.key];
-    if (!turn) return;
-    event.preventDefault();
-    choose(turn);
+/** Let a pointer act on an element, which keeps it until it is released. The browser cancels what a
+ * finger does when it scrolls the page instead. */
+export function onPointer(element, { press, drag = () => {}, release, cancel = release }) {
+  element.onpointerdown = (event) => {
+    element.setPointerCapture(event.pointerId);
+    press(event);
   };
+  element.onpointermove = (event) => element.hasPointerCapture(event.pointerId) && drag(event);
+  element.onpointerup = release;
+  element.onpointercancel = cancel;
 }
 
-/** Call call() when a stage comes into sight, or already the section before it, so that the reader need not wait. */
-export function whenNear(before, stage, call) {
-  for (const name of [before, stage]) follow($(name), (isSeen) => isSeen && call(), 0.4);
-}
-
-/** Call step(milliseconds) in the next frame, and again while it returns true and the element is in
- * sight. Returns the function that asks for it. */
-export function animate(element, step) {
-  let before = null, asked = false, isSeen = false;
-  const ask = () => {
-    if (!asked && isSeen) requestAnimationFrame(frame);
-    asked ||= isSeen;
-  };
-  function frame(now) {
-    asked = false;
-    const goesOn = element.clientHeight > 0 && step(Math.min(100, now - (before ?? now)));
-    before = goesOn ? now : null;
-    if (goesOn) ask();
-  }
-  follow(element, (value) => {
-    isSeen = value;
-    ask();
+/**
+ * Returns show(key, values), which shows a caption of a section, with values in the place of
+ * {names}, and returns it. All captions lie in the same place, so that a longer one moves nothing.
+ */
+export function captions(name) {
+  const boxes = [...$(`${name}-words`).children].map((box) => {
+    const parts = [...box.children];
+    return { box, key: box.dataset.key, parts, texts: parts.map((part) => part.textContent) };
   });
-  new ResizeObserver(ask).observe(element);
-  return ask;
+  return (key, values = {}) => {
+    for (const { box, ...its } of boxes) box.classList.toggle("shown", its.key === key);
+    const { parts, texts } = boxes.find((its) => its.key === key);
+    return parts.map((part, k) => {
+      const text = texts[k].replace(/{(\w+)}/g, (_, value) => values[value]);
+      if (part.textContent !== text) part.textContent = text;
+      return text;
+    }).join(". ");
+  };
 }
 
 let waiting;

@@ -1,175 +1,152 @@
-// Section 5: a drawing. The gesture of the opening begins with what the reader has drawn.
+// Section 4: a drawing. The gesture of the opening begins with what the reader has drawn.
 
-import { $, Owner, pause, still, whenNear } from "./common.js";
-import { Gesture } from "./gesture.js";
-import { included } from "./networks.js";
+import { $, captions, onPointer, still } from "./common.js";
 import { Passage } from "./passage.js";
-import { drawImages, partOf } from "./plane.js";
-import { noiseOf, qSample, reverse } from "./sampler.js";
+import { drawImages } from "./plane.js";
+import { noiseOf } from "./sampler.js";
+import { Gesture } from "./timeline.js";
 
 const ENDS = 4, STEPS = 20; // images that come back, and in how many steps
-const LEVELS = [50, 150, 300, 500, 800], TRACK_STEPS = 10; // of the results along the slider, of 1000
+const PLACES = [0.22, 0.39, 0.55, 0.71, 0.89], SMALL_STEPS = 10; // of the small results
 const FIRST = 0.6; // from where the first drawing comes back
 const WAIT = 500; // milliseconds without a stroke, after which the drawing comes back
-const DISC = "M.06 .5 a.44 .44 0 1 0 .88 0 a.44 .44 0 1 0 -.88 0", FEATURES = "M.33 .36 v.1 M.67 .36 v.1 M.28 .62 c.1 .14 .34 .14 .44 0"; // of a face, in a square of side 1
-const PENS = ["#4a2f14", "#e5383b", "#ff8c1a", "#ffd23f", "#3fa34d", "#2f7de1", "#ffffff"];
 const canvas = $("draw"), context = canvas.getContext("2d", { willReadFrequently: true });
-const state = { network: null, shape: [3, 32, 32], before: null, fault: "", isNear: false }; // before: where the pen was
-const track = new Owner();
-let waiting;
-export let gesture;
-export const drawing = new Passage(null, { sampler: "ddim", steps: STEPS, scales: true, keepsData: true }, (error) => {
+const show = captions("drawing"), pens = [...$("draw-pens").children];
+let network = null, shape = [3, 32, 32], fault = "", gesture, waiting;
+let pen = pens[0], before; // before: where the pen was
+
+const drawing = new Passage(null, { steps: STEPS, scales: true, keepsData: true }, (error) => {
   if (error) fail(error);
+  else if (drawing.result) fill();
   gesture.render();
 });
 
+const track = PLACES.map((place) => { // the small results, which come one after the other
+  const its = $("drawing-track").appendChild(document.createElement("canvas"));
+  its.style.left = `${100 * place}%`;
+  its.onclick = () => {
+    gesture.moveTo(place);
+    gesture.letGo();
+  };
+  const passage = new Passage(null, { steps: SMALL_STEPS }, (error) => {
+    if (error) return fail(error);
+    if (!passage.result) return;
+    drawImages(its, passage.result, shape);
+    its.className = "pixels";
+    fill();
+  });
+  return { canvas: its, passage };
+});
+
 /** The drawing, as the network sees it: Float32Array (C, H, W). */
-export function drawn() {
-  const [channels, height, width] = state.shape, area = height * width;
+function drawn() {
+  const [channels, height, width] = shape, area = height * width;
   const { data } = context.getImageData(0, 0, width, height);
   return Float32Array.from({ length: channels * area }, (_, k) => {
-    const at = 4 * (k % area), grey = 0.299 * data[at] + 0.587 * data[at + 1] + 0.114 * data[at + 2];
-    return (channels === 3 ? data[at + Math.floor(k / area)] : grey) / 127.5 - 1;
+    const i = 4 * (k % area), grey = 0.299 * data[i] + 0.587 * data[i + 1] + 0.114 * data[i + 2];
+    return (channels === 3 ? data[i + Math.floor(k / area)] : grey) / 127.5 - 1;
   });
 }
 
-// ---- what changes it
-
-function fail(error) {
-  state.fault = error.message.split("\n")[0];
-  say();
+export function fail(error) {
+  fault = error.message;
+  gesture.render();
 }
 
 /** Another drawing: nothing has come back from it. */
 function restart() {
-  const x0 = drawn(), data = new Float32Array(ENDS * x0.length);
-  for (let k = 0; k < ENDS; k++) data.set(x0, k * x0.length);
-  drawing.begin(data, noiseOf(gesture.round++, ENDS, x0.length)());
-  track.stop();
+  const x0 = drawn(), { length } = x0;
+  const copies = Float32Array.from({ length: ENDS * length }, (_, k) => x0[k % length]);
+  drawing.begin(copies, noiseOf(gesture.round++, ENDS, length)());
+  for (const { passage, canvas } of track) {
+    passage.begin(x0, noiseOf(1, 1, length)());
+    canvas.className = "pixels old";
+  }
   gesture.stop();
   gesture.moveTo(0);
-  for (const level of LEVELS) $(`track-${level}`).classList.add("old");
 }
 
-/** Send the drawing back from where the reader let go the last time, and fill the track. */
+/** Send the drawing back from where the reader let go the last time. */
 function comeBack() {
-  if (!drawing.eps) return;
-  gesture.moveTo(drawing.from);
+  if (!network) return;
+  gesture.moveTo(drawing.from ?? FIRST);
   gesture.sendBack();
-  if (still) gesture.finish();
-  track.start(fillTrack).catch(fail);
+  if (still) gesture.place = 0;
 }
 
-/** Draw what comes back from each of the levels. */
-async function fillTrack(run) {
-  const { network } = state, { betas, shape, size } = network, x0 = drawn(), noise = noiseOf(1, 1, size)();
-  for (const level of LEVELS) {
-    while (!gesture.isComplete && !run.stopped) await pause(100);
-    const t = Math.round((level / 1000) * betas.length), xT = qSample(x0, t, noise, drawing.abars);
-    const options = { sampler: "dpm-solver++", steps: Math.min(TRACK_STEPS, t + 1) };
-    let last;
-    for await (last of reverse(drawing.eps, () => xT, betas.slice(0, t + 1), options)) {
-      if (run.stopped) return;
-    }
-    drawImages($(`track-${level}`), last.x0, shape);
-    $(`track-${level}`).classList.remove("old");
-  }
+/** Draw the next small result that is missing. */
+function fill() {
+  const next = track.findIndex(({ passage }) => !passage.steps);
+  if (next >= 0) track[next].passage.sendBack(PLACES[next]);
 }
 
 /** Draw a line from where the pen was. */
-function paint(x, y) {
-  const isGrey = state.shape[0] === 1;
-  Object.assign(context, { strokeStyle: isGrey ? "#b4b4b4" : PENS[$("draw-pen").value], lineCap: "round", lineWidth: canvas.width / 11 });
+function paint({ offsetX, offsetY }) {
+  const scale = canvas.width / canvas.clientWidth, [x, y] = [scale * offsetX, scale * offsetY];
+  context.strokeStyle = shape[0] === 1 ? "#b4b4b4" : pen.value;
+  Object.assign(context, { lineCap: "round", lineWidth: canvas.width / 11 });
   context.beginPath();
-  context.moveTo(...state.before ?? [x, y]);
+  context.moveTo(...before ?? [x, y]);
   context.lineTo(x + 0.01, y);
   context.stroke();
-  state.before = [x, y];
+  before = [x, y];
   restart();
 }
 
 function clear() {
-  [, canvas.height, canvas.width] = state.shape;
-  context.fillStyle = state.shape[0] === 1 ? "#000000" : "#ffffff";
+  [, canvas.height, canvas.width] = shape;
+  context.fillStyle = shape[0] === 1 ? "#000000" : "#ffffff";
   context.fillRect(0, 0, canvas.width, canvas.height);
-  drawing.from = FIRST;
-  for (const level of LEVELS) $(`track-${level}`).width += 0; // clears it
   restart();
 }
 
-/** The network that draws: that of the emoji, which can be waited for, or the reader's. */
-export function useNetwork(network) {
-  const { shape, betas, name, variance } = network;
-  Object.assign(state, { network, shape, fault: "" });
-  drawing.use((x, t) => network.eps(x, t), { betas, variance });
-  $("draw-pen").disabled = shape[0] === 1;
-  if (name === "emoji.onnx") restart();
+/** The network that draws: that of the emoji, or the reader's, which begins with an empty sheet. */
+export function useNetwork(opened) {
+  [network, shape, fault] = [opened, opened.shape, ""];
+  for (const { passage } of [{ passage: drawing }, ...track]) {
+    passage.use((x, t) => opened.eps(x, t), { betas: network.betas });
+  }
+  $("draw-pens").hidden = shape[0] === 1;
+  if (network.kinds) restart();
   else clear();
-  gesture.begun = false;
-  begin();
+  gesture.whenSeen(comeBack);
 }
-
-/** When it will soon be seen, the network is opened, and the first drawing comes back. */
-function begin() {
-  if (!state.isNear || gesture.begun) return;
-  if (!state.network) return included("emoji").then((network) => state.network ?? useNetwork(network), fail);
-  comeBack();
-  gesture.begun = true;
-}
-
-// ---- what shows it
 
 function say() {
-  const { place, isBack } = gesture;
-  const text = state.fault || (!isBack && !place ? "Draw with your finger or the mouse."
-    : !state.network ? "The network is loading."
-    : !isBack ? "Noise is added to four copies of your drawing. Let go, and the network removes it."
-    : place || !gesture.isComplete ? "The network removes the noise."
-    : "Four results for the noise at the slider. The small pictures show what comes back from less noise, and from more.");
-  return ($("drawing-text").textContent = text);
+  const { place, isBack, hasCome } = gesture;
+  if (fault) return show("fault", { fault });
+  if (!isBack) return show(!place ? "draw" : network ? "noising" : "wait");
+  return show(hasCome ? "done" : "back");
 }
 
 function draw() {
-  const { shape } = state, { place, isBack } = gesture, { x } = drawing.at(place);
+  const { place, isBack } = gesture, { x } = drawing.at(place);
   drawImages($("draw-ends"), x, shape, 2, 1);
   $("draw-ends").classList.toggle("old", !isBack && !place);
   $("draw-noised").hidden = isBack || !place;
-  if (!isBack && place) drawImages($("draw-noised"), partOf(x, 0, ENDS), shape);
+  if (!isBack && place) drawImages($("draw-noised"), x.subarray(0, x.length / ENDS), shape);
 }
 
-/** Make the section work. */
+/** Make the section work, with a smiley of the opening. Returns its timeline. */
 export function startDrawing() {
   gesture = new Gesture("drawing", [drawing], draw, say, true);
-  $("draw-clear").onclick = clear;
-  for (const level of LEVELS) {
-    $(`track-${level}`).onclick = () => {
-      gesture.stop();
-      gesture.moveTo(Math.sqrt(level / 1000));
-      gesture.sendBack();
+  gesture.letGo = () => network && gesture.place && gesture.sendBack();
+  for (const button of pens) {
+    button.style.background = button.value;
+    button.onclick = () => {
+      pen = button;
+      for (const other of pens) other.ariaPressed = String(other === pen);
     };
   }
-  const move = ({ offsetX, offsetY }) =>
-    paint((offsetX * canvas.width) / canvas.clientWidth, (offsetY * canvas.height) / canvas.clientHeight);
-  canvas.onpointerdown = (event) => {
+  $("draw-clear").onclick = clear;
+  const press = (event) => {
     clearTimeout(waiting);
-    canvas.setPointerCapture(event.pointerId);
-    state.before = null;
-    move(event);
+    before = null;
+    paint(event);
   };
-  canvas.onpointermove = (event) => canvas.hasPointerCapture(event.pointerId) && move(event);
-  canvas.onpointerup = () => { waiting = setTimeout(comeBack, WAIT); };
-  clear();
-  context.scale(canvas.width, canvas.height); // a face
-  Object.assign(context, { fillStyle: PENS[3], strokeStyle: PENS[0], lineCap: "round", lineWidth: 0.08 });
-  context.fill(new Path2D(DISC));
-  context.stroke(new Path2D(FEATURES));
-  context.resetTransform();
+  const release = () => { waiting = setTimeout(comeBack, WAIT); };
+  onPointer(canvas, { press, drag: paint, release });
+  context.drawImage($("recording"), 96, 0, 32, 32, 0, 0, 32, 32);
   restart();
-  gesture.begun = false;
-  whenNear("guidance", "drawing-stage", () => {
-    state.isNear = true;
-    begin();
-  });
-  const stops = PENS.map((pen, k) => `${pen} 0 ${(100 * (k + 1)) / PENS.length}%`);
-  $("draw-pen").style.background = `linear-gradient(to right, ${stops})`;
+  return gesture;
 }

@@ -1,147 +1,115 @@
 // Section 3: images. The gesture of the opening with a grid of pictures, under a curtain.
 
-import { $, onTurn, still, whenNear } from "./common.js";
-import { Gesture } from "./gesture.js";
+import { $, captions, still } from "./common.js";
 import { Passage } from "./passage.js";
-import { drawFilm, drawImages, frame, pictureAt } from "./plane.js";
-import { noiseOf, predictX0 } from "./sampler.js";
+import { drawImages } from "./plane.js";
+import { guided, noiseOf, predictX0 } from "./sampler.js";
+import { Gesture } from "./timeline.js";
 
-const COLUMNS = 5, ROWS = 3, COUNT = COLUMNS * ROWS;
-const KNOWN = { // from what the included networks have learnt, and what a guess is the average of
-  "fashion-mnist.onnx": ["60,000 pictures of clothes", "all clothes of a kind"],
-  "emoji.onnx": ["3,743 emoji", "all smileys, all people or all flags"],
-};
-
-const state = { chosen: 0, awaited: "clothes", fault: "", sweeps: false, isTouched: false, isNear: false }; // isTouched: the curtain, by the reader
-let network = null;
-export let expected; // {x0, place, asked}: what the network expects on the way to the noise
-export const pictures = new Passage(null, { sampler: "dpm-solver++", steps: 10, scales: true }, (error) => {
-  if (error) fail(error);
+const COLUMNS = 5, COUNT = 15, FILM = 11; // columns of the pictures and of the film
+const WORDS = { none: null, weak: 0, strong: 3 }; // the guidance of each choice; null: no word
+const curtain = $("images-curtain"), show = captions("images");
+let network = null, word = "weak", notice = ["wait", "clothes"]; // the key of a caption, and text
+let guess = {}; // of the network on the way to the noise: {x0, place, isAsked}
+let sweeps = false; // whether the curtain moves by itself
+let gesture;
+const pictures = new Passage(null, { steps: 10, scales: true }, (error) => {
+  if (error) tell("fault", error.message);
   gesture.render();
 });
-export let gesture;
 
-// ---- what changes it
-
-export function fail(error) {
-  state.fault = error.message.split("\n")[0];
+/** Say that a network is loading, or why there is none. */
+export function tell(key, text) {
+  notice = [key, text];
   say();
 }
 
-/** Say that the network for something is loading. */
-export function awaitNetwork(name) {
-  state.awaited = name;
-  say();
-}
-
-/** Begin with noise, which no pictures precede. The classes take turns. options: of the reverse process. */
-export function useNetwork(opened, { seed = 0, ...options } = {}) {
-  const { name, size, betas, variance, classes, kinds = [...classes.keys()], shape: [channels, height, width] } = network = opened;
-  const y = kinds.length ? Array.from({ length: COUNT }, (_, k) => kinds[k % kinds.length]) : undefined;
-  $("images-about").textContent = KNOWN[name] ? `This network has learnt from ${KNOWN[name][0]}.` : `Your network draws ${channels === 3 ? "coloured" : "grey"} pictures of ${width} × ${height} pixels.`;
-  pictures.use((x, t) => opened.eps(x, t, y), { betas, variance, ...options });
-  pictures.begin(new Float32Array(COUNT * size), noiseOf(seed, COUNT, size)());
-  expected = { x0: null, place: -1, asked: false };
-  state.fault = state.awaited = "";
+/** Begin with noise. The classes take turns; each row of the emoji has one. */
+export function useNetwork(opened) {
+  network = opened;
+  const { size, betas, classes, kinds } = network, w = kinds ? WORDS[word] : 0;
+  const classOf = (k) => (kinds ? kinds[Math.floor(k / COLUMNS)] : k % classes.length);
+  const y = classes.length ? Array.from({ length: COUNT }, (_, k) => classOf(k)) : undefined;
+  $("images-pills").hidden = !kinds;
+  pictures.use(w === null ? (x, t) => opened.eps(x, t) : guided(opened, y, w), { betas });
+  pictures.begin(new Float32Array(COUNT * size), noiseOf(0, COUNT, size)());
+  [guess, notice] = [{}, null];
   $("images-film").width += 0; // clears it
   gesture.stop();
-  gesture.begun = false;
   gesture.moveTo(1);
-  begin();
+  gesture.whenSeen(() => {
+    sweeps = !still;
+    gesture.sendBack();
+    if (still) gesture.place = 0;
+  });
 }
 
-export const useSettings = (settings) => network && useNetwork(network, settings);
-
-/** Send the first pictures back when they will soon be seen. Without motion, only the result is shown. */
-function begin() {
-  if (!network || !state.isNear || gesture.begun) return;
-  gesture.begun = true;
-  state.sweeps = !still && !state.isTouched;
-  gesture.sendBack();
-  if (still) gesture.finish();
-}
-
-/** Ask what the network expects at the place of the slider, one question at a time. */
+/** Ask what the network guesses at the place of the slider, one question at a time. */
 async function ask() {
-  const { place, isBack } = gesture, own = expected;
-  if (!pictures.eps || isBack || !place || own.asked || own.place === place) return;
-  own.asked = true;
-  const { x } = pictures.at(place), t = gesture.level;
+  const { place, isBack } = gesture, own = guess;
+  if (!network || isBack || !place || own.isAsked || own.place === place) return;
+  own.isAsked = true;
+  const { x, level } = pictures.at(place), t = Math.max(0, Math.round(level));
   try {
-    const x0 = predictX0(x, await pictures.eps(x, t), pictures.abars[t]);
-    Object.assign(own, { x0, place, asked: false });
+    const x0 = predictX0(x, await pictures.eps(x, t), pictures.abars[t], 1);
+    Object.assign(own, { x0, place, isAsked: false });
     gesture.render(); // and ask again, if the slider has moved
   } catch (error) {
-    if (own === expected) fail(error);
+    if (own === guess) tell("fault", error.message);
   }
 }
 
-// ---- what shows it
-
-function captions() {
-  const { place, isBack, isComplete } = gesture;
-  if (state.fault) return ["No network", state.fault];
-  if (state.awaited) return ["One moment", `The network for ${state.awaited} is loading.`];
-  if (isBack && !place && isComplete) return ["Back from the noise", "Without noise, both sides of the curtain are the same. Drag the slider, and see what the network still recognises."];
-  if (isBack) return [`Back in ${pictures.levels.length} steps`, "In each step, the network guesses, and the noisy pictures move a little towards its guess."];
-  if (place === 1) return ["Only noise is left", `The network's guess is the average of ${KNOWN[network?.name]?.[1] ?? "all pictures"}: a blur. Let go, and new pictures come back.`];
-  return ["Noise is added", "The more noise there is, the more pictures are possible, and the blurrier their average is. Let go, and pictures come back."];
-}
-
 function say() {
-  const [title, words] = captions();
-  [$("images-title").textContent, $("images-text").textContent] = [title, words];
-  return `${title}. ${words}`;
+  const { place, isBack, hasCome } = gesture;
+  if (notice) return show(notice[0], { text: notice[1] });
+  if (hasCome) return show(network.kinds ? word : "done");
+  if (isBack) return show("back", { steps: pictures.levels.length });
+  return show(place < 1 ? "noising" : "noise");
 }
 
 function draw() {
-  const { place, isBack } = gesture, { x, x0 } = pictures.at(place), shape = network?.shape ?? [1, 32, 32];
-  if (state.sweeps && isBack) $("images-curtain").value = 50 + 40 * Math.sin(2 * Math.PI * (1 - place));
-  state.sweeps &&= place > 0;
-  if (expected && (isBack || !place)) Object.assign(expected, { x0: null, place: -1 });
-  $("images-grid").style.setProperty("--curtain", `${$("images-curtain").value}%`);
-  frame($("images-grid"), state.chosen, COLUMNS, ROWS);
+  const { place, isBack } = gesture, { x, x0, level } = pictures.at(place);
+  const shape = network?.shape ?? [1, 32, 32];
+  if (sweeps && isBack) curtain.value = 50 + 40 * Math.sin(2 * Math.PI * (1 - place));
+  sweeps &&= place > 0;
+  if (isBack || !place) guess = {};
+  curtain.parentElement.style.setProperty("--curtain", `${curtain.value}%`);
   drawImages($("images-noisy"), x, shape, COLUMNS, 1);
-  drawImages($("images-expected"), network ? (!isBack && expected.x0) || x0 : x, shape, COLUMNS, 1);
-  const { steps, levels } = pictures; // on the way to the noise, the film shows the last way back
-  if (steps?.length) drawFilm($("images-film"), steps, { k: state.chosen, count: COUNT, shape, total: levels.length + 1 });
-  $("images-film").classList.toggle("old", !steps?.length);
+  drawImages($("images-expected"), network ? (!isBack && guess.x0) || x0 : x, shape, COLUMNS, 1);
+  if (isBack) drawFilm(pictures.steps.filter(({ t }) => t >= Math.floor(level)), shape);
+  $("images-film").classList.toggle("old", !isBack); // the film of the last way back
   ask();
 }
 
-/** Make the section work. */
+/** Show the steps of the first picture so far, from left to right: x_t, and below it the guess. */
+function drawFilm(steps, shape) {
+  const size = shape[0] * shape[1] * shape[2], film = new Float32Array(2 * FILM * size).fill(-0.8);
+  for (let column = 0; column < FILM; column++) {
+    const step = steps[Math.round((column * pictures.levels.length) / (FILM - 1))];
+    if (!step) break;
+    film.set(step.x.subarray(0, size), column * size);
+    film.set(step.x0.subarray(0, size), (FILM + column) * size);
+  }
+  drawImages($("images-film"), film, shape, FILM, 1);
+}
+
+/** Make the section work. Returns its timeline. */
 export function startImages() {
-  gesture = new Gesture("images", [pictures], draw, say);
   pictures.begin(new Float32Array(COUNT * 1024), noiseOf(0, COUNT, 1024)());
+  gesture = new Gesture("images", [pictures], draw, say);
+  const letGo = gesture.letGo.bind(gesture);
+  gesture.letGo = () => network && letGo();
   gesture.moveTo(1);
-  const curtain = $("images-curtain"), grid = $("images-grid"), choose = (k) => {
-    state.chosen = (k + COUNT) % COUNT;
+  curtain.oninput = () => {
+    sweeps = false;
     gesture.render();
   };
-  const move = (value) => {
-    Object.assign(state, { sweeps: false, isTouched: true });
-    curtain.value = value;
-    gesture.render();
-  };
-  curtain.oninput = () => move(curtain.value);
-  let from = null; // where a pointer went down; a drag moves the curtain, and a click chooses
-  grid.onpointerdown = (event) => {
-    from = event.clientX;
-    grid.setPointerCapture(event.pointerId);
-  };
-  grid.onpointermove = (event) => {
-    if (event.pointerType === "mouse" && !event.buttons) choose(pictureAt(event, grid, COLUMNS, ROWS));
-    if (from === null || Math.abs(event.clientX - from) < 6) return;
-    from = NaN; // it moves from now on
-    move((100 * (event.clientX - grid.getBoundingClientRect().left)) / grid.clientWidth);
-  };
-  grid.onpointerup = grid.onpointercancel = (event) => {
-    if (event.type === "pointerup" && !Number.isNaN(from)) choose(pictureAt(event, grid, COLUMNS, ROWS));
-    from = null;
-  };
-  onTurn(curtain, (turn) => choose(state.chosen + turn));
-  whenNear("learning", "images-stage", () => {
-    state.isNear = true;
-    begin();
-  });
+  for (const key of Object.keys(WORDS)) {
+    $(`word-${key}`).onclick = () => {
+      word = key;
+      for (const it of Object.keys(WORDS)) $(`word-${it}`).ariaPressed = String(it === key);
+      useNetwork(network);
+    };
+  }
+  return gesture;
 }

@@ -1,74 +1,83 @@
 // The opening: pictures dissolve into noise, and the network of the emoji draws new ones.
 
-import { $, still } from "./common.js";
-import { Gesture } from "./gesture.js";
+import { $, captions, still } from "./common.js";
 import { included } from "./networks.js";
 import { Passage } from "./passage.js";
-import { drawImages, rowOf } from "./plane.js";
-import { guided, noiseOf, partsAt } from "./sampler.js";
+import { drawImages } from "./plane.js";
+import { guided, noiseOf } from "./sampler.js";
+import { Gesture } from "./timeline.js";
 
 const COUNT = 12, SHAPE = [3, 32, 32], SIZE = 3072, STEPS = 10, GUIDANCE = 1;
-const columns = () => (innerWidth < 736 ? 4 : 6);
-let fault = ""; // of the network
-/** Which kind the pictures are of: of the next one, if they come back from only noise. */
-const turnOf = ({ x0, from }) => (x0.turn ?? 0) + Number(from === 1);
-export let gesture;
-export const pictures = new Passage(eps, { sampler: "ddim", steps: STEPS, scales: true }, (error) => {
-  if (error) fault = error.message.split("\n")[0];
-  else pictures.steps.at(-1).x0.turn = turnOf(pictures); // noise may be added to these
-  gesture.render();
-});
+const show = captions("scene");
+let gesture, pictures;
+let isOffline = false; // then each way back is the recorded one, from only noise
 
-/** The first way back is recorded, because the network may still be loading: recorded.webp, by docs/make_figures.py,
- * has the first pictures, and then a row of estimates for each step. */
-async function eps(x, t) {
-  if (gesture.round === 1 && pictures.from === 1) {
-    const [signal, spread] = partsAt(t), x0 = rowOf($("scene-recording"), 1 + Math.floor(((999 - t) * STEPS) / 1000));
-    return x.map((value, k) => (value - signal * x0[k]) / spread);
-  }
-  const network = await included("emoji"), { kinds } = network, turn = turnOf(pictures);
-  return guided(network, Array.from({ length: COUNT }, (_, k) => kinds[(k + Math.floor(k / 6) + turn) % kinds.length]), GUIDANCE)(x, t);
+/** The twelve pictures in a row of recorded.webp, by docs/make_figures.py: first those at the
+ * beginning, and then the estimates in each step of the first way back, which needs no network. */
+function rowOf(row) {
+  const width = 32 * COUNT, context = new OffscreenCanvas(width, 32).getContext("2d");
+  context.drawImage($("recording"), 0, -32 * row);
+  const { data } = context.getImageData(0, 0, width, 32);
+  return Float32Array.from({ length: SIZE * COUNT }, (_, i) => {
+    const k = Math.floor(i / SIZE), c = (i >> 10) % 3, y = (i >> 5) % 32;
+    return data[4 * (y * width + 32 * k + (i % 32)) + c] / 127.5 - 1;
+  });
 }
 
-/** The heading below the pictures, and what to see. */
-function captions() {
-  const { place, isBack } = gesture, { from, jumps, steps } = pictures;
-  if (fault) return ["No network", fault];
-  if (!isBack && !place) return ["Clean", "A network has drawn these twelve smileys, people and flags."];
-  if (!isBack && place < 1) return ["Noise is added", "The pictures disappear in the noise."];
-  if (!isBack) return ["Only noise is left", "Nobody can tell what was here. Let go, and the way back begins."];
-  if (jumps) return ["Back in one jump", steps.length ? "One jump ends at a blur of all smileys, of all people, or of all flags." : "The network begins."];
-  if (place) return ["Back in many steps", steps.length ? "In each step, the network removes a little of the noise." : "The network begins."];
-  return from > 0.9 ? ["New pictures", "No person drew them."]
-    : [from > 0.5 ? "Similar pictures" : "The same pictures", "From more noise, other ones come back."];
+/** The network, which draws in each place what the recording has there. */
+async function eps(x, t) {
+  const network = await included("emoji"), { kinds } = network;
+  const y = Array.from({ length: COUNT }, (_, k) => kinds[(k + Math.floor(k / 6) + 1) % 3]);
+  return guided(network, y, GUIDANCE)(x, t);
 }
 
 function say() {
-  const [title, text] = captions();
-  [$("scene-title").textContent, $("scene-text").textContent] = [title, text];
-  $("scene-many").textContent = gesture.moving ? "Pause" : gesture.paused ? "Continue" : gesture.place ? "Back in many steps" : "Play";
-  return `${title}. ${text}`;
+  const { place, isBack, isMoving, state } = gesture, { from } = pictures;
+  const rest = place ? "Remove the noise" : "Play";
+  $("scene-play").textContent = isMoving ? "Pause" : state === "paused" ? "Continue" : rest;
+  if (!isBack) return show(!place ? "clean" : place < 1 ? "noising" : "noise");
+  if (place) return show(isOffline ? "recorded" : "back");
+  return show(from > 0.9 ? "new" : "similar");
 }
 
-/** Send everything back for the reader, or stop. A jump begins with only noise. */
-function press(jumps) {
-  const { moving, paused, isBack, place } = gesture;
-  if (!jumps && (moving || paused)) return gesture.pause();
-  if (jumps && moving && (gesture.jumps || pictures.jumps)) return; // it jumps
-  gesture.stop();
-  gesture.stage.scrollIntoView({ block: "nearest" }); // only what is in sight moves
-  if (jumps && isBack && place && pictures.from === 1) gesture.place = 1;
-  if (jumps && gesture.place < 1) return gesture.toNoise(true);
-  gesture.sendBack(jumps);
+/** Go on with the recording, which needs no network. */
+function goOffline() {
+  isOffline = true;
+  pictures.use(eps, { keepsData: true });
+  if (gesture.isBack) return;
+  if (gesture.round > 1) pictures.begin(rowOf(0), pictures.noise);
+  if (gesture.isMoving) gesture.letGo();
 }
 
-/** Make the opening work, which begins with the recording. */
+/** Make the opening work. Returns its timeline. */
 export async function startOpening() {
-  await $("scene-recording").decode();
-  pictures.begin(rowOf($("scene-recording"), 0), noiseOf(0, COUNT, SIZE)());
-  gesture = new Gesture("scene", [pictures], () => drawImages($("scene-pictures"), pictures.at(gesture.place).x, SHAPE, columns(), 1), say);
-  $("scene-many").onclick = () => press(false);
-  $("scene-one").onclick = () => press(true);
-  Object.assign(gesture, { moving: !still, repeats: !still });
-  gesture.render();
+  await $("recording").decode();
+  const estimates = Array.from({ length: STEPS }, (_, k) => rowOf(k + 1));
+  const recorded = (place) => place === 1 && (gesture.round === 1 || isOffline) && estimates;
+  const options = { steps: STEPS, scales: true, recorded };
+  pictures = new Passage(eps, options, (error) => {
+    if (error) goOffline();
+    gesture.render();
+  });
+  pictures.begin(rowOf(0), noiseOf(0, COUNT, SIZE)());
+  gesture = new Gesture("scene", [pictures], () => {
+    const columns = innerWidth < 736 ? 4 : 6;
+    drawImages($("scene-pictures"), pictures.at(gesture.place).x, SHAPE, columns, 1);
+  }, say);
+  gesture.letGo = () => {
+    const lacksNoise = isOffline && !gesture.isBack && gesture.place < 1;
+    if (!gesture.place || lacksNoise) gesture.toNoise();
+    else gesture.sendBack();
+  };
+  gesture.slider.onfocus = () => gesture.repeats && gesture.stop();
+  $("scene-play").onclick = () => {
+    if (gesture.isMoving || gesture.state === "paused") return gesture.pause();
+    gesture.stage.scrollIntoView({ block: "nearest" }); // only what is in sight moves
+    gesture.letGo();
+  };
+  included("emoji").catch(goOffline);
+  gesture.repeats = !still;
+  if (still) gesture.render();
+  else gesture.toNoise();
+  return gesture;
 }

@@ -1,99 +1,81 @@
-// The page: its sections, and which network draws in section 3. In section 5, the network of the emoji draws, or the
-// reader's.
+// The page: its sections, and which networks draw in sections 3 and 4.
 
-import { $, announce, follow, pause } from "./common.js";
+import { $, announce, follow } from "./common.js";
 import { startArrows } from "./arrows.js";
 import * as drawing from "./drawing.js";
-import { startGuidance } from "./guidance.js";
 import * as images from "./images.js";
 import { startLearning } from "./learn.js";
 import { included, open } from "./networks.js";
 import { startOpening } from "./opening.js";
 
-// A link to the repository works only on GitHub Pages, where the repository's address is known.
-const [, owner] = location.hostname.match(/^(.+)\.github\.io$/) ?? [];
-if (owner) {
-  $("code").hidden = false;
-  const repository = $("code").firstElementChild.href = `https://github.com/${owner}/${location.pathname.split("/")[1]}`;
-  for (const link of document.querySelectorAll("[data-lesson]")) {
-    link.href = `${repository}/blob/HEAD/docs/lesson.md#${link.dataset.lesson}`;
-  }
-}
-
-let wanted = "clothes"; // the network that shall draw: a key of the buttons
+const KEYS = ["clothes", "emoji", "own"]; // of the buttons of section 3
+let wanted = null; // the network that shall draw there
 let own = null; // the reader's
-
-/** What the form of the last part says. */
-function settings() {
-  const { sampler, steps, seed } = Object.fromEntries(new FormData($("settings")));
-  return { sampler, steps: Number(steps), seed: Number(seed) };
-}
 
 /** Let a network draw as soon as it is open, if no other one is wanted by then. */
 async function select(key) {
   wanted = key;
-  for (const name of ["clothes", "emoji", "own"]) $(`use-${name}`).ariaPressed = String(name === key);
-  if (key !== "own") images.awaitNetwork(key);
+  for (const name of KEYS) $(`use-${name}`).ariaPressed = String(name === key);
+  if (key !== "own") images.tell("wait", key);
   try {
     const network = key === "own" ? own : await included(key);
-    if (key !== wanted) return;
-    images.useNetwork(network, settings());
-    if (key === "own") drawing.useNetwork(network);
+    if (key === wanted) images.useNetwork(network);
   } catch (error) {
-    if (key === wanted) images.fail(error);
+    if (key === wanted) images.tell("fault", error.message);
   }
+}
+
+function tell(text, isError = false) {
+  $("own-status").textContent = text;
+  $("own-status").classList.toggle("error", isError);
+  announce(text);
 }
 
 /** Open the reader's network. One that cannot be opened changes nothing. */
 async function openOwn(file) {
-  const tell = (text, isError = false) => {
-    $("own-status").textContent = text;
-    $("own-status").classList.toggle("error", isError);
-    announce(text);
-  };
   tell(`Loading ${file.name} …`);
-  let opened;
+  const before = own;
   try {
-    opened = await open(file.name, new Uint8Array(await file.arrayBuffer()));
+    own = await open(file.name, new Uint8Array(await file.arrayBuffer()));
   } catch (error) {
     return tell(error.message, true);
   }
-  const before = own;
-  own = opened;
   $("use-own").textContent = file.name;
   $("use-own").hidden = false;
-  await select("own");
+  select("own");
+  drawing.useNetwork(own);
   before?.close();
-  tell(`${file.name} draws in sections 3 and 5. It runs on ${own.device}.`);
+  tell(`${file.name} draws in sections 3 and 4. It runs on ${own.device}.`);
   $("images").scrollIntoView();
 }
 
-for (const key of ["clothes", "emoji", "own"]) $(`use-${key}`).onclick = () => select(key);
+/** Start the sections, and then open the networks. */
+async function begin() {
+  window.sections = { // their timelines, for docs/record_page.py and the tests
+    opening: await startOpening(), arrows: startArrows(), learning: startLearning(),
+    images: images.startImages(), drawing: drawing.startDrawing(),
+  };
+  await included("emoji").then((network) => own ?? drawing.useNetwork(network), drawing.fail);
+  if (!wanted) await select("clothes"); // the reader may have been faster
+}
+
+const [, owner] = location.hostname.match(/^(.+)\.github\.io$/) ?? [];
+if (owner) { // the links to the repository work only on GitHub Pages, where its address is known
+  const repository = `https://github.com/${owner}/${location.pathname.split("/")[1]}`;
+  $("code").href = repository;
+  for (const link of document.querySelectorAll("[data-lesson]")) {
+    link.href = `${repository}/blob/HEAD/docs/lesson.md#${link.dataset.lesson}`;
+  }
+}
+$("unloaded").hidden = true;
+for (const key of KEYS) $(`use-${key}`).onclick = () => select(key);
 $("model").onchange = ({ target }) => {
   const [file] = target.files;
-  target.value = "";
   if (file) openOwn(file);
+  target.value = "";
 };
-$("settings").onsubmit = (event) => {
-  event.preventDefault();
-  images.useSettings(settings());
-  $("images").scrollIntoView();
-};
-
 // On a phone, the slider stays in sight as long as its section is.
 for (const part of document.querySelectorAll(".part")) {
-  follow(part.querySelector(".stage"), (isSeen) => part.classList.toggle("seen", isSeen), 0.4);
+  follow(part.querySelector(".stage"), (share) => part.classList.toggle("seen", share >= 0.4));
 }
-
-/** Start the sections, one at a time, so that the opening can move; then open the first network. */
-async function begin() {
-  for (const start of [startArrows, startLearning, images.startImages, startGuidance, drawing.startDrawing]) {
-    await pause(0);
-    start();
-  }
-  await included("emoji").catch(() => {}); // for the opening, which says its errors
-  await select("clothes");
-}
-
-window.recorded = startOpening();
 window.ready = begin();

@@ -1,5 +1,5 @@
-// Diffusion in JavaScript: the forward process of ddpm.py; the reverse process and the guidance of sample.py.
-// Numbers in brackets are equations of the paper, arXiv:2006.11239. t counts 0..T-1, as in ddpm.py.
+// The forward process of ddpm.py; DDIM and the guidance of sample.py. Numbers in brackets are
+// equations of the paper, arXiv:2006.11239. t counts 0..T-1, as in ddpm.py, and the paper from 1.
 // Images are Float32Array in [-1, 1], in the order (B, C, H, W).
 
 /** The running products abar_t of alpha_t = 1 - beta_t. */
@@ -9,10 +9,11 @@ export function alphasBar(betas) {
 }
 
 /** The paper's schedule. */
-export const T = 1000, BETAS = Array.from({ length: T }, (_, t) => 1e-4 + ((0.02 - 1e-4) * t) / (T - 1));
+export const T = 1000;
+export const BETAS = Array.from({ length: T }, (_, t) => 1e-4 + ((0.02 - 1e-4) * t) / (T - 1));
 export const ABAR = alphasBar(BETAS);
 
-/** [sqrt(abar), sqrt(1 - abar)] at a level from -1, which is x_0, to T - 1; also between two levels. */
+/** [sqrt(abar), sqrt(1 - abar)] at a level from -1 (x_0) to T - 1, also between two levels. */
 export function partsAt(level, abars = ABAR) {
   const low = Math.floor(level), at = (t) => (t < 0 ? 1 : abars[Math.min(t, abars.length - 1)]);
   const abar = at(low) + (level - low) * (at(low + 1) - at(low));
@@ -31,75 +32,49 @@ export function between({ t, x, x0 }, level, abars = ABAR) {
   return rest ? x.map((value, k) => signal * x0[k] + (noise / rest) * (value - before * x0[k])) : x;
 }
 
-/** The `steps` of T levels that the reverse process visits: T - 1 first, and T / steps - 1 at last. */
-export const levelsOf = (T, steps) => Array.from({ length: steps }, (_, k) => Math.floor((T * (steps - k)) / steps) - 1);
+/** The `steps` of T levels that the reverse process visits, from T - 1 to T / steps - 1. */
+export const levelsOf = (T, steps) =>
+  Array.from({ length: steps }, (_, k) => Math.floor((T * (steps - k)) / steps) - 1);
 
 /** The estimate of x_0 by (15), clipped to [-limit, limit]. */
 export const predictX0 = (x, eps, abar, limit = Infinity) => x.map((value, k) =>
   Math.min(limit, Math.max(-limit, (value - Math.sqrt(1 - abar) * eps[k]) / Math.sqrt(abar))));
 
 /**
- * The loop of sample.py as an async generator: yields {t, x, x0} from t = T-1 down.
- * x is x_t, the input of the network; x0 is the current estimate of the clean images, and the last
- * one is the sample.
- * eps(x, t) returns the noise in x, or a promise of it. drawNoise() returns x_T, and then each z. To
- * start at an x_t, pass betas.slice(0, t + 1) and a function that returns x_t first.
- * variance: sigma_t^2 of "ddpm" is beta_t if "large", the posterior variance (7) if "small".
- * steps: how many of the T steps to take; all by default.
- * sampler: "ddpm", the paper's Algorithm 2, is the default with all steps, "dpm-solver++" with fewer; "ddim" is DDIM.
- * clip: whether x0 is clipped to [-1, 1].
+ * The loop of sample.py with the sampler "ddim", as an async generator: yields {t, x, x0} of each
+ * of `steps` steps from t = T-1 down. x is x_t, at first xT; x0 is the estimate of the images,
+ * clipped to [-1, 1] if `clip`, and the last one is the sample. eps(x, t) returns the noise in x,
+ * or a promise of it. To start at an x_t, pass it as xT, with betas.slice(0, t + 1).
  */
-export async function* reverse(eps, drawNoise, betas, { variance = "large", steps = betas.length, sampler, clip = true } = {}) {
-  sampler ??= steps === betas.length ? "ddpm" : "dpm-solver++";
-  const abars = alphasBar(betas), levels = levelsOf(betas.length, steps);
-  let x = drawNoise(), earlier = null;
-  for (const [k, t] of levels.entries()) { // a step leads from t to s
-    const s = levels[k + 1], abar = abars[t], signal = Math.sqrt(abar), spread = Math.sqrt(1 - abar);
-    const x0 = predictX0(x, await eps(x, t), abar, clip ? 1 : Infinity);
-    yield { t, x, x0 };
-    if (s === undefined) return;
-    const abarS = abars[s];
-    if (sampler === "ddpm") { // Algorithm 2: the posterior mean (7), and noise
-      const beta = 1 - abar / abarS, fromX0 = (Math.sqrt(abarS) * beta) / (1 - abar);
-      const fromX = (Math.sqrt(abar / abarS) * (1 - abarS)) / (1 - abar);
-      const sigma2 = variance === "large" ? beta : ((1 - abarS) / (1 - abar)) * beta;
-      const sigma = Math.sqrt(sigma2), z = drawNoise();
-      x = x.map((value, i) => fromX0 * x0[i] + fromX * value + sigma * z[i]);
-      continue;
-    }
-    let target = x0;
-    if (sampler === "dpm-solver++") { // extrapolate x0 in log SNR to the middle of the step
-      const [logSnr, logSnrS] = [abar, abarS].map((a) => Math.log(a / (1 - a)));
-      if (earlier) {
-        const rate = (logSnrS - logSnr) / 2 / (logSnr - earlier.logSnr), before = earlier.x0;
-        target = x0.map((value, i) => value + rate * (value - before[i]));
-      }
-      earlier = { logSnr, x0 };
-    }
-    const [signalS, spreadS] = [Math.sqrt(abarS), Math.sqrt(1 - abarS)];
-    x = x.map((value, i) => signalS * target[i] + spreadS * ((value - signal * target[i]) / spread));
+export async function* reverse(eps, xT, betas, steps, clip = true) {
+  const abars = alphasBar(betas);
+  let step = null;
+  for (const t of levelsOf(betas.length, steps)) {
+    const x = step ? between(step, t, abars) : xT;
+    step = { t, x, x0: predictX0(x, await eps(x, t), abars[t], clip ? 1 : Infinity) };
+    yield step;
   }
 }
 
-/**
- * eps(x, t) of classifier-free guidance: (1 + w) eps given y, minus w eps without a class.
- * y has the index of the class of each image.
- */
+/** eps(x, t) of classifier-free guidance: (1 + w) eps given the classes y, minus w eps without. */
 export const guided = (network, y, w) => async (x, t) => {
   const given = await network.eps(x, t, y), without = w === 0 ? given : await network.eps(x, t);
   return given.map((value, k) => (1 + w) * value - w * without[k]);
 };
 
 /** A standard normal number by the Box-Muller transform. random: a function of `uniform`. */
-export const normal = (random) => Math.sqrt(-2 * Math.log(1 - random())) * Math.cos(2 * Math.PI * random());
+export const normal = (random) =>
+  Math.sqrt(-2 * Math.log(1 - random())) * Math.cos(2 * Math.PI * random());
 
-/** A drawNoise() for `batch` images of `size` standard normal numbers; those of image k depend on (seed, k) alone. */
+/** A function that draws `batch` images of `size` standard normal numbers; those of image k depend
+ * on seed and k only. */
 export function noiseOf(seed, batch, size) {
   const streams = Array.from({ length: batch }, (_, k) => uniform(seed, k));
-  return () => Float32Array.from({ length: batch * size }, (_, k) => normal(streams[Math.floor(k / size)]));
+  const draw = (_, k) => normal(streams[Math.floor(k / size)]);
+  return () => Float32Array.from({ length: batch * size }, draw);
 }
 
-/** A function that draws uniform numbers in [0, 1): sfc32 of PractRand, seeded with two integers. */
+/** A function that draws from [0, 1): sfc32 of PractRand, seeded with two integers. */
 export function uniform(seed, stream) {
   let a = seed >>> 0, b = stream >>> 0, c = Math.floor(seed / 2 ** 32), counter = 1;
   const next = () => {

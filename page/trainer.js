@@ -4,11 +4,12 @@
 
 import { ABAR, T, normal, partsAt, uniform } from "./sampler.js";
 
-const WAVES = [3, 6, 12, 24]; // frequencies of sines of x_t, with which fine detail is learnt sooner
+const WAVES = [3, 6, 12, 24]; // frequencies of sines of x_t, by which fine detail is learnt sooner
 const HALF = 8, INPUTS = 2 + 4 * WAVES.length + 2 * HALF, WIDTH = 64; // WIDTH: of the hidden layers
 const RATE = 0.012, DECAY = 0.999; // the learning rate at first, and the decay of the average
-const EMBEDDING = ABAR.map((abar) => { // sines and cosines of half the logarithm of the signal-to-noise ratio
-  const angles = Array.from({ length: HALF }, (_, k) => 0.15 * (k + 1) * Math.log(abar / (1 - abar)) / 2);
+const EMBEDDING = ABAR.map((abar) => { // sines and cosines of half of log SNR
+  const half = Math.log(abar / (1 - abar)) / 2;
+  const angles = Array.from({ length: HALF }, (_, k) => 0.15 * (k + 1) * half);
   return [...angles.map(Math.sin), ...angles.map(Math.cos)];
 });
 
@@ -45,7 +46,8 @@ function affineBackward(x, W, dy, dW, db) {
 
 const sigmoid = (value) => 1 / (1 + Math.exp(-value));
 const silu = (x) => x.map((value) => value * sigmoid(value));
-const siluBackward = (x, dy) => x.map((value, k) => dy[k] * sigmoid(value) * (1 + value * (1 - sigmoid(value))));
+const siluBackward = (x, dy) =>
+  x.map((value, k) => dy[k] * sigmoid(value) * (1 + value * (1 - sigmoid(value))));
 
 /** What the network reads of each point: x_t, sines of it, and the embedding of t. */
 function features(x, t) {
@@ -70,12 +72,13 @@ function forward([W1, b1, W2, b2, W3, b3], x) {
 
 /** eps_theta(x_t, t) of the network with these parameters, with the same t for all points. */
 export function epsOf(parameters, x, t) {
-  const v = forward(parameters, features(x, new Array(x.length / 2).fill(t))).at(-1), [signal, spread] = partsAt(t);
+  const rows = features(x, new Array(x.length / 2).fill(t)), v = forward(parameters, rows).at(-1);
+  const [signal, spread] = partsAt(t);
   return v.map((value, k) => signal * value + spread * x[k]);
 }
 
-/** A network of two hidden layers, and its training. Its output is v, with eps = sqrt(abar) v + sqrt(1 - abar) x_t
- * (Salimans and Ho 2022). The loss is that of eps in any case. */
+/** A network of two hidden layers, and its training. Its output is v (Salimans and Ho 2022), with
+ * eps = sqrt(abar) v + sqrt(1 - abar) x_t. The loss is that of eps in any case. */
 export class Trainer {
   constructor() {
     const random = uniform(0, 0), zeros = (n) => new Float32Array(n);
@@ -90,26 +93,29 @@ export class Trainer {
   }
 
   /** A gradient step of Algorithm 1 on a batch of `draw`. Returns {loss, gradient}. */
-  step(batch) {
-    const { t, noise } = batch, xt = noised(batch);
+  step({ x0, t, noise }) {
+    const gradient = this.parameters.map((p) => new Float32Array(p.length));
+    const [, , W2, , W3] = this.parameters, [dW1, db1, dW2, db2, dW3, db3] = gradient;
+    const parts = t.map((level) => partsAt(level)), eps = new Float32Array(x0.length);
+    const xt = x0.map((value, k) => parts[k >> 1][0] * value + parts[k >> 1][1] * noise[k]); // (4)
     const [x, a1, h1, a2, h2, v] = forward(this.parameters, features(xt, t));
-    const [W1, , W2, , W3] = this.parameters, gradient = this.parameters.map((p) => new Float32Array(p.length));
-    const [dW1, db1, dW2, db2, dW3, db3] = gradient, eps = new Float32Array(xt.length);
     const dV = v.map((value, k) => {
-      const [signal, spread] = partsAt(t[k >> 1]);
+      const [signal, spread] = parts[k >> 1];
       eps[k] = signal * value + spread * xt[k];
       return (-2 * signal * (noise[k] - eps[k])) / eps.length;
     });
     const dA2 = siluBackward(a2, affineBackward(h2, W3, dV, dW3, db3));
     const dA1 = siluBackward(a1, affineBackward(h1, W2, dA2, dW2, db2));
-    affineBackward(x, W1, dA1, dW1, db1);
+    affineBackward(x, this.parameters[0], dA1, dW1, db1);
     this.adam(gradient);
-    return { loss: eps.reduce((sum, value, k) => sum + (noise[k] - value) ** 2, 0) / eps.length, gradient }; // (14)
+    const loss = eps.reduce((sum, value, k) => sum + (noise[k] - value) ** 2, 0) / eps.length;
+    return { loss, gradient }; // (14)
   }
 
-  /** Adam, whose learning rate is halved by step 1000, and the average of the weights (EMA), as in train.py. */
+  /** Adam, whose learning rate is halved by step 1000, and the average of the weights. */
   adam(gradient) {
-    const rate = RATE / (1 + this.steps / 1000), k = ++this.steps, decay = Math.min(DECAY, k / (9 + k));
+    const rate = RATE / (1 + this.steps / 1000), k = ++this.steps;
+    const decay = Math.min(DECAY, k / (9 + k)); // as in train.py
     const [bias1, bias2] = [1 - 0.9 ** k, 1 - 0.999 ** k];
     this.parameters.forEach((p, i) => {
       const [g, m, s, mean] = [gradient[i], this.first[i], this.second[i], this.average[i]];
@@ -123,17 +129,14 @@ export class Trainer {
   }
 }
 
-/** x_t (4) of a batch, with a t for each point. */
-const noised = ({ x0, t, noise }) =>
-  x0.map((value, k) => Math.sqrt(ABAR[t[k >> 1]]) * value + Math.sqrt(1 - ABAR[t[k >> 1]]) * noise[k]);
-
-/** The random part of a step: x_0 ~ q(x_0), which is one of the points plus a Gaussian of deviation std,
- * t ~ Uniform, and noise ~ N(0, I). random: a function of `uniform`. */
+/** The random part of a step: x_0, which is one of the points plus a Gaussian of deviation std, t
+ * and the noise. random: a function of `uniform`. */
 export function draw(points, std, count, random) {
   const index = Array.from({ length: count }, () => Math.floor((random() * points.length) / 2));
+  const filled = (value) => Float32Array.from({ length: 2 * count }, (_, k) => value(k));
   return {
-    x0: Float32Array.from({ length: 2 * count }, (_, k) => points[2 * index[k >> 1] + (k % 2)] + std * normal(random)),
+    x0: filled((k) => points[2 * index[k >> 1] + (k % 2)] + std * normal(random)),
     t: index.map(() => Math.floor(T * random())),
-    noise: Float32Array.from({ length: 2 * count }, () => normal(random)),
+    noise: filled(() => normal(random)),
   };
 }

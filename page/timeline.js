@@ -1,0 +1,196 @@
+// The timelines of the sections: what moves by itself, until the reader takes over.
+
+import { $, announce, follow, onPointer } from "./common.js";
+
+const PACE = { rest: 3000, noising: 2200, noise: 500, back: 3900 }; // milliseconds
+
+/** How fast it moves at a place: slowly near the data, where most is to be seen; 1 on average. */
+const paceAt = (place) => 0.3 + 2.06 * place;
+
+/** A place from 0 to 1, which a slider shows and moves. */
+export class Timeline {
+  place = 0;
+  state = "idle"; // or "paused", or the name of the method that moves it: here, only "held"
+  seen = 0; // the share of the stage that is in sight
+  begin = null; // what it will do by itself, until something else happens
+  repeats = false; // whether it begins again by itself
+  #asked = 0; // a frame, if there is one
+  #before = null; // its time, while something moves
+
+  /** name: of the ids of its stage and its slider. draw(): draws what is seen. say(): says it, and
+   * returns it. */
+  constructor(name, draw, say) {
+    Object.assign(this, { draw, say, slider: $(`${name}-place`), stage: $(`${name}-stage`) });
+    follow(this.stage, (seen) => {
+      this.seen = seen;
+      this.#ask();
+      if (seen >= 0.6) this.begin?.();
+    });
+    new ResizeObserver(() => this.#ask()).observe(this.stage);
+    this.#listen();
+  }
+
+  get isMoving() {
+    return this.state !== "idle" && this.state !== "paused";
+  }
+
+  go(state) {
+    Object.assign(this, { state, begin: null });
+    this.render();
+  }
+
+  moveTo(place) {
+    this.place = place;
+    this.render();
+  }
+
+  /** Begin by itself when most of the stage is seen. */
+  whenSeen(begin) {
+    this.begin = begin;
+    if (this.seen >= 0.6) begin();
+  }
+
+  /** Stay here for some milliseconds, and then do something. */
+  hold(left, next) {
+    Object.assign(this, { left, next });
+    this.go("held");
+  }
+
+  held(passed) {
+    this.left -= passed;
+    if (this.left <= 0) this.next();
+  }
+
+  /** Stop for the reader, who takes over. */
+  stop() {
+    this.repeats = false;
+    this.go("idle");
+  }
+
+  /** Stop, or go on with the same. */
+  pause() {
+    const { state, before } = this;
+    this.stop();
+    this.before = state;
+    this.go(state === "paused" ? before : "paused");
+  }
+
+  #listen() {
+    const { slider } = this;
+    let before = null, byKey = false; // before: where it was when the pointer went down
+    const end = () => { before = null; };
+    onPointer(slider, {
+      press: () => { [before, byKey] = [this.place, false]; },
+      release: () => end(this.place && this.letGo?.()),
+      cancel: () => end(this.moveTo(before)),
+    });
+    slider.oninput = () => { // the browser moves the thumb
+      const place = slider.value / 1000; // before it is rendered
+      this.stop();
+      this.moveTo(place);
+      if (before === null && !byKey) this.letGo?.(); // after a tap
+    };
+    slider.onchange = () => byKey && announce(this.say());
+    slider.onkeydown = (event) => {
+      byKey = true;
+      if (event.key !== "Enter" && event.key !== " ") return;
+      event.preventDefault();
+      this.letGo?.();
+    };
+  }
+
+  /** Say what is seen, and draw it in the next frame. */
+  render() {
+    this.slider.value = 1000 * this.place;
+    this.say();
+    this.#ask();
+  }
+
+  #ask() {
+    if (this.seen && !this.#asked) this.#asked = requestAnimationFrame((now) => this.#frame(now));
+  }
+
+  #frame(now) {
+    this.#asked = 0;
+    if (this.isMoving) {
+      this[this.state](Math.min(200, now - (this.#before ?? now)));
+      this.render();
+      if (!this.isMoving) announce(this.say());
+    }
+    this.#before = this.isMoving ? now : null;
+    this.draw();
+  }
+}
+
+/** The gesture: drag to the noise, let go, and something new comes back. */
+export class Gesture extends Timeline {
+  round = 1; // the seed of the noise
+
+  /** passages: what moves. stays: whether the slider stays where the reader let go. */
+  constructor(name, passages, draw, say, stays = false) {
+    super(name, draw, say);
+    Object.assign(this, { passages, stays });
+  }
+
+  get isBack() {
+    return this.passages[0].steps !== null;
+  }
+
+  /** Whether the way back is over. */
+  get hasCome() {
+    return !this.place && this.passages.every(({ result }) => result);
+  }
+
+  /** Move to a place: down on the way back, up by adding noise to what has come back so far. Where
+   * the slider stays, each move adds noise. */
+  moveTo(place) {
+    if (place && (place > this.place || this.stays)) this.#renew();
+    super.moveTo(place);
+  }
+
+  /** What happens when the reader lets go of the slider, or presses Enter. */
+  letGo() {
+    if (this.place) this.sendBack();
+    else this.toNoise();
+  }
+
+  /** Begin the way to the noise, which the way back follows. */
+  toNoise() {
+    this.#renew();
+    this.go("noising");
+  }
+
+  noising(passed) {
+    this.place = Math.min(1, this.place + (paceAt(this.place) * passed) / PACE.noising);
+    if (this.place === 1) this.hold(PACE.noise, () => this.sendBack());
+  }
+
+  /** Begin the way back from here, or go on. */
+  sendBack() {
+    if (!this.isBack) for (const passage of this.passages) passage.sendBack(this.place);
+    this.go("back");
+  }
+
+  back(passed) {
+    const { place, passages } = this, next = place - (paceAt(place) * passed) / PACE.back;
+    this.place = Math.max(0, next, ...passages.map(({ reached }) => Math.min(place, reached)));
+    if (this.place && this.isBack) return;
+    if (this.repeats) this.hold(PACE.rest, () => this.toNoise());
+    else this.state = "idle";
+  }
+
+  /** Add fresh noise to what has come back. */
+  #renew() {
+    if (!this.isBack) return;
+    this.round++;
+    for (const passage of this.passages) passage.renew(this.round);
+  }
+
+  render() {
+    super.render();
+    const { slider, isBack } = this, [{ from }] = this.passages;
+    if (this.stays && isBack) slider.value = 1000 * from;
+    slider.style.setProperty("--from", isBack ? from : -1); // a mark
+    slider.ariaValueText = `level ${Math.round(1000 * this.place ** 2)}`;
+  }
+}
