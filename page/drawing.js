@@ -7,7 +7,6 @@ import { noiseOf } from "./sampler.js";
 import { Gesture } from "./timeline.js";
 
 const ENDS = 4, STEPS = 20; // images that come back, and in how many steps
-const PLACES = [0.22, 0.39, 0.55, 0.71, 0.89], SMALL_STEPS = 10; // of the small results
 const FIRST = 0.6; // from where the first drawing comes back
 const WAIT = 500; // milliseconds without a stroke, after which the drawing comes back
 const canvas = $("draw"), context = canvas.getContext("2d", { willReadFrequently: true });
@@ -17,25 +16,7 @@ let pen = pens[0], before; // before: where the pen was
 
 const drawing = new Passage(null, { steps: STEPS, scales: true, keepsData: true }, (error) => {
   if (error) fail(error);
-  else if (drawing.result) fill();
   gesture.render();
-});
-
-const track = PLACES.map((place) => { // the small results, which come one after the other
-  const its = $("drawing-track").appendChild(document.createElement("canvas"));
-  its.style.left = `${100 * place}%`;
-  its.onclick = () => {
-    gesture.moveTo(place);
-    gesture.letGo();
-  };
-  const passage = new Passage(null, { steps: SMALL_STEPS }, (error) => {
-    if (error) return fail(error);
-    if (!passage.result) return;
-    drawImages(its, passage.result, shape);
-    its.className = "pixels";
-    fill();
-  });
-  return { canvas: its, passage };
 });
 
 /** The drawing, as the network sees it: Float32Array (C, H, W). */
@@ -58,10 +39,6 @@ function restart() {
   const x0 = drawn(), { length } = x0;
   const copies = Float32Array.from({ length: ENDS * length }, (_, k) => x0[k % length]);
   drawing.begin(copies, noiseOf(gesture.round++, ENDS, length)());
-  for (const { passage, canvas } of track) {
-    passage.begin(x0, noiseOf(1, 1, length)());
-    canvas.className = "pixels old";
-  }
   gesture.stop();
   gesture.moveTo(0);
 }
@@ -72,12 +49,6 @@ function comeBack() {
   gesture.moveTo(drawing.from ?? FIRST);
   gesture.sendBack();
   if (still) gesture.place = 0;
-}
-
-/** Draw the next small result that is missing. */
-function fill() {
-  const next = track.findIndex(({ passage }) => !passage.steps);
-  if (next >= 0) track[next].passage.sendBack(PLACES[next]);
 }
 
 /** Draw a line from where the pen was. */
@@ -103,9 +74,7 @@ function clear() {
 /** The network that draws: that of the emoji, or the reader's, which begins with an empty sheet. */
 export function useNetwork(opened) {
   [network, shape, fault] = [opened, opened.shape, ""];
-  for (const { passage } of [{ passage: drawing }, ...track]) {
-    passage.use((x, t) => opened.eps(x, t), { betas: network.betas });
-  }
+  drawing.use((x, t) => opened.eps(x, t), { betas: network.betas });
   $("draw-pens").hidden = shape[0] === 1;
   if (network.kinds) restart();
   else clear();
