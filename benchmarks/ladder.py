@@ -168,7 +168,7 @@ def in_markdown(head, lines, labels=1):
     lines = [line for line in lines if any(line[labels:])]
     kept = [k for k in range(len(head)) if any(line[k] for line in lines)]
     lines = [[line[k] or "-" for k in kept] for line in lines]
-    lines = [[head[k] for k in kept], ["---"] * len(kept), *lines]
+    lines = lines and [[head[k] for k in kept], ["---"] * len(kept), *lines]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -247,7 +247,7 @@ def main():
         rows = read_rows(args.table)
         tables = table(rows, SHORT), table(rows, LONG), samplers(rows, "paper.onnx")
         tables += samplers(rows, INCLUDED), guidance(rows, INCLUDED), table_2(rows)
-        return print(*tables, sep="\n\n")
+        return print(*filter(None, tables), sep="\n\n")
     if args.rung.endswith(".onnx"):
         args.seed = args.steps = ""
     elif args.rung not in RUNGS or not args.data:
