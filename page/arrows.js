@@ -6,7 +6,8 @@ import { STD, missed } from "./points.js";
 import { DATA, N, Scene, pointOf } from "./scene.js";
 import { Gesture } from "./timeline.js";
 
-const FIRST = 0.45, HOLD = 2500; // where it begins, and the milliseconds for which a dot stays
+const FIRST = 0.45; // where it begins
+const HOLD = { first: 6000, next: 1200 }; // the milliseconds for which a dot stays
 const show = captions("arrows");
 let chosen = 64; // the dot whose origins are shown: at first, one that is below the others
 let gesture, scenes, large;
@@ -23,7 +24,7 @@ function say() {
   const shares = scenes.map((scene) => hasCome && missed(scene.result, DATA, STD));
   for (const [k, { canvas }] of scenes.entries()) {
     const percent = (100 * shares[k]).toFixed(0);
-    $(`${canvas.id}-miss`).textContent = hasCome ? `${percent}% miss the arcs` : "";
+    $(`${canvas.id}-miss`).textContent = hasCome ? `${percent}% miss` : "";
   }
   if (hasCome) return show(shares[2] < 0.4 ? "near" : "done");
   if (!place) return show("clean");
@@ -57,7 +58,7 @@ function listen() {
     },
     release() {
       const isReady = before !== null && gesture.place && !gesture.isBack;
-      if (isReady) gesture.hold(HOLD, () => gesture.sendBack());
+      if (isReady) gesture.hold(HOLD.next, () => gesture.sendBack());
     },
     cancel: () => before !== null && choose(before),
   });
@@ -71,6 +72,6 @@ export function startArrows() {
   gesture = new Gesture("arrows", scenes, draw, say);
   listen();
   gesture.moveTo(FIRST);
-  if (!still) gesture.whenSeen(() => gesture.hold(HOLD, () => gesture.sendBack()));
+  if (!still) gesture.whenSeen(() => gesture.hold(HOLD.first, () => gesture.sendBack()));
   return gesture;
 }

@@ -9,7 +9,7 @@ import { Gesture } from "./timeline.js";
 const COLUMNS = 5, COUNT = 15, FILM = 11; // columns of the pictures and of the film
 const WORDS = { none: null, weak: 0, strong: 3 }; // the guidance of each choice; null: no word
 const curtain = $("images-curtain"), show = captions("images");
-let network = null, word = "weak", notice = ["wait", "clothes"]; // the key of a caption, and text
+let network = null, word = "strong", notice = ["wait", "clothes"]; // the key of a caption, and text
 let guess = {}; // of the network on the way to the noise: {x0, place, isAsked}
 let sweeps = false; // whether the curtain moves by itself
 let gesture;
