@@ -183,7 +183,7 @@ def read_folder(folder, size, channels=None, classes=None, cache=None):
     channels: C, 1 or 3, or None for 3 if any image is in colour.
     classes: names of sub-folders. The label of an image is the index of its sub-folder in this
         list. Without such a list, the labels are None.
-    cache: a folder for the decoded images, which are memory-mapped, until a file changes.
+    cache: a folder for the decoded images, memory-mapped, and valid until a file changes.
 
     Counts and names the files that are left out. Exits if no image is left, or if one is in none of
     the classes.

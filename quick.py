@@ -5,7 +5,7 @@
     optimizer = Muon(network, lr=6e-3)             # in place of torch.optim.Adam
 
 Each has the interface of what it replaces, so that nothing else has to know about it: the network
-returns eps. benchmarks/ladder.md shows what each of them changes.
+returns eps. benchmarks/ladder.md measures what they change.
 """
 
 from collections import defaultdict
@@ -17,10 +17,10 @@ from ddpm import Diffusion, UNet, look_up
 
 
 class VUNet(UNet):
-    """A UNet whose output is v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0, and which returns eps.
+    """A UNet that predicts v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0, and returns eps.
 
     The target v is from Salimans and Ho 2022 (arXiv:2202.00512). diffusion: a Diffusion, for its
-    schedule. options: the arguments of UNet, whose weights and errors this class shares.
+    schedule. options: the arguments of UNet, whose weights and checks this class shares.
     """
 
     def __init__(self, diffusion, **options):

@@ -137,7 +137,7 @@ def sample_progressive(network, n, classes=None, guidance=0.0, seed=0, first=0, 
     if unknown := {*names} - {*network.classes}:
         raise ValueError(f"the network has the classes {network.classes}, not {min(unknown)!r}")
     if not math.isfinite(guidance) or (guidance and not names):
-        raise ValueError(f"guidance must be a number, and needs classes, not {guidance}")
+        raise ValueError(f"guidance must be finite, and 0 without classes, not {guidance}")
     eps = network
     if names:
         y = [network.classes.index(names[k % len(names)]) for k in range(first, first + n)]
@@ -262,7 +262,7 @@ def check_output(path, *inputs):
     except OSError as error:
         sys.exit(f"{path} can't be written: {error.strerror}")
     if os.path.isdir(path) or (os.path.exists(path) and not os.access(path, os.W_OK)):
-        sys.exit(f"{path} can't be written: it is a folder, or permission is missing")
+        sys.exit(f"{path} can't be written: it is a folder, or is write-protected")
     if os.path.realpath(path) in map(os.path.realpath, inputs):
         sys.exit(f"{path} can't be written: the program reads it")
 

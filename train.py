@@ -4,7 +4,7 @@
     python train.py --data ./images            # the paper's CIFAR-10 run on your images, into run/
     python train.py --data ./images --quick    # a small network, minutes on two CPU cores
     python train.py --data ./images --classes  # the sub-folders are classes, to sample by name
-    python train.py --out run                  # goes on with a run; so does its first command
+    python train.py --out run                  # resumes a run; so does its first command
     torchrun --standalone --nproc_per_node=4 train.py --data ./images    # on four GPUs
 
 Besides the checkpoint, the run folder holds the decoded images, log.csv (one row per step) and
@@ -453,7 +453,7 @@ def load_images(s, channels, out):
 
 
 def say_days(network, diffusion, shape, s, start):
-    """Print how long the run will take, if that is days, as on a CPU: measured on two images."""
+    """Print how long the run will take, if it is over a day, estimated from two images."""
     for _ in range(2):  # the first time is longer
         began = time.monotonic()
         with torch.autocast("cpu", torch.bfloat16, enabled=s.amp):

@@ -67,7 +67,7 @@ def main():
     )  # fmt: skip
     parser.add_argument("--data", help="folder of images [the demo, for a run on the demo]")
     parser.add_argument("--checkpoint", type=Path, default=default_run(), help="run [%(default)s]")
-    parser.add_argument("--images", type=int, help="how many images, drawn at random [all]")
+    parser.add_argument("--images", type=int, help="how many images, picked at random [all]")
     parser.add_argument("--variance", choices=("large", "small"), help="[as in training]")
     parser.add_argument("--batch", type=int, default=128, help="[%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="of noise and images [%(default)s]")

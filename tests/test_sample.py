@@ -248,7 +248,7 @@ def test_wrong_checkpoints_are_one_line(unet, program, folder):
         (1, "--steps must be 1..1000", ["--steps 0", "--steps 1001"]),
         (1, "has the classes ['blue', 'green', 'red'], not 'pink'", ["--class red pink"]),
         (1, "has the classes [], not 'red'", ["--onnx plain.onnx --class red"]),
-        (1, "guidance must be a number, and needs classes",
+        (1, "guidance must be finite, and 0 without classes",
          ["--guidance nan", "--onnx plain.onnx --guidance 1"]),
         (1, "device must be", ["--device tpu"]),
         (1, "ONNX Runtime can't use CUDA", ["--device cuda"]),
