@@ -242,7 +242,7 @@ def decide(given, state, out, device):
         fixed |= {*METHOD} - {"data"} | ({"steps"} if s["lr_decay"] else set())
     for name in SETTINGS if state else ():
         if name in fixed and s[name] != saved[name]:
-            sys.exit(f"train.py: the run in {out} was begun without {as_flag(name, s[name])}; omit "
+            sys.exit(f"train.py: {out} was begun without {as_flag(name, s[name])}; omit "
                      "this flag, or use another --out")  # fmt: skip
     s = argparse.Namespace(**s)
     if state and s.steps < state["step"]:

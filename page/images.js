@@ -32,7 +32,7 @@ export function useNetwork(opened) {
   const y = classes.length ? Array.from({ length: COUNT }, (_, k) => classOf(k)) : undefined;
   $("images-pills").hidden = !kinds;
   pictures.use(w === null ? (x, t) => opened.eps(x, t) : guided(opened, y, w), { betas });
-  pictures.begin(new Float32Array(COUNT * size), noiseOf(0, COUNT, size)());
+  pictures.begin(null, noiseOf(0, COUNT, size)());
   [guess, notice] = [{}, null];
   $("images-film").width += 0; // clears it
   gesture.stop();
@@ -47,7 +47,8 @@ export function useNetwork(opened) {
 /** Ask what the network guesses at the place of the slider, one question at a time. */
 async function ask() {
   const { place, isBack } = gesture, own = guess;
-  if (!network || isBack || !place || own.isAsked || own.place === place) return;
+  if (!network || isBack || !place || !pictures.x0) return;
+  if (own.isAsked || own.place === place) return;
   own.isAsked = true;
   const { x, level } = pictures.at(place), t = Math.max(0, Math.round(level));
   try {
@@ -95,7 +96,7 @@ function drawFilm(steps, shape) {
 
 /** Make the section work. Returns its timeline. */
 export function startImages() {
-  pictures.begin(new Float32Array(COUNT * 1024), noiseOf(0, COUNT, 1024)());
+  pictures.begin(null, noiseOf(0, COUNT, 1024)());
   gesture = new Gesture("images", [pictures], draw, say);
   const letGo = gesture.letGo.bind(gesture);
   gesture.letGo = () => network && letGo();

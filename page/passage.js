@@ -6,7 +6,7 @@ import { BETAS, alphasBar, between, levelsOf, noiseOf, qSample, reverse } from "
 
 /** x_t at every place. */
 export class Passage {
-  x0 = null; // with the noise, it makes x_t on the way to the noise (4)
+  x0 = null; // with the noise, it makes x_t (4); without data, there is only the noise
   noise = null;
   steps = null; // of the way back, from its beginning down: {t, x, x0}; the result has t = -1
 
@@ -40,7 +40,7 @@ export class Passage {
   /** Begin with what has come back, or again with the same data where nothing whole has. */
   renew(seed) {
     const x0 = (!this.options.keepsData && this.result) || this.x0;
-    this.begin(x0, noiseOf(seed, 1, x0.length)());
+    this.begin(x0, noiseOf(seed, 1, this.noise.length)());
   }
 
   /** What has come back, if the way back is complete. */
@@ -59,14 +59,16 @@ export class Passage {
   /** {x, x0, level} at a place, x0 being the estimate. Between two steps, it moves as by DDIM. */
   at(place) {
     const level = this.levelAt(place), { steps, abars, x0, noise, xT } = this;
+    if (!steps && !x0) return { x: noise, x0: noise, level };
     if (!steps) return { x: qSample(x0, level, noise, abars), x0, level };
     if (!steps.length) return { x: xT, x0: xT, level: this.levelAt(this.from) };
     const step = steps.findLast(({ t }) => t >= level) ?? steps[0];
     return { x: between(step, level, abars), x0: step.x0, level };
   }
 
-  /** Begin the way back at a place. */
-  sendBack(place) {
+  /** Begin the way back at a place; without data, at the noise. */
+  sendBack(begin) {
+    const place = this.x0 ? begin : 1;
     const { options, abars } = this, t = Math.max(0, Math.round(this.levelAt(place)));
     const wanted = options.scales ? Math.ceil(options.steps * place) : options.steps;
     const levels = levelsOf(t + 1, Math.min(wanted, t + 1)), xT = this.at(place).x, steps = [];

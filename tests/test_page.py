@@ -623,6 +623,10 @@ def test_word_of_the_emoji(page):
         caption(page, "images", title)
         expected = next(steps_of_python(network, images_at(page, 1, shape), *given))[2]
         assert np.abs(images_at(page, 1, shape, "x0") - expected).mean() < 1e-2
+    # before anything has come back, there is only noise, from which the way back begins
+    page.click("#word-weak")
+    value_of(page, "images", "(gesture.stop(), gesture.moveTo(0.6), gesture.letGo())")
+    assert value_of(page, "images", "passage.from") == 1
     page.click("#use-clothes")
     assert page.is_hidden("#word-weak")
 
