@@ -130,8 +130,8 @@ def sample_progressive(network, n, classes=None, guidance=0.0, seed=0, first=0, 
     seed, first: the images have the numbers first, first + 1, ... of this seed. options: steps,
     sampler and clip of `reverse`.
 
-    Raises ValueError for a name that is not a class, and for guidance that is not finite, or
-    without classes.
+    Raises ValueError for a name that is not a class, and for guidance that is not finite or lacks
+    classes.
     """
     names = classes or network.classes
     if unknown := {*names} - {*network.classes}:
@@ -219,7 +219,7 @@ class Network:
         return self.session.run(["eps"], feeds)[0]
 
     def reverse(self, eps, draw_noise, **options):
-        """Return `reverse` with this network's schedule. eps: this network, or it `guided`."""
+        """Return `reverse` with this network's schedule. eps: the network, `guided` or not."""
         return reverse(eps, draw_noise, self.betas, self.variance, **options)
 
 

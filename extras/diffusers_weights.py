@@ -188,7 +188,7 @@ def main():
         sys.exit("published weights need the package diffusers: pip install diffusers")
     if args.to_diffusers:
         to_diffusers(args.source, args.new)
-        print(f"{args.new}: DDPMPipeline.from_pretrained, or UNet2DModel with classes, opens it")
+        print(f"{args.new}: DDPMPipeline.from_pretrained (with classes, UNet2DModel's) opens it")
         return
     state = load(args.source)[2] if is_run else from_diffusers(args.source)
     state["settings"] |= {"data": None, "warmup": None, "amp": None, "preview_every": None}

@@ -32,7 +32,7 @@ def interpolate(network, a, b, t, steps=None, seed=0):
     a, b: float32 in [-1, 1], (C, H, W). t: 0..T-1. steps: 1..t+1, or all if None.
 
     All images have the same noise. In the paper, the two images have different noise, so the
-    noise of the middle mixture has 71% of its right standard deviation, which blurs the image.
+    noise of the middle mixture has 71% of the right standard deviation, which blurs the image.
     """
     betas, shares = network.betas[: t + 1], LAMBDAS[:, None, None, None]
     abar = math.prod(1 - betas)

@@ -44,7 +44,7 @@ class TorchNetwork:
     def reverse(self, eps, draw_noise, steps=None, sampler=None, clip=True):
         """Return the generator sample.reverse on the device, or the loop of ddpm.py with all steps.
 
-        eps: this network, or it `guided`. draw_noise() returns arrays.
+        eps: the network, `guided` or not. draw_noise() returns arrays.
         """
 
         def on_device():
