@@ -123,7 +123,7 @@ def test_settings_that_contradict_the_run_are_refused(tiny, run, tmp_path):
     state, out = read(tmp_path / "run"), Path("run")
     for name, value in OTHER.items():
         flag = train.as_flag(name, value)
-        refused = pytest.raises(SystemExit, match=f"run in run was begun without {flag}; omit")
+        refused = pytest.raises(SystemExit, match=f"run was begun without {flag}; omit")
         with refused:
             train.decide({name: value}, state, out, CPU)
         with refused if name in {*train.NETWORK, "parts"} else contextlib.nullcontext():
