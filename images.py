@@ -210,7 +210,7 @@ def read_folder(folder, size, channels=None, classes=None, cache=None):
         return images, None
     names = [class_of(path, folder) for path, read in zip(paths, is_read, strict=True) if read]
     if unknown := {*names} - {*classes}:
-        sys.exit(f"{folder} has images in {min(unknown)!r}, which is not a class of {classes}")
+        sys.exit(f"{folder} has images in {min(unknown)!r}, but the classes are {classes}")
     return images, np.array([classes.index(name) for name in names])
 
 

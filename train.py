@@ -486,8 +486,8 @@ def train(s, out, start, step, save, draw):
         *losses, (stops, _) = values.tolist()
         if not np.isfinite(losses).all():
             bar.close()
-            sys.exit(f"the loss or its gradient is infinite or NaN by step {k:,}; the last "
-                     "checkpoint is kept; try a new --out and a lower --lr")  # fmt: skip
+            sys.exit(f"the loss or its gradient is infinite or NaN by step {k:,}, which is not "
+                     "saved; try a lower --lr or --no-amp, and a new --out")  # fmt: skip
         for i, (loss, norm) in enumerate(losses if RANK == 0 else (), done + 1):
             rows += f"{i},{loss:.6g},{norm:.6g},{learning_rate(i - 1, s):.6g}\n".encode()
             recent.append(loss)

@@ -6,7 +6,7 @@
 
 The new run is at step 0, and train.py, export.py and sample.py take it like any other; for example,
 `python train.py --data ./images --out run` trains it further. The library diffusers reads and
-writes the files. No code in them is executed, and both networks must agree.
+writes the files. No code in them is executed, and the predictions of both networks must agree.
 """
 
 import argparse

@@ -16,7 +16,7 @@ let pen = pens[0], before; // before: where the pen was
 
 const drawing = new Passage(null, { steps: STEPS, scales: true, keepsData: true }, (error) => {
   if (error) fail(error);
-  gesture.render();
+  else gesture.render();
 });
 
 /** The drawing, as the network sees it: Float32Array (C, H, W). */

@@ -91,7 +91,7 @@ def test_mistakes_are_one_line(save, image_folder, tmp_path, run):
         (["--checkpoint", save("plain")], must), (["--device", "quantum"], "--device quantum: "),
         (["--checkpoint", save("plain", images=None, data=None)], must),
         ([*data, "--checkpoint", "rnu"], "rnu can't be read"), (data, "demo can't be read"),
-        ([*data, "--checkpoint", save("classes")], "which is not a class of"),
+        ([*data, "--checkpoint", save("classes")], "but the classes are"),
     ):  # fmt: skip
         assert said in run(PROGRAM, *words, cwd=tmp_path, code=1)
 

@@ -170,7 +170,7 @@ def test_labels_are_those_of_the_images_that_can_be_read(class_folder, tmp_path)
         assert labels.tolist() == [0] * 20 + [1] * 20 + [2] * 20
         expected = np.array([COLOURS[names[label]] for label in labels])
         assert np.abs(array.mean((2, 3)) - expected).max() < 20
-    with pytest.raises(SystemExit, match="images in 'blue', which is not a class of"):
+    with pytest.raises(SystemExit, match="images in 'blue', but the classes are"):
         read_folder(class_folder, 8, classes=names[1:])
 
 

@@ -150,7 +150,8 @@ def test_two_processes_train_as_one(dropout, together, image_folder, tmp_path, t
     tiny(*words, *parts, "--steps", 3, "--out", "two")  # resumed by two processes
     words = ["--data", image_folder, *TINY, "--out", "two", "--accumulate", 1, "--steps", 8]
     said, silent = together((tmp_path, 0, words), (tmp_path, 1, words))
-    assert "on 2 x cpu" in said and "steps    3 to 8" in said and "steps" not in silent
+    assert "on 2 x cpu" in said and "steps    3 to 8" in said and "done: two" in said
+    assert "steps" not in silent
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 

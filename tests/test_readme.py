@@ -50,7 +50,7 @@ def anchors(page):
 
 def test_quotes_are_the_code():
     """Every Python block of the README, the lesson, beyond.md and notes.md is in a program."""
-    names = "ddpm.py", "sample.py", "train.py", "minimal.py", "extras/exact.py"
+    names = "ddpm.py", "sample.py", "extras/exact.py"
     texts = [(HERE / name).read_text("utf-8").splitlines() for name in names]
     programs = [[line.strip() for line in text] for text in texts]
     quotes = blocks(README + LESSON + BEYOND + NOTES, "python")
@@ -209,7 +209,9 @@ def test_commands_to_paste_end_on_a_cpu():
     """Each has --quick, the demo, or a run of which the text says that it needs a GPU."""
     page = (HERE / "page" / "index.html").read_text("utf-8")
     commands = re.findall(r"^(?:python|torchrun .*) train\.py.*", "\n".join(PAGES.values()), re.M)
-    commands += re.findall(r"\*\*On a GPU\*\*.*?`(python train\.py[^`]*)`", README)
+    (on_a_gpu,) = re.findall(r"\*\*On a GPU\*\*.*?`(python train\.py[^`]*)`", README)
+    assert on_a_gpu.endswith("run-paper")
+    commands.append(on_a_gpu)
     commands += re.findall(r"<code>(python train\.py.*?)</code>", page)
     slow = [c for c in commands if c.startswith("python") and "--data" in c and "--quick" not in c]
     flags = {re.sub(r" +#.*|^.* --out ", "", command) for command in slow}
