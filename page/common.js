@@ -10,8 +10,7 @@ export function follow(element, call) {
   new IntersectionObserver(watch, { threshold: [0, 0.01, 0.4, 0.6] }).observe(element);
 }
 
-/** Let a pointer act on an element, which keeps it until it is released. The browser cancels what a
- * finger does when it scrolls the page instead. */
+/** Let a pointer act on an element. The browser cancels what a finger does when it scrolls. */
 export function onPointer(element, { press, drag = () => {}, release, cancel = release }) {
   element.onpointerdown = (event) => {
     element.setPointerCapture(event.pointerId);
@@ -22,10 +21,8 @@ export function onPointer(element, { press, drag = () => {}, release, cancel = r
   element.onpointercancel = cancel;
 }
 
-/**
- * Returns show(key, values), which shows a caption of a section, with values in the place of
- * {names}, and returns it. All captions lie in the same place, so that a longer one moves nothing.
- */
+/** Returns show(key, values), which shows a caption of a section, with values in the place of
+ * {names}, and returns it. All captions lie in the same place, so that none moves the others. */
 export function captions(name) {
   const boxes = [...$(`${name}-words`).children].map((box) => {
     const parts = [...box.children];

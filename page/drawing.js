@@ -11,12 +11,12 @@ const FIRST = 0.6; // from where the first drawing comes back
 const WAIT = 500; // milliseconds without a stroke, after which the drawing comes back
 const canvas = $("draw"), context = canvas.getContext("2d", { willReadFrequently: true });
 const show = captions("drawing"), pens = [...$("draw-pens").children];
-let network = null, shape = [3, 32, 32], fault = "", gesture, waiting;
+let shape = [3, 32, 32], gesture, waiting;
 let pen = pens[0], before; // before: where the pen was
 
 const drawing = new Passage(null, { steps: STEPS, scales: true, keepsData: true }, (error) => {
-  if (error) fail(error);
-  else gesture.render();
+  gesture.render();
+  if (error) throw error;
 });
 
 /** The drawing, as the network sees it: Float32Array (C, H, W). */
@@ -29,23 +29,17 @@ function drawn() {
   });
 }
 
-export function fail(error) {
-  fault = error.message;
-  gesture.render();
-}
-
 /** Another drawing: nothing has come back from it. */
 function restart() {
   const x0 = drawn(), { length } = x0;
   const copies = Float32Array.from({ length: ENDS * length }, (_, k) => x0[k % length]);
-  drawing.begin(copies, noiseOf(gesture.round++, ENDS, length)());
+  drawing.begin(copies, noiseOf(gesture.round++, ENDS, length));
   gesture.stop();
   gesture.moveTo(0);
 }
 
 /** Send the drawing back from where the reader let go the last time. */
 function comeBack() {
-  if (!network) return;
   gesture.moveTo(drawing.from ?? FIRST);
   gesture.sendBack();
   if (still) gesture.place = 0;
@@ -73,18 +67,17 @@ function clear() {
 
 /** The network that draws: that of the emoji, or the reader's, which begins with an empty sheet. */
 export function useNetwork(opened) {
-  [network, shape, fault] = [opened, opened.shape, ""];
-  drawing.use((x, t) => opened.eps(x, t), { betas: network.betas });
+  ({ shape } = opened);
+  drawing.use((x, t) => opened.eps(x, t), { betas: opened.betas });
+  $("drawing").hidden = false;
   $("draw-pens").hidden = shape[0] === 1;
-  if (network.kinds) restart();
-  else clear();
+  (opened.kinds ? restart : clear)();
   gesture.whenSeen(comeBack);
 }
 
 function say() {
   const { place, isBack, hasCome } = gesture;
-  if (fault) return show("fault", { fault });
-  if (!isBack) return show(!place ? "draw" : network ? "noising" : "wait");
+  if (!isBack) return show(place ? "noising" : "draw");
   return show(hasCome ? "done" : "back");
 }
 
@@ -99,7 +92,7 @@ function draw() {
 /** Make the section work, with a smiley of the opening. Returns its timeline. */
 export function startDrawing() {
   gesture = new Gesture("drawing", [drawing], draw, say, true);
-  gesture.letGo = () => network && gesture.place && gesture.sendBack();
+  gesture.letGo = () => gesture.place && gesture.sendBack();
   for (const button of pens) {
     button.style.background = button.value;
     button.onclick = () => {
@@ -108,13 +101,15 @@ export function startDrawing() {
     };
   }
   $("draw-clear").onclick = clear;
-  const press = (event) => {
-    clearTimeout(waiting);
-    before = null;
-    paint(event);
-  };
-  const release = () => { waiting = setTimeout(comeBack, WAIT); };
-  onPointer(canvas, { press, drag: paint, release });
+  onPointer(canvas, {
+    press(event) {
+      clearTimeout(waiting);
+      before = null;
+      paint(event);
+    },
+    drag: paint,
+    release: () => { waiting = setTimeout(comeBack, WAIT); },
+  });
   context.drawImage($("recording"), 96, 0, 32, 32, 0, 0, 32, 32);
   restart();
   return gesture;

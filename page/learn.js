@@ -1,10 +1,9 @@
 // Section 2: a network learns the arrows of the points. This is Algorithm 1, watched.
 
-import { $, captions, follow, pause, still } from "./common.js";
+import { $, captions, pause, still } from "./common.js";
 import * as plane from "./plane.js";
-import { STD, exactEps, missed } from "./points.js";
+import { DATA, STD, exactEps, missed } from "./points.js";
 import { ABAR, BETAS, noiseOf, partsAt, reverse, uniform } from "./sampler.js";
-import { DATA } from "./scene.js";
 import { Timeline } from "./timeline.js";
 import { Trainer, draw, epsOf } from "./trainer.js";
 
@@ -28,7 +27,7 @@ const shown = () =>
 const partOf = () => (at() < 1 ? at() : 0);
 const mix = (a, b, share) => a.map((value, k) => value + share * (b[k] - value));
 
-/** Train while the section is seen. */
+/** Train while the section is seen; it is drawn as soon as it is. */
 async function train() {
   if (trains) return;
   trains = true;
@@ -45,7 +44,7 @@ async function train() {
 
 /** Save the weights, and what they draw, always from the same noise. */
 async function save() {
-  const average = trainer.average.map((p) => p.slice()), xT = noiseOf(0, SAMPLES, 2)();
+  const average = trainer.average.map((p) => p.slice()), xT = noiseOf(0, SAMPLES, 2);
   let last;
   for await (last of reverse((x, t) => epsOf(average, x, t), xT, BETAS, 50, false)) {
     if (last.t % 5 === 4) await pause(0);
@@ -88,6 +87,7 @@ function say() {
 /** The right arrows, and over them those of the network, where there are noisy points to practise
  * on; and the points that followed them, on their way to those of the next network. */
 function drawStage() {
+  train();
   const view = plane.clear($("learn-plane"), 1.25), part = partOf(), now = shown();
   const rows = view.height < 300 ? 9 : 11, cell = view.height / rows;
   const places = plane.grid(view, rows);
@@ -95,7 +95,7 @@ function drawStage() {
   const alpha = (k) => (part ? 0.3 : 1) * Math.max(0, Math.min(1, 2 - 1.5 * far(k)));
   if (exact.length !== places.length) exact = exactEps(places, ABAR[INDEX], DATA, STD);
   const eps = epsOf(now.average, places, INDEX);
-  plane.drawHaze(view, 1, 0.08);
+  for (const radius of [24, 17, 10]) plane.drawDots(view, DATA, radius, colours.data, 0.14);
   for (const [its, colour, width] of [[exact, colours.arrow, 5], [eps, colours.lit, 2]]) {
     plane.drawArrows(view, places, its.map((value) => -value), colour, cell, width, alpha);
   }
@@ -124,7 +124,6 @@ function drawExample(view, part) {
 export function startLearning() {
   timeline = Object.assign(new Timeline("learn", drawStage, say), { training, moveTo });
   $("learn-play").onclick = () => (timeline.isMoving ? timeline.stop() : play());
-  follow(timeline.stage, train);
   if (!still) timeline.whenSeen(play);
   timeline.render();
   return timeline;

@@ -1,6 +1,16 @@
 // eps_theta(x_t, t) from a model.onnx of export.py, computed by ONNX Runtime in a worker.
 // Images are Float32Array, in the order (B, C, H, W).
 
+const RUNTIME = "onnxruntime-web@1.30.0";
+// Where it is: beside the page, for use without a connection, or else on jsDelivr.
+const RUNTIMES = ["node_modules/onnxruntime-web", `https://cdn.jsdelivr.net/npm/${RUNTIME}`]
+  .map((folder) => new URL(`${folder}/dist/ort.webgpu.bundle.min.mjs`, import.meta.url).href);
+const FILES = { clothes: "fashion-mnist.onnx", emoji: "emoji.onnx" };
+const KINDS = { emoji: ["smileys", "people", "flags"] }; // the classes that are drawn
+const LOST = "The network could not be loaded. Connect to the internet, and reload the page. "
+  + "The opening and sections 1 and 2 work without it.";
+const opened = {}; // promises
+
 /** What the file says about itself: the JSON value of a key in its metadata_props, or a default.
  * In a protobuf, a string is a tag, its length in digits of 7 bits, and its bytes. */
 function metadataOf(bytes) {
@@ -17,53 +27,51 @@ function metadataOf(bytes) {
   };
 }
 
-/**
- * Open a model.onnx, and compute it in a worker.
+/** Open a model.onnx, and compute it in a worker. Fails with a sentence for the reader.
  *
- *     const network = await open(bytes, "https://.../ort.webgpu.bundle.min.mjs");
- *     const eps = await network.eps(x, t); // for any whole number of images
- *
- * runtime is the address of onnxruntime-web; if it cannot be loaded from there, fallback is tried.
  * The network has betas, shape ([C, H, W]) and classes (their names, [] if there are none) of the
- * file, and the device that it runs on. eps(x, t, y): by default, y is "no class" for each image.
- * close() frees the memory; calls that wait for an answer fail.
- */
-export async function open(bytes, runtime, fallback = runtime) {
-  const read = metadataOf(bytes), betas = read("betas"), shape = read("image_shape");
-  const classes = read("classes", []), values = read("eps_of_example", []);
+ * file, and the device that it runs on. eps(x, t, y), for any whole number of images, is a promise;
+ * by default, y is "no class" for each image. close() frees the memory; what was asked before is
+ * not answered any more. */
+export async function open(name, bytes) {
   const worker = new Worker(import.meta.url, { type: "module" });
   const waiting = []; // [resolve, reject] of each question, in order
-  let isClosed = false;
-  const answer = (data) => {
-    const [resolve, reject] = waiting.shift() ?? [];
-    if (data.error) reject?.(new Error(data.error));
-    else resolve?.(data);
-  };
-  worker.onmessage = ({ data }) => answer(data);
-  worker.onerror = (event) => {
-    event.preventDefault();
-    answer({ error: event.message ?? "the worker did not start" });
+  worker.onmessage = ({ data }) => {
+    const [resolve, reject] = waiting.shift();
+    if (data.error) reject(new Error(data.error));
+    else resolve(data);
   };
   const ask = (question) => new Promise((...callbacks) => {
-    if (isClosed) throw new Error("the network was closed");
     waiting.push(callbacks);
     worker.postMessage(question);
   });
-  const close = () => {
-    isClosed = true;
-    worker.terminate();
-    while (waiting.length) answer({ error: "the network was closed" });
-  };
+  const close = () => worker.terminate();
   const eps = async (x, t, y) => (await ask({ x, t, y })).eps;
   try {
-    const file = { shape, classes, T: betas.length, values };
-    const { device } = await ask({ bytes, runtime, fallback, ...file });
-    return { betas, shape, classes, size: shape[0] * shape[1] * shape[2], device, eps, close };
+    const read = metadataOf(bytes), betas = read("betas"), shape = read("image_shape");
+    const classes = read("classes", []), values = read("eps_of_example", []);
+    const { device } = await ask({ bytes, shape, classes, T: betas.length, values });
+    const size = shape[0] * shape[1] * shape[2];
+    return { name, betas, shape, classes, size, device, eps, close };
   } catch (error) {
     close();
-    throw error;
+    const message = error.message.split("\n")[0], what = "is not a model from export.py";
+    const isLost = /import/i.test(message); // of ONNX Runtime
+    throw new Error(isLost ? LOST : `${name} ${what} that this browser can run: ${message}.`);
   }
 }
+
+async function download(name) {
+  const read = (response) => (response.ok ? response.arrayBuffer() : null);
+  const content = await fetch(name).then(read).catch(() => null); // the connection may break
+  if (!content) throw new Error(LOST);
+  return open(name, new Uint8Array(content));
+}
+
+/** The promise of the network "clothes" or "emoji", which is opened when it is first needed.
+ * kinds: the indices of the classes to draw. */
+export const included = (name) => (opened[name] ??= download(FILES[name]).then((network) =>
+  Object.assign(network, { kinds: KINDS[name]?.map((kind) => network.classes.indexOf(kind)) })));
 
 // ---- in the worker
 
@@ -81,8 +89,8 @@ async function check(T, values) {
   }
 }
 
-async function start({ bytes, runtime, fallback, T, values, ...file }) {
-  ort = await import(runtime).catch(() => import(fallback));
+async function start({ bytes, T, values, ...file }) {
+  ort = await import(RUNTIMES[0]).catch(() => import(RUNTIMES[1]));
   ({ shape, classes } = file);
   ort.env.wasm.numThreads = self.crossOriginIsolated ? navigator.hardwareConcurrency : 1;
   const create = async (provider) => {
@@ -90,16 +98,11 @@ async function start({ bytes, runtime, fallback, T, values, ...file }) {
     session = await ort.InferenceSession.create(bytes, options);
     await check(T, values);
   };
-  if (await navigator.gpu?.requestAdapter().catch(() => null)) {
-    try {
-      await create("webgpu");
-      return { device: "WebGPU" };
-    } catch (error) {
-      console.warn(`WebGPU fails: ${error.message}`);
-    }
-  }
-  await create("wasm");
-  return { device: "WebAssembly" };
+  const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
+  const warn = (error) => console.warn(`WebGPU fails: ${error.message}`);
+  const isOnGpu = adapter && await create("webgpu").then(() => true, warn);
+  if (!isOnGpu) await create("wasm");
+  return { device: isOnGpu ? "WebGPU" : "WebAssembly" };
 }
 
 async function eps({ x, t, y }) {

@@ -1,7 +1,7 @@
 // The opening: pictures dissolve into noise, and the network of the emoji draws new ones.
 
 import { $, captions, still } from "./common.js";
-import { included } from "./networks.js";
+import { included } from "./network.js";
 import { Passage } from "./passage.js";
 import { drawImages } from "./plane.js";
 import { guided, noiseOf } from "./sampler.js";
@@ -32,9 +32,8 @@ async function eps(x, t) {
 }
 
 function say() {
-  const { place, isBack, isMoving, state } = gesture, { from } = pictures;
-  const rest = place ? "Remove the noise" : "Play";
-  $("scene-play").textContent = isMoving ? "Pause" : state === "paused" ? "Continue" : rest;
+  const { place, isBack, isMoving } = gesture, { from } = pictures;
+  $("scene-play").textContent = isMoving ? "Stop" : place ? "Remove the noise" : "Play";
   if (!isBack) return show(!place ? "clean" : place < 1 ? "noising" : "noise");
   if (place) return show(isOffline ? "recorded" : "back");
   return show(from > 0.9 ? "new" : "similar");
@@ -59,19 +58,17 @@ export async function startOpening() {
     if (error) goOffline();
     gesture.render();
   });
-  pictures.begin(rowOf(0), noiseOf(0, COUNT, SIZE)());
+  pictures.begin(rowOf(0), noiseOf(0, COUNT, SIZE));
   gesture = new Gesture("scene", [pictures], () => {
     const columns = innerWidth < 736 ? 4 : 6;
     drawImages($("scene-pictures"), pictures.at(gesture.place).x, SHAPE, columns, 1);
   }, say);
   gesture.letGo = () => {
     const lacksNoise = isOffline && !gesture.isBack && gesture.place < 1;
-    if (!gesture.place || lacksNoise) gesture.toNoise();
-    else gesture.sendBack();
+    return !gesture.place || lacksNoise ? gesture.toNoise() : gesture.sendBack();
   };
-  gesture.slider.onfocus = () => gesture.repeats && gesture.stop();
   $("scene-play").onclick = () => {
-    if (gesture.isMoving || gesture.state === "paused") return gesture.pause();
+    if (gesture.isMoving) return gesture.stop();
     gesture.stage.scrollIntoView({ block: "nearest" }); // only what is in sight moves
     gesture.letGo();
   };

@@ -5,7 +5,7 @@ import { startArrows } from "./arrows.js";
 import * as drawing from "./drawing.js";
 import * as images from "./images.js";
 import { startLearning } from "./learn.js";
-import { included, open } from "./networks.js";
+import { included, open } from "./network.js";
 import { startOpening } from "./opening.js";
 
 const KEYS = ["clothes", "emoji", "own"]; // of the buttons of section 3
@@ -55,18 +55,13 @@ async function begin() {
     opening: await startOpening(), arrows: startArrows(), learning: startLearning(),
     images: images.startImages(), drawing: drawing.startDrawing(),
   };
-  await included("emoji").then((network) => own ?? drawing.useNetwork(network), drawing.fail);
+  const emoji = included("emoji").then((network) => own ?? drawing.useNetwork(network));
+  await emoji.catch(() => {}); // section 3 says what is wrong
   if (!wanted) await select("clothes"); // the reader may have been faster
 }
 
 const [, owner] = location.hostname.match(/^(.+)\.github\.io$/) ?? [];
-if (owner) { // the links to the repository work only on GitHub Pages, where its address is known
-  const repository = `https://github.com/${owner}/${location.pathname.split("/")[1]}`;
-  $("code").href = repository;
-  for (const link of document.querySelectorAll("[data-lesson]")) {
-    link.href = `${repository}/blob/HEAD/docs/lesson.md#${link.dataset.lesson}`;
-  }
-}
+if (owner) $("code").href = `https://github.com/${owner}/${location.pathname.split("/")[1]}`;
 $("unloaded").hidden = true;
 for (const key of KEYS) $(`use-${key}`).onclick = () => select(key);
 $("model").onchange = ({ target }) => {

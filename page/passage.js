@@ -2,7 +2,7 @@
 // (the data) to 1 (the noise), tells how far it is.
 
 import { pause } from "./common.js";
-import { BETAS, alphasBar, between, levelsOf, noiseOf, qSample, reverse } from "./sampler.js";
+import { BETAS, alphasBar, between, levelsOf, noiseOf, partsAt, reverse } from "./sampler.js";
 
 /** x_t at every place. */
 export class Passage {
@@ -10,12 +10,10 @@ export class Passage {
   noise = null;
   steps = null; // of the way back, from its beginning down: {t, x, x0}; the result has t = -1
 
-  /**
-   * eps(x, t): the network, or null while there is none. options: steps; scales, whether fewer are
+  /** eps(x, t): the network, or null while there is none. options: steps; scales, whether fewer are
    * taken from less noise; betas; clip; keepsData, whether it begins anew with the same data;
    * recorded(place), the estimates of a way back from there, where they are known.
-   * changed(error): called when there are more steps, or when eps has failed.
-   */
+   * changed(error): called when there are more steps, or when eps has failed. */
   constructor(eps, options, changed) {
     this.changed = changed;
     this.use(eps, { betas: BETAS, ...options });
@@ -40,7 +38,7 @@ export class Passage {
   /** Begin with what has come back, or again with the same data where nothing whole has. */
   renew(seed) {
     const x0 = (!this.options.keepsData && this.result) || this.x0;
-    this.begin(x0, noiseOf(seed, 1, this.noise.length)());
+    this.begin(x0, noiseOf(seed, 1, this.noise.length));
   }
 
   /** What has come back, if the way back is complete. */
@@ -60,7 +58,8 @@ export class Passage {
   at(place) {
     const level = this.levelAt(place), { steps, abars, x0, noise, xT } = this;
     if (!steps && !x0) return { x: noise, x0: noise, level };
-    if (!steps) return { x: qSample(x0, level, noise, abars), x0, level };
+    const [signal, spread] = partsAt(level, abars);
+    if (!steps) return { x: x0.map((it, k) => signal * it + spread * noise[k]), x0, level }; // (4)
     if (!steps.length) return { x: xT, x0: xT, level: this.levelAt(this.from) };
     const step = steps.findLast(({ t }) => t >= level) ?? steps[0];
     return { x: between(step, level, abars), x0: step.x0, level };
@@ -94,8 +93,7 @@ export class Passage {
       if (steps === this.steps) this.#end();
     } catch (error) {
       if (steps !== this.steps) return;
-      if (steps.length) this.#end(); // the rest of the way is a jump to the last estimate
-      else this.steps = null;
+      this.steps = null;
       this.changed(error);
     }
   }

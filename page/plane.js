@@ -1,7 +1,5 @@
 // Drawing: the palette, crisp canvases, and what is drawn in a plane.
 
-import { onArc } from "./points.js";
-
 const NAMES = ["ink", "dim", "page", "data", "other", "lit", "arrow"];
 const style = getComputedStyle(document.documentElement);
 export const colours = Object.fromEntries(
@@ -57,22 +55,6 @@ export function drawRing({ context, at }, place, radius, colour, width = 2) {
   context.stroke();
 }
 
-/** Draw a haze along the arcs, shrunk by `signal`, where noise of this deviation moves the data. */
-export function drawHaze({ context, width, height, unit, at }, signal, deviation) {
-  const scale = 1 / 8, radius = 2.4 * deviation * unit * scale;
-  const small = new OffscreenCanvas(width * scale, height * scale), haze = small.getContext("2d");
-  const count = Math.ceil((2 * signal) / deviation) + 1; // on each arc, so that they overlap
-  for (let k = 0; k < 2 * count; k++) {
-    const place = onArc((Math.PI * ((k >> 1) + 0.5)) / count, k % 2).map((value) => signal * value);
-    const [x, y] = at(...place).map((value) => scale * value);
-    haze.fillStyle = haze.createRadialGradient(x, y, 0, x, y, radius);
-    const stops = ["48", "28", "10", "00"]; // the opacity from the centre to the edge
-    stops.forEach((alpha, i) => haze.fillStyle.addColorStop(i / 3, colours.data + alpha));
-    haze.fillRect(x - radius, y - radius, 2 * radius, 2 * radius);
-  }
-  context.drawImage(small, 0, 0, width, height);
-}
-
 /** The places of so many rows of arrows over the view, from the top left. */
 export function grid({ width, height, place }, rows) {
   const cell = height / rows, places = [];
@@ -113,8 +95,7 @@ export function drawArrows(view, places, ways, colour, cell, width, alpha = () =
   view.context.globalAlpha = 1;
 }
 
-/** Show images, each a Float32Array in (C, H, W) and [-1, 1], pixel by pixel, in rows of `columns`
- * with a gap. */
+/** Show images (B, C, H, W) in [-1, 1], pixel by pixel, in rows of `columns` with a gap. */
 export function drawImages(canvas, x, [channels, height, width], columns = 1, gap = 0) {
   const area = height * width, count = x.length / channels / area;
   const rows = Math.ceil(count / columns);

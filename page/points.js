@@ -9,16 +9,13 @@ export const STD = 0.02; // of the Gaussian around each point of the data
  * Gaussian around each centre. */
 export function posterior(x, y, abar, centres, std) {
   const signal = Math.sqrt(abar), variance = abar * std ** 2 + 1 - abar; // of each Gaussian at t
-  const weights = new Float64Array(centres.length / 2);
-  let largest = -Infinity, total = 0;
-  for (let m = 0; m < weights.length; m++) {
-    const square = (x - signal * centres[2 * m]) ** 2 + (y - signal * centres[2 * m + 1]) ** 2;
-    weights[m] = -square / (2 * variance);
-    largest = Math.max(largest, weights[m]); // all others might round to 0
-  }
-  for (let m = 0; m < weights.length; m++) total += weights[m] = Math.exp(weights[m] - largest);
-  for (let m = 0; m < weights.length; m++) weights[m] /= total;
-  return weights;
+  const square = (m) => (x - signal * centres[2 * m]) ** 2 + (y - signal * centres[2 * m + 1]) ** 2;
+  const count = centres.length / 2;
+  const logs = Float64Array.from({ length: count }, (_, m) => square(m) / (-2 * variance));
+  const largest = Math.max(...logs); // without it, all might round to 0
+  const weights = logs.map((log) => Math.exp(log - largest));
+  const total = weights.reduce((sum, weight) => sum + weight);
+  return weights.map((weight) => weight / total);
 }
 
 /** E[eps | x_t] for a mixture of Gaussians with these centres, of the deviation std. */
@@ -56,15 +53,17 @@ export function missed(points, centres, std) {
 }
 
 /** A place of the two arcs: x = 0.6 (cos - 0.5), y = 0.6 (sin - 0.25), or the opposite. */
-export function onArc(angle, isFirst) {
+function onArc(angle, isFirst) {
   const size = isFirst ? 0.6 : -0.6;
   return [size * (Math.cos(angle) - 0.5), size * (Math.sin(angle) - 0.25)];
 }
 
 /** Points on the arcs; their label is 1 on the first one. */
-export function moons(count = 240) {
+function moons(count = 240) {
   const random = uniform(1, 0);
   const all = Array.from({ length: count }, () => [Math.PI * random(), Number(random() < 0.5)]);
   const points = Float32Array.from(all.flatMap(([angle, label]) => onArc(angle, label)));
   return Object.assign(points, { labels: all.map(([, label]) => label) });
 }
+
+export const DATA = moons();

@@ -20,12 +20,6 @@ export function partsAt(level, abars = ABAR) {
   return [Math.sqrt(abar), Math.sqrt(1 - abar)];
 }
 
-/** x_t ~ q(x_t | x_0) (4) at a level, also between two levels. */
-export function qSample(x0, level, noise, abars = ABAR) {
-  const [signal, spread] = partsAt(level, abars);
-  return x0.map((value, k) => signal * value + spread * noise[k]);
-}
-
 /** x on DDIM's way from a state {t, x, x0} down to a level: the estimate x0 and the noise stay. */
 export function between({ t, x, x0 }, level, abars = ABAR) {
   const [signal, noise] = partsAt(level, abars), [before, rest] = partsAt(t, abars);
@@ -40,12 +34,10 @@ export const levelsOf = (T, steps) =>
 export const predictX0 = (x, eps, abar, limit = Infinity) => x.map((value, k) =>
   Math.min(limit, Math.max(-limit, (value - Math.sqrt(1 - abar) * eps[k]) / Math.sqrt(abar))));
 
-/**
- * The loop of sample.py with the sampler "ddim", as an async generator: yields {t, x, x0} of each
+/** The loop of sample.py with the sampler "ddim", as an async generator: yields {t, x, x0} of each
  * of `steps` steps from t = T-1 down. x is x_t, at first xT; x0 is the estimate of the images,
  * clipped to [-1, 1] if `clip`, and the last one is the sample. eps(x, t) returns the noise in x,
- * or a promise of it. To start at an x_t, pass it as xT, with betas.slice(0, t + 1).
- */
+ * or a promise of it. To start at an x_t, pass it as xT, with betas.slice(0, t + 1). */
 export async function* reverse(eps, xT, betas, steps, clip = true) {
   const abars = alphasBar(betas);
   let step = null;
@@ -66,12 +58,11 @@ export const guided = (network, y, w) => async (x, t) => {
 export const normal = (random) =>
   Math.sqrt(-2 * Math.log(1 - random())) * Math.cos(2 * Math.PI * random());
 
-/** A function that draws `batch` images of `size` standard normal numbers; those of image k depend
- * on seed and k only. */
+/** `batch` images of `size` standard normal numbers; those of image k depend on seed and k only. */
 export function noiseOf(seed, batch, size) {
   const streams = Array.from({ length: batch }, (_, k) => uniform(seed, k));
   const draw = (_, k) => normal(streams[Math.floor(k / size)]);
-  return () => Float32Array.from({ length: batch * size }, draw);
+  return Float32Array.from({ length: batch * size }, draw);
 }
 
 /** A function that draws from [0, 1): sfc32 of PractRand, seeded with two integers. */

@@ -1,6 +1,6 @@
 // The timelines of the sections: what moves by itself, until the reader takes over.
 
-import { $, announce, follow, onPointer } from "./common.js";
+import { $, announce, follow } from "./common.js";
 
 const PACE = { rest: 3000, noising: 2200, noise: 500, back: 3900 }; // milliseconds
 
@@ -10,15 +10,14 @@ const paceAt = (place) => 0.3 + 2.06 * place;
 /** A place from 0 to 1, which a slider shows and moves. */
 export class Timeline {
   place = 0;
-  state = "idle"; // or "paused", or the name of the method that moves it: here, only "held"
+  state = "idle"; // or the name of the method that moves it: here, only "held"
   seen = 0; // the share of the stage that is in sight
   begin = null; // what it will do by itself, until something else happens
   repeats = false; // whether it begins again by itself
   #asked = 0; // a frame, if there is one
   #before = null; // its time, while something moves
 
-  /** name: of the ids of its stage and its slider. draw(): draws what is seen. say(): says it, and
-   * returns it. */
+  /** name: of its stage and slider. draw() draws what is seen; say() says it, and returns it. */
   constructor(name, draw, say) {
     Object.assign(this, { draw, say, slider: $(`${name}-place`), stage: $(`${name}-stage`) });
     follow(this.stage, (seen) => {
@@ -31,7 +30,7 @@ export class Timeline {
   }
 
   get isMoving() {
-    return this.state !== "idle" && this.state !== "paused";
+    return this.state !== "idle";
   }
 
   go(state) {
@@ -67,30 +66,17 @@ export class Timeline {
     this.go("idle");
   }
 
-  /** Stop, or go on with the same. */
-  pause() {
-    const { state, before } = this;
-    this.stop();
-    this.before = state;
-    this.go(state === "paused" ? before : "paused");
-  }
-
   #listen() {
     const { slider } = this;
-    let before = null, byKey = false; // before: where it was when the pointer went down
-    const end = () => { before = null; };
-    onPointer(slider, {
-      press: () => { [before, byKey] = [this.place, false]; },
-      release: () => end(this.place && this.letGo?.()),
-      cancel: () => end(this.moveTo(before)),
-    });
+    let before = 0, byKey = false; // before: where it was when the pointer went down
+    slider.onpointerdown = () => { [before, byKey] = [this.place, false]; };
+    slider.onpointercancel = () => this.moveTo(before); // a finger that scrolls the page
     slider.oninput = () => { // the browser moves the thumb
       const place = slider.value / 1000; // before it is rendered
       this.stop();
       this.moveTo(place);
-      if (before === null && !byKey) this.letGo?.(); // after a tap
     };
-    slider.onchange = () => byKey && announce(this.say());
+    slider.onchange = () => (byKey ? announce(this.say()) : this.place && this.letGo?.());
     slider.onkeydown = (event) => {
       byKey = true;
       if (event.key !== "Enter" && event.key !== " ") return;
@@ -141,8 +127,7 @@ export class Gesture extends Timeline {
     return !this.place && this.passages.every(({ result }) => result);
   }
 
-  /** Move to a place: down on the way back, up by adding noise to what has come back so far. Where
-   * the slider stays, each move adds noise. */
+  /** Move down on the way back, or up by adding noise, which each move does if `stays`. */
   moveTo(place) {
     if (place && (place > this.place || this.stays)) this.#renew();
     super.moveTo(place);

@@ -1,6 +1,5 @@
 // Algorithm 1 for points in the plane, in plain JavaScript: the batch, the loss (14), its gradient,
-// Adam, and the average of the weights. B points are a Float32Array of 2 B numbers. Nothing here is
-// random but what `draw` draws, so that the same batches give the same network.
+// Adam, and the average of the weights. B points are a Float32Array of 2 B numbers.
 
 import { ABAR, T, normal, partsAt, uniform } from "./sampler.js";
 
@@ -92,24 +91,22 @@ export class Trainer {
     this.average = this.parameters.map((p) => p.slice());
   }
 
-  /** A gradient step of Algorithm 1 on a batch of `draw`. Returns {loss, gradient}. */
+  /** A gradient step of Algorithm 1 on a batch of `draw`, with the loss (14). */
   step({ x0, t, noise }) {
     const gradient = this.parameters.map((p) => new Float32Array(p.length));
     const [, , W2, , W3] = this.parameters, [dW1, db1, dW2, db2, dW3, db3] = gradient;
-    const parts = t.map((level) => partsAt(level)), eps = new Float32Array(x0.length);
+    const parts = t.map((level) => partsAt(level));
     const xt = x0.map((value, k) => parts[k >> 1][0] * value + parts[k >> 1][1] * noise[k]); // (4)
     const [x, a1, h1, a2, h2, v] = forward(this.parameters, features(xt, t));
     const dV = v.map((value, k) => {
       const [signal, spread] = parts[k >> 1];
-      eps[k] = signal * value + spread * xt[k];
-      return (-2 * signal * (noise[k] - eps[k])) / eps.length;
+      const eps = signal * value + spread * xt[k];
+      return (-2 * signal * (noise[k] - eps)) / v.length;
     });
     const dA2 = siluBackward(a2, affineBackward(h2, W3, dV, dW3, db3));
     const dA1 = siluBackward(a1, affineBackward(h1, W2, dA2, dW2, db2));
     affineBackward(x, this.parameters[0], dA1, dW1, db1);
     this.adam(gradient);
-    const loss = eps.reduce((sum, value, k) => sum + (noise[k] - value) ** 2, 0) / eps.length;
-    return { loss, gradient }; // (14)
   }
 
   /** Adam, whose learning rate is halved by step 1000, and the average of the weights. */

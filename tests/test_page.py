@@ -26,7 +26,7 @@ from docs.record_page import CHROMIUM, browser_and_address
 PAGE = HERE / "page"
 SHIPPED = PAGE / "fashion-mnist.onnx"
 RUNTIME = PAGE / "node_modules" / "onnxruntime-web"
-VERSION = re.search(r"onnxruntime-web@[0-9.]+", (PAGE / "networks.js").read_text("utf-8"))[0]
+VERSION = re.search(r"onnxruntime-web@[0-9.]+", (PAGE / "network.js").read_text("utf-8"))[0]
 INSTALL = f"npm install --no-save --no-package-lock --prefix page {VERSION}"
 pytestmark = [
     pytest.mark.page,
@@ -36,6 +36,8 @@ pytestmark = [
 EMOJI = PAGE / "emoji.onnx"
 STD = 0.02  # of the points, as in page/points.js
 OUTSIDE, COPY = "^(?!http://127.0.0.1)", "/node_modules/"  # addresses
+FASTER = """const ask = requestAnimationFrame;
+window.requestAnimationFrame = (call) => ask((now) => call(3 * now));"""  # what moves by itself
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,7 @@ def opened():
         page.on("pageerror", lambda error: said.append(str(error)))
         if not routes:
             page.on("console", lambda m: said.append(m.text) if m.type == "error" else None)
+        page.add_init_script(FASTER)
         page.goto(address)
         page.wait_for_function("window.sections")
         return page
@@ -110,22 +113,16 @@ def settled(page, function, *args):
 
 
 def js(page, function, *args):
-    """What a function of the page's modules returns; float32 arrays become a Float32Array there."""
-
-    def plain(array):
-        values = array.ravel().tolist()
-        return {"float32": values} if "float32" in str(array.dtype) else values
-
+    """What a function of the page's modules returns; arrays become lists."""
     modules = "sampler, points, trainer, network"
     return settled(
         page,
         f"""async (args) => {{
             const load = (name) => import(`./${{name}}.js`), names = "{modules}".split(", ");
             const [{modules}] = await Promise.all(names.map(load));
-            const typed = (key, value) => value?.float32 ? Float32Array.from(value.float32) : value;
-            return ({function})(...JSON.parse(args, typed));
+            return ({function})(...JSON.parse(args));
         }}""",
-        json.dumps(args, default=plain),
+        json.dumps(args, default=lambda array: array.ravel().tolist()),
     )
 
 
@@ -214,14 +211,10 @@ def tiles(page, canvas, shape, gap=1):
     return windows[0, :: height + gap, :: width + gap].reshape(-1, 3, height, width)
 
 
-def noise_of(page, seed, shape, draws=1):
-    """What the page draws for images of the shape (B, ...): (draws, B, ...)."""
-    draw = """(seed, batch, size, draws) => {
-        const drawNoise = sampler.noiseOf(seed, batch, size);
-        return Array.from({length: draws}, drawNoise);
-    }"""
-    z = js(page, draw, seed, shape[0], int(np.prod(shape[1:])), draws)
-    return np.array(z, np.float32).reshape(draws, *shape)
+def noise_of(page, seed, shape):
+    """What the page draws for images of the shape (B, ...)."""
+    z = js(page, "sampler.noiseOf", seed, shape[0], int(np.prod(shape[1:])))
+    return np.array(z, np.float32).reshape(shape)
 
 
 def steps_of_python(network, x_T, y=None, w=0):
@@ -255,23 +248,21 @@ def test_reverse_process_is_that_of_sample_py(steps, clip, page):
 
 
 def test_noise_is_normal_and_of_one_image_each(page):
-    z = noise_of(page, 0, (4, 25_000), 2)
+    z = noise_of(page, 0, (8, 25_000))
     assert abs(z.mean()) < 0.01 and abs(z.var() - 1) < 0.02 and abs((z**4).mean() - 3) < 0.1
-    assert np.abs(np.corrcoef(z.reshape(8, -1)) - np.eye(8)).max() < 0.03
-    np.testing.assert_array_equal(noise_of(page, 0, (1, 25_000), 2), z[:, :1])
-    assert np.abs(noise_of(page, 1, (1, 25_000)) - z[0, 0]).mean() > 0.5
-    theirs = noise_of(page, 5 * 2**32 + 7, (2, 1024))[0, 1]  # that of docs/make_figures.py
+    assert np.abs(np.corrcoef(z) - np.eye(8)).max() < 0.03
+    np.testing.assert_array_equal(noise_of(page, 0, (1, 25_000)), z[:1])
+    assert np.abs(noise_of(page, 1, (1, 25_000)) - z[0]).mean() > 0.5
+    theirs = noise_of(page, 5 * 2**32 + 7, (2, 1024))[1]  # as docs/make_figures.py draws it
     np.testing.assert_allclose(theirs, page_noise(5 * 2**32 + 7, 1, 1024), atol=1e-6)
 
 
 EPS = """async (content, x, times) => {
     const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
-    const runtime = './node_modules/onnxruntime-web/dist/ort.webgpu.bundle.min.mjs';
-    const opened = await network.open(bytes, runtime), eps = [];
-    for (const t of times) eps.push(await opened.eps(x, t));
+    const opened = await network.open("model.onnx", bytes), eps = [];
+    for (const t of times) eps.push(await opened.eps(Float32Array.from(x), t));
     opened.close();
-    const late = await opened.eps(x, 0).catch((error) => error.message);
-    return {...opened, eps, late};
+    return {...opened, eps};
 }"""
 
 
@@ -287,19 +278,18 @@ def test_eps_is_pythons(name, page, trained):
         np.testing.assert_allclose(their_eps, network(x, t).ravel(), atol=atol)
     assert theirs["shape"] == [*network.shape] and theirs["classes"] == network.classes
     assert theirs["betas"] == json.loads(metadata["ddpm.betas"])
-    assert theirs["late"] == "the network was closed"
 
 
 TRAIN = """(batches, levels) => {
     const learner = new trainer.Trainer(), start = learner.parameters.map((p) => p.slice());
-    const steps = batches.map((batch) => learner.step(batch)), [{x0}] = batches;
-    const eps = levels.map((t) => trainer.epsOf(learner.average, x0, t));
-    return [start, steps, learner.parameters, learner.average, eps];
+    for (const batch of batches) learner.step(batch);
+    const eps = levels.map((t) => trainer.epsOf(learner.average, batches[0].x0, t));
+    return [start, learner.parameters, learner.average, eps];
 }"""
 
 
 def test_training_takes_the_steps_of_torch(page):
-    """Algorithm 1: the loss, its gradient, Adam, the average, and eps of the averaged network."""
+    """Algorithm 1: the gradient of the loss, Adam, the average, and eps of the averaged network."""
     torch.manual_seed(0)
     batches = [
         {"x0": torch.randn(9, 2, 1, 1) / 2, "noise": torch.randn(9, 2, 1, 1),
@@ -307,7 +297,7 @@ def test_training_takes_the_steps_of_torch(page):
         for _ in range(12)
     ]  # fmt: skip
     levels = [0, 30, 999]
-    start, taken, last, average, eps = js(page, TRAIN, batches, levels)
+    start, last, average, eps = js(page, TRAIN, batches, levels)
     width = len(start[1])
     shapes = [(-1, width), (width,), (width, width), (width,), (width, 2), (2,)]
     mean = [torch.tensor(p).float().view(s) for p, s in zip(start, shapes, strict=True)]
@@ -328,16 +318,11 @@ def test_training_takes_the_steps_of_torch(page):
 
         return network
 
-    for k, (batch, theirs) in enumerate(zip(batches, taken, strict=True)):
+    for k, batch in enumerate(batches):
         optimizer.param_groups[0]["lr"] = 0.012 / (1 + k / 1000)
         optimizer.zero_grad()
         x0, noise, t = batch.values()
-        ours = diffusion.loss(eps_of(parameters), x0, t, noise)
-        ours.backward()
-        assert theirs["loss"] == pytest.approx(ours.item(), rel=1e-5)
-        for p, g in zip(parameters, theirs["gradient"], strict=True):
-            scale = p.grad.abs().max().item() + 1e-12
-            np.testing.assert_allclose(np.array(g) / scale, p.grad.ravel() / scale, atol=1e-5)
+        diffusion.loss(eps_of(parameters), x0, t, noise).backward()
         optimizer.step()
         decay = (1 + k) / (10 + k)  # that of the first steps
         mean = [m + (1 - decay) * (p.detach() - m) for m, p in zip(mean, parameters, strict=True)]
@@ -353,45 +338,39 @@ def test_training_takes_the_steps_of_torch(page):
 # ------------------------------------------------------------------------------------- its promises
 
 
-PASSAGE = """async (until) => {
-    const { Passage } = await import("./passage.js"), said = [], shown = [], answers = [];
-    const eps = (x, t) => new Promise((resolve, reject) => answers.push(
-        () => t < until ? reject(new Error("full")) : resolve(x)));
-    const changed = (error) => error && said.push(error.message);
-    const picture = new Passage(eps, { steps: 4 }, changed);
+PASSAGE = """async () => {
+    const { Passage } = await import("./passage.js"), shown = [], said = [];
+    let answer;
+    const eps = (x) => new Promise((...callbacks) => { answer = callbacks; });
+    const picture = new Passage(eps, { steps: 4 }, (error) => said.push(error?.message));
     picture.begin(Float32Array.of(0.5), Float32Array.of(1));
     picture.sendBack(1);
-    for (let k = 0; k < 5; k++) {
+    for (const isWhole of [true, true, true, false]) {
         await new Promise((resolve) => setTimeout(resolve, 20));
         shown.push(Math.round(1000 * picture.reached ** 2 - 1));
-        answers.shift()?.();
+        isWhole ? answer[0]([0]) : answer[1](new Error("full"));
     }
-    return [shown, said];
+    await new Promise((resolve) => setTimeout(resolve, 20));
+    return [shown, said.at(-1), picture.steps];
 }"""
 
 
 def test_picture_waits_for_the_network(page):
-    """After a network that fails, which is said, the rest of the way back is one jump."""
-    assert settled(page, PASSAGE, -1) == [[999, 749, 499, 249, -1], []]
-    shown, said = settled(page, PASSAGE, 400)
-    assert said == ["full"] and shown[-2:] == [249, -1]
+    """After a network that fails, which is said, nothing has come back."""
+    assert settled(page, PASSAGE) == [[999, 749, 499, 249], "full", None]
 
 
 def test_opening_without_a_connection(opened):
-    """And without ONNX Runtime: it moves until it is touched, and comes back as recorded."""
+    """And without ONNX Runtime: it repeats until it is stopped, and comes back as recorded."""
     page = opened(dict.fromkeys([OUTSIDE, COPY], lambda r: r.abort()), motion="no-preference")
     settled(page, "() => window.ready")
     page.wait_for_function("window.sections.opening.round > 1", timeout=60_000)
-    page.focus("#scene-place")
-    at = page.input_value("#scene-place")
-    page.wait_for_timeout(500)
-    assert page.input_value("#scene-place") == at
     first = images_at(page, 0, (12, 3, 32, 32), name="opening")
-    value_of(page, "opening", "(gesture.moveTo(0), gesture.moveTo(0.5))")
-    for name, moves in (("Remove the noise", True), ("Pause", False), ("Continue", True)):
+    value_of(page, "opening", "(gesture.stop(), gesture.moveTo(0), gesture.moveTo(0.5))")
+    for name, moves in (("Remove the noise", True), ("Stop", False), ("Remove the noise", True)):
         page.get_by_role("button", name=name, exact=True).click()
         at = page.input_value("#scene-place")
-        page.wait_for_timeout(500)
+        page.wait_for_timeout(300)
         assert (page.input_value("#scene-place") != at) == moves
     caption(page, "scene", "this way back is a recording")
     assert value_of(page, "opening", "passage.from") == 1  # it begins with only noise
@@ -400,25 +379,8 @@ def test_opening_without_a_connection(opened):
         rows = np.array(image.convert("RGB"), int).reshape(11, 32, 12, 32, 3)
     shown = tiles(page, "scene-pictures", (3, 32, 32)).transpose(2, 0, 3, 1)
     assert np.abs(shown - rows[-1]).max() <= 1 and np.abs(first).mean() > 0.3
-    for name in ("images", "drawing"):
-        said = caption(page, name, "^No network")
-        assert "Connect to the internet" in said and "npm" not in said
-
-
-def test_nothing_moves_where_the_reader_prefers_so(opened):
-    """But the pictures are there as soon as they are seen."""
-    page = opened()
-    settled(page, "() => window.ready")
-    see(page, "arrows")
-    page.wait_for_timeout(1000)
-    assert page.input_value("#scene-place") == "0" and page.input_value("#arrows-place") == "450"
-    see(page, "learning")
-    page.wait_for_timeout(1000)
-    assert page.get_attribute("#learn-play", "aria-label") == "Play"
-    assert not value_of(page, "images", "gesture.isBack")  # it is not seen yet
-    see(page, "images-stage")
-    caption(page, "images", "^Back from the noise")
-    assert page.input_value("#images-place") == "0"
+    said = caption(page, "images", "^No network")
+    assert "Connect to the internet" in said and "npm" not in said and page.is_hidden("#drawing")
 
 
 def test_opening_goes_to_noise_and_back(page):
@@ -426,7 +388,7 @@ def test_opening_goes_to_noise_and_back(page):
     shape, go = (12, 3, 32, 32), "gesture.sendBack(), gesture.stop(), gesture.place = 0"
     first, half, noise = (images_at(page, u, shape, name="opening") for u in (0, 0.5, 1))
     abar, last = Diffusion(linear_betas()).alphas_bar[[249, 999]].tolist()
-    eps = noise_of(page, 0, shape)[0]
+    eps = noise_of(page, 0, shape)
     np.testing.assert_allclose(half, abar**0.5 * first + (1 - abar) ** 0.5 * eps, atol=1e-4)
     np.testing.assert_allclose(noise, last**0.5 * first + (1 - last) ** 0.5 * eps, atol=1e-4)
     network = sample.Network(EMOJI, "cpu")
@@ -484,26 +446,22 @@ def test_finger_that_scrolls_moves_nothing_else(opened):
     cdp.send("Emulation.setTouchEmulationEnabled", {"enabled": True})
 
     def touch(name, rise):
-        box = page.locator(f"#{name}").bounding_box()
+        page.evaluate(f"document.getElementById('{name}').scrollIntoView({{block: 'center'}})")
+        top, box = page.evaluate("scrollY"), page.locator(f"#{name}").bounding_box()
         x, y = box["x"] + 0.8 * box["width"], box["y"] + box["height"] / 2
         moves = [("touchMove", y - k) for k in range(0, rise, 20)]
         for kind, at in [("touchStart", y), *moves, ("touchEnd", None)]:
             points = [] if at is None else [{"x": x, "y": at}]
             cdp.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
         page.wait_for_timeout(500)
+        return page.evaluate("scrollY") - top > 50, pixels(page, "arrows-tile").tolist()
 
-    touch("scene-place", 200)
-    assert page.evaluate("scrollY") > 50 and page.input_value("#scene-place") == "0"
-    page.evaluate("scrollTo(0, 0)")
+    before = touch("scene-place", 200)
+    assert before[0] and page.input_value("#scene-place") == "0"
     touch("scene-place", 0)
     caption(page, "scene", "^Back in many steps")
-    before = pixels(page, "arrows-tile")
-    top = page.evaluate("scrollY")
-    touch("arrows-50", 200)
-    assert page.evaluate("scrollY") > top + 50
-    assert (pixels(page, "arrows-tile") == before).all()
-    touch("arrows-50", 0)
-    assert (pixels(page, "arrows-tile") != before).any()
+    assert touch("arrows-50", 200) == before
+    assert touch("arrows-50", 0) != (False, before[1])
 
 
 def test_dots_go_to_noise_and_back(page):
@@ -560,10 +518,10 @@ def test_network_learns_the_moons(page):
     caption(page, "learn", "^Not trained")
     page.fill("#learn-place", str(1000))
     assert int(page.input_value("#learn-place")) < 500  # it shows what has been learnt, and goes on
-    trained = "document.getElementById('learn-place').style.getPropertyValue('--from') >= 0.4"
+    trained = "document.getElementById('learn-place').style.getPropertyValue('--from') >= 0.25"
     page.wait_for_function(trained)
     shown = []
-    for place, title, misses in ((400, "^Training step 48[01]", 65), (0, "^Not trained", 100)):
+    for place, title, misses in ((250, "^Training step 188", 80), (0, "^Not trained", 100)):
         page.fill("#learn-place", str(place))
         caption(page, "learn", title)
         shown.append(pixels(page, "learn-plane"))
@@ -576,12 +534,13 @@ def test_network_learns_the_moons(page):
 
 
 def test_included_network_draws_what_python_draws(page):
-    """The pictures, the film, and the guess under the curtain."""
+    """The pictures, at once where the reader prefers no motion, and the guess under the curtain."""
     network = sample.Network(SHIPPED, "cpu")
     see(page, "images-stage")
-    until_complete(page, "images")
+    caption(page, "images", "^Back from the noise")
+    assert page.input_value("#images-place") == "0"
     y = [k % 10 for k in range(15)]
-    x_T = noise_of(page, 0, (15, 1, 32, 32))[0]
+    x_T = noise_of(page, 0, (15, 1, 32, 32))
     np.testing.assert_allclose(images_at(page, 1), x_T, atol=1e-3)
     steps = list(steps_of_python(network, images_at(page, 1), y))
     for t, x, x0 in steps:
@@ -589,23 +548,10 @@ def test_included_network_draws_what_python_draws(page):
         np.testing.assert_allclose(images_at(page, place, kind="x0"), x0, atol=2e-2)
         np.testing.assert_allclose(images_at(page, place), x, atol=2e-2)
     assert np.abs(tiles(page, "images-noisy", (1, 32, 32)) - to_pixels(steps[-1][2])).max() <= 3
-    for place, known in ((0, 11), (0.75, 5)):  # at 0.75, it has not come farther than t = 599
-        value_of(page, "images", f"(gesture.stop(), gesture.place = {place}, gesture.render())")
-        film = tiles(page, "images-film", (1, 32, 32)).reshape(2, 11, 3, 32, 32)
-        ways = [*steps, (-1, *2 * steps[-1][2:])]
-        for row, kind in enumerate((1, 2)):
-            for shown, step in zip(film[row, :known], ways[:known], strict=True):
-                assert np.abs(shown - to_pixels(step[kind][0])).max() <= 3
-            assert np.ptp(film[row, known:]) == 0 if known < 11 else True
     drag(page, "images-curtain", (0.5, 0.1), (0.8, 0.1))
     assert int(page.input_value("#images-curtain")) == pytest.approx(80, abs=2)
-    # the other way: the network's guess of pictures with noise
-    value_of(page, "images", "gesture.moveTo(0.8)")
-    x = images_at(page, 0.8)
-    abar = np.cumprod(1 - np.array(network.betas))[639]
-    expected = (x - (1 - abar) ** 0.5 * network(x, 639, np.array(y))) / abar**0.5
-    apart = lambda: np.abs(tiles(page, "images-expected", (1, 32, 32)) - to_pixels(expected))  # noqa: E731
-    until_true(page, lambda: apart().max() <= 3)
+    value_of(page, "images", "gesture.moveTo(0.8)")  # on the way to the noise, nothing is guessed
+    page.wait_for_function("document.getElementById('images-grid').style.cssText.includes('100%')")
 
 
 def test_word_of_the_emoji(page):
@@ -614,15 +560,13 @@ def test_word_of_the_emoji(page):
     see(page, "images-stage")
     network, shape = sample.Network(EMOJI, "cpu"), (15, 3, 32, 32)
     y = np.repeat([network.classes.index(name) for name in ("smileys", "people", "flags")], 5)
-    for word, title, given in (
-        ("weak", "^A word for each row", (y, 0)), ("none", "^No word", ()),
-        ("strong", "exaggerated.*twice the work", (y, 3)),
-    ):  # fmt: skip
+    for word, given in (("weak", (y, 0)), ("none", ()), ("strong", (y, 3))):
         page.click(f"#word-{word}")
         see(page, "images-stage")
-        caption(page, "images", title)
+        until_true(page, lambda: value_of(page, "images", "passage.steps?.length"))
         expected = next(steps_of_python(network, images_at(page, 1, shape), *given))[2]
         assert np.abs(images_at(page, 1, shape, "x0") - expected).mean() < 1e-2
+    caption(page, "images", "exaggerated.*twice the work")
     # before anything has come back, there is only noise, from which the way back begins
     page.click("#word-weak")
     value_of(page, "images", "(gesture.stop(), gesture.moveTo(0.6), gesture.letGo())")
@@ -672,12 +616,9 @@ def test_layout(width, page):
             return document.body.scrollHeight;
         })"""
         assert len(set(page.locator(f"#{name}-words").evaluate(tops))) == 1, name
-    box = page.locator("#arrows-50").bounding_box()
-    assert box["height"] < 1.2 * box["width"]  # the plane is not tall and empty
-    unnamed = (
-        "filter((e) => !e.hidden && !e.labels?.length && !e.ariaLabel && !e.textContent.trim())"
-    )
-    assert page.evaluate(f"[...document.querySelectorAll('input, button')].{unnamed}.length") == 0
+    unnamed = "(e) => !e.hidden && !e.labels?.length && !e.ariaLabel && !e.textContent.trim()"
+    find = f"[...document.querySelectorAll('input, button')].filter({unnamed}).length"
+    assert page.evaluate(find) == 0
     page.set_viewport_size({"width": 1280, "height": 900})
 
 
@@ -717,8 +658,7 @@ def test_other_files_and_then_another_model(opened, trained, tmp_path):
 
 def test_onnxruntime_comes_from_jsdelivr_where_there_is_no_copy(opened):
     """Where there is one, as for the other tests, nothing comes from outside."""
-    version, asked = json.loads((RUNTIME / "package.json").read_text("utf-8"))["version"], set()
-    assert f"onnxruntime-web@{version}" == VERSION
+    asked = set()
 
     def outside(route):
         folder, name = route.request.url.rsplit("/", 1)
