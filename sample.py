@@ -124,7 +124,7 @@ def noise_of(seed, first, n, shape):
 
 
 def sample_progressive(network, n, classes=None, guidance=0.0, seed=0, first=0, **options):
-    """Return the generator `reverse` of n images that a Network draws together, each (n, C, H, W).
+    """Return the generator `reverse` for n images that a Network draws together, (n, C, H, W).
 
     classes: names, which the images take in turn; all classes if None. guidance: the w of `guided`.
     seed, first: the images have the numbers first, first + 1, ... of this seed. options: steps,
@@ -171,7 +171,7 @@ class Network:
     is compared with the answer in the file.
     options: onnxruntime.SessionOptions, for example the number of threads.
 
-    Attributes: betas, float64 (T,), and variance are those of the file, shape is (C, H, W) of an
+    Attributes: betas, float64 (T,), and variance come from the file, shape is (C, H, W) of an
     image, classes has the names of the classes, if any, and provider is the part of ONNX Runtime
     that computes.
 
@@ -309,7 +309,7 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
 
     def end(self):
-        """End the program as the signal does by default, so that a loop of the shell ends, too."""
+        """End the program as the signal does by default, so that a shell loop ends, too."""
         signal.signal(self.number, signal.SIG_DFL)
         signal.raise_signal(self.number)
 

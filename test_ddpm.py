@@ -19,7 +19,7 @@ from ddpm import Attention, Diffusion, Downsample, ResBlock, UNet, linear_betas,
 
 PAPER = Diffusion(linear_betas())
 VARIANCES = ("large", "small")
-M, S = 0.3, 0.15  # mean and deviation of the Gaussian data
+M, S = 0.3, 0.15  # mean and standard deviation of the Gaussian data
 
 
 def seeded(seed=0):
@@ -62,7 +62,7 @@ def wobbly(x_t, t):
 
 
 def mean_and_deviation(variance, steps=1000):
-    """Return the mean and deviation of the samples of best_network(), by a recursion over t.
+    """Return mean and standard deviation of the samples of best_network(), by a recursion over t.
 
     The step is Algorithm 2 as printed, x <- p x + q eps + sigma z. The recursion shares no code
     with the sampler.
@@ -81,7 +81,7 @@ def mean_and_deviation(variance, steps=1000):
 
 
 def sample_moments(sample, draws):
-    """Return the exact mean and deviation of what a sampler draws with best_network().
+    """Return the exact mean and standard deviation of what a sampler draws with best_network().
 
     Image k receives one unit of noise, at draw k, and the last image receives none.
     """
@@ -339,7 +339,7 @@ def test_with_many_steps_only_the_ends_of_the_schedule_matter():
 def test_bound_is_above_the_exact_likelihood(variance, gap):
     """For Gaussian data and the best eps, p(x_0) is a Gaussian integrated over the bin of x_0.
 
-    The gaps are those of these 65,536 values; with 2.4 million, they are 0.131 and 0.718.
+    The gaps belong to these 65,536 values; with 2.4 million, they are 0.131 and 0.718.
     """
     d = Diffusion(linear_betas(), variance)
     x0 = ((M + S * randn(256, 1, 16, 16) + 1) * 127.5).round() / 127.5 - 1

@@ -30,7 +30,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the first step, Ctrl-C ends at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the first step, Ctrl-C ends the program
 
 import filelock
 import numpy as np
@@ -43,7 +43,7 @@ from ddpm import Diffusion, UNet, linear_betas
 from images import class_names, demo_images, from_pixels, read_folder
 from sample import StopRequest, check_output, grid, guard_output, reverse, to_pixels
 
-# torchrun sets these: the rank of this process, the number of all, and its rank on its machine.
+# torchrun sets these: the rank of this process, their number, and its rank on its machine.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
@@ -79,7 +79,7 @@ def algorithm_1(network, ema, optimizer, diffusion, images, labels, s):
             batch.append(labels[index].masked_fill(drop, ema.num_classes))
 
         total = torch.zeros((), device=device)
-        for part in range(RANK * s.accumulate, (RANK + 1) * s.accumulate):  # those of this process
+        for part in range(RANK * s.accumulate, (RANK + 1) * s.accumulate):  # of this process
             index, flip, t, noise, *y = (drawn.tensor_split(parts)[part] for drawn in batch)
             x0 = from_pixels(to_device(images[index], device))
             x0 = torch.where(flip, x0.flip(3), x0)
@@ -175,7 +175,7 @@ FREE = {  # what may change when a run is resumed
     "dropout": (share, 0.1, "share of the activations to drop"),
     "accumulate": (count, 1, "parts to split each batch into, to save memory"),
     "amp": (bool, None, "bfloat16 [where it is fast]"),
-    "preview_every": (count, None, "steps between previews [at most 4%% of the time]"),
+    "preview_every": (count, None, "steps between previews [for at most 4%% of the time]"),
     "save_minutes": (amount, 5.0, "minutes between saves"),
 }
 SETTINGS = NETWORK | METHOD | FREE
@@ -264,7 +264,7 @@ def decide(given, state, out, device):
 def build(settings, shape, names):
     """Return (network, diffusion): eps_theta(x_t, t, y=None), with new weights, and its Diffusion.
 
-    settings: those of a checkpoint. shape: (C, H, W) of an image. names: those of the classes.
+    settings: of a checkpoint. shape: (C, H, W) of an image. names: of the classes.
     To train another network, return it here. Raises ValueError for settings that do not fit.
     """
     make_network, make_diffusion = UNet, Diffusion
@@ -284,7 +284,7 @@ def load(path):
     """Return (network, diffusion, state) of a run folder, or of its checkpoint.pt.
 
     The network has the averaged weights, is in eval mode, and returns eps. state: {"settings",
-    "shape": (C, H, W), "names": those of the classes, "images": a digest, "step", "model", "ema",
+    "shape": (C, H, W), "names": of the classes, "images": a digest, "step", "model", "ema",
     "optimizer"}. No code in the file is executed. Exits with one line if it can't be read.
     """
     path = Path(path, "checkpoint.pt") if os.path.isdir(path) else Path(path)
@@ -310,7 +310,7 @@ def replacing(path):
         with open(temporary, "xb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # else, after a power cut, the new name may have no content
+            os.fsync(file.fileno())  # otherwise, a power cut may leave an empty file
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter
         sys.exit(f"{path} can't be written: {error.__context__ or error}")
@@ -422,7 +422,7 @@ def from_first(function, *args):
 
 
 def from_all(value):
-    """Return a list of the values of all processes, when all have come here."""
+    """Return a list of the values of all processes, when all have called this."""
     values = [value] * WORLD
     if WORLD > 1:
         dist.all_gather_object(values, value)
@@ -454,7 +454,7 @@ def load_images(s, channels, out):
 
 def say_days(network, diffusion, shape, s, start):
     """Print how long the run will take, if it is over a day, estimated from two images."""
-    for _ in range(2):  # the first time is longer
+    for _ in range(2):  # the first pass takes longer
         began = time.monotonic()
         with torch.autocast("cpu", torch.bfloat16, enabled=s.amp):
             diffusion.loss(network, torch.zeros(2, *shape)).backward()
@@ -467,7 +467,7 @@ def say_days(network, diffusion, shape, s, start):
 def train(s, out, start, step, save, draw):
     """Take the steps from `start` on, until asked to stop; return the step and the StopRequest.
 
-    step: that of algorithm_1. save(k) and draw(k) write the checkpoint and a preview after step k.
+    step: of algorithm_1. save(k) and draw(k) write the checkpoint and a preview after step k.
     """
     recent = open_log(out / "log.csv", start) if RANK == 0 else None
     bar = tqdm(total=s.steps, initial=start, unit="step", mininterval=1, disable=RANK > 0)
@@ -557,7 +557,7 @@ def main():
         if old[name]:  # published weights have no optimizer
             part.load_state_dict(old[name])
     images = torch.from_numpy(images)
-    images = images.to(device) if images.nbytes < 2e9 else images  # else, they are moved in batches
+    images = images.to(device) if images.nbytes < 2e9 else images  # or in batches
     labels = None if labels is None else torch.from_numpy(labels).to(images.device)
 
     def save(k):

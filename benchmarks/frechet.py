@@ -15,7 +15,7 @@ program also prints what share of them, and of the test images, the classifier r
 measures the distance to other images, with a classifier that is trained on them, so this distance
 cannot be compared with the distance to any other data set. --data has two folders, train and test,
 with a sub-folder of images for each of at most ten classes. The first time, the classifier trains
-for some minutes, and is then kept in that folder as ruler.npz.
+for a few minutes, and is then kept in the --data folder as ruler.npz.
 """
 
 import argparse

@@ -74,7 +74,7 @@ def row(name, measure, *args, **options):
 
 
 def program(log, *command, interrupt=None, limit=120):
-    """Run a program for at most `limit` seconds, and return its seconds and its last line.
+    """Run a program for at most `limit` seconds, and return its running time and its last line.
 
     log: the name of the file for its output. interrupt: a file; when it has two lines, send Ctrl-C.
     """
@@ -117,7 +117,7 @@ def compiled(network):
 
 
 def gradients():
-    """Compare the gradient of a training step on the device with that of float32 on the CPU."""
+    """Compare the gradient of a training step on the device with one in float32 on the CPU."""
     torch.manual_seed(0)
     network, diffusion = train.build(compare.settings(dropout=0.0, **GIVEN), (3, SIZE, SIZE), ())
     for p in network.parameters():  # so that no layer is close to 0
@@ -228,7 +228,7 @@ def sampling():
         ms = 1000 * min(compare.clock(functools.partial(next, chain)) for _ in range(3))
         return f"{ms:.2f} | {ms * 1000 * -(-50_000 // batch) / 3.6e6:.2f}"
 
-    names = ["torch", *(path.name for path in FILES if ONNX == "cuda" or IS_TINY)]  # else slow
+    names = ["torch", *(path.name for path in FILES if ONNX == "cuda" or IS_TINY)]  # otherwise slow
     head("relative error of eps at t =", *"0 10 100 500 999".split())
     for name in names:
         row(name, errors, name)

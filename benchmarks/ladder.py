@@ -7,7 +7,7 @@
     python benchmarks/ladder.py                                # the tables
 
 A rung is `train.py --quick --no-flip --no-amp` on fashion-mnist/train, which has a sub-folder for
-each class, with the flags below. Instead of a rung, a model.onnx can be measured. An interrupted
+each class, with the flags in RUNGS. Instead of a rung, a model.onnx can be measured. An interrupted
 run resumes. Each set of samples is a row of benchmarks/ladder.csv and is drawn only once. With
 OMP_NUM_THREADS=1, the program uses one core, so that two rungs can be trained at a time.
 """
@@ -37,7 +37,7 @@ from extras.variants import eps_of_output, loss_weights  # noqa: E402
 from sample import SAMPLERS, Network, sample, to_pixels  # noqa: E402
 
 ADAM = "--lr 1e-3 --no-lr-decay"
-RUNGS = {  # flags in place of those of --quick, and what they change
+RUNGS = {  # flags that replace some of --quick, and what they change
     "paper": (f"--parts {ADAM}",
               "the paper's: eps, (14), Adam with a learning rate of 1e-3, no labels"),
     "v": (f"--parts v {ADAM}", "the network predicts v"),
@@ -56,7 +56,7 @@ COLUMNS = "rung", "seed", "steps", *WAY, "set", "distance", "recognised"
 
 
 class OtherTarget(torch.nn.Module):
-    """A network that predicts something other than eps, as one that returns eps(x_t, t)."""
+    """A network that predicts something other than eps, wrapped so that it returns eps(x_t, t)."""
 
     def __init__(self, network, diffusion, predicts):
         super().__init__()
@@ -163,7 +163,7 @@ def cell(found):
 
 
 def in_markdown(head, lines, labels=1):
-    """Return a table in Markdown, without empty rows and columns. labels: the columns that lead."""
+    """Return a table in Markdown, without empty rows and columns. labels: how many columns lead."""
     lines = [line for line in lines if any(line[labels:])]
     kept = [k for k in range(len(head)) if any(line[k] for line in lines)]
     lines = [[line[k] or "-" for k in kept] for line in lines]

@@ -53,7 +53,8 @@ def browser_and_address():
         sync_playwright() as playwright,
     ):
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        flags = ["--no-sandbox", "--disable-gpu"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
         yield browser, f"http://127.0.0.1:{server.server_port}/"
         browser.close()
         server.shutdown()

@@ -16,7 +16,7 @@ class TorchNetwork:
     class". It computes in bfloat16 if the run did, and the device can.
 
     path: a run folder or its checkpoint.pt. device: auto, cpu, cuda, cuda:1, mps or xpu.
-    Attributes: those of sample.Network, and diffusion. Exits if the run or the device is not there.
+    Attributes: as in sample.Network, and diffusion. Exits if the run or the device is not there.
     """
 
     def __init__(self, path, device="auto"):
