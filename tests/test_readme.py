@@ -114,8 +114,6 @@ def test_tests_files_links_and_anchors_exist():
             target = ((HERE / path).parent / file).resolve() if file else (HERE / path).resolve()
             assert target.is_file() or target.is_dir(), link
             assert not anchor or anchor in anchors(target.read_text("utf-8")), link
-    linked = re.findall(r'data-lesson="([^"]+)"', (HERE / "page" / "index.html").read_text("utf-8"))
-    assert len(linked) >= 5 and set(linked) <= anchors(LESSON)
 
 
 @pytest.fixture
