@@ -4,20 +4,24 @@ export const $ = (id) => document.getElementById(id);
 export const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
 export const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
-/** Call call(share) when another share of an element, from 0 to 1, is in sight. */
+/** Call call(share) when another share of an element, from 0 to 1, is in sight. Captions cover the
+ * lower part of a narrow screen. */
 export function follow(element, call) {
   const watch = (entries) => call(entries.at(-1).intersectionRatio);
-  new IntersectionObserver(watch, { threshold: [0, 0.01, 0.4, 0.6] }).observe(element);
+  const rootMargin = innerWidth < 960 ? "0px 0px -28%" : "0px";
+  new IntersectionObserver(watch, { threshold: [0, 0.01, 0.4, 0.7], rootMargin }).observe(element);
 }
 
-/** Let a pointer act on an element. The browser cancels what a finger does when it scrolls. */
-export function onPointer(element, { press, drag = () => {}, release, cancel = release }) {
+/** Let a pointer act on an element, but no second finger. The browser cancels what scrolls. */
+export function onPointer(element, { press, drag, release, cancel = release }) {
   element.onpointerdown = (event) => {
+    if (!event.isPrimary) return;
     element.setPointerCapture(event.pointerId);
     press(event);
   };
-  element.onpointermove = (event) => element.hasPointerCapture(event.pointerId) && drag(event);
-  element.onpointerup = release;
+  const holds = ({ isPrimary, pointerId }) => isPrimary && element.hasPointerCapture(pointerId);
+  element.onpointermove = (event) => holds(event) && drag(event);
+  element.onpointerup = (event) => event.isPrimary && release(event);
   element.onpointercancel = cancel;
 }
 

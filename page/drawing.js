@@ -7,7 +7,7 @@ import { noiseOf } from "./sampler.js";
 import { Gesture } from "./timeline.js";
 
 const ENDS = 4, STEPS = 20; // images that come back, and in how many steps
-const FIRST = 0.6; // from where the first drawing comes back
+const FIRST = 0.6; // the highest place from where a drawing comes back by itself
 const WAIT = 500; // milliseconds without a stroke, after which the drawing comes back
 const canvas = $("draw"), context = canvas.getContext("2d", { willReadFrequently: true });
 const show = captions("drawing"), pens = [...$("draw-pens").children];
@@ -38,9 +38,10 @@ function restart() {
   gesture.moveTo(0);
 }
 
-/** Send the drawing back from where the reader let go the last time. */
+/** Send the drawing back from where the reader let go the last time, but not as almost anything. */
 function comeBack() {
-  gesture.moveTo(drawing.from ?? FIRST);
+  if (!drawing.eps) return;
+  gesture.moveTo(Math.min(drawing.from ?? 1, FIRST));
   gesture.sendBack();
   if (still) gesture.place = 0;
 }
@@ -69,7 +70,6 @@ function clear() {
 export function useNetwork(opened) {
   ({ shape } = opened);
   drawing.use((x, t) => opened.eps(x, t), { betas: opened.betas });
-  $("drawing").hidden = false;
   $("draw-pens").hidden = shape[0] === 1;
   (opened.kinds ? restart : clear)();
   gesture.whenSeen(comeBack);
@@ -92,7 +92,7 @@ function draw() {
 /** Make the section work, with a smiley of the opening. Returns its timeline. */
 export function startDrawing() {
   gesture = new Gesture("drawing", [drawing], draw, say, true);
-  gesture.letGo = () => gesture.place && gesture.sendBack();
+  gesture.letGo = () => drawing.eps && gesture.place && gesture.sendBack();
   for (const button of pens) {
     button.style.background = button.value;
     button.onclick = () => {

@@ -43,7 +43,7 @@ export function useNetwork(opened) {
 function say() {
   const { place, isBack, hasCome } = gesture;
   if (notice) return show(notice[0], { text: notice[1] });
-  if (hasCome) return show(network.kinds ? word : "done");
+  if (hasCome || (!place && !isBack)) return show(network.kinds ? word : "done");
   if (isBack) return show("back", { steps: pictures.levels.length });
   return show(place < 1 ? "noising" : "noise");
 }

@@ -9,8 +9,7 @@ import { Gesture } from "./timeline.js";
 
 const COUNT = 12, SHAPE = [3, 32, 32], SIZE = 3072, STEPS = 10, GUIDANCE = 1;
 const show = captions("scene");
-let gesture, pictures;
-let isOffline = false; // then each way back is the recorded one, from only noise
+let gesture, pictures, isOffline = false; // then each way back is the recorded one, from noise
 
 /** The twelve pictures in a row of recorded.webp, by docs/make_figures.py: first those at the
  * beginning, and then the estimates in each step of the first way back, which needs no network. */

@@ -56,7 +56,7 @@ async function begin() {
     images: images.startImages(), drawing: drawing.startDrawing(),
   };
   const emoji = included("emoji").then((network) => own ?? drawing.useNetwork(network));
-  await emoji.catch(() => {}); // section 3 says what is wrong
+  await emoji.catch(() => { $("drawing").hidden = true; }); // section 3 says what is wrong
   if (!wanted) await select("clothes"); // the reader may have been faster
 }
 

@@ -23,9 +23,9 @@ export class Timeline {
     follow(this.stage, (seen) => {
       this.seen = seen;
       this.#ask();
-      if (seen >= 0.6) this.begin?.();
+      if (seen >= 0.7) this.begin?.();
     });
-    new ResizeObserver(() => this.#ask()).observe(this.stage);
+    new ResizeObserver(() => this.#ask(true)).observe(this.stage); // also at the beginning
     this.#listen();
   }
 
@@ -46,7 +46,7 @@ export class Timeline {
   /** Begin by itself when most of the stage is seen. */
   whenSeen(begin) {
     this.begin = begin;
-    if (this.seen >= 0.6) begin();
+    if (this.seen >= 0.7) begin();
   }
 
   /** Stay here for some milliseconds, and then do something. */
@@ -92,8 +92,8 @@ export class Timeline {
     this.#ask();
   }
 
-  #ask() {
-    if (this.seen && !this.#asked) this.#asked = requestAnimationFrame((now) => this.#frame(now));
+  #ask(always = this.seen) {
+    if (always && !this.#asked) this.#asked = requestAnimationFrame((now) => this.#frame(now));
   }
 
   #frame(now) {
