@@ -1,5 +1,4 @@
-// Section 1: dots dissolve into noise and come back along the exact arrows: the same dots in 50
-// steps, in a large plane, and in 5 and 1.
+// Section 1: dots dissolve into noise and come back along the exact arrows, in 50, 5 and 1 steps.
 
 import { $, captions, onPointer, still } from "./common.js";
 import { Passage } from "./passage.js";
@@ -123,16 +122,10 @@ function say() {
   }
   if (hasCome) return show(shares[2] < 0.4 ? "near" : "done");
   if (!place) return show("clean");
-  const title = isBack ? "On the way back" : "One dot: drag it";
   const weights = large.weightsOf(chosen, place);
   // as many equally likely origins have the same entropy
   const n = Math.round(Math.exp(weights.reduce((sum, w) => sum - (w && w * Math.log(w)), 0)));
-  return show(n > 1 ? "many" : "one", { title, some: n > 0.9 * N ? "almost any" : `about ${n}` });
-}
-
-function choose(k) {
-  chosen = k;
-  gesture.render();
+  return show(n > 1 ? "many" : "one", { some: n > 0.9 * N ? "almost any" : `about ${n}` });
 }
 
 /** Let the pointer choose a dot, and pull it. */
@@ -142,7 +135,8 @@ function listen() {
     press(event) {
       const near = large.pointNear(event, gesture.place);
       before = near < 0 ? null : chosen;
-      if (near >= 0) choose(near);
+      if (near >= 0) chosen = near;
+      gesture.render();
     },
     drag(event) {
       if (before === null) return;
@@ -155,7 +149,10 @@ function listen() {
       const isReady = before !== null && gesture.place && !gesture.isBack;
       if (isReady) gesture.hold(HOLD.next, () => gesture.sendBack());
     },
-    cancel: () => before !== null && choose(before),
+    cancel() {
+      chosen = before ?? chosen;
+      gesture.render();
+    },
   });
 }
 

@@ -3,14 +3,16 @@
 import { $, captions, still } from "./common.js";
 import { Passage } from "./passage.js";
 import { drawImages } from "./plane.js";
-import { guided, noiseOf } from "./sampler.js";
+import { guided, noiseOf, predictX0 } from "./sampler.js";
 import { Gesture } from "./timeline.js";
 
 const COLUMNS = 5, COUNT = 15; // of the pictures
+const FIRST = 3000; // milliseconds for which the first noise stays
 const WORDS = { none: null, weak: 0, strong: 3 }; // the guidance of each choice; null: no word
 const curtain = $("images-curtain"), show = captions("images");
 let gesture, network = null, word = "strong";
 let notice = ["wait", "clothes"]; // the key of a caption, and its text
+let guess = {}; // of the network at a place of the slider: {x0, place, isAsked}
 const pictures = new Passage(null, { steps: 10, scales: true }, (error) => {
   if (error) tell("fault", error.message);
   gesture.render();
@@ -31,13 +33,25 @@ export function useNetwork(opened) {
   $("images-pills").hidden = !kinds;
   pictures.use(w === null ? (x, t) => opened.eps(x, t) : guided(opened, y, w), { betas });
   pictures.begin(null, noiseOf(0, COUNT, size));
-  notice = null;
+  [guess, notice] = [{}, null];
   gesture.stop();
   gesture.moveTo(1);
   gesture.whenSeen(() => {
+    if (!still) return gesture.hold(FIRST, () => gesture.sendBack());
     gesture.sendBack();
-    if (still) gesture.place = 0;
+    gesture.place = 0;
   });
+}
+
+/** Ask what the network guesses at the place of the slider, one question at a time. */
+async function ask() {
+  const { place, isBack } = gesture, own = guess;
+  if (isBack || !place || !pictures.x0 || own.isAsked || own.place === place) return;
+  own.isAsked = true;
+  const { x, level } = pictures.at(place), t = Math.max(0, Math.round(level));
+  const x0 = predictX0(x, await pictures.eps(x, t), pictures.abars[t], 1);
+  Object.assign(own, { x0, place, isAsked: false });
+  gesture.render(); // and ask again, if the slider has moved
 }
 
 function say() {
@@ -51,18 +65,17 @@ function say() {
 function draw() {
   const { place, isBack } = gesture, { x, x0 } = pictures.at(place);
   const shape = network?.shape ?? [1, 32, 32];
-  const open = isBack || !place ? curtain.value : 100; // on the way to the noise, nothing guesses
-  curtain.parentElement.style.setProperty("--curtain", `${open}%`);
+  if (isBack || !place) guess = {};
+  curtain.parentElement.style.setProperty("--curtain", `${curtain.value}%`);
   drawImages($("images-noisy"), x, shape, COLUMNS, 1);
-  drawImages($("images-expected"), x0, shape, COLUMNS, 1);
+  drawImages($("images-expected"), (!isBack && guess.x0) || x0, shape, COLUMNS, 1);
+  ask();
 }
 
 /** Make the section work. Returns its timeline. */
 export function startImages() {
   pictures.begin(null, noiseOf(0, COUNT, 1024));
   gesture = new Gesture("images", [pictures], draw, say);
-  const letGo = gesture.letGo.bind(gesture);
-  gesture.letGo = () => network && letGo();
   gesture.moveTo(1);
   curtain.oninput = () => gesture.render();
   for (const key of Object.keys(WORDS)) {

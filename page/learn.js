@@ -73,10 +73,10 @@ function play() {
 }
 
 function say() {
-  const { steps, misses = "–" } = shown(), part = partOf(), { isMoving, place } = timeline;
+  const { steps, misses = "–" } = shown(), part = partOf(), { state, place } = timeline;
   const phase = part < 0.35 ? "noise" : part < 0.65 ? "guess" : "correct";
-  $("learn-play").textContent = isMoving ? "❚❚" : "►";
-  $("learn-play").ariaLabel = isMoving ? "Pause" : place === 1 ? "Play again" : "Play";
+  $("learn-play").textContent = state !== "idle" ? "❚❚" : "►";
+  $("learn-play").ariaLabel = state !== "idle" ? "Pause" : place === 1 ? "Play again" : "Play";
   $("learn-place").ariaValueText = `training step ${steps}`;
   $("learn-place").style.setProperty("--from", trained()); // a mark
   $("learn-misses").textContent = misses;
@@ -115,8 +115,8 @@ function drawExample(view, part) {
   const guess = xt.map((value, k) => value - spread * eps[k]);
   const noisy = mix(x0, xt, until(0.1, 0.3)), ring = mix(guess, x0, 0.3 * until(0.8, 0.95));
   plane.drawLine(view, [x0, noisy], colours.dim, 2.5);
-  plane.drawDots(view, x0, 7, colours.data);
   plane.drawDots(view, noisy, 7, colours.ink);
+  plane.drawDots(view, x0, 7, colours.data);
   const end = mix(guess, x0, until(0.65, 0.8)); // of the arrow that corrects
   if (part > 0.65) plane.drawArrow(view, guess, end, colours.data, 3, 12);
   if (part > 0.4) plane.drawRing(view, ring, 10, colours.lit, 3.5);
@@ -125,7 +125,7 @@ function drawExample(view, part) {
 /** Make the section work. Returns its timeline. */
 export function startLearning() {
   timeline = Object.assign(new Timeline("learn", drawStage, say), { training, moveTo });
-  $("learn-play").onclick = () => (timeline.isMoving ? timeline.stop() : play());
+  $("learn-play").onclick = () => (timeline.state === "idle" ? play() : timeline.stop());
   if (!still) timeline.whenSeen(play);
   timeline.render();
   return timeline;

@@ -63,15 +63,14 @@ export async function open(name, bytes) {
 
 async function download(name) {
   const read = (response) => (response.ok ? response.arrayBuffer() : null);
-  const content = await fetch(name).then(read).catch(() => null); // the connection may break
+  const content = await fetch(FILES[name]).then(read).catch(() => null); // the connection may break
   if (!content) throw new Error(LOST);
-  return open(name, new Uint8Array(content));
+  const network = await open(FILES[name], new Uint8Array(content));
+  return { ...network, kinds: KINDS[name]?.map((kind) => network.classes.indexOf(kind)) };
 }
 
-/** The promise of the network "clothes" or "emoji", which is opened when it is first needed.
- * kinds: the indices of the classes to draw. */
-export const included = (name) => (opened[name] ??= download(FILES[name]).then((network) =>
-  Object.assign(network, { kinds: KINDS[name]?.map((kind) => network.classes.indexOf(kind)) })));
+/** The network "clothes" or "emoji", opened when it is first needed. kinds: of classes to draw. */
+export const included = (name) => (opened[name] ??= download(name));
 
 // ---- in the worker
 

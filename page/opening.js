@@ -31,8 +31,8 @@ async function eps(x, t) {
 }
 
 function say() {
-  const { place, isBack, isMoving } = gesture, { from } = pictures;
-  $("scene-play").textContent = isMoving ? "Stop" : place ? "Remove the noise" : "Play";
+  const { place, isBack, state } = gesture, { from } = pictures;
+  $("scene-play").textContent = state !== "idle" ? "Stop" : place ? "Remove the noise" : "Play";
   if (!isBack) return show(!place ? "clean" : place < 1 ? "noising" : "noise");
   if (place) return show(isOffline ? "recorded" : "back");
   return show(from > 0.9 ? "new" : "similar");
@@ -44,7 +44,7 @@ function goOffline() {
   pictures.use(eps, { keepsData: true });
   if (gesture.isBack) return;
   if (gesture.round > 1) pictures.begin(rowOf(0), pictures.noise);
-  if (gesture.isMoving) gesture.letGo();
+  if (gesture.state !== "idle") gesture.letGo();
 }
 
 /** Make the opening work. Returns its timeline. */
@@ -67,7 +67,7 @@ export async function startOpening() {
     return !gesture.place || lacksNoise ? gesture.toNoise() : gesture.sendBack();
   };
   $("scene-play").onclick = () => {
-    if (gesture.isMoving) return gesture.stop();
+    if (gesture.state !== "idle") return gesture.stop();
     gesture.stage.scrollIntoView({ block: "nearest" }); // only what is in sight moves
     gesture.letGo();
   };

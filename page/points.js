@@ -52,17 +52,12 @@ export function missed(points, centres, std) {
   return (2 * far.length) / points.length;
 }
 
-/** A place of the two arcs: x = 0.6 (cos - 0.5), y = 0.6 (sin - 0.25), or the opposite. */
-function onArc(angle, isFirst) {
-  const size = isFirst ? 0.6 : -0.6;
-  return [size * (Math.cos(angle) - 0.5), size * (Math.sin(angle) - 0.25)];
-}
-
-/** Points on the arcs; their label is 1 on the first one. */
+/** Points on two arcs, of which one is the opposite of the other; their labels are 1 and 0. */
 function moons(count = 240) {
   const random = uniform(1, 0);
   const all = Array.from({ length: count }, () => [Math.PI * random(), Number(random() < 0.5)]);
-  const points = Float32Array.from(all.flatMap(([angle, label]) => onArc(angle, label)));
+  const points = Float32Array.from(all.flatMap(([angle, label]) =>
+    [Math.cos(angle) - 0.5, Math.sin(angle) - 0.25].map((it) => (label ? 0.6 : -0.6) * it)));
   return Object.assign(points, { labels: all.map(([, label]) => label) });
 }
 

@@ -29,10 +29,6 @@ export class Timeline {
     this.#listen();
   }
 
-  get isMoving() {
-    return this.state !== "idle";
-  }
-
   go(state) {
     Object.assign(this, { state, begin: null });
     this.render();
@@ -98,12 +94,12 @@ export class Timeline {
 
   #frame(now) {
     this.#asked = 0;
-    if (this.isMoving) {
+    if (this.state !== "idle") {
       this[this.state](Math.min(200, now - (this.#before ?? now)));
       this.render();
-      if (!this.isMoving) announce(this.say());
+      if (this.state === "idle") announce(this.say());
     }
-    this.#before = this.isMoving ? now : null;
+    this.#before = this.state === "idle" ? null : now;
     this.draw();
   }
 }
@@ -135,6 +131,7 @@ export class Gesture extends Timeline {
 
   /** What happens when the reader lets go of the slider, or presses Enter. */
   letGo() {
+    if (!this.passages[0].eps) return; // there is no network yet
     if (this.place) this.sendBack();
     else this.toNoise();
   }

@@ -93,10 +93,7 @@ def until_true(page, call):
 
 
 def settled(page, function, *args):
-    """What an async function gives; typed arrays become lists.
-
-    The browser may collect a promise that Playwright waits for, so this one asks until it is there.
-    """
+    """What an async function gives. The browser may collect a promise that Playwright waits for."""
     page.evaluate(
         f"""(args) => {{
             const plain = (key, value) => ArrayBuffer.isView(value) ? Array.from(value) : value;
@@ -483,7 +480,7 @@ def test_dot_that_is_pulled(page):
     after = "gesture.passages.map((p) => Array.from(p.at(0.6).x))"
     after = np.array(value_of(page, "arrows", after))
     assert np.abs(after[:, 128:130]).max() < 0.05 and np.ptp(after, axis=0).max() == 0
-    assert "may have come from" in caption(page, "arrows", "^One dot")
+    assert "may have come from" in caption(page, "arrows", "^The white dot")
     caption(page, "arrows", "^Back from the noise")
     x, y = value_of(page, "arrows", "passage.result.slice(128, 130)")
     tile = pixels(page, "arrows-tile")[0, 0]
@@ -528,8 +525,11 @@ def test_included_network_draws_what_python_draws(page):
     assert np.abs(tiles(page, "images-noisy", (1, 32, 32)) - to_pixels(steps[-1][2])).max() <= 3
     drag(page, "images-curtain", (0.5, 0.1), (0.8, 0.1))
     assert int(page.input_value("#images-curtain")) == pytest.approx(80, abs=2)
-    value_of(page, "images", "gesture.moveTo(0.8)")  # on the way to the noise, nothing is guessed
-    page.wait_for_function("document.getElementById('images-grid').style.cssText.includes('100%')")
+    value_of(page, "images", "gesture.moveTo(0.8)")  # the guess at pictures with noise
+    x, abar = images_at(page, 0.8), np.cumprod(1 - np.array(network.betas))[639]
+    expected = (x - (1 - abar) ** 0.5 * network(x, 639, np.array(y))) / abar**0.5
+    apart = lambda: np.abs(tiles(page, "images-expected", (1, 32, 32)) - to_pixels(expected))  # noqa: E731
+    until_true(page, lambda: apart().max() <= 3)
 
 
 def test_word_of_the_emoji(page):
