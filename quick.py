@@ -5,7 +5,7 @@
     optimizer = Muon(network, lr=6e-3)             # in place of torch.optim.Adam
 
 Each has the interface of what it replaces, so that nothing else has to know about it: the network
-returns eps. So far, benchmarks/ladder.md measures only v.
+returns eps. benchmarks/ladder.md measures what each of them changes.
 """
 
 from collections import defaultdict
