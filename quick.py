@@ -94,7 +94,7 @@ class Muon(torch.optim.Adam):
     def __init__(self, model, lr, momentum=0.9):
         super().__init__(model.parameters(), lr, fused=True)
         self.momentum = momentum
-        equal = defaultdict(list)  # weights of equal shape are multiplied together, as a stack
+        equal = defaultdict(list)  # weights of equal shape are processed together, as a stack
         for weight in hidden_weights(model):
             equal[weight.flatten(1).shape].append(weight)
         self.stacks = list(equal.values())

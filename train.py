@@ -175,7 +175,7 @@ FREE = {  # what may change when a run is resumed
     "dropout": (share, 0.1, "share of the activations to drop"),
     "accumulate": (count, 1, "parts to split each batch into, to save memory"),
     "amp": (bool, None, "bfloat16 [where it is fast]"),
-    "preview_every": (count, None, "steps between previews [for at most 4%% of the time]"),
+    "preview_every": (count, None, "steps between previews [they take at most 4%% of the time]"),
     "save_minutes": (amount, 5.0, "minutes between saves"),
 }
 SETTINGS = NETWORK | METHOD | FREE

@@ -67,7 +67,7 @@ def main():
         onnx.save(half, f"{folder}/half.onnx")
         errors = relative_errors(Network(f"{folder}/half.onnx"), exact)
     print("error of eps:", ", ".join(f"{error:.2%} at t = {t}" for t, error in errors.items()))
-    if not all(error < 0.02 for error in errors.values()):  # nor NaN
+    if not all(error < 0.02 for error in errors.values()):  # or NaN
         sys.exit(f"half.py: {args.half} was not written, because the error is above 2%")
     onnx.save(half, args.half)
     print(f"{args.half}: {half.ByteSize() / 1e6:.1f} MB")
