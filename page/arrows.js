@@ -11,7 +11,6 @@ import { Gesture } from "./timeline.js";
 
 const N = DATA.length / 2, LIMIT = 1.5; // the end of the view, upwards
 const ROWS = 13; // of arrows
-const EVERY = 9; // one of so many points shows its path
 const colourOf = (label) => (label ? colours.data : colours.other); // of its origin
 const FIRST = 0.45; // where it begins
 const HOLD = { first: 6000, next: 1200 }; // the milliseconds for which a dot stays
@@ -45,7 +44,7 @@ class Scene extends Passage {
     const parts = steps ? Array.from({ length: 41 }, (_, part) => part / 40) : []; // of the ways
     const way = parts.map((part) => this.at(from + (place - from) * part).x);
     const drawWay = (k, ...look) => drawLine(plane, way.map((it) => pointOf(it, k)), ...look);
-    for (let k = 0; k < N; k += EVERY) drawWay(k, colourOf(DATA.labels[k]), 1.2 * small, 0.55);
+    for (let k = 0; k < N; k += 9) drawWay(k, colourOf(DATA.labels[k]), 1.2 * small, 0.55);
     for (const [size, its] of [[10, 0.12], [3.2, 1]]) { // each point glows
       for (const label of [0, 1]) {
         const isOwn = (k) => DATA.labels[k] === label;
@@ -130,16 +129,18 @@ function say() {
 
 /** Let the pointer choose a dot, and pull it. */
 function listen() {
-  let before = null; // the dot before, or null where the pointer has none
+  let before = null, start; // the dot before, or null where the pointer has none
   onPointer(large.canvas, {
     press(event) {
       const near = large.pointNear(event, gesture.place);
-      before = near < 0 ? null : chosen;
+      [before, start] = [near < 0 ? null : chosen, event.offsetX];
       if (near >= 0) chosen = near;
       gesture.render();
     },
     drag(event) {
-      if (before === null) return;
+      const scrolls = event.pointerType === "touch" && Math.abs(event.offsetX - start) < 8;
+      if (before === null || scrolls) return;
+      start = NaN; // it drags from now on
       gesture.stop();
       if (gesture.place < 0.2) gesture.moveTo(FIRST); // so little noise moves no dot
       for (const scene of scenes) scene.pull(chosen, large.positionOf(event), gesture.place);

@@ -7,7 +7,6 @@ import { guided, noiseOf, predictX0 } from "./sampler.js";
 import { Gesture } from "./timeline.js";
 
 const COLUMNS = 5, COUNT = 15; // of the pictures
-const FIRST = 3000; // milliseconds for which the first noise stays
 const WORDS = { none: null, weak: 0, strong: 3 }; // the guidance of each choice; null: no word
 const curtain = $("images-curtain"), show = captions("images");
 let gesture, network = null, word = "strong";
@@ -37,7 +36,7 @@ export function useNetwork(opened) {
   gesture.stop();
   gesture.moveTo(1);
   gesture.whenSeen(() => {
-    if (!still) return gesture.hold(FIRST, () => gesture.sendBack());
+    if (!still) return gesture.hold(3000, () => gesture.sendBack()); // milliseconds
     gesture.sendBack();
     gesture.place = 0;
   });
@@ -77,6 +76,9 @@ export function startImages() {
   pictures.begin(null, noiseOf(0, COUNT, 1024));
   gesture = new Gesture("images", [pictures], draw, say);
   gesture.moveTo(1);
+  let before;
+  curtain.onpointerdown = () => { before = curtain.value; };
+  curtain.onpointercancel = () => { curtain.value = before; gesture.render(); };
   curtain.oninput = () => gesture.render();
   for (const key of Object.keys(WORDS)) {
     $(`word-${key}`).onclick = () => {

@@ -84,7 +84,7 @@ function say() {
   return `${show(part ? phase : stage, { steps })} ${misses} of the dots miss the arcs.`;
 }
 
-/** The right arrows, and over them those of the network, where there are noisy points to practise
+/** The true arrows, and over them those of the network, where there are noisy points to practise
  * on; and the points that followed them, on their way to those of the next network. */
 function drawStage() {
   train();

@@ -4,7 +4,6 @@
 import { pause } from "./common.js";
 import { BETAS, alphasBar, between, levelsOf, noiseOf, partsAt, reverse } from "./sampler.js";
 
-/** x_t at every place. */
 export class Passage {
   x0 = null; // with the noise, it makes x_t (4); without data, there is only the noise
   noise = null;

@@ -20,7 +20,6 @@ export function clear(canvas, limit) {
   return { context, width, height, unit, at, place };
 }
 
-/** Change the size of a canvas, if it is another one. */
 function fit(canvas, width, height) {
   if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
 }

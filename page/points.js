@@ -1,5 +1,4 @@
-// Points in the plane, and the exact noise prediction for them, which has a closed form.
-// B points are a Float32Array of 2 B numbers.
+// Points in the plane, and the exact noise prediction for them. B points are 2 B numbers in a row.
 
 import { uniform } from "./sampler.js";
 
