@@ -119,7 +119,7 @@ function say() {
     const percent = (100 * shares[k]).toFixed(0);
     $(`${canvas.id}-miss`).textContent = hasCome ? `${percent}% miss` : "";
   }
-  if (hasCome) return show(shares[2] < 0.4 ? "near" : "done");
+  if (hasCome) return show(shares[2] < 0.1 ? "near" : "done");
   if (!place) return show("clean");
   const weights = large.weightsOf(chosen, place);
   // as many equally likely origins have the same entropy
