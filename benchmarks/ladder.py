@@ -44,7 +44,7 @@ RUNGS = {  # flags that replace some of --quick, and what they change
     "min-snr": (f"--parts v min-snr {ADAM}", "weights min(SNR, 5) of the error of x0_hat"),
     "muon": ("--no-lr-decay", "Muon with a learning rate of 6e-3"),
     "quick": ("", "the learning rate falls to 0"),
-    "labels": ("--classes", "labels, `--classes`"),
+    "labels": ("--no-lr-decay --classes", "labels, but a constant learning rate"),
 }  # fmt: skip
 # The other rows of the paper's Table 2: the target, and the weights of the loss
 OTHERS = {"mean-vlb": ("mean", "vlb"), "mean-native": ("mean", "native"), "eps-vlb": ("eps", "vlb")}
