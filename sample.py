@@ -325,7 +325,7 @@ def arguments():
     )  # fmt: skip
     flag = parser.add_argument
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--onnx", default="model.onnx", help="network of export.py [%(default)s]")
+    source.add_argument("--onnx", default="model.onnx", help="network from export.py [%(default)s]")
     run = default_run()
     source.add_argument("--checkpoint", nargs="?", const=run, help="a run, in torch [run or demo]")
     flag("-n", type=int, help="number of images [64, or 8 of each class]")

@@ -175,7 +175,7 @@ FREE = {  # what may change when a run is resumed
     "dropout": (share, 0.1, "share of the activations to drop"),
     "accumulate": (count, 1, "parts to split each batch into, to save memory"),
     "amp": (bool, None, "bfloat16 [where it is fast]"),
-    "preview_every": (count, None, "steps between previews [they take at most 4%% of the time]"),
+    "preview_every": (count, None, "steps between previews [which take at most 4%% of the time]"),
     "save_minutes": (amount, 5.0, "minutes between saves"),
 }
 SETTINGS = NETWORK | METHOD | FREE
@@ -231,7 +231,7 @@ def decide(given, state, out, device):
     saved = state["settings"] if state else {}
     data, quick = given.get("data", saved.get("data")), given.get("quick")
     if data is None and given.keys() & {"quick", "classes", "image_size", "in_channels"}:
-        sys.exit("train.py: --quick, --classes and the size of images need --data")
+        sys.exit("train.py: --quick, --classes, --image-size and --in-channels need --data")
     if state and quick:
         given = {"parts": QUICK["parts"]} | given
     s = {name: default for name, (_, default, _) in SETTINGS.items()}

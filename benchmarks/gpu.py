@@ -1,6 +1,6 @@
 """Try this project on a GPU within ten minutes, and write a report to paste into an issue.
 
-So far, it has run only on CPUs, with --tiny.
+So far, this script has run only on CPUs, with --tiny.
 
     pip install -r requirements-dev.txt
     python benchmarks/gpu.py              # prints the report, and writes it to gpu-report/report.md

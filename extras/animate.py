@@ -16,7 +16,7 @@ FRAMES = 50
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
-    flag("--onnx", default="model.onnx", help="network of export.py [%(default)s]")
+    flag("--onnx", default="model.onnx", help="network from export.py [%(default)s]")
     flag("--out", default="samples.gif", help="a GIF file [%(default)s]")
     flag("-n", type=int, default=16, help="number of images [%(default)s]")
     flag("--steps", type=int, help="steps of the reverse process [T]")

@@ -5,7 +5,7 @@
     python -m extras.diffusers_weights run new                           # to train on other images
 
 The new run is at step 0, and train.py, export.py and sample.py take it like any other; for example,
-`python train.py --data ./images --out run` trains it further. The library diffusers reads and
+`python train.py --data ./images --out run` trains it further. The diffusers library reads and
 writes the files. No code in them is executed, and the predictions of both networks must agree.
 """
 

@@ -54,7 +54,7 @@ def relative_errors(half, exact):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", help="a file of export.py")
+    parser.add_argument("model", help="a file from export.py")
     parser.add_argument("half", help="the file to write")
     args = parser.parse_args()
     check_output(args.half, args.model)

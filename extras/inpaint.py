@@ -57,7 +57,7 @@ def main():
     flag = parser.add_argument
     flag("image")
     flag("mask")
-    flag("--onnx", default="model.onnx", help="network of export.py [%(default)s]")
+    flag("--onnx", default="model.onnx", help="network from export.py [%(default)s]")
     flag("--out", default="inpainted.png", help="a PNG file [%(default)s]")
     flag("-n", type=int, default=16, help="number of versions [%(default)s]")
     flag("--steps", type=int, default=50, help="steps of the reverse process [%(default)s]")

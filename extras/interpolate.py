@@ -46,7 +46,7 @@ def main():
     flag = parser.add_argument
     flag("a")
     flag("b")
-    flag("--onnx", default="model.onnx", help="network of export.py [%(default)s]")
+    flag("--onnx", default="model.onnx", help="network from export.py [%(default)s]")
     flag("--out", default="interpolated.png", help="a PNG file [%(default)s]")
     flag("--t", type=int, default=200, help="where to mix, 0..T-1 [%(default)s]")
     flag("--steps", type=int, help="steps of the reverse process, 1..t+1 [all]")

@@ -23,12 +23,11 @@ export function tell(key, text) {
   say();
 }
 
-/** Begin with noise. The classes take turns; each row of the emoji has one. */
+/** Begin with noise. Each row of the emoji has a class, and what else is drawn has none. */
 export function useNetwork(opened) {
   network = opened;
-  const { size, betas, classes, kinds } = network, w = kinds ? WORDS[word] : 0;
-  const classOf = (k) => (kinds ? kinds[Math.floor(k / COLUMNS)] : k % classes.length);
-  const y = classes.length ? Array.from({ length: COUNT }, (_, k) => classOf(k)) : undefined;
+  const { size, betas, kinds } = network, w = kinds ? WORDS[word] : null;
+  const y = Array.from({ length: COUNT }, (_, k) => kinds?.[Math.floor(k / COLUMNS)]);
   $("images-pills").hidden = !kinds;
   pictures.use(w === null ? (x, t) => opened.eps(x, t) : guided(opened, y, w), { betas });
   pictures.begin(null, noiseOf(0, COUNT, size));
