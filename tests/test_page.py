@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import HERE
+from networks import onnx_file
 from PIL import Image
 
 import sample
@@ -263,9 +264,10 @@ EPS = """async (content, x, times) => {
 }"""
 
 
-@pytest.mark.parametrize("name", ["shipped", "emoji", "model"])
-def test_eps_is_pythons(name, page, trained):
-    path = {"shipped": SHIPPED, "emoji": EMOJI, "model": trained[0] / "model.onnx"}[name]
+@pytest.mark.parametrize("name", ["shipped", "emoji", "plain"])
+def test_eps_is_pythons(name, page, tmp_path):
+    path = {"shipped": SHIPPED, "emoji": EMOJI}.get(name, tmp_path / "plain.onnx")
+    (tmp_path / "plain.onnx").write_bytes(onnx_file(classes=False))
     network, times = sample.Network(path, "cpu"), [0, 300, 999]
     metadata, shape = network.session.get_modelmeta().custom_metadata_map, (3, *network.shape)
     x = np.random.default_rng(0).standard_normal(shape, np.float32)
@@ -599,12 +601,12 @@ def test_layout(width, page):
     page.set_viewport_size({"width": 1280, "height": 900})
 
 
-def test_other_files_and_then_another_model(opened, trained, tmp_path):
+def test_other_files_and_then_another_model(opened, tmp_path):
     """What is not a model leaves the one before; another model replaces it."""
     page = opened()
     settled(page, "() => window.ready")
-    path = trained[0] / "model.onnx"
-    model = path.read_bytes()
+    model, plain = SHIPPED.read_bytes(), tmp_path / "plain.onnx"
+    plain.write_bytes(onnx_file(classes=False))
     changed = onnx.load_from_string(model)
     (answer,) = (p for p in changed.metadata_props if p.key == "ddpm.eps_of_example")
     answer.value = json.dumps([-value for value in json.loads(answer.value)])
@@ -618,13 +620,12 @@ def test_other_files_and_then_another_model(opened, trained, tmp_path):
         said = choose(page, tmp_path / name)
         assert said.startswith(f"{name} is not a model from export.py") and what in said
         assert "error" in page.get_attribute("#own-status", "class")
-    page.set_input_files("#model", path)
-    until(page, "own-status", "^model.onnx draws in sections 3 and 4")
+    page.set_input_files("#model", plain)
+    until(page, "own-status", "^plain.onnx draws in sections 3 and 4")
     assert page.get_attribute("#use-own", "aria-pressed") == "true"
     see(page, "images-stage")
     until_complete(page, "images")
-    network = sample.Network(path, "cpu")
-    shape = (15, *network.shape)
+    network, shape = sample.Network(plain, "cpu"), (15, 3, 4, 4)
     *_, last = steps_of_python(network, images_at(page, 1, shape))
     np.testing.assert_allclose(images_at(page, 0, shape), last[2], atol=2e-2)
     see(page, "drawing-stage")
