@@ -70,6 +70,7 @@ function clear() {
 export function useNetwork(opened) {
   ({ shape } = opened);
   drawing.use((x, t) => opened.eps(x, t), { betas: opened.betas });
+  $("drawing").hidden = false; // it is hidden if the emoji's network is lost
   $("draw-pens").hidden = shape[0] === 1;
   (opened.kinds ? restart : clear)();
   gesture.whenSeen(comeBack);

@@ -1,4 +1,4 @@
-// eps_theta(x_t, t) from a model.onnx of export.py, computed by ONNX Runtime in a worker.
+// eps_theta(x_t, t) from a model.onnx by export.py, computed by ONNX Runtime in a worker.
 // Images are Float32Array, in the order (B, C, H, W).
 
 const RUNTIME = "onnxruntime-web@1.30.0";
