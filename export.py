@@ -61,7 +61,7 @@ def attention(q, k, v, attn_mask=None, dropout_p: float = 0.0, is_causal: bool =
 def to_onnx(network, diffusion, shape, names=()):
     """Return eps_theta as an onnx.ModelProto with a dynamic batch and the schedule as metadata.
 
-    network: returns eps. shape: (C, H, W) of an image. names: of the classes, if any. The
+    network: returns eps. shape: (C, H, W) of an image. names: the class names, if any. The
     nodes are named after their modules, as in "down.0.0.conv1/Conv_20".
     """
     # The example has a batch of two: the exporter would treat a batch of 1 as a constant.

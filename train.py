@@ -79,7 +79,7 @@ def algorithm_1(network, ema, optimizer, diffusion, images, labels, s):
             batch.append(labels[index].masked_fill(drop, ema.num_classes))
 
         total = torch.zeros((), device=device)
-        for part in range(RANK * s.accumulate, (RANK + 1) * s.accumulate):  # of this process
+        for part in range(RANK * s.accumulate, (RANK + 1) * s.accumulate):  # its own parts
             index, flip, t, noise, *y = (drawn.tensor_split(parts)[part] for drawn in batch)
             x0 = from_pixels(to_device(images[index], device))
             x0 = torch.where(flip, x0.flip(3), x0)
@@ -264,7 +264,7 @@ def decide(given, state, out, device):
 def build(settings, shape, names):
     """Return (network, diffusion): eps_theta(x_t, t, y=None), with new weights, and its Diffusion.
 
-    settings: of a checkpoint. shape: (C, H, W) of an image. names: of the classes.
+    settings: as in a checkpoint. shape: (C, H, W) of an image. names: the class names.
     To train another network, return it here. Raises ValueError for settings that do not fit.
     """
     make_network, make_diffusion = UNet, Diffusion
@@ -284,7 +284,7 @@ def load(path):
     """Return (network, diffusion, state) of a run folder, or of its checkpoint.pt.
 
     The network has the averaged weights, is in eval mode, and returns eps. state: {"settings",
-    "shape": (C, H, W), "names": of the classes, "images": a digest, "step", "model", "ema",
+    "shape": (C, H, W), "names": the class names, "images": a digest, "step", "model", "ema",
     "optimizer"}. No code in the file is executed. Exits with one line if it can't be read.
     """
     path = Path(path, "checkpoint.pt") if os.path.isdir(path) else Path(path)
@@ -467,7 +467,7 @@ def say_days(network, diffusion, shape, s, start):
 def train(s, out, start, step, save, draw):
     """Take the steps from `start` on, until asked to stop; return the step and the StopRequest.
 
-    step: of algorithm_1. save(k) and draw(k) write the checkpoint and a preview after step k.
+    step: from algorithm_1. save(k) and draw(k) write the checkpoint and a preview after step k.
     """
     recent = open_log(out / "log.csv", start) if RANK == 0 else None
     bar = tqdm(total=s.steps, initial=start, unit="step", mininterval=1, disable=RANK > 0)
@@ -557,7 +557,7 @@ def main():
         if old[name]:  # published weights have no optimizer
             part.load_state_dict(old[name])
     images = torch.from_numpy(images)
-    images = images.to(device) if images.nbytes < 2e9 else images  # or in batches
+    images = images.to(device) if images.nbytes < 2e9 else images  # larger ones move per batch
     labels = None if labels is None else torch.from_numpy(labels).to(images.device)
 
     def save(k):

@@ -23,7 +23,7 @@ export function tell(key, text) {
   say();
 }
 
-/** Begin with noise. Each row of the emoji has a class, and what else is drawn has none. */
+/** Begin with noise. Each row of the emoji has a class; other networks draw without one. */
 export function useNetwork(opened) {
   network = opened;
   const { size, betas, kinds } = network, w = kinds ? WORDS[word] : null;

@@ -95,8 +95,8 @@ function drawStage() {
   const alpha = (k) => (part ? 0.3 : 1) * Math.max(0, Math.min(1, 2 - 1.5 * far(k)));
   if (exact.length !== places.length) exact = exactEps(places, ABAR[INDEX], DATA, STD);
   const eps = epsOf(now.average, places, INDEX);
-  for (const part of [20, 25, 32, 45]) { // the arcs
-    plane.drawDots(view, DATA, view.height / part, colours.data, 0.1);
+  for (const share of [20, 25, 32, 45]) { // the arcs
+    plane.drawDots(view, DATA, view.height / share, colours.data, 0.1);
   }
   for (const [its, colour, width] of [[exact, colours.arrow, 5], [eps, colours.lit, 2]]) {
     plane.drawArrows(view, places, its.map((value) => -value), colour, cell, width, alpha);
