@@ -43,7 +43,7 @@ from ddpm import Diffusion, UNet, linear_betas
 from images import class_names, demo_images, from_pixels, read_folder
 from sample import StopRequest, check_output, grid, guard_output, reverse, to_pixels
 
-# torchrun sets these: the rank of this process, their number, and its rank on its machine.
+# torchrun sets these: the rank of this process, the number of processes, the rank on its machine.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 

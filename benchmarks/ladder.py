@@ -163,7 +163,7 @@ def cell(found):
 
 
 def in_markdown(head, lines, labels=1):
-    """Return a table in Markdown, without empty rows and columns. labels: how many columns lead."""
+    """Return a Markdown table without empty rows and columns. labels: the number of row labels."""
     lines = [line for line in lines if any(line[labels:])]
     kept = [k for k in range(len(head)) if any(line[k] for line in lines)]
     lines = [[line[k] or "-" for k in kept] for line in lines]
