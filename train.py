@@ -115,9 +115,8 @@ def update_ema(ema, model, step, decay):
 
 
 def learning_rate(step, settings):
-    """Return --lr after a linear rise over --warmup steps; with --lr-decay, it falls to 0."""
-    decay = 1 - step / settings.steps if settings.lr_decay else 1.0
-    return settings.lr * min(1.0, (step + 1) / max(1, settings.warmup)) * decay
+    """Return --lr, or less during the linear rise over the first --warmup steps."""
+    return settings.lr * min(1.0, (step + 1) / max(1, settings.warmup))
 
 
 def set_seed(device, *numbers):
@@ -165,7 +164,6 @@ METHOD = {
     "batch": (count, 128, "images per step, over all GPUs"),
     "lr": (amount, 2e-4, "learning rate"),
     "warmup": (whole, None, "steps until --lr [min(5000, steps / 20)]"),
-    "lr_decay": (bool, False, "let --lr fall to 0 at --steps"),
     "ema": (share, 0.9999, "decay of the averaged weights"),
     "flip": (bool, True, "flip images left to right at random"),
     "seed": (whole, 0, "seed of all random numbers"),
@@ -183,13 +181,13 @@ SETTINGS = NETWORK | METHOD | FREE
 # --quick: a run of minutes on a CPU, for small images. benchmarks/ladder.md has measurements.
 QUICK = dict(
     base_channels=16, channel_mults=(1, 2, 4, 4), num_res_blocks=1, attention_resolutions=(),
-    dropout=0.0, parts=("v", "min-snr", "muon"), batch=64, lr=6e-3, lr_decay=True, steps=1500,
+    dropout=0.0, parts=("v", "min-snr", "muon"), batch=64, lr=6e-3, steps=1500,
 )  # fmt: skip
 
 # The demo: a small network that learns the 216 images on two CPU cores in under four minutes.
 DEMO = dict(
     image_size=8, base_channels=32, channel_mults=(1, 2), num_res_blocks=1,
-    attention_resolutions=(), dropout=0.0, batch=64, lr=3e-3, lr_decay=True, steps=2400,
+    attention_resolutions=(), dropout=0.0, batch=64, lr=3e-3, steps=2400,
 )  # fmt: skip
 
 
@@ -239,7 +237,7 @@ def decide(given, state, out, device):
     s |= {name: value for name, value in given.items() if name in SETTINGS}
     fixed = {*NETWORK, "betas", "parts"}  # with new weights and with published ones
     if state and state["images"]:
-        fixed |= {*METHOD} - {"data"} | ({"steps"} if s["lr_decay"] else set())
+        fixed |= {*METHOD} - {"data"}
     for name in SETTINGS if state else ():
         if name in fixed and s[name] != saved[name]:
             sys.exit(f"train.py: {out} was begun without {as_flag(name, s[name])}; omit "
@@ -595,12 +593,14 @@ def main():
         print(f"stopped at step {done:,}; to go on: python train.py --out {out}", file=sys.stderr)
         stop.end() if stop.number else sys.exit(1)
     if start == done:
-        print(f"{out} is finished; for a new run, use another --out")
+        print(f"{out} is finished; --steps continues it, and another --out begins a new run")
     here = Path(sys.argv[0]).parent
     export = "python", here / "export.py", "--checkpoint", out, "--onnx", "model.onnx"
-    sample = "python", here / "sample.py", "--onnx", "model.onnx", "--steps", "10"
+    sample = ["python", here / "sample.py", "--onnx", "model.onnx"]
+    if s.data:  # the demo's network draws wrong glyphs in few steps
+        sample += ["--steps", "10"] + ["--guidance", "1"] * bool(names)
     print(f"done: {out} is at step {done:,}; next:")
-    for words in export, (*sample, *["--guidance", "1"] * bool(names)):
+    for words in export, sample:
         print(" ", shlex.join(map(str, words)))
 
 

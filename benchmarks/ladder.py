@@ -1,7 +1,6 @@
 """Climb from the paper's recipe to --quick, one change at a time, and measure each rung.
 
-    python benchmarks/ladder.py v --data fashion-mnist         # train a rung, draw, and measure
-    python benchmarks/ladder.py v --data fashion-mnist --steps 10000 --seed 1
+    python benchmarks/ladder.py v --data fashion-mnist --seed 1    # train a rung, and measure it
     python benchmarks/ladder.py paper --data fashion-mnist --sampler ddpm --sampling-steps 1000
     python benchmarks/ladder.py page/fashion-mnist.onnx --sampling-steps 10 --sets 3
     python benchmarks/ladder.py                                # the tables
@@ -36,15 +35,13 @@ from export import to_onnx  # noqa: E402
 from extras.variants import eps_of_output, loss_weights  # noqa: E402
 from sample import SAMPLERS, Network, sample, to_pixels  # noqa: E402
 
-ADAM = "--lr 1e-3 --no-lr-decay"
+ADAM = "--lr 1e-3"
 RUNGS = {  # flags that replace some of --quick, and what they change
-    "paper": (f"--parts {ADAM}",
-              "the paper's: eps, (14), Adam with a learning rate of 1e-3, no labels"),
+    "paper": (f"--parts {ADAM}", "the paper's: eps, (14), Adam with a learning rate of 1e-3"),
     "v": (f"--parts v {ADAM}", "the network predicts v"),
     "min-snr": (f"--parts v min-snr {ADAM}", "weights min(SNR, 5) of the error of x0_hat"),
-    "muon": ("--no-lr-decay", "Muon with a learning rate of 6e-3"),
-    "quick": ("", "the learning rate falls to 0"),
-    "labels": ("--no-lr-decay --classes", "labels, but a constant learning rate"),
+    "muon": ("", "Muon with a learning rate of 6e-3"),
+    "labels": ("--classes", "labels"),
 }  # fmt: skip
 # The other rows of the paper's Table 2: the target, and the weights of the loss
 OTHERS = {"mean-vlb": ("mean", "vlb"), "mean-native": ("mean", "native"), "eps-vlb": ("eps", "vlb")}
@@ -145,19 +142,16 @@ WAYS = {  # ways to sample: the column's title, and the values in its rows
 PLAIN = {"variance": "large", "guidance": "0.0", "samples": "1000"}
 
 
-def distances(rows, rung, steps="", **way):
-    """Return {seed: the distances of its sets} of a rung, from the rows of the table."""
-    wanted, found = {"rung": rung, "steps": str(steps)} | PLAIN | way, {}
-    for row in rows:
-        if all(row[name] == value for name, value in wanted.items()):
-            found.setdefault(row["seed"], []).append(float(row["distance"]))
-    return found
+def select(rows, rung, steps="", **way):
+    """Return the rows of a rung or a model.onnx that were sampled in this way."""
+    wanted = {"rung": rung, "steps": str(steps)} | PLAIN | way
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
-def cell(found):
+def cell(rows, column="distance", scale=1):
     """Return the mean ± standard deviation of a file's sets, or ± standard error of the seeds."""
-    values = found.get("") or [sets[0] for sets in found.values()]
-    divisor = 1 if "" in found else len(values) ** 0.5
+    values = [scale * float(row[column]) for row in rows if not row["seed"] or row["set"] == "0"]
+    divisor = len(values) ** 0.5 if rows and rows[0]["seed"] else 1
     spread = f" ± {statistics.stdev(values) / divisor:.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread}" if values else ""
 
@@ -174,7 +168,7 @@ def in_markdown(head, lines, labels=1):
 def table(rows, steps):
     """Return the ladder after a number of training steps, in Markdown."""
     lines = [
-        [meaning, *(cell(distances(rows, rung, steps, **way)) for way in WAYS.values())]
+        [meaning, *(cell(select(rows, rung, steps, **way)) for way in WAYS.values())]
         for rung, (_, meaning) in RUNGS.items()
     ]
     return in_markdown(["what changes", *WAYS], lines)
@@ -190,21 +184,19 @@ def samplers(rows, name):
         "DPM-Solver++": {"sampler": "dpm-solver++"},
     }
     lines = [
-        [title, *(cell(distances(rows, name, **way, sampling_steps=n)) for n in counts)]
+        [title, *(cell(select(rows, name, **way, sampling_steps=n)) for n in counts)]
         for title, way in names.items()
     ]
     return in_markdown(["steps", *counts], lines)
 
 
 def guidance(rows, name):
-    """Return the distances of the first set of a model.onnx for each w, in Markdown."""
-    wanted = WAYS["DPM-Solver++, 10"] | {"rung": name, "set": "0"}
-    lines = [
-        [row["guidance"].removesuffix(".0"), row["distance"], f"{float(row['recognised']):.1%}"]
-        for row in sorted(rows, key=lambda row: float(row["guidance"]))
-        if all(row[column] == value for column, value in wanted.items())
-    ]
-    return in_markdown(["w", "Fréchet distance", "recognised"], lines)
+    """Return the distances and the shares recognised of a model.onnx for each w, in Markdown."""
+    lines = []
+    for w in 0, 1, 2, 4, 6:
+        found = select(rows, name, **WAYS["DPM-Solver++, 10"], guidance=f"{w}.0")
+        lines.append([str(w), cell(found), cell(found, "recognised", 100)])
+    return in_markdown(["w", "Fréchet distance", "recognised, %"], lines)
 
 
 def table_2(rows):
@@ -218,8 +210,8 @@ def table_2(rows):
     lines = []
     for rung, words in meaning.items():
         ways = ({"variance": variance, "samples": "100"} for variance in ("large", "small"))
-        found = [distances(rows, rung, TABLE_2, **WAYS["Algorithm 2, 1000"] | w) for w in ways]
-        lines.append([*words, *(", ".join(f"{d[0]:.0f}" for d in f.values()) for f in found)])
+        found = [select(rows, rung, TABLE_2, **WAYS["Algorithm 2, 1000"] | w) for w in ways]
+        lines.append([*words, *(f"{float(row['distance']):.0f}" for (row,) in found)])
     head = "the network predicts", "loss", "paper, CIFAR-10: FID"
     head += "here, large variance, 100 samples", "here, small variance, 100 samples"
     return in_markdown(head, lines, labels=3)

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -150,32 +149,10 @@ def coloured(class_folder, tmp_path_factory):
     """Return the run folder of a network that has learnt the three classes, with its model.onnx."""
     out = tmp_path_factory.mktemp("coloured") / "run"
     flags = "--classes --base-channels 16 --attention-resolutions --dropout 0 --batch 24 --no-flip"
-    flags += " --parts v min-snr muon --lr 6e-3 --lr-decay --steps 160"
+    flags += " --parts v min-snr muon --lr 6e-3 --steps 160"
     python("train.py", "--data", class_folder, "--out", out, *TINY, *flags.split(), cwd=out.parent)
     python("export.py", "--checkpoint", out, "--onnx", out / "model.onnx", cwd=out.parent)
     return out
-
-
-@pytest.fixture(scope="session")
-def demo(tmp_path_factory):
-    """Train and export the demo by the README's commands; return the folder of its model.onnx.
-
-    One of the processes of pytest-xdist trains it for all.
-    """
-    folder = tmp_path_factory.getbasetemp()
-    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "demo"
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        began = time.monotonic()
-        while not (folder / "exported").exists():
-            assert time.monotonic() - began < 1300, "the other process did not train the demo"
-            time.sleep(1)
-        return folder
-    python("train.py", cwd=folder, timeout=1200)
-    python("export.py", cwd=folder)
-    (folder / "exported").touch()
-    return folder
 
 
 @contextlib.contextmanager
