@@ -30,10 +30,8 @@ class VUNet(UNet):
 
     def forward(self, x_t, t, y=None):
         """Predict the noise in x_t (B, C, H, W) at t (B,), given the classes y (B,), if any."""
-        signal, spread = (
-            look_up(table, t, x_t)
-            for table in (self.sqrt_alphas_bar, self.sqrt_one_minus_alphas_bar)
-        )
+        signal = look_up(self.sqrt_alphas_bar, t, x_t)
+        spread = look_up(self.sqrt_one_minus_alphas_bar, t, x_t)
         return spread * x_t + signal * super().forward(x_t, t, y)
 
 

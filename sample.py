@@ -284,8 +284,8 @@ def guard_output():
         buffer = getattr(stream, "buffer", None)
         if type(getattr(buffer, "raw", buffer)) is io.FileIO:  # not Jupyter's or a Windows console
             file = io.BufferedWriter(Output(stream.fileno(), "w", closefd=False))
-            text = io.TextIOWrapper(file, stream.encoding, "backslashreplace", None, True)
-            setattr(sys, name, text)
+            options = {"errors": "backslashreplace", "line_buffering": True}
+            setattr(sys, name, io.TextIOWrapper(file, stream.encoding, **options))
 
 
 class StopRequest:
@@ -355,8 +355,8 @@ def arguments():
 
 
 def default_run():
-    """Return the folder that a program opens without a path: run, or demo if there is no run."""
-    return "run" if os.path.exists("run") else "demo"
+    """Return the folder that a program opens without a path: run, or demo if run has no checkpoint."""
+    return "run" if os.path.exists("run/checkpoint.pt") else "demo"
 
 
 def open_network(args):
@@ -419,7 +419,9 @@ def main():
         done += len(pixels)
     if done:
         grid(np.stack(shown), len(names)).save(args.out)
-        print(f"{args.out}: {len(shown)} images{' of ' * bool(names)}{', '.join(names)}")
+        shift = args.first % max(1, len(names))
+        rows = " of " * bool(names) + ", ".join(names[shift:] + names[:shift])
+        print(f"{args.out}: {len(shown)} images{rows}")
     if done < args.n and not stop.number:
         sys.exit(f"sample.py: after {done:,} images, the network's output is not finite")
     if done < args.n:

@@ -131,19 +131,19 @@ def set_seed(device, *numbers):
 # ---------------------------------------------------------------------------------------- settings
 
 
-def number(kind, low, high=math.inf):
+def in_range(kind, low, high=math.inf):
     """Return an argparse type for an int or a float that is at least `low` and below `high`."""
 
-    def parse(text):
+    def number(text):
         if not low <= kind(text) < high:
             raise argparse.ArgumentTypeError(f"{text} is out of range")
         return kind(text)
 
-    return parse
+    return number
 
 
-count, whole = number(int, 1), number(int, 0, 2**63)
-amount, share = number(float, 0), number(float, 0, 1)
+count, whole = in_range(int, 1), in_range(int, 0, 2**63)
+amount, share = in_range(float, 0), in_range(float, 0, 1)
 # {name: (type or choices, default, meaning)}; [...] stands for several values. The defaults are the
 # paper's CIFAR-10 run. A setting without a meaning has no flag: published weights bring it along.
 NETWORK = {
@@ -235,13 +235,13 @@ def decide(given, state, out, device):
     s = {name: default for name, (_, default, _) in SETTINGS.items()}
     s |= saved or (QUICK if quick else DEMO if data is None else {})
     s |= {name: value for name, value in given.items() if name in SETTINGS}
-    fixed = {*NETWORK, "betas", "parts"}  # with new weights and with published ones
+    fixed = {*NETWORK, "parts"}  # with new weights and with published ones
     if state and state["images"]:
         fixed |= {*METHOD} - {"data"}
-    for name in SETTINGS if state else ():
-        if name in fixed and s[name] != saved[name]:
-            sys.exit(f"train.py: {out} was begun without {as_flag(name, s[name])}; omit "
-                     "this flag, or use another --out")  # fmt: skip
+    for name, value in given.items():
+        if state and name in fixed and value != saved[name]:
+            sys.exit(f"train.py: {out} was begun without {as_flag(name, value)}; omit this flag, "
+                     "or use another --out")  # fmt: skip
     s = argparse.Namespace(**s)
     if state and s.steps < state["step"]:
         sys.exit(f"train.py: {out} is at step {state['step']:,} already; --steps can't be smaller")
@@ -251,7 +251,7 @@ def decide(given, state, out, device):
         s.warmup = min(5000, s.steps // 20)
     if s.amp is None:
         s.amp = has_bfloat16(device)
-    if s.preview_every is None:  # each preview takes as long as 240 images
+    if s.preview_every is None:  # 36 images x 20 passes take as long as training on 240 images
         s.preview_every = max(25 * 240 // s.batch, s.steps // 100, 1)
     return s
 
@@ -290,8 +290,7 @@ def load(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds
         sys.exit(f"{path} can't be read: {(str(error) or repr(error)).splitlines()[0]}")
-    known = isinstance(state, dict) and {"settings", "shape", "names", "ema"} <= state.keys()
-    if not known or state["settings"].keys() != SETTINGS.keys():
+    if not isinstance(state, dict) or state.get("settings", {}).keys() != SETTINGS.keys():
         sys.exit(f"{path} is not a checkpoint of this version of train.py")
     network, diffusion = build(state["settings"], state["shape"], state["names"])
     network.load_state_dict(state["ema"])
@@ -332,16 +331,15 @@ def open_run(out, data, lock):
 
 
 def open_log(path, step):
-    """Cut log.csv back to its first `step` steps, and return the last losses."""
+    """Begin log.csv, or cut it back to its first `step` steps."""
     lines = path.read_text().splitlines(keepends=True)[1:] if path.exists() else []
     # A killed process leaves rows of steps after its checkpoint, and half a row.
     rows = [row for row in lines if row[-1] == "\n" and int(row.split(",")[0]) <= step]
     with replacing(path) as file:
         file.write(("step,loss,grad_norm,lr\n" + "".join(rows)).encode())
-    return deque((float(row.split(",")[1]) for row in rows), maxlen=100)
 
 
-def preview(path, network, diffusion, shape, names, s):
+def preview(path, network, shape, names, s):
     """Save 36 images of this shape (C, H, W), classes in rows, always from the same noise."""
     device = next(network.parameters()).device
     random = torch.Generator(device).manual_seed(s.seed)
@@ -350,9 +348,7 @@ def preview(path, network, diffusion, shape, names, s):
     def eps(x_t, t):
         return network(x_t, torch.full((36,), t, device=device), y)
 
-    def draw_noise():
-        return torch.randn(36, *shape, generator=random, device=device)
-
+    draw_noise = partial(torch.randn, 36, *shape, generator=random, device=device)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
         *_, (_, _, x0) = reverse(eps, draw_noise, s.betas, steps=min(20, len(s.betas)))
     with contextlib.suppress(OSError):  # a full disk does not end the run
@@ -440,7 +436,7 @@ def load_images(s, channels, out):
         images, labels, names = demo_images(), None, ()
     else:
         if LOCAL_RANK > 0:
-            from_all(None)
+            from_all(None)  # wait for the first process of each machine
         out.mkdir(parents=True, exist_ok=True)
         names = tuple(class_names(s.data)) if s.classes else ()
         images, labels = read_folder(s.data, s.image_size, channels, names, cache=out)
@@ -453,12 +449,12 @@ def load_images(s, channels, out):
 
 def say_days(network, diffusion, shape, s, start):
     """Print how long the run will take, if it is over a day, estimated from two images."""
+    network = copy.deepcopy(network)
     for _ in range(2):  # the first pass takes longer
         began = time.monotonic()
         with torch.autocast("cpu", torch.bfloat16, enabled=s.amp):
             diffusion.loss(network, torch.zeros(2, *shape)).backward()
         days = (time.monotonic() - began) / 2 * s.batch * (s.steps - start) / 24 / 3600
-    network.zero_grad()
     if days > 1:
         print(f"this will take about {days:,.0f} days on this CPU; --quick takes minutes")
 
@@ -468,14 +464,18 @@ def train(s, out, start, step, save, draw):
 
     step: from algorithm_1. save(k) and draw(k) write the checkpoint and a preview after step k.
     """
-    recent = open_log(out / "log.csv", start) if RANK == 0 else None
+    if RANK == 0:
+        open_log(out / "log.csv", start)
     bar = tqdm(total=s.steps, initial=start, unit="step", mininterval=1, disable=RANK > 0)
-    stop, saved, done, pending, rows = StopRequest(), time.monotonic(), start, [], b""
+    stop, saved, recent = StopRequest(), time.monotonic(), deque(maxlen=100)
+    done, pending, rows = start, [], b""
     for k in range(start + 1, s.steps + 1):
         pending.append(step(k - 1))
         show = k % s.preview_every == 0 or k == s.steps
-        must_read = show or k % 10 == 0 or pending[0].device.type == "cpu"  # it waits for a GPU
-        if not must_read and not (WORLD == 1 and stop.number):  # processes stop together
+        # Reading the losses waits for a GPU, so it is done every ten steps. A single process stops
+        # at once when it is asked to; several stop together, when they read their losses.
+        must_read = show or k % 10 == 0 or pending[0].device.type == "cpu"
+        if not must_read and not (WORLD == 1 and stop.number):
             continue
 
         # The losses, the norms, and whether a process was told to stop, in one reduction:
@@ -513,7 +513,7 @@ def main():
     guard_output()
     given = command_line()
     torch.set_float32_matmul_precision("high")  # TF32 for products that stay float32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True  # equal batches
+    torch.backends.cudnn.benchmark = True  # all batches are of one size
     device = choose_device(given["device"])
     if WORLD > 1:
         join(device)
@@ -565,7 +565,7 @@ def main():
             torch.save(state | {name: part.state_dict() for name, part in saved.items()}, file)
 
     def draw(k):
-        preview(out / f"preview-{k:07d}.png", ema, diffusion, shape, names, s)
+        preview(out / f"preview-{k:07d}.png", ema, shape, names, s)
 
     model = network
     if WORLD > 1:
@@ -591,18 +591,16 @@ def main():
         time.sleep(1)  # gloo's threads and the end of Python can otherwise wait for each other
         dist.destroy_process_group()
     if done < s.steps:
-        print(f"stopped at step {done:,}; to go on: python train.py --out {out}", file=sys.stderr)
+        again = shlex.join(["python", "train.py", "--out", str(out)])
+        print(f"stopped at step {done:,}; to go on: {again}", file=sys.stderr)
         stop.end() if stop.number else sys.exit(1)
     if start == done:
         print(f"{out} is finished; --steps continues it, and another --out begins a new run")
-    here = Path(sys.argv[0]).parent
-    export = "python", here / "export.py", "--checkpoint", out, "--onnx", "model.onnx"
-    sample = ["python", here / "sample.py", "--onnx", "model.onnx"]
-    if s.data:  # the demo's network draws wrong glyphs in few steps
-        sample += ["--steps", "10"] + ["--guidance", "1"] * bool(names)
+    folder, run = (shlex.quote(str(path)) for path in (Path(sys.argv[0]).parent, out))
+    few = " --steps 10" if s.data else ""  # in few steps, the demo's network draws wrong glyphs
     print(f"done: {out} is at step {done:,}; next:")
-    for words in export, sample:
-        print(" ", shlex.join(map(str, words)))
+    print(f"  python {folder}/export.py --checkpoint {run} --onnx model.onnx")
+    print(f"  python {folder}/sample.py --onnx model.onnx{few}{' --guidance 1' * bool(names)}")
 
 
 if __name__ == "__main__":

@@ -134,7 +134,8 @@ def test_image_k_depends_on_seed_and_k_alone(program, folder):
     words = "--steps", 5, "--sampler", "ddpm", "--dir"
     program(*words, "a", "-n", 7)
     program(*words, "b", "-n", 4, "--batch", 2)
-    program(*words, "c", "-n", 3, "--first", 4, "--batch", 2)
+    said = program(*words, "c", "-n", 3, "--first", 4, "--batch", 2)
+    assert said.endswith("3 images of green, red, blue\n")  # the rows of the grid
     program(*words, "d", "-n", 2, "--seed", 1)
     a, b, c, d = (images_in(folder / name) for name in "abcd")
     assert [*a] == [*b, *c] == [*range(7)]

@@ -241,7 +241,7 @@ def test_previews_have_the_same_noise_and_a_row_for_each_class(tmp_path):
     model.forward = networks.eps  # in closed form
     for seed in 0, 0, 1:
         torch.manual_seed(len(files))
-        train.preview(path, model, PAPER, (3, 4, 4), [*networks.COLOURS], settings(seed=seed))
+        train.preview(path, model, (3, 4, 4), [*networks.COLOURS], settings(seed=seed))
         files.append(path.read_bytes())
     assert files[0] == files[1] != files[2]
     rows = np.array_split(np.asarray(Image.open(path)), 3)
