@@ -82,7 +82,7 @@ def image_files(folder):
 
     for root, folders, names in os.walk(folder, onerror=closed, followlinks=True):
         real = os.path.realpath(root)
-        if real in seen or "log.csv" in names or "checkpoint.pt" in names:
+        if real in seen or "checkpoint.pt" in names or {"log.csv", ".lock"} <= {*names}:
             folders.clear()
             continue
         seen.add(real)
@@ -92,7 +92,7 @@ def image_files(folder):
             (images if is_image else others).append(os.path.join(root, name))
     if not images:
         sys.exit(f"{folder}: there is no image that can be read")
-    return sorted(images, key=lambda path: path.replace(os.sep, "/")), others
+    return sorted(images), others
 
 
 def report(verb, paths, why):

@@ -355,7 +355,7 @@ def arguments():
 
 
 def default_run():
-    """Return the folder that a program opens without a path: run, or demo if run has no checkpoint."""
+    """Return the folder that a program opens without a path: run if it is there, or demo."""
     return "run" if os.path.exists("run/checkpoint.pt") else "demo"
 
 

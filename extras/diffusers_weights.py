@@ -6,7 +6,7 @@
 
 The new run is at step 0, and train.py, export.py and sample.py take it like any other; for example,
 `python train.py --data ./images --out run` trains it further. The diffusers library reads and
-writes the files. No code in them is executed, and the predictions of both networks must agree.
+writes the files. No code in them is executed, and an imported network must predict the same.
 """
 
 import argparse

@@ -2,15 +2,16 @@
 
     python -m extras.evaluate --data ./test-images [--checkpoint run] [--images 1000]
 
-It prints the terms of the bound, and saves the rate-distortion curve (the paper's Figure 5) as
-rate-distortion.csv and .png in the folder of the run. Each image takes T evaluations of the
-network. After Ctrl-C, it reports on the finished batches.
+It prints the terms of the bound, and saves the rate-distortion curve (the paper's Figure 5) in the
+folder of the run: as rate-distortion.csv and, with matplotlib, as .png. Each image takes T
+evaluations of the network. After Ctrl-C, it reports on the finished batches.
 """
 
 import argparse
 import math
 import sys
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,9 @@ import torch
 from tqdm import tqdm
 
 from ddpm import Bound, Diffusion
-from extras.plot import save_plot
 from images import demo_images, from_pixels, read_folder
 from sample import check_output, default_run, guard_output
-from train import choose_device, load
+from train import choose_device, count, load
 
 
 def rate_distortion(bound):
@@ -67,17 +67,17 @@ def main():
     )  # fmt: skip
     parser.add_argument("--data", help="folder of images [the demo, for a run on the demo]")
     parser.add_argument("--checkpoint", type=Path, default=default_run(), help="run [%(default)s]")
-    parser.add_argument("--images", type=int, help="how many images, picked at random [all]")
+    parser.add_argument("--images", type=count, help="how many images, picked at random [all]")
     parser.add_argument("--variance", choices=("large", "small"), help="[as in training]")
-    parser.add_argument("--batch", type=int, default=128, help="[%(default)s]")
+    parser.add_argument("--batch", type=count, default=128, help="[%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="of noise and images [%(default)s]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps or xpu [auto]")
     args = parser.parse_args()
-    out = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
-    check_output(out / "rate-distortion.csv")
     device = choose_device(args.device)
     torch.backends.cudnn.allow_tf32 = False  # float32 as float32
     network, diffusion, state = load(args.checkpoint)
+    out = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
+    check_output(out / "rate-distortion.csv")
     size, is_demo = state["shape"][-1], state["images"] and not state["settings"]["data"]
     if not (args.data or is_demo):
         sys.exit("--data must be a folder of images that the network has not seen")
@@ -102,9 +102,12 @@ def main():
     path = out / "rate-distortion.csv"
     table = torch.stack([torch.arange(len(rate)), L_t, rate, rmse], 1).numpy()
     np.savetxt(path, table, "%.9g", ",", header="t,L_t,rate,rmse", comments="")
-    titles = "rate, bits per dimension", "RMSE of x0_hat, of 255"
-    save_plot(path.with_suffix(".png"), rate.tolist(), rmse.tolist(), *titles)
-    print(f"the curve: {path} and .png")
+    print(f"the curve: {path}")
+    if find_spec("matplotlib"):
+        from extras.plot import save_plot
+
+        titles = "rate, bits per dimension", "RMSE of x0_hat, of 255"
+        save_plot(path.with_suffix(".png"), rate.tolist(), rmse.tolist(), *titles)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
     network = exact_network(diffusion, x0)    # E[eps | x_t], in place of a UNet
     diffusion.sample(network, (16, 3, 8, 8))  # draws images of x0
-    loss_floor(diffusion, x0)                 # no network has a lower loss
 
 It needs no training, and separates the errors of a trained network from properties of the method.
 """
@@ -50,15 +49,3 @@ def mean_squared_error(diffusion, network, x0, t, seed=0):
     parts = zip(x0.split(256), t.split(256), noise.split(256), strict=True)  # memory
     errors = [diffusion.squared_error(network, *part).flatten(1).mean(1) for part in parts]
     return torch.cat(errors)
-
-
-def loss_floor(diffusion, x0, draws=20_000):
-    """Return the loss of the exact network, estimated from `draws` images with noise.
-
-    No network has a lower loss, on average over x_0, t and the noise.
-    """
-    random = torch.Generator().manual_seed(0)
-    index = torch.randint(len(x0), (draws,), generator=random)
-    t = torch.randint(diffusion.T, (draws,), generator=random)
-    network = exact_network(diffusion, x0)
-    return mean_squared_error(diffusion, network, x0[index], t.to(x0.device)).mean().item()

@@ -26,7 +26,7 @@ def to_half(model):
     first = [k for k, name in enumerate(names) if name.startswith("down.0.0")]
     last = [k for k, name in enumerate(names) if name.startswith("norm_out")]
     if not first or not last:
-        raise ValueError("half.py needs a UNet in float32 that export.py wrote")
+        raise ValueError("half.py needs a UNet that export.py wrote")
     exact = names[: first[-1] + 1] + names[last[0] :]
     half = convert_float_to_float16(model, keep_io_types=True, node_block_list=exact)
     # The converter casts a value once for each node that reads it, under the same name, and rounds

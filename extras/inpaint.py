@@ -1,17 +1,16 @@
-"""Redraw a part of an image: where the mask is white or, if it has transparency, opaque.
+"""Redraw a part of an image: where the mask is white.
 
     python -m extras.inpaint --onnx model.onnx image.png mask.png
     python -m extras.inpaint --onnx model.onnx image.png mask.png --class boot --guidance 2
 
 The network needs no special training: in each step, the image replaces x0_hat outside the mask.
-Both files must have the same size, and are cropped to their centre square.
+Both files are cropped to their centre square.
 """
 
 import argparse
 import sys
 
 import numpy as np
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from images import from_pixels, read_image
@@ -36,22 +35,6 @@ class Inpainting(Network):
         return super().reverse(partly, draw_noise, **options)
 
 
-def read_mask(path, of, size):
-    """Return where to redraw the image file `of`, bool (1, size, size).
-
-    The lightest grey counts as white, so masks of 0 and 1 work. Raises ValueError if the files
-    differ in size.
-    """
-    with Image.open(path) as mask, Image.open(of) as image:
-        mask, image = ImageOps.exif_transpose(mask), ImageOps.exif_transpose(image)
-        if mask.size != image.size:
-            raise ValueError(f"{path} and {of} must have the same size")
-        alpha = mask.convert("RGBA").getchannel("A")
-        mask = alpha if alpha.getextrema()[0] < 128 else mask.convert("L")
-    mask = np.asarray(ImageOps.fit(mask, (size, size)))
-    return mask[None] > mask.max() / 2
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
@@ -70,7 +53,8 @@ def main():
         network = Inpainting(args.onnx)
         channels, size, _ = network.shape
         network.image = from_pixels(read_image(args.image, size, channels))
-        network.mask = read_mask(args.mask, args.image, size)
+        mask = read_image(args.mask, size, 1)
+        network.mask = mask > mask.max() / 2  # the lightest grey is white: masks of 0 and 1 work
         if args.n < 1 or not 1 <= args.steps <= len(network.betas):
             raise ValueError(f"-n must be at least 1, and --steps 1..{len(network.betas)}")
         how = args.n, args.classes, args.guidance, args.seed

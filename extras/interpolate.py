@@ -9,7 +9,6 @@ is, the more the network invents.
 import argparse
 import math
 import sys
-from itertools import chain, count
 
 import numpy as np
 from tqdm import tqdm
@@ -22,8 +21,8 @@ LAMBDAS = np.linspace(0, 1, 11, dtype=np.float32)  # the shares of the second im
 
 def starting_at(x_t, draw_noise):
     """Return a draw_noise() that returns x_t first: the reverse process starts there."""
-    noises = chain([x_t], (draw_noise() for _ in count()))
-    return lambda: next(noises)
+    waiting = [x_t]
+    return lambda: waiting.pop() if waiting else draw_noise()
 
 
 def interpolate(network, a, b, t, steps=None, seed=0):

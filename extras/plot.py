@@ -7,16 +7,13 @@ import argparse
 import sys
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from sample import check_output
 
 
 def save_plot(path, x, y, x_label, y_label, log=False):
-    """Save a curve as a PNG. log: whether the y axis is logarithmic. Exits without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        sys.exit(f"{path} was not drawn, because matplotlib is missing: pip install matplotlib")
+    """Save a curve as a PNG. log: whether the y axis is logarithmic."""
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     axes.plot(x, y)
@@ -33,9 +30,9 @@ def main():
     check_output(args.out, args.log)
     try:
         table = np.loadtxt(args.log, delimiter=",", skiprows=1, usecols=(0, 1), ndmin=2)
+        parts = np.array_split(table, min(200, len(table)))
     except (OSError, ValueError) as error:
         sys.exit(f"plot.py: {args.log} can't be read: {error}")
-    parts = np.array_split(table, min(200, len(table)))
     save_plot(args.out, *np.transpose([part.mean(0) for part in parts]), "step", "loss", log=True)
     print(f"{args.out}: the loss of {len(table):,} steps")
 

@@ -5,7 +5,7 @@ sample.py draws with it if --checkpoint is given. The noise is the same as with 
 
 import torch
 
-from sample import reverse
+from extras.variants import sample_progressive
 from train import choose_device, has_bfloat16, load
 
 
@@ -41,8 +41,8 @@ class TorchNetwork:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             return self.network(x_t, t, y).float()
 
-    def reverse(self, eps, draw_noise, steps=None, sampler=None, clip=True):
-        """Return the generator sample.reverse on the device, or the loop of ddpm.py with all steps.
+    def reverse(self, eps, draw_noise, **options):
+        """Return variants.sample_progressive on the device: with all steps, the loop of ddpm.py.
 
         eps: the network, `guided` or not. draw_noise() returns arrays.
         """
@@ -50,6 +50,4 @@ class TorchNetwork:
         def on_device():
             return torch.from_numpy(draw_noise()).to(self.device)
 
-        if steps in (None, self.diffusion.T) and sampler in (None, "ddpm"):
-            return self.diffusion.sample_progressive(eps, None, draw_noise=on_device, clip=clip)
-        return reverse(eps, on_device, self.betas, self.variance, steps, sampler, clip)
+        return sample_progressive(self.diffusion, eps, None, draw_noise=on_device, **options)

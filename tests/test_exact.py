@@ -17,7 +17,7 @@ from ddpm import Diffusion, linear_betas
 from docs import copies
 from docs.points import only_first
 from extras import variants
-from extras.exact import exact_network, loss_floor, mean_squared_error
+from extras.exact import exact_network, mean_squared_error
 from images import demo_images, from_pixels
 from sample import to_image, to_pixels
 from test_ddpm import PAPER, VARIANCES, close, oracle, randn, seeded
@@ -54,7 +54,6 @@ def test_loss_of_the_exact_network_of_the_demo():
         errors = mean_squared_error(PAPER, network, x0, torch.full((len(x0),), t))
         tolerance = 4 * errors.std().item() / len(x0) ** 0.5 + 5e-5
         assert errors.mean().item() == pytest.approx(expected, abs=tolerance), t
-    assert loss_floor(PAPER, DEMO) == pytest.approx(0.0050, abs=5e-4)
 
 
 def how_many_differ(*args, **options):

@@ -69,23 +69,20 @@ def test_half_writes_nothing_that_differs_much(run, tmp_path, monkeypatch, error
 
 
 def test_inpainting_keeps_the_image_outside_of_the_mask(run, drawn, tmp_path):
-    """A white mask, one of ones, and an opaque part on transparency say the same."""
+    """A white mask and one of ones say the same."""
     image, mask, out = (tmp_path / name for name in ("image.png", "mask.png", "out.png"))
     words = [image, mask, "--onnx", PLAIN, "--out", out, "-n", 4, "--steps", 5]
     to_image(drawn[0]).save(image)
     where = np.zeros((32, 32), bool)
     where[8:20, 4:30] = True
-    white = Image.fromarray(255 * where.astype(np.uint8))
-    opaque, results = Image.merge("LA", [Image.new("L", (32, 32)), white]), []
-    for kind in (white, white.point(lambda value: value // 255), opaque):
-        kind.save(mask)
+    results = []
+    for white in 255, 1:
+        Image.fromarray(white * where.astype(np.uint8)).save(mask)
         assert "selects 30%" in run("inpaint", *words)
         results.append(cells(out, 2, 2).reshape(4, 32, 32).astype(int))
         assert (results[0] == results[-1]).all()
     assert (results[0][:, ~where] == drawn[0, 0][~where]).all()
     assert abs(results[0][0] - results[0][1])[where].mean() > 5
-    white.resize((32, 31)).save(mask)
-    assert run("inpaint", *words).endswith("must have the same size")
 
 
 def test_interpolation_starts_from_mixtures_with_the_same_noise(run, drawn, tmp_path):
@@ -118,12 +115,10 @@ def test_animation_ends_with_the_samples(run, tmp_path):
     assert "--steps 1..1000" in run("animate", *words, "--steps", 1001)
 
 
-def test_curve_of_the_log(run, tmp_path, monkeypatch):
+def test_curve_of_the_log(run, tmp_path):
     lines = [f"{k},{100 / k},1,0.001\n" for k in range(1, 1001)]
     (tmp_path / "log.csv").write_text("step,loss,grad_norm,lr\n" + "".join(lines))
     out = tmp_path / "loss.png"
     assert "1,000 steps" in run("plot", tmp_path / "log.csv", out)
     assert Image.open(out).size == (640, 440)
     assert "can't be read" in run("plot", out, tmp_path / "other.png")
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "pip install matplotlib" in run("plot", tmp_path / "log.csv", out)

@@ -134,10 +134,10 @@ def test_links_are_followed_once_and_runs_are_left_out(tmp_path, monkeypatch, ca
     for name in "srqpom":  # the first name counts, in whichever order the disk has them
         (tmp_path / "in" / name).symlink_to(tmp_path / "far" / "m")
     (tmp_path / "far" / "m" / "loop").symlink_to(tmp_path / "far")
-    for name in "closed/0.png", ".hidden/0.png", "log/deep/0.png", "run/deep/0.png":
+    for name in "closed/0.png", ".hidden/0.png", "new/deep/0.png", "run/deep/0.png":
         save(tmp_path / "in" / name)
     (tmp_path / "in" / "gone.png").symlink_to(tmp_path / "nothing")
-    for name in "log/log.csv", "run/checkpoint.pt":
+    for name in "b/log.csv", "new/log.csv", "new/.lock", "run/checkpoint.pt":
         (tmp_path / "in" / name).touch()
     scandir, closed = os.scandir, str(tmp_path / "in" / "closed")  # root may list every folder
     monkeypatch.setattr(os, "scandir", lambda path: scandir("/no" if path == closed else path))
