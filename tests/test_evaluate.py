@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import read
+from conftest import COLOURS, colour_name, read
 from PIL import Image
 
 from ddpm import Diffusion, linear_betas
@@ -43,6 +43,12 @@ def both(save, trained, coloured):
     for _, file in pairs.values():
         file.betas = file.betas[:40]
     return pairs
+
+
+def test_training_learns_the_classes(coloured):
+    x0 = sample(Network(coloured / "model.onnx", "cpu"), 9, guidance=1.0, steps=10)
+    colours = 127.5 * x0.mean((2, 3)) + 127.5
+    assert [colour_name(colour) for colour in colours] == [*COLOURS] * 3
 
 
 @pytest.mark.parametrize("name, variance", [("plain", "large"), ("classes", "small")])

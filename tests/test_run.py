@@ -1,6 +1,7 @@
 """The promises about the run folder: resuming, refusals, what is written, signals and pipes."""
 
 import contextlib
+import math
 import os
 import re
 import shlex
@@ -249,9 +250,9 @@ def test_disk_that_is_full_at_a_checkpoint_leaves_the_old_one(tiny, tmp_path, fi
     assert not [*(tmp_path / "run").glob(".*.tmp")]
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_loss_that_is_not_finite_reaches_no_checkpoint(bad, tiny, tmp_path, wrap_step):
-    wrap_step(lambda step, k: step(k) * (bad if k == 5 else 1))
+@pytest.mark.parametrize("bad", [[math.nan, 1], [1, math.inf]])
+def test_loss_or_gradient_that_is_not_finite_reaches_no_checkpoint(bad, tiny, tmp_path, wrap_step):
+    wrap_step(lambda step, k: step(k) * torch.tensor(bad if k == 5 else [1.0, 1.0]))
     said = tiny("--save-minutes", 0, "--steps", 9, code=1)
     assert "infinite or NaN by step 6, which is not saved; try a lower --lr or --no-amp" in said
     assert read(tmp_path / "run")["step"] == 5 and logged(tmp_path / "run") == [*range(1, 6)]

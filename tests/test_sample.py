@@ -1,7 +1,6 @@
 """sample.py: the library and the program alone in a folder, images, bad input, CUDA, signals."""
 
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -233,6 +232,14 @@ def test_wrong_checkpoints_are_one_line(unet, program, folder):
 # ---------------------------------------------------------------------------------------- bad input
 
 
+@pytest.mark.parametrize("error", [RuntimeError, ValueError])
+def test_bug_keeps_its_traceback(error, program, monkeypatch):
+    wrong = lambda *_: (_ for _ in ()).throw(error("a shape"))  # noqa: E731
+    monkeypatch.setattr(sample.Network, "__call__", wrong)
+    with pytest.raises(error, match="a shape"):
+        program("-n", 1)
+
+
 @pytest.mark.parametrize(
     "code, said, flags",
     [
@@ -379,14 +386,14 @@ def test_second_ctrl_c_ends_at_once(folder):
 
 
 @posix
-def test_ctrl_c_at_random_moments_ends_the_program(folder):
+def test_ctrl_c_at_any_moment_ends_the_program(folder):
     """It ends even short runs by SIGINT, unless they have ended, and what they saved is whole."""
     began = time.monotonic()
     said_by(start(*LONG, "-n", "3"))
     life = time.monotonic() - began
-    for k in range(10):
+    for k, moment in enumerate(np.linspace(0, 1.5 * life, 6)):
         process = start(*LONG, "--out", f"{k}.png", "--dir", f"{k}", *["-n", "3"] * (k % 2))
-        time.sleep(random.uniform(0, 1.5 * life))
+        time.sleep(moment)
         process.send_signal(signal.SIGINT)
         said, n = said_by(process, None), len(images_in(folder / f"{k}"))
         assert n % 3 == 0 and Path(f"{k}.png").exists() == (n > 0)

@@ -251,10 +251,10 @@ def test_previews_have_the_same_noise_and_a_row_for_each_class(tmp_path):
 
 
 def test_run_of_days_says_so_before_its_first_step(tiny, monkeypatch):
-    monkeypatch.setattr(train, "train", lambda s, *_: (s.steps, None))
+    monkeypatch.setattr(train, "train", lambda s, *_: print("first step") or (s.steps, None))
     said = tiny("--steps", 10**9)
     days = re.search(r"will take about ([\d,]+) days on this CPU; --quick takes minutes", said)
-    assert 10 < int(days[1].replace(",", "")) < 10**5
+    assert 10 < int(days[1].replace(",", "")) < 10**5 and days.end() < said.index("first step")
     assert "days" not in tiny("--steps", 1000, "--out", "short")
 
 
@@ -279,6 +279,7 @@ REFUSED = {
     **dict.fromkeys(["--image-size 16", "--in-channels 1", "--quick", "--classes"], "need --data"),
     "--batch 4 --accumulate 5": "--batch must be at least the number of GPUs",
     "--data none": "none is not a folder",
+    "--out 0.png": "0.png/checkpoint.pt can't be written: ",
     "--data . --classes": "has images outside of its sub-folders",
     "--device quantum": "--device quantum: Expected one of cpu, cuda",
 }

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import read
+from conftest import TINY, read
 from safetensors.torch import save_file
 
 from ddpm import UNet, linear_betas
@@ -81,10 +81,12 @@ def test_weights_are_trained_further(image_folder, class_folder, tmp_path, run):
         assert all(state["settings"][k] == begun[k] for k in ("norm_groups", "betas", "parts"))
 
 
-def test_new_run_has_the_averaged_weights_and_the_classes(coloured, tmp_path, run):
-    run(PROGRAM, coloured, "new", cwd=tmp_path)
+def test_new_run_has_the_averaged_weights_and_the_classes(class_folder, tmp_path, run):
+    words = "--classes --parts v --lr 0.01 --warmup 0 --steps 20 --out old".split()
+    run("train.py", "--data", class_folder, *TINY, *words, cwd=tmp_path)
+    run(PROGRAM, "old", "new", cwd=tmp_path)
     run(PROGRAM, "--to-diffusers", "new", "out", cwd=tmp_path)
-    (network, _, old), state = load(coloured), read(tmp_path / "new")
+    (network, _, old), state = load(tmp_path / "old"), read(tmp_path / "new")
     assert (state["step"], state["names"]) == (0, old["names"])
     assert all(torch.equal(state["model"][name], weight) for name, weight in old["ema"].items())
     theirs = diffusers.UNet2DModel.from_pretrained(tmp_path / "out", subfolder="unet").eval()
