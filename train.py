@@ -449,7 +449,7 @@ def load_images(s, channels, out):
 
 def say_days(network, diffusion, shape, s, start):
     """Print how long the run will take, if it is over a day, estimated from two images."""
-    network = copy.deepcopy(network)
+    network = copy.deepcopy(network)  # whose gradients and buffers may change
     for _ in range(2):  # the first pass takes longer
         began = time.monotonic()
         with torch.autocast("cpu", torch.bfloat16, enabled=s.amp):
@@ -590,13 +590,12 @@ def main():
         from_all(None)  # a process that ends first can abort the others
         time.sleep(1)  # gloo's threads and the end of Python can otherwise wait for each other
         dist.destroy_process_group()
+    folder, run = (shlex.quote(str(path)) for path in (Path(sys.argv[0]).parent, out))
     if done < s.steps:
-        again = shlex.join(["python", "train.py", "--out", str(out)])
-        print(f"stopped at step {done:,}; to go on: {again}", file=sys.stderr)
+        print(f"stopped at step {done:,}; to go on: python train.py --out {run}", file=sys.stderr)
         stop.end() if stop.number else sys.exit(1)
     if start == done:
         print(f"{out} is finished; --steps continues it, and another --out begins a new run")
-    folder, run = (shlex.quote(str(path)) for path in (Path(sys.argv[0]).parent, out))
     few = " --steps 10" if s.data else ""  # in few steps, the demo's network draws wrong glyphs
     print(f"done: {out} is at step {done:,}; next:")
     print(f"  python {folder}/export.py --checkpoint {run} --onnx model.onnx")

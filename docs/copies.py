@@ -6,7 +6,7 @@
 
 The folder fashion-mnist has the images in train/ and test/. The program compares the included
 network with the exact networks of 100 to 60,000 training images. With --runs, it trains ten small
-networks, on two disjoint sets for each of five sizes. It prints the numbers in beyond.md. With
+networks, on two disjoint sets for each of five sizes. It measures what beyond.md reports. With
 --samples, it only prints the distance from each sample to its nearest image in --data. Printed and
 drawn values of t count from 1, as in the paper; the code's index is one less.
 """

@@ -148,7 +148,7 @@ class RunsCode:
 
 
 def test_mistakes_are_one_line(trained, tmp_path, run):
-    """The run of --data comes before the demo, and no code in a file is executed."""
+    """A folder without a checkpoint is no run, and no code in a file is executed."""
     assert "demo can't be read: " in run("export.py", cwd=tmp_path, code=1)
     for name in "demo", "run":
         (tmp_path / name).mkdir()
