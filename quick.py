@@ -1,8 +1,7 @@
-"""What `train.py --quick` puts in place of the paper's network, loss and optimizer.
+"""What `train.py --quick` puts in place of the paper's network and optimizer.
 
-    diffusion = MinSNRDiffusion(linear_betas())    # in place of Diffusion: other weights in `loss`
-    network = VUNet(diffusion, image_size=32)      # in place of UNet: its output is v
-    optimizer = Muon(network, lr=6e-3)             # in place of torch.optim.Adam
+    network = VUNet(diffusion, image_size=32)    # in place of UNet: its output is v
+    optimizer = Muon(network, lr=6e-3)           # in place of torch.optim.Adam
 
 Each has the interface of what it replaces, so that nothing else has to know about it: the network
 returns eps. benchmarks/ladder.md measures what each of them changes.
@@ -13,7 +12,7 @@ from collections import defaultdict
 import torch
 from torch import nn
 
-from ddpm import Diffusion, UNet, look_up
+from ddpm import UNet, look_up
 
 
 class VUNet(UNet):
@@ -33,25 +32,6 @@ class VUNet(UNet):
         signal = look_up(self.sqrt_alphas_bar, t, x_t)
         spread = look_up(self.sqrt_one_minus_alphas_bar, t, x_t)
         return spread * x_t + signal * super().forward(x_t, t, y)
-
-
-class MinSNRDiffusion(Diffusion):
-    """A Diffusion whose loss gives the squared error of x0_hat the weight min(SNR, 5).
-
-    (14) gives it the weight SNR = abar_t / (1 - abar_t). The weights are from Hang et al. 2023
-    (arXiv:2303.09556).
-    """
-
-    def __init__(self, betas, variance="large"):
-        super().__init__(betas, variance)
-        self.loss_weights = (5 * (1 - self.alphas_bar) / self.alphas_bar).clamp(max=1)  # of eps
-
-    def loss(self, model, x0, t=None, noise=None):
-        """Return the weighted mean squared error of the noise, a scalar; see Diffusion.loss."""
-        t = torch.randint(self.T, (len(x0),), device=x0.device) if t is None else t
-        noise = torch.randn_like(x0) if noise is None else noise
-        error = self.squared_error(model, x0, t, noise)
-        return (look_up(self.loss_weights, t, error) * error).mean()
 
 
 def orthogonalize(G):

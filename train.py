@@ -160,7 +160,7 @@ METHOD = {
     "classes": (bool, False, "the sub-folders of --data are classes"),
     "betas": (None, tuple(linear_betas().tolist()), None),
     "variance": (("large", "small"), "large", "sigma_t^2"),
-    "parts": ([("v", "min-snr", "muon")], (), "parts of quick.py to use"),
+    "parts": ([("v", "muon")], (), "parts of quick.py to use"),
     "batch": (count, 128, "images per step, over all GPUs"),
     "lr": (amount, 2e-4, "learning rate"),
     "warmup": (whole, None, "steps until --lr [min(5000, steps / 20)]"),
@@ -181,7 +181,7 @@ SETTINGS = NETWORK | METHOD | FREE
 # --quick: a run of minutes on a CPU, for small images. benchmarks/ladder.md has measurements.
 QUICK = dict(
     base_channels=16, channel_mults=(1, 2, 4, 4), num_res_blocks=1, attention_resolutions=(),
-    dropout=0.0, parts=("v", "min-snr", "muon"), batch=64, lr=6e-3, steps=1500,
+    dropout=0.0, parts=("v", "muon"), batch=64, lr=6e-3, steps=1500,
 )  # fmt: skip
 
 # The demo: a small network that learns the 216 images on two CPU cores in under four minutes.
@@ -265,10 +265,7 @@ def build(settings, shape, names):
     settings: as in a checkpoint. shape: (C, H, W) of an image. names: the class names.
     To train another network, return it here. Raises ValueError for settings that do not fit.
     """
-    make_network, make_diffusion = UNet, Diffusion
-    if "min-snr" in settings["parts"]:
-        from quick import MinSNRDiffusion as make_diffusion
-    diffusion = make_diffusion(settings["betas"], settings["variance"])
+    diffusion, make_network = Diffusion(settings["betas"], settings["variance"]), UNet
     if "v" in settings["parts"]:
         from quick import VUNet
 
@@ -450,10 +447,11 @@ def load_images(s, channels, out):
 def say_days(network, diffusion, shape, s, start):
     """Print how long the run will take, if it is over a day, estimated from two images."""
     network = copy.deepcopy(network)  # whose gradients and buffers may change
+    x0, t = torch.zeros(2, *shape), torch.zeros(2, dtype=torch.int64)
     for _ in range(2):  # the first pass takes longer
         began = time.monotonic()
         with torch.autocast("cpu", torch.bfloat16, enabled=s.amp):
-            diffusion.loss(network, torch.zeros(2, *shape)).backward()
+            diffusion.loss(network, x0, t, x0).backward()
         days = (time.monotonic() - began) / 2 * s.batch * (s.steps - start) / 24 / 3600
     if days > 1:
         print(f"this will take about {days:,.0f} days on this CPU; --quick takes minutes")

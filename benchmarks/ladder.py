@@ -32,20 +32,19 @@ import train  # noqa: E402
 from benchmarks import frechet  # noqa: E402
 from ddpm import look_up  # noqa: E402
 from export import to_onnx  # noqa: E402
-from extras.variants import eps_of_output, loss_weights  # noqa: E402
+from extras.variants import eps_of_output, loss_weights, weighted_loss  # noqa: E402
 from sample import SAMPLERS, Network, sample, to_pixels  # noqa: E402
 
 ADAM = "--lr 1e-3"
 RUNGS = {  # flags that replace some of --quick, and what they change
     "paper": (f"--parts {ADAM}", "the paper's: eps, (14), Adam with a learning rate of 1e-3"),
     "v": (f"--parts v {ADAM}", "the network predicts v"),
-    "min-snr": (f"--parts v min-snr {ADAM}", "weights min(SNR, 5) of the error of x0_hat"),
     "muon": ("", "Muon with a learning rate of 6e-3"),
     "labels": ("--classes", "labels"),
 }  # fmt: skip
 # The other rows of the paper's Table 2: the target, and the weights of the loss
 OTHERS = {"mean-vlb": ("mean", "vlb"), "mean-native": ("mean", "native"), "eps-vlb": ("eps", "vlb")}
-RUNGS |= dict.fromkeys(OTHERS, (f"--parts min-snr {ADAM}", ""))
+RUNGS |= dict.fromkeys(OTHERS, (f"--parts {ADAM}", ""))
 SHORT, LONG, TABLE_2 = 1500, 10_000, 1650  # training steps
 INCLUDED = "fashion-mnist.onnx"
 WAY = "sampler", "sampling_steps", "variance", "guidance", "samples"
@@ -66,8 +65,9 @@ class OtherTarget(torch.nn.Module):
 
 def build_other(predicts, weights, settings, shape, names, build=train.build):
     """Return train.build's network and diffusion with another target, and other loss weights."""
-    network, diffusion = build(settings, shape, names)  # eps, and MinSNRDiffusion
-    diffusion.loss_weights = loss_weights(diffusion, weights, predicts)
+    network, diffusion = build(settings, shape, names)
+    weights = loss_weights(diffusion, weights, predicts)
+    diffusion.loss = partial(weighted_loss, diffusion, weights=weights)
     return OtherTarget(network, diffusion, predicts), diffusion
 
 

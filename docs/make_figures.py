@@ -273,31 +273,6 @@ def draw_velocity(path):
     figure.savefig(path, dpi=DPI)
 
 
-def draw_weights(path):
-    """Draw the weights that five losses give the errors of x0_hat and of the noise at each t."""
-    paper = Diffusion(linear_betas(), "small")
-    snr, times = paper.alphas_bar / (1 - paper.alphas_bar), range(2, paper.T + 1)
-    weights = {  # of the squared error of the noise, for uniform t
-        "the bound (12)": paper.bound_weights(),
-        "$L_{simple}$ (14)": torch.ones(paper.T),
-        "the image": 1 / snr,
-        "v": 1 / paper.alphas_bar,
-        "min-SNR": (5 / snr).clamp(max=1),
-    }
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    for axes, factor in ((left, snr), (right, torch.ones(paper.T))):
-        curves = {name: (w * factor)[1:] for name, w in weights.items()}
-        curves = {name: (times, w / w.mean()) for name, w in curves.items()}
-        plot(axes, curves, "t", "", xscale="log", yscale="log", ylim=(1e-7, 1e4))
-        axes.set_xticks((2, 10, 100, 350, 1000), (2, 10, 100, 350, 1000))
-        axes.minorticks_off()
-    right.get_legend().remove()
-    left.set(title="the squared error of $\\hat x_0$", ylabel="weight, divided by its mean")
-    right.set_title("the squared error of the noise")
-    figure.savefig(path, dpi=DPI)
-
-
 def draw_unet(path):
     """Draw the U-Net of the CIFAR-10 network: sizes, widths, attention and skip connections."""
     figure = Figure(figsize=(8.6, 4.6), layout="constrained")
@@ -589,7 +564,6 @@ def main():
     draw_two_points(args.out / "two-points.png")
     draw_rectangles(args.out / "rectangles.png")
     draw_velocity(args.out / "velocity.png")
-    draw_weights(args.out / "weights.png")
     draw_unet(args.out / "unet.png")
     samples = sheet(sample(paper, 64).reshape(4, 16, *paper.shape))
     ImageOps.scale(samples, 2, Image.Resampling.NEAREST).save(args.out / "paper.png")

@@ -61,15 +61,12 @@ def loss_weights(diffusion, name, predicts="eps"):
     """Return the weights of the squared error of eps at each t, float64 (T,), for weighted_loss.
 
     name: "simple" is (14), whatever the network predicts. "vlb" keeps the weight that (12) gives
-        each term. "min-snr" (Hang et al. 2023, arXiv:2303.09556) gives the error of x0_hat the
-        weight min(SNR, 5), whereas (14) gives it SNR = abar_t / (1 - abar_t). "native" gives the
-        squared error of what the network predicts the weight 1.
+        each term. "native" gives the squared error of what the network predicts the weight 1.
     """
     _, b = eps_of_output(diffusion, predicts)
     return {
         "simple": torch.ones_like(b),
         "vlb": diffusion.bound_weights(),
-        "min-snr": (5 * (1 - diffusion.alphas_bar) / diffusion.alphas_bar).clamp(max=1),
         "native": 1 / b**2,
     }[name]
 

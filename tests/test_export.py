@@ -69,7 +69,7 @@ def test_network_of_v_and_classes_returns_eps(tmp_path):
     """Its file has a third input, and takes any number of images."""
     settings = {name: default for name, (_, default, _) in SETTINGS.items()}
     settings |= {"base_channels": 8, "channel_mults": (1, 2), "num_res_blocks": 1}
-    settings |= {"attention_resolutions": (4,), "variance": "small", "parts": ("v", "min-snr")}
+    settings |= {"attention_resolutions": (4,), "variance": "small", "parts": ("v",)}
     network, diffusion = build(settings, SHAPE, ("a", "b"))
     for weights in network.eval().requires_grad_(False).parameters():
         weights += 0.1 * torch.randn_like(weights)

@@ -135,7 +135,7 @@ def test_settings_that_contradict_the_run_are_refused(tiny, run, tmp_path):
     free = dict(steps=9, dropout=0.3, accumulate=2, amp=True, preview_every=3, save_minutes=1.0)
     assert free.keys() == train.FREE.keys()
     assert vars(train.decide(free, state, out, CPU)) == state["settings"] | free
-    assert "begun without --parts v min-snr muon" in tiny("--quick", code=1)
+    assert "begun without --parts v muon" in tiny("--quick", code=1)
     assert "at step 4 already; --steps can't be smaller" in tiny("--steps", 3, code=1)
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
 

@@ -19,7 +19,6 @@ import export
 import train
 from ddpm import Diffusion, UNet
 from images import demo_images
-from quick import MinSNRDiffusion
 from test_ddpm import PAPER, at, close, small_unet
 
 
@@ -166,8 +165,8 @@ def test_step_never_waits_for_the_device(monkeypatch):
     with META:
         model, images = UNet(8, 3, 8, (1, 2), 1, (4,)), torch.zeros(20, 3, 8, 8, dtype=torch.uint8)
     ema, adam = copy.deepcopy(model).requires_grad_(False), torch.optim.Adam(model.parameters())
-    s, diffusion = settings(batch=8, accumulate=2), MinSNRDiffusion(PAPER.betas)
-    step = train.algorithm_1(model, ema, adam, diffusion, images, None, s)
+    s = settings(batch=8, accumulate=2)
+    step = train.algorithm_1(model, ema, adam, PAPER, images, None, s)
     monkeypatch.setattr(torch.Tensor, "to", watched)
     status = [step(k) for k in range(2)][1]
     assert copied and not any(copied) and status.is_meta and status.shape == (2,)

@@ -52,18 +52,6 @@ def test_noise_is_found_from_each_output_of_a_network(predicts):
     assert torch.equal(loss_weights(PAPER, "vlb", predicts), PAPER.bound_weights())
 
 
-def test_min_snr_weights_are_those_of_hang_et_al():
-    """The squared error of x0_hat has the weight min(SNR, 5)."""
-    weights = loss_weights(PAPER, "min-snr")
-    x0, noise = randn(1, 1, 4, 4), randn(1, 1, 4, 4, seed=1)
-    for t in torch.tensor([[0], [50], [126], [140], [500], [999]]):
-        snr = (PAPER.alphas_bar[t] / (1 - PAPER.alphas_bar[t])).item()
-        x0_hat = PAPER.predict_x0(PAPER.q_sample(x0, t, noise), t, 0.9 * noise)
-        loss = weighted_loss(PAPER, lambda x, t: 0.9 * noise, x0, t, noise, weights)
-        expected = min(snr, 5) * (x0_hat - x0).square().mean()
-        torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
-
-
 # -------------------------------------------------------------------------------------- fewer steps
 
 
