@@ -291,7 +291,7 @@ def test_figures_are_made(trained, image_folder, tmp_path):
     python(HERE / "docs" / "make_figures.py", *flags, cwd=tmp_path, timeout=600)
     made = sorted((tmp_path / "docs").iterdir())
     names = "by-t ends interpolation paper rate-distortion rectangles reverse schedule small-steps"
-    names += " snr steps strip two-points unet velocity weights"
+    names += " snr steps strip two-points unet velocity"
     assert [path.stem for path in made] == names.split()
     for path in made:
         with Image.open(path) as image:
