@@ -287,8 +287,7 @@ def load(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds
         sys.exit(f"{path} can't be read: {(str(error) or repr(error)).splitlines()[0]}")
-    saved = state.get("settings", {}) if isinstance(state, dict) else {}
-    if saved.keys() != SETTINGS.keys() or {*saved["parts"]} - {"v", "muon"}:
+    if not isinstance(state, dict) or state.get("settings", {}).keys() != SETTINGS.keys():
         sys.exit(f"{path} is not a checkpoint of this version of train.py")
     network, diffusion = build(state["settings"], state["shape"], state["names"])
     network.load_state_dict(state["ema"])

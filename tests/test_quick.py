@@ -28,7 +28,7 @@ def test_network_predicts_v_and_returns_eps(classes):
 
 
 @pytest.mark.parametrize("parts", [(), ("v",)])
-def test_parts_are_substituted_one_by_one(parts):
+def test_part_v_replaces_the_network(parts):
     settings = {name: default for name, (_, default, _) in SETTINGS.items()} | SMALL
     network, diffusion = build(settings | {"parts": parts, "betas": [0.1, 0.2]}, (1, 8, 8), "ab")
     assert isinstance(network, VUNet) == ("v" in parts) and isinstance(network, UNet)
