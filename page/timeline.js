@@ -68,9 +68,8 @@ export class Timeline {
     slider.onpointerdown = () => { [before, byKey] = [this.place, false]; };
     slider.onpointercancel = () => this.moveTo(before); // a finger that scrolls the page
     slider.oninput = () => { // the browser moves the thumb
-      const place = slider.value / 1000; // before it is rendered
-      this.stop();
-      this.moveTo(place);
+      this.moveTo(slider.value / 1000); // before anything else: if another value is written to the
+      this.stop(); // slider during the drag, Safari does not fire `change` when it ends
     };
     slider.onchange = () => (byKey ? announce(this.say()) : this.place && this.letGo?.());
     slider.onkeydown = (event) => {

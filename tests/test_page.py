@@ -495,6 +495,26 @@ def test_dot_that_is_pulled(page):
     assert np.abs(tile - to_pixels(np.array([x, y], np.float32))).max() <= 1
 
 
+def test_no_other_value_is_written_to_a_slider_that_is_dragged(page):
+    """Otherwise, Safari does not fire `change` at the end of the drag, and nothing comes back."""
+    page.evaluate("""() => {
+        const slider = document.getElementById("arrows-place"), move = slider.oninput;
+        const its = Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, "value");
+        slider.oninput = () => {
+            window.values = [its.get.call(slider)];
+            Object.defineProperty(slider, "value", {get: its.get, configurable: true, set(value) {
+                its.set.call(this, value);
+                window.values.push(its.get.call(this));
+            }});
+            move();
+            delete slider.value;
+        };
+    }""")
+    let_go(page, "arrows", 0.5)
+    caption(page, "arrows", "^Back from the noise")
+    assert len(page.evaluate("window.values")) > 1 and len(set(page.evaluate("window.values"))) == 1
+
+
 def test_network_learns_the_moons(page):
     """It trains while it is seen, and the slider scrubs what is trained."""
     see(page, "learn-stage")
