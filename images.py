@@ -14,7 +14,6 @@ import secrets
 import sys
 import tempfile
 import warnings
-from functools import partial
 from itertools import product
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -128,22 +127,12 @@ def class_names(folder):
 
 def has_colour(path):
     """Return whether an image file is in colour. It reads little more than the header."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.mode in ("P", "PA"):
-                palette = np.reshape(image.getpalette("RGB"), (-1, 3))
-                return bool((palette != palette[:, :1]).any())
-            return image.mode not in ("1", "L", "LA", "F") and not image.mode.startswith("I")
-    except Exception:  # Pillow raises many kinds; `decode` leaves the file out
-        return False
-
-
-def try_to_read(path, size, channels):
-    """Return the pixels of an image file, or None if it can't be read."""
-    try:
-        return read_image(path, size, channels)
-    except Exception:  # Pillow raises many kinds
-        return None
+    with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:
+        if image.mode in ("P", "PA"):
+            palette = np.reshape(image.getpalette("RGB"), (-1, 3))
+            return bool((palette != palette[:, :1]).any())
+        return Image.getmodebase(image.mode) != "L"
+    return False  # Pillow raises many kinds; `decode` leaves the file out
 
 
 def state_of(path):
@@ -152,29 +141,43 @@ def state_of(path):
     return (state.st_size, state.st_mtime_ns, state.st_ctime_ns) if state else ()
 
 
-def decode(paths, size, channels, file):
-    """Write which of the paths can be read (N bytes), and then the pixels of these, to a new file.
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a new binary file, which takes the place of the file `path` at the end of the block.
 
-    The file is put in place as a whole. Exits with one line if the disk is full.
+    If the block fails, `path` stays as it was. Exits with one line if the disk is full.
     """
-    is_read = np.zeros(len(paths), bool)
-    temporary = file.with_name(f"{file.name}.{secrets.token_hex(8)}.tmp")
-    read = partial(try_to_read, size=size, channels=channels)
+    name = Path(path).name.lstrip(".")
+    temporary = Path(path).with_name(f".{name}.{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "xb") as out, ThreadPool(min(8, os.cpu_count() or 1)) as pool:
-            out.write(is_read.tobytes())
-            bar = tqdm(pool.imap(read, paths), "decoding", len(paths), unit=" images", leave=False)
-            for index, pixels in enumerate(bar):
-                if pixels is not None:
-                    is_read[index] = True
-                    out.write(pixels.tobytes())
-            out.seek(0)
-            out.write(is_read.tobytes())
-        os.replace(temporary, file)
-    except OSError as error:
-        sys.exit(f"{file} can't be written: {error.strerror}")
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # otherwise, a power cut may leave an empty file
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter
+        sys.exit(f"{path} can't be written: {error.__context__ or error}")
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def decode(paths, size, channels, file):
+    """Write which of the paths can be read (N bytes), and then the pixels of these, to a file."""
+
+    def read(path):
+        with contextlib.suppress(Exception):  # Pillow raises many kinds; None stands for them
+            return read_image(path, size, channels)
+
+    is_read = np.zeros(len(paths), bool)
+    with replacing(file) as out, ThreadPool(min(8, os.cpu_count() or 1)) as pool:
+        out.write(is_read.tobytes())
+        bar = tqdm(pool.imap(read, paths), "decoding", len(paths), unit=" images", leave=False)
+        for index, pixels in enumerate(bar):
+            if pixels is not None:
+                is_read[index] = True
+                out.write(pixels.tobytes())
+        out.seek(0)
+        out.write(is_read.tobytes())
 
 
 def read_folder(folder, size, channels=None, classes=None, cache=None):

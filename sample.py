@@ -241,9 +241,11 @@ def to_image(pixels):
 def grid(pixels, rows=None):
     """Return uint8 pixels (N, C, H, W) as one Pillow image; small images are enlarged.
 
-    rows: image k is in row k % rows. Without it, the grid is about square, row by row.
+    rows: image k is in row k % rows. Without it, or with fewer images, the grid is about square,
+        row by row.
     """
     n, c, h, w = pixels.shape
+    rows = rows if rows and rows <= n else None
     columns = math.ceil(n / rows if rows else math.sqrt(n))
     blank = (rows or math.ceil(n / columns)) * columns - n
     cells = np.pad(pixels, ((0, blank), (0, 0), (1, 1), (1, 1)), constant_values=255)
@@ -364,7 +366,7 @@ def open_network(args):
     try:
         if not args.checkpoint:
             network = Network(args.onnx, args.device)
-        elif find_spec("torch") and find_spec("extras"):
+        elif find_spec("torch") and Path(__file__).with_name("extras").is_dir():
             from extras.torch_network import TorchNetwork
 
             network = TorchNetwork(args.checkpoint, args.device)

@@ -17,7 +17,6 @@ import copy
 import hashlib
 import math
 import os
-import secrets
 import shlex
 import shutil
 import signal
@@ -37,10 +36,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ddpm import Diffusion, UNet, linear_betas
-from images import class_names, demo_images, from_pixels, read_folder
+from images import class_names, demo_images, from_pixels, read_folder, replacing
 from sample import StopRequest, check_output, grid, guard_output, reverse, to_pixels
 
 # torchrun sets these: the rank of this process, the number of processes, the rank on its machine.
@@ -101,7 +101,6 @@ def algorithm_1(network, ema, optimizer, diffusion, images, labels, s):
     return step
 
 
-@torch.no_grad()
 def update_ema(ema, model, step, decay):
     """Update the averaged weights, which draw the samples, in place; copy the buffers.
 
@@ -109,7 +108,7 @@ def update_ema(ema, model, step, decay):
     lose their influence.
     """
     decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    get_ema_multi_avg_fn(decay)([*ema.parameters()], [*model.parameters()], None)
     for average, buffer in zip(ema.buffers(), model.buffers(), strict=True):
         average.copy_(buffer)
 
@@ -160,7 +159,7 @@ METHOD = {
     "classes": (bool, False, "the sub-folders of --data are classes"),
     "betas": (None, tuple(linear_betas().tolist()), None),
     "variance": (("large", "small"), "large", "sigma_t^2"),
-    "parts": ([("v", "muon")], (), "parts of quick.py to use"),
+    "parts": ([("v", "muon")], (), "parts of quick.py to use [none]"),
     "batch": (count, 128, "images per step, over all GPUs"),
     "lr": (amount, 2e-4, "learning rate"),
     "warmup": (whole, None, "steps until --lr [min(5000, steps / 20)]"),
@@ -294,25 +293,6 @@ def load(path):
     return network.eval(), diffusion, state
 
 
-@contextlib.contextmanager
-def replacing(path):
-    """Yield a new binary file, which takes the place of the file `path` at the end of the block.
-
-    If the block fails, `path` stays as it was. Exits with one line if the disk is full.
-    """
-    temporary = Path(path).with_name(f".{Path(path).name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # otherwise, a power cut may leave an empty file
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter
-        sys.exit(f"{path} can't be written: {error.__context__ or error}")
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def open_run(out, data, lock):
     """Return the checkpoint of a run folder, or None. Exits if another process holds the lock."""
     if data and Path(data).resolve().is_relative_to(out.resolve()):
@@ -393,9 +373,8 @@ def join(device):
     """Connect the processes through gloo and, for gradients on a GPU, the vendor's library."""
     if RANK > 0:  # only the first process prints
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    gpu = {"cuda": ",cuda:nccl" * dist.is_nccl_available(), "xpu": ",xpu:xccl"}  # no NCCL: Windows
-    backend = f"cpu:gloo{gpu.get(device.type, '')}"
-    dist.init_process_group(backend, timeout=timedelta(hours=4))  # one process decodes the images
+    gpu = {"cuda": ",cuda:nccl", "xpu": ",xpu:xccl"}.get(device.type, "")
+    dist.init_process_group(f"cpu:gloo{gpu}", timeout=timedelta(hours=4))  # one of them decodes
 
 
 def from_first(function, *args):

@@ -21,8 +21,9 @@ import torch
 
 from ddpm import UNet, linear_betas
 from export import largest_difference
+from images import replacing
 from sample import check_output, guard_output
-from train import SETTINGS, build, load, replacing
+from train import SETTINGS, build, load
 
 NAMES = (  # regular expressions that turn our names into diffusers', in this order
     (r"^(down|up)\.(\d+)\.\d+\.conv\.", r"\1_blocks.\2.\1samplers.0.conv."),

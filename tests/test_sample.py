@@ -187,6 +187,7 @@ def test_grid_shows_every_image_in_its_place(channels):
             row, column = (k % rows, k // rows) if rows else divmod(k, columns)
             cell = cells[row, 1:-1, column, 1:-1].transpose(2, 0, 1)
             assert (cell == (pixels[k] if k < 7 else 255)).all()
+    assert sample.grid(pixels, 8) == sample.grid(pixels)  # fewer images than rows
 
 
 # ---------------------------------------------------------------------------------- --checkpoint
