@@ -7,8 +7,6 @@ Each has the interface of what it replaces, so that nothing else has to know abo
 returns eps. benchmarks/ladder.md measures what each of them changes.
 """
 
-from collections import defaultdict
-
 import torch
 from torch import nn
 
@@ -35,16 +33,15 @@ class VUNet(UNet):
 
 
 def orthogonalize(G):
-    """Return approximately U V^T for each matrix G = U S V^T of a stack (k, m, n).
+    """Return approximately U V^T for a matrix G = U S V^T (m, n).
 
     Each of the five iterations applies p(s) = 3.4445 s - 4.775 s^3 + 2.0315 s^5 to the singular
     values. Together they map every s from 0.002 to 1 to a value between 0.68 and 1.21.
     """
-    X = G / (G.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    X = G / (G.norm() + 1e-7)
     for _ in range(5):
         A = X @ X.mT
-        B = torch.baddbmm(A, A, A, beta=-4.775, alpha=2.0315)
-        X = torch.baddbmm(X, B, X, beta=3.4445)
+        X = 3.4445 * X + (2.0315 * A @ A - 4.775 * A) @ X
     return X
 
 
@@ -71,31 +68,17 @@ class Muon(torch.optim.Adam):
 
     def __init__(self, model, lr, momentum=0.9):
         super().__init__(model.parameters(), lr, fused=True)
-        self.momentum = momentum
-        equal = defaultdict(list)  # weights of equal shape are processed together, as a stack
-        for weight in hidden_weights(model):
-            equal[weight.flatten(1).shape].append(weight)
-        self.stacks = list(equal.values())
-        self.momenta = [w[0].new_zeros(len(w), *shape) for shape, w in equal.items()]
+        self.momentum, self.hidden = momentum, hidden_weights(model)
+        for weight in self.hidden:  # under Adam's names, so that Adam saves and loads the averages
+            self.state[weight] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(weight)}
 
     @torch.no_grad()
     def step(self):
         """Take a step with the gradients of the parameters."""
         lr = self.param_groups[0]["lr"]
-        for weights, average in zip(self.stacks, self.momenta, strict=True):
-            gradient = torch.stack([weight.grad.flatten(1) for weight in weights])
-            average.lerp_(gradient, 1 - self.momentum)
-            steps = orthogonalize(gradient.lerp(average, self.momentum))
-            steps *= -0.2 * lr * max(steps.shape[1:]) ** 0.5
-            for weight, step in zip(weights, steps, strict=True):
-                weight += step.view_as(weight)
-                weight.grad = None  # so that Adam skips this weight
+        for weight in self.hidden:
+            average = self.state[weight]["exp_avg"].lerp_(weight.grad, 1 - self.momentum)
+            step = orthogonalize(weight.grad.lerp(average, self.momentum).flatten(1))
+            weight -= 0.2 * lr * max(step.shape) ** 0.5 * step.view_as(weight)
+            weight.grad = None  # so that Adam skips this weight
         super().step()
-
-    def state_dict(self):
-        return super().state_dict() | {"muon": self.momenta}
-
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        for average, saved in zip(self.momenta, state["muon"], strict=True):
-            average.copy_(saved)
