@@ -67,9 +67,11 @@ export class Timeline {
     let before = 0, byKey = false; // before: where it was when the pointer went down
     slider.onpointerdown = () => { [before, byKey] = [this.place, false]; };
     slider.onpointercancel = () => this.moveTo(before); // a finger that scrolls the page
-    slider.oninput = () => { // the browser moves the thumb
-      this.moveTo(slider.value / 1000); // before anything else: if another value is written to the
-      this.stop(); // slider during the drag, Safari does not fire `change` when it ends
+    slider.oninput = () => {
+      // The browser has moved the thumb. If another value is written to the slider before the drag
+      // ends, Safari does not fire `change` at its end, so moveTo comes before stop, which renders.
+      this.moveTo(slider.value / 1000);
+      this.stop();
     };
     slider.onchange = () => (byKey ? announce(this.say()) : this.place && this.letGo?.());
     slider.onkeydown = (event) => {
