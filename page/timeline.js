@@ -69,7 +69,7 @@ export class Timeline {
     slider.onpointercancel = () => this.moveTo(before); // a finger that scrolls the page
     slider.oninput = () => {
       // The browser has moved the thumb. If another value is written to the slider before the drag
-      // ends, Safari does not fire `change` at its end, so moveTo comes before stop, which renders.
+      // ends, WebKit does not fire `change` at its end, so moveTo comes before stop, which renders.
       this.moveTo(slider.value / 1000);
       this.stop();
     };

@@ -496,7 +496,7 @@ def test_dot_that_is_pulled(page):
 
 
 def test_no_other_value_is_written_to_a_slider_that_is_dragged(page):
-    """Otherwise, Safari does not fire `change` at the end of the drag, and nothing comes back."""
+    """Otherwise, WebKit does not fire `change` at the end of the drag, and nothing comes back."""
     page.evaluate("""() => {
         const slider = document.getElementById("arrows-place"), move = slider.oninput;
         const its = Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, "value");
