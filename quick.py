@@ -4,7 +4,7 @@
     optimizer = Muon(network, lr=6e-3)           # in place of torch.optim.Adam
 
 Each has the interface of what it replaces, so that nothing else has to know about it: the network
-returns eps. benchmarks/ladder.md measures what each of them changes.
+returns eps. benchmarks/ladder.md measures the first, and then both.
 """
 
 import torch

@@ -136,7 +136,7 @@ def make_ruler(data, path):
     file |= {"names": names, "recognised": share_recognised(model, test, test_labels)}
     file |= {"mean": np.float32(of_test[0]), "covariance": np.float32(of_test[1])}
     for count in [n for n in (1000, 5000) if SETS * n <= len(images)] or [len(images) // SETS]:
-        each = count // len(names)
+        each = max(1, min(count // len(names), labels.bincount().min().item() // SETS))
         sets = {f"{count:,}": torch.arange(len(images)) // count,
                 f"{each:,} of each class": ranks // each}  # fmt: skip
         for name, number in sets.items():

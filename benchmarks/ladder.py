@@ -1,4 +1,4 @@
-"""Climb from the paper's recipe to --quick, one change at a time, and measure each rung.
+"""Climb from the paper's recipe to --quick, and measure each rung.
 
     python benchmarks/ladder.py v --data fashion-mnist --seed 1    # train a rung, and measure it
     python benchmarks/ladder.py paper --data fashion-mnist --sampler ddpm --sampling-steps 1000

@@ -66,7 +66,7 @@ def train(sets, runs):
 
     def run(key):
         out = runs / "run-{}-{}".format(*key)
-        words = ["--data", sets[key], "--out", out, *TRAIN, "--steps", STEPS]
+        words = ["--data", sets[key], "--out", out, *TRAIN, "--steps", STEPS, "--seed", key[1]]
         subprocess.run(
             [str(word) for word in (sys.executable, HERE.parent / "train.py", *words)],
             check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
