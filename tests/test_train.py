@@ -203,6 +203,7 @@ def test_commands_from_folder_to_images(run, image_folder, tmp_path, monkeypatch
         for line in said.splitlines()[-2:]:
             name, program, *flags = shlex.split(line)
             assert name == "python" and Path(program) == HERE / Path(program).name
+            assert "--steps" not in flags
             run(Path(program).name, *flags, cwd=tmp_path)
         assert same_weights(read(out)["ema"], exported[-1]) and Path("samples.png").exists()
         Path("samples.png").unlink()
@@ -228,6 +229,7 @@ def test_quick_is_the_settings_that_it_prints(image_folder, tmp_path, run):
     words = ["--data", image_folder, "--image-size", 8, "--batch", 4, "--steps", 2]
     said = run("train.py", *words, "--quick", "--out", "quick", cwd=tmp_path)
     (shown,) = re.findall("^settings the paper's, except (.*)", said, re.MULTILINE)
+    assert said.endswith("model.onnx --steps 10\n")
     run("train.py", *words[:2], *shown.split(), "--out", "spelt", cwd=tmp_path)
     quick, spelt = (read(tmp_path / name) for name in ("quick", "spelt"))
     assert quick["settings"] == spelt["settings"] and same_weights(quick["ema"], spelt["ema"])
