@@ -6,11 +6,11 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, python
+from conftest import HERE
 from PIL import Image
 
+import train
 from benchmarks import frechet, ladder
-from train import SETTINGS
 
 
 def test_distance_is_that_of_gaussians():
@@ -68,17 +68,17 @@ def data(tmp_path_factory):
     return root
 
 
-def test_program_ranks_noise_behind_images(data):
+def test_program_ranks_noise_behind_images(data, run):
     """Other stripes are near and recognised, noise is neither; the classifier is trained once."""
-    command = HERE / "benchmarks" / "frechet.py", "same", "noise", "--data", "data"
-    said = python(*command, cwd=data)
+    command = "benchmarks/frechet.py", "same", "noise", "--data", "data"
+    said = run(*command, cwd=data)
     real = [*map(float, re.findall(r"^training images, .*: ([\d.]+) \+-", said, re.M))]
     same, other = map(float, re.findall(r" 200 samples: ([\d.]+)$", said, re.M))
     assert "images, 4 of each class: " in said  # ten sets: the smallest class has 40 images
     assert len(real) == 2 and max(*real, same) < other / 10 and "classifier" in said
     same, noise = map(float, re.findall(r"^  ([\d.]+)% recognised", said, re.M))
     assert same > 2 * noise
-    again = python(*command, cwd=data)
+    again = run(*command, cwd=data)
     assert "classifier" not in again and again.splitlines()[-6:] == said.splitlines()[-6:]
 
 
@@ -98,7 +98,7 @@ def test_tables_of_the_ladder_are_those_of_its_rows():
 
 def test_another_target_has_its_own_loss():
     """The loss (8) without its factor compares the output with the mean of the posterior."""
-    settings = {name: default for name, (_, default, _) in SETTINGS.items()}
+    settings = {name: default for name, (_, default, _) in train.SETTINGS.items()}
     settings |= {"base_channels": 8, "channel_mults": (1,), "attention_resolutions": ()}
     settings["parts"] = []
     network, diffusion = ladder.build_other("mean", "native", settings, (1, 8, 8), ())
@@ -111,11 +111,12 @@ def test_another_target_has_its_own_loss():
 
 
 @pytest.mark.slow
-def test_ladder_measures_a_rung_once(data):
+def test_ladder_measures_a_rung_once(data, run, monkeypatch):
     """The network is untrained, and its samples are noise."""
+    monkeypatch.setattr(train, "build", train.build)  # the ladder replaces it
     words = ["mean-vlb", "--data", "data", "--table", "ladder.csv", "--steps", 3, "--samples", 50]
     words += ["--sampling-steps", 2]
     for _ in range(2):
-        python(HERE / "benchmarks" / "ladder.py", *words, cwd=data, timeout=600)
+        run("benchmarks/ladder.py", *words, cwd=data)
     (row,) = csv.DictReader((data / "ladder.csv").read_text().splitlines())
     assert float(row["distance"]) > 10 and row["steps"] == "3"
