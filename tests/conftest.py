@@ -14,10 +14,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Two processes with one thread each need less time than two processes with two threads each.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import networks
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+import export
+from train import SETTINGS
 
 if sys.platform == "darwin":  # where gloo may not find the machine by its own name
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0")
@@ -89,6 +93,21 @@ def start():
 def read(folder):
     """Return the checkpoint in a folder."""
     return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
+
+
+def assert_same_run(a, b, rtol=0):
+    """Compare the steps, weights and logs of two run folders, to the bit or to rounding."""
+    one, other = read(a), read(b)
+    assert one["step"] == other["step"]
+    for part in ("model", "ema"):
+        torch.testing.assert_close(one[part], other[part], rtol=rtol, atol=rtol / 10)
+    a, b = (np.loadtxt(folder / "log.csv", delimiter=",", skiprows=1) for folder in (a, b))
+    np.testing.assert_allclose(a, b, rtol=10 * rtol)
+
+
+def default_settings(**changes):
+    """Return the default settings of train.py, with changes."""
+    return {name: default for name, (_, default, _) in SETTINGS.items()} | changes
 
 
 def colour_name(colour):
@@ -199,6 +218,19 @@ def tiny(run, image_folder, tmp_path):
         return run("train.py", "--data", image_folder, *TINY, *words, cwd=tmp_path, code=code)
 
     return call
+
+
+@pytest.fixture
+def exported(monkeypatch):
+    """Let export.py write a network in closed form; return a list of (network, shape) given."""
+    given = []
+
+    def write_onnx(network, diffusion, shape, names, path):
+        given.append((network, shape))
+        path.write_bytes(networks.onnx_file())
+
+    monkeypatch.setattr(export, "write_onnx", write_onnx)
+    return given
 
 
 @pytest.fixture

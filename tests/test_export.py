@@ -8,14 +8,14 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import HERE, posix
+from conftest import HERE, default_settings, posix
 from onnx import TensorProto
 
 import export
 from ddpm import linear_betas
 from sample import Network, example
 from test_ddpm import PAPER, randn
-from train import SETTINGS, build, load
+from train import build, load
 
 SHAPE = 3, 8, 8
 TYPES = {"x_t": (TensorProto.FLOAT, ["batch", *SHAPE]), "t": (TensorProto.INT64, ["batch"])}
@@ -67,10 +67,9 @@ def test_onnx_file_is_what_it_promises(trained):
 
 def test_network_of_v_and_classes_returns_eps(tmp_path):
     """Its file has a third input, and takes any number of images."""
-    settings = {name: default for name, (_, default, _) in SETTINGS.items()}
-    settings |= {"base_channels": 8, "channel_mults": (1, 2), "num_res_blocks": 1}
-    settings |= {"attention_resolutions": (4,), "variance": "small", "parts": ("v",)}
-    network, diffusion = build(settings, SHAPE, ("a", "b"))
+    small = default_settings(base_channels=8, channel_mults=(1, 2), num_res_blocks=1, parts=("v",))
+    small |= {"attention_resolutions": (4,), "variance": "small"}
+    network, diffusion = build(small, SHAPE, ("a", "b"))
     for weights in network.eval().requires_grad_(False).parameters():
         weights += 0.1 * torch.randn_like(weights)
     path = tmp_path / "model.onnx"

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import HERE
+from conftest import HERE, default_settings
 from PIL import Image
 
 import train
@@ -72,7 +72,7 @@ def test_program_ranks_noise_behind_images(data, run):
     """Other stripes are near and recognised, noise is neither; the classifier is trained once."""
     command = "benchmarks/frechet.py", "same", "noise", "--data", "data"
     said = run(*command, cwd=data)
-    real = [*map(float, re.findall(r"^training images, .*: ([\d.]+) \+-", said, re.M))]
+    real = [*map(float, re.findall(r"training images, .*: ([\d.]+) \+-", said, re.M))]
     same, other = map(float, re.findall(r" 200 samples: ([\d.]+)$", said, re.M))
     assert "images, 4 of each class: " in said  # ten sets: the smallest class has 40 images
     assert len(real) == 2 and max(*real, same) < other / 10 and "classifier" in said
@@ -98,10 +98,8 @@ def test_tables_of_the_ladder_are_those_of_its_rows():
 
 def test_another_target_has_its_own_loss():
     """The loss (8) without its factor compares the output with the mean of the posterior."""
-    settings = {name: default for name, (_, default, _) in train.SETTINGS.items()}
-    settings |= {"base_channels": 8, "channel_mults": (1,), "attention_resolutions": ()}
-    settings["parts"] = []
-    network, diffusion = ladder.build_other("mean", "native", settings, (1, 8, 8), ())
+    small = default_settings(base_channels=8, channel_mults=(1,), attention_resolutions=())
+    network, diffusion = ladder.build_other("mean", "native", small, (1, 8, 8), ())
     x0, noise, t = torch.rand(50, 1, 8, 8), torch.randn(50, 1, 8, 8), torch.arange(1, 1000, 20)
     x_t = diffusion.q_sample(x0, t, noise)
     error = network.eval().network(x_t, t) - diffusion.q_posterior_mean(x0, x_t, t)

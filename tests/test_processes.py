@@ -9,10 +9,9 @@ import subprocess
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import HERE, TINY, command, posix, read
+from conftest import HERE, TINY, assert_same_run, command, posix, read
 from PIL import Image
 
 import train
@@ -125,16 +124,6 @@ def together():
 
     yield call
     server.communicate()
-
-
-def assert_same_run(a, b, rtol=1e-5):
-    """Compare the weights and logs of two run folders, which may differ by rounding."""
-    one, other = read(a), read(b)
-    for part in ("model", "ema"):
-        for name, value in one[part].items():
-            torch.testing.assert_close(other[part][name], value, rtol=rtol, atol=1e-6)
-    a, b = (np.loadtxt(path / "log.csv", delimiter=",", skiprows=1) for path in (a, b))
-    np.testing.assert_allclose(a, b, rtol=1e-4)
 
 
 @posix

@@ -13,15 +13,13 @@ import networks
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, python
+from conftest import HERE, default_settings, python
 from nbclient import NotebookClient
 from PIL import Image
 
-import export
 import train
 from ddpm import Diffusion, UNet, linear_betas
 from docs import make_figures, points
-from sample import Network
 
 NAMES = ["docs/lesson.md", "docs/beyond.md", "docs/notes.md", "docs/guide.md", "README.md"]
 NAMES += ["docs/formulas.md", "benchmarks/ladder.md", "CONTRIBUTING.md"]
@@ -184,18 +182,8 @@ def test_copied_files_suffice(what, tmp_path):
 
 
 @pytest.mark.slow
-def test_commands_of_the_readme_run_in_their_order(run, image_folder, tmp_path, monkeypatch):
-    """Paste them, with few steps: the demo and two runs do not get in each other's way.
-
-    A network in closed form stands for the exported ones.
-    """
-    shapes = []
-
-    def write_onnx(network, diffusion, shape, names, path):
-        shapes.append(shape)
-        path.write_bytes(networks.onnx_file())
-
-    monkeypatch.setattr(export, "write_onnx", write_onnx)
+def test_commands_of_the_readme_run_in_their_order(run, exported, image_folder, tmp_path):
+    """Paste them, with few steps: the demo and two runs do not get in each other's way."""
     shutil.copytree(image_folder, tmp_path / "images")
     for name in "docs/paper.onnx", "page/emoji.onnx":
         (tmp_path / name).parent.mkdir()
@@ -205,7 +193,7 @@ def test_commands_of_the_readme_run_in_their_order(run, image_folder, tmp_path, 
     for _, program, *words in map(str.split, commands):
         run(program, *words, *FEW.get(program, "").split(), cwd=tmp_path)
     assert {p.parent.name for p in tmp_path.glob("*/checkpoint.pt")} == {"demo", "run", "run-paper"}
-    assert shapes == [(3, 8, 8), (3, 32, 32), (3, 32, 32)]
+    assert [shape for _, shape in exported] == [(3, 8, 8), (3, 32, 32), (3, 32, 32)]
 
 
 def test_commands_to_paste_end_on_a_cpu():
@@ -223,9 +211,8 @@ def test_commands_to_paste_end_on_a_cpu():
 
 def test_lines_of_build_on_it_run(tmp_path, monkeypatch):
     """Run the manual's lines in order."""
-    settings = {name: default for name, (_, default, _) in train.SETTINGS.items()}
-    settings |= {"image_size": 8, "base_channels": 8, "attention_resolutions": ()}
-    state = {"settings": settings, "shape": (3, 8, 8), "names": ()}
+    small = default_settings(image_size=8, base_channels=8, attention_resolutions=())
+    state = {"settings": small, "shape": (3, 8, 8), "names": ()}
     network, _ = train.build(*state.values())
     (tmp_path / "run").mkdir()
     torch.save(state | {"ema": network.state_dict()}, tmp_path / "run" / "checkpoint.pt")
@@ -287,18 +274,6 @@ def test_weights_of_the_losses_are_those_of_the_lesson():
         (cells,) = re.findall(rf"^\| {name} \| ([0-9. |]+) \|$", LESSON, re.M)
         found = (weights / weights[1:].mean())[[1, 9, 99, 349, 999]].tolist()
         assert [*map(float, cells.split("|"))] == pytest.approx(found, rel=rel)
-
-
-def test_recording_of_the_page_is_what_python_draws(tmp_path):
-    """Except for the loss of the compression."""
-    make_figures.draw_recorded(tmp_path, Network(make_figures.PAGE / "emoji.onnx", "cpu"))
-    images = []
-    for folder in make_figures.PAGE, tmp_path:
-        with Image.open(folder / "recorded.webp") as image:
-            images.append(np.asarray(image.convert("RGB"), int))
-    assert images[0].shape == (11 * 32, 12 * 32, 3)
-    assert np.abs(images[0] - images[1]).mean() < 3
-    assert images[0][-32:].std() > 60  # they are colourful
 
 
 @pytest.mark.slow

@@ -16,7 +16,16 @@ import filelock
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, command, hear_signals, posix, python, read, restoring_signals
+from conftest import (
+    TINY,
+    assert_same_run,
+    command,
+    hear_signals,
+    posix,
+    python,
+    read,
+    restoring_signals,
+)
 from PIL import Image
 
 import train
@@ -27,15 +36,6 @@ if sys.platform != "win32":
     import termios
 
 CPU = torch.device("cpu")
-
-
-def assert_same_run(a, b):
-    """Compare two run folders, whose weights and logs must be equal to the bit."""
-    one, other = read(a), read(b)
-    assert one["step"] == other["step"]
-    for part in ("model", "ema"):
-        assert all(torch.equal(w, other[part][name]) for name, w in one[part].items())
-    assert (a / "log.csv").read_text() == (b / "log.csv").read_text()
 
 
 def logged(folder):

@@ -15,7 +15,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import HERE, posix
+from conftest import HERE, default_settings, posix
 from networks import COLOURS, SHAPE, SMALL, eps, onnx_file
 from PIL import Image
 
@@ -196,14 +196,13 @@ def test_grid_shows_every_image_in_its_place(channels):
 @pytest.fixture
 def unet(folder):
     """Return the checkpoint of a network with random weights, three classes and T = 20."""
-    settings = {name: default for name, (_, default, _) in train.SETTINGS.items()}
-    settings |= {"base_channels": 8, "channel_mults": (1,), "num_res_blocks": 1, "amp": False}
-    settings |= {"attention_resolutions": (), "betas": linear_betas(20, 0.01, 0.3).tolist()}
+    small = default_settings(base_channels=8, channel_mults=(1,), num_res_blocks=1, amp=False)
+    small |= {"attention_resolutions": (), "betas": linear_betas(20, 0.01, 0.3).tolist()}
     torch.manual_seed(0)
-    network, _ = train.build(settings, SHAPE, [*COLOURS])
+    network, _ = train.build(small, SHAPE, [*COLOURS])
     for weights in network.parameters():  # many are near zero at first
         weights.data += 0.1 * torch.randn_like(weights)
-    state = {"settings": settings, "shape": SHAPE, "names": [*COLOURS]}
+    state = {"settings": small, "shape": SHAPE, "names": [*COLOURS]}
     torch.save(state | {"ema": network.state_dict()}, folder / "x.pt")
     return folder / "x.pt"
 
