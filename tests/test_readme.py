@@ -96,7 +96,7 @@ def test_parameters_by_part():
     edges = count(model.conv_in, model.norm_out, model.conv_out)
     for number in (count(model.middle), count(model.time_mlp), edges, count(model)):
         assert number in NOTES.split("## The parameters")[1].split("\n## ")[0], number
-    assert count(model) in README and count(model) in LESSON
+    assert count(model) in LESSON
 
 
 def test_tests_files_links_and_anchors_exist():
