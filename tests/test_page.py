@@ -30,6 +30,7 @@ RUNTIME = PAGE / "node_modules" / "onnxruntime-web"
 VERSION = re.search(r"onnxruntime-web@[0-9.]+", (PAGE / "network.js").read_text("utf-8"))[0]
 INSTALL = f"npm install --no-save --no-package-lock --prefix page {VERSION}"
 pytestmark = [
+    pytest.mark.xdist_group("page"),
     pytest.mark.page,
     pytest.mark.skipif(CHROMIUM is None, reason="the page's tests need Chromium"),
     pytest.mark.skipif(not RUNTIME.is_dir(), reason=f"run: {INSTALL}"),
