@@ -72,7 +72,7 @@ def test_program_ranks_noise_behind_images(data, run):
     """Other stripes are near and recognised, noise is neither; the classifier is trained once."""
     command = "benchmarks/frechet.py", "same", "noise", "--data", "data"
     said = run(*command, cwd=data)
-    real = [*map(float, re.findall(r"training images, .*: ([\d.]+) \+-", said, re.M))]
+    real = [*map(float, re.findall(r"(?:^|\r)training images, .*: ([\d.]+) \+-", said, re.M))]
     same, other = map(float, re.findall(r" 200 samples: ([\d.]+)$", said, re.M))
     assert "images, 4 of each class: " in said  # ten sets: the smallest class has 40 images
     assert len(real) == 2 and max(*real, same) < other / 10 and "classifier" in said

@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import partial
 from itertools import pairwise
 
 import nbformat
@@ -20,6 +19,7 @@ from PIL import Image
 import train
 from ddpm import Diffusion, UNet, linear_betas
 from docs import make_figures, points
+from sample import Network
 
 NAMES = ["docs/lesson.md", "docs/beyond.md", "docs/notes.md", "docs/guide.md", "README.md"]
 NAMES += ["docs/formulas.md", "benchmarks/ladder.md", "CONTRIBUTING.md"]
@@ -276,6 +276,18 @@ def test_weights_of_the_losses_are_those_of_the_lesson():
         assert [*map(float, cells.split("|"))] == pytest.approx(found, rel=rel)
 
 
+def test_recording_of_the_page_is_what_python_draws(tmp_path):
+    """Except for the loss of the compression."""
+    make_figures.draw_recorded(tmp_path, Network(make_figures.PAGE / "emoji.onnx", "cpu"))
+    images = []
+    for folder in make_figures.PAGE, tmp_path:
+        with Image.open(folder / "recorded.webp") as image:
+            images.append(np.asarray(image.convert("RGB"), int))
+    assert images[0].shape == (11 * 32, 12 * 32, 3)
+    assert np.abs(images[0] - images[1]).mean() < 3
+    assert images[0][-32:].std() > 60  # they are colourful
+
+
 @pytest.mark.slow
 def test_figures_are_made(run, image_folder, tmp_path, monkeypatch):
     """With a network in closed form, and without the divergences, which another test checks."""
@@ -299,13 +311,16 @@ def test_figures_are_made(run, image_folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_points_are_drawn(tmp_path, monkeypatch, capsys):
-    """Run docs/points.py with few points and short training."""
+def test_points_are_learnt(tmp_path, monkeypatch, capsys):
+    """Run docs/points.py: check its output and its figures."""
     monkeypatch.setattr(points, "FIGURES", tmp_path)
-    monkeypatch.setattr(points, "N", 60)
-    monkeypatch.setattr(points, "fit", partial(points.fit, steps=20))
     points.main()
-    assert len(re.findall(r"% off the data$", capsys.readouterr().out, re.M)) == 10
+    said = capsys.readouterr().out
+    shares = re.findall(r"^ *(.*?) +([0-9.]+)% off the data$", said, re.M)
+    shares = {title: float(value) for title, value in shares}
+    assert len(shares) == 10
+    assert shares["mixture: Algorithm 2"] < 5 > shares["moons: Algorithm 2"]
+    assert shares["moons: without z"] > 25 < shares["moons: the mean"]
     assert {path.stem for path in tmp_path.iterdir()} == {"field", "guidance", "points"}
 
 
@@ -316,7 +331,8 @@ def said_in(notebook):
     return "".join(output.get("text", "") for cell in outputs for output in cell)
 
 
-WRONG = (  # wrong answers to five of the six exercises of the notebook
+WRONG = (  # wrong answers to the six exercises of the notebook
+    "exercise_1(100)",
     "exercise_2(ddim, lambda x0_r, x0_t, lam_r, lam_t, lam_s: x0_t)",
     "exercise_2(lambda x_t, x0_hat, abar_t, abar_s: abar_s**0.5 * x0_hat, middle)",
     "exercise_3(L_T, linear_betas(100))",

@@ -259,10 +259,11 @@ def test_importing_train_loads_only_what_every_run_needs():
 
 
 @pytest.mark.parametrize("module, name", [(UNet, "forward"), (train, "update_ema")])
-def test_bug_keeps_its_traceback(module, name, tiny, monkeypatch):
-    """In the exercises, the reader edits ddpm.py. `build` alone may raise a ValueError."""
-    monkeypatch.setattr(module, name, lambda *_, **__: (_ for _ in ()).throw(ValueError("a shape")))
-    with pytest.raises(ValueError, match="a shape"):
+@pytest.mark.parametrize("error", [RuntimeError, ValueError])
+def test_bug_keeps_its_traceback(module, name, error, tiny, monkeypatch):
+    """In the exercises, the reader edits ddpm.py."""
+    monkeypatch.setattr(module, name, lambda *_, **__: (_ for _ in ()).throw(error("a shape")))
+    with pytest.raises(error, match="a shape"):
         tiny("--steps", 1)
 
 
