@@ -33,6 +33,7 @@ from extras.variants import (  # noqa: E402
 # The mixture of Gaussians, (3, 2, 1, 1) and a number:
 MEANS = torch.tensor([[-0.6, -0.5], [0.0, 0.6], [0.6, -0.2]])[..., None, None]
 STD = 0.1
+N = 1000  # points in each panel
 
 
 def mixture(n):
@@ -132,7 +133,7 @@ def draw_field(path, diffusion, model):
     figure = Figure(figsize=(9, 6.2), layout="constrained")
     for column, time in zip(figure.subplots(2, 3).T, times, strict=True):
         i = time - 1  # the index in the code counts from 0
-        x_t = diffusion.q_sample(mixture(1000), torch.full((1000,), i), torch.randn(1000, 2, 1, 1))
+        x_t = diffusion.q_sample(mixture(N), torch.full((N,), i), torch.randn(N, 2, 1, 1))
         t = torch.full((len(grid),), i)
         with torch.no_grad():
             learnt = model(grid, t)
@@ -158,19 +159,19 @@ def draw_guidance(path, diffusion, model):
     t, upper = torch.full((len(grid),), i), torch.ones(len(grid), dtype=torch.int64)
     with torch.no_grad():
         arrows = (model(grid, t) - model(grid, t, upper)).flatten(1)
-    x0, y = labelled_moons(1000)
-    x_t = diffusion.q_sample(x0, torch.full((1000,), i), torch.randn(1000, 2, 1, 1)).flatten(1)
+    x0, y = labelled_moons(N)
+    x_t = diffusion.q_sample(x0, torch.full((N,), i), torch.randn(N, 2, 1, 1)).flatten(1)
     for k, colour in ((1, "tab:orange"), (0, "tab:blue")):
         field.scatter(*x_t[y == k].T, 2, color=colour, alpha=0.3)
     field.quiver(*grid.flatten(1).T, *arrows.T, scale=12, width=0.007)
     field.set_title(f"the difference at t = {i + 1}", fontsize=10)
-    y = torch.arange(1000) % 2
+    y = torch.arange(N) % 2
     for axes, w in zip(panels, (0, 1, 4), strict=True):
         torch.manual_seed(1)
-        points = diffusion.sample(guided(model, y, w), (1000, 2, 1, 1))
+        points = diffusion.sample(guided(model, y, w), (N, 2, 1, 1))
         for k, colour in ((1, "tab:orange"), (0, "tab:blue")):
             own = points[y == k]
-            off = share_off(own, moons(1000, torch.full((1000,), k == 1)))
+            off = share_off(own, moons(N, torch.full((N,), k == 1)))
             print(f"moons: class {k}, w = {w}          {off:6.1%} off their moon, deviation "
                   f"{own.flatten(1).std(0).square().sum().sqrt():.3f}")  # fmt: skip
             axes.scatter(*own.flatten(1).T, 1, color=colour)
@@ -181,8 +182,7 @@ def draw_guidance(path, diffusion, model):
 
 
 def main():
-    paper, N = Diffusion(linear_betas()), 1000
-    short = Diffusion(linear_betas(T=100))
+    paper, short = Diffusion(linear_betas()), Diffusion(linear_betas(T=100))
 
     def draw(diffusion, eps, **kwargs):
         """Draw N samples by Algorithm 2, or as the arguments of variants.sample say."""
