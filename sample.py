@@ -17,6 +17,7 @@ ddpm.py.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import math
@@ -33,7 +34,7 @@ from pathlib import Path
 if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
-    for package in "numpy", "PIL", "tqdm", "onnxruntime":
+    for package in "numpy", "PIL", "tqdm":
         if not find_spec(package):
             sys.exit(f"sample.py needs {package}: pip install numpy Pillow tqdm onnxruntime")
 
@@ -123,6 +124,19 @@ def noise_of(seed, first, n, shape):
     return lambda: np.stack([stream.standard_normal(shape, np.float32) for stream in streams])
 
 
+def class_names(network, classes=None, guidance=0.0):
+    """Return the names of the classes to draw in turn. Raises ValueError as sample_progressive."""
+    names = classes or network.classes
+    for name in names:  # which become folders
+        if not name.isprintable() or Path(f"/{name}").name != name or name == "..":
+            raise ValueError(f"the class {name!r} can't be the name of a folder")
+    if unknown := {*names} - {*network.classes}:
+        raise ValueError(f"the network has the classes {network.classes}, not {min(unknown)!r}")
+    if not math.isfinite(guidance) or (guidance and not names):
+        raise ValueError(f"guidance must be finite, and 0 without classes, not {guidance}")
+    return names
+
+
 def sample_progressive(network, n, classes=None, guidance=0.0, seed=0, first=0, **options):
     """Return the generator `reverse` for n images that a Network draws together, (n, C, H, W).
 
@@ -133,13 +147,8 @@ def sample_progressive(network, n, classes=None, guidance=0.0, seed=0, first=0, 
     Raises ValueError for a name that is not a class, and for guidance that is not finite or lacks
     classes.
     """
-    names = classes or network.classes
-    if unknown := {*names} - {*network.classes}:
-        raise ValueError(f"the network has the classes {network.classes}, not {min(unknown)!r}")
-    if not math.isfinite(guidance) or (guidance and not names):
-        raise ValueError(f"guidance must be finite, and 0 without classes, not {guidance}")
     eps = network
-    if names:
+    if names := class_names(network, classes, guidance):
         y = [network.classes.index(names[k % len(names)]) for k in range(first, first + n)]
         eps = guided(network, np.array(y), guidance)
     return network.reverse(eps, noise_of(seed, first, n, network.shape), **options)
@@ -161,14 +170,38 @@ def example(shape, T):
     return x_t.reshape(1, *shape).astype(np.float32), T // 2
 
 
+def open_session(path, device, options=None):
+    """Return an InferenceSession, on CUDA or the CPU, and why it can't use CUDA if it should."""
+    import onnxruntime as ort
+
+    cuda, fault = "CUDAExecutionProvider", ""
+    if device == "cuda" or (device == "auto" and shutil.which("nvidia-smi")):
+        fault = "this package is for CPUs: pip uninstall -y onnxruntime onnxruntime-gpu"
+        if cuda in ort.get_available_providers():
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                ort.preload_dlls()  # the libraries that pip installed; it prints what is missing
+            fault = said.getvalue().partition("\n")[0]
+        if not fault:
+            providers = [(cuda, {"cudnn_conv_algo_search": "HEURISTIC"}), "CPUExecutionProvider"]
+            try:
+                session = ort.InferenceSession(path, options, providers, enable_fallback=0)
+                if session.get_providers()[0] == cuda:
+                    return session, ""
+                fault = "there is no driver"
+            except RuntimeError as error:  # CUDA's; faults of the file have types of their own
+                fault = str(error).partition("CUDA failure ")[2].partition(" ;")[0] or str(error)
+    return ort.InferenceSession(path, options, ["CPUExecutionProvider"]), fault
+
+
 class Network:
     """eps_theta(x_t, t) from a model.onnx: float32 (B, C, H, W), and t, to eps, for any B.
 
     A call takes t as an int or int64 (B,), and with classes y, int64 (B,); None stands for "no
     class". One Network may be used from several threads.
 
-    device: "auto" prefers CUDA, "cuda" requires it, "cpu" avoids it. On CUDA, eps of the `example`
-    is compared with the answer in the file.
+    device: "auto" prefers CUDA, and says so in a line if there is a card that it can't use, "cuda"
+    requires it, "cpu" avoids it. On CUDA, eps of the `example` is compared with the answer in the
+    file.
     options: onnxruntime.SessionOptions, for example the number of threads.
 
     Attributes: betas, float64 (T,), and variance come from the file, shape is (C, H, W) of an
@@ -180,22 +213,19 @@ class Network:
     """
 
     def __init__(self, path, device="auto", options=None):
-        import onnxruntime as ort
-
         if device not in ("auto", "cuda", "cpu"):
             raise ValueError(f'device must be "auto", "cuda" or "cpu", not {device!r}')
-        providers, cuda = ["CPUExecutionProvider"], "CUDAExecutionProvider"
-        wanted = device == "cuda" or (device == "auto" and shutil.which("nvidia-smi"))
-        if wanted and cuda in ort.get_available_providers():
-            ort.preload_dlls()  # the libraries that pip installed
-            providers.insert(0, (cuda, {"cudnn_conv_algo_search": "HEURISTIC"}))
         try:
-            self.session = ort.InferenceSession(path, options, providers=providers)
+            self.session, fault = open_session(path, device, options)
         except Exception as error:  # ONNX Runtime raises many kinds
             raise ValueError(f"{path!s:.99} can't be opened: {error!s:.200}") from None
-        self.provider = self.session.get_providers()[0]  # the CPU if CUDA does not load
-        if device == "cuda" and self.provider != cuda:
-            raise ValueError("ONNX Runtime can't use CUDA; see Accelerators in docs/guide.md")
+        if fault:
+            fault = f"ONNX Runtime can't use CUDA: {fault:.200}. It needs an x86-64 processor, "
+            fault += 'driver 580 or newer, and: pip install "onnxruntime-gpu[cuda,cudnn]"'
+            if device == "cuda":
+                raise ValueError(fault)
+            print(fault, file=sys.stderr)
+        self.provider = self.session.get_providers()[0]
         metadata = self.session.get_modelmeta().custom_metadata_map
         if missing := {"ddpm.betas", "ddpm.variance", "ddpm.image_shape"} - metadata.keys():
             raise ValueError(f"{path} was not written by export.py: it lacks {min(missing)}")
@@ -203,27 +233,26 @@ class Network:
         self.variance = metadata["ddpm.variance"]
         self.shape = tuple(json.loads(metadata["ddpm.image_shape"]))
         self.classes = json.loads(metadata.get("ddpm.classes", "[]"))
-        if any(Path(f"/{name}").name != name or name == ".." for name in self.classes):
-            raise ValueError(f"{path} has a class that can't be the name of a folder")
-        if self.provider == cuda:
+        if self.provider == "CUDAExecutionProvider":
             eps = self(*example(self.shape, len(self.betas))).ravel()
-            eps = eps[:: -(-eps.size // 64)]
-            answer = np.array(json.loads(metadata.get("ddpm.eps_of_example", "null")) or eps)
-            if not np.square(eps - answer).mean() < 0.05**2 * np.square(answer).mean():
+            answer = np.array(json.loads(metadata.get("ddpm.eps_of_example", "[]")))
+            error = eps[:: -(-eps.size // 64)] - answer if answer.size else 0 * eps
+            if not np.linalg.norm(error) <= 0.05 * np.linalg.norm(answer):
                 raise ValueError(f"{path}: eps on CUDA is wrong; use --device cpu")
 
     def __call__(self, x_t, t, y=None):
         feeds = {"x_t": x_t, "t": np.full(len(x_t), t, np.int64)}
         if self.classes:
             feeds["y"] = np.full(len(x_t), len(self.classes) if y is None else y, np.int64)
-        return self.session.run(["eps"], feeds)[0]
+        (eps,) = self.session.run(["eps"], feeds)
+        return np.where(np.isfinite(eps), eps, np.float32(np.nan))  # the clip would hide infinity
 
     def reverse(self, eps, draw_noise, **options):
         """Return `reverse` with this network's schedule. eps: the network, `guided` or not."""
         return reverse(eps, draw_noise, self.betas, self.variance, **options)
 
 
-# ----------------------------------------------------------------------- images, output and signals
+# ------------------------------------------------------------------------------------------- images
 
 
 def to_pixels(x):
@@ -254,6 +283,136 @@ def grid(pixels, rows=None):
     image = to_image(cells.transpose(2, 0, 3, 1, 4).reshape(c, -1, columns * (w + 2)))
     scale = max(1, round(512 / max(image.size)))
     return image.resize((image.width * scale, image.height * scale), resample=0)  # nearest
+
+
+# -------------------------------------------------------------------------------------- the program
+
+
+def arguments():
+    """Return the arguments of the command line. Exits if they do not fit."""
+    parser = argparse.ArgumentParser(
+        usage="python sample.py --onnx model.onnx [options]", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    flag = parser.add_argument
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--onnx", default="model.onnx", help="network from export.py [%(default)s]")
+    run = default_run()
+    source.add_argument("--checkpoint", nargs="?", const=run, help="a run, in torch [run or demo]")
+    flag("-n", type=int, help="number of images [64, or 8 of each class]")
+    flag("--first", type=int, default=0, help="number of the first image [%(default)s]")
+    flag("--out", default="samples.png", help="a PNG file with up to 256 images [%(default)s]")
+    flag("--dir", type=Path, help="a new or empty folder, for one PNG file per image")
+    flag("--steps", type=int, help="steps of the reverse process [T, as in the paper]")
+    flag("--sampler", choices=SAMPLERS, help="[ddpm with all T steps, dpm-solver++ with fewer]")
+    flag("--batch", type=int, default=64, help="images drawn together [%(default)s]")
+    flag("--seed", type=int, default=0, help="image k depends on (seed, k) alone [%(default)s]")
+    flag("--class", dest="classes", nargs="+", metavar="NAME", help="classes to draw [all]")
+    flag("--guidance", type=float, default=0.0, help="w: makes images more typical of a class [0]")
+    flag("--device", default="auto", help="auto, cuda, cpu; in torch also cuda:1, mps, xpu [auto]")
+    args = parser.parse_args()
+    if min(args.batch, 1 if args.n is None else args.n) < 1 or min(args.first, args.seed) < 0:
+        parser.error("-n and --batch must be at least 1, --first and --seed at least 0")
+    if not args.out.lower().endswith(".png"):
+        parser.error(f"--out {args.out} must be a PNG file")
+    if not args.dir and (args.n or 1) > 256:
+        parser.error(f"-n {args.n} needs --dir, because --out shows at most 256 images")
+    check_output(args.out, args.checkpoint or args.onnx)
+    if args.dir:
+        check_output(args.dir / "0.png")
+    return args
+
+
+def default_run():
+    """Return the folder that a program opens without a path: run if it is there, or demo."""
+    return "run" if os.path.exists("run/checkpoint.pt") else "demo"
+
+
+def open_network(args):
+    """Return the network, and complete args.classes, args.steps, args.sampler and args.n.
+
+    Exits if the network can't be opened, or if the flags do not fit it.
+    """
+    try:
+        if args.checkpoint and find_spec("torch") and Path(__file__).with_name("extras").is_dir():
+            from extras.torch_network import TorchNetwork
+
+            network = TorchNetwork(args.checkpoint, args.device)
+        elif args.checkpoint:
+            raise ValueError("--checkpoint needs torch, and the other files of the repository")
+        elif not os.path.exists(args.onnx):
+            raise ValueError(f"{args.onnx} is not there; run export.py first")
+        else:
+            network = Network(args.onnx, args.device)
+        args.classes = class_names(network, args.classes, args.guidance)
+        T = len(network.betas)
+        args.steps = T if args.steps is None else args.steps
+        if not 1 <= args.steps <= T:
+            raise ValueError(f"--steps must be 1..{T}, not {args.steps}")
+    except ValueError as error:
+        sys.exit(f"sample.py: {error}")
+    args.sampler = args.sampler or ("ddpm" if args.steps == T else "dpm-solver++")
+    args.n = args.n or (min(8 * len(args.classes), 256) if len(args.classes) > 1 else 64)
+    return network
+
+
+def draw(network, args, stop):
+    """Yield (first number, pixels) of each batch, until a signal or a value that is not finite."""
+    from tqdm import tqdm
+
+    options = {"steps": args.steps, "sampler": args.sampler}
+    end, batches = args.first + args.n, -(-args.n // args.batch)
+    with tqdm(total=batches * args.steps, unit="step", mininterval=1) as bar:
+        for first in range(args.first, end, args.batch):
+            how = min(args.batch, end - first), args.classes, args.guidance, args.seed, first
+            for _, _, x0_hat in sample_progressive(network, *how, **options):
+                bar.update()
+                if stop.number:
+                    return
+                x0 = x0_hat
+            x0 = x0 if isinstance(x0, np.ndarray) else x0.cpu().numpy()
+            if not np.isfinite(x0).all():
+                return
+            yield first, to_pixels(x0)
+
+
+def main():
+    """Save each finished batch in --dir, and the grid at the end, even after Ctrl-C."""
+    guard_output()
+    args = arguments()
+    network = open_network(args)
+    if args.dir:  # empty or, with --first, without the images that will be drawn
+        numbers = {f"{k:06d}.png" for k in range(args.first, args.first + args.n)}
+        found = {path.name for path in args.dir.rglob("[!.]*")}
+        if found := found & numbers if args.first else found:
+            sys.exit(
+                f"sample.py: --dir {args.dir} must be a new or empty folder; it has {min(found)}"
+            )
+    print(f"{args.checkpoint or args.onnx} on {network.provider}: {args.n} images, {args.steps} "
+          f"steps of {args.sampler}" + "; --steps 10 is faster" * (args.steps > 50))  # fmt: skip
+    names = args.classes
+    stop, shown, done = StopRequest(), [], 0
+    for first, pixels in draw(network, args, stop):
+        for k, image in enumerate(pixels if args.dir else (), first):
+            folder = args.dir / names[k % len(names)] if names else args.dir
+            folder.mkdir(parents=True, exist_ok=True)
+            to_image(image).save(folder / f"{k:06d}.png")
+        shown.extend(pixels[: 256 - len(shown)])
+        done += len(pixels)
+    if done:
+        grid(np.stack(shown), len(names)).save(args.out)
+        shift = args.first % max(1, len(names))
+        rows = " of " * bool(names) + ", ".join(names[shift:] + names[:shift])
+        print(f"{args.out}: {len(shown)} images{rows}")
+    if done < args.n and not stop.number:
+        sys.exit(f"sample.py: after {done:,} images, the network's output is not finite")
+    if done < args.n:
+        print(f"stopped after {done:,} of {args.n:,} images; the others: --first "
+              f"{args.first + done} -n {args.n - done}", file=sys.stderr)  # fmt: skip
+        stop.end()
+
+
+# ------------------------------------------------------------ files, output and signals of programs
 
 
 def check_output(path, *inputs):
@@ -314,122 +473,6 @@ class StopRequest:
         """End the program as the signal does by default, so that a shell loop ends, too."""
         signal.signal(self.number, signal.SIG_DFL)
         signal.raise_signal(self.number)
-
-
-# -------------------------------------------------------------------------------------- the program
-
-
-def arguments():
-    """Return the arguments of the command line. Exits if they do not fit."""
-    parser = argparse.ArgumentParser(
-        usage="python sample.py --onnx model.onnx [options]", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
-    flag = parser.add_argument
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--onnx", default="model.onnx", help="network from export.py [%(default)s]")
-    run = default_run()
-    source.add_argument("--checkpoint", nargs="?", const=run, help="a run, in torch [run or demo]")
-    flag("-n", type=int, help="number of images [64, or 8 of each class]")
-    flag("--first", type=int, default=0, help="number of the first image [%(default)s]")
-    flag("--out", default="samples.png", help="a PNG file with up to 256 images [%(default)s]")
-    flag("--dir", type=Path, help="a new or empty folder, for one PNG file per image")
-    flag("--steps", type=int, help="steps of the reverse process [T, as in the paper]")
-    flag("--sampler", choices=SAMPLERS, help="[ddpm with all T steps, dpm-solver++ with fewer]")
-    flag("--batch", type=int, default=64, help="images drawn together [%(default)s]")
-    flag("--seed", type=int, default=0, help="image k depends on (seed, k) alone [%(default)s]")
-    flag("--class", dest="classes", nargs="+", metavar="NAME", help="classes to draw [all]")
-    flag("--guidance", type=float, default=0.0, help="w: makes images more typical of a class [0]")
-    flag("--device", default="auto", help="auto, cuda, cpu; in torch also cuda:1, mps, xpu [auto]")
-    args = parser.parse_args()
-    if min(args.batch, 1 if args.n is None else args.n) < 1 or min(args.first, args.seed) < 0:
-        parser.error("-n and --batch must be at least 1, --first and --seed at least 0")
-    if not args.out.lower().endswith(".png"):
-        parser.error(f"--out {args.out} must be a PNG file")
-    if not args.dir and (args.n or 1) > 256:
-        parser.error(f"-n {args.n} needs --dir, because --out shows at most 256 images")
-    check_output(args.out, args.checkpoint or args.onnx)
-    if args.dir:
-        check_output(args.dir / "0.png")
-        if any(args.dir.iterdir()):
-            parser.error(f"--dir {args.dir} must be a new or empty folder")
-    return args
-
-
-def default_run():
-    """Return the folder that a program opens without a path: run if it is there, or demo."""
-    return "run" if os.path.exists("run/checkpoint.pt") else "demo"
-
-
-def open_network(args):
-    """Return the network, and complete args.steps and args.n. Exits if the flags do not fit it."""
-    try:
-        if not args.checkpoint:
-            network = Network(args.onnx, args.device)
-        elif find_spec("torch") and Path(__file__).with_name("extras").is_dir():
-            from extras.torch_network import TorchNetwork
-
-            network = TorchNetwork(args.checkpoint, args.device)
-        else:
-            raise ValueError("--checkpoint needs torch, and the other files of the repository")
-        sample_progressive(network, 1, args.classes, args.guidance)  # raises ValueError
-        T, classes = len(network.betas), len(args.classes or network.classes)
-        args.steps = T if args.steps is None else args.steps
-        if not 1 <= args.steps <= T:
-            raise ValueError(f"--steps must be 1..{T}, not {args.steps}")
-    except ValueError as error:
-        sys.exit(f"sample.py: {error}")
-    args.n = args.n or (min(8 * classes, 256) if classes > 1 else 64)
-    return network
-
-
-def draw(network, args, stop):
-    """Yield (first number, pixels) of each batch, until a signal or a value that is not finite."""
-    from tqdm import tqdm
-
-    options = {"steps": args.steps, "sampler": args.sampler}
-    end, batches = args.first + args.n, -(-args.n // args.batch)
-    with tqdm(total=batches * args.steps, unit="step", mininterval=1) as bar:
-        for first in range(args.first, end, args.batch):
-            how = min(args.batch, end - first), args.classes, args.guidance, args.seed, first
-            for _, _, x0_hat in sample_progressive(network, *how, **options):
-                bar.update()
-                if stop.number:
-                    return
-                x0 = x0_hat
-            x0 = x0 if isinstance(x0, np.ndarray) else x0.cpu().numpy()
-            if not np.isfinite(x0).all():
-                return
-            yield first, to_pixels(x0)
-
-
-def main():
-    """Save each finished batch in --dir, and the grid at the end, even after Ctrl-C."""
-    guard_output()
-    args = arguments()
-    network = open_network(args)
-    print(f"{args.checkpoint or args.onnx} on {network.provider}: {args.n} images, "
-          f"{args.steps} steps" + "; --steps 10 is faster" * (args.steps > 50))  # fmt: skip
-    names = args.classes or network.classes
-    stop, shown, done = StopRequest(), [], 0
-    for first, pixels in draw(network, args, stop):
-        for k, image in enumerate(pixels if args.dir else (), first):
-            folder = args.dir / names[k % len(names)] if names else args.dir
-            folder.mkdir(parents=True, exist_ok=True)
-            to_image(image).save(folder / f"{k:06d}.png")
-        shown.extend(pixels[: 256 - len(shown)])
-        done += len(pixels)
-    if done:
-        grid(np.stack(shown), len(names)).save(args.out)
-        shift = args.first % max(1, len(names))
-        rows = " of " * bool(names) + ", ".join(names[shift:] + names[:shift])
-        print(f"{args.out}: {len(shown)} images{rows}")
-    if done < args.n and not stop.number:
-        sys.exit(f"sample.py: after {done:,} images, the network's output is not finite")
-    if done < args.n:
-        print(f"stopped after {done:,} of {args.n:,} images; the others: --first "
-              f"{args.first + done} -n {args.n - done}", file=sys.stderr)  # fmt: skip
-        stop.end()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import shlex
 import shutil
 import signal
 import sys
+import sysconfig
 import time
 from collections import deque
 from datetime import timedelta
@@ -363,6 +364,15 @@ def has_bfloat16(device):
     return torch.get_device_module(device).is_bf16_supported(including_emulation=False)
 
 
+def missing_for_compile():
+    """Return the names of what torch.compile needs on CUDA, and this machine lacks."""
+    # Triton builds a module for Python. In Debian's own Python, only this scheme has the header.
+    header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    needs = {"Triton": find_spec("triton"), "gcc": compiler, "Python.h": header.exists()}
+    return [name for name, there in needs.items() if not there]
+
+
 def to_device(x, device):
     """Return a tensor on the device. From pinned memory, the copy to CUDA is asynchronous."""
     x = x.pin_memory() if device.type == "cuda" and not x.is_cuda else x
@@ -547,8 +557,12 @@ def main():
     model = network
     if WORLD > 1:
         model = DistributedDataParallel(network, gradient_as_bucket_view=True)
-    can_compile = device.type == "cuda" and find_spec("triton") and shutil.which("gcc")
-    if given.get("compile", can_compile and s.steps - start >= 5000):
+    is_long = device.type == "cuda" and s.steps - start >= 5000
+    missing = missing_for_compile() if is_long else []
+    compiles = given.get("compile", is_long and not missing)
+    if missing and not compiles:
+        print(f"eager    torch.compile needs {' and '.join(missing)}, which this machine lacks")
+    if compiles:
         options = {"force_layout_optimization": True}  # channels_last, which suits tensor cores
         model = torch.compile(model, dynamic=False, options=options)
     other = [as_flag(name, v) for name, (_, default, meaning) in SETTINGS.items()

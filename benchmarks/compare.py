@@ -8,11 +8,7 @@ median over the rounds except the first few. Run nothing else meanwhile.
 """
 
 import argparse
-import contextlib
 import copy
-import importlib.metadata
-import itertools
-import platform
 import statistics
 import sys
 import tempfile
@@ -21,23 +17,19 @@ from functools import partial
 from pathlib import Path
 
 import onnx
-import onnxruntime
 import torch
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-import sample  # noqa: E402
-import train  # noqa: E402
+from benchmarks.gpu import DEVICE, IS_CUDA, clock, compiled, machine, train_step  # noqa: E402
 from ddpm import Diffusion, UNet, linear_betas  # noqa: E402
 from export import to_onnx  # noqa: E402
 from extras.half import to_half  # noqa: E402
 from images import from_pixels  # noqa: E402
+from sample import Network  # noqa: E402
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-IS_CUDA = DEVICE.type == "cuda"  # on ROCm, too
-HAS_ONNX = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-ONNX = "cuda" if IS_CUDA and HAS_ONNX else "cpu"  # what ONNX Runtime computes on
+ONNX = "cuda" if IS_CUDA else "cpu"  # what ONNX Runtime computes on
 SHAPE = 3, 32, 32
 CIFAR = {
     "sample_size": 32,
@@ -51,17 +43,6 @@ CIFAR = {
     "attention_head_dim": None,
     "dropout": 0.1,
 }
-
-
-def clock(step):
-    """Return the seconds per call. On CUDA, 20 calls are timed, which overlap as in a loop."""
-    calls, wait = (20, torch.cuda.synchronize) if IS_CUDA else (1, lambda: None)
-    wait()
-    began = time.perf_counter()
-    for _ in range(calls):
-        step()
-    wait()
-    return (time.perf_counter() - began) / calls
 
 
 def in_turn(steps, rounds, warm_up=5):
@@ -119,35 +100,14 @@ def diffusers_loop(images, batch, dtype=None):
     return step
 
 
-def compiled(network):
-    """Compile a network where and as train.py does, on CUDA."""
-    options = {"force_layout_optimization": True}
-    return torch.compile(network, dynamic=False, options=options) if IS_CUDA else network
-
-
-def settings(**given):
-    """Return the settings of the paper's run as train.build takes them, except those given."""
-    defaults = {name: default for name, (_, default, _) in train.SETTINGS.items()}
-    return defaults | {"warmup": 5000, "amp": train.has_bfloat16(DEVICE)} | given
-
-
-def train_py(images, prepare, **given):
-    """Return a function that takes a step of train.py.
-
-    images: uint8 (N, C, H, W). prepare: a function of the network, such as `compiled`. given: as
-    for `settings`.
-    """
-    s = argparse.Namespace(**settings(**given))
-    network, diffusion = train.build(vars(s), images.shape[1:], ())
-    ema = copy.deepcopy(network.to(DEVICE)).requires_grad_(False)
-    optimizer = torch.optim.Adam(network.parameters(), s.lr, fused=True)
-    how = prepare(network), ema, optimizer, diffusion, images.to(DEVICE), None, s
-    take, steps = train.algorithm_1(*how), itertools.count()
+def ours(batch):
+    """Return a function that takes a step of train.py, with the settings that train.py has."""
+    take = train_step(compiled if IS_CUDA else lambda network: network, batch=batch)
 
     def step():
         torch.set_float32_matmul_precision("high")  # as train.py does
         torch.backends.cudnn.benchmark = True
-        take(next(steps))
+        take()
         torch.set_float32_matmul_precision("highest")  # torch's defaults, for diffusers
         torch.backends.cudnn.benchmark = False
 
@@ -167,7 +127,7 @@ def training_table(batch, rounds):
     """Return the times of training steps."""
     images = torch.randint(256, (256, *SHAPE), dtype=torch.uint8)
     steps = {
-        "train.py": train_py(images, compiled, batch=batch),
+        "train.py": ours(batch),
         "diffusers, float32": diffusers_loop(from_pixels(images), batch),
         "diffusers, bfloat16": diffusers_loop(from_pixels(images), batch, torch.bfloat16),
     }
@@ -195,33 +155,13 @@ def network_table(model, paths, rounds):
             "torch, diffusers": partial(theirs, *on_device),
         }
         for name, path in paths.items():
-            network = sample.Network(path, ONNX)
+            network = Network(path, ONNX)
             steps[f"ONNX Runtime on {ONNX}, {name}"] = partial(network, x.numpy(), 500)
         seconds = in_turn(steps, rounds)
         for name, s in seconds.items():
             ratio = s / seconds["torch, diffusers"]
             rows.append([f"{name}, batch {batch}", f"{1000 * s / batch:.3g}", f"{ratio:.2f}"])
     return table(["one eps", "ms per image", "ratio to diffusers"], rows)
-
-
-def processor():
-    """Return the name of the CPU."""
-    with contextlib.suppress(OSError, StopIteration):  # on ARM, the file names no model
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    return platform.processor() or platform.machine()
-
-
-def machine():
-    """Return what the figures depend on: the processor or GPU, and the versions."""
-    name = torch.cuda.get_device_name() if IS_CUDA else processor()
-    packages = "torch onnxruntime-gpu onnxruntime diffusers"
-    versions = []
-    for package in packages.split():
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions.append(f"{package} {importlib.metadata.version(package).split('+')[0]}")
-    threads = f"{torch.get_num_threads()} threads, " if DEVICE.type == "cpu" else ""
-    return f"{name}, {threads}Python {platform.python_version()}, {', '.join(versions)}"
 
 
 def main():

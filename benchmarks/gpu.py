@@ -1,129 +1,225 @@
-"""Try this project on a GPU within ten minutes, and write a report to paste into an issue.
+"""Measure this project on a GPU within 15 minutes, and write a report to paste into an issue.
 
-So far, this script has run only on CPUs, with --tiny.
-
-    pip install -r requirements-dev.txt
+    pip install -r requirements-dev.txt -r requirements-cuda.txt
     python benchmarks/gpu.py              # prints the report, and writes it to gpu-report/report.md
     python benchmarks/gpu.py --tiny       # every part with a tiny network, also on a CPU
 
-It runs without diffusers and, if the rows of ONNX Runtime are not wanted, without onnxruntime-gpu.
-Each part is a process of its own, because a CUDA error makes its process unusable.
-The report grows row by row, errors.txt has the traceback of each row that fails, and each program
-has a log. When the time is up, the remaining rows are skipped.
+So far, this script has run only on CPUs and on a simulated card, with --tiny.
+
+Each part is a process of its own, because a CUDA error makes its process unusable. The report grows
+row by row: a row that fails says so, errors.txt has its traceback, and each program has a log. When
+the time is up, the remaining rows are skipped.
 """
 
 import argparse
+import contextlib
 import copy
-import functools
-import os
+import importlib.metadata
+import itertools
+import platform
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch.nn.attention import SDPBackend
+from torch.utils.flop_counter import FlopCounterMode
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 import train  # noqa: E402
-from benchmarks import compare  # noqa: E402
-from benchmarks.compare import DEVICE, IS_CUDA, ONNX  # noqa: E402
-from extras.torch_network import TorchNetwork  # noqa: E402
 from images import demo_images, from_pixels  # noqa: E402
 from sample import Network, noise_of, to_image  # noqa: E402
 
-IS_TINY = "--tiny" in sys.argv
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+IS_CUDA = DEVICE.type == "cuda"  # on ROCm, too
 TINY = {
     "image_size": 8, "base_channels": 8, "channel_mults": (1, 2), "num_res_blocks": 1,
     "attention_resolutions": (4,), "batch": 8,
 }  # fmt: skip
-GIVEN = TINY if IS_TINY else {}  # what differs from the paper's run
-BATCH, SIZE = GIVEN.get("batch", 128), GIVEN.get("image_size", 32)
-END = float(os.environ.get("GPU_REPORT_END", "inf"))  # when the time is up
 OUT = Path("gpu-report").resolve()
 WORK = OUT / "work"  # is removed at the end
 FILES = WORK / "float32.onnx", WORK / "float16.onnx"
 
-
-def say(line):
-    """Print a line, and append it to the report."""
-    print(line, flush=True)
-    with open(OUT / "report.md", "a") as file:
-        file.write(line + "\n")
+# ------------------------------------------------------------ what benchmarks/compare.py uses, too
 
 
-def head(*columns):
-    """Begin a table of the report."""
-    say(f"\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+def clock(step):
+    """Return the seconds per call. On CUDA, 20 calls are timed, which overlap as in a loop."""
+    calls, wait = (20, torch.cuda.synchronize) if IS_CUDA else (1, lambda: None)
+    wait()
+    began = time.perf_counter()
+    for _ in range(calls):
+        step()
+    wait()
+    return (time.perf_counter() - began) / calls
 
 
-def row(name, measure, *args, **options):
-    """Say what `measure` returns for the other cells of a row, or why it fails."""
-    if time.time() > END:
-        return say(f"| {name} | skipped: no time left |")
-    try:
-        cells = measure(*args, **options)
-    except (Exception, SystemExit) as error:  # the time on a card is short; go on
-        cells = f"failed: {traceback.format_exception_only(error)[-1].splitlines()[0]}"
-        print(f"\n{name}:\n{traceback.format_exc()}", file=sys.stderr)
-    say(f"| {name} | {cells} |")
+def settings(**given):
+    """Return the settings of the paper's run as train.build takes them, except those given."""
+    defaults = {name: default for name, (_, default, _) in train.SETTINGS.items()}
+    return defaults | {"warmup": 5000, "amp": train.has_bfloat16(DEVICE)} | given
 
 
-def program(log, *command, interrupt=None, limit=120):
-    """Run a program for at most `limit` seconds, and return its running time and its last line.
+def train_step(prepare=lambda network: network, **given):
+    """Return a function that takes a step of train.py on random images.
 
-    log: the name of the file for its output. interrupt: a file; when it has two lines, send Ctrl-C.
+    prepare: a function of the network, such as `compiled`. given: as for `settings`.
     """
-    began, path = time.time(), OUT / f"{log}.log"
-    expected = -signal.SIGINT if interrupt else 0
-    words = [sys.executable, *map(str, command)]
-    with open(path, "w") as file:
-        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, cwd=HERE.parent)
-    while process.poll() is None and time.time() < min(END, began + limit):
-        if interrupt and interrupt.exists() and interrupt.read_text().count("\n") > 1:
-            process.send_signal(signal.SIGINT)
-            interrupt = None  # a second one would end the program at once
-        time.sleep(0.05)
-    if process.poll() is None:
-        process.terminate()  # torchrun then ends its processes
-        process.wait(10)
-        raise RuntimeError(f"{log} was stopped after {time.time() - began:.0f} s; see {path.name}")
-    if process.returncode != expected:
-        raise RuntimeError(f"{log} ended with status {process.returncode}; see {path.name}")
-    *_, last = ["", *path.read_text(errors="replace").replace("\r", "\n").strip().splitlines()]
-    return f"{time.time() - began:.0f} s | {last.strip()}"
+    s = argparse.Namespace(**settings(**given))
+    shape = 3, s.image_size, s.image_size
+    images = torch.randint(256, (1000, *shape), dtype=torch.uint8, device=DEVICE)
+    network, diffusion = train.build(vars(s), shape, ())
+    ema = copy.deepcopy(network.to(DEVICE)).requires_grad_(False)
+    optimizer = torch.optim.Adam(network.parameters(), s.lr, fused=True)
+    step = train.algorithm_1(prepare(network), ema, optimizer, diffusion, images, None, s)
+    return partial(lambda numbers: step(next(numbers)), itertools.count())
+
+
+def compiled(network, is_tiny=False):
+    """Compile a network as train.py does on CUDA; only trace it if it is tiny."""
+    torch.compiler.reset()
+    options = {"options": {"force_layout_optimization": True}}
+    return torch.compile(network, dynamic=False, **{"backend": "eager"} if is_tiny else options)
+
+
+def machine():
+    """Return the name of the GPU or the processor, and the versions."""
+    name = torch.cuda.get_device_name() if IS_CUDA else platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):  # on ARM, the file names no model
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if not IS_CUDA else ()
+        name = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    name += "" if IS_CUDA else f", {torch.get_num_threads()} threads"
+    versions = [f"Python {platform.python_version()}"]
+    for package in "torch triton onnxruntime-gpu onnxruntime diffusers".split():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{package} {importlib.metadata.version(package).split('+')[0]}")
+    return f"{name}, {', '.join(versions)}"
+
+
+# -------------------------------------------------------------------------------------- the report
+
+
+class Report:
+    """report.md, which grows row by row until the time `end`. given: what replaces settings."""
+
+    def __init__(self, end, is_tiny):
+        self.end, self.is_tiny, self.given = end, is_tiny, TINY if is_tiny else {}
+        self.batch, self.size = self.given.get("batch", 128), self.given.get("image_size", 32)
+        self.onnx = "cuda" if IS_CUDA and not is_tiny else "auto"
+
+    def say(self, line):
+        """Print a line, and append it to the report."""
+        print(line, flush=True)
+        with open(OUT / "report.md", "a") as file:
+            file.write(line + "\n")
+
+    def head(self, *columns):
+        """Begin a table."""
+        self.say(f"\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+
+    def row(self, name, measure, *args, **options):
+        """Say what `measure` returns for the other cells of a row, or why it fails."""
+        if time.time() > self.end:
+            return self.say(f"| {name} | skipped: no time left |")
+        try:
+            cells = measure(*args, **options)
+        except (Exception, SystemExit) as error:  # the time on a card is short; go on
+            cells = f"failed: {traceback.format_exception_only(error)[-1].splitlines()[0]}"
+            print(f"\n{name}:\n{traceback.format_exc()}", file=sys.stderr)
+        self.say(f"| {name} | {cells} |")
+
+    def program(self, log, *command, interrupt=None, limit=300):
+        """Run a program for at most `limit` seconds; return its running time and last line.
+
+        log: the name of the file for its output. interrupt: a file; after its second line, Ctrl-C
+        is sent.
+        """
+        began, path = time.time(), OUT / f"{log}.log"
+        expected = -signal.SIGINT if interrupt else 0
+        words = [sys.executable, *map(str, command)]
+        with open(path, "w") as file:
+            process = subprocess.Popen(words, stdout=file, stderr=file, cwd=HERE.parent)
+        while process.poll() is None and time.time() < min(self.end, began + limit):
+            if interrupt and interrupt.exists() and interrupt.read_text().count("\n") > 1:
+                process.send_signal(signal.SIGINT)
+                interrupt = None  # a second one would end the program at once
+            time.sleep(0.05)
+        if process.poll() is None:
+            process.terminate()  # torchrun then ends its processes
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(min(10, limit))
+            process.kill()  # a compilation can ignore the first signal
+            raise RuntimeError(f"{log} was stopped after {time.time() - began:.0f} s; see its log")
+        if process.returncode != expected:
+            raise RuntimeError(f"{log} ended with status {process.returncode}; see its log")
+        *_, last = ["", *path.read_text(errors="replace").replace("\r", "\n").strip().splitlines()]
+        return f"{time.time() - began:.0f} s | {last.strip()}"
 
 
 # --------------------------------------------------------------------------------------- the parts
 
 
-def card():
-    """Name the card, its driver, the processor and the versions."""
+def card(report):
+    """Name the card, its driver and the versions, and how attention is computed in training."""
     query = "nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"
     if shutil.which("nvidia-smi"):
-        say(subprocess.run(query, capture_output=True, text=True).stdout.strip())
-    say(f"{compare.machine()}; ONNX Runtime computes on {ONNX}")
+        report.say(subprocess.run(query, capture_output=True, text=True).stdout.strip())
+    report.say(machine())
+    shape = 1, 1, report.size**2 // 4, 2 * report.given.get("base_channels", 128)
+    for dtype in torch.float32, torch.bfloat16:
+        q = torch.zeros(shape, dtype=dtype, device=DEVICE, requires_grad=True)
+        name = SDPBackend(torch.ops.aten._fused_sdp_choice(q, q, q)).name
+        report.say(f"attention in {str(dtype)[6:]}: {name}")
 
 
-def compiled(network):
-    """Compile a network as train.py does or, with --tiny, only trace it."""
-    torch.compiler.reset()
-    how = {"backend": "eager", "dynamic": False}
-    return torch.compile(network, **how) if IS_TINY else compare.compiled(network)
+def steps(report):
+    """Time the training step, and compare it with the fastest matrix product."""
+    n = 256 if report.is_tiny else 8192
+    a, seconds = torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16), []
+    for _ in range(5):
+        seconds.append(clock(partial(torch.mm, a, a)))
+    peak = 2 * n**3 / min(seconds)
+    report.say(f"a product of two bfloat16 matrices {n} x {n}: {peak / 1e12:.4g} TFLOP/s")
+    with FlopCounterMode(display=False) as counter:
+        train_step(**report.given | {"batch": 8})()
+    flops = counter.get_total_flops() / 8  # per image
+
+    def measure(amp, prepare=lambda network: network):
+        step = train_step(prepare, **report.given, amp=amp)
+        began = time.perf_counter()
+        step()
+        first, memory = time.perf_counter() - began, ""
+        seconds = min(clock(step) for _ in range(3))
+        if IS_CUDA:
+            memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"
+            torch.cuda.reset_peak_memory_stats()
+        share = flops * report.batch / seconds / peak
+        return (f"{1000 * seconds:.2f} | {report.batch / seconds:.0f} | {share:.1%} | "
+                f"{seconds * 800_000 / 3600:.2f} | {first:.1f} | {memory}")  # fmt: skip
+
+    report.head(f"a step of {report.batch} images", "ms", "images/s", "share of this",
+                "hours for 800,000 steps", "first step, s", "GB")  # fmt: skip
+    report.row("float32", measure, False)
+    report.row("bfloat16", measure, True)
+    report.row("bfloat16, compiled", measure, True, partial(compiled, is_tiny=report.is_tiny))
 
 
-def gradients():
+def gradients(report):
     """Compare the gradient of a training step on the device with one in float32 on the CPU."""
     torch.manual_seed(0)
-    network, diffusion = train.build(compare.settings(dropout=0.0, **GIVEN), (3, SIZE, SIZE), ())
+    shape = report.batch // 4, 3, report.size, report.size
+    network, diffusion = train.build(settings(**report.given, dropout=0.0), shape[1:], ())
     for p in network.parameters():  # so that no layer is close to 0
         p.data.add_(torch.randn_like(p), alpha=0.01)
-    x0, noise = torch.rand(BATCH, 3, SIZE, SIZE) * 2 - 1, torch.randn(BATCH, 3, SIZE, SIZE)
-    t = torch.randint(1000, (BATCH,))
+    x0, noise, t = torch.rand(shape) * 2 - 1, torch.randn(shape), torch.randint(1000, shape[:1])
 
     def gradient(module, device, amp=False):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -136,86 +232,81 @@ def gradients():
         return f"{(gradient(on_device, DEVICE, amp) - exact).norm() / exact.norm():.1e}"
 
     exact = gradient(network, torch.device("cpu"))
-    head("gradient", "relative error")
-    row("float32", error, False)
-    row("TF32", error, True)
-    row("bfloat16", error, True, True)
-    row("bfloat16, compiled", error, True, True, compiled)
+    report.head("gradient", "relative error")
+    report.row("float32", error, False)
+    report.row("TF32", error, True)
+    report.row("bfloat16", error, True, True)
+    report.row("bfloat16, compiled", error, True, True, partial(compiled, is_tiny=report.is_tiny))
 
 
-def steps():
-    """Time the training step, and extrapolate to the 800,000 steps of the paper's run."""
-    images = torch.randint(256, (1000, 3, SIZE, SIZE), dtype=torch.uint8, device=DEVICE)
-
-    def measure(prepare, **given):
-        step = compare.train_py(images, prepare, **GIVEN | given)
-        began = time.perf_counter()
-        step()
-        first, memory = time.perf_counter() - began, ""
-        ms = 1000 * min(compare.clock(step) for _ in range(2))
-        if IS_CUDA:
-            memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"
-            torch.cuda.reset_peak_memory_stats()
-            torch.cuda.set_sync_debug_mode("error")  # no step may wait for the device
-            try:
-                step()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-        return f"{ms:.2f} | {ms * 800_000 / 3.6e6:.2f} | {first:.1f} | {memory}"
-
-    head("step of train.py", "ms", "hours for 800,000 steps", "first, s", "GB")
-    row(f"batch {BATCH}", measure, lambda network: network)
-    row(f"batch {BATCH}, compiled", measure, compiled)
-    row(f"batch {BATCH // 8}, compiled", measure, compiled, batch=BATCH // 8)
-
-
-def programs():
-    """Train on the demo's images at 32x32, interrupt, resume, evaluate, export, draw and test."""
-    folder, run, device = WORK / "images", WORK / "run", ("--device", DEVICE.type)
+def programs(report):
+    """Train, interrupt, resume, evaluate, export, draw and test, on the demo's images."""
+    folder, device, row = WORK / "images", ("--device", DEVICE.type), report.row
     folder.mkdir()
     for k, pixels in enumerate(demo_images()):
         to_image(pixels).save(folder / f"{k}.png")
-    tiny = " ".join(train.as_flag(*item) for item in GIVEN.items()).split()
-    words = ["train.py", "--data", folder, "--out", run, *device, "--steps", 150, *tiny]
-    words += ["--no-compile" if IS_TINY else "--compile"]
-    head("program", "s", "its last line")
+    tiny = " ".join(train.as_flag(*item) for item in report.given.items()).split()
+    words = ["train.py", "--data", folder, *device, *tiny]
+    short = [*words, "--steps", 40 if report.is_tiny else 100, "--no-compile", "--out"]
+    run, whole, log = WORK / "resumed", WORK / "whole", WORK / "compiled" / "log.csv"
+    report.head("program", "s", "its last line, or the result")
     if sys.platform != "win32":  # Windows has no SIGINT for other processes
-        row("train.py, interrupted", program, "stop", *words, interrupt=run / "log.csv")
-    row("train.py, resumed", program, "train", *words)
+        row("train.py, interrupted", report.program, "stop", *short, run, interrupt=run / "log.csv")
+    row("train.py, resumed", report.program, "resumed", *short, run)
+    row("train.py, whole", report.program, "whole", *short, whole)
+
+    def difference():
+        one, other = (torch.load(path / "checkpoint.pt", "cpu") for path in (run, whole))
+        one, other = (torch.cat([v.flatten() for v in s["model"].values()]) for s in (one, other))
+        return f"| {(one - other).norm() / other.norm():.1e}, relative to the weights"
+
+    def losses():
+        loss = np.loadtxt(log, delimiter=",", skiprows=1)[:, 1]
+        return (
+            f"| {loss[:20].mean():.4f} in the first 20 steps, {loss[-20:].mean():.4f} in the last"
+        )
+
+    row("weights, resumed and whole", difference)
+    how = "--no-compile" if report.is_tiny else "--compile"
+    longer = "--steps", 60 if report.is_tiny else 300, how, "--out", log.parent
+    row("train.py, compiled", report.program, "compiled", *words, *longer)
+    row("its mean loss", losses)
     flags = "--data", folder, "--images", 8, "--checkpoint", run, *device
-    row("evaluate.py", program, "evaluate", "-m", "extras.evaluate", *flags)
-    row("export.py", program, "export", "export.py", "--checkpoint", run, "--onnx", FILES[0])
-    row("half.py", program, "half", "-m", "extras.half", *FILES)
-    draw = "sample.py", "--steps", 10, "--out", WORK / "samples.png"
-    row("sample.py, torch", program, "sample-torch", *draw, "--checkpoint", run, *device)
+    row("evaluate.py", report.program, "evaluate", "-m", "extras.evaluate", *flags)
+    row("export.py", report.program, "export", "export.py", "--checkpoint", run, "--onnx", FILES[0])
+    row("half.py", report.program, "half", "-m", "extras.half", *FILES)
+    draw = "sample.py", "--out", WORK / "samples.png", "-n", 8 if report.is_tiny else 64
+    with_torch = *draw, "--checkpoint", run, *device
+    row("1,000 steps in torch", report.program, "sample-torch", *with_torch)
     for path in FILES:
-        flags = "--onnx", path, "--device", ONNX
-        row(f"sample.py, {path.name}", program, f"sample-{path.stem}", *draw, *flags)
-    if ONNX == "cuda":  # in a file that imports no package of the other tests
-        test = "-m", "pytest", "-q", "-m", "gpu", "tests/test_export.py"
-        row("pytest -m gpu", program, "pytest", *test)
-    if IS_TINY or torch.cuda.device_count() > 1:
-        words = "-m torch.distributed.run --standalone --nproc_per_node=2 train.py".split()
-        words += ["--data", folder, "--out", WORK / "two", *device, "--steps", 20, *tiny]
-        row("two processes", program, "two", *words)
+        flags = "--onnx", path, "--device", report.onnx
+        row(f"1,000 steps, {path.name}", report.program, f"sample-{path.stem}", *draw, *flags)
+    if IS_CUDA and not report.is_tiny:
+        test = "-m", "pytest", "-q", "-m", "gpu", "tests/test_export.py", "tests/test_gpu.py"
+        row("pytest -m gpu", report.program, "pytest", *test)
+    if torch.cuda.device_count() > 1 or not IS_CUDA:
+        words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *short]
+        row("two processes", report.program, "two", *words, WORK / "two")
 
 
 @torch.no_grad()
-def sampling():
+def sampling(report):
     """Compare eps on the device with float32 in torch on the CPU, and time Algorithm 2."""
-    exact, diffusion, _ = train.load(WORK / "run")
+    from extras.torch_network import TorchNetwork
+
+    exact, diffusion, _ = train.load(WORK / "resumed")
     x0 = from_pixels(torch.from_numpy(demo_images()[:64]))
-    x0 = torch.nn.functional.interpolate(x0, SIZE)
-    random = torch.Generator().manual_seed(0)
+    x0 = torch.nn.functional.interpolate(x0, report.size)
 
     def open_network(name):
-        is_torch = name == "torch"
-        return TorchNetwork(WORK / "run", DEVICE.type) if is_torch else Network(WORK / name, ONNX)
+        if name == "torch":
+            return TorchNetwork(WORK / "resumed", DEVICE.type)
+        return Network(WORK / name, report.onnx)
 
     def errors(name):
         network, cells = open_network(name), []
         for t in (0, 10, 100, 500, 999):
-            times = torch.full((64,), t)
+            times, random = torch.full((64,), t), torch.Generator().manual_seed(t)
             x_t = diffusion.q_sample(x0, times, torch.randn(x0.shape, generator=random))
             eps = network(x_t.to(DEVICE) if name == "torch" else x_t.numpy(), t)
             expected = exact(x_t, times)
@@ -224,20 +315,27 @@ def sampling():
 
     def loop(name, batch):
         network = open_network(name)
+        x_t = noise_of(0, 0, batch, network.shape)()
+        x_t = torch.from_numpy(x_t).to(DEVICE) if name == "torch" else x_t
         chain = network.reverse(network, noise_of(0, 0, batch, network.shape))
-        ms = 1000 * min(compare.clock(functools.partial(next, chain)) for _ in range(3))
-        return f"{ms:.2f} | {ms * 1000 * -(-50_000 // batch) / 3.6e6:.2f}"
+        next(chain)
+        whole = min(clock(partial(next, chain)) for _ in range(5))
+        bare = min(clock(partial(network, x_t, 500)) for _ in range(5))
+        hours = whole * 1000 * -(-50_000 // batch) / 3600
+        memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if IS_CUDA else ""
+        return f"{1000 * whole:.2f} | {1000 * bare:.2f} | {hours:.2f} | {memory}"
 
-    names = ["torch", *(path.name for path in FILES if ONNX == "cuda" or IS_TINY)]  # otherwise slow
-    head("relative error of eps at t =", *"0 10 100 500 999".split())
+    names = ["torch", *(path.name for path in FILES if IS_CUDA or report.is_tiny)]  # or it is slow
+    report.head("relative error of eps at t =", *"0 10 100 500 999".split())
     for name in names:
-        row(name, errors, name)
-    head("a step of Algorithm 2", "ms", "hours for 50,000 images in 1000 steps")
-    for name, batch in [("torch", 512), *((name, 64) for name in names)]:
-        row(f"{name}, batch {batch}", loop, name, batch)
+        report.row(name, errors, name)
+    report.head("a step of Algorithm 2", "ms", "of which the network",
+                "hours for 50,000 images in 1,000 steps", "GB of torch")  # fmt: skip
+    for name, batch in [*((name, 64) for name in names), ("torch", 512)]:
+        report.row(f"{name}, batch {batch}", loop, name, batch)
 
 
-PARTS = card, gradients, steps, programs, sampling
+PARTS = card, steps, gradients, programs, sampling
 
 
 def main():
@@ -245,27 +343,30 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tiny", action="store_true", help="a tiny network, on any machine")
-    parser.add_argument("--minutes", type=float, default=8, help="total time [%(default)s]")
-    parser.add_argument("--part", help=argparse.SUPPRESS)  # how it calls itself
+    parser.add_argument("--minutes", type=float, default=15, help="total time [%(default)s]")
+    parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)  # how it calls itself
     args = parser.parse_args()
+    torch.set_float32_matmul_precision("high")  # as train.py does
+    torch.backends.cudnn.benchmark = True
     if args.part:
-        return globals()[args.part]()
-    if not IS_CUDA and not IS_TINY:
+        name, end = args.part
+        return globals()[name](Report(float(end), args.tiny))
+    if not IS_CUDA and not args.tiny:
         parser.error("torch finds no CUDA here; --tiny tries every part on a CPU")
     if OUT.exists():
         parser.error(f"{OUT} exists; rename or remove it")
     WORK.mkdir(parents=True)
     end = time.time() + 60 * args.minutes
-    environment = os.environ | {"GPU_REPORT_END": str(end)}
+    report = Report(end, args.tiny)
     for part in PARTS:
-        say(f"\n## {part.__name__}")
-        words = [sys.executable, __file__, *sys.argv[1:], "--part", part.__name__]
+        report.say(f"\n## {part.__name__}")
+        words = [sys.executable, __file__, *["--tiny"] * args.tiny, "--part", part.__name__, end]
         try:
             with open(OUT / "errors.txt", "a") as errors:
                 limit = max(0, end - time.time()) + 20
-                subprocess.run(words, stderr=errors, env=environment, timeout=limit, check=True)
+                subprocess.run([*map(str, words)], stderr=errors, timeout=limit, check=True)
         except subprocess.SubprocessError as error:
-            say(f"failed: {error}")
+            report.say(f"failed: {error}")
     shutil.rmtree(WORK)
     sys.exit("failed: " in (OUT / "report.md").read_text())
 

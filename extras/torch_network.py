@@ -6,7 +6,7 @@ sample.py draws with it if --checkpoint is given. The noise is the same as with 
 import torch
 
 from extras.variants import sample_progressive
-from train import choose_device, has_bfloat16, load
+from train import choose_device, has_bfloat16, load, to_device
 
 
 class TorchNetwork:
@@ -48,6 +48,6 @@ class TorchNetwork:
         """
 
         def on_device():
-            return torch.from_numpy(draw_noise()).to(self.device)
+            return to_device(torch.from_numpy(draw_noise()), self.device)
 
         return sample_progressive(self.diffusion, eps, None, draw_noise=on_device, **options)

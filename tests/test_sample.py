@@ -99,14 +99,17 @@ def test_program_alone(folder):
     code += "runpy.run_path('sample.py', run_name='__main__')"
     words = "--steps", "60", "--out", "new/s.png", "--dir", "new/all"
     said = said_by(start(*words, "torch", code=code))
-    assert said.startswith("model.onnx on CPUExecutionProvider: 24 images, 60 steps; --steps 10 is")
+    assert said.startswith(
+        "model.onnx on CPUExecutionProvider: 24 images, 60 steps of dpm-solver++; "
+    )
     assert said.endswith("\nnew/s.png: 24 images of blue, green, red\n")
     assert {p.name for p in folder.iterdir()} == {"sample.py", "model.onnx", "new"}
     assert Image.open("new/s.png").size == (8 * 6 * 11, 3 * 6 * 11)  # about 512 pixels
     assert {p.name for p in Path("new/all").iterdir()} == {*COLOURS}
-    for package in "numpy", "PIL", "tqdm", "onnxruntime":
+    for package in "numpy", "PIL", "tqdm":
         said = said_by(start(package, code=code), status=1)
         assert said == f"sample.py needs {package}: pip install numpy Pillow tqdm onnxruntime\n"
+    assert "import of onnxruntime" in said_by(start("onnxruntime", code=code), status=1)
 
 
 def test_threads_share_a_network(folder):
@@ -138,6 +141,9 @@ def test_image_k_depends_on_seed_and_k_alone(program, folder):
     program(*words, "d", "-n", 2, "--seed", 1)
     a, b, c, d = (images_in(folder / name) for name in "abcd")
     assert [*a] == [*b, *c] == [*range(7)]
+    program(*words, "b", "-n", 3, "--first", 4)  # in the same folder
+    assert [*images_in(folder / "b")] == [*range(7)]
+    assert "it has 000006.png" in program(*words, "b", "-n", 2, "--first", 6, code=1)
     assert all(np.abs(a[k] - image).max() <= 1 for k, image in (b | c).items())  # rounding
     assert all(np.abs(x - y).max() > 3 for x, y in [(a[0], a[3]), (a[0], d[0]), (a[1], d[1])])
 
@@ -210,7 +216,7 @@ def unet(folder):
 def test_checkpoint_is_drawn_in_torch(unet, program, folder):
     """tests/test_evaluate.py compares the network with the exported file and with ddpm.py."""
     said = program("--checkpoint", unet, "-n", 5, "--batch", 2, "--guidance", 1, "--dir", "out")
-    assert "x.pt on cpu, float32: 5 images, 20 steps\n" in said
+    assert "x.pt on cpu, float32: 5 images, 20 steps of ddpm\n" in said
     expected = sample.to_pixels(sample.sample(TorchNetwork(unet, "cpu"), 5, None, 1.0).numpy())
     images = images_in(folder / "out")
     assert [*images] == [*range(5)]
@@ -225,6 +231,9 @@ def test_wrong_checkpoints_are_one_line(unet, program, folder):
     ):  # fmt: skip
         assert said in program("--checkpoint", *words, code=1)
     assert "not allowed with argument" in program("--checkpoint", unet, "--onnx", "x", code=2)
+    state = torch.load(unet)
+    torch.save(state | {"names": ["../mine", *COLOURS][:3]}, unet)
+    assert "'../mine' can't be the name of a folder" in program("--checkpoint", unet, code=1)
     said = said_by(start("--checkpoint", "run"), status=1)  # beside no other file
     assert said == "sample.py: --checkpoint needs torch, and the other files of the repository\n"
 
@@ -250,7 +259,7 @@ def test_bug_keeps_its_traceback(error, program, monkeypatch):
          ["-n 0", "--batch 0", "--first -1", "--seed -1"]),
         (2, "-n 257 needs --dir, because --out shows at most 256", ["-n 257"]),
         (2, "--out o.jpg must be a PNG file", ["--out o.jpg"]),
-        (2, "--dir mine must be a new or empty folder", ["--dir mine"]),
+        (1, "--dir mine must be a new or empty folder", ["--dir mine"]),
         (1, "can't be written: ", ["--out mine/a.png/b.png", "--dir mine/a.png", "--out mine.png",
                                    "--onnx mine/a.png --out ./mine/a.png"]),
         (1, "--steps must be 1..1000", ["--steps 0", "--steps 1001"]),
@@ -260,7 +269,8 @@ def test_bug_keeps_its_traceback(error, program, monkeypatch):
          ["--guidance nan", "--onnx plain.onnx --guidance 1"]),
         (1, "device must be", ["--device tpu"]),
         (1, "ONNX Runtime can't use CUDA", ["--device cuda"]),
-        (1, "can't be opened", ["--onnx nowhere.onnx", "--onnx mine/a.png"]),
+        (1, "can't be opened", ["--onnx mine/a.png"]),
+        (1, "nowhere.onnx is not there; run export.py first", ["--onnx nowhere.onnx"]),
     ],
 )  # fmt: skip
 def test_wrong_flags_are_refused_before_sampling(code, said, flags, program, folder, monkeypatch):
@@ -289,7 +299,7 @@ def rewritten(folder, **metadata):
 @pytest.mark.parametrize(
     "metadata, said",
     [({"betas": None}, "model.onnx was not written by export.py: it lacks ddpm.betas")]
-    + [({"classes": f'["a", "{name}"]'}, "a class that can't be the name of a folder")
+    + [({"classes": f'["a", "{name}"]'}, f"{name!r} can't be the name of a folder")
        for name in ("..", "../../x", "/x", ".")],
 )  # fmt: skip
 def test_foreign_files_are_refused(metadata, said, program, folder):
@@ -298,32 +308,35 @@ def test_foreign_files_are_refused(metadata, said, program, folder):
     assert said in program("--dir", "out", code=1)
 
 
-def test_values_that_are_not_finite_are_not_saved(program, folder, monkeypatch):
-    """What was finished before is."""
-    network, calls = sample.Network.__call__, []
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_not_saved(wrong, program, folder, monkeypatch):
+    """What was finished before is. A single infinite eps is noticed, although x0_hat is clipped."""
+    run, calls = onnxruntime.InferenceSession.run, []
 
     def fail_late(self, *args):
         calls.append(args)
-        return network(self, *args) * (np.nan if len(calls) > 9 else 1)
+        (eps,) = run(self, *args)
+        return [np.where(len(calls) == 8, np.float32(wrong), eps)]
 
-    monkeypatch.setattr(sample.Network, "__call__", fail_late)
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", fail_late)
     words = "-n", 6, "--batch", 3, "--steps", 5
     said = program(*words, "--dir", "out", code=1)
     assert said.endswith("sample.py: after 3 images, the network's output is not finite")
     assert "samples.png: 3 images of" in said and [*images_in(folder / "out")] == [0, 1, 2]
     Path("samples.png").unlink()
+    calls[:] = [None] * 5
     assert "after 0 images" in program(*words, code=1) and not Path("samples.png").exists()
 
 
 @pytest.mark.parametrize("factor, fault", [(1.02, None), (1.1, "wrong"), (np.nan, "wrong")])
 def test_cuda_must_agree_with_the_eps_of_the_file(factor, fault, program, folder, monkeypatch):
-    """TF32, which is less exact, must pass. Without an answer in the file, eps must be finite."""
+    """TF32, which is less exact, must pass. minimal.py writes no answer to compare with."""
     cuda = "CUDAExecutionProvider"
 
     class Cuda(onnxruntime.InferenceSession):
         """A session on the CPU that claims to be on CUDA, and multiplies eps by the factor."""
 
-        def __init__(self, path, options, providers):
+        def __init__(self, path, options, providers, **_):
             assert providers[0][0] == cuda
             super().__init__(path, options, providers=["CPUExecutionProvider"])
 
@@ -339,11 +352,40 @@ def test_cuda_must_agree_with_the_eps_of_the_file(factor, fault, program, folder
     for answer in True, False:
         for words in ["--device", "cuda"], ["--device", "auto"]:
             monkeypatch.setattr(shutil, "which", lambda name, words=words: "auto" in words)
-            refused = fault and (answer or factor != 1.1)
+            refused = fault and (answer or np.isnan(factor))
             said = program("-n", 3, "--steps", 2, *words, code=int(bool(refused)))
             expected = "eps on CUDA is wrong; use --device cpu" if refused else f"on {cuda}: 3 im"
             assert expected in said
         rewritten(folder, eps_of_example=None)
+
+
+def test_card_that_cannot_be_used_is_said_in_a_line(program, monkeypatch):
+    """The line says why, and what to install; --device cuda ends with it."""
+    session, cuda = onnxruntime.InferenceSession, "CUDAExecutionProvider"
+
+    def open_session(path, options, providers, **_):
+        if len(providers) > 1:
+            raise RuntimeError(
+                "cuda_call.cc:154 CUDA failure 35: the driver is old ; GPU=-1 ; line=5"
+            )
+        return session(path, options, providers)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", open_session)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    missing = "Failed to load libcurand.so.10: no such file"
+    for available, printed, why in (
+        ([], "", "this package is for CPUs: pip uninstall -y onnxruntime onnxruntime-gpu"),
+        ([cuda], f"{missing}\nPlease follow", missing), ([cuda], "", "35: the driver is old"),
+    ):  # fmt: skip
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda found=available: found)
+        monkeypatch.setattr(onnxruntime, "preload_dlls", lambda text=printed: print(text))
+        line = (
+            f"ONNX Runtime can't use CUDA: {why}. It needs an x86-64 processor, driver 580 or newer"
+        )
+        line += ', and: pip install "onnxruntime-gpu[cuda,cudnn]"'
+        said = program("-n", 1, "--steps", 1)
+        assert f"{line}\n" in said and "on CPUExecutionProvider: 1 images" in said
+        assert program("--device", "cuda", code=1) == f"sample.py: {line}"
 
 
 # ------------------------------------------------------------------------------------------ signals

@@ -5,6 +5,7 @@ import contextlib
 import copy
 import re
 import shlex
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -171,17 +172,41 @@ def test_step_never_waits_for_the_device(monkeypatch):
     assert copied and not any(copied) and status.is_meta and status.shape == (2,)
 
 
-def test_network_compiles_as_one_graph(tiny, tmp_path, monkeypatch):
-    compiled = torch.compile
+@pytest.mark.parametrize("given, names", [({}, ()), ({}, "ab"), (train.QUICK, "ab")])
+def test_network_is_one_graph_over_three_steps(given, names):
+    """Neither the paper's network nor that of --quick makes the compiler break or begin again."""
+    network, diffusion = train.build(default_settings(**given), (3, 32, 32), names)
+    graphs = []
 
-    def in_one(model, options, **words):
-        assert {*options} <= {*torch._inductor.list_options()}
-        return compiled(model, backend="eager", fullgraph=True, **words)
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph
 
-    monkeypatch.setattr(torch, "compile", in_one)
-    tiny("--steps", 2, "--out", "a", "--compile")
-    tiny("--steps", 2, "--out", "b")
-    assert same_weights(read(tmp_path / "a")["ema"], read(tmp_path / "b")["ema"])
+    torch.compiler.reset()
+    compiled = torch.compile(network, backend=keep, fullgraph=True, dynamic=False)
+    for k in range(3):
+        y = torch.tensor([k % 2, len(names)]) if names else None
+        loss = diffusion.loss(partial(compiled, y=y), torch.zeros(2, 3, 32, 32))
+        loss.backward()
+    assert len(graphs) == 1
+
+
+def test_compiling_is_chosen_where_triton_can_work(tiny, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: calls.append(options) or model)
+    tiny("--steps", 2, "--compile")
+    (options,) = calls
+    assert {*options["options"]} <= {*torch._inductor.list_options()}
+    monkeypatch.setattr(train, "find_spec", lambda name: name)
+    monkeypatch.setattr(train.shutil, "which", lambda name: name)
+    header = tmp_path / "Python.h"
+    monkeypatch.setattr(train.sysconfig, "get_path", lambda *_: tmp_path)
+    assert train.missing_for_compile() == ["Python.h"]
+    header.touch()
+    assert train.missing_for_compile() == []
+    monkeypatch.setattr(train.shutil, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    assert train.missing_for_compile() == ["gcc"]
 
 
 # -------------------------------------------------------------------------------------- one command
