@@ -1,0 +1,420 @@
+"""What a run is: its settings, its network, and its folder with all that is written there.
+
+    settings = Settings(base_channels=64)         # the other fields have the paper's values
+    network, diffusion = build(settings, (3, 32, 32))
+    network, diffusion, state = load("run")       # a run folder, or its checkpoint.pt
+
+train.py trains a run; export.py and extras/ open one with `load`.
+"""
+
+import argparse
+import contextlib
+import copy
+import math
+import os
+import re
+import shutil
+import sys
+import sysconfig
+from dataclasses import dataclass, field, fields
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import filelock
+import torch
+
+from ddpm import Diffusion, UNet, linear_betas
+from images import replacing
+from sample import check_output, grid, reverse, to_pixels
+
+# ---------------------------------------------------------------------------------------- settings
+
+
+def in_range(kind, low, high=math.inf):
+    """Return an argparse type for an int or a float that is at least `low` and below `high`."""
+
+    def number(text):
+        if not low <= kind(text) < high:
+            raise argparse.ArgumentTypeError(f"{text} is out of range")
+        return kind(text)
+
+    return number
+
+
+count, whole = in_range(int, 1), in_range(int, 0, 2**63)
+amount, share = in_range(float, 0), in_range(float, 0, 1)
+switch = argparse.BooleanOptionalAction
+
+
+def flag(default, meaning, **options):
+    """Return a field of Settings that has a flag. options: of argparse's add_argument."""
+    shown = "" if "[" in meaning or default in (True, False) else f" [{as_flag('', default)[3:]}]"
+    return field(default=default, metadata={"help": meaning + shown, **options})
+
+
+def as_flag(name, value=True):
+    """Return the flag that gives a setting."""
+    values = value if isinstance(value, tuple) else () if isinstance(value, bool) else (value,)
+    return " ".join([f"--{'no-' * (value is False)}{name.replace('_', '-')}", *map(str, values)])
+
+
+@dataclass
+class Settings:
+    """The settings of a run, as in its checkpoint. The defaults are the paper's CIFAR-10 run."""
+
+    # The network; only published weights set norm_groups
+    image_size: int = flag(32, "pixels; images are cropped to a square", type=count)
+    in_channels: int = flag(None, "1 is grey, 3 is colour [detected]", type=int, choices=(1, 3))
+    base_channels: int = flag(128, "width of the first level", type=count)
+    channel_mults: tuple = flag((1, 2, 2, 2), "relative widths of levels", type=count, nargs="*")
+    num_res_blocks: int = flag(2, "residual blocks per level", type=count)
+    attention_resolutions: tuple = flag((16,), "sizes with attention", type=int, nargs="*")
+    norm_groups: int = None
+    # The method; only published weights set betas
+    data: str = flag(None, "folder of images [the built-in demo]", type=os.path.abspath)
+    classes: bool = flag(False, "the sub-folders of --data are classes", action=switch)
+    betas: tuple = tuple(linear_betas().tolist())
+    variance: str = flag("large", "sigma_t^2", choices=("large", "small"))
+    parts: tuple = flag((), "parts of quick.py to use [none]", choices=("v", "muon"), nargs="*")
+    batch: int = flag(128, "images per step, over all GPUs", type=count)
+    lr: float = flag(2e-4, "learning rate", type=amount)
+    warmup: int = flag(None, "steps until --lr [min(5000, steps / 20)]", type=whole)
+    ema: float = flag(0.9999, "decay of the averaged weights", type=share)
+    flip: bool = flag(True, "flip images left to right at random", action=switch)
+    seed: int = flag(0, "seed of all random numbers", type=whole)
+    # What may change when a run is resumed
+    steps: int = flag(800_000, "number of training steps", type=count)
+    dropout: float = flag(0.1, "share of the activations to drop", type=share)
+    accumulate: int = flag(1, "parts to split each batch into, to save memory", type=count)
+    amp: bool = flag(None, "bfloat16 [where it is fast]", action=switch)
+    preview_every: int = flag(None, "steps between previews [they take at most 4%% of the time]",
+                              type=count)  # fmt: skip
+    save_minutes: float = flag(5.0, "minutes between saves", type=amount)
+
+    def describe(self):
+        """Return "the paper's", with the flags of what differs."""
+        other = []
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.metadata and entry.default not in (None, value):
+                other.append(as_flag(entry.name, value))
+        return f"the paper's{', except ' * bool(other)}{' '.join(other)}"
+
+
+NAMES = [entry.name for entry in fields(Settings)]
+NETWORK, FREE = NAMES[: NAMES.index("data")], NAMES[NAMES.index("steps") :]
+
+# --quick: a run of minutes on a CPU, for small images. benchmarks/ladder.md has measurements.
+QUICK = dict(
+    base_channels=16, channel_mults=(1, 2, 4, 4), num_res_blocks=1, attention_resolutions=(),
+    dropout=0.0, parts=("v", "muon"), batch=64, lr=6e-3, steps=1500,
+)  # fmt: skip
+
+# The demo: a small network that learns the 216 images on two CPU cores in under four minutes.
+DEMO = dict(
+    image_size=8, base_channels=32, channel_mults=(1, 2), num_res_blocks=1,
+    attention_resolutions=(), dropout=0.0, batch=64, lr=3e-3, steps=2400,
+)  # fmt: skip
+
+
+def command_line(doc):
+    """Return the flags of train.py that are given, {name: value}. doc: its documentation."""
+    parser = argparse.ArgumentParser(
+        usage="python train.py --data ./images [options]", description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--out", type=Path, help="folder of the run [run, or demo without --data]")
+    add("--init", help="a run whose averaged weights a new run begins with")
+    add("--device", help="auto, cpu, cuda, cuda:1, mps or xpu [auto]")
+    add("--compile", action=switch, help="torch.compile [on CUDA, if 5,000 steps remain]")
+    add("--quick", action="store_true", help="a small network and a short run; see the manual")
+    for setting in fields(Settings):
+        if setting.metadata:
+            add(as_flag(setting.name), **setting.metadata)
+    given = vars(parser.parse_args())
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+
+
+def choose_settings(given, state, out, device, processes=1):
+    """Return the Settings of a run: the defaults, then what is saved, then the given flags.
+
+    given: {name: value} of the flags. state: the checkpoint in the folder `out`, or None. Exits if
+    the flags do not fit together, or contradict what is saved.
+    """
+    saved = state["settings"] if state else {}
+    data = given.get("data", saved.get("data"))
+    if data is None and given.keys() & {"quick", "classes", "image_size", "in_channels"}:
+        sys.exit("train.py: --quick, --classes, --image-size and --in-channels need --data")
+    if data is None and not state and "out" in given:
+        sys.exit(f"train.py: {out} has no checkpoint; give --data, or for the demo no --out")
+    if state and given.get("quick") and {*saved["parts"]} != {*QUICK["parts"]}:
+        sys.exit(f"train.py: {out} was begun without --quick; omit it, or use another --out")
+    fixed = {*NETWORK, "parts"}  # with new weights and with published ones
+    if state and state["images"]:
+        fixed = {*NAMES} - {*FREE, "data"}
+    for name, value in given.items():
+        unordered = set if name in ("parts", "attention_resolutions") else lambda value: value
+        if state and name in fixed and unordered(value) != unordered(saved[name]):
+            sys.exit(f"train.py: {out} was begun without {as_flag(name, value)}; omit this "
+                     "flag, or use another --out")  # fmt: skip
+    defaults = saved or (QUICK if given.get("quick") else DEMO if data is None else {})
+    s = Settings(**defaults | {name: given[name] for name in NAMES if name in given})
+    if state and s.steps < state["step"]:
+        sys.exit(f"train.py: {out} is at step {state['step']:,} already; --steps can't be smaller")
+    if s.batch % (processes * s.accumulate):
+        sys.exit("train.py: --batch must be a multiple of the number of GPUs times --accumulate")
+    try:
+        with torch.device("meta"):  # before the images are decoded
+            build(s, (s.in_channels or 3, s.image_size, s.image_size))
+    except ValueError as error:
+        sys.exit(f"train.py: {error}")
+    if s.warmup is None:
+        s.warmup = min(5000, s.steps // 20)
+    if s.amp is None:
+        s.amp = has_bfloat16(device)
+    if s.preview_every is None:  # 36 images x 20 passes take as long as training on 240 images
+        s.preview_every = max(25 * 240 // s.batch, s.steps // 100, 1)
+    return s
+
+
+# -------------------------------------------------------------------------------------- the network
+
+
+def build(settings, shape, names=()):
+    """Return (network, diffusion): eps_theta(x_t, t, y=None), with new weights, and its Diffusion.
+
+    shape: (C, H, W) of an image. names: the class names. To train another network, return it here.
+    Raises ValueError for settings that do not fit.
+    """
+    diffusion, make_network = Diffusion(settings.betas, settings.variance), UNet
+    if "v" in settings.parts:
+        from quick import VUNet
+
+        make_network = partial(VUNet, diffusion)
+    options = {name: getattr(settings, name) for name in (*NETWORK, "dropout")}
+    options |= {"in_channels": shape[0], "image_size": shape[-1], "num_classes": len(names)}
+    return make_network(**options), diffusion
+
+
+def make_optimizer(network, settings):
+    """Return Adam, or what --parts puts in its place."""
+    if "muon" in settings.parts:
+        from quick import Muon
+
+        return Muon(network, settings.lr)
+    return torch.optim.Adam(network.parameters(), settings.lr, fused=True)
+
+
+def load(path):
+    """Return (network, diffusion, state) of a run folder, or of its checkpoint.pt.
+
+    The network has the averaged weights, is in eval mode, and returns eps. state: {"settings": a
+    dict for Settings, "shape": (C, H, W), "names": the class names, "images": a digest, "step",
+    "model", "ema", "optimizer"}. No code in the file is executed. Exits with one line if it can't
+    be read.
+    """
+    path = Path(path, "checkpoint.pt") if os.path.isdir(path) else Path(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds
+        sys.exit(f"{path} can't be read: {(str(error) or repr(error)).splitlines()[0]}")
+    if not isinstance(state, dict) or state.get("settings", {}).keys() != {*NAMES}:
+        sys.exit(f"{path} is not a checkpoint of this version of train.py")
+    network, diffusion = build(Settings(**state["settings"]), state["shape"], state["names"])
+    network.load_state_dict(state["ema"])
+    return network.eval(), diffusion, state
+
+
+def begin_anew(state):
+    """Return a checkpoint at step 0 that has the averaged weights of another one.
+
+    Its settings are the defaults of the new run; all but those of the network may change.
+    """
+    settings = state["settings"] | dict.fromkeys(["data", "warmup", "amp", "preview_every"])
+    new = {"settings": settings, "images": None, "step": 0, "model": state["ema"]}
+    return state | new | {"optimizer": None}
+
+
+# --------------------------------------------------------------------------------------- the folder
+
+
+class Run:
+    """A run in training: its folder `out`, and the parts whose states are in its checkpoint.
+
+    parts: {"model": the network, "ema": its average, "optimizer"}; diffusion; step: the number of
+    steps that have been taken. One process opens the folder, and holds it until its end.
+    """
+
+    def __init__(self, out):
+        self.out, self.lock = out, None
+
+    def open(self, data=None, init=None):
+        """Hold the folder, and return its checkpoint, or else what --init begins with, or None.
+
+        Exits if another process holds the folder, or if it is that of the images, or above it.
+        """
+        if data and Path(data).resolve().is_relative_to(self.out.resolve()):
+            sys.exit(
+                f"train.py: --out {self.out} must not be the folder of the images, or above it"
+            )
+        check_output(self.out / "checkpoint.pt")
+        self.hold()
+        ours = r"\.(checkpoint\.pt|log\.csv|images-[0-9a-f]{16})\.[0-9a-f]{16}\.tmp"
+        for path in self.out.iterdir():  # a killed process leaves unfinished files
+            if re.fullmatch(ours, path.name):
+                path.unlink()
+        if (self.out / "checkpoint.pt").exists():
+            return load(self.out)[2]
+        return begin_anew(load(init)[2]) if init else None
+
+    def hold(self):
+        """Take the lock of the folder, which a killed process loses. Exits if another has it."""
+        self.lock = filelock.FileLock(self.out / ".lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except filelock.Timeout:
+            sys.exit(f"train.py: another process is training in {self.out}; wait, or use "
+                     "another --out")  # fmt: skip
+        self.number = os.stat(self.out / ".lock").st_ino
+
+    def still_hold(self):
+        """Exit if the folder has become another run's. Make it again if it was moved or removed."""
+        if not (self.out / ".lock").exists():
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.hold()
+        elif os.stat(self.out / ".lock").st_ino != self.number:
+            sys.exit(f"train.py: {self.out} is another run now; step {self.step:,} is not saved")
+
+    def begin(self, settings, data, state, device, build=build):
+        """Make the parts on a device, or load them from a checkpoint. data: the images."""
+        torch.manual_seed(settings.seed)
+        self.settings, self.shape, self.names = settings, data.images.shape[1:], data.names
+        self.images, self.step = data.digest, state["step"] if state else 0
+        network, self.diffusion = build(settings, self.shape, self.names)
+        ema = copy.deepcopy(network.to(device)).requires_grad_(False).eval()
+        self.parts = {"model": network, "ema": ema, "optimizer": make_optimizer(network, settings)}
+        for name, part in self.parts.items() if state else ():
+            if saved := state.pop(name):  # and the memory is free; --init has no optimizer
+                part.load_state_dict(saved)
+
+    def save(self):
+        """Write the checkpoint, which replaces the old one at once. Exits if that fails."""
+        self.still_hold()
+        state = {"settings": vars(self.settings), "shape": tuple(self.shape), "names": self.names}
+        state |= {"images": self.images, "step": self.step}
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        with replacing(self.out / "checkpoint.pt") as file:
+            torch.save(state, file)
+
+    def forget_images(self, current):
+        """Remove decoded images but for the current file. Another machine may do the same."""
+        for path in {*self.out.glob(".images-*")} - {self.out / Path(current).name}:
+            if re.fullmatch(r"\.images-[0-9a-f]{16}", path.name):
+                path.unlink(missing_ok=True)
+
+    def begin_log(self):
+        """Begin log.csv, or cut it back to the steps that the checkpoint has."""
+        path, self.rows = self.out / "log.csv", b""
+        head, *rows = path.read_text().splitlines(keepends=True) if path.exists() else ["step"]
+        if head[:4] != "step":
+            sys.exit(f"train.py: {path} is not a log of train.py; use another --out")
+        # A killed process leaves rows of later steps, and half a row; spreadsheets leave others.
+        row = re.compile(r"(\d+)(,[^,\n]+){3}\n")
+        rows = [r for r in rows if (found := row.fullmatch(r)) and int(found[1]) <= self.step]
+        with replacing(path) as file:
+            file.write(("step,loss,grad_norm,lr\n" + "".join(rows)).encode())
+
+    def log(self, rows):
+        """Append rows to log.csv. A full disk may accept only some; the others are kept."""
+        self.still_hold()
+        self.rows += rows
+        with contextlib.suppress(OSError), open(self.out / "log.csv", "ab", 0) as file:
+            self.rows = self.rows[file.write(self.rows) :]
+
+    def draw(self):
+        """Save a preview. A full disk does not end the run."""
+        path = self.out / f"preview-{self.step:07d}.png"
+        image = preview(self.parts["ema"], self.shape, self.names, self.settings)
+        with contextlib.suppress(OSError):
+            image.save(path)
+
+
+def preview(network, shape, names, settings):
+    """Return a grid of 36 images of this shape (C, H, W), always from the same noise.
+
+    The images are classes in rows, if there are any.
+    """
+    device = next(network.parameters()).device
+    random = torch.Generator(device).manual_seed(settings.seed)
+    y = torch.arange(36, device=device) % len(names) if names else None
+
+    def eps(x_t, t):
+        return network(x_t, torch.full((36,), t, device=device), y)
+
+    draw_noise = partial(torch.randn, 36, *shape, generator=random, device=device)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=settings.amp):
+        betas = settings.betas
+        *_, (_, _, x0) = reverse(eps, draw_noise, betas, steps=min(20, len(betas)))
+    return grid(to_pixels(x0.cpu().numpy()), len(names))
+
+
+# --------------------------------------------------------------------------------------- the device
+
+
+def choose_device(name="auto", index=None):
+    """Return the torch.device that --device names; "auto" is the accelerator, if there is one.
+
+    index: the accelerator of this process, if there are several processes. Exits with what torch
+    says if the device is not there.
+    """
+    auto = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    try:
+        device = torch.device(auto if name == "auto" else name)
+        if device.type != "cpu":
+            device = torch.device(device.type, (device.index or 0) if index is None else index)
+            torch.accelerator.set_device_index(device.index)
+        torch.ones(1, device=device)  # runs a kernel, which the build may lack for an old card
+    except (RuntimeError, AssertionError) as error:
+        sys.exit(f"--device {name}: {str(error).splitlines()[0]}")
+    return device
+
+
+def has_bfloat16(device):
+    """Return whether the device computes in bfloat16; emulating it would only cost time."""
+    if device.type == "cpu":
+        return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    if device.type == "mps":  # nobody has measured it
+        return False
+    return torch.get_device_module(device).is_bf16_supported(including_emulation=False)
+
+
+def missing_for_compile():
+    """Return the names of what torch.compile needs on CUDA, and this machine lacks."""
+    # Triton builds a module for Python. In Debian's own Python, only this scheme has the header.
+    header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    needs = {"Triton": find_spec("triton"), "gcc": compiler, "Python.h": header.exists()}
+    return [name for name, there in needs.items() if not there]
+
+
+def compiled(network, device, steps, wanted=None):
+    """Return the network compiled, if that is wanted or, without an answer, in a long run on CUDA.
+
+    steps: the number of steps that remain.
+    """
+    if wanted is None and device.type == "cuda" and steps >= 5000:
+        missing = missing_for_compile()
+        wanted = not missing
+        if missing:
+            print(f"eager    torch.compile needs {' and '.join(missing)}, which this machine lacks")
+    options = {"force_layout_optimization": True}  # channels_last, which suits tensor cores
+    return torch.compile(network, dynamic=False, options=options) if wanted else network
+
+
+def to_device(x, device):
+    """Return a tensor on the device. From pinned memory, the copy to CUDA is asynchronous."""
+    x = x.pin_memory() if device.type == "cuda" and not x.is_cuda else x
+    return x.to(device, non_blocking=device.type == "cuda")
