@@ -40,7 +40,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ddpm import Diffusion, UNet, linear_betas
-from images import class_names, demo_images, from_pixels, read_folder, replacing
+from images import demo_images, from_pixels, read_folder, replacing
 from sample import StopRequest, check_output, grid, guard_output, reverse, to_pixels
 
 # torchrun sets these: the rank of this process, the number of processes, the rank on its machine.
@@ -414,8 +414,8 @@ def load_images(s, channels, out):
         if LOCAL_RANK > 0:
             from_all(None)  # wait for the first process of each machine
         out.mkdir(parents=True, exist_ok=True)
-        names = tuple(class_names(s.data)) if s.classes else ()
-        images, labels = read_folder(s.data, s.image_size, channels, names, cache=out)
+        size, classes = s.image_size, s.classes
+        images, labels, names = read_folder(s.data, size, channels, classes, cache=out)
         if LOCAL_RANK == 0:
             from_all(None)
     digest = hashlib.blake2b(np.ascontiguousarray(images), digest_size=8)
