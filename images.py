@@ -1,7 +1,7 @@
 """The training set: a folder of images as one array, and the built-in demo.
 
-    images, labels = read_folder("./images", 32)     # uint8 (N, C, 32, 32)
-    x0 = from_pixels(images)                         # float32 in [-1, 1]
+    images, labels, names = read_folder("./images", 32)     # uint8 (N, C, 32, 32)
+    x0 = from_pixels(images)                                # float32 in [-1, 1]
 
 It needs numpy, Pillow and tqdm, and no other file of the project.
 """
@@ -14,7 +14,7 @@ import secrets
 import sys
 import tempfile
 import warnings
-from itertools import product
+from itertools import compress, product
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -65,16 +65,16 @@ def from_pixels(pixels):
 
 
 def image_files(folder):
-    """Return the paths of the image files in a folder and its sub-folders, sorted, and the others.
+    """Return the paths of the image files in a folder and its sub-folders, sorted.
 
     An image file has a suffix that Pillow can read; a folder that can't be listed counts as one.
-    Hidden files, and folders that hold a run of train.py, are left out. Links are followed. Exits
-    if there is no image file.
+    Links are followed. Hidden files are left out; other files, folders that hold a run of train.py,
+    and further links to the same folder are reported. Exits if there is no image file.
     """
     if not os.path.isdir(folder):
         sys.exit(f"{folder} is not a folder")
     suffixes = {s for s, kind in Image.registered_extensions().items() if kind in FORMATS}
-    images, others, seen = [], [], set()
+    images, others, skipped, seen = [], [], [], set()
 
     def closed(error):
         images.append(os.path.join(error.filename, "*"))
@@ -82,6 +82,7 @@ def image_files(folder):
     for root, folders, names in os.walk(folder, onerror=closed, followlinks=True):
         real = os.path.realpath(root)
         if real in seen or "checkpoint.pt" in names or {"log.csv", ".lock"} <= {*names}:
+            skipped.append(root)
             folders.clear()
             continue
         seen.add(real)
@@ -89,40 +90,28 @@ def image_files(folder):
         for name in (name for name in names if not name.startswith(".")):
             is_image = os.path.splitext(name)[1].lower() in suffixes
             (images if is_image else others).append(os.path.join(root, name))
+    report("ignored", "file", others, "without a suffix that Pillow reads")
+    report("ignored", "folder", skipped, "with a run of train.py, or linked a second time")
     if not images:
         sys.exit(f"{folder}: there is no image that can be read")
-    return sorted(images), others
+    return sorted(images)
 
 
-def report(verb, paths, why):
-    """Print how many files are left out and why, and the names of the first three."""
+def report(verb, noun, paths, why):
+    """Print how many files or folders are left out and why, and the first three of them."""
     if paths:
         names = ", ".join(map(ascii, sorted(paths)[:3]))
-        print(f"{verb} {len(paths):,} file{'s' * (len(paths) > 1)} {why}: {names}")
+        print(f"{verb} {len(paths):,} {noun}{'s' * (len(paths) > 1)} {why}: {names}")
 
 
-def class_of(path, folder):
-    """Return the name of the sub-folder of `folder` that the file is in, "" if it is in none."""
-    parts = Path(path).relative_to(folder).parts
-    return parts[0] if len(parts) > 1 else ""
-
-
-def class_names(folder):
-    """Return the names of the classes, sorted: the sub-folders that have images in them.
-
-    Exits if there are images outside the sub-folders, if there are fewer than two classes, or if
-    a name can't be shown or can't be the name of a folder everywhere.
-    """
-    names = sorted({class_of(path, folder) for path in image_files(folder)[0]})
+def check_classes(names, folder):
+    """Exit if a folder does not have these classes; "" stands for images in no sub-folder."""
     if "" in names:
-        sys.exit(
-            f"--classes: {folder} has images outside of its sub-folders, which are the classes"
-        )
+        sys.exit(f"{folder} has images outside of its sub-folders, which are the classes")
     if len(names) < 2:
-        sys.exit(f"--classes: {folder} needs images in two sub-folders or more; found: {names}")
+        sys.exit(f"{folder} needs images in two sub-folders or more, the classes; found: {names}")
     if bad := [name for name in names if not name.isprintable() or set(name) & set('\\:*?"<>|')]:
-        sys.exit(f"--classes: {bad[0]!r} can't be the name of a class; rename the sub-folder")
-    return names
+        sys.exit(f"{bad[0]!r} can't be the name of a class; rename the sub-folder of {folder}")
 
 
 def has_colour(path):
@@ -180,21 +169,11 @@ def decode(paths, size, channels, file):
         out.write(is_read.tobytes())
 
 
-def read_folder(folder, size, channels=None, classes=None, cache=None):
-    """Return the images in a folder, uint8 (N, C, size, size), and their labels, int64 (N,).
+def decode_once(paths, size, channels, folder, cache):
+    """Return the images that can be read, (N, C, size, size), and which of the paths these are.
 
-    channels: C, 1 or 3, or None for 3 if any image is in colour.
-    classes: names of sub-folders. The label of an image is the index of its sub-folder in this
-        list. Without such a list, the labels are None.
-    cache: a folder for the decoded images, memory-mapped, and valid until a file changes.
-
-    Counts and names the files that are left out. Exits if no image is left, or if one is in none of
-    the classes.
+    cache: None, or the folder of the file that `decode` writes, which is memory-mapped.
     """
-    warnings.filterwarnings("ignore", module="PIL")  # what can't be read is reported
-    paths, others = image_files(folder)
-    report("ignored", others, "without a suffix that Pillow reads")
-    channels = channels or (3 if any(map(has_colour, paths)) else 1)
     found = [(os.path.relpath(path, folder), *state_of(path)) for path in paths]
     key = ascii((size, channels, found, inspect.getsource(read_image)))
     name = f".images-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
@@ -203,18 +182,41 @@ def read_folder(folder, size, channels=None, classes=None, cache=None):
         if not file.exists():
             decode(paths, size, channels, file)
         data = np.memmap(file, np.uint8, "c") if cache else np.fromfile(file, np.uint8)
-    is_read = data[: len(paths)].astype(bool)
-    broken = [path for path, read in zip(paths, is_read, strict=True) if not read]
-    report("left out", broken, "that can't be read")
-    if len(broken) == len(paths):
+    return data[len(paths) :].reshape(-1, channels, size, size), data[: len(paths)].astype(bool)
+
+
+def read_folder(folder, size, channels=None, classes=None, cache=None):
+    """Return the images in a folder and its sub-folders, their labels and the names of the classes.
+
+    The images are uint8 (N, C, size, size). The labels, int64 (N,), are indices into the tuple of
+    names; without classes, the labels are None and the tuple is empty.
+
+    channels: C, 1 or 3, or None for 3 if any image is in colour.
+    classes: True if each sub-folder with an image that can be read is a class, in the order of
+        their names; or the names of the classes.
+    cache: a folder for the decoded images, memory-mapped, and valid until a file changes.
+
+    Counts and names what is left out. Exits if no image is left, if an image is in none of the
+    classes, if there are fewer than two, or if the name of one can't be a folder's everywhere.
+    """
+    warnings.filterwarnings("ignore", module="PIL")  # what can't be read is reported
+    paths = image_files(folder)
+    labels = [os.path.dirname(os.path.relpath(path, folder)).split(os.sep)[0] for path in paths]
+    if classes is True:
+        check_classes(sorted({*labels}), folder)  # decoding takes longer
+    channels = channels or (3 if any(map(has_colour, paths)) else 1)
+    images, is_read = decode_once(paths, size, channels, folder, cache)
+    report("left out", "file", [*compress(paths, ~is_read)], "that can't be read")
+    if not is_read.any():
         sys.exit(f"{folder}: there is no image that can be read")
-    images = data[len(paths) :].reshape(-1, channels, size, size)
     if not classes:
-        return images, None
-    names = [class_of(path, folder) for path, read in zip(paths, is_read, strict=True) if read]
-    if unknown := {*names} - {*classes}:
+        return images, None, ()
+    labels = [*compress(labels, is_read)]
+    if classes is True:
+        check_classes(classes := sorted({*labels}), folder)
+    elif unknown := {*labels} - {*classes}:
         sys.exit(f"{folder} has images in {min(unknown)!r}, but the classes are {classes}")
-    return images, np.array([classes.index(name) for name in names])
+    return images, np.array([classes.index(label) for label in labels]), tuple(classes)
 
 
 # ---------------------------------------------------------------------------------------- the demo

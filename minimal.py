@@ -2,19 +2,21 @@
 
     python minimal.py ./images
 
-This is the whole path on one page: Algorithm 1 with Adam, the exported network, and Algorithm 2
-in numpy under ONNX Runtime. It needs ddpm.py, torch, numpy, Pillow, tqdm, onnx, onnxscript and
-onnxruntime (onnxruntime-gpu for an NVIDIA GPU). The programs train.py, export.py and sample.py add
-resuming, checks, faster samplers, the paper's random flips, bfloat16, which speeds up the paper's
-large network, and the warm-up and the clipped gradient of the authors' code.
+This is the whole path on one page: Algorithm 1 with Adam, the network as model.onnx, and Algorithm
+2 in numpy under ONNX Runtime, which draws samples.png. It needs ddpm.py, torch, numpy, Pillow,
+tqdm, onnx, onnxscript and onnxruntime (onnxruntime-gpu for an NVIDIA GPU). The programs train.py,
+export.py and sample.py add resuming, checks, faster samplers, random flips, bfloat16 and more.
 """
 
+import contextlib
 import copy
 import json
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
+from signal import SIG_DFL, SIGINT, getsignal, signal
 
 import numpy as np
 import onnx
@@ -27,19 +29,22 @@ from ddpm import Diffusion, UNet, linear_betas
 
 if len(sys.argv) != 2:
     sys.exit("usage: python minimal.py FOLDER_OF_IMAGES")
+if {"model.onnx", "samples.png"} & {*os.listdir()} or not os.access(".", os.W_OK):
+    sys.exit("minimal.py needs a folder to write in that has no model.onnx and no samples.png")
+signal(SIGINT, SIG_DFL)  # Ctrl-C ends the program without a traceback
 
 # The images of the folder that can be read: float32 (N, 3, 32, 32) in [-1, 1]
-pixels = []
-for path in tqdm([*Path(sys.argv[1]).rglob("*")]):
-    if path.suffix.lower() in (".png", ".jpg", ".jpeg"):
-        try:
-            image = Image.open(path).convert("RGBA")
-        except Exception:  # Pillow raises many kinds
-            continue
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        pixels.append(np.asarray(ImageOps.fit(image, (32, 32))))
+pixels, files = [], [path for path in Path(sys.argv[1]).rglob("*") if path.is_file()]
+for path in tqdm(files):
+    with contextlib.suppress(Exception):  # Pillow raises many kinds if it can't read a file
+        image = Image.open(path, formats=("PNG", "JPEG", "WEBP"))
+        if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
+            image = Image.fromarray(np.uint8(np.asarray(image) / 257))
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        pixels.append(np.asarray(ImageOps.fit(image.convert("RGB"), (32, 32))))
 if not pixels:
-    sys.exit(f"{sys.argv[1]}: there are no PNG or JPEG files that can be read")
+    sys.exit(f"{sys.argv[1]}: there are no PNG, JPEG or WebP files that can be read")
+print(f"images: {len(pixels):,}; files that can't be used: {len(files) - len(pixels):,}")
 device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(device) / 127.5 - 1
 
@@ -47,9 +52,9 @@ images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(device) / 127
 diffusion = Diffusion(linear_betas())
 # 32 pixels, 3 channels, four levels of 16, 32, 64 and 64 features; the paper's network is UNet()
 model = UNet(32, 3, 16, (1, 2, 4, 4), num_res_blocks=1, attention_resolutions=(), dropout=0)
-model = model.to(device)
-average = copy.deepcopy(model).eval()
+average = copy.deepcopy(model.to(device)).eval()
 optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+signal(SIGINT, lambda *_: signal(SIGINT, SIG_DFL))  # Ctrl-C ends the loop; a second one, everything
 for step in (bar := tqdm(range(10_000))):
     loss = diffusion.loss(model, images[torch.randint(len(images), (64,), device=device)])
     optimizer.zero_grad()
@@ -59,17 +64,19 @@ for step in (bar := tqdm(range(10_000))):
     get_ema_multi_avg_fn(decay)([*average.parameters()], [*model.parameters()], None)
     if step % 100 == 0:  # reading the loss waits for the device
         bar.set_postfix(loss=f"{loss.item():.3f}")
+    if getsignal(SIGINT) == SIG_DFL:
+        break
+signal(SIGINT, SIG_DFL)
 
 # The network as ONNX, with the schedule in its metadata; the exporter's messages are suppressed
 warnings.simplefilter("ignore")
 logging.disable()
 x_t, t, batch = torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64), torch.export.Dim("n")
-options = {"input_names": ["x_t", "t"], "output_names": ["eps"]}
+options = {"input_names": ["x_t", "t"], "output_names": ["eps"], "dynamo": True, "verbose": False}
 options |= {"dynamic_shapes": ({0: batch}, {0: batch}), "opset_version": 20}
-program = torch.onnx.export(average.cpu(), (x_t, t), dynamo=True, verbose=False, **options)
+network = torch.onnx.export(average.cpu(), (x_t, t), **options).model_proto
 metadata = {"ddpm.betas": json.dumps(diffusion.betas.tolist()), "ddpm.variance": "large"}
 metadata["ddpm.image_shape"] = json.dumps([3, 32, 32])
-network = program.model_proto
 onnx.helper.set_model_props(network, metadata)
 onnx.save(network, "model.onnx")
 
@@ -81,6 +88,7 @@ import shutil
 import numpy as np
 import onnxruntime
 from PIL import Image
+from tqdm import tqdm
 
 # Algorithm 2 under ONNX Runtime, on CUDA if its libraries are there
 providers = ["CPUExecutionProvider"]
@@ -93,7 +101,7 @@ betas, shape = json.loads(metadata["ddpm.betas"]), json.loads(metadata["ddpm.ima
 alphas_bar = np.cumprod(1 - np.array(betas)).tolist()
 random = np.random.default_rng(0)
 x = random.standard_normal((16, *shape), np.float32)
-for t in reversed(range(len(betas))):
+for t in tqdm(range(len(betas))[::-1]):
     beta, abar = betas[t], alphas_bar[t]
     (eps,) = session.run(["eps"], {"x_t": x, "t": np.full(len(x), t)})
     x0 = ((x - (1 - abar) ** 0.5 * eps) / abar**0.5).clip(-1, 1)  # (15)
@@ -101,8 +109,7 @@ for t in reversed(range(len(betas))):
         abar_prev = alphas_bar[t - 1]
         mean = abar_prev**0.5 * beta * x0 + (1 - beta) ** 0.5 * (1 - abar_prev) * x
         x = mean / (1 - abar) + beta**0.5 * random.standard_normal(x.shape, np.float32)
-C, H, W = shape
-rows = ((x0 + 1) * 127.5).round().astype(np.uint8).reshape(4, 4, C, H, W)
-grid = rows.transpose(0, 3, 1, 4, 2).reshape(4 * H, 4 * W, C).repeat(4, 0).repeat(4, 1)
+rows = ((x0 + 1) * 127.5).round().astype(np.uint8).reshape(4, 4, *shape)
+grid = rows.transpose(0, 3, 1, 4, 2).reshape(4 * shape[1], -1, shape[0]).repeat(4, 0).repeat(4, 1)
 Image.fromarray(grid.squeeze()).save("samples.png")
 print(f"samples.png: 16 images by Algorithm 2, with model.onnx on {session.get_providers()[0]}")

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from images import class_names, class_of, from_pixels, image_files, read_folder
+from images import from_pixels, read_folder
 
 RULER = Path(__file__).with_name("ruler.npz")
 SIZE, SETS = 32, 10  # SETS: how many sets of real images are compared with the test set
@@ -117,16 +117,19 @@ def share_recognised(model, images, labels):
     return (found == labels).float().mean().item()
 
 
-def read(folder, names=()):
-    """Return images in greyscale, uint8 (N, 1, 32, 32), and their labels, int64 (N,), or None."""
-    images, labels = read_folder(folder, SIZE, 1, names)
-    return torch.from_numpy(images), None if labels is None else torch.from_numpy(labels)
+def read(folder, classes=None):
+    """Return images in greyscale, uint8 (N, 1, 32, 32), and labels and names as read_folder does.
+
+    The labels are a tensor, int64 (N,).
+    """
+    images, labels, names = read_folder(folder, SIZE, 1, classes)
+    return torch.from_numpy(images), None if labels is None else torch.from_numpy(labels), names
 
 
 def make_ruler(data, path):
     """Train a classifier on data / "train", and save it with the statistics of data / "test"."""
-    names = class_names(data / "train")
-    (images, labels), (test, test_labels) = (read(data / part, names) for part in ("train", "test"))
+    images, labels, names = read(data / "train", True)
+    test, test_labels, _ = read(data / "test", names)
     model = train_classifier(images, labels)
     of_test, features = statistics(features_of(model, test)), features_of(model, images)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
@@ -161,8 +164,8 @@ def main():
     for name, values in ruler.real.items():
         print(f"training images, {name}: {values.mean():.2f} +- {values.std(ddof=1):.2f}")
     for folder in args.samples:
-        has_classes = {class_of(path, folder) for path in image_files(folder)[0]} <= {*ruler.names}
-        images, labels = read(folder, ruler.names if has_classes else ())
+        has_classes = any((folder / name).is_dir() for name in ruler.names)
+        images, labels, _ = read(folder, ruler.names if has_classes else None)
         print(f"{folder}, {len(images):,} samples: {ruler.distance(images):.2f}", flush=True)
         if has_classes:
             share = share_recognised(ruler.model, images, labels)

@@ -83,7 +83,7 @@ def main():
         sys.exit("--data must be a folder of images that the network has not seen")
     images, labels = demo_images(), None
     if args.data:
-        images, labels = read_folder(args.data, size, state["shape"][0], state["names"])
+        images, labels, _ = read_folder(args.data, size, state["shape"][0], state["names"])
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))
     order = order[: args.images]  # shuffled, so that the finished batches are a fair sample
     images = torch.from_numpy(images)[order]

@@ -1,6 +1,7 @@
 """images.py: how a file is read, which files of a folder are read, classes, the cache, the demo."""
 
 import os
+import shutil
 import time
 import zlib
 
@@ -11,7 +12,7 @@ from conftest import COLOURS, posix, python
 from PIL import EpsImagePlugin, Image
 
 import images
-from images import class_names, demo_images, from_pixels, has_colour, read_folder, read_image
+from images import demo_images, from_pixels, has_colour, read_folder, read_image
 from sample import to_pixels
 
 
@@ -76,8 +77,9 @@ def test_pixels_survive_the_round_trip():
 def test_folder_is_read_with_its_sub_folders(image_folder, tmp_path, capsys):
     """Files that are left out are counted, and the first three named, also if the cache is read."""
     for _ in range(2):
-        array, labels = read_folder(image_folder, 8, cache=tmp_path)
-        assert array.shape == (12, 3, 8, 8) and array.dtype == np.uint8 and labels is None
+        array, labels, names = read_folder(image_folder, 8, cache=tmp_path)
+        assert array.shape == (12, 3, 8, 8) and array.dtype == np.uint8
+        assert labels is None and names == ()
         said = capsys.readouterr().out
         assert f"ignored 1 file without a suffix that Pillow reads: '{image_folder}" in said
         assert "left out 1 file that can't be read" in said and "broken.png" in said
@@ -106,7 +108,7 @@ def test_every_format_is_read(tmp_path, monkeypatch, capsys, recwarn):
     opened = []
     monkeypatch.setattr(EpsImagePlugin.EpsImageFile, "_open", lambda self: opened.append(self))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)  # Pillow warns of the others, too
-    array, _ = read_folder(tmp_path, 4)
+    array = read_folder(tmp_path, 4)[0]
     assert array.shape[:2] == (14, 3) and np.abs(array.astype(int) - 100).max() <= 1  # AVIF is RGB
     assert "left out 3 files that can't be read" in capsys.readouterr().out
     assert not opened and not recwarn.list
@@ -127,7 +129,7 @@ def test_folder_is_grey_only_if_every_image_is(tmp_path):
 
 @posix
 def test_links_are_followed_once_and_runs_are_left_out(tmp_path, monkeypatch, capsys):
-    """The order is that of the names, and a folder that can't be listed is named."""
+    """The order is that of the names. What is left out is named, and so is a closed folder."""
     names = "B.png a-.png a.png a/10.png a/9.png a/z.png b/1.png m/0.png n/0.png".split()
     for k, name in enumerate(names):
         save(tmp_path / ("far" if name[0] == "m" else "in") / name, k)
@@ -142,7 +144,10 @@ def test_links_are_followed_once_and_runs_are_left_out(tmp_path, monkeypatch, ca
     scandir, closed = os.scandir, str(tmp_path / "in" / "closed")  # root may list every folder
     monkeypatch.setattr(os, "scandir", lambda path: scandir("/no" if path == closed else path))
     assert values(str(tmp_path / "in")) == [[k] for k in range(len(names))]
-    assert "left out 2 files that can't be read: '/no/*', " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "left out 2 files that can't be read: '/no/*', " in said
+    assert "ignored 8 folders with a run of train.py, or linked a second time: " in said
+    assert f"'{tmp_path}/in/m/loop/m', '{tmp_path}/in/new', '{tmp_path}/in/o'" in said
 
 
 def test_mistakes_are_one_line(tmp_path):
@@ -153,25 +158,43 @@ def test_mistakes_are_one_line(tmp_path):
         (tmp_path / name).write_text("not an image")
         with pytest.raises(SystemExit, match=r"^[^\n]*: there is no image that can be read$"):
             read_folder(tmp_path, 4, cache=tmp_path)
-    for name, said in (
-        ("red", r"two sub-folders or more; found: \['red'\]"), ("a:b", "'a:b' can't be the name"),
-        ("a\nb", r"'a\\nb' can't be the name of a class"), (".", "images outside of its sub-fol"),
-    ):  # fmt: skip
-        save(tmp_path / "classes" / name / "0.png")
-        with pytest.raises(SystemExit, match=rf"^--classes: [^\n]*{said}[^\n]*$"):
-            class_names(tmp_path / "classes")
 
 
-def test_labels_are_those_of_the_images_that_can_be_read(class_folder, tmp_path):
-    names = class_names(class_folder)
-    assert names == [*COLOURS]
-    for cache in (None, tmp_path, tmp_path):  # the third time, nothing is decoded
-        array, labels = read_folder(class_folder, 8, classes=names, cache=cache)
-        assert labels.tolist() == [0] * 20 + [1] * 20 + [2] * 20
+@posix
+def test_classes_are_the_sub_folders_with_an_image(class_folder, tmp_path, monkeypatch):
+    """Sub-folders whose files are broken, or that can't be listed, are none, read or listed."""
+    folder, listed = tmp_path / "classes", [*COLOURS]
+    shutil.copytree(class_folder, folder)
+    for name in "black", "lost+found":
+        (folder / name).mkdir()
+    (folder / "black" / "0.png").write_text("broken")
+    scandir, closed = os.scandir, str(folder / "lost+found")  # root may list every folder
+    monkeypatch.setattr(os, "scandir", lambda path: scandir("/no" if path == closed else path))
+    for cache, classes in (None, True), (tmp_path, True), (tmp_path, listed):  # then cached
+        array, labels, names = read_folder(str(folder), 8, classes=classes, cache=cache)
+        assert names == (*COLOURS,) and labels.tolist() == [0] * 20 + [1] * 20 + [2] * 20
         expected = np.array([COLOURS[names[label]] for label in labels])
         assert np.abs(array.mean((2, 3)) - expected).max() < 20
     with pytest.raises(SystemExit, match="images in 'blue', but the classes are"):
-        read_folder(class_folder, 8, classes=names[1:])
+        read_folder(str(folder), 8, classes=listed[1:])
+
+
+@posix
+def test_folder_without_classes_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    save(tmp_path / "two" / "red" / "0.png")
+    (tmp_path / "two" / "blue").mkdir()
+    (tmp_path / "two" / "blue" / "0.png").write_text("broken")
+    with pytest.raises(SystemExit, match=r"^[^\n]*two sub-folders or more, [^\n]*: \['red'\]$"):
+        read_folder(tmp_path / "two", 4, classes=True)
+    monkeypatch.setattr(images, "decode", None)
+    for name, said in (
+        ("red", r"two sub-folders or more, the classes; found: \['red'\]"),
+        ("a:b", "'a:b' can't be the name of a class"), ("a\nb", r"'a\\nb' can't be the name"),
+        (".", "images outside of its sub-folders"),
+    ):  # fmt: skip
+        save(tmp_path / "classes" / name / "0.png")
+        with pytest.raises(SystemExit, match=rf"^[^\n]*{said}[^\n]*$"):
+            read_folder(tmp_path / "classes", 4, classes=True)
 
 
 def test_images_are_decoded_once(tmp_path, monkeypatch):
@@ -183,7 +206,7 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
 
     def cached(channels=None, folder=folder):
         """Return the first value of each image, and how often the folder has been decoded."""
-        array, _ = read_folder(folder, 4, channels, cache=tmp_path)
+        array = read_folder(folder, 4, channels, cache=tmp_path)[0]
         assert isinstance(array, np.memmap) and len([*tmp_path.iterdir()]) == 1 + len(decoded)
         return array[:, 0, 0, 0].tolist(), len(decoded)
 

@@ -1,5 +1,6 @@
-"""minimal.py in an empty folder, with few steps; its second half alone, without torch."""
+"""minimal.py: what it reads, and in an empty folder; its second half alone, without torch."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -9,27 +10,69 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import restoring_signals
 from PIL import Image
 
 import sample
 from ddpm import Diffusion, linear_betas
 
 HERE = Path(__file__).parent.parent
+CODE = (HERE / "minimal.py").read_text("utf-8")
 
 
-def test_minimal(tmp_path, monkeypatch):
-    """It skips what can't be read, and draws what ddpm.py and sample.py draw from its file."""
-    code = (HERE / "minimal.py").read_text("utf-8")
-    code = code.replace("10_000", "2").replace("linear_betas()", "linear_betas(9, 0.1, 0.5)")
-    code = code.replace("(1, 2, 4, 4)", "(1,)")
+@pytest.fixture
+def first_lines(tmp_path, monkeypatch):
+    """Run the lines that read the images, in tmp_path; return their variables."""
+
+    def call(*args):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["minimal.py", *args])
+        with restoring_signals():
+            exec(CODE[: CODE.index("# Algorithm 1")], names := {})
+        return names
+
+    return call
+
+
+def test_mistakes_are_one_line(first_lines, tmp_path, monkeypatch):
+    """Files are not replaced, and a folder that can't be written is refused before the training."""
+    for args, said in ([], r"usage: python minimal\.py"), (["."], "there are no PNG, JPEG or WebP"):
+        with pytest.raises(SystemExit, match=rf"^[^\n]*{said}[^\n]*$"):
+            first_lines(*args)
+    Image.new("L", (9, 9)).save(tmp_path / "0.png")
+    for access, name in (lambda *_: False, "0.png"), (os.access, "samples.png"):
+        (tmp_path / "0.png").rename(tmp_path / name)
+        monkeypatch.setattr(os, "access", access)
+        with pytest.raises(SystemExit, match=r"^minimal\.py needs a folder to write in that has"):
+            first_lines(".")
+        (tmp_path / name).rename(tmp_path / "0.png")
+
+
+def test_images_that_cannot_be_used_are_counted(first_lines, tmp_path, capsys):
+    """16 bits are scaled, and transparency is white."""
+    (tmp_path / "deep").mkdir()
+    Image.fromarray(np.full((9, 9), 100 * 257, np.uint16)).save(tmp_path / "a.png")
+    Image.new("RGB", (9, 9), (100, 100, 100)).save(tmp_path / "deep" / "b.webp", lossless=True)
+    Image.new("LA", (9, 9), (100, 0)).save(tmp_path / "c.png")
+    Image.new("L", (9, 9), 100).save(tmp_path / "d.gif")
+    (tmp_path / "e.png").write_bytes((tmp_path / "a.png").read_bytes()[:50])
+    pixels = first_lines(".")["pixels"]
+    assert sorted((image.min(), image.max()) for image in pixels) == [(100, 100)] * 2 + [(255, 255)]
+    assert capsys.readouterr().out == "images: 3; files that can't be used: 2\n"
+
+
+def test_minimal(tmp_path):
+    """Ctrl-C ends the training, and it draws what ddpm.py and sample.py draw from its file."""
+    code = CODE.replace("linear_betas()", "linear_betas(9, 0.1, 0.5)")
+    code = code.replace("(1, 2, 4, 4)", "(1,)").replace(
+        "    loss.backward()\n",
+        "    loss.backward()\n    if step == 1: __import__('signal').raise_signal(SIGINT)\n",
+    )
     shutil.copy(HERE / "ddpm.py", tmp_path)
     (tmp_path / "images").mkdir()
     (tmp_path / "alone").mkdir()
     for name in "red", "blue":
         Image.new("RGB", (40, 30), name).save(tmp_path / "images" / f"{name}.png")
-    whole = (tmp_path / "images" / "red.png").read_bytes()
-    (tmp_path / "images" / "half.png").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "images" / "._red.png").write_bytes(b"\0\5\x16\7")
 
     def run(code, *args, cwd=tmp_path):
         done = subprocess.run([sys.executable, "-c", code, *args], cwd=cwd, capture_output=True,
@@ -37,12 +80,10 @@ def test_minimal(tmp_path, monkeypatch):
         assert done.returncode == 0, done.stderr
         return done.stdout, done.stderr
 
-    monkeypatch.setattr(sys, "argv", ["minimal.py"])
-    with pytest.raises(SystemExit, match=r"^usage: python minimal\.py"):
-        exec(code, {})
     said, errors = run(code, "images")
-    assert re.fullmatch("samples.png: 16 images .* on CPUExecutionProvider\n", said)
+    assert re.fullmatch("images: 2; .*\nsamples.png: 16 images .* on CPUExecutionProvider\n", said)
     assert re.search(r"loss=\d\.\d{3}", errors) and "arning" not in errors
+    assert {*re.findall(r"(\d+)/10000 ", errors)} == {"0", "1"} and "| 9/9 " in errors
 
     network = sample.Network(tmp_path / "model.onnx", "cpu")
     random, shape = np.random.default_rng(0), (16, 3, 32, 32)
