@@ -24,8 +24,8 @@ import torch
 from onnxscript import opset20 as op
 
 from images import replacing
+from run import load
 from sample import Network, check_output, default_run, example, guard_output
-from train import load
 
 OPSET = 20  # ONNX Runtime has kernels for it on the CPU, on CUDA and in the browser
 TOLERANCE = 1e-4  # the largest difference from torch, in an eps that is about N(0, 1)

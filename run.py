@@ -208,13 +208,13 @@ def make_optimizer(network, settings):
     return torch.optim.Adam(network.parameters(), settings.lr, fused=True)
 
 
-def load(path):
+def load(path, build=build):
     """Return (network, diffusion, state) of a run folder, or of its checkpoint.pt.
 
     The network has the averaged weights, is in eval mode, and returns eps. state: {"settings": a
     dict for Settings, "shape": (C, H, W), "names": the class names, "images": a digest, "step",
     "model", "ema", "optimizer"}. No code in the file is executed. Exits with one line if it can't
-    be read.
+    be read. build: as for train.py's main.
     """
     path = Path(path, "checkpoint.pt") if os.path.isdir(path) else Path(path)
     try:

@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import copy
 import importlib.metadata
-import itertools
 import platform
 import shutil
 import signal
@@ -34,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
+import run  # noqa: E402
 import train  # noqa: E402
 from images import demo_images, from_pixels  # noqa: E402
 from sample import Network, noise_of, to_image  # noqa: E402
@@ -62,32 +62,27 @@ def clock(step):
     return (time.perf_counter() - began) / calls
 
 
-def settings(**given):
-    """Return the settings of the paper's run as train.build takes them, except those given."""
-    defaults = {name: default for name, (_, default, _) in train.SETTINGS.items()}
-    return defaults | {"warmup": 5000, "amp": train.has_bfloat16(DEVICE)} | given
-
-
 def train_step(prepare=lambda network: network, **given):
     """Return a function that takes a step of train.py on random images.
 
-    prepare: a function of the network, such as `compiled`. given: as for `settings`.
+    prepare: a function of the network, such as `compiled`. given: settings unlike the paper's.
     """
-    s = argparse.Namespace(**settings(**given))
+    s = run.Settings(**{"warmup": 5000, "amp": run.has_bfloat16(DEVICE)} | given)
     shape = 3, s.image_size, s.image_size
     images = torch.randint(256, (1000, *shape), dtype=torch.uint8, device=DEVICE)
-    network, diffusion = train.build(vars(s), shape, ())
+    network, diffusion = run.build(s, shape)
     ema = copy.deepcopy(network.to(DEVICE)).requires_grad_(False)
-    optimizer = torch.optim.Adam(network.parameters(), s.lr, fused=True)
-    step = train.algorithm_1(prepare(network), ema, optimizer, diffusion, images, None, s)
-    return partial(lambda numbers: step(next(numbers)), itertools.count())
+    optimizer, data = run.make_optimizer(network, s), train.Data(images, None, (), "")
+    steps = train.algorithm_1(prepare(network), ema, optimizer, diffusion, data, s)
+    return partial(next, steps)
 
 
 def compiled(network, is_tiny=False):
     """Compile a network as train.py does on CUDA; only trace it if it is tiny."""
     torch.compiler.reset()
-    options = {"options": {"force_layout_optimization": True}}
-    return torch.compile(network, dynamic=False, **{"backend": "eager"} if is_tiny else options)
+    if is_tiny:
+        return torch.compile(network, dynamic=False, backend="eager")
+    return run.compiled(network, DEVICE, 0, wanted=True)
 
 
 def machine():
@@ -216,7 +211,7 @@ def gradients(report):
     """Compare the gradient of a training step on the device with one in float32 on the CPU."""
     torch.manual_seed(0)
     shape = report.batch // 4, 3, report.size, report.size
-    network, diffusion = train.build(settings(**report.given, dropout=0.0), shape[1:], ())
+    network, diffusion = run.build(run.Settings(**report.given, dropout=0.0), shape[1:])
     for p in network.parameters():  # so that no layer is close to 0
         p.data.add_(torch.randn_like(p), alpha=0.01)
     x0, noise, t = torch.rand(shape) * 2 - 1, torch.randn(shape), torch.randint(1000, shape[:1])
@@ -245,18 +240,19 @@ def programs(report):
     folder.mkdir()
     for k, pixels in enumerate(demo_images()):
         to_image(pixels).save(folder / f"{k}.png")
-    tiny = " ".join(train.as_flag(*item) for item in report.given.items()).split()
+    tiny = " ".join(run.as_flag(*item) for item in report.given.items()).split()
     words = ["train.py", "--data", folder, *device, *tiny]
     short = [*words, "--steps", 40 if report.is_tiny else 100, "--no-compile", "--out"]
-    run, whole, log = WORK / "resumed", WORK / "whole", WORK / "compiled" / "log.csv"
+    resumed, whole, log = WORK / "resumed", WORK / "whole", WORK / "compiled" / "log.csv"
     report.head("program", "s", "its last line, or the result")
     if sys.platform != "win32":  # Windows has no SIGINT for other processes
-        row("train.py, interrupted", report.program, "stop", *short, run, interrupt=run / "log.csv")
-    row("train.py, resumed", report.program, "resumed", *short, run)
+        row("train.py, interrupted", report.program, "stop", *short, resumed,
+            interrupt=resumed / "log.csv")  # fmt: skip
+    row("train.py, resumed", report.program, "resumed", *short, resumed)
     row("train.py, whole", report.program, "whole", *short, whole)
 
     def difference():
-        one, other = (torch.load(path / "checkpoint.pt", "cpu") for path in (run, whole))
+        one, other = (torch.load(path / "checkpoint.pt", "cpu") for path in (resumed, whole))
         one, other = (torch.cat([v.flatten() for v in s["model"].values()]) for s in (one, other))
         return f"| {(one - other).norm() / other.norm():.1e}, relative to the weights"
 
@@ -271,12 +267,13 @@ def programs(report):
     longer = "--steps", 60 if report.is_tiny else 300, how, "--out", log.parent
     row("train.py, compiled", report.program, "compiled", *words, *longer)
     row("its mean loss", losses)
-    flags = "--data", folder, "--images", 8, "--checkpoint", run, *device
+    from_run = "--checkpoint", resumed
+    flags = "--data", folder, "--images", 8, *from_run, *device
     row("evaluate.py", report.program, "evaluate", "-m", "extras.evaluate", *flags)
-    row("export.py", report.program, "export", "export.py", "--checkpoint", run, "--onnx", FILES[0])
+    row("export.py", report.program, "export", "export.py", *from_run, "--onnx", FILES[0])
     row("half.py", report.program, "half", "-m", "extras.half", *FILES)
     draw = "sample.py", "--out", WORK / "samples.png", "-n", 8 if report.is_tiny else 64
-    with_torch = *draw, "--checkpoint", run, *device
+    with_torch = *draw, *from_run, *device
     row("1,000 steps in torch", report.program, "sample-torch", *with_torch)
     for path in FILES:
         flags = "--onnx", path, "--device", report.onnx
@@ -294,7 +291,7 @@ def sampling(report):
     """Compare eps on the device with float32 in torch on the CPU, and time Algorithm 2."""
     from extras.torch_network import TorchNetwork
 
-    exact, diffusion, _ = train.load(WORK / "resumed")
+    exact, diffusion, _ = run.load(WORK / "resumed")
     x0 = from_pixels(torch.from_numpy(demo_images()[:64]))
     x0 = torch.nn.functional.interpolate(x0, report.size)
 

@@ -13,6 +13,7 @@ benchmarks/ladder.csv and is drawn only once. With OMP_NUM_THREADS=1, the progra
 import argparse
 import csv
 import itertools
+import os
 import signal
 import statistics
 import sys
@@ -27,26 +28,27 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-import train  # noqa: E402
 from benchmarks import frechet  # noqa: E402
 from ddpm import look_up  # noqa: E402
 from export import to_onnx  # noqa: E402
 from extras.variants import eps_of_output, loss_weights, weighted_loss  # noqa: E402
+from run import build, load  # noqa: E402
 from sample import SAMPLERS, Network, sample, to_pixels  # noqa: E402
+from train import main as train  # noqa: E402
 
-ADAM = "--lr 1e-3"
+ADAM = {"parts": (), "lr": 1e-3}
 RUNGS = {  # flags that replace some of --quick, and what they change
-    "paper": (f"--parts {ADAM}", "the paper's: eps, (14), Adam with a learning rate of 1e-3"),
-    "v": (f"--parts v {ADAM}", "the network predicts v"),
-    "muon": ("", "Muon with a learning rate of 6e-3"),
-    "labels": ("--classes", "labels"),
-    "adam-3e-3": ("--parts v --lr 3e-3", ""),  # other learning rates, which are in no table
-    "adam-6e-3": ("--parts v --lr 6e-3", ""),
-    "muon-3e-3": ("--lr 3e-3", ""),
-}  # fmt: skip
+    "paper": (ADAM, "the paper's: eps, (14), Adam with a learning rate of 1e-3"),
+    "v": ({"parts": ("v",), "lr": 1e-3}, "the network predicts v"),
+    "muon": ({}, "Muon with a learning rate of 6e-3"),
+    "labels": ({"classes": True}, "labels"),
+    "adam-3e-3": ({"parts": ("v",), "lr": 3e-3}, ""),  # other learning rates, which no table has
+    "adam-6e-3": ({"parts": ("v",), "lr": 6e-3}, ""),
+    "muon-3e-3": ({"lr": 3e-3}, ""),
+}
 # The other rows of the paper's Table 2: the target, and the weights of the loss
 OTHERS = {"mean-vlb": ("mean", "vlb"), "mean-native": ("mean", "native"), "eps-vlb": ("eps", "vlb")}
-RUNGS |= dict.fromkeys(OTHERS, (f"--parts {ADAM}", ""))
+RUNGS |= dict.fromkeys(OTHERS, (ADAM, ""))
 SHORT, LONG, TABLE_2 = 1500, 10_000, 1650  # training steps
 INCLUDED = "fashion-mnist.onnx"
 WAY = "sampler", "sampling_steps", "variance", "guidance", "samples"
@@ -65,8 +67,8 @@ class OtherTarget(torch.nn.Module):
         return a * x_t + b * self.network(x_t, t, y)
 
 
-def build_other(predicts, weights, settings, shape, names, build=train.build):
-    """Return train.build's network and diffusion with another target, and other loss weights."""
+def build_other(predicts, weights, settings, shape, names):
+    """Return a run's network and diffusion with another target, and other loss weights."""
     network, diffusion = build(settings, shape, names)
     weights = loss_weights(diffusion, weights, predicts)
     diffusion.loss = partial(weighted_loss, diffusion, weights=weights)
@@ -79,15 +81,13 @@ def open_network(args):
     options.intra_op_num_threads = torch.get_num_threads()
     if args.rung.endswith(".onnx"):
         return Network(args.rung, "cpu", options)
-    if args.rung in OTHERS:
-        train.build = partial(build_other, *OTHERS[args.rung])
     out = f"ladder/{args.rung}-{args.seed}-{args.steps}"
-    flags = f"--quick --no-flip --no-amp --warmup 75 --preview-every 2500 {RUNGS[args.rung][0]} "
-    flags += f"--steps {args.steps} --seed {args.seed}"
-    sys.argv = ["train.py", *flags.split(), "--data", f"{args.data}/train", "--out", out]
-    train.main()
+    flags = dict(quick=True, flip=False, amp=False, warmup=75, preview_every=2500)
+    flags |= dict(steps=args.steps, seed=args.seed, data=os.path.abspath(f"{args.data}/train"))
+    how = partial(build_other, *OTHERS[args.rung]) if args.rung in OTHERS else build
+    train(flags | RUNGS[args.rung][0] | {"out": out}, how)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the sampling
-    network, diffusion, state = train.load(out)
+    network, diffusion, state = load(out, how)
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model.onnx"
         onnx.save(to_onnx(network, diffusion, state["shape"], state["names"]), path)

@@ -32,8 +32,8 @@ from docs.make_figures import FIGURES, PAGE, save_sheet  # noqa: E402
 from extras.exact import exact_network, mean_squared_error  # noqa: E402
 from extras.variants import sample  # noqa: E402
 from images import from_pixels, read_folder, read_image  # noqa: E402
+from run import load  # noqa: E402
 from sample import Network  # noqa: E402
-from train import load  # noqa: E402
 
 SIZES, STEPS = (100, 300, 1_000, 10_000, 30_000), 4_000
 TIMES = (0, 5, 20, 50, 100, 200, 250, 300, 350, 400, 450, 500, 550, 600, 700, 850, 999)

@@ -1,8 +1,7 @@
-"""Turn published weights into a run, a run into diffusers' format, or a run into a new run.
+"""Turn published weights into a run, or a run into diffusers' format.
 
     python -m extras.diffusers_weights google/ddpm-cifar10-32 run        # or a folder on the disk
     python -m extras.diffusers_weights --to-diffusers run my-ddpm        # for DDPMPipeline
-    python -m extras.diffusers_weights run new                           # to train on other images
 
 The new run is at step 0, and train.py, export.py and sample.py take it like any other; for example,
 `python train.py --data ./images --out run` trains it further. The diffusers library reads and
@@ -22,8 +21,8 @@ import torch
 from ddpm import UNet, linear_betas
 from export import largest_difference
 from images import replacing
+from run import Settings, begin_anew, build, load
 from sample import check_output, guard_output
-from train import SETTINGS, build, load
 
 NAMES = (  # regular expressions that turn our names into diffusers', in this order
     (r"^(down|up)\.(\d+)\.\d+\.conv\.", r"\1_blocks.\2.\1samplers.0.conv."),
@@ -101,21 +100,21 @@ def from_diffusers(source):
         betas = linear_betas(c.num_train_timesteps, c.beta_start, c.beta_end).tolist()
     base, size = u.block_out_channels[0], int(np.max(u.sample_size or 0))
     attends = ["Attn" in name for name in u.down_block_types]
-    settings = {name: default for name, (_, default, _) in SETTINGS.items()} | {
-        "image_size": size,
-        "base_channels": base,
-        "channel_mults": tuple(channels // base for channels in u.block_out_channels),
-        "num_res_blocks": u.layers_per_block,
-        "attention_resolutions": tuple(size >> k for k, attend in enumerate(attends) if attend),
-        "dropout": u.dropout,
-        "norm_groups": u.norm_num_groups,
-        "betas": tuple(betas),
-        "variance": c.variance_type.removeprefix("fixed_"),
-        "parts": PARTS[c.prediction_type],
-    }
+    settings = Settings(
+        image_size=size,
+        base_channels=base,
+        channel_mults=tuple(channels // base for channels in u.block_out_channels),
+        num_res_blocks=u.layers_per_block,
+        attention_resolutions=tuple(size >> k for k, attend in enumerate(attends) if attend),
+        dropout=u.dropout,
+        norm_groups=u.norm_num_groups,
+        betas=tuple(betas),
+        variance=c.variance_type.removeprefix("fixed_"),
+        parts=PARTS[c.prediction_type],
+    )
     shape = u.in_channels, size, size
     try:
-        network, diffusion = build(settings, shape, ())
+        network, diffusion = build(settings, shape)
     except ValueError as error:
         refuse(source, error)
     weights, new = theirs.state_dict(), network.state_dict()
@@ -130,7 +129,7 @@ def from_diffusers(source):
     ours = partial(UNet.forward, network.eval())  # of a VUNet, too, it is what the network predicts
     if not (worst := largest_difference(ours, output, shape, diffusion.T)) < 1e-4:
         refuse(source, f"its output differs by {worst:.1g} between diffusers and ddpm.py")
-    return {"settings": settings, "shape": shape, "names": (), "ema": network.state_dict()}
+    return {"settings": vars(settings), "shape": shape, "names": (), "ema": network.state_dict()}
 
 
 def to_diffusers(run, folder):
@@ -138,7 +137,7 @@ def to_diffusers(run, folder):
     import diffusers
 
     network, diffusion, state = load(run)
-    s = argparse.Namespace(**state["settings"])
+    s = Settings(**state["settings"])
     attends = [s.image_size >> k in s.attention_resolutions for k in range(len(s.channel_mults))]
     unet = diffusers.UNet2DModel(
         sample_size=s.image_size,
@@ -184,16 +183,13 @@ def main():
     check_output(args.new / "checkpoint.pt")
     if any(args.new.iterdir()):
         parser.error(f"{args.new} must be a new or empty folder")
-    is_run = Path(args.source, "checkpoint.pt").is_file() or Path(args.source).is_file()
-    if not find_spec("diffusers") and (args.to_diffusers or not is_run):
+    if not find_spec("diffusers"):
         sys.exit("published weights need the package diffusers: pip install diffusers")
     if args.to_diffusers:
         to_diffusers(args.source, args.new)
         print(f"{args.new}: DDPMPipeline.from_pretrained (with classes, UNet2DModel's) opens it")
         return
-    state = load(args.source)[2] if is_run else from_diffusers(args.source)
-    state["settings"] |= {"data": None, "warmup": None, "amp": None, "preview_every": None}
-    state |= {"images": None, "step": 0, "model": state["ema"], "optimizer": None}
+    state = begin_anew(from_diffusers(args.source))
     with replacing(args.new / "checkpoint.pt") as file:
         torch.save(state, file)
     print(f"{args.new}: python train.py --data ./images --out {args.new} trains it further")

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from ddpm import Bound, Diffusion
 from images import demo_images, from_pixels, read_folder
+from run import choose_device, count, load
 from sample import check_output, default_run, guard_output
-from train import choose_device, count, load
 
 
 def rate_distortion(bound):

@@ -6,7 +6,7 @@ sample.py draws with it if --checkpoint is given. The noise is the same as with 
 import torch
 
 from extras.variants import sample_progressive
-from train import choose_device, has_bfloat16, load, to_device
+from run import choose_device, has_bfloat16, load, to_device
 
 
 class TorchNetwork:
