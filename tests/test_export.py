@@ -8,7 +8,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import HERE, default_settings, posix
+from conftest import HERE, default_settings
 from onnx import TensorProto
 
 import export
@@ -119,24 +119,6 @@ def test_no_file_appears_that_differs_from_torch(trained, tmp_path, monkeypatch)
     network = load(trained[0] / "run")[0]
     network.conv_out.bias.data.fill_(torch.nan)
     refused(network)
-
-
-@posix
-def test_full_disk_is_one_line(trained, tmp_path, monkeypatch):
-    """A limit on the size of files stands for the disk. The file of before stays."""
-    from resource import RLIMIT_FSIZE, getrlimit, setrlimit
-
-    (tmp_path / "model.onnx").write_text("of before")
-    monkeypatch.setattr(export, "to_onnx", lambda *_: onnx.load(trained[0] / "model.onnx"))
-    network, diffusion, _ = load(trained[0] / "run")
-    before = getrlimit(RLIMIT_FSIZE)
-    setrlimit(RLIMIT_FSIZE, (100_000, before[1]))
-    try:
-        with pytest.raises(SystemExit, match=r"^[^\n]*model.onnx can't be written: [^\n]*$"):
-            export.write_onnx(network, diffusion, SHAPE, (), tmp_path / "model.onnx")
-    finally:
-        setrlimit(RLIMIT_FSIZE, before)
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["of before"]
 
 
 class RunsCode:

@@ -371,21 +371,6 @@ def test_signal_saves_the_batches_that_are_finished(name, pipe, folder):
 
 
 @posix
-def test_second_ctrl_c_ends_at_once(folder):
-    code = "import sample, sys, time\n"
-    code += "sample.grid = lambda *_: print('saving', flush=True) or time.sleep(50)\nsample.main()"
-    process = start(*LONG, code=code)
-    wait_for("all/blue/000003.png", process)
-    process.send_signal(signal.SIGINT)
-    while "saving" not in process.stdout.readline():
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    began = time.monotonic()
-    said_by(process, -signal.SIGINT)
-    assert time.monotonic() - began < 20
-
-
-@posix
 def test_ctrl_c_at_any_moment_ends_the_program(folder):
     """It ends even short runs by SIGINT, unless they have ended, and what they saved is whole."""
     began = time.monotonic()
