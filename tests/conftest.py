@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -21,7 +20,6 @@ import torch
 from PIL import Image
 
 import export
-from train import SETTINGS
 
 if sys.platform == "darwin":  # where gloo may not find the machine by its own name
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0")
@@ -103,11 +101,6 @@ def assert_same_run(a, b, rtol=0):
         torch.testing.assert_close(one[part], other[part], rtol=rtol, atol=rtol / 10)
     a, b = (np.loadtxt(folder / "log.csv", delimiter=",", skiprows=1) for folder in (a, b))
     np.testing.assert_allclose(a, b, rtol=10 * rtol)
-
-
-def default_settings(**changes):
-    """Return the default settings of train.py, with changes."""
-    return {name: default for name, (_, default, _) in SETTINGS.items()} | changes
 
 
 def colour_name(colour):
@@ -235,13 +228,16 @@ def exported(monkeypatch):
 
 @pytest.fixture
 def wrap_step(monkeypatch):
-    """Replace each step(k) of train.py by function(step, k)."""
+    """Replace the (loss, norm) of each step k of train.py by function(loss, norm, k)."""
 
     def call(function):
         train = import_module("train")
         algorithm_1 = train.algorithm_1
-        monkeypatch.setattr(
-            train, "algorithm_1", lambda *args: partial(function, algorithm_1(*args))
-        )
+
+        def wrapped(*args):
+            for k, (loss, norm) in enumerate(algorithm_1(*args)):
+                yield function(loss, norm, k) or (loss, norm)
+
+        monkeypatch.setattr(train, "algorithm_1", wrapped)
 
     return call

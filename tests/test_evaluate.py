@@ -13,9 +13,9 @@ from ddpm import Diffusion, linear_betas
 from extras import torch_network
 from extras.torch_network import TorchNetwork
 from images import from_pixels, read_folder
+from run import load
 from sample import Network, sample, sample_progressive
 from test_ddpm import randn, seeded
-from train import load
 
 PROGRAM, BETAS = "extras/evaluate.py", linear_betas()[:40]  # T = 40 takes less time
 X = randn(2, 3, 8, 8)

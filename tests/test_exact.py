@@ -10,7 +10,6 @@ from functools import partial
 
 import pytest
 import torch
-from PIL import Image
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from ddpm import Diffusion, linear_betas
@@ -19,7 +18,6 @@ from docs.points import only_first
 from extras import variants
 from extras.exact import exact_network, mean_squared_error
 from images import demo_images, from_pixels
-from sample import to_image, to_pixels
 from test_ddpm import PAPER, VARIANCES, close, oracle, randn, seeded
 
 DEMO = from_pixels(torch.from_numpy(demo_images()))
@@ -142,32 +140,3 @@ def test_bits_known_are_those_of_a_gaussian_channel():
     expected = (1 + s**2 * abar / (1 - abar)).log2() / 2
     bits = copies.bits_known(PAPER, error, 1)
     torch.testing.assert_close(bits[50:900], expected[50:900], rtol=0.01, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_copies_are_measured(tmp_path, monkeypatch, capsys):
-    """Run docs/copies.py with exact networks, whose samples are copies."""
-
-    def run(*words):
-        monkeypatch.setattr("sys.argv", ["copies.py", *map(str, words)])
-        copies.main()
-        return capsys.readouterr().out
-
-    train, test = tmp_path / "train", tmp_path / "test"
-    for folder, count in ((train, 8), (test, 4)):
-        folder.mkdir()
-        for k, noise in enumerate(randn(count, 28, 28, seed=count).numpy()):
-            to_image(to_pixels(noise)[None]).save(folder / f"{k}.png")
-    monkeypatch.setattr(copies, "SIZES", (4,))
-    monkeypatch.setattr(copies, "train", lambda sets, runs: {
-        key: (exact_network(PAPER, copies.read(folder, 16)), PAPER, None)
-        for key, folder in sets.items()
-    })  # fmt: skip
-    said = run("--data", tmp_path, "--runs", tmp_path / "runs", "--out", tmp_path)
-    assert re.search(r"^4 images: samples are 0\.0 from the nearest", said, re.M)
-    assert re.search(r"^(0\.00000\t){9}.*exact network of 100, training images$", said, re.M)
-    for name in ("transition.png", "copies.png"):
-        assert Image.open(tmp_path / name).width > 400
-    said = run("--data", train, "--samples", train)
-    assert len(re.findall(r"^  0\.0  .*\.png$", said, re.M)) == 8
-    assert float(re.search(r"^median 0\.0; .* another ([\d.]+)$", said, re.M)[1]) > 20

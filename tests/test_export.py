@@ -1,6 +1,7 @@
 """export.py: the ONNX file, which appears only after it agreed with torch, and mistakes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +9,14 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import HERE, default_settings, posix
+from conftest import HERE
 from onnx import TensorProto
 
 import export
 from ddpm import linear_betas
+from run import Settings, build, load
 from sample import Network, example
 from test_ddpm import PAPER, randn
-from train import build, load
 
 SHAPE = 3, 8, 8
 TYPES = {"x_t": (TensorProto.FLOAT, ["batch", *SHAPE]), "t": (TensorProto.INT64, ["batch"])}
@@ -67,8 +68,8 @@ def test_onnx_file_is_what_it_promises(trained):
 
 def test_network_of_v_and_classes_returns_eps(tmp_path):
     """Its file has a third input, and takes any number of images."""
-    small = default_settings(base_channels=8, channel_mults=(1, 2), num_res_blocks=1, parts=("v",))
-    small |= {"attention_resolutions": (4,), "variance": "small"}
+    small = Settings(base_channels=8, channel_mults=(1, 2), num_res_blocks=1, parts=("v",))
+    small = replace(small, attention_resolutions=(4,), variance="small")
     network, diffusion = build(small, SHAPE, ("a", "b"))
     for weights in network.eval().requires_grad_(False).parameters():
         weights += 0.1 * torch.randn_like(weights)
@@ -119,24 +120,6 @@ def test_no_file_appears_that_differs_from_torch(trained, tmp_path, monkeypatch)
     network = load(trained[0] / "run")[0]
     network.conv_out.bias.data.fill_(torch.nan)
     refused(network)
-
-
-@posix
-def test_full_disk_is_one_line(trained, tmp_path, monkeypatch):
-    """A limit on the size of files stands for the disk. The file of before stays."""
-    from resource import RLIMIT_FSIZE, getrlimit, setrlimit
-
-    (tmp_path / "model.onnx").write_text("of before")
-    monkeypatch.setattr(export, "to_onnx", lambda *_: onnx.load(trained[0] / "model.onnx"))
-    network, diffusion, _ = load(trained[0] / "run")
-    before = getrlimit(RLIMIT_FSIZE)
-    setrlimit(RLIMIT_FSIZE, (100_000, before[1]))
-    try:
-        with pytest.raises(SystemExit, match=r"^[^\n]*model.onnx can't be written: [^\n]*$"):
-            export.write_onnx(network, diffusion, SHAPE, (), tmp_path / "model.onnx")
-    finally:
-        setrlimit(RLIMIT_FSIZE, before)
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["of before"]
 
 
 class RunsCode:

@@ -1,4 +1,4 @@
-"""Accelerators, mock ones, and several processes, on one machine or two."""
+"""Accelerators, and several processes, on one machine or two."""
 
 import json
 import os
@@ -14,73 +14,18 @@ import torch
 from conftest import HERE, TINY, assert_same_run, command, posix, read
 from PIL import Image
 
-import train
+from run import choose_device
 
 CPU = torch.device("cpu")
 
 # ------------------------------------------------------------------------------------- accelerators
 
 
-@pytest.fixture
-def machine(monkeypatch):
-    """Pretend that torch sees an accelerator; return a list of the indices that are set."""
-
-    def pretend(kind, rank=0, world=1, ones=None):
-        indices, found = [], kind and torch.device(kind)
-        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: found)
-        monkeypatch.setattr(torch.accelerator, "set_device_index", indices.append)
-        monkeypatch.setattr(torch, "ones", ones or (lambda *_, **__: None))
-        monkeypatch.setattr(train, "LOCAL_RANK", rank)
-        monkeypatch.setattr(train, "WORLD", world)
-        return indices
-
-    return pretend
-
-
-@pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
-def test_auto_is_the_accelerator_of_the_machine(kind, machine):
-    indices = machine(kind)
-    for name in ("auto", kind, f"{kind}:0"):
-        assert train.choose_device(name) == torch.device(kind, 0)
-    assert train.choose_device("cpu") == CPU and indices == [0, 0, 0]
-    assert train.choose_device(f"{kind}:3") == torch.device(kind, 3) and indices[3:] == [3]
-    indices = machine(kind, rank=2, world=4)
-    assert train.choose_device(kind) == torch.device(kind, 2) and indices == [2]
-
-
-def test_devices_that_are_not_there_are_one_line(machine):
-    assert train.choose_device("auto") == CPU
+def test_devices_that_are_not_there_are_one_line():
+    assert choose_device("auto") == CPU
     for name in "cuda", "xpu:1", "quantum":
         with pytest.raises(SystemExit, match=rf"^--device {name}: .*[a-z]"):
-            train.choose_device(name)
-
-    def fail(*_, **__):
-        raise RuntimeError("CUDA error: no kernel image is available\nCompile with ...")
-
-    machine("cuda", ones=fail)
-    with pytest.raises(
-        SystemExit, match=r"^--device auto: CUDA error: no kernel image is avail.*$"
-    ):
-        train.choose_device("auto")
-
-
-@pytest.mark.parametrize("answer", [True, False])
-def test_bfloat16_is_used_where_it_is_fast(answer, monkeypatch):
-    """Old GPUs and most processors only emulate it."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": answer})
-    for module in (torch.cuda, torch.xpu):
-        monkeypatch.setattr(module, "is_bf16_supported", lambda *, including_emulation: answer)
-    for kind in map(torch.device, ("cpu", "cuda:1", "xpu")):
-        assert train.decide({"data": "."}, None, "run", kind).amp is answer
-    assert not train.has_bfloat16(torch.device("mps"))
-
-
-def test_processes_are_connected_by_the_library_of_their_device(monkeypatch):
-    used = []
-    monkeypatch.setattr(train.dist, "init_process_group", lambda backend, **_: used.append(backend))
-    for kind in "cpu", "cuda", "xpu":
-        train.join(torch.device(kind))
-    assert used == ["cpu:gloo", "cpu:gloo,cuda:nccl", "cpu:gloo,xpu:xccl"]
+            choose_device(name)
 
 
 # -------------------------------------------------------------------------------- several processes

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from conftest import default_settings
 
 from ddpm import UNet
 from extras.variants import as_eps
 from quick import Muon, VUNet, hidden_weights, orthogonalize
+from run import Settings, build
 from test_ddpm import PAPER, randn, small_unet
-from train import build
 
 SMALL = dict(image_size=8, base_channels=8, channel_mults=(1, 2), num_res_blocks=1,
              attention_resolutions=(4,), dropout=0.0)  # fmt: skip
@@ -30,7 +29,7 @@ def test_network_predicts_v_and_returns_eps(classes):
 
 @pytest.mark.parametrize("parts", [(), ("v",)])
 def test_part_v_replaces_the_network(parts):
-    small = default_settings(**SMALL, parts=parts, betas=[0.1, 0.2])
+    small = Settings(**SMALL, parts=parts, betas=[0.1, 0.2])
     network, diffusion = build(small, (1, 8, 8), "ab")
     assert isinstance(network, VUNet) == ("v" in parts) and isinstance(network, UNet)
     assert diffusion.T == 2 and network.num_classes == 2

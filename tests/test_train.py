@@ -1,6 +1,5 @@
 """The promises of train.py: the step, the settings and flags, and what one command does."""
 
-import argparse
 import contextlib
 import copy
 import re
@@ -13,10 +12,11 @@ import networks
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, TINY, default_settings, python, read
+from conftest import HERE, TINY, python, read
 from PIL import Image
 
 import export
+import run as runs
 import train
 from ddpm import Diffusion, UNet
 from images import demo_images
@@ -31,8 +31,8 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 
 
 def settings(**given):
-    """Return the settings of the paper, as a namespace, but for those that are given."""
-    return argparse.Namespace(**default_settings(warmup=0, amp=False) | given)
+    """Return the settings of the paper, but for those that are given."""
+    return runs.Settings(**dict(warmup=0, amp=False) | given)
 
 
 # ----------------------------------------------------------------------------------------- the step
@@ -79,20 +79,21 @@ def test_step_is_algorithm_1(flip, parts, classes):
     start, ema = copy.deepcopy(model), copy.deepcopy(model).requires_grad_(False)
     *others, last = model.parameters()
     descent = torch.optim.SGD([{"params": others[::-1]}, {"params": [last]}])
-    s = settings(batch=16, flip=flip, accumulate=parts, lr=0.2, warmup=2, seed=4)
-    loss, norm = train.algorithm_1(model, ema, descent, PAPER, images, labels, s)(0)
+    s = settings(batch=18, flip=flip, accumulate=parts, lr=0.2, warmup=2, seed=4)
+    data = train.Data(images, labels, ("a", "b", "c")[:classes], "")
+    loss, norm = next(train.algorithm_1(model, ema, descent, PAPER, data, s))
 
     train.set_seed(CPU, 4, 0, 0)
-    index = torch.randint(len(images), (16,))
+    index = torch.randint(len(images), (18,))
     x0 = images[index].double() / 127.5 - 1
-    mirrored = torch.rand(16, 1, 1, 1) < 0.5
+    mirrored = torch.rand(18, 1, 1, 1) < 0.5
     assert mirrored.any() and not mirrored.all()
     if flip:
         x0 = torch.where(mirrored, x0.flip(3), x0)
-    t, noise = torch.randint(1000, (16,)), torch.randn(x0.shape)
+    t, noise = torch.randint(1000, (18,)), torch.randn(x0.shape)
     abar = at(PAPER.alphas_bar, t)
     x_t = (abar.sqrt() * x0 + (1 - abar).sqrt() * noise).float()
-    y = labels[index].where(torch.rand(16) >= 0.1, 3) if classes else None
+    y = labels[index].where(torch.rand(18) >= 0.1, 3) if classes else None
     by_hand = copy.deepcopy(start)
     expected = (noise - by_hand(x_t, t, y)).square().mean()
     assert loss == pytest.approx(expected.item(), rel=1e-5)
@@ -111,23 +112,22 @@ def test_a_tenth_of_the_labels_is_dropped(monkeypatch):
     seen = []
 
     class Network(torch.nn.Linear):
-        num_classes, no_sync = 3, contextlib.nullcontext
-
         def forward(self, x_t, t, y):  # there is hardly any noise in x_t
             k = ((x_t.flatten() / 0.99995 + 1) * 127.5).round().long()
             seen.append(torch.stack([labels[k], y]))
             return super().forward(x_t)
 
     def drawn(processes, parts):
-        """Return the true and the given labels of ten batches, (2, 2000)."""
-        s = settings(batch=200, flip=False, accumulate=parts)
+        """Return the true and the given labels of ten batches, (2, 2100)."""
+        s = settings(batch=210, flip=False, accumulate=parts)
+        data = train.Data(images, labels, ("a", "b", "c"), "")
         monkeypatch.setattr(train, "WORLD", processes)
         seen.clear()
         for k, rank in product(range(10), range(processes)):
             monkeypatch.setattr(train, "RANK", rank)
             network = Network(1, 1)
             adam = torch.optim.Adam(network.parameters())
-            train.algorithm_1(network, network, adam, Diffusion([1e-7]), images, labels, s)(k)
+            next(train.algorithm_1(network, network, adam, Diffusion([1e-7]), data, s, k))
         return torch.cat(seen, 1)
 
     true, given = whole = drawn(1, 1)
@@ -154,28 +154,22 @@ def test_amp_computes_the_network_in_bfloat16(amp, tiny, tmp_path, monkeypatch):
 
 def test_step_never_waits_for_the_device(monkeypatch):
     """The meta device stands for CUDA. It has no values, so that reading them raises an error."""
-    copied, to = [], torch.Tensor.to
-
-    def watched(x, *args, **kwargs):
-        copied.append(x.device != (y := to(x, *args, **kwargs)).device)
-        return y
-
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # no meta
     monkeypatch.setattr(train, "set_seed", lambda *_: None)
     with META:
         model, images = UNet(8, 3, 8, (1, 2), 1, (4,)), torch.zeros(20, 3, 8, 8, dtype=torch.uint8)
     ema, adam = copy.deepcopy(model).requires_grad_(False), torch.optim.Adam(model.parameters())
     s = settings(batch=8, accumulate=2)
-    step = train.algorithm_1(model, ema, adam, PAPER, images, None, s)
-    monkeypatch.setattr(torch.Tensor, "to", watched)
-    status = [step(k) for k in range(2)][1]
-    assert copied and not any(copied) and status.is_meta and status.shape == (2,)
+    steps = train.algorithm_1(model, ema, adam, PAPER, train.Data(images, None, (), ""), s)
+    for _ in range(2):
+        loss, norm = next(steps)
+        assert loss.is_meta and norm.is_meta and loss.ndim == norm.ndim == 0
 
 
-@pytest.mark.parametrize("given, names", [({}, ()), ({}, "ab"), (train.QUICK, "ab")])
+@pytest.mark.parametrize("given, names", [({}, ()), ({}, "ab"), (runs.QUICK, "ab")])
 def test_network_is_one_graph_over_three_steps(given, names):
     """Neither the paper's network nor that of --quick makes the compiler break or begin again."""
-    network, diffusion = train.build(default_settings(**given), (3, 32, 32), names)
+    network, diffusion = runs.build(runs.Settings(**given), (3, 32, 32), names)
     graphs = []
 
     def keep(graph, _):
@@ -197,16 +191,16 @@ def test_compiling_is_chosen_where_triton_can_work(tiny, tmp_path, monkeypatch):
     tiny("--steps", 2, "--compile")
     (options,) = calls
     assert {*options["options"]} <= {*torch._inductor.list_options()}
-    monkeypatch.setattr(train, "find_spec", lambda name: name)
-    monkeypatch.setattr(train.shutil, "which", lambda name: name)
+    monkeypatch.setattr(runs, "find_spec", lambda name: name)
+    monkeypatch.setattr(runs.shutil, "which", lambda name: name)
     header = tmp_path / "Python.h"
-    monkeypatch.setattr(train.sysconfig, "get_path", lambda *_: tmp_path)
-    assert train.missing_for_compile() == ["Python.h"]
+    monkeypatch.setattr(runs.sysconfig, "get_path", lambda *_: tmp_path)
+    assert runs.missing_for_compile() == ["Python.h"]
     header.touch()
-    assert train.missing_for_compile() == []
-    monkeypatch.setattr(train.shutil, "which", lambda name: None)
+    assert runs.missing_for_compile() == []
+    monkeypatch.setattr(runs.shutil, "which", lambda name: None)
     monkeypatch.delenv("CC", raising=False)
-    assert train.missing_for_compile() == ["gcc"]
+    assert runs.missing_for_compile() == ["gcc"]
 
 
 # -------------------------------------------------------------------------------------- one command

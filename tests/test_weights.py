@@ -10,8 +10,8 @@ from conftest import TINY, read
 from safetensors.torch import save_file
 
 from ddpm import UNet, linear_betas
+from run import load
 from test_ddpm import randn, seeded
-from train import load
 
 diffusers = pytest.importorskip("diffusers")
 PROGRAM = "extras/diffusers_weights.py"
