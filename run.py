@@ -249,7 +249,7 @@ class Run:
     """
 
     def __init__(self, out):
-        self.out, self.lock = out, None
+        self.out, self.lock = out, filelock.FileLock(out / ".lock")
 
     def open(self, data=None, init=None):
         """Hold the folder, and return its checkpoint, or else what --init begins with, or None.
@@ -272,7 +272,6 @@ class Run:
 
     def hold(self):
         """Take the lock of the folder, which a killed process loses. Exits if another has it."""
-        self.lock = filelock.FileLock(self.out / ".lock")
         try:
             self.lock.acquire(timeout=0)
         except filelock.Timeout:
@@ -283,6 +282,7 @@ class Run:
     def still_hold(self):
         """Exit if the folder has become another run's. Make it again if it was moved or removed."""
         if not (self.out / ".lock").exists():
+            self.lock.release()
             self.out.mkdir(parents=True, exist_ok=True)
             self.hold()
         elif os.stat(self.out / ".lock").st_ino != self.number:

@@ -253,37 +253,40 @@ def from_first(function, *args):
 # -------------------------------------------------------------------------------------- the program
 
 
-def load_images(s, channels, run, device):
-    """Return the Data, decoded into the folder of the run if no other process has done this."""
-    if s.data is None:
-        images, labels, names = demo_images(), None, ()
-    else:
+def load_images(s, state, run, device):
+    """Return the Data, decoded into the folder of the run unless they are there.
+
+    Exits if they are not the images of the checkpoint `state`.
+    """
+    images, labels, names = demo_images(), None, ()
+    if s.data is not None:
+        channels = state["shape"][0] if state else s.in_channels
         run.out.mkdir(parents=True, exist_ok=True)
         images, labels, names = read_folder(s.data, s.image_size, channels, s.classes, run.out)
     digest = hashlib.blake2b(np.ascontiguousarray(images), digest_size=8)
     digest.update(repr((images.shape, names, labels is not None and labels.tolist())).encode())
+    digest, shape = digest.hexdigest(), images.shape[1:]
+    if state and (shape, names) != (state["shape"], state["names"]):
+        sys.exit(f"train.py: {run.out} is for images of {state['shape']} and the classes "
+                 f"{state['names']}")  # fmt: skip
+    if state and state["images"] not in (None, digest):
+        if s.data != state["settings"]["data"]:
+            sys.exit(f"train.py: {run.out} was trained on other images; use another --out")
+        print(f"the images have changed since step {state['step']:,}; training continues with them")
     if s.data is not None and LOCAL_RANK == 0:
         run.forget_images(images.filename)
     images = torch.from_numpy(images)
     images = images.to(device) if images.nbytes < 2e9 else images  # larger ones move per batch
     labels = None if labels is None else torch.from_numpy(labels).to(images.device)
-    return Data(images, labels, names, digest.hexdigest())
+    return Data(images, labels, names, digest)
 
 
-def check_images(data, s, state, out):
-    """Exit if the images are not those of the run, or differ between the processes."""
+def check_processes(s, data):
+    """Exit if the settings or the images of the processes differ."""
     mine = vars(s) | {"data": None, "images": data.digest}
     if others := [other for other in from_all(mine) if other != mine]:
         wrong = [name for name in mine if others[0][name] != mine[name]]
-        sys.exit(f"the processes have different {' and '.join(wrong)}")
-    shape = tuple(data.images.shape[1:])
-    if state and (shape, data.names) != (tuple(state["shape"]), tuple(state["names"])):
-        sys.exit(f"train.py: {out} is for images of {state['shape']} and the classes "
-                 f"{state['names']}")  # fmt: skip
-    if state and state["images"] not in (None, data.digest):
-        if s.data != state["settings"]["data"]:
-            sys.exit(f"train.py: {out} was trained on other images; use another --out")
-        print(f"the images have changed since step {state['step']:,}; training continues with them")
+        leave(f"the processes have different {' and '.join(wrong)}")
 
 
 def describe(run, data, s, device):
@@ -331,13 +334,10 @@ def main(given=None, build=build):
     run = Run(Path(given.get("out") or ("run" if given.get("data") else "demo")))
     state = from_first(run.open, given.get("data"), given.get("init"))
     s = agree(choose_settings, given, state, run.out, device, WORLD)
-    channels = state["shape"][0] if state else s.in_channels
-    load_here = partial(load_images, s, channels, run, device)
-    data = agree(
-        load_here if LOCAL_RANK == 0 else lambda: None
-    )  # the others then find them decoded
+    load_here = partial(load_images, s, state, run, device)
+    data = agree(load_here if LOCAL_RANK == 0 else lambda: None)  # the others find them decoded
     data = agree(load_here if LOCAL_RANK > 0 else lambda: data)
-    agree(check_images, data, s, state, run.out)
+    check_processes(s, data)
 
     run.begin(s, data, state, device, build)
     if RANK == 0:

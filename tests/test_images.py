@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS
+from conftest import COLOURS, posix
 from PIL import EpsImagePlugin, Image
 
 import images

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    HERE,
     TINY,
     assert_same_run,
     command,
@@ -118,6 +119,8 @@ def test_settings_that_contradict_the_run_are_refused(tiny, run, tmp_path):
     tiny("--steps", 4)
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     state, out = read(tmp_path / "run"), Path("run")
+    state["settings"]["parts"] = ("v", "muon")
+    choose_settings({"parts": ("muon", "v")}, state, out, CPU)  # in another order
     for name, value in OTHER.items():
         flag = as_flag(name, value)
         refused = pytest.raises(SystemExit, match=f"run was begun without {flag}; omit")
@@ -130,7 +133,7 @@ def test_settings_that_contradict_the_run_are_refused(tiny, run, tmp_path):
         same = {name: state["settings"][name]}
         assert vars(choose_settings(same, state, out, CPU)) == state["settings"]
     free = dict(steps=9, dropout=0.3, accumulate=2, amp=True, preview_every=3, save_minutes=1.0)
-    assert free.keys() == {*FREE}.keys()
+    assert free.keys() == {*FREE}
     assert vars(choose_settings(free, state, out, CPU)) == state["settings"] | free
     assert "begun without --quick; omit it" in tiny("--quick", code=1)
     assert "at step 4 already; --steps can't be smaller" in tiny("--steps", 3, code=1)
@@ -208,6 +211,50 @@ def test_second_process_in_a_folder_is_one_line(tiny, tmp_path):
     tiny("--steps", 1)
 
 
+@posix
+@pytest.mark.parametrize("removed", ["", ".lock"])
+def test_old_process_never_overwrites_a_new_run(removed, tiny, tmp_path, wrap_step):
+    """The folder, or its lock, is removed during a run, and another run begins there."""
+
+    def begin_another(loss, norm, k):
+        if k == 2:
+            path = tmp_path / "run" / removed
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            (tmp_path / "run").mkdir(exist_ok=True)
+            (tmp_path / "run" / "checkpoint.pt").write_text("new")
+            (tmp_path / "run" / "log.csv").write_text("new")
+            (tmp_path / "run" / ".lock").touch()
+
+    wrap_step(begin_another)
+    assert "run is another run now; step 3 is not saved" in tiny("--steps", 5, code=1)
+    for name in "checkpoint.pt", "log.csv":
+        assert (tmp_path / "run" / name).read_text() == "new"
+
+
+@posix
+def test_folder_that_is_moved_during_a_run_loses_nothing(tiny, run, tmp_path, wrap_step):
+    move = (tmp_path / "run").rename
+    wrap_step(lambda loss, norm, k: (move(tmp_path / "moved") and None) if k == 2 else None)
+    tiny("--steps", 5, "--save-minutes", 0)
+    assert (read(tmp_path / "moved")["step"], read(tmp_path / "run")["step"]) == (2, 5)
+
+
+def test_files_of_the_user_in_the_folder_stay(tiny, tmp_path):
+    """A log of something else is refused; odd rows, as a spreadsheet leaves them, are skipped."""
+    (tmp_path / "run").mkdir()
+    log, mine = tmp_path / "run" / "log.csv", (".notes.tmp", ".images-list")
+    for name in mine:
+        (tmp_path / "run" / name).write_text("mine")
+    log.write_text("date,weight\n")
+    assert "run/log.csv is not a log of train.py" in tiny("--steps", 2, code=1)
+    log.unlink()
+    tiny("--steps", 2)
+    log.write_text(log.read_text().replace("\n2,", "\n\n1;5\nx,1,2,3\n2,"))
+    tiny("--steps", 3)
+    assert logged(tmp_path / "run") == [1, 2, 3]
+    assert all((tmp_path / "run" / name).read_text() == "mine" for name in mine)
+
+
 # ---------------------------------------------------------------------------- full disks and losses
 
 
@@ -260,7 +307,8 @@ def test_signal_ends_training_after_a_step_that_is_saved(
     with restoring_signals():
         signal.signal(number, signal.SIG_DFL)  # the shell ignores Ctrl-C for what runs behind `&`
         said = tiny("--steps", 13)
-    assert "stopped at step 6; to go on: python train.py --out run\n" in said
+    again = shlex.join(["python", str(HERE / "train.py"), "--out", "run"])
+    assert f"stopped at step 6; to go on: {again}\n" in said
     assert ended == [(number, signal.SIG_DFL)]
     assert read(tmp_path / "run")["step"] == 6 and logged(tmp_path / "run") == [*range(1, 7)]
 

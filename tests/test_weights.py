@@ -62,7 +62,7 @@ def test_weights_become_a_run_and_a_run_becomes_weights(shape, schedule, tmp_pat
 
 
 def test_weights_are_trained_further(image_folder, class_folder, tmp_path, run):
-    """Their norm groups and betas stay for good, and they begin anew on other images."""
+    """Their norm groups and betas stay for good, and a run begins with their weights by --init."""
     weights = publish(tmp_path / "in")[0].state_dict()
     (file,) = (tmp_path / "in").glob("*.safetensors")
     file.unlink()
@@ -71,10 +71,11 @@ def test_weights_are_trained_further(image_folder, class_folder, tmp_path, run):
         weights = {k.replace(f".{new}.", f".{old}."): v for k, v in weights.items()}
     torch.save(weights, file.with_suffix(".bin"))
     words = "--steps", 2, "--lr", 1e-3, "--batch", 4, "--device", "cpu"
-    for source, out, data in ("in", "run", image_folder), ("run", "new", class_folder):
-        run(PROGRAM, source, out, cwd=tmp_path)
-        begun = read(tmp_path / out)["settings"]
-        run("train.py", "--data", data, "--out", out, *words, cwd=tmp_path)
+    run(PROGRAM, "in", "run", cwd=tmp_path)
+    begun = read(tmp_path / "run")["settings"]
+    new = "--out", "new", "--init", "run"
+    for out, data, *options in ("run", image_folder, "--out", "run"), ("new", class_folder, *new):
+        run("train.py", "--data", data, *options, *words, cwd=tmp_path)
         network, diffusion, state = load(tmp_path / out)
         assert state["step"] == 2 and state["settings"]["lr"] == 1e-3
         assert network.norm_out.num_groups == 1 and len(diffusion.betas) == 40
@@ -84,11 +85,14 @@ def test_weights_are_trained_further(image_folder, class_folder, tmp_path, run):
 def test_new_run_has_the_averaged_weights_and_the_classes(class_folder, tmp_path, run):
     words = "--classes --parts v --lr 0.01 --warmup 0 --steps 20 --out old".split()
     run("train.py", "--data", class_folder, *TINY, *words, cwd=tmp_path)
-    run(PROGRAM, "old", "new", cwd=tmp_path)
+    words = "--classes --out new --init old --lr 0 --steps 1".split()
+    run("train.py", "--data", class_folder, "--device", "cpu", *words, cwd=tmp_path)
+    run("train.py", "--data", class_folder, "--device", "cpu", *words, cwd=tmp_path)  # is finished
     run(PROGRAM, "--to-diffusers", "new", "out", cwd=tmp_path)
     (network, _, old), state = load(tmp_path / "old"), read(tmp_path / "new")
-    assert (state["step"], state["names"]) == (0, old["names"])
-    assert all(torch.equal(state["model"][name], weight) for name, weight in old["ema"].items())
+    assert (state["step"], state["names"]) == (1, old["names"])
+    for part in "model", "ema":
+        assert all(torch.equal(state[part][name], weight) for name, weight in old["ema"].items())
     theirs = diffusers.UNet2DModel.from_pretrained(tmp_path / "out", subfolder="unet").eval()
     x, t, y = randn(4, 3, 8, 8), torch.tensor([0, 10, 500, 999]), torch.tensor([0, 1, 2, 3])
     with torch.no_grad():
