@@ -59,14 +59,6 @@ def test_quotes_are_the_code():
         assert any(found), quote
 
 
-def test_equations_are_in_the_code_with_their_numbers():
-    """All are, except for the definition (1) and for (16), which no line of code computes."""
-    numbers = re.findall(r"\\tag\{(\d+)\}", LESSON)
-    assert sorted(map(int, numbers)) == [1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 14, 15, 16]
-    for number in set(numbers) - {"1", "16"}:
-        assert re.search(rf"\({number}\)", (HERE / "ddpm.py").read_text("utf-8")), number
-
-
 def test_tests_files_links_and_anchors_exist():
     pages = "".join(PAGES.values())
     names = re.findall(r"`(test_\w+)`", pages)
@@ -111,15 +103,6 @@ def test_flags_exist(help_of):
                 assert re.search(rf"{flag}\b", helps[name]), (name, flag)
         for flag in re.findall(r"`(--[a-z][a-z0-9-]*)", page):
             assert any(re.search(rf"{flag}\b", text) for text in helps.values()), flag
-
-
-@pytest.mark.parametrize("program, title", [("train.py", "Training"), ("sample.py", "Sampling")])
-def test_manual_has_every_flag(program, title, help_of):
-    """Each flag is in the first column of the program's table."""
-    flags = set(re.findall(r"^  (--?[a-z][a-z-]*)", help_of(program), re.M))
-    assert len(flags) > 10
-    for flag in flags - {"-h"}:
-        assert re.search(rf"^\| [^|]*`{flag}\b", section(GUIDE, title), re.M), flag
 
 
 FEW = {"train.py": "--steps 1 --base-channels 8 --batch 4", "sample.py": "--steps 2 -n 2"}

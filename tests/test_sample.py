@@ -242,14 +242,6 @@ def test_wrong_checkpoints_are_one_line(unet, program, folder):
 # ---------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize("error", [RuntimeError, ValueError])
-def test_bug_keeps_its_traceback(error, program, monkeypatch):
-    wrong = lambda *_: (_ for _ in ()).throw(error("a shape"))  # noqa: E731
-    monkeypatch.setattr(sample.Network, "__call__", wrong)
-    with pytest.raises(error, match="a shape"):
-        program("-n", 1)
-
-
 @pytest.mark.parametrize(
     "code, said, flags",
     [
