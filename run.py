@@ -248,8 +248,8 @@ class Run:
     steps that have been taken. One process opens the folder, and holds it until its end.
     """
 
-    def __init__(self, out):
-        self.out, self.lock = out, filelock.FileLock(out / ".lock")
+    def __init__(self, out, build=build):
+        self.out, self.build, self.lock = out, build, filelock.FileLock(out / ".lock")
 
     def open(self, data=None, init=None):
         """Hold the folder, and return its checkpoint, or else what --init begins with, or None.
@@ -257,9 +257,7 @@ class Run:
         Exits if another process holds the folder, or if it is that of the images, or above it.
         """
         if data and Path(data).resolve().is_relative_to(self.out.resolve()):
-            sys.exit(
-                f"train.py: --out {self.out} must not be the folder of the images, or above it"
-            )
+            sys.exit(f"train.py: --out {self.out} must not be the folder of the images or above it")
         check_output(self.out / "checkpoint.pt")
         self.hold()
         ours = r"\.(checkpoint\.pt|log\.csv|images-[0-9a-f]{16})\.[0-9a-f]{16}\.tmp"
@@ -267,8 +265,8 @@ class Run:
             if re.fullmatch(ours, path.name):
                 path.unlink()
         if (self.out / "checkpoint.pt").exists():
-            return load(self.out)[2]
-        return begin_anew(load(init)[2]) if init else None
+            return load(self.out, self.build)[2]
+        return begin_anew(load(init, self.build)[2]) if init else None
 
     def hold(self):
         """Take the lock of the folder, which a killed process loses. Exits if another has it."""
@@ -288,12 +286,12 @@ class Run:
         elif os.stat(self.out / ".lock").st_ino != self.number:
             sys.exit(f"train.py: {self.out} is another run now; step {self.step:,} is not saved")
 
-    def begin(self, settings, data, state, device, build=build):
+    def begin(self, settings, data, state, device):
         """Make the parts on a device, or load them from a checkpoint. data: the images."""
         torch.manual_seed(settings.seed)
         self.settings, self.shape, self.names = settings, data.images.shape[1:], data.names
         self.images, self.step = data.digest, state["step"] if state else 0
-        network, self.diffusion = build(settings, self.shape, self.names)
+        network, self.diffusion = self.build(settings, self.shape, self.names)
         ema = copy.deepcopy(network.to(device)).requires_grad_(False).eval()
         self.parts = {"model": network, "ema": ema, "optimizer": make_optimizer(network, settings)}
         for name, part in self.parts.items() if state else ():

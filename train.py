@@ -323,7 +323,10 @@ def beside(name):
 
 
 def main(given=None, build=build):
-    """Train a run. given: the flags, {name: value}; without them, those of the command line."""
+    """Train a run. given: the flags, {name: value}; without them, those of the command line.
+
+    build: returns the network and its Diffusion, as in run.py.
+    """
     guard_output()
     given = command_line(__doc__) if given is None else given
     torch.set_float32_matmul_precision("high")  # TF32 for products that stay float32
@@ -331,7 +334,7 @@ def main(given=None, build=build):
     device = choose_device(given.get("device", "auto"), LOCAL_RANK if WORLD > 1 else None)
     join(device)
 
-    run = Run(Path(given.get("out") or ("run" if given.get("data") else "demo")))
+    run = Run(Path(given.get("out") or ("run" if "data" in given else "demo")), build)
     state = from_first(run.open, given.get("data"), given.get("init"))
     s = agree(choose_settings, given, state, run.out, device, WORLD)
     load_here = partial(load_images, s, state, run, device)
@@ -339,7 +342,7 @@ def main(given=None, build=build):
     data = agree(load_here if LOCAL_RANK > 0 else lambda: data)
     check_processes(s, data)
 
-    run.begin(s, data, state, device, build)
+    run.begin(s, data, state, device)
     if RANK == 0:
         run.begin_log()
     describe(run, data, s, device)

@@ -186,7 +186,7 @@ def test_folder_of_a_run_may_hold_other_files_and_be_among_the_images(image_fold
     for images, out in (".", "."), (".", ".."), ("../link/data", "."):
         words = ["--data", images, "--out", out, *TINY, "--steps", 2]
         said = run("train.py", *words, cwd=data, code=1)
-        assert "must not be the folder of the images, or above it" in said
+        assert "must not be the folder of the images or above it" in said
 
 
 def test_checkpoint_that_is_none_is_one_line_and_kept(tiny, tmp_path):
@@ -274,6 +274,21 @@ def test_disk_that_is_full_at_a_checkpoint_leaves_the_old_one(tiny, tmp_path, fi
     assert "run/checkpoint.pt can't be written: [Errno 27] File too large" in said
     assert read(tmp_path / "run")["step"] == 1
     assert not [*(tmp_path / "run").glob(".*.tmp")]
+
+
+@posix
+def test_disk_that_is_full_for_a_moment_does_not_end_the_run(tiny, tmp_path, wrap_step, fill_disk):
+    """The log is full in the middle of a row, and a checkpoint is due."""
+
+    def fill(loss, norm, k):
+        if k in (2, 4):
+            log = tmp_path / "run" / "log.csv"
+            fill_disk(*[log.stat().st_size + 9] * (k == 2))
+
+    wrap_step(fill)
+    said = tiny("--steps", 7, "--save-minutes", 0, "--preview-every", 3)
+    assert said.count("checkpoint.pt can't be written: [Errno 27] File too large; training") == 2
+    assert read(tmp_path / "run")["step"] == 7 and logged(tmp_path / "run") == [*range(1, 8)]
 
 
 @pytest.mark.parametrize("bad", [[math.nan, 1], [1, math.inf]])
