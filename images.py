@@ -31,12 +31,12 @@ Image.init()
 FORMATS = [kind for kind in Image.OPEN if kind != "EPS"]  # EPS would start Ghostscript
 
 
-def read_image(path, size, channels):
+def read_image(path, size, channels, background=255):
     """Return the centre square of an image file: upright, resized, and composited onto white.
 
-    channels: 1 for greyscale, 3 for colour. The result is uint8 (channels, size, size). Raises what
-    Pillow raises if the file is not an image or is damaged, and ValueError if the file does not
-    give the range of its pixels.
+    channels: 1 for greyscale, 3 for colour. background: another grey in place of white. The result
+    is uint8 (channels, size, size). Raises what Pillow raises if the file is not an image or is
+    damaged, and ValueError if the file does not give the range of its pixels.
     """
     with Image.open(path, formats=FORMATS) as image:
         deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
@@ -45,12 +45,13 @@ def read_image(path, size, channels):
         if deep:  # Pillow would clip 16-bit values to 255 instead of scaling them
             values = np.asarray(image)
             pixels = (values / 257).round().astype(np.uint8)
-            image = Image.fromarray(np.where(values == transparent, np.uint8(255), pixels))
+            image = Image.fromarray(np.where(values == transparent, np.uint8(background), pixels))
         elif image.mode in ("I", "F"):
             raise ValueError("the file does not say the range of its 32-bit pixels")
         if image.has_transparency_data:  # transparent pixels have arbitrary colours
             image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            below = Image.new("L", image.size, background).convert("RGBA")
+            image = Image.alpha_composite(below, image)
         image = image.convert("L" if channels == 1 else "RGB")
         image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
         return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)

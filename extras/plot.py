@@ -5,6 +5,7 @@ python -m extras.plot run/log.csv run/loss.png
 
 import argparse
 import sys
+import warnings
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -28,10 +29,11 @@ def main():
     parser.add_argument("out", nargs="?", default="loss.png", help="a PNG file [%(default)s]")
     args = parser.parse_args()
     check_output(args.out, args.log)
+    warnings.simplefilter("error", UserWarning)  # from loadtxt, if there is no row
     try:
         table = np.loadtxt(args.log, delimiter=",", skiprows=1, usecols=(0, 1), ndmin=2)
         parts = np.array_split(table, min(200, len(table)))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UserWarning) as error:
         sys.exit(f"plot.py: {args.log} can't be read: {error}")
     save_plot(args.out, *np.transpose([part.mean(0) for part in parts]), "step", "loss", log=True)
     print(f"{args.out}: the loss of {len(table):,} steps")

@@ -46,8 +46,5 @@ class TorchNetwork:
 
         eps: the network, `guided` or not. draw_noise() returns arrays.
         """
-
-        def on_device():
-            return torch.from_numpy(draw_noise()).to(self.device)
-
-        return sample_progressive(self.diffusion, eps, None, draw_noise=on_device, **options)
+        options["draw_noise"] = lambda: torch.from_numpy(draw_noise()).to(self.device)
+        return sample_progressive(self.diffusion, eps, None, **options)
