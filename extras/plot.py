@@ -29,9 +29,9 @@ def main():
     parser.add_argument("out", nargs="?", default="loss.png", help="a PNG file [%(default)s]")
     args = parser.parse_args()
     check_output(args.out, args.log)
-    warnings.simplefilter("error", UserWarning)  # from loadtxt, if there is no row
     try:
-        table = np.loadtxt(args.log, delimiter=",", skiprows=1, usecols=(0, 1), ndmin=2)
+        with warnings.catch_warnings(action="error"):  # loadtxt warns if there is no row
+            table = np.loadtxt(args.log, delimiter=",", skiprows=1, usecols=(0, 1), ndmin=2)
         parts = np.array_split(table, min(200, len(table)))
     except (OSError, ValueError, UserWarning) as error:
         sys.exit(f"plot.py: {args.log} can't be read: {error}")
