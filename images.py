@@ -31,12 +31,12 @@ Image.init()
 FORMATS = [kind for kind in Image.OPEN if kind != "EPS"]  # EPS would start Ghostscript
 
 
-def read_image(path, size, channels):
+def read_image(path, size, channels, background=255):
     """Return the centre square of an image file: upright, resized, and composited onto white.
 
-    channels: 1 for greyscale, 3 for colour. The result is uint8 (channels, size, size). Raises what
-    Pillow raises if the file is not an image or is damaged, and ValueError if the file does not
-    give the range of its pixels.
+    channels: 1 for greyscale, 3 for colour. background: another grey in place of white. The result
+    is uint8 (channels, size, size). Raises what Pillow raises if the file is not an image or is
+    damaged, and ValueError if the file does not give the range of its pixels.
     """
     with Image.open(path, formats=FORMATS) as image:
         deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
@@ -45,12 +45,13 @@ def read_image(path, size, channels):
         if deep:  # Pillow would clip 16-bit values to 255 instead of scaling them
             values = np.asarray(image)
             pixels = (values / 257).round().astype(np.uint8)
-            image = Image.fromarray(np.where(values == transparent, np.uint8(255), pixels))
+            image = Image.fromarray(np.where(values == transparent, np.uint8(background), pixels))
         elif image.mode in ("I", "F"):
             raise ValueError("the file does not say the range of its 32-bit pixels")
         if image.has_transparency_data:  # transparent pixels have arbitrary colours
             image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            below = Image.new("L", image.size, background).convert("RGBA")
+            image = Image.alpha_composite(below, image)
         image = image.convert("L" if channels == 1 else "RGB")
         image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
         return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
@@ -104,14 +105,16 @@ def report(verb, noun, paths, why):
         print(f"{verb} {len(paths):,} {noun}{'s' * (len(paths) > 1)} {why}: {names}")
 
 
-def check_classes(names, folder):
-    """Exit if a folder does not have these classes; "" stands for images in no sub-folder."""
+def class_names(class_of, folder):
+    """Return the classes of a list of images, "" for none, sorted. Exits if they can't be used."""
+    names = sorted({*class_of})
     if "" in names:
         sys.exit(f"{folder} has images outside of its sub-folders, which are the classes")
     if len(names) < 2:
         sys.exit(f"{folder} needs images in two sub-folders or more, the classes; found: {names}")
     if bad := [name for name in names if not name.isprintable() or set(name) & set('\\:*?"<>|')]:
         sys.exit(f"{bad[0]!r} can't be the name of a class; rename the sub-folder of {folder}")
+    return names
 
 
 def has_colour(path):
@@ -170,9 +173,9 @@ def decode(paths, size, channels, file):
 
 
 def decode_once(paths, size, channels, folder, cache):
-    """Return the images that can be read, (N, C, size, size), and which of the paths these are.
+    """Return the images that can be read, (N, C, size, size), and whether each path is, bool.
 
-    cache: None, or the folder of the file that `decode` writes, which is memory-mapped.
+    cache: the folder of the file that `decode` writes, which is memory-mapped; None to keep none.
     """
     found = [(os.path.relpath(path, folder), *state_of(path)) for path in paths]
     key = ascii((size, channels, found, inspect.getsource(read_image)))
@@ -201,9 +204,9 @@ def read_folder(folder, size, channels=None, classes=None, cache=None):
     """
     warnings.filterwarnings("ignore", module="PIL")  # what can't be read is reported
     paths = image_files(folder)
-    labels = [os.path.dirname(os.path.relpath(path, folder)).split(os.sep)[0] for path in paths]
+    class_of = [os.path.dirname(os.path.relpath(path, folder)).split(os.sep)[0] for path in paths]
     if classes is True:
-        check_classes(sorted({*labels}), folder)  # decoding takes longer
+        class_names(class_of, folder)  # a first look, because decoding takes longer
     channels = channels or (3 if any(map(has_colour, paths)) else 1)
     images, is_read = decode_once(paths, size, channels, folder, cache)
     report("left out", "file", [*compress(paths, ~is_read)], "that can't be read")
@@ -211,12 +214,11 @@ def read_folder(folder, size, channels=None, classes=None, cache=None):
         sys.exit(f"{folder}: there is no image that can be read")
     if not classes:
         return images, None, ()
-    labels = [*compress(labels, is_read)]
-    if classes is True:
-        check_classes(classes := sorted({*labels}), folder)
-    elif unknown := {*labels} - {*classes}:
-        sys.exit(f"{folder} has images in {min(unknown)!r}, but the classes are {classes}")
-    return images, np.array([classes.index(label) for label in labels]), tuple(classes)
+    class_of = [*compress(class_of, is_read)]
+    names = class_names(class_of, folder) if classes is True else [*classes]
+    if unknown := {*class_of} - {*names}:
+        sys.exit(f"{folder} has images in {min(unknown)!r}, but the classes are {names}")
+    return images, np.array([names.index(name) for name in class_of]), tuple(names)
 
 
 # ---------------------------------------------------------------------------------------- the demo

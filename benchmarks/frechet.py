@@ -14,8 +14,9 @@ program also prints what share of them, and of the test images, the classifier r
 
 measures the distance to other images, with a classifier that is trained on them, so this distance
 cannot be compared with the distance to any other data set. --data has two folders, train and test,
-with a sub-folder of images for each of at most ten classes. The first time, the classifier trains
-for a few minutes, and is then kept in the --data folder as ruler.npz.
+with a sub-folder of images for each of at most ten classes, and ten training images or more of
+each. The first time, the classifier trains for a few minutes, and is then kept in the --data folder
+as ruler.npz.
 """
 
 import argparse
@@ -120,15 +121,19 @@ def share_recognised(model, images, labels):
 def read(folder, classes=None):
     """Return images in greyscale, uint8 (N, 1, 32, 32), and labels and names as read_folder does.
 
-    The labels are a tensor, int64 (N,).
+    The labels are a tensor, int64 (N,). Exits if there are fewer than two images.
     """
     images, labels, names = read_folder(folder, SIZE, 1, classes)
+    if len(images) < 2:
+        sys.exit(f"{folder} needs two images or more, because one has no covariance")
     return torch.from_numpy(images), None if labels is None else torch.from_numpy(labels), names
 
 
 def make_ruler(data, path):
     """Train a classifier on data / "train", and save it with the statistics of data / "test"."""
     images, labels, names = read(data / "train", True)
+    if len(names) > 10 or labels.bincount().min() < SETS:
+        sys.exit(f"{data}/train must have at most ten classes, and {SETS} images or more of each")
     test, test_labels, _ = read(data / "test", names)
     model = train_classifier(images, labels)
     of_test, features = statistics(features_of(model, test)), features_of(model, images)

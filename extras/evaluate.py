@@ -9,6 +9,7 @@ evaluations of the network. After Ctrl-C, it reports on the finished batches.
 
 import argparse
 import math
+import os
 import sys
 from functools import partial
 from importlib.util import find_spec
@@ -61,10 +62,7 @@ def measure(network, diffusion, images, labels, batch, noise):
 
 def main():
     guard_output()
-    parser = argparse.ArgumentParser(
-        usage="python -m extras.evaluate --data ./test-images [options]", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--data", help="folder of images [the demo, for a run on the demo]")
     parser.add_argument("--checkpoint", type=Path, default=default_run(), help="run [%(default)s]")
     parser.add_argument("--images", type=count, help="how many images, picked at random [all]")
@@ -78,12 +76,15 @@ def main():
     network, diffusion, state = load(args.checkpoint)
     out = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
     check_output(out / "rate-distortion.csv")
-    size, is_demo = state["shape"][-1], state["images"] and not state["settings"]["data"]
-    if not (args.data or is_demo):
-        sys.exit("--data must be a folder of images that the network has not seen")
-    images, labels = demo_images(), None
+    seen, (channels, size, _) = state["settings"]["data"], state["shape"]
     if args.data:
-        images, labels, _ = read_folder(args.data, size, state["shape"][0], state["names"])
+        if seen and os.path.realpath(args.data) == os.path.realpath(seen):
+            print("--data has the training images, whose bound says little about new images")
+        images, labels, _ = read_folder(args.data, size, channels, state["names"])
+    elif state["images"] and not seen:
+        images, labels = demo_images(), None
+    else:
+        sys.exit("--data must be a folder of images that the network has not seen")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))
     order = order[: args.images]  # shuffled, so that the finished batches are a fair sample
     images = torch.from_numpy(images)[order]

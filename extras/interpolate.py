@@ -43,19 +43,18 @@ def interpolate(network, a, b, t, steps=None, seed=0):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
-    flag("a")
-    flag("b")
+    flag("images", nargs=2, metavar="IMAGE")
     flag("--onnx", default="model.onnx", help="network from export.py [%(default)s]")
     flag("--out", default="interpolated.png", help="a PNG file [%(default)s]")
     flag("--t", type=int, default=200, help="where to mix, 0..T-1 [%(default)s]")
     flag("--steps", type=int, help="steps of the reverse process, 1..t+1 [all]")
     flag("--seed", type=int, default=0, help="seed of the noise [%(default)s]")
     args = parser.parse_args()
-    check_output(args.out, args.onnx, args.a, args.b)
+    check_output(args.out, args.onnx, *args.images)
     try:
         network = Network(args.onnx)
         channels, size, _ = network.shape
-        a, b = (read_image(path, size, channels) for path in (args.a, args.b))
+        a, b = (read_image(path, size, channels) for path in args.images)
         steps = args.t + 1 if args.steps is None else args.steps
         if not 0 < steps <= args.t + 1 <= len(network.betas):
             raise ValueError(f"--t must be 0..{len(network.betas) - 1}, and --steps 1..t+1")
@@ -64,6 +63,8 @@ def main():
         sys.exit(f"interpolate.py: {error}")
     for _, _, x0_hat in tqdm(process, total=steps, unit="step"):
         x0 = x0_hat
+    if not np.isfinite(x0).all():
+        sys.exit("interpolate.py: the network's output is not finite")
     grid(np.stack([a, *to_pixels(x0), b]), rows=1).save(args.out, "PNG")
     print(f"{args.out}: the first image, 11 mixtures (lambda = 0 to 1), and the second image")
 

@@ -5,6 +5,7 @@ python -m extras.plot run/log.csv run/loss.png
 
 import argparse
 import sys
+import warnings
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -29,9 +30,10 @@ def main():
     args = parser.parse_args()
     check_output(args.out, args.log)
     try:
-        table = np.loadtxt(args.log, delimiter=",", skiprows=1, usecols=(0, 1), ndmin=2)
+        with warnings.catch_warnings(action="error"):  # loadtxt warns if there is no row
+            table = np.loadtxt(args.log, delimiter=",", skiprows=1, usecols=(0, 1), ndmin=2)
         parts = np.array_split(table, min(200, len(table)))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UserWarning) as error:
         sys.exit(f"plot.py: {args.log} can't be read: {error}")
     save_plot(args.out, *np.transpose([part.mean(0) for part in parts]), "step", "loss", log=True)
     print(f"{args.out}: the loss of {len(table):,} steps")

@@ -46,8 +46,5 @@ class TorchNetwork:
 
         eps: the network, `guided` or not. draw_noise() returns arrays.
         """
-
-        def on_device():
-            return to_device(torch.from_numpy(draw_noise()), self.device)
-
-        return sample_progressive(self.diffusion, eps, None, draw_noise=on_device, **options)
+        options["draw_noise"] = lambda: to_device(torch.from_numpy(draw_noise()), self.device)
+        return sample_progressive(self.diffusion, eps, None, **options)

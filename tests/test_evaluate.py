@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, colour_name, read
+from conftest import COLOURS, colour_name, posix, read
 from PIL import Image
 
 from ddpm import Diffusion, linear_betas
@@ -86,6 +86,15 @@ def test_interrupt_keeps_the_finished_batches(save, image_folder, tmp_path, run,
     monkeypatch.setattr(Diffusion, "vlb", vlb)
     words = "--data", image_folder, "--batch", 2, "--checkpoint", save("plain")
     assert "on 4 images" in run(PROGRAM, *words, cwd=tmp_path)
+
+
+@posix
+def test_training_images_are_recognised(save, image_folder, run, tmp_path):
+    (tmp_path / "link").symlink_to(image_folder)
+    for seen, says in (image_folder, True), (tmp_path, False), (tmp_path / "gone", False):
+        words = "--data", "link", "--images", 1, "--checkpoint", save("plain", data=str(seen))
+        said = run(PROGRAM, *words, cwd=tmp_path)
+        assert ("--data has the training images" in said) == says and "on 1 images" in said
 
 
 def test_mistakes_are_one_line(save, image_folder, tmp_path, run):

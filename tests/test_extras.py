@@ -1,11 +1,13 @@
 """The programs of extras/ that draw with a model.onnx, and half.py, on the included networks."""
 
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from conftest import posix
 from PIL import Image
 
 from extras.interpolate import interpolate
@@ -56,15 +58,16 @@ def test_half_writes_nothing_that_differs_much(run, tmp_path, monkeypatch, error
 
 
 def test_inpainting_keeps_the_image_outside_of_the_mask(run, drawn, tmp_path):
-    """A white mask and one of ones say the same."""
+    """A white mask, one of ones and white strokes on transparency say the same."""
     image, mask, out = (tmp_path / name for name in ("image.png", "mask.png", "out.png"))
     words = [image, mask, "--onnx", PLAIN, "--out", out, "-n", 4, "--steps", 5]
     to_image(drawn[0]).save(image)
     where = np.zeros((32, 32), bool)
     where[8:20, 4:30] = True
     results = []
-    for white in 255, 1:
-        Image.fromarray(white * where.astype(np.uint8)).save(mask)
+    ones = where.astype(np.uint8)
+    for pixels in 255 * ones, ones, np.stack([255 + 0 * ones, 255 * ones], 2):
+        Image.fromarray(pixels).save(mask)
         assert "selects 30%" in run("inpaint", *words)
         results.append(cells(out, 2, 2).reshape(4, 32, 32).astype(int))
         assert (results[0] == results[-1]).all()
@@ -89,17 +92,37 @@ def test_interpolation_starts_from_mixtures_with_the_same_noise(run, drawn, tmp_
     assert run("interpolate", *words, "--t", 9, "--steps", 11, code=1).endswith("--steps 1..t+1")
 
 
+@pytest.mark.parametrize("name", ["animate", "inpaint", "interpolate"])
+def test_values_that_are_not_finite_are_not_saved(name, run, drawn, tmp_path, monkeypatch):
+    to_image(drawn[0]).save(tmp_path / "a.png")
+    monkeypatch.setattr(Network, "__call__", lambda self, x_t, t, y=None: np.nan * x_t)
+    words = [] if name == "animate" else [tmp_path / "a.png"] * 2
+    said = run(name, *words, "--onnx", PLAIN, "--steps", 2, code=1)
+    assert f"{name}.py: the network's output is not finite" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+@posix
+def test_interrupt_ends_a_program_without_a_traceback(start):
+    process = start("-m", "extras.animate", "--onnx", PLAIN, "--out", "/dev/null", cwd=HERE)
+    while "step" not in (line := process.stdout.read(9)):
+        assert line  # the program goes on
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT and "Traceback" not in said
+
+
 def test_animation_ends_with_the_samples(run, tmp_path):
-    words = ["--onnx", CLASSES, "--class", "boot", "bag", "-n", 6, "--out", tmp_path / "out.gif"]
-    assert "6 images in 11 frames" in run("animate", *words, "--steps", 10, "--guidance", 1)
-    expected = sample(Network(CLASSES), 6, ["boot", "bag"], 1, steps=10)
+    words = ["--onnx", CLASSES, "--class", "boot", "bag", "--out", tmp_path / "out.gif"]
+    assert "11 frames" in run("animate", *words, "--steps", 10, "--guidance", 1)
+    expected = sample(Network(CLASSES), 16, ["boot", "bag"], 1, steps=10)
     with Image.open(tmp_path / "out.gif") as gif:
         assert gif.n_frames == 11 and gif.info["loop"] == 0
         gif.seek(10)
         difference = np.asarray(gif.convert("L"), int) - grid(to_pixels(expected), 2)
     assert abs(difference).max() < 4
     assert "not 'hat'" in run("animate", *words, "--class", "hat", code=1)
-    assert "--steps 1..1000" in run("animate", *words, "--steps", 1001, code=1)
+    assert "--steps must be 1..1000" in run("animate", *words, "--steps", 1001, code=1)
 
 
 def test_curve_of_the_log(run, tmp_path):
@@ -108,4 +131,7 @@ def test_curve_of_the_log(run, tmp_path):
     out = tmp_path / "loss.png"
     assert "1,000 steps" in run("plot", tmp_path / "log.csv", out)
     assert Image.open(out).size == (640, 440)
-    assert "can't be read" in run("plot", out, tmp_path / "other.png", code=1)
+    (tmp_path / "log.csv").write_text("step,loss,grad_norm,lr\n")
+    for log, why in (out, "codec"), (tmp_path / "log.csv", "input contained no data"):
+        said = run("plot", log, tmp_path / "other.png", code=1)
+        assert re.fullmatch(f"plot.py: .* can't be read: .*{why}.*", said)

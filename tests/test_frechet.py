@@ -82,6 +82,21 @@ def test_program_ranks_noise_behind_images(data, run):
     assert "classifier" not in again and again.splitlines()[-6:] == said.splitlines()[-6:]
 
 
+def test_mistakes_are_one_line(run, tmp_path):
+    """Eleven classes, too few images of a class, and one sample; none of them trains anything."""
+    images = {"many": range(11 * 10), "few": [0, 1, 10, 11], "one": [0]}
+    for name, numbers in images.items():
+        for k in numbers:
+            path = tmp_path / name / "train" / f"{k // 10}" / f"{k}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), k).save(path)
+    must = "train must have at most ten classes, and 10 images or more of each"
+    for words, said in (
+        (["--data", "many"], must), (["--data", "few"], must), ([], "one needs two images or more"),
+    ):  # fmt: skip
+        assert said in run("benchmarks/frechet.py", "one", *words, cwd=tmp_path, code=1)
+
+
 def test_tables_of_the_ladder_are_those_of_its_rows():
     rows, included = ladder.read_rows(ladder.HERE / "ladder.csv"), ladder.INCLUDED
     tables = {

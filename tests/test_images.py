@@ -32,7 +32,7 @@ def read_saved(path, image, **options):
     return read_image(path, 4, 3 if has_colour(path) else 1)
 
 
-def test_transparency_is_white(tmp_path):
+def test_transparency_is_white_or_another_grey(tmp_path):
     grey, deep = Image.new("L", (4, 4), 9), Image.fromarray(np.full((4, 4), 300, np.uint16))
     for image, transparent in (
         (Image.new("RGBA", (4, 4), (255, 0, 0, 0)), None), (Image.new("LA", (4, 4), (0, 0)), None),
@@ -40,6 +40,7 @@ def test_transparency_is_white(tmp_path):
         (deep, 300),
     ):  # fmt: skip
         assert (read_saved(tmp_path / "x.png", image, transparency=transparent) == 255).all()
+        assert (read_image(tmp_path / "x.png", 4, 1, background=7) == 7).all()
     half = Image.new("RGBA", (4, 4), (255, 0, 0, 51))
     assert read_saved(tmp_path / "x.png", half)[:, 0, 0].tolist() == [255, 204, 204]
 
