@@ -72,7 +72,7 @@ class Settings:
     attention_resolutions: tuple = flag((16,), "sizes with attention", type=int, nargs="*")
     norm_groups: int = None
     # The method; only published weights set betas
-    data: str = flag(None, "folder of images [the built-in demo]", type=os.path.abspath)
+    data: str = flag(None, "folder of images [the built-in demo]")
     classes: bool = flag(False, "the sub-folders of --data are classes", action=switch)
     betas: tuple = tuple(linear_betas().tolist())
     variance: str = flag("large", "sigma_t^2", choices=("large", "small"))
@@ -91,6 +91,9 @@ class Settings:
     preview_every: int = flag(None, "steps between previews [they take at most 4%% of the time]",
                               type=count)  # fmt: skip
     save_minutes: float = flag(5.0, "minutes between saves", type=amount)
+
+    def __post_init__(self):
+        self.data = self.data and os.path.abspath(self.data)
 
     def describe(self):
         """Return "the paper's", with the flags of what differs."""
