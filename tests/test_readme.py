@@ -153,7 +153,8 @@ def test_lines_of_build_on_it_run(tmp_path, monkeypatch):
     state = {"settings": small, "shape": (3, 8, 8), "names": ()}
     network, _ = run.build(*state.values())
     (tmp_path / "run").mkdir()
-    torch.save(state | {"ema": network.state_dict()}, tmp_path / "run" / "checkpoint.pt")
+    state |= {"settings": vars(small), "ema": network.state_dict()}
+    torch.save(state, tmp_path / "run" / "checkpoint.pt")
     monkeypatch.chdir(tmp_path)
     names = {}
     for code in blocks(section(GUIDE, "Build on it"), "python"):
@@ -174,6 +175,8 @@ def test_lines_of_measuring_arrange_images(class_folder, tmp_path, monkeypatch):
     shutil.copytree(class_folder, tmp_path / "images")
     monkeypatch.chdir(tmp_path)
     exec(split, {})
+    with pytest.raises(SystemExit, match="mine exists"):
+        exec(split, {})
     folders = tmp_path / "images", tmp_path / "mine" / "test", tmp_path / "mine" / "train"
     files, test, rest = ({p.relative_to(f) for p in f.rglob("*.*")} for f in folders)
     assert test | rest == files and not test & rest and len(test) == -(-len(files) // 10)

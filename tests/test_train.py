@@ -1,6 +1,5 @@
 """The promises of train.py: the step, the settings and flags, and what one command does."""
 
-import contextlib
 import copy
 import re
 import shlex
@@ -151,20 +150,6 @@ def test_amp_computes_the_network_in_bfloat16(amp, tiny, tmp_path, monkeypatch):
     kind = "bfloat16" if amp else "float32"
     assert seen == {(torch.float32, getattr(torch, kind))} and f"cpu, {kind}" in said
     assert {w.dtype for w in read(tmp_path / "run")["model"].values()} == {torch.float32}
-
-
-def test_step_never_waits_for_the_device(monkeypatch):
-    """The meta device stands for CUDA. It has no values, so that reading them raises an error."""
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # no meta
-    monkeypatch.setattr(train, "set_seed", lambda *_: None)
-    with META:
-        model, images = UNet(8, 3, 8, (1, 2), 1, (4,)), torch.zeros(20, 3, 8, 8, dtype=torch.uint8)
-    ema, adam = copy.deepcopy(model).requires_grad_(False), torch.optim.Adam(model.parameters())
-    s = settings(batch=8, accumulate=2)
-    steps = train.algorithm_1(model, ema, adam, PAPER, train.Data(images, None, (), ""), s)
-    for _ in range(2):
-        loss, norm = next(steps)
-        assert loss.is_meta and norm.is_meta and loss.ndim == norm.ndim == 0
 
 
 @pytest.mark.parametrize("given, names", [({}, ()), ({}, "ab"), (runs.QUICK, "ab")])
