@@ -9,7 +9,6 @@ train.py trains a run; export.py and extras/ open one with `load`.
 
 import argparse
 import contextlib
-import copy
 import math
 import os
 import re
@@ -245,10 +244,10 @@ def begin_anew(state):
 
 
 class Run:
-    """A run in training: its folder `out`, and the parts whose states are in its checkpoint.
+    """A run in training: its folder `out`, and what its checkpoint holds.
 
-    parts: {"model": the network, "ema": its average, "optimizer"}; diffusion; step: the number of
-    steps that have been taken. One process opens the folder, and holds it until its end.
+    Attributes after `begin`: model, ema (its average), optimizer, settings, shape and names, as in
+    a checkpoint, and step, the number of steps taken. One process opens the folder and holds it.
     """
 
     def __init__(self, out, build=build):
@@ -287,26 +286,24 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
             self.hold()
         elif os.stat(self.out / ".lock").st_ino != self.number:
-            sys.exit(f"train.py: {self.out} is another run now; step {self.step:,} is not saved")
+            sys.exit(f"train.py: {self.out} is another run now, so this one is not saved")
 
-    def begin(self, settings, data, state, device):
-        """Make the parts on a device, or load them from a checkpoint. data: the images."""
-        torch.manual_seed(settings.seed)
+    def begin(self, settings, data, state, model, ema, optimizer):
+        """Keep what will be saved; load the states from the checkpoint `state`, if there is one."""
         self.settings, self.shape, self.names = settings, data.images.shape[1:], data.names
         self.images, self.step = data.digest, state["step"] if state else 0
-        network, self.diffusion = self.build(settings, self.shape, self.names)
-        ema = copy.deepcopy(network.to(device)).requires_grad_(False).eval()
-        self.parts = {"model": network, "ema": ema, "optimizer": make_optimizer(network, settings)}
-        for name, part in self.parts.items() if state else ():
-            if saved := state.pop(name):  # and the memory is free; --init has no optimizer
-                part.load_state_dict(saved)
+        self.model, self.ema, self.optimizer = model, ema, optimizer
+        for name in ("model", "ema", "optimizer") if state else ():
+            if saved := state.pop(name):  # its memory is then free; --init has no optimizer
+                getattr(self, name).load_state_dict(saved)
 
     def save(self):
         """Write the checkpoint, which replaces the old one at once. Exits if that fails."""
         self.still_hold()
         state = {"settings": vars(self.settings), "shape": tuple(self.shape), "names": self.names}
         state |= {"images": self.images, "step": self.step}
-        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        for name in "model", "ema", "optimizer":
+            state[name] = getattr(self, name).state_dict()
         with replacing(self.out / "checkpoint.pt") as file:
             torch.save(state, file)
 
@@ -338,7 +335,7 @@ class Run:
     def draw(self):
         """Save a preview. A full disk does not end the run."""
         path = self.out / f"preview-{self.step:07d}.png"
-        image = preview(self.parts["ema"], self.shape, self.names, self.settings)
+        image = preview(self.ema, self.shape, self.names, self.settings)
         with contextlib.suppress(OSError):
             image.save(path)
 

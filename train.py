@@ -4,15 +4,16 @@
     python train.py --data ./images            # the paper's CIFAR-10 run on your images, into run/
     python train.py --data ./images --quick    # a small network, minutes on two CPU cores
     python train.py --data ./images --classes  # the sub-folders are classes, to sample by name
-    python train.py --out run                  # resumes a run; so does its first command
-    python train.py --data ./others --init run --out new    # begins with the weights of a run
+    python train.py --out run                  # resumes a run, as repeating its first command does
+    python train.py --data ./others --init run --out new    # starts from the weights of a run
     torchrun --standalone --nproc_per_node=4 train.py --data ./images    # on four GPUs
 
 Besides the checkpoint, the run folder holds the decoded images, log.csv (one row per step) and
-preview-STEP.png: samples of the averaged network (EMA), always from the same noise. run.py says
-what the settings are, and writes all of this.
+preview-STEP.png: samples of the averaged network (EMA), always from the same noise. run.py defines
+the settings and writes these files.
 """
 
+import copy
 import hashlib
 import os
 import shlex
@@ -22,12 +23,12 @@ import time
 from collections import deque
 from datetime import timedelta
 from functools import partial
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the first step, Ctrl-C ends the program
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
 
 import numpy as np
 import torch
@@ -39,8 +40,17 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from images import demo_images, from_pixels, read_folder
-from run import Run, build, choose_device, choose_settings, command_line, compiled, to_device
-from run import load as load  # importable from here, too
+from run import (
+    Run,
+    build,
+    choose_device,
+    choose_settings,
+    command_line,
+    compiled,
+    make_optimizer,
+    to_device,
+)
+from run import load as load  # scripts may import it from here, too
 from sample import StopRequest, guard_output
 
 # torchrun sets these: the rank of this process, the number of processes, the rank on its machine.
@@ -55,67 +65,70 @@ class Data(NamedTuple):
 
     images: Tensor  # uint8 (N, C, H, W)
     labels: Tensor | None  # int64 (N,), on the same device
-    names: tuple  # of the classes
-    digest: str  # of all three
+    names: tuple  # the names of the classes
+    digest: str  # a hash of images, labels and names
 
 
 def algorithm_1(network, ema, optimizer, diffusion, data, s, start=0):
-    """Yield the loss and the norm of its gradient after each step of Algorithm 1, without end.
+    """Yield the loss and its gradient norm after each step of Algorithm 1, indefinitely.
 
-    They are 0-d tensors on the device of the network, and nothing waits for it: the CPU prepares
-    the next step while a GPU computes. With several processes, their mean is the loss.
+    Both are 0-d tensors on the device of the network. No step waits for the device, so that the CPU
+    prepares the next step while a GPU computes. With several processes, the loss of the step is the
+    mean of what they yield.
 
-    network, ema: what is trained, and its average. s: the Settings. start: the number of steps that
-    have been taken, on which the batches depend.
+    network: what is trained. ema: the average of its weights. s: the Settings. start: the number of
+    steps already taken, which determines the next batch.
     """
     device = next(network.parameters()).device
     for k in count(start):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(k, s)
-        total = 0
-        for part, (x0, t, noise, y) in enumerate(draw_batch(data, diffusion.T, k, s, device), 1):
-            network.require_backward_grad_sync = part == s.accumulate  # if it is on several GPUs
+        loss_sum = 0
+        for i, (x0, t, noise, y) in enumerate(draw_batch(data, diffusion.T, k, s, device)):
+            model = partial(network, y=y)  # eps_theta(x_t, t), given the classes
+            # As no_sync does: on several GPUs, exchange the gradients of the last micro-batch only.
+            network.require_backward_grad_sync = i == s.accumulate - 1
             with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
-                loss = diffusion.loss(partial(network, y=y), x0, t, noise) / s.accumulate
+                loss = diffusion.loss(model, x0, t, noise) / s.accumulate
             loss.backward()
-            total = total + loss.detach()
+            loss_sum = loss_sum + loss.detach()
         norm = clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         update_ema(ema, network, k, s.ema)
-        yield total, norm
+        yield loss_sum, norm
 
 
 def draw_batch(data, T, k, s, device):
-    """Yield (x0, t, noise, y) of the parts of batch k that this process computes.
+    """Yield (x0, t, noise, y) for each micro-batch of batch k that this process computes.
 
-    (seed, k) alone determines the batch, so that no generator has to be saved. x0 and noise are
-    float32 (B, C, H, W), t is int64 (B,), and y the classes, int64 (B,), or None. Each part has
-    batch / (processes * accumulate) images.
+    The seed and k alone determine the batch, so that no state of a generator has to be saved. Each
+    process draws the whole batch, and computes its share of it in --accumulate micro-batches. x0
+    and noise are float32 (B, C, H, W), t is int64 (B,), and y the classes, int64 (B,), or None.
     """
+    home = data.images.device  # the CPU if they are too large for the GPU
     set_seed(device, s.seed, k, 0)
-    index = torch.randint(len(data.images), (s.batch,), device=data.images.device)
+    index = torch.randint(len(data.images), (s.batch,), device=home)
     flip = torch.rand(s.batch, 1, 1, 1, device=device) < (0.5 if s.flip else 0)
     t = torch.randint(T, (s.batch,), device=device)
     noise = torch.randn(s.batch, *data.images.shape[1:], device=device)
-    if data.names:  # drop a tenth of the labels: guidance needs eps without a class, too
-        drop = torch.rand(s.batch, device=data.images.device) < 0.1
+    if data.names:  # drop a tenth of the labels, because guidance also needs eps without a class
+        drop = torch.rand(s.batch, device=home) < 0.1
         labels = to_device(data.labels[index].masked_fill(drop, len(data.names)), device)
     size = s.batch // (WORLD * s.accumulate)
-    for part in range(RANK * s.accumulate, (RANK + 1) * s.accumulate):
-        mine = slice(part * size, (part + 1) * size)
+    for i in range(RANK * s.accumulate, (RANK + 1) * s.accumulate):
+        mine = slice(i * size, (i + 1) * size)
         x0 = from_pixels(to_device(data.images[index[mine]], device))
         x0 = torch.where(flip[mine], x0.flip(3), x0)
-        set_seed(device, s.seed, k, 1 + part)  # for the dropout
+        set_seed(device, s.seed, k, 1 + i)  # for dropout
         yield x0, t[mine], noise[mine], labels[mine] if data.names else None
 
 
 def set_seed(device, *numbers):
     """Seed the generators of the CPU and the device from (seed, step, part)."""
-    # The seed has 64 bits, of which torch's generator for the CPU uses 32.
     seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
     torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":  # torch.manual_seed would visit every device
+    if device.type != "cpu":  # torch.manual_seed would seed every device
         torch.get_device_module(device).manual_seed(seed)
 
 
@@ -125,7 +138,7 @@ def learning_rate(k, s):
 
 
 def update_ema(ema, network, k, decay):
-    """Update the averaged weights, which draw the samples, in place; copy the buffers.
+    """Update the averaged weights, which are used for sampling, in place; copy the buffers.
 
     Unlike in the authors' code, the decay grows with the step, so that the initial weights soon
     lose their influence.
@@ -139,37 +152,37 @@ def update_ema(ema, network, k, decay):
 # ----------------------------------------------------------------------------------------- the loop
 
 
-def train(run, network, data, s):
-    """Take the steps that remain, until asked to stop; return the StopRequest.
+def train(steps, run, s):
+    """Take the steps that remain, until asked to stop; log, save and draw. Return the StopRequest.
 
-    network: that of the run, maybe compiled or on several GPUs. Reading a loss waits for the GPU,
-    so the losses of ten steps are read together, which is also when a signal is obeyed.
+    steps: the generator algorithm_1. Reading a loss waits for the GPU, so the losses of ten steps
+    are read together.
     """
-    ema, optimizer = run.parts["ema"], run.parts["optimizer"]
-    steps = algorithm_1(network, ema, optimizer, run.diffusion, data, s, run.step)
     bar = tqdm(total=s.steps, initial=run.step, unit="step", mininterval=1, disable=RANK > 0)
-    stop, stops, saved = StopRequest(), False, time.monotonic()
+    request, stopping, saved = StopRequest(), False, time.monotonic()
     pending, recent = [], deque(maxlen=100)
-    while run.step < s.steps and not stops:
+    while run.step < s.steps and not stopping:
         pending.append(next(steps))
         k = run.step + len(pending)
         draws = k % s.preview_every == 0 or k == s.steps
-        is_cpu = pending[0][0].device.type == "cpu"
-        if not (draws or is_cpu or k % 10 == 0 or (WORLD == 1 and stop.number)):
+        reads = draws or k % 10 == 0 or pending[0][0].device.type == "cpu"
+        if WORLD == 1 and request.number:  # several processes have to read at the same steps
+            reads = True
+        if not reads:
             continue
-        losses, norms, stops = read(pending, stop)
-        pending = []
+        losses, norms, stopping = read(pending, request)
         if not np.isfinite(losses + norms).all():
             bar.close()
             leave(f"the loss or its gradient is infinite or NaN by step {k:,}, which is not saved; "
                   "try a lower --lr or --no-amp, and a new --out")  # fmt: skip
-        rates = [learning_rate(i, s) for i in range(run.step, k)]
-        rows = zip(count(run.step + 1), losses, norms, rates)
-        run.step = k
-        recent.extend(losses)
         if RANK == 0:
+            rates = [learning_rate(i, s) for i in range(run.step, k)]
+            rows = zip(count(run.step + 1), losses, norms, rates)
             run.log("".join("{},{:.6g},{:.6g},{:.6g}\n".format(*row) for row in rows).encode())
-            if k == s.steps or stops:
+        recent.extend(losses)
+        run.step, pending = k, []
+        if RANK == 0:
+            if k == s.steps or stopping:
                 run.save()
             elif time.monotonic() - saved > 60 * s.save_minutes:
                 save_if_possible(run)
@@ -179,21 +192,25 @@ def train(run, network, data, s):
             if draws:
                 run.draw()
     bar.close()
-    return stop
+    return request
 
 
-def read(pending, stop):
-    """Return the losses, the norms, and whether to stop, of all processes in one reduction."""
-    loss = pending[0][0]
-    values = torch.stack([*chain(*pending), loss.new_tensor(stop.number)])
+def read(pending, request):
+    """Return the losses and norms of the pending steps, and whether a process was asked to stop.
+
+    With several processes, they are means over the processes, in one reduction.
+    """
+    losses, norms = map(torch.stack, zip(*pending, strict=True))
+    asked = losses.new_tensor([request.number])
+    values = torch.cat([losses, norms, asked])
     if WORLD > 1:
         dist.all_reduce(values)
-    *values, stops = (values / WORLD).tolist()
-    return values[::2], values[1::2], stops > 0
+    *values, asked = (values / WORLD).tolist()
+    return values[: len(pending)], values[len(pending) :], asked > 0
 
 
 def save_if_possible(run):
-    """Save the run. If the disk is full, say so, because the next save may succeed."""
+    """Save the run. If the disk is full, say so; the next save may succeed."""
     try:
         run.save()
     except SystemExit as error:
@@ -204,16 +221,17 @@ def save_if_possible(run):
 
 
 def join(device):
-    """Connect the processes through gloo and, for gradients on a GPU, the vendor's library."""
+    """Connect the processes through gloo and, for gradients on a GPU, NCCL or XCCL."""
     if WORLD > 1:
         if RANK > 0:  # only the first process prints
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         gpu = {"cuda": ",cuda:nccl", "xpu": ",xpu:xccl"}.get(device.type, "")
-        dist.init_process_group(f"cpu:gloo{gpu}", timeout=timedelta(hours=4))  # one decodes
+        # The timeout is long because the others wait while one process decodes the images.
+        dist.init_process_group(f"cpu:gloo{gpu}", timeout=timedelta(hours=4))
 
 
 def leave(why=None):
-    """End the connection. Exits, and one process says why, if there is a reason."""
+    """Disconnect the processes. If there is a reason `why`, exit; the first process prints it."""
     if WORLD > 1:
         from_all(None)  # a process that ends first can abort the others
         time.sleep(1)  # gloo's threads and the end of Python can otherwise wait for each other
@@ -223,7 +241,7 @@ def leave(why=None):
 
 
 def from_all(value):
-    """Return a list of the values of all processes, when all have called this."""
+    """Return a list of the values of all processes; wait until each has called this."""
     values = [value] * WORLD
     if WORLD > 1:
         dist.all_gather_object(values, value)
@@ -231,7 +249,7 @@ def from_all(value):
 
 
 def agree(function, *args):
-    """Return function(*args). If it exits in a process, all of them exit, and one says why."""
+    """Return function(*args). If it exits in any process, all exit, and the first prints why."""
     value = why = None
     try:
         value = function(*args)
@@ -240,6 +258,12 @@ def agree(function, *args):
     if reasons := [*filter(None, from_all(why))]:
         leave(reasons[0])
     return value
+
+
+def in_turn(function, *args):
+    """Return function(*args), which the first process of each machine calls before the others."""
+    value = agree(function, *args) if LOCAL_RANK == 0 else agree(lambda: None)
+    return agree(lambda: value) if LOCAL_RANK == 0 else agree(function, *args)
 
 
 def from_first(function, *args):
@@ -254,7 +278,7 @@ def from_first(function, *args):
 
 
 def load_images(s, state, run, device):
-    """Return the Data, decoded into the folder of the run unless they are there.
+    """Return the Data, decoding the images into the folder of the run unless they are there.
 
     Exits if they are not the images of the checkpoint `state`.
     """
@@ -276,7 +300,8 @@ def load_images(s, state, run, device):
     if s.data is not None and LOCAL_RANK == 0:
         run.forget_images(images.filename)
     images = torch.from_numpy(images)
-    images = images.to(device) if images.nbytes < 2e9 else images  # larger ones move per batch
+    if images.nbytes < 2e9:  # larger sets move to the device batch by batch
+        images = images.to(device)
     labels = None if labels is None else torch.from_numpy(labels).to(images.device)
     return Data(images, labels, names, digest)
 
@@ -291,7 +316,7 @@ def check_processes(s, data):
 
 def describe(run, data, s, device):
     """Print what is trained, on what and how."""
-    n, names = sum(p.numel() for p in run.parts["model"].parameters()), data.names
+    n, names = sum(p.numel() for p in run.ema.parameters()), data.names
     of = f", in {len(names):,} classes: {', '.join(names[:10])}" if names else ""
     print(f"images   {len(data.images):,} of {'x'.join(map(str, data.images.shape[1:]))}{of}")
     print(f"settings {s.describe()}")
@@ -301,31 +326,32 @@ def describe(run, data, s, device):
         print("         on a CPU, a network of this size takes very long; --quick takes minutes")
 
 
-def say_next(run, start, s, stop):
-    """Print the commands that follow; end as the signal does if there was one."""
+def say_next(run, s, is_finished):
+    """Print the commands that follow."""
     out = shlex.quote(str(run.out))
     if run.step < s.steps:
         again = f"{beside('train.py')} --out {out}" if WORLD == 1 else "repeat the command"
         print(f"stopped at step {run.step:,}; to go on: {again}", file=sys.stderr)
-        stop.end() if stop.number else sys.exit(1)
-    if start == run.step:
+        return
+    if is_finished:
         print(f"{run.out} is finished; --steps continues it, and another --out begins a new run")
-    few = " --steps 10" if "v" in s.parts else ""  # with eps, few steps need a long training
+    # With a network that predicts eps, sampling in few steps needs long training.
+    flags = " --steps 10" * ("v" in s.parts) + " --guidance 1" * bool(run.names)
     print(f"done: {run.out} is at step {run.step:,}; next:")
     print(f"  {beside('export.py')} --checkpoint {out} --onnx model.onnx")
-    print(f"  {beside('sample.py')} --onnx model.onnx{few}{' --guidance 1' * bool(run.names)}")
+    print(f"  {beside('sample.py')} --onnx model.onnx{flags}")
 
 
 def beside(name):
-    """Return a command that runs a program of the project from the current folder."""
+    """Return the command that runs a program of the project from the current folder."""
     path = Path(__file__).with_name(name)
     return f"python {shlex.quote(name if path.parent == Path.cwd() else str(path))}"
 
 
 def main(given=None, build=build):
-    """Train a run. given: the flags, {name: value}; without them, those of the command line.
+    """Start or resume a run. given: flags, {name: value}; those of the command line if None.
 
-    build: returns the network and its Diffusion, as in run.py.
+    build: makes the network and its Diffusion, as in run.py.
     """
     guard_output()
     given = command_line(__doc__) if given is None else given
@@ -333,26 +359,32 @@ def main(given=None, build=build):
     torch.backends.cudnn.benchmark = True  # all batches are of one size
     device = choose_device(given.get("device", "auto"), LOCAL_RANK if WORLD > 1 else None)
     join(device)
-
     run = Run(Path(given.get("out") or ("run" if "data" in given else "demo")), build)
     state = from_first(run.open, given.get("data"), given.get("init"))
     s = agree(choose_settings, given, state, run.out, device, WORLD)
-    load_here = partial(load_images, s, state, run, device)
-    data = agree(load_here if LOCAL_RANK == 0 else lambda: None)  # the others find them decoded
-    data = agree(load_here if LOCAL_RANK > 0 else lambda: data)
+    data = in_turn(load_images, s, state, run, device)
     check_processes(s, data)
 
-    run.begin(s, data, state, device)
+    torch.manual_seed(s.seed)
+    network, diffusion = build(s, data.images.shape[1:], data.names)
+    ema = copy.deepcopy(network.to(device)).requires_grad_(False).eval()
+    optimizer = make_optimizer(network, s)
+    run.begin(s, data, state, network, ema, optimizer)  # loads their states, if there are any
     if RANK == 0:
         run.begin_log()
     describe(run, data, s, device)
-    start, network = run.step, run.parts["model"]
     if WORLD > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
-    network = compiled(network, device, s.steps - start, given.get("compile"))
-    stop = train(run, network, data, s)
+    network = compiled(network, device, s.steps - run.step, given.get("compile"))
+
+    is_finished = run.step == s.steps
+    steps = algorithm_1(network, ema, optimizer, diffusion, data, s, run.step)
+    request = train(steps, run, s)
     leave()
-    say_next(run, start, s, stop)
+    if RANK == 0:
+        say_next(run, s, is_finished)
+    if run.step < s.steps:  # end as the signal does, which another process may have received
+        request.end() if request.number else sys.exit(1)
 
 
 if __name__ == "__main__":

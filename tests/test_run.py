@@ -226,7 +226,7 @@ def test_old_process_never_overwrites_a_new_run(removed, tiny, tmp_path, wrap_st
             (tmp_path / "run" / ".lock").touch()
 
     wrap_step(begin_another)
-    assert "run is another run now; step 3 is not saved" in tiny("--steps", 5, code=1)
+    assert "run is another run now, so this one is not saved" in tiny("--steps", 5, code=1)
     for name in "checkpoint.pt", "log.csv":
         assert (tmp_path / "run" / name).read_text() == "new"
 
