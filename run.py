@@ -1,4 +1,4 @@
-"""What a run is: its settings, its network, and its folder with all that is written there.
+"""What a run is: its settings, its network, its folder and checkpoint, its log and previews.
 
     settings = Settings(base_channels=64)         # the other fields have the paper's values
     network, diffusion = build(settings, (3, 32, 32))
@@ -48,8 +48,9 @@ switch = argparse.BooleanOptionalAction
 
 def flag(default, meaning, **options):
     """Return a field of Settings that has a flag. options: of argparse's add_argument."""
-    shown = "" if "[" in meaning or default in (True, False) else f" [{as_flag('', default)[3:]}]"
-    return field(default=default, metadata={"help": meaning + shown, **options})
+    if "[" not in meaning and not isinstance(default, bool):
+        meaning += f" [{as_flag('', default)[3:]}]"
+    return field(default=default, metadata={"help": meaning, **options})
 
 
 def as_flag(name, value=True):
@@ -96,12 +97,11 @@ class Settings:
 
     def describe(self):
         """Return "the paper's", with the flags of what differs."""
-        other = []
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if entry.metadata and entry.default not in (None, value):
-                other.append(as_flag(entry.name, value))
-        return f"the paper's{', except ' * bool(other)}{' '.join(other)}"
+        usual = Settings(data=self.data, amp=self.amp, preview_every=self.preview_every)
+        usual.warmup = min(5000, self.steps // 20)
+        changed = [name for name in NAMES if getattr(self, name) != getattr(usual, name)]
+        flags = [as_flag(name, getattr(self, name)) for name in changed if name != "betas"]
+        return f"the paper's{', except ' * bool(flags)}{' '.join(flags)}"
 
 
 NAMES = [entry.name for entry in fields(Settings)]
@@ -140,32 +140,41 @@ def command_line(doc):
     return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 
 
+def check_flags(given, state, out):
+    """Exit if the given flags lack --data, or contradict the checkpoint `state` of a run."""
+    saved = state["settings"] if state else {}
+    needs = given.keys() & {"quick", "classes", "image_size", "in_channels", "init"}
+    if needs and not given.get("data", saved.get("data")):
+        sys.exit(f"train.py: {as_flag(min(needs))} needs --data")
+    if not state and "data" not in given and "out" in given:
+        sys.exit(f"train.py: {out} has no checkpoint; give --data, or for the demo no --out")
+    fixed = {*NETWORK, "parts"}  # the network can never change
+    if state and state["images"]:  # it has been trained
+        fixed = {*NAMES} - {*FREE, "data"}
+    if given.get("quick") and "parts" not in given:
+        given = given | {"parts": QUICK["parts"]}
+    for name in given.keys() & fixed if state else ():
+        value, before = given[name], saved[name]
+        if name in ("parts", "attention_resolutions"):  # whose order does not matter
+            value, before = sorted(value, reverse=True), sorted(before, reverse=True)
+        if value != before:
+            flags = as_flag(name, saved[name]), as_flag(name, given[name])
+            sys.exit(f"train.py: {out} has {flags[0]}, not {flags[1]}; omit this flag, or use "
+                     "another --out")  # fmt: skip
+    if state and given.get("steps", math.inf) < state["step"]:
+        sys.exit(f"train.py: {out} is at step {state['step']:,} already; --steps can't be smaller")
+
+
 def choose_settings(given, state, out, device, processes=1):
     """Return the Settings of a run: the defaults, then what is saved, then the given flags.
 
     given: {name: value} of the flags. state: the checkpoint in the folder `out`, or None. Exits if
     the flags do not fit together, or contradict what is saved.
     """
-    saved = state["settings"] if state else {}
-    data = given.get("data", saved.get("data"))
-    if data is None and given.keys() & {"quick", "classes", "image_size", "in_channels"}:
-        sys.exit("train.py: --quick, --classes, --image-size and --in-channels need --data")
-    if data is None and not state and "out" in given:
-        sys.exit(f"train.py: {out} has no checkpoint; give --data, or for the demo no --out")
-    if state and given.get("quick") and {*saved["parts"]} != {*QUICK["parts"]}:
-        sys.exit(f"train.py: {out} was begun without --quick; omit it, or use another --out")
-    fixed = {*NETWORK, "parts"}  # with new weights and with published ones
-    if state and state["images"]:
-        fixed = {*NAMES} - {*FREE, "data"}
-    for name, value in given.items():
-        unordered = set if name in ("parts", "attention_resolutions") else lambda value: value
-        if state and name in fixed and unordered(value) != unordered(saved[name]):
-            sys.exit(f"train.py: {out} was begun without {as_flag(name, value)}; omit this "
-                     "flag, or use another --out")  # fmt: skip
-    defaults = saved or (QUICK if given.get("quick") else DEMO if data is None else {})
+    check_flags(given, state, out)
+    defaults = QUICK if given.get("quick") else {} if given.get("data") else DEMO
+    defaults = state["settings"] if state else defaults
     s = Settings(**defaults | {name: given[name] for name in NAMES if name in given})
-    if state and s.steps < state["step"]:
-        sys.exit(f"train.py: {out} is at step {state['step']:,} already; --steps can't be smaller")
     if s.batch % (processes * s.accumulate):
         sys.exit("train.py: --batch must be a multiple of the number of GPUs times --accumulate")
     try:
@@ -210,21 +219,35 @@ def make_optimizer(network, settings):
     return torch.optim.Adam(network.parameters(), settings.lr, fused=True)
 
 
-def load(path, build=build):
-    """Return (network, diffusion, state) of a run folder, or of its checkpoint.pt.
+# ----------------------------------------------------------------------- the checkpoint, the folder
 
-    The network has the averaged weights, is in eval mode, and returns eps. state: {"settings": a
-    dict for Settings, "shape": (C, H, W), "names": the class names, "images": a digest, "step",
-    "model", "ema", "optimizer"}. No code in the file is executed. Exits with one line if it can't
-    be read. build: as for train.py's main.
+
+def read_checkpoint(path):
+    """Return the checkpoint of a run folder, or the file checkpoint.pt, as a dict.
+
+    It has "settings", a dict for Settings, "shape", (C, H, W), "names" of the classes, "images", a
+    digest, "step", "model", "ema" and "optimizer". No code in the file is executed. Exits with one
+    line if it can't be read.
     """
     path = Path(path, "checkpoint.pt") if os.path.isdir(path) else Path(path)
+    if not path.exists():
+        sys.exit(f"{path} is not there; run train.py first")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds
         sys.exit(f"{path} can't be read: {(str(error) or repr(error)).splitlines()[0]}")
     if not isinstance(state, dict) or state.get("settings", {}).keys() != {*NAMES}:
         sys.exit(f"{path} is not a checkpoint of this version of train.py")
+    return state
+
+
+def load(path, build=build):
+    """Return (network, diffusion, state) of a run folder, or of its checkpoint.pt.
+
+    The network has the averaged weights, is in eval mode, and returns eps. state: as from
+    read_checkpoint. build: what made the network. Exits with one line if it can't be read.
+    """
+    state = read_checkpoint(path)
     network, diffusion = build(Settings(**state["settings"]), state["shape"], state["names"])
     network.load_state_dict(state["ema"])
     return network.eval(), diffusion, state
@@ -240,110 +263,118 @@ def begin_anew(state):
     return state | new | {"optimizer": None}
 
 
-# --------------------------------------------------------------------------------------- the folder
-
-
+@dataclass
 class Run:
-    """A run in training: its folder `out`, and what its checkpoint holds.
+    """A run in training. The fields have the names, and the meaning, that a checkpoint has."""
 
-    Attributes after `begin`: model, ema (its average), optimizer, settings, shape and names, as in
-    a checkpoint, and step, the number of steps taken. One process opens the folder and holds it.
-    """
+    settings: Settings
+    shape: tuple
+    names: tuple
+    images: str
+    step: int
+    model: torch.nn.Module
+    ema: torch.nn.Module
+    optimizer: torch.optim.Optimizer
 
-    def __init__(self, out, build=build):
-        self.out, self.build, self.lock = out, build, filelock.FileLock(out / ".lock")
+    def load(self, state):
+        """Go on where the checkpoint was written. The states leave its memory."""
+        self.step = state["step"]
+        for name in "model", "ema", "optimizer":
+            if saved := state.pop(name):  # what begins anew has no optimizer
+                getattr(self, name).load_state_dict(saved)
+
+    def checkpoint(self):
+        """Return the checkpoint of this step."""
+        state = vars(self) | {"settings": vars(self.settings)}
+        return state | {n: state[n].state_dict() for n in ("model", "ema", "optimizer")}
+
+
+class Folder:
+    """The folder of a run, which one process holds: the checkpoint, log.csv, the previews."""
+
+    def __init__(self, path):
+        self.path, self.lock, self.inode = path, filelock.FileLock(path / ".lock"), None
+        self.rows = b""  # of the log, which a full disk has not accepted
 
     def open(self, data=None, init=None):
         """Hold the folder, and return its checkpoint, or else what --init begins with, or None.
 
-        Exits if another process holds the folder, or if it is that of the images, or above it.
+        Exits if another process holds it, or if it is the folder of the images or a parent of it.
         """
-        if data and Path(data).resolve().is_relative_to(self.out.resolve()):
-            sys.exit(f"train.py: --out {self.out} must not be the folder of the images or above it")
-        check_output(self.out / "checkpoint.pt")
+        if data and Path(data).resolve().is_relative_to(self.path.resolve()):
+            sys.exit(f"train.py: --out {self.path} must not be the folder of the images, nor above")
+        check_output(self.path / "checkpoint.pt")
         self.hold()
         ours = r"\.(checkpoint\.pt|log\.csv|images-[0-9a-f]{16})\.[0-9a-f]{16}\.tmp"
-        for path in self.out.iterdir():  # a killed process leaves unfinished files
+        for path in self.path.iterdir():  # a killed process leaves unfinished files
             if re.fullmatch(ours, path.name):
                 path.unlink()
-        if (self.out / "checkpoint.pt").exists():
-            return load(self.out, self.build)[2]
-        return begin_anew(load(init, self.build)[2]) if init else None
+        if (self.path / "checkpoint.pt").exists():
+            return read_checkpoint(self.path)
+        return begin_anew(read_checkpoint(init)) if init else None
 
     def hold(self):
         """Take the lock of the folder, which a killed process loses. Exits if another has it."""
         try:
             self.lock.acquire(timeout=0)
         except filelock.Timeout:
-            sys.exit(f"train.py: another process is training in {self.out}; wait, or use "
+            sys.exit(f"train.py: another process is training in {self.path}; wait, or use "
                      "another --out")  # fmt: skip
-        self.number = os.stat(self.out / ".lock").st_ino
+        self.inode = os.stat(self.path / ".lock").st_ino
 
     def still_hold(self):
-        """Exit if the folder has become another run's. Make it again if it was moved or removed."""
-        if not (self.out / ".lock").exists():
+        """Make the folder again if it was moved or removed. Exits if another run begins there."""
+        if not (self.path / ".lock").exists():
             self.lock.release()
-            self.out.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             self.hold()
-        elif os.stat(self.out / ".lock").st_ino != self.number:
-            sys.exit(f"train.py: {self.out} is another run now, so this one is not saved")
+            self.begin_log(0)
+        elif os.stat(self.path / ".lock").st_ino != self.inode:
+            sys.exit(f"train.py: {self.path} is another run now, so this one is not saved")
 
-    def begin(self, settings, data, state, model, ema, optimizer):
-        """Keep what will be saved; load the states from the checkpoint `state`, if there is one."""
-        self.settings, self.shape, self.names = settings, data.images.shape[1:], data.names
-        self.images, self.step = data.digest, state["step"] if state else 0
-        self.model, self.ema, self.optimizer = model, ema, optimizer
-        for name in ("model", "ema", "optimizer") if state else ():
-            if saved := state.pop(name):  # its memory is then free; --init has no optimizer
-                getattr(self, name).load_state_dict(saved)
-
-    def save(self):
-        """Write the checkpoint, which replaces the old one at once. Exits if that fails."""
+    def save(self, run):
+        """Replace the checkpoint atomically. Exits if that fails."""
         self.still_hold()
-        state = {"settings": vars(self.settings), "shape": tuple(self.shape), "names": self.names}
-        state |= {"images": self.images, "step": self.step}
-        for name in "model", "ema", "optimizer":
-            state[name] = getattr(self, name).state_dict()
-        with replacing(self.out / "checkpoint.pt") as file:
-            torch.save(state, file)
+        with replacing(self.path / "checkpoint.pt") as file:
+            torch.save(run.checkpoint(), file)
 
-    def forget_images(self, current):
-        """Remove decoded images but for the current file. Another machine may do the same."""
-        for path in {*self.out.glob(".images-*")} - {self.out / Path(current).name}:
-            if re.fullmatch(r"\.images-[0-9a-f]{16}", path.name):
-                path.unlink(missing_ok=True)
-
-    def begin_log(self):
-        """Begin log.csv, or cut it back to the steps that the checkpoint has."""
-        path, self.rows = self.out / "log.csv", b""
-        head, *rows = path.read_text().splitlines(keepends=True) if path.exists() else ["step"]
+    def begin_log(self, step):
+        """Begin log.csv, or cut it back to the rows of the first `step` steps."""
+        path = self.path / "log.csv"
+        text = path.read_text() if path.exists() else ""
+        head, *rows = text.splitlines(keepends=True) or ["step"]
         if head[:4] != "step":
             sys.exit(f"train.py: {path} is not a log of train.py; use another --out")
         # A killed process leaves rows of later steps, and half a row; spreadsheets leave others.
         row = re.compile(r"(\d+)(,[^,\n]+){3}\n")
-        rows = [r for r in rows if (found := row.fullmatch(r)) and int(found[1]) <= self.step]
+        rows = [r for r in rows if (found := row.fullmatch(r)) and int(found[1]) <= step]
         with replacing(path) as file:
             file.write(("step,loss,grad_norm,lr\n" + "".join(rows)).encode())
 
     def log(self, rows):
-        """Append rows to log.csv. A full disk may accept only some; the others are kept."""
+        """Append rows to log.csv. What a full disk rejects is kept for the next call."""
         self.still_hold()
         self.rows += rows
-        with contextlib.suppress(OSError), open(self.out / "log.csv", "ab", 0) as file:
+        with contextlib.suppress(OSError), open(self.path / "log.csv", "ab", 0) as file:
             self.rows = self.rows[file.write(self.rows) :]
 
-    def draw(self):
+    def draw(self, run):
         """Save a preview. A full disk does not end the run."""
-        path = self.out / f"preview-{self.step:07d}.png"
-        image = preview(self.ema, self.shape, self.names, self.settings)
+        image = preview(run.ema, run.shape, run.names, run.settings)
         with contextlib.suppress(OSError):
-            image.save(path)
+            image.save(self.path / f"preview-{run.step:07d}.png")
+
+    def forget_images(self, current):
+        """Remove all decoded images except the current file."""
+        for path in {*self.path.glob(".images-*")} - {self.path / Path(current).name}:
+            if re.fullmatch(r"\.images-[0-9a-f]{16}", path.name):
+                path.unlink(missing_ok=True)  # another machine may do the same
 
 
 def preview(network, shape, names, settings):
     """Return a grid of 36 images of this shape (C, H, W), always from the same noise.
 
-    The images are classes in rows, if there are any.
+    With classes, each row shows one of them.
     """
     device = next(network.parameters()).device
     random = torch.Generator(device).manual_seed(settings.seed)
@@ -390,7 +421,7 @@ def has_bfloat16(device):
 
 
 def missing_for_compile():
-    """Return the names of what torch.compile needs on CUDA, and this machine lacks."""
+    """Return the names of what torch.compile needs on CUDA and this machine lacks."""
     # Triton builds a module for Python. In Debian's own Python, only this scheme has the header.
     header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
@@ -399,7 +430,7 @@ def missing_for_compile():
 
 
 def compiled(network, device, steps, wanted=None):
-    """Return the network compiled, if that is wanted or, without an answer, in a long run on CUDA.
+    """Return the network, compiled if it is `wanted`; if that is None, only in long runs on CUDA.
 
     steps: the number of steps that remain.
     """

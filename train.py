@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 from images import demo_images, from_pixels, read_folder
 from run import (
+    Folder,
     Run,
     build,
     choose_device,
@@ -152,12 +153,13 @@ def update_ema(ema, network, k, decay):
 # ----------------------------------------------------------------------------------------- the loop
 
 
-def train(steps, run, s):
+def train(steps, run, folder, s):
     """Take the steps that remain, until asked to stop; log, save and draw. Return the StopRequest.
 
     steps: the generator algorithm_1. Reading a loss waits for the GPU, so the losses of ten steps
     are read together.
     """
+    from_first(folder.begin_log, run.step)
     bar = tqdm(total=s.steps, initial=run.step, unit="step", mininterval=1, disable=RANK > 0)
     request, stopping, saved = StopRequest(), False, time.monotonic()
     pending, recent = [], deque(maxlen=100)
@@ -178,19 +180,19 @@ def train(steps, run, s):
         if RANK == 0:
             rates = [learning_rate(i, s) for i in range(run.step, k)]
             rows = zip(count(run.step + 1), losses, norms, rates)
-            run.log("".join("{},{:.6g},{:.6g},{:.6g}\n".format(*row) for row in rows).encode())
+            folder.log("".join("{},{:.6g},{:.6g},{:.6g}\n".format(*row) for row in rows).encode())
         recent.extend(losses)
         run.step, pending = k, []
         if RANK == 0:
             if k == s.steps or stopping:
-                run.save()
+                folder.save(run)
             elif time.monotonic() - saved > 60 * s.save_minutes:
-                save_if_possible(run)
+                save_if_possible(folder, run)
                 saved = time.monotonic()
             bar.set_postfix_str(f"loss {np.mean(recent):.4f}", refresh=False)
             bar.update(len(losses))
             if draws:
-                run.draw()
+                folder.draw(run)
     bar.close()
     return request
 
@@ -209,10 +211,11 @@ def read(pending, request):
     return values[: len(pending)], values[len(pending) :], asked > 0
 
 
-def save_if_possible(run):
+def save_if_possible(folder, run):
     """Save the run. If the disk is full, say so; the next save may succeed."""
+    folder.still_hold()
     try:
-        run.save()
+        folder.save(run)
     except SystemExit as error:
         tqdm.write(f"{error}; training continues", file=sys.stderr)
 
@@ -277,7 +280,7 @@ def from_first(function, *args):
 # -------------------------------------------------------------------------------------- the program
 
 
-def load_images(s, state, run, device):
+def load_images(s, state, out, device):
     """Return the Data, decoding the images into the folder of the run unless they are there.
 
     Exits if they are not the images of the checkpoint `state`.
@@ -285,20 +288,20 @@ def load_images(s, state, run, device):
     images, labels, names = demo_images(), None, ()
     if s.data is not None:
         channels = state["shape"][0] if state else s.in_channels
-        run.out.mkdir(parents=True, exist_ok=True)
-        images, labels, names = read_folder(s.data, s.image_size, channels, s.classes, run.out)
+        out.mkdir(parents=True, exist_ok=True)
+        images, labels, names = read_folder(s.data, s.image_size, channels, s.classes, out)
     digest = hashlib.blake2b(np.ascontiguousarray(images), digest_size=8)
     digest.update(repr((images.shape, names, labels is not None and labels.tolist())).encode())
     digest, shape = digest.hexdigest(), images.shape[1:]
     if state and (shape, names) != (state["shape"], state["names"]):
-        sys.exit(f"train.py: {run.out} is for images of {state['shape']} and the classes "
+        sys.exit(f"train.py: {out} is for images of {state['shape']} and the classes "
                  f"{state['names']}")  # fmt: skip
     if state and state["images"] not in (None, digest):
         if s.data != state["settings"]["data"]:
-            sys.exit(f"train.py: {run.out} was trained on other images; use another --out")
+            sys.exit(f"train.py: {out} was trained on other images; use another --out")
         print(f"the images have changed since step {state['step']:,}; training continues with them")
     if s.data is not None and LOCAL_RANK == 0:
-        run.forget_images(images.filename)
+        Folder(out).forget_images(images.filename)
     images = torch.from_numpy(images)
     if images.nbytes < 2e9:  # larger sets move to the device batch by batch
         images = images.to(device)
@@ -326,18 +329,24 @@ def describe(run, data, s, device):
         print("         on a CPU, a network of this size takes very long; --quick takes minutes")
 
 
-def say_next(run, s, is_finished):
-    """Print the commands that follow."""
-    out = shlex.quote(str(run.out))
+def finish(run, out, request, was_finished):
+    """Print the commands that follow, or end as the signal does that stopped the run.
+
+    out: the folder of the run. was_finished: whether no step was left to take.
+    """
+    s, out = run.settings, shlex.quote(str(out))
     if run.step < s.steps:
         again = f"{beside('train.py')} --out {out}" if WORLD == 1 else "repeat the command"
-        print(f"stopped at step {run.step:,}; to go on: {again}", file=sys.stderr)
-        return
-    if is_finished:
-        print(f"{run.out} is finished; --steps continues it, and another --out begins a new run")
+        if RANK == 0:
+            print(f"stopped at step {run.step:,}; to go on: {again}", file=sys.stderr)
+        if not request.number:  # the signal went to another process
+            sys.exit(1)
+        request.end()
+    if was_finished:
+        print(f"{out} is finished; --steps continues it, and another --out begins a new run")
     # With a network that predicts eps, sampling in few steps needs long training.
     flags = " --steps 10" * ("v" in s.parts) + " --guidance 1" * bool(run.names)
-    print(f"done: {run.out} is at step {run.step:,}; next:")
+    print(f"done: {out} is at step {run.step:,}; next:")
     print(f"  {beside('export.py')} --checkpoint {out} --onnx model.onnx")
     print(f"  {beside('sample.py')} --onnx model.onnx{flags}")
 
@@ -359,32 +368,31 @@ def main(given=None, build=build):
     torch.backends.cudnn.benchmark = True  # all batches are of one size
     device = choose_device(given.get("device", "auto"), LOCAL_RANK if WORLD > 1 else None)
     join(device)
-    run = Run(Path(given.get("out") or ("run" if "data" in given else "demo")), build)
-    state = from_first(run.open, given.get("data"), given.get("init"))
-    s = agree(choose_settings, given, state, run.out, device, WORLD)
-    data = in_turn(load_images, s, state, run, device)
+    out = Path(given.get("out") or ("run" if "data" in given else "demo"))
+    folder = Folder(out)  # which the first process holds
+    state = from_first(folder.open, given.get("data"), given.get("init"))
+    s = agree(choose_settings, given, state, out, device, WORLD)
+    data = in_turn(load_images, s, state, out, device)
     check_processes(s, data)
 
     torch.manual_seed(s.seed)
-    network, diffusion = build(s, data.images.shape[1:], data.names)
+    shape = tuple(data.images.shape[1:])
+    network, diffusion = build(s, shape, data.names)
     ema = copy.deepcopy(network.to(device)).requires_grad_(False).eval()
     optimizer = make_optimizer(network, s)
-    run.begin(s, data, state, network, ema, optimizer)  # loads their states, if there are any
-    if RANK == 0:
-        run.begin_log()
+    run = Run(s, shape, data.names, data.digest, 0, network, ema, optimizer)
+    if state:
+        run.load(state)
     describe(run, data, s, device)
     if WORLD > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
     network = compiled(network, device, s.steps - run.step, given.get("compile"))
 
-    is_finished = run.step == s.steps
+    was_finished = run.step == s.steps
     steps = algorithm_1(network, ema, optimizer, diffusion, data, s, run.step)
-    request = train(steps, run, s)
+    request = train(steps, run, folder, s)
     leave()
-    if RANK == 0:
-        say_next(run, s, is_finished)
-    if run.step < s.steps:  # end as the signal does, which another process may have received
-        request.end() if request.number else sys.exit(1)
+    finish(run, out, request, was_finished)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,8 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from benchmarks import frechet  # noqa: E402
-from ddpm import look_up  # noqa: E402
 from export import to_onnx  # noqa: E402
-from extras.variants import eps_of_output, loss_weights, weighted_loss  # noqa: E402
+from extras.variants import as_eps, loss_weights, weighted_loss  # noqa: E402
 from run import build, load  # noqa: E402
 from sample import SAMPLERS, Network, sample, to_pixels  # noqa: E402
 from train import main as train  # noqa: E402
@@ -42,9 +41,6 @@ RUNGS = {  # flags that replace some of --quick, and what they change
     "v": ({"parts": ("v",), "lr": 1e-3}, "the network predicts v"),
     "muon": ({}, "Muon with a learning rate of 6e-3"),
     "labels": ({"classes": True}, "labels"),
-    "adam-3e-3": ({"parts": ("v",), "lr": 3e-3}, ""),  # other learning rates, which no table has
-    "adam-6e-3": ({"parts": ("v",), "lr": 6e-3}, ""),
-    "muon-3e-3": ({"lr": 3e-3}, ""),
 }
 # The other rows of the paper's Table 2: the target, and the weights of the loss
 OTHERS = {"mean-vlb": ("mean", "vlb"), "mean-native": ("mean", "native"), "eps-vlb": ("eps", "vlb")}
@@ -60,11 +56,10 @@ class OtherTarget(torch.nn.Module):
 
     def __init__(self, network, diffusion, predicts):
         super().__init__()
-        self.network, self.tables = network, eps_of_output(diffusion, predicts)
+        self.network, self.how = network, (diffusion, predicts)
 
     def forward(self, x_t, t, y=None):
-        a, b = (look_up(table, t, x_t) for table in self.tables)
-        return a * x_t + b * self.network(x_t, t, y)
+        return as_eps(self.network, *self.how)(x_t, t, y)
 
 
 def build_other(predicts, weights, settings, shape, names):

@@ -39,7 +39,8 @@ class TorchNetwork:
         t = t if isinstance(t, torch.Tensor) else torch.full((len(x_t),), t, device=self.device)
         y = None if y is None else torch.as_tensor(y, device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            return self.network(x_t, t, y).float()
+            eps = self.network(x_t, t, y).float()
+        return eps.where(eps.isfinite(), torch.nan)  # the clip would hide infinity
 
     def reverse(self, eps, draw_noise, **options):
         """Return variants.sample_progressive on the device: with all steps, the loop of ddpm.py.

@@ -131,7 +131,7 @@ class RunsCode:
 
 def test_mistakes_are_one_line(trained, tmp_path, run):
     """A folder without a checkpoint is no run, and no code in a file is executed."""
-    assert "demo can't be read: " in run("export.py", cwd=tmp_path, code=1)
+    assert "demo is not there; run train.py first" in run("export.py", cwd=tmp_path, code=1)
     for name in "demo", "run":
         (tmp_path / name).mkdir()
         said = run("export.py", cwd=tmp_path, code=1)

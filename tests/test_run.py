@@ -117,13 +117,14 @@ def test_settings_that_contradict_the_run_are_refused(tiny, run, tmp_path):
     """A few may change, for example the number of steps."""
     assert {*NAMES} == OTHER.keys() | {*FREE, "data", "betas", "norm_groups"}
     tiny("--steps", 4)
-    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    content = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     state, out = read(tmp_path / "run"), Path("run")
     state["settings"]["parts"] = ("v", "muon")
     choose_settings({"parts": ("muon", "v")}, state, out, CPU)  # in another order
     for name, value in OTHER.items():
         flag = as_flag(name, value)
-        refused = pytest.raises(SystemExit, match=f"run was begun without {flag}; omit")
+        before = as_flag(name, state["settings"][name])
+        refused = pytest.raises(SystemExit, match=f"run has {before}, not {flag}; omit this flag")
         with refused:
             choose_settings({name: value}, state, out, CPU)
         with refused if name in {*NETWORK, "parts"} else contextlib.nullcontext():
@@ -135,9 +136,10 @@ def test_settings_that_contradict_the_run_are_refused(tiny, run, tmp_path):
     free = dict(steps=9, dropout=0.3, accumulate=2, amp=True, preview_every=3, save_minutes=1.0)
     assert free.keys() == {*FREE}
     assert vars(choose_settings(free, state, out, CPU)) == state["settings"] | free
-    assert "begun without --quick; omit it" in tiny("--quick", code=1)
+    assert "run has --parts, not --parts v muon; omit" in tiny("--quick", code=1)
+    choose_settings({"quick": True, "parts": (), "data": "."}, read("run"), out, CPU)
     assert "at step 4 already; --steps can't be smaller" in tiny("--steps", 3, code=1)
-    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == content
 
 
 def test_other_images_of_another_folder_are_refused(tmp_path, run):
@@ -163,7 +165,7 @@ def test_other_images_of_another_folder_are_refused(tmp_path, run):
     assert "the images have changed since step 3; training continues with them" in said
     assert "images   3 of" in said
     assert len([*(tmp_path / "run").glob(".images-*")]) == 1 and not cache.exists()
-    assert "without --classes" in train_on("moved", 5, "--classes", code=1)
+    assert "run has --no-classes, not --classes" in train_on("moved", 5, "--classes", code=1)
     train_on("moved", 2, "--classes", "--out", "c")
     (tmp_path / "moved" / "x" / "1.png").rename(tmp_path / "moved" / "y" / "-.png")
     assert "changed since step 2" in train_on("moved", 3, "--classes", "--out", "c")  # the labels
@@ -186,7 +188,7 @@ def test_folder_of_a_run_may_hold_other_files_and_be_among_the_images(image_fold
     for images, out in (".", "."), (".", ".."), ("../link/data", "."):
         words = ["--data", images, "--out", out, *TINY, "--steps", 2]
         said = run("train.py", *words, cwd=data, code=1)
-        assert "must not be the folder of the images or above it" in said
+        assert "must not be the folder of the images, nor above" in said
 
 
 def test_checkpoint_that_is_none_is_one_line_and_kept(tiny, tmp_path):
@@ -237,6 +239,9 @@ def test_folder_that_is_moved_during_a_run_loses_nothing(tiny, run, tmp_path, wr
     wrap_step(lambda loss, norm, k: (move(tmp_path / "moved") and None) if k == 2 else None)
     tiny("--steps", 5, "--save-minutes", 0)
     assert (read(tmp_path / "moved")["step"], read(tmp_path / "run")["step"]) == (2, 5)
+    wrap_step(lambda *_: None)
+    tiny("--steps", 6)
+    assert logged(tmp_path / "run") == [3, 4, 5, 6]
 
 
 def test_files_of_the_user_in_the_folder_stay(tiny, tmp_path):
@@ -247,7 +252,7 @@ def test_files_of_the_user_in_the_folder_stay(tiny, tmp_path):
         (tmp_path / "run" / name).write_text("mine")
     log.write_text("date,weight\n")
     assert "run/log.csv is not a log of train.py" in tiny("--steps", 2, code=1)
-    log.unlink()
+    log.write_text("")
     tiny("--steps", 2)
     log.write_text(log.read_text().replace("\n2,", "\n\n1;5\nx,1,2,3\n2,"))
     tiny("--steps", 3)
