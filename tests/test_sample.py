@@ -227,7 +227,7 @@ def test_checkpoint_is_drawn_in_torch(unet, program, folder):
 
 def test_wrong_checkpoints_are_one_line(unet, program, folder):
     for said, *words in (
-        ("nowhere is not there; run train.py first", "nowhere"), ("model.onnx can't be read", "model.onnx"),
+        ("nowhere is not there; run train", "nowhere"), ("model.onnx can't be read", "model.onnx"),
         ("not 'pink'", unet, "--class", "pink"), ("--steps must be 1..20", unet, "--steps", 21),
     ):  # fmt: skip
         assert said in program("--checkpoint", *words, code=1)
@@ -342,14 +342,12 @@ def test_cuda_must_agree_with_the_eps_of_the_file(factor, fault, program, folder
     monkeypatch.setattr(onnxruntime, "InferenceSession", Cuda)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [cuda])
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
-    for answer in True, False:
-        for words in ["--device", "cuda"], ["--device", "auto"]:
-            monkeypatch.setattr(shutil, "which", lambda name, words=words: "auto" in words)
-            refused = fault and answer
-            said = program("-n", 3, "--steps", 2, *words, code=int(bool(refused)))
-            expected = "eps on CUDA is wrong; use --device cpu" if refused else f"on {cuda}: 3 im"
-            assert expected in said
-        rewritten(folder, eps_of_example=None)
+    for device in "cuda", "auto":
+        monkeypatch.setattr(shutil, "which", lambda name, device=device: device == "auto")
+        said = program("-n", 3, "--steps", 2, "--device", device, code=int(bool(fault)))
+        assert ("eps on CUDA is wrong; use --device cpu" if fault else f"on {cuda}: 3 im") in said
+    rewritten(folder, eps_of_example=None)
+    assert "eps on CUDA" not in program("-n", 3, "--steps", 2, code=int(factor != factor))
 
 
 def test_card_that_cannot_be_used_is_said_in_a_line(program, monkeypatch):

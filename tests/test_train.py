@@ -273,7 +273,7 @@ def test_bug_keeps_its_traceback(module, name, error, tiny, monkeypatch):
 REFUSED = {
     "--image-size 28 --data .": "image_size must be a multiple of 8",
     "--base-channels 30 --data .": "base_channels must be a multiple of 4",
-    **dict.fromkeys(["--image-size 16", "--in-channels 1", "--quick", "--classes"], "need --data"),
+    **dict.fromkeys(["--image-size 16", "--in-channels 1", "--quick", "--classes"], "needs --data"),
     "--steps 9": "o has no checkpoint; give --data",
     "--batch 6 --accumulate 4 --data .": "--batch must be a multiple of the number of GPUs times",
     "--init none --data .": "none can't be read",
