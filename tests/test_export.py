@@ -135,7 +135,7 @@ def test_mistakes_are_one_line(trained, tmp_path, run):
     for name in "demo", "run":
         (tmp_path / name).mkdir()
         said = run("export.py", cwd=tmp_path, code=1)
-        assert f"{Path('demo', 'checkpoint.pt')} can't be read: [Errno 2] No such file" in said
+        assert f"{Path('demo', 'checkpoint.pt')} is not there; run train.py first" in said
     whole = (trained[0] / "run" / "checkpoint.pt").read_bytes()
     (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.pt").write_text("not even a zip file")

@@ -276,7 +276,7 @@ REFUSED = {
     **dict.fromkeys(["--image-size 16", "--in-channels 1", "--quick", "--classes"], "needs --data"),
     "--steps 9": "o has no checkpoint; give --data",
     "--batch 6 --accumulate 4 --data .": "--batch must be a multiple of the number of GPUs times",
-    "--init none --data .": "none can't be read",
+    "--init none --data .": "none is not there; run train.py first",
     "--data none": "none is not a folder",
     "--out 0.png": "0.png/checkpoint.pt can't be written: ",
     "--data . --classes": "has images outside of its sub-folders",
