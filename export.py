@@ -19,6 +19,9 @@ import sys
 import warnings
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C leaves no traceback
+
 import numpy as np
 import onnx
 import torch
@@ -141,7 +144,6 @@ def write_onnx(network, diffusion, shape, names, path):
 
 def main():
     guard_output()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C leaves no traceback
     parser = argparse.ArgumentParser(
         usage="python export.py [--checkpoint RUN] [--onnx model.onnx]", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,

@@ -18,6 +18,8 @@ import warnings
 from pathlib import Path
 from signal import SIG_DFL, SIGINT, getsignal, signal
 
+signal(SIGINT, SIG_DFL)  # Ctrl-C ends the program without a traceback
+
 import numpy as np
 import onnx
 import torch
@@ -31,7 +33,6 @@ if len(sys.argv) != 2:
     sys.exit("usage: python minimal.py FOLDER_OF_IMAGES")
 if {"model.onnx", "samples.png"} & {*os.listdir()} or not os.access(".", os.W_OK):
     sys.exit("minimal.py needs a folder to write in that has no model.onnx and no samples.png")
-signal(SIGINT, SIG_DFL)  # Ctrl-C ends the program without a traceback
 
 # The images of the folder that can be read: float32 (N, 3, 32, 32) in [-1, 1]
 pixels, files = [], [path for path in Path(sys.argv[1]).rglob("*") if path.is_file()]
@@ -67,6 +68,7 @@ for step in (bar := tqdm(range(10_000))):
     if getsignal(SIGINT) == SIG_DFL:
         break
 signal(SIGINT, SIG_DFL)
+print("exporting model.onnx")
 
 # The network as ONNX, with the schedule in its metadata; the exporter's messages are suppressed
 warnings.simplefilter("ignore")

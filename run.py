@@ -104,6 +104,7 @@ class Settings:
         return f"the paper's{', except ' * bool(flags)}{' '.join(flags)}"
 
 
+LOG = "step,loss,grad_norm,lr\n"  # the first line of log.csv
 NAMES = [entry.name for entry in fields(Settings)]
 NETWORK, FREE = NAMES[: NAMES.index("data")], NAMES[NAMES.index("steps") :]
 
@@ -293,7 +294,7 @@ class Folder:
     """The folder of a run, which one process holds: the checkpoint, log.csv, the previews."""
 
     def __init__(self, path):
-        self.path, self.lock, self.inode = path, filelock.FileLock(path / ".lock"), None
+        self.path, self.lock, self.inodes = path, filelock.FileLock(path / ".lock"), None
         self.rows = b""  # of the log, which a full disk has not accepted
 
     def open(self, data=None, init=None):
@@ -310,8 +311,13 @@ class Folder:
             if re.fullmatch(ours, path.name):
                 path.unlink()
         if (self.path / "checkpoint.pt").exists():
+            if init is not None:
+                print(f"{self.path} is a run already, which goes on; --init was for its beginning")
             return read_checkpoint(self.path)
-        return begin_anew(read_checkpoint(init)) if init else None
+        if init is None:
+            return None
+        print(f"{self.path} begins with the averaged weights of {init}")
+        return begin_anew(read_checkpoint(init))
 
     def hold(self):
         """Take the lock of the folder, which a killed process loses. Exits if another has it."""
@@ -320,17 +326,23 @@ class Folder:
         except filelock.Timeout:
             sys.exit(f"train.py: another process is training in {self.path}; wait, or use "
                      "another --out")  # fmt: skip
-        self.inode = os.stat(self.path / ".lock").st_ino
+        self.inodes = self.inodes_now()
+
+    def inodes_now(self):
+        """Return what identifies the folder and its lock on the disk; None for what is missing."""
+        paths = self.path, self.path / ".lock"
+        return [path.stat().st_ino if path.exists() else None for path in paths]
 
     def still_hold(self):
         """Make the folder again if it was moved or removed. Exits if another run begins there."""
-        if not (self.path / ".lock").exists():
-            self.lock.release()
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.hold()
-            self.begin_log(0)
-        elif os.stat(self.path / ".lock").st_ino != self.inode:
+        now = self.inodes_now()
+        if any(inode not in (None, ours) for inode, ours in zip(now, self.inodes, strict=True)):
             sys.exit(f"train.py: {self.path} is another run now, so this one is not saved")
+        if None in now:
+            with contextlib.suppress(OSError):  # a disk that is gone may come back
+                self.lock.release()
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.hold()
 
     def save(self, run):
         """Replace the checkpoint atomically. Exits if that fails."""
@@ -341,21 +353,22 @@ class Folder:
     def begin_log(self, step):
         """Begin log.csv, or cut it back to the rows of the first `step` steps."""
         path = self.path / "log.csv"
-        text = path.read_text() if path.exists() else ""
-        head, *rows = text.splitlines(keepends=True) or ["step"]
-        if head[:4] != "step":
-            sys.exit(f"train.py: {path} is not a log of train.py; use another --out")
+        text = path.read_text("utf-8-sig", "replace") if path.exists() else ""
+        head, *rows = text.splitlines(keepends=True) or [LOG]
+        if re.findall(r"\w+", head) != re.findall(r"\w+", LOG):
+            sys.exit(f"train.py: {path} is not a log of train.py; rename or remove it")
         # A killed process leaves rows of later steps, and half a row; spreadsheets leave others.
         row = re.compile(r"(\d+)(,[^,\n]+){3}\n")
         rows = [r for r in rows if (found := row.fullmatch(r)) and int(found[1]) <= step]
         with replacing(path) as file:
-            file.write(("step,loss,grad_norm,lr\n" + "".join(rows)).encode())
+            file.write((LOG + "".join(rows)).encode())
 
     def log(self, rows):
         """Append rows to log.csv. What a full disk rejects is kept for the next call."""
         self.still_hold()
         self.rows += rows
         with contextlib.suppress(OSError), open(self.path / "log.csv", "ab", 0) as file:
+            self.rows = LOG.encode() * (not file.tell()) + self.rows  # of a folder made again
             self.rows = self.rows[file.write(self.rows) :]
 
     def draw(self, run):

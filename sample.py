@@ -22,6 +22,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -369,11 +370,11 @@ def complete(args, network):
     args.n = args.n or (min(8 * len(args.classes), 256) if len(args.classes) > 1 else 64)
     if args.steps > T:
         sys.exit(f"sample.py: --steps must be 1..{T}, not {args.steps}")
-    if args.dir:  # empty or, with --first, without the images that will be drawn
-        numbers = {f"{k:06d}.png" for k in range(args.first, args.first + args.n)}
-        found = {path.name for path in args.dir.rglob("[!.]*")}
-        if found := found & numbers if args.first else found:
-            sys.exit(f"sample.py: --dir {args.dir} must be new or empty, but it has {min(found)}")
+    for path in sorted(args.dir.rglob("[!.]*.*")) if args.dir else ():
+        is_earlier = re.fullmatch(r"\d{6,}\.png", path.name) and int(path.stem) < args.first
+        if path.is_file() and not is_earlier:
+            sys.exit(f"sample.py: --dir {args.dir} must be new or empty, but it has {path.name}; "
+                     "--first goes on after a stop")  # fmt: skip
 
 
 def draw(network, args, stop):
@@ -410,11 +411,11 @@ def main():
         for k, image in enumerate(pixels if args.dir else (), first):
             folder = args.dir / names[k % len(names)] if names else args.dir
             folder.mkdir(parents=True, exist_ok=True)
-            to_image(image).save(folder / f"{k:06d}.png")
+            save(to_image(image), folder / f"{k:06d}.png")
         shown.extend(pixels[: 256 - len(shown)])
         done += len(pixels)
     if done:
-        grid(np.stack(shown), len(names)).save(args.out)
+        save(grid(np.stack(shown), len(names)), args.out)
         shift = args.first % max(1, len(names))
         rows = ", ".join([*names[shift:], *names[:shift]][:done])
         print(f"{args.out}: {len(shown)} images{' of ' * bool(names)}{rows}")
@@ -427,6 +428,13 @@ def main():
 
 
 # ------------------------------------------------------------ files, output and signals of programs
+
+
+def save(image, path):
+    """Save a Pillow image as a PNG file, which is put in place when it is whole."""
+    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+    image.save(temporary, "PNG")
+    os.replace(temporary, path)
 
 
 def check_output(path, *inputs):

@@ -184,6 +184,8 @@ def train(steps, run, folder, s):
         recent.extend(losses)
         run.step, pending = k, []
         if RANK == 0:
+            if draws:
+                folder.draw(run)
             if k == s.steps or stopping:
                 folder.save(run)
             elif time.monotonic() - saved > 60 * s.save_minutes:
@@ -191,8 +193,6 @@ def train(steps, run, folder, s):
                 saved = time.monotonic()
             bar.set_postfix_str(f"loss {np.mean(recent):.4f}", refresh=False)
             bar.update(len(losses))
-            if draws:
-                folder.draw(run)
     bar.close()
     return request
 

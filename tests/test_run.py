@@ -214,9 +214,9 @@ def test_second_process_in_a_folder_is_one_line(tiny, tmp_path):
 
 
 @posix
-@pytest.mark.parametrize("removed", ["", ".lock"])
-def test_old_process_never_overwrites_a_new_run(removed, tiny, tmp_path, wrap_step):
-    """The folder, or its lock, is removed during a run, and another run begins there."""
+@pytest.mark.parametrize("removed, lock", [("", ".lock"), (".lock", ".lock"), ("", "other")])
+def test_old_process_never_overwrites_a_new_run(removed, lock, tiny, tmp_path, wrap_step):
+    """The folder, or its lock, is removed during a run, and another run begins or is put there."""
 
     def begin_another(loss, norm, k):
         if k == 2:
@@ -225,7 +225,7 @@ def test_old_process_never_overwrites_a_new_run(removed, tiny, tmp_path, wrap_st
             (tmp_path / "run").mkdir(exist_ok=True)
             (tmp_path / "run" / "checkpoint.pt").write_text("new")
             (tmp_path / "run" / "log.csv").write_text("new")
-            (tmp_path / "run" / ".lock").touch()
+            (tmp_path / "run" / lock).touch()
 
     wrap_step(begin_another)
     assert "run is another run now, so this one is not saved" in tiny("--steps", 5, code=1)
@@ -240,8 +240,9 @@ def test_folder_that_is_moved_during_a_run_loses_nothing(tiny, run, tmp_path, wr
     tiny("--steps", 5, "--save-minutes", 0)
     assert (read(tmp_path / "moved")["step"], read(tmp_path / "run")["step"]) == (2, 5)
     wrap_step(lambda *_: None)
-    tiny("--steps", 6)
+    said = tiny("--steps", 6, "--init", "moved")
     assert logged(tmp_path / "run") == [3, 4, 5, 6]
+    assert "run is a run already, which goes on; --init was for its beginning" in said
 
 
 def test_files_of_the_user_in_the_folder_stay(tiny, tmp_path):
@@ -251,10 +252,11 @@ def test_files_of_the_user_in_the_folder_stay(tiny, tmp_path):
     for name in mine:
         (tmp_path / "run" / name).write_text("mine")
     log.write_text("date,weight\n")
-    assert "run/log.csv is not a log of train.py" in tiny("--steps", 2, code=1)
+    assert "run/log.csv is not a log of train.py; rename" in tiny("--steps", 2, code=1)
     log.write_text("")
     tiny("--steps", 2)
-    log.write_text(log.read_text().replace("\n2,", "\n\n1;5\nx,1,2,3\n2,"))
+    text = log.read_text().replace("\n2,", "\n\n1;5\nx,1,2,3\n2,")
+    log.write_text(text.replace("step", '"step"'), "utf-8-sig")
     tiny("--steps", 3)
     assert logged(tmp_path / "run") == [1, 2, 3]
     assert all((tmp_path / "run" / name).read_text() == "mine" for name in mine)

@@ -144,6 +144,8 @@ def test_image_k_depends_on_seed_and_k_alone(program, folder):
     program(*words, "b", "-n", 3, "--first", 4)  # in the same folder
     assert [*images_in(folder / "b")] == [*range(7)]
     assert "it has 000006.png" in program(*words, "b", "-n", 2, "--first", 6, code=1)
+    (folder / "b" / "blue" / "7.png").write_text("mine")
+    assert "it has 7.png" in program(*words, "b", "-n", 2, "--first", 7, code=1)
     assert all(np.abs(a[k] - image).max() <= 1 for k, image in (b | c).items())  # rounding
     assert all(np.abs(x - y).max() > 3 for x, y in [(a[0], a[3]), (a[0], d[0]), (a[1], d[1])])
 
