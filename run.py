@@ -105,6 +105,7 @@ class Settings:
 
 
 LOG = "step,loss,grad_norm,lr\n"  # the first line of log.csv
+HEX = 16 * "[0-9a-f]"  # a part of the names of unfinished files and decoded images
 NAMES = [entry.name for entry in fields(Settings)]
 NETWORK, FREE = NAMES[: NAMES.index("data")], NAMES[NAMES.index("steps") :]
 
@@ -294,7 +295,7 @@ class Folder:
     """The folder of a run, which one process holds: the checkpoint, log.csv, the previews."""
 
     def __init__(self, path):
-        self.path, self.lock, self.inodes = path, filelock.FileLock(path / ".lock"), None
+        self.path, self.lock, self.inode = path, filelock.FileLock(path / ".lock"), None
         self.rows = b""  # of the log, which a full disk has not accepted
 
     def open(self, data=None, init=None):
@@ -306,10 +307,8 @@ class Folder:
             sys.exit(f"train.py: --out {self.path} must not be the folder of the images, nor above")
         check_output(self.path / "checkpoint.pt")
         self.hold()
-        ours = r"\.(checkpoint\.pt|log\.csv|images-[0-9a-f]{16})\.[0-9a-f]{16}\.tmp"
-        for path in self.path.iterdir():  # a killed process leaves unfinished files
-            if re.fullmatch(ours, path.name):
-                path.unlink()
+        for path in self.path.glob(f".*.{HEX}.tmp"):  # what a killed process did not finish
+            path.unlink()
         if (self.path / "checkpoint.pt").exists():
             if init is not None:
                 print(f"{self.path} is a run already, which goes on; --init was for its beginning")
@@ -326,23 +325,18 @@ class Folder:
         except filelock.Timeout:
             sys.exit(f"train.py: another process is training in {self.path}; wait, or use "
                      "another --out")  # fmt: skip
-        self.inodes = self.inodes_now()
-
-    def inodes_now(self):
-        """Return what identifies the folder and its lock on the disk; None for what is missing."""
-        paths = self.path, self.path / ".lock"
-        return [path.stat().st_ino if path.exists() else None for path in paths]
+        self.inode = os.stat(self.path / ".lock").st_ino
 
     def still_hold(self):
-        """Make the folder again if it was moved or removed. Exits if another run begins there."""
-        now = self.inodes_now()
-        if any(inode not in (None, ours) for inode, ours in zip(now, self.inodes, strict=True)):
-            sys.exit(f"train.py: {self.path} is another run now, so this one is not saved")
-        if None in now:
+        """Make the folder again if it was moved or removed. Exits if another run may be there."""
+        lock = self.path / ".lock"
+        if not self.path.exists():
             with contextlib.suppress(OSError):  # a disk that is gone may come back
+                self.path.mkdir(parents=True)
                 self.lock.release()
-                self.path.mkdir(parents=True, exist_ok=True)
                 self.hold()
+        elif not lock.exists() or lock.stat().st_ino != self.inode:
+            sys.exit(f"train.py: {self.path} is another run now, so this one is not saved")
 
     def save(self, run):
         """Replace the checkpoint atomically. Exits if that fails."""
@@ -379,8 +373,8 @@ class Folder:
 
     def forget_images(self, current):
         """Remove all decoded images except the current file."""
-        for path in {*self.path.glob(".images-*")} - {self.path / Path(current).name}:
-            if re.fullmatch(r"\.images-[0-9a-f]{16}", path.name):
+        for path in self.path.glob(f".images-{HEX}"):
+            if path.name != Path(current).name:
                 path.unlink(missing_ok=True)  # another machine may do the same
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from extras.interpolate import interpolate
 from images import from_pixels
-from sample import Network, grid, noise_of, sample, to_image, to_pixels
+from sample import Network, noise_of, sample, to_image, to_pixels
 from test_ddpm import PAPER
 
 HERE = Path(__file__).parent.parent
@@ -92,37 +92,26 @@ def test_interpolation_starts_from_mixtures_with_the_same_noise(run, drawn, tmp_
     assert run("interpolate", *words, "--t", 9, "--steps", 11, code=1).endswith("--steps 1..t+1")
 
 
-@pytest.mark.parametrize("name", ["animate", "inpaint", "interpolate"])
+@pytest.mark.parametrize("name", ["inpaint", "interpolate"])
 def test_values_that_are_not_finite_are_not_saved(name, run, drawn, tmp_path, monkeypatch):
     to_image(drawn[0]).save(tmp_path / "a.png")
     monkeypatch.setattr(Network, "__call__", lambda self, x_t, t, y=None: np.nan * x_t)
-    words = [] if name == "animate" else [tmp_path / "a.png"] * 2
+    words = [tmp_path / "a.png"] * 2
     said = run(name, *words, "--onnx", PLAIN, "--steps", 2, code=1)
     assert f"{name}.py: the network's output is not finite" in said
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
 @posix
-def test_interrupt_ends_a_program_without_a_traceback(start):
-    process = start("-m", "extras.animate", "--onnx", PLAIN, "--out", "/dev/null", cwd=HERE)
+def test_interrupt_ends_a_program_without_a_traceback(start, drawn, tmp_path):
+    to_image(drawn[0]).save(tmp_path / "a.png")
+    words = [tmp_path / "a.png"] * 2 + ["--out", tmp_path / "b.png", "--steps", 999]
+    process = start("-m", "extras.inpaint", "--onnx", PLAIN, *words, cwd=HERE)
     while "step" not in (line := process.stdout.read(9)):
         assert line  # the program goes on
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT and "Traceback" not in said
-
-
-def test_animation_ends_with_the_samples(run, tmp_path):
-    words = ["--onnx", CLASSES, "--class", "boot", "bag", "--out", tmp_path / "out.gif"]
-    assert "11 frames" in run("animate", *words, "--steps", 10, "--guidance", 1)
-    expected = sample(Network(CLASSES), 16, ["boot", "bag"], 1, steps=10)
-    with Image.open(tmp_path / "out.gif") as gif:
-        assert gif.n_frames == 11 and gif.info["loop"] == 0
-        gif.seek(10)
-        difference = np.asarray(gif.convert("L"), int) - grid(to_pixels(expected), 2)
-    assert abs(difference).max() < 4
-    assert "not 'hat'" in run("animate", *words, "--class", "hat", code=1)
-    assert "--steps must be 1..1000" in run("animate", *words, "--steps", 1001, code=1)
 
 
 def test_curve_of_the_log(run, tmp_path):
