@@ -479,17 +479,22 @@ class StopRequest:
     """
 
     def __init__(self):
-        self.number = 0
+        self.number, self.before = 0, {}
         for name in "SIGINT", "SIGTERM", "SIGHUP", "SIGPIPE":
             number = getattr(signal, name, None)  # Windows lacks two of them
             if number and (name == "SIGPIPE" or signal.getsignal(number) != signal.SIG_IGN):
-                signal.signal(number, self.receive)
+                self.before[number] = signal.signal(number, self.receive)
 
     def receive(self, number, _):
         """Note the first signal, and let a second Ctrl-C end the program at once."""
         self.number = self.number or number
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
+
+    def restore(self):
+        """Restore the handlers that the signals had before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def end(self):
         """End the program as the signal does by default, so that a shell loop ends, too."""

@@ -194,6 +194,7 @@ def train(steps, run, folder, s):
             bar.set_postfix_str(f"loss {np.mean(recent):.4f}", refresh=False)
             bar.update(len(losses))
     bar.close()
+    request.restore()
     return request
 
 

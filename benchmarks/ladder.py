@@ -14,7 +14,6 @@ import argparse
 import csv
 import itertools
 import os
-import signal
 import statistics
 import sys
 import tempfile
@@ -81,7 +80,6 @@ def open_network(args):
     flags |= dict(steps=args.steps, seed=args.seed, data=os.path.abspath(f"{args.data}/train"))
     how = partial(build_other, *OTHERS[args.rung]) if args.rung in OTHERS else build
     train(flags | RUNGS[args.rung][0] | {"out": out}, how)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the sampling
     network, diffusion, state = load(out, how)
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model.onnx"

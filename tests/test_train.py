@@ -3,6 +3,7 @@
 import copy
 import re
 import shlex
+import signal
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -221,6 +222,26 @@ def test_checkpoint_describes_itself(tiny, tmp_path):
     assert torch.equal(diffusion.betas, PAPER.betas) and not network.training
     assert same_weights(network.state_dict(), state["ema"]) and state["optimizer"]["state"]
     assert not same_weights(state["model"], state["ema"])
+
+
+def test_run_is_trained_from_python(image_folder, tmp_path, monkeypatch):
+    """The network may be another one, and the handlers of signals are restored."""
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def build(settings, shape, names=()):
+        network, diffusion = runs.build(settings, shape, names)
+        return torch.nn.ModuleDict({"unet": network, "eps": network}), diffusion
+
+    monkeypatch.setattr(torch.nn.ModuleDict, "forward", lambda self, *a, y: self["eps"](*a, y))
+    monkeypatch.setattr(runs, "preview", lambda *_: Image.new("L", (1, 1)))
+    small = {"image_size": 8, "base_channels": 8, "channel_mults": (1,), "batch": 2, "steps": 2}
+    given = small | {"data": str(image_folder), "device": "cpu", "attention_resolutions": ()}
+    train.main(given, build)
+    train.main(given | {"steps": 3}, build)
+    state = train.load("run", build)[2]
+    assert state["step"] == 3 and "eps.conv_in.weight" in state["ema"]
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_quick_is_the_settings_that_it_prints(image_folder, tmp_path, run):
