@@ -105,7 +105,7 @@ def test_mistakes_are_one_line(save, image_folder, tmp_path, run):
     for words, said in (
         (["--checkpoint", save("plain")], must), (["--device", "quantum"], "--device quantum: "),
         (["--checkpoint", save("plain", images=None, data=None)], must),
-        ([*data, "--checkpoint", "rnu"], "rnu can't be read"), (data, "demo can't be read"),
+        ([*data, "--checkpoint", "rnu"], "rnu is not there; run"), (data, "demo is not there; run"),
         ([*data, "--checkpoint", save("classes")], "but the classes are"),
     ):  # fmt: skip
         assert said in run(PROGRAM, *words, cwd=tmp_path, code=1)

@@ -95,7 +95,7 @@ def test_flags_exist(help_of):
     """Each command has flags of its program, and each flag in a sentence is one of some program."""
     names = re.findall(r"-m (extras\.\w+) ", "".join(PAGES.values()))
     helps = {name: help_of(name) for name in {"train.py", "export.py", "sample.py", *names}}
-    assert len(helps) == 10
+    assert len(helps) == 9
     for page in PAGES.values():
         commands = re.findall(r"\b((?:train|export|sample)\.py|extras\.\w+)\b([^\n`&]*)", page)
         for name, words in commands:
