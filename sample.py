@@ -184,9 +184,9 @@ def open_session(path, device, options=None):
     if device == "cuda" or (device == "auto" and shutil.which("nvidia-smi")):
         fault = "this package is for CPUs: pip uninstall -y onnxruntime onnxruntime-gpu"
         if cuda in ort.get_available_providers():
-            with contextlib.redirect_stdout(io.StringIO()) as said:
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
                 ort.preload_dlls()  # the libraries that pip installed; it prints what is missing
-            fault = said.getvalue().partition("\n")[0]
+            fault = "".join(re.findall("^Failed to load .*", printed.getvalue(), re.M)[:1])
         if not fault:
             providers = [(cuda, {"cudnn_conv_algo_search": "HEURISTIC"}), "CPUExecutionProvider"]
             try:
