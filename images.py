@@ -128,7 +128,7 @@ def has_colour(path):
 
 
 def state_of(path):
-    """Return what changes with a file: its size and two times; nothing for a broken link."""
+    """Return (size, modified, changed) of a file, or () for a broken link."""
     state = os.stat(path) if os.path.exists(path) else None
     return (state.st_size, state.st_mtime_ns, state.st_ctime_ns) if state else ()
 

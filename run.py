@@ -25,20 +25,9 @@ import torch
 
 from ddpm import Diffusion, UNet, linear_betas
 from images import replacing
-from sample import check_output, grid, reverse, to_pixels
+from sample import check_output, grid, in_range, reverse, to_pixels
 
 # ---------------------------------------------------------------------------------------- settings
-
-
-def in_range(kind, low, high=math.inf):
-    """Return an argparse type for an int or a float that is at least `low` and below `high`."""
-
-    def number(text):
-        if not low <= kind(text) < high:
-            raise argparse.ArgumentTypeError(f"{text} is out of range")
-        return kind(text)
-
-    return number
 
 
 count, whole = in_range(int, 1), in_range(int, 0, 2**63)
@@ -49,7 +38,8 @@ switch = argparse.BooleanOptionalAction
 def flag(default, meaning, **options):
     """Return a field of Settings that has a flag. options: of argparse's add_argument."""
     if "[" not in meaning and not isinstance(default, bool):
-        meaning += f" [{as_flag('', default)[3:]}]"
+        values = default if isinstance(default, tuple) else (default,)
+        meaning += f" [{' '.join(map(str, values))}]"
     return field(default=default, metadata={"help": meaning, **options})
 
 
@@ -67,7 +57,7 @@ class Settings:
     image_size: int = flag(32, "pixels; images are cropped to a square", type=count)
     in_channels: int = flag(None, "1 is grey, 3 is colour [detected]", type=int, choices=(1, 3))
     base_channels: int = flag(128, "width of the first level", type=count)
-    channel_mults: tuple = flag((1, 2, 2, 2), "relative widths of levels", type=count, nargs="*")
+    channel_mults: tuple = flag((1, 2, 2, 2), "relative widths of levels", type=count, nargs="+")
     num_res_blocks: int = flag(2, "residual blocks per level", type=count)
     attention_resolutions: tuple = flag((16,), "sizes with attention", type=int, nargs="*")
     norm_groups: int = None
@@ -160,9 +150,8 @@ def check_flags(given, state, out):
         if name in ("parts", "attention_resolutions"):  # whose order does not matter
             value, before = sorted(value, reverse=True), sorted(before, reverse=True)
         if value != before:
-            flags = as_flag(name, saved[name]), as_flag(name, given[name])
-            sys.exit(f"train.py: {out} has {flags[0]}, not {flags[1]}; omit this flag, or use "
-                     "another --out")  # fmt: skip
+            sys.exit(f"train.py: {out} has {name} = {saved[name]}, not {given[name]}; omit this "
+                     "flag, or begin another run")  # fmt: skip
     if state and given.get("steps", math.inf) < state["step"]:
         sys.exit(f"train.py: {out} is at step {state['step']:,} already; --steps can't be smaller")
 
@@ -256,7 +245,7 @@ def load(path, build=build):
 
 
 def begin_anew(state):
-    """Return a checkpoint at step 0 that has the averaged weights of another one.
+    """Return a checkpoint at step 0 with the averaged weights of the checkpoint `state`.
 
     Its settings are the defaults of the new run; all but those of the network may change.
     """
@@ -279,10 +268,10 @@ class Run:
     optimizer: torch.optim.Optimizer
 
     def load(self, state):
-        """Go on where the checkpoint was written. The states leave its memory."""
+        """Restore the states of a checkpoint, and free each of them in `state`."""
         self.step = state["step"]
         for name in "model", "ema", "optimizer":
-            if saved := state.pop(name):  # what begins anew has no optimizer
+            if saved := state.pop(name):  # a run that begins anew has no optimizer state
                 getattr(self, name).load_state_dict(saved)
 
     def checkpoint(self):
@@ -299,7 +288,7 @@ class Folder:
         self.rows = b""  # of the log, which a full disk has not accepted
 
     def open(self, data=None, init=None):
-        """Hold the folder, and return its checkpoint, or else what --init begins with, or None.
+        """Lock the folder; return its checkpoint, the state that --init begins with, or None.
 
         Exits if another process holds it, or if it is the folder of the images or a parent of it.
         """
@@ -319,7 +308,7 @@ class Folder:
         return begin_anew(read_checkpoint(init))
 
     def hold(self):
-        """Take the lock of the folder, which a killed process loses. Exits if another has it."""
+        """Acquire the lock, which a killed process loses. Exits if another process has it."""
         try:
             self.lock.acquire(timeout=0)
         except filelock.Timeout:
@@ -328,7 +317,7 @@ class Folder:
         self.inode = os.stat(self.path / ".lock").st_ino
 
     def still_hold(self):
-        """Make the folder again if it was moved or removed. Exits if another run may be there."""
+        """Recreate the folder if it was moved or removed. Exits if another run may be there."""
         lock = self.path / ".lock"
         if not self.path.exists():
             with contextlib.suppress(OSError):  # a disk that is gone may come back

@@ -128,9 +128,6 @@ def noise_of(seed, first, n, shape):
 def class_names(network, classes=None, guidance=0.0):
     """Return the names of the classes to draw. Raises ValueError like sample_progressive."""
     names = classes or network.classes
-    for name in names:  # of the folders in --dir
-        if not name.isprintable() or Path(f"/{name}").name != name or name == "..":
-            raise ValueError(f"the class {name!r} can't be the name of a folder")
     if unknown := {*names} - {*network.classes}:
         raise ValueError(f"the network has the classes {network.classes}, not {min(unknown)!r}")
     if not math.isfinite(guidance) or (guidance and not names):
@@ -166,7 +163,7 @@ def sample(network, n, *args, **options):
 
 
 def example(shape, T):
-    """Return the input (x_t, t) of which the metadata contain the answer `spread(eps)`."""
+    """Return the test input (x_t, t) whose expected output, `spread(eps)`, the metadata store."""
     x_t = math.sqrt(2) * np.sin(np.arange(math.prod(shape)))
     return x_t.reshape(1, *shape).astype(np.float32), T // 2
 
@@ -293,13 +290,13 @@ def grid(pixels, rows=None):
 # -------------------------------------------------------------------------------------- the program
 
 
-def at_least(low):
-    """Return an argparse type for an int that is at least `low`."""
+def in_range(kind, low, high=math.inf):
+    """Return an argparse type for an int or a float that is at least `low` and below `high`."""
 
     def number(text):
-        if int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text} is less than {low}")
-        return int(text)
+        if not low <= kind(text) < high:
+            raise argparse.ArgumentTypeError(f"{text} is out of range")
+        return kind(text)
 
     return number
 
@@ -315,14 +312,16 @@ def arguments():
     source.add_argument("--onnx", default="model.onnx", help="network from export.py [%(default)s]")
     run = default_run()
     source.add_argument("--checkpoint", nargs="?", const=run, help="a run, in torch [run or demo]")
-    flag("-n", type=at_least(1), help="number of images [64, or 8 of each class]")
-    flag("--first", type=at_least(0), default=0, help="number of the first image [%(default)s]")
+    flag("-n", type=in_range(int, 1), help="number of images [64, or 8 of each class]")
+    flag(
+        "--first", type=in_range(int, 0), default=0, help="number of the first image [%(default)s]"
+    )
     flag("--out", default="samples.png", help="a PNG file with up to 256 images [%(default)s]")
     flag("--dir", type=Path, help="a new or empty folder, for one PNG file per image")
-    flag("--steps", type=at_least(1), help="steps of the reverse process [T, as in the paper]")
+    flag("--steps", type=in_range(int, 1), help="steps of the reverse process [T, as in the paper]")
     flag("--sampler", choices=SAMPLERS, help="[ddpm with all T steps, dpm-solver++ with fewer]")
-    flag("--batch", type=at_least(1), default=64, help="images drawn together [%(default)s]")
-    flag("--seed", type=at_least(0), default=0, help="image k depends on (seed, k) alone [0]")
+    flag("--batch", type=in_range(int, 1), default=64, help="images drawn together [%(default)s]")
+    flag("--seed", type=in_range(int, 0), default=0, help="image k depends on (seed, k) alone [0]")
     flag("--class", dest="classes", nargs="+", metavar="NAME", help="classes to draw [all]")
     flag("--guidance", type=float, default=0.0, help="w: makes images more typical of a class [0]")
     flag("--device", default="auto", help="auto, cuda, cpu; in torch also cuda:1, mps, xpu [auto]")
@@ -359,18 +358,21 @@ def open_network(args):
 
 
 def complete(args, network):
-    """Fill in the arguments that depend on the network. Exits if those given do not fit it."""
+    """Set the defaults that depend on the network. Exits if an argument does not fit it."""
     T = len(network.betas)
     try:
         args.classes = class_names(network, args.classes, args.guidance)
     except ValueError as error:
         sys.exit(f"sample.py: {error}")
+    for name in args.classes:  # of the folders in --dir
+        if not name.isprintable() or Path(f"/{name}").name != name or name == "..":
+            sys.exit(f"sample.py: the class {name!r} can't be the name of a folder")
     args.steps = args.steps or T
     args.sampler = args.sampler or ("ddpm" if args.steps == T else "dpm-solver++")
     args.n = args.n or (min(8 * len(args.classes), 256) if len(args.classes) > 1 else 64)
     if args.steps > T:
         sys.exit(f"sample.py: --steps must be 1..{T}, not {args.steps}")
-    for path in sorted(args.dir.rglob("[!.]*.*")) if args.dir else ():
+    for path in sorted(args.dir.rglob("[!.]*")) if args.dir else ():
         is_earlier = re.fullmatch(r"\d{6,}\.png", path.name) and int(path.stem) < args.first
         if path.is_file() and not is_earlier:
             sys.exit(f"sample.py: --dir {args.dir} must be new or empty, but it has {path.name}; "
@@ -472,7 +474,7 @@ def guard_output():
 
 
 class StopRequest:
-    """Note a signal that asks the program to stop: its `number`, 0 until then.
+    """Record in `number` the first signal that asks the program to stop; it is 0 until then.
 
     The signals are Ctrl-C, SIGTERM, SIGHUP (the terminal was closed) and SIGPIPE (the reader of a
     pipe has ended). One that is ignored already, as under nohup, stays ignored.
@@ -491,8 +493,10 @@ class StopRequest:
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
 
-    def restore(self):
-        """Restore the handlers that the signals had before."""
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
 

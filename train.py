@@ -62,7 +62,7 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 
 class Data(NamedTuple):
-    """The training set, on the GPU unless it is large."""
+    """The training set, on the device if it has less than 2 GB."""
 
     images: Tensor  # uint8 (N, C, H, W)
     labels: Tensor | None  # int64 (N,), on the same device
@@ -74,8 +74,8 @@ def algorithm_1(network, ema, optimizer, diffusion, data, s, start=0):
     """Yield the loss and its gradient norm after each step of Algorithm 1, indefinitely.
 
     Both are 0-d tensors on the device of the network. No step waits for the device, so that the CPU
-    prepares the next step while a GPU computes. With several processes, the loss of the step is the
-    mean of what they yield.
+    prepares the next step while a GPU computes. With several processes, DistributedDataParallel
+    averages the gradients, and the loss of the step is the mean of what the processes yield.
 
     network: what is trained. ema: the average of its weights. s: the Settings. start: the number of
     steps already taken, which determines the next batch.
@@ -87,7 +87,7 @@ def algorithm_1(network, ema, optimizer, diffusion, data, s, start=0):
         loss_sum = 0
         for i, (x0, t, noise, y) in enumerate(draw_batch(data, diffusion.T, k, s, device)):
             model = partial(network, y=y)  # eps_theta(x_t, t), given the classes
-            # As no_sync does: on several GPUs, exchange the gradients of the last micro-batch only.
+            # Like DDP's no_sync(): average the gradients only once, after the last micro-batch.
             network.require_backward_grad_sync = i == s.accumulate - 1
             with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
                 loss = diffusion.loss(model, x0, t, noise) / s.accumulate
@@ -117,11 +117,11 @@ def draw_batch(data, T, k, s, device):
         drop = torch.rand(s.batch, device=home) < 0.1
         labels = to_device(data.labels[index].masked_fill(drop, len(data.names)), device)
     size = s.batch // (WORLD * s.accumulate)
-    for i in range(RANK * s.accumulate, (RANK + 1) * s.accumulate):
-        mine = slice(i * size, (i + 1) * size)
+    for share in range(RANK * s.accumulate, (RANK + 1) * s.accumulate):
+        mine = slice(share * size, (share + 1) * size)
         x0 = from_pixels(to_device(data.images[index[mine]], device))
         x0 = torch.where(flip[mine], x0.flip(3), x0)
-        set_seed(device, s.seed, k, 1 + i)  # for dropout
+        set_seed(device, s.seed, k, 1 + share)  # for dropout
         yield x0, t[mine], noise[mine], labels[mine] if data.names else None
 
 
@@ -153,16 +153,15 @@ def update_ema(ema, network, k, decay):
 # ----------------------------------------------------------------------------------------- the loop
 
 
-def train(steps, run, folder, s):
-    """Take the steps that remain, until asked to stop; log, save and draw. Return the StopRequest.
+def train(steps, run, folder, s, request):
+    """Take the steps that remain, until the StopRequest asks to stop; log, save and draw.
 
     steps: the generator algorithm_1. Reading a loss waits for the GPU, so the losses of ten steps
     are read together.
     """
     from_first(folder.begin_log, run.step)
     bar = tqdm(total=s.steps, initial=run.step, unit="step", mininterval=1, disable=RANK > 0)
-    request, stopping, saved = StopRequest(), False, time.monotonic()
-    pending, recent = [], deque(maxlen=100)
+    stopping, saved, pending, recent = False, time.monotonic(), [], deque(maxlen=100)
     while run.step < s.steps and not stopping:
         pending.append(next(steps))
         k = run.step + len(pending)
@@ -176,7 +175,7 @@ def train(steps, run, folder, s):
         if not np.isfinite(losses + norms).all():
             bar.close()
             leave(f"the loss or its gradient is infinite or NaN by step {k:,}, which is not saved; "
-                  "try a lower --lr or --no-amp, and a new --out")  # fmt: skip
+                  "begin again with a lower --lr or --no-amp")  # fmt: skip
         if RANK == 0:
             rates = [learning_rate(i, s) for i in range(run.step, k)]
             rows = zip(count(run.step + 1), losses, norms, rates)
@@ -194,8 +193,6 @@ def train(steps, run, folder, s):
             bar.set_postfix_str(f"loss {np.mean(recent):.4f}", refresh=False)
             bar.update(len(losses))
     bar.close()
-    request.restore()
-    return request
 
 
 def read(pending, request):
@@ -330,19 +327,13 @@ def describe(run, data, s, device):
         print("         on a CPU, a network of this size takes very long; --quick takes minutes")
 
 
-def finish(run, out, request, was_finished):
-    """Print the commands that follow, or end as the signal does that stopped the run.
-
-    out: the folder of the run. was_finished: whether no step was left to take.
-    """
+def say_next(run, out, was_finished):
+    """Print the commands that follow. was_finished: whether no step was left to take."""
     s, out = run.settings, shlex.quote(str(out))
     if run.step < s.steps:
         again = f"{beside('train.py')} --out {out}" if WORLD == 1 else "repeat the command"
-        if RANK == 0:
-            print(f"stopped at step {run.step:,}; to go on: {again}", file=sys.stderr)
-        if not request.number:  # the signal went to another process
-            sys.exit(1)
-        request.end()
+        print(f"stopped at step {run.step:,}; to go on: {again}", file=sys.stderr)
+        return
     if was_finished:
         print(f"{out} is finished; --steps continues it, and another --out begins a new run")
     # With a network that predicts eps, sampling in few steps needs long training.
@@ -361,11 +352,13 @@ def beside(name):
 def main(given=None, build=build):
     """Start or resume a run. given: flags, {name: value}; those of the command line if None.
 
-    build: makes the network and its Diffusion, as in run.py.
+    build: makes the network and its Diffusion, as in run.py. A signal stops the training, and ends
+    the program if the flags are those of the command line.
     """
     guard_output()
-    given = command_line(__doc__) if given is None else given
-    torch.set_float32_matmul_precision("high")  # TF32 for products that stay float32
+    is_program = given is None
+    given = command_line(__doc__) if is_program else given
+    torch.set_float32_matmul_precision("high")  # TF32 for the remaining float32 products
     torch.backends.cudnn.benchmark = True  # all batches are of one size
     device = choose_device(given.get("device", "auto"), LOCAL_RANK if WORLD > 1 else None)
     join(device)
@@ -391,9 +384,13 @@ def main(given=None, build=build):
 
     was_finished = run.step == s.steps
     steps = algorithm_1(network, ema, optimizer, diffusion, data, s, run.step)
-    request = train(steps, run, folder, s)
+    with StopRequest() as request:
+        train(steps, run, folder, s, request)
     leave()
-    finish(run, out, request, was_finished)
+    if RANK == 0:
+        say_next(run, out, was_finished)
+    if run.step < s.steps and is_program:  # by the signal, which may have reached another process
+        request.end() if request.number else sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from benchmarks.gpu import DEVICE, IS_CUDA, clock, compiled, machine, train_step  # noqa: E402
+from benchmarks.gpu import DEVICE, IS_CUDA, clock, compiled, machine, train_step, unchanged  # noqa: E402
 from images import from_pixels  # noqa: E402
+from run import has_bfloat16  # noqa: E402
 
 SHAPE = 3, 32, 32
 CIFAR = {
@@ -76,8 +77,8 @@ def diffusers_loop(images, batch, dtype=None):
 
 
 def ours(batch):
-    """Return a function that takes a step of train.py, with the settings that train.py has."""
-    take = train_step(compiled if IS_CUDA else lambda network: network, batch=batch)
+    """Return a function that runs a training step as train.py configures it."""
+    take = train_step(compiled if IS_CUDA else unchanged, batch=batch)
 
     def step():
         torch.set_float32_matmul_precision("high")  # as train.py does
@@ -98,7 +99,7 @@ def main():
     args = parser.parse_args()
     images = from_pixels(torch.randint(256, (256, 3, 32, 32), dtype=torch.uint8))
     steps = {
-        "train.py": ours(args.batch),
+        f"train.py, {'bfloat16' if has_bfloat16(DEVICE) else 'float32'}": ours(args.batch),
         "diffusers, float32": diffusers_loop(images, args.batch),
         "diffusers, bfloat16": diffusers_loop(images, args.batch, torch.bfloat16),
     }

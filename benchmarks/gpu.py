@@ -45,7 +45,7 @@ TINY = {
     "attention_resolutions": (4,), "batch": 8,
 }  # fmt: skip
 OUT = Path("gpu-report").resolve()
-WORK = OUT / "work"  # is removed at the end
+WORK = OUT / "work"  # removed at the end
 FILES = WORK / "float32.onnx", WORK / "float16.onnx"
 
 # ------------------------------------------------------------ what benchmarks/compare.py uses, too
@@ -62,7 +62,12 @@ def clock(step):
     return (time.perf_counter() - began) / calls
 
 
-def train_step(prepare=lambda network: network, **given):
+def unchanged(network):
+    """Return the network."""
+    return network
+
+
+def train_step(prepare=unchanged, **given):
     """Return a function that takes a step of train.py on random images.
 
     prepare: a function of the network, such as `compiled`. given: settings unlike the paper's.
@@ -187,7 +192,7 @@ def steps(report):
         train_step(**report.given | {"batch": 8})()
     flops = counter.get_total_flops() / 8  # per image
 
-    def measure(amp, prepare=lambda network: network):
+    def measure(amp, prepare=unchanged):
         step = train_step(prepare, **report.given, amp=amp)
         began = time.perf_counter()
         step()
@@ -221,7 +226,7 @@ def gradients(report):
             diffusion.loss(module, x0.to(device), t.to(device), noise.to(device)).backward()
         return torch.cat([p.grad.cpu().flatten() for p in module.parameters()])
 
-    def error(tf32, amp=False, prepare=lambda network: network):
+    def error(tf32, amp=False, prepare=unchanged):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         on_device = prepare(copy.deepcopy(network).to(DEVICE))
         return f"{(gradient(on_device, DEVICE, amp) - exact).norm() / exact.norm():.1e}"
@@ -347,7 +352,7 @@ def main():
     torch.backends.cudnn.benchmark = True
     if args.part:
         name, end = args.part
-        return globals()[name](Report(float(end), args.tiny))
+        return {part.__name__: part for part in PARTS}[name](Report(float(end), args.tiny))
     if not IS_CUDA and not args.tiny:
         parser.error("torch finds no CUDA here; --tiny tries every part on a CPU")
     if OUT.exists():

@@ -204,7 +204,7 @@ def table_2(rows):
     for rung, words in meaning.items():
         ways = ({"variance": variance, "samples": "100"} for variance in ("large", "small"))
         found = [select(rows, rung, TABLE_2, **WAYS["Algorithm 2, 1000"] | w) for w in ways]
-        lines.append([*words, *(f"{float(row['distance']):.0f}" for (row,) in found)])
+        lines.append([*words, *(f"{float(f[0]['distance']):.0f}" if f else "" for f in found)])
     head = "the network predicts", "loss", "paper, CIFAR-10: FID"
     head += "here, large variance, 100 samples", "here, small variance, 100 samples"
     return in_markdown(head, lines, labels=3)

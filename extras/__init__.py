@@ -2,5 +2,12 @@
 
 import sys
 
-if sys.argv[:1] == ["-m"]:  # a program is about to start: Ctrl-C ends it without a traceback
-    sys.excepthook = lambda kind, *e: kind is KeyboardInterrupt or sys.__excepthook__(kind, *e)
+
+def say_nothing_of_ctrl_c(kind, error, trace):
+    """Print the traceback of an error, unless it is a KeyboardInterrupt."""
+    if kind is not KeyboardInterrupt:
+        sys.__excepthook__(kind, error, trace)
+
+
+if sys.argv[:1] == ["-m"]:  # a program is about to start
+    sys.excepthook = say_nothing_of_ctrl_c
