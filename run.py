@@ -134,15 +134,17 @@ def command_line(doc):
 
 def check_flags(given, state, out):
     """Exit if the given flags lack --data, or contradict the checkpoint `state` of a run."""
+    if unknown := given.keys() - {*NAMES, "out", "init", "device", "compile", "quick"}:
+        sys.exit(f"train.py: there is no setting {min(unknown)}")
     saved = state["settings"] if state else {}
     needs = given.keys() & {"quick", "classes", "image_size", "in_channels", "init"}
     if needs and not given.get("data", saved.get("data")):
         sys.exit(f"train.py: {as_flag(min(needs))} needs --data")
     if not state and "data" not in given and "out" in given:
         sys.exit(f"train.py: {out} has no checkpoint; give --data, or for the demo no --out")
-    fixed = {*NETWORK, "parts"}  # the network can never change
-    if state and state["images"]:  # it has been trained
-        fixed = {*NAMES} - {*FREE, "data"}
+    fixed, name_of_run = {*NETWORK, "parts"}, given.get("init")  # the network can never change
+    if state and state["images"]:  # the run has begun
+        fixed, name_of_run = {*NAMES} - {*FREE, "data"}, out
     if given.get("quick") and "parts" not in given:
         given = given | {"parts": QUICK["parts"]}
     for name in given.keys() & fixed if state else ():
@@ -150,8 +152,8 @@ def check_flags(given, state, out):
         if name in ("parts", "attention_resolutions"):  # whose order does not matter
             value, before = sorted(value, reverse=True), sorted(before, reverse=True)
         if value != before:
-            sys.exit(f"train.py: {out} has {name} = {saved[name]}, not {given[name]}; omit this "
-                     "flag, or begin another run")  # fmt: skip
+            sys.exit(f"train.py: {name_of_run or out} has {name} = {saved[name]}, not "
+                     f"{given[name]}; omit this flag, or begin another run")  # fmt: skip
     if state and given.get("steps", math.inf) < state["step"]:
         sys.exit(f"train.py: {out} is at step {state['step']:,} already; --steps can't be smaller")
 
@@ -284,8 +286,14 @@ class Folder:
     """The folder of a run, which one process holds: the checkpoint, log.csv, the previews."""
 
     def __init__(self, path):
-        self.path, self.lock, self.inode = path, filelock.FileLock(path / ".lock"), None
+        self.path, self.lock, self.inodes = path, filelock.FileLock(path / ".lock"), None
         self.rows = b""  # of the log, which a full disk has not accepted
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.lock.release()
 
     def open(self, data=None, init=None):
         """Lock the folder; return its checkpoint, the state that --init begins with, or None.
@@ -304,8 +312,9 @@ class Folder:
             return read_checkpoint(self.path)
         if init is None:
             return None
+        state = begin_anew(read_checkpoint(init))
         print(f"{self.path} begins with the averaged weights of {init}")
-        return begin_anew(read_checkpoint(init))
+        return state
 
     def hold(self):
         """Acquire the lock, which a killed process loses. Exits if another process has it."""
@@ -314,18 +323,23 @@ class Folder:
         except filelock.Timeout:
             sys.exit(f"train.py: another process is training in {self.path}; wait, or use "
                      "another --out")  # fmt: skip
-        self.inode = os.stat(self.path / ".lock").st_ino
+        self.inodes = self.inodes_now()
+
+    def inodes_now(self):
+        """Return what identifies the folder and its lock, or None for what is missing."""
+        paths = self.path, self.path / ".lock"
+        return [path.stat().st_ino if path.exists() else None for path in paths]
 
     def still_hold(self):
         """Recreate the folder if it was moved or removed. Exits if another run may be there."""
-        lock = self.path / ".lock"
-        if not self.path.exists():
+        now = self.inodes_now()
+        if any(inode not in (None, ours) for inode, ours in zip(now, self.inodes, strict=True)):
+            sys.exit(f"train.py: {self.path} is another run now, so this one is not saved")
+        if None in now:
             with contextlib.suppress(OSError):  # a disk that is gone may come back
-                self.path.mkdir(parents=True)
+                Path(os.path.realpath(self.path)).mkdir(parents=True, exist_ok=True)
                 self.lock.release()
                 self.hold()
-        elif not lock.exists() or lock.stat().st_ino != self.inode:
-            sys.exit(f"train.py: {self.path} is another run now, so this one is not saved")
 
     def save(self, run):
         """Replace the checkpoint atomically. Exits if that fails."""
@@ -337,8 +351,8 @@ class Folder:
         """Begin log.csv, or cut it back to the rows of the first `step` steps."""
         path = self.path / "log.csv"
         text = path.read_text("utf-8-sig", "replace") if path.exists() else ""
-        head, *rows = text.splitlines(keepends=True) or [LOG]
-        if re.findall(r"\w+", head) != re.findall(r"\w+", LOG):
+        head, *rows = text.replace('"', "").splitlines(keepends=True) or [LOG]
+        if head != LOG:
             sys.exit(f"train.py: {path} is not a log of train.py; rename or remove it")
         # A killed process leaves rows of later steps, and half a row; spreadsheets leave others.
         row = re.compile(r"(\d+)(,[^,\n]+){3}\n")
@@ -347,9 +361,9 @@ class Folder:
             file.write((LOG + "".join(rows)).encode())
 
     def log(self, rows):
-        """Append rows to log.csv. What a full disk rejects is kept for the next call."""
+        """Append rows (step, loss, norm, rate). What a full disk rejects is kept for later."""
         self.still_hold()
-        self.rows += rows
+        self.rows += "".join("{},{:.6g},{:.6g},{:.6g}\n".format(*row) for row in rows).encode()
         with contextlib.suppress(OSError), open(self.path / "log.csv", "ab", 0) as file:
             self.rows = LOG.encode() * (not file.tell()) + self.rows  # of a folder made again
             self.rows = self.rows[file.write(self.rows) :]

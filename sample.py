@@ -372,11 +372,17 @@ def complete(args, network):
     args.n = args.n or (min(8 * len(args.classes), 256) if len(args.classes) > 1 else 64)
     if args.steps > T:
         sys.exit(f"sample.py: --steps must be 1..{T}, not {args.steps}")
-    for path in sorted(args.dir.rglob("[!.]*")) if args.dir else ():
-        is_earlier = re.fullmatch(r"\d{6,}\.png", path.name) and int(path.stem) < args.first
-        if path.is_file() and not is_earlier:
-            sys.exit(f"sample.py: --dir {args.dir} must be new or empty, but it has {path.name}; "
-                     "--first goes on after a stop")  # fmt: skip
+    if args.dir:  # new, or with earlier images alone
+        found = [path for path in args.dir.rglob("[!.]*") if path.is_file()]
+        found = [path.name for path in found if path.resolve() != Path(args.out).resolve()]
+        ours = [name for name in found if re.fullmatch(r"\d{6,}\.png", name)]
+        last = max(int(name[:-4]) for name in ["-1.png", *ours])
+        if foreign := {*found} - {*ours}:
+            sys.exit(f"sample.py: --dir {args.dir} must be new or empty; it has {min(foreign)}")
+        if last >= args.first:
+            sys.exit(
+                f"sample.py: --dir {args.dir} must be new or empty; --first {last + 1} goes on"
+            )
 
 
 def draw(network, args, stop):
@@ -435,8 +441,12 @@ def main():
 def save(image, path):
     """Save a Pillow image as a PNG file, which is put in place when it is whole."""
     temporary = Path(path).with_name(f".{Path(path).name}.tmp")
-    image.save(temporary, "PNG")
-    os.replace(temporary, path)
+    try:
+        image.save(temporary, "PNG")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        sys.exit(f"{path} can't be written: {error}")
 
 
 def check_output(path, *inputs):

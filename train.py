@@ -160,39 +160,37 @@ def train(steps, run, folder, s, request):
     are read together.
     """
     from_first(folder.begin_log, run.step)
-    bar = tqdm(total=s.steps, initial=run.step, unit="step", mininterval=1, disable=RANK > 0)
     stopping, saved, pending, recent = False, time.monotonic(), [], deque(maxlen=100)
-    while run.step < s.steps and not stopping:
-        pending.append(next(steps))
-        k = run.step + len(pending)
-        draws = k % s.preview_every == 0 or k == s.steps
-        reads = draws or k % 10 == 0 or pending[0][0].device.type == "cpu"
-        if WORLD == 1 and request.number:  # several processes have to read at the same steps
-            reads = True
-        if not reads:
-            continue
-        losses, norms, stopping = read(pending, request)
-        if not np.isfinite(losses + norms).all():
-            bar.close()
-            leave(f"the loss or its gradient is infinite or NaN by step {k:,}, which is not saved; "
-                  "begin again with a lower --lr or --no-amp")  # fmt: skip
-        if RANK == 0:
+    options = {"initial": run.step, "unit": "step", "mininterval": 1, "disable": RANK > 0}
+    with tqdm(total=s.steps, **options) as bar:
+        while run.step < s.steps and not stopping:
+            pending.append(next(steps))
+            k = run.step + len(pending)
+            draws = k % s.preview_every == 0 or k == s.steps
+            reads = draws or k % 10 == 0 or pending[0][0].device.type == "cpu"
+            if WORLD == 1 and request.number:  # several processes have to read at the same steps
+                reads = True
+            if not reads:
+                continue
+            losses, norms, stopping = read(pending, request)
+            if not np.isfinite(losses + norms).all():
+                leave(f"the loss or its gradient is infinite or NaN by step {k:,}, which is not "
+                      "saved; begin again with a lower --lr or --no-amp")  # fmt: skip
             rates = [learning_rate(i, s) for i in range(run.step, k)]
-            rows = zip(count(run.step + 1), losses, norms, rates)
-            folder.log("".join("{},{:.6g},{:.6g},{:.6g}\n".format(*row) for row in rows).encode())
-        recent.extend(losses)
-        run.step, pending = k, []
-        if RANK == 0:
-            if draws:
-                folder.draw(run)
-            if k == s.steps or stopping:
-                folder.save(run)
-            elif time.monotonic() - saved > 60 * s.save_minutes:
-                save_if_possible(folder, run)
-                saved = time.monotonic()
-            bar.set_postfix_str(f"loss {np.mean(recent):.4f}", refresh=False)
-            bar.update(len(losses))
-    bar.close()
+            rows = [*zip(range(run.step + 1, k + 1), losses, norms, rates, strict=True)]
+            recent.extend(losses)
+            run.step, pending = k, []
+            if RANK == 0:
+                folder.log(rows)
+                if draws:
+                    folder.draw(run)
+                if k == s.steps or stopping:
+                    folder.save(run)
+                elif time.monotonic() - saved > 60 * s.save_minutes:
+                    save_if_possible(folder, run)
+                    saved = time.monotonic()
+                bar.set_postfix_str(f"loss {np.mean(recent):.4f}", refresh=False)
+                bar.update(len(losses))
 
 
 def read(pending, request):
@@ -278,12 +276,12 @@ def from_first(function, *args):
 # -------------------------------------------------------------------------------------- the program
 
 
-def load_images(s, state, out, device):
+def load_images(s, state, folder, device):
     """Return the Data, decoding the images into the folder of the run unless they are there.
 
     Exits if they are not the images of the checkpoint `state`.
     """
-    images, labels, names = demo_images(), None, ()
+    images, labels, names, out = demo_images(), None, (), folder.path
     if s.data is not None:
         channels = state["shape"][0] if state else s.in_channels
         out.mkdir(parents=True, exist_ok=True)
@@ -299,7 +297,7 @@ def load_images(s, state, out, device):
             sys.exit(f"train.py: {out} was trained on other images; use another --out")
         print(f"the images have changed since step {state['step']:,}; training continues with them")
     if s.data is not None and LOCAL_RANK == 0:
-        Folder(out).forget_images(images.filename)
+        folder.forget_images(images.filename)
     images = torch.from_numpy(images)
     if images.nbytes < 2e9:  # larger sets move to the device batch by batch
         images = images.to(device)
@@ -327,15 +325,13 @@ def describe(run, data, s, device):
         print("         on a CPU, a network of this size takes very long; --quick takes minutes")
 
 
-def say_next(run, out, was_finished):
-    """Print the commands that follow. was_finished: whether no step was left to take."""
+def say_next(run, out):
+    """Print the commands that follow. out: the folder of the run."""
     s, out = run.settings, shlex.quote(str(out))
     if run.step < s.steps:
         again = f"{beside('train.py')} --out {out}" if WORLD == 1 else "repeat the command"
         print(f"stopped at step {run.step:,}; to go on: {again}", file=sys.stderr)
         return
-    if was_finished:
-        print(f"{out} is finished; --steps continues it, and another --out begins a new run")
     # With a network that predicts eps, sampling in few steps needs long training.
     flags = " --steps 10" * ("v" in s.parts) + " --guidance 1" * bool(run.names)
     print(f"done: {out} is at step {run.step:,}; next:")
@@ -349,24 +345,11 @@ def beside(name):
     return f"python {shlex.quote(name if path.parent == Path.cwd() else str(path))}"
 
 
-def main(given=None, build=build):
-    """Start or resume a run. given: flags, {name: value}; those of the command line if None.
-
-    build: makes the network and its Diffusion, as in run.py. A signal stops the training, and ends
-    the program if the flags are those of the command line.
-    """
-    guard_output()
-    is_program = given is None
-    given = command_line(__doc__) if is_program else given
-    torch.set_float32_matmul_precision("high")  # TF32 for the remaining float32 products
-    torch.backends.cudnn.benchmark = True  # all batches are of one size
-    device = choose_device(given.get("device", "auto"), LOCAL_RANK if WORLD > 1 else None)
-    join(device)
-    out = Path(given.get("out") or ("run" if "data" in given else "demo"))
-    folder = Folder(out)  # which the first process holds
+def run_in(folder, given, device, build):
+    """Train the run in the folder, or begin one there; return the Run and the StopRequest."""
     state = from_first(folder.open, given.get("data"), given.get("init"))
-    s = agree(choose_settings, given, state, out, device, WORLD)
-    data = in_turn(load_images, s, state, out, device)
+    s = agree(choose_settings, given, state, folder.path, device, WORLD)
+    data = in_turn(load_images, s, state, folder, device)
     check_processes(s, data)
 
     torch.manual_seed(s.seed)
@@ -378,19 +361,39 @@ def main(given=None, build=build):
     if state:
         run.load(state)
     describe(run, data, s, device)
+    if run.step == s.steps:
+        print("the run is finished; --steps continues it, and another --out begins a new run")
     if WORLD > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
     network = compiled(network, device, s.steps - run.step, given.get("compile"))
-
-    was_finished = run.step == s.steps
     steps = algorithm_1(network, ema, optimizer, diffusion, data, s, run.step)
     with StopRequest() as request:
         train(steps, run, folder, s, request)
+    return run, request
+
+
+def main(given=None, build=build):
+    """Start or resume a run; return it as a Run. A signal stops the training.
+
+    given: flags, {name: value}; if None, those of the command line, whose program a signal ends.
+    build: makes the network and its Diffusion, as in run.py.
+    """
+    guard_output()
+    is_program = given is None
+    given = command_line(__doc__) if is_program else given
+    torch.set_float32_matmul_precision("high")  # TF32 for the remaining float32 products
+    torch.backends.cudnn.benchmark = True  # all batches are of one size
+    device = choose_device(given.get("device", "auto"), LOCAL_RANK if WORLD > 1 else None)
+    join(device)
+    out = Path(given.get("out") or ("run" if "data" in given else "demo"))
+    with Folder(out) as folder:  # which the first process holds
+        run, request = run_in(folder, given, device, build)
     leave()
     if RANK == 0:
-        say_next(run, out, was_finished)
-    if run.step < s.steps and is_program:  # by the signal, which may have reached another process
+        say_next(run, out)
+    if run.step < run.settings.steps and is_program:  # a signal, maybe of another process
         request.end() if request.number else sys.exit(1)
+    return run
 
 
 if __name__ == "__main__":

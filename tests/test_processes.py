@@ -45,7 +45,8 @@ for line in sys.stdin:
             sys.argv[1:] = words
             os.dup2(os.open(f"said{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
             os.dup2(1, 2)
-            sys.exit(train.main())
+            train.main()
+            sys.exit()
     print(*(os.waitstatus_to_exitcode(os.wait()[1]) for _ in ranks), flush=True)
 """
 

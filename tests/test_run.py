@@ -64,7 +64,7 @@ def test_resumed_run_equals_the_uninterrupted_run(class_folder, run, tmp_path):
     assert whole["settings"] == parts["settings"] and whole["names"] == parts["names"]
     before = (tmp_path / "run" / "checkpoint.pt").stat()
     said = run("train.py", "--out", "run", cwd=tmp_path)
-    assert "run is finished; --steps continues it" in said
+    assert "the run is finished; --steps continues it" in said
     assert (tmp_path / "run" / "checkpoint.pt").stat() == before
 
 
@@ -241,6 +241,8 @@ def test_folder_that_is_moved_during_a_run_loses_nothing(tiny, run, tmp_path, wr
     wrap_step(lambda *_: None)
     said = tiny("--steps", 6, "--init", "moved")
     assert logged(tmp_path / "run") == [3, 4, 5, 6]
+    with pytest.raises(SystemExit, match="there is no setting learning_rate"):
+        train.main({"out": tmp_path / "run", "learning_rate": 1})
     assert "run is a run already, which goes on; --init was for its beginning" in said
 
 
