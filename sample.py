@@ -378,11 +378,9 @@ def complete(args, network):
         ours = [name for name in found if re.fullmatch(r"\d{6,}\.png", name)]
         last = max(int(name[:-4]) for name in ["-1.png", *ours])
         if foreign := {*found} - {*ours}:
-            sys.exit(f"sample.py: --dir {args.dir} must be new or empty; it has {min(foreign)}")
+            sys.exit(f"sample.py: {args.dir} must be new or empty; it has {min(foreign)}")
         if last >= args.first:
-            sys.exit(
-                f"sample.py: --dir {args.dir} must be new or empty; --first {last + 1} goes on"
-            )
+            sys.exit(f"sample.py: {args.dir} must be new or empty; --first {last + 1} goes on")
 
 
 def draw(network, args, stop):

@@ -144,7 +144,7 @@ def test_image_k_depends_on_seed_and_k_alone(program, folder):
     program(*words, "b", "-n", 3, "--first", 4)  # in the same folder
     assert [*images_in(folder / "b")] == [*range(7)]
     said = program(*words, "b", "-n", 2, "--first", 6, code=1)
-    assert "--dir b must be new or empty; --first 7 goes on" in said
+    assert "sample.py: b must be new or empty; --first 7 goes on" in said
     (folder / "b" / "blue" / "7.png").write_text("mine")
     assert "it has 7.png" in program(*words, "b", "-n", 2, "--first", 7, code=1)
     assert all(np.abs(a[k] - image).max() <= 1 for k, image in (b | c).items())  # rounding
@@ -254,7 +254,7 @@ def test_wrong_checkpoints_are_one_line(unet, program, folder):
         (2, "is out of range", ["-n 0", "--batch 0", "--steps 0", "--first -1", "--seed -1"]),
         (2, "-n 257 needs --dir, because --out shows at most 256", ["-n 257"]),
         (2, "--out o.jpg must be a PNG file", ["--out o.jpg"]),
-        (1, "--dir mine must be new or empty; it has a.png", ["--dir mine"]),
+        (1, "sample.py: mine must be new or empty; it has a.png", ["--dir mine"]),
         (1, "can't be written: ", ["--out mine/a.png/b.png", "--dir mine/a.png", "--out mine.png",
                                    "--onnx mine/a.png --out ./mine/a.png"]),
         (1, "--steps must be 1..1000", ["--steps 1001"]),
