@@ -247,7 +247,7 @@ def programs(report):
         to_image(pixels).save(folder / f"{k}.png")
     tiny = " ".join(run.as_flag(*item) for item in report.given.items()).split()
     words = ["train.py", "--data", folder, *device, *tiny]
-    short = [*words, "--steps", 40 if report.is_tiny else 100, "--no-compile", "--out"]
+    short = [*words, "--steps", 20 if report.is_tiny else 100, "--no-compile", "--out"]
     resumed, whole, log = WORK / "resumed", WORK / "whole", WORK / "compiled" / "log.csv"
     report.head("program", "s", "its last line, or the result")
     if sys.platform != "win32":  # Windows has no SIGINT for other processes
@@ -273,22 +273,23 @@ def programs(report):
     row("train.py, compiled", report.program, "compiled", *words, *longer)
     row("its mean loss", losses)
     from_run = "--checkpoint", resumed
-    flags = "--data", folder, "--images", 8, *from_run, *device
-    row("evaluate.py", report.program, "evaluate", "-m", "extras.evaluate", *flags)
+    held_out = "--data", folder, "--images", 1 if report.is_tiny else 8
+    measure = "-m", "extras.evaluate", *held_out, *from_run, *device
+    row("evaluate.py", report.program, "evaluate", *measure)
     row("export.py", report.program, "export", "export.py", *from_run, "--onnx", FILES[0])
     row("half.py", report.program, "half", "-m", "extras.half", *FILES)
-    draw = "sample.py", "--out", WORK / "samples.png", "-n", 8 if report.is_tiny else 64
-    with_torch = *draw, *from_run, *device
-    row("1,000 steps in torch", report.program, "sample-torch", *with_torch)
+    n, count = (8, 50) if report.is_tiny else (64, 1000)
+    draw = "sample.py", "--out", WORK / "samples.png", "-n", n, "--steps", count
+    row(f"{count} steps in torch", report.program, "sample-torch", *draw, *from_run, *device)
     for path in FILES:
-        flags = "--onnx", path, "--device", report.onnx
-        row(f"1,000 steps, {path.name}", report.program, f"sample-{path.stem}", *draw, *flags)
+        network = "--onnx", path, "--device", report.onnx
+        row(f"{count} steps, {path.name}", report.program, f"sample-{path.stem}", *draw, *network)
     if IS_CUDA and not report.is_tiny:
         test = "-m", "pytest", "-q", "-m", "gpu", "tests/test_export.py", "tests/test_gpu.py"
         row("pytest -m gpu", report.program, "pytest", *test)
     if torch.cuda.device_count() > 1 or not IS_CUDA:
-        words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *short]
-        row("two processes", report.program, "two", *words, WORK / "two")
+        torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
+        row("two processes", report.program, "two", *torchrun, *short, WORK / "two")
 
 
 @torch.no_grad()
