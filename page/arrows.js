@@ -114,7 +114,7 @@ function draw() {
 
 function say() {
   const { place, isBack, hasCome } = gesture;
-  const shares = scenes.map((scene) => hasCome && missed(scene.result, DATA, STD));
+  const shares = scenes.map((scene) => hasCome && missed(scene.result, DATA));
   for (const [k, { canvas }] of scenes.entries()) {
     const percent = (100 * shares[k]).toFixed(0);
     $(`${canvas.id}-miss`).textContent = hasCome ? `${percent}% miss` : "";

@@ -11,12 +11,12 @@ const FIRST = 0.6; // the highest place from where a drawing comes back by itsel
 const WAIT = 500; // milliseconds without a stroke, after which the drawing comes back
 const canvas = $("draw"), context = canvas.getContext("2d", { willReadFrequently: true });
 const show = captions("drawing"), pens = [...$("draw-pens").children];
-let shape = [3, 32, 32], gesture, waiting;
+let shape = [3, 32, 32], gesture, pause, fault = ""; // fault: what has gone wrong
 let pen = pens[0], before; // before: where the pen was
 
 const drawing = new Passage(null, { steps: STEPS, scales: true, keepsData: true }, (error) => {
+  if (error) fail(error);
   gesture.render();
-  if (error) throw error;
 });
 
 /** The drawing, as the network sees it: Float32Array (C, H, W). */
@@ -29,7 +29,7 @@ function drawn() {
   });
 }
 
-/** Another drawing: nothing has come back from it. */
+/** Take the drawing as it is now. Nothing has come back from it. */
 function restart() {
   const x0 = drawn(), { length } = x0;
   const copies = Float32Array.from({ length: ENDS * length }, (_, k) => x0[k % length]);
@@ -38,9 +38,9 @@ function restart() {
   gesture.moveTo(0);
 }
 
-/** Send the drawing back from where the reader let go the last time, but not as almost anything. */
+/** Send the drawing back by itself: from where the reader let go the last time, but not from so much
+ * noise that almost anything would come back. */
 function comeBack() {
-  if (!drawing.eps) return;
   gesture.moveTo(Math.min(drawing.from ?? 1, FIRST));
   gesture.sendBack();
   if (still) gesture.place = 0;
@@ -66,18 +66,34 @@ function clear() {
   restart();
 }
 
-/** The network that draws: that of the emoji, or the reader's, which begins with an empty sheet. */
-export function useNetwork(opened) {
-  ({ shape } = opened);
-  drawing.use((x, t) => opened.eps(x, t), { betas: opened.betas });
-  $("drawing").hidden = false; // it is hidden if the emoji's network is lost
-  $("draw-pens").hidden = shape[0] === 1;
-  (opened.kinds ? restart : clear)();
+/** Wait for a network. The drawing can be sent back before it is there. */
+export function wait() {
+  fault = "";
+  drawing.use(null);
+  restart();
   gesture.whenSeen(comeBack);
+}
+
+export function fail({ message }) {
+  fault = message;
+  gesture.stop();
+}
+
+/** Let a network draw. One for pictures of another size begins with an empty sheet. */
+export function useNetwork(opened) {
+  const isOther = String(opened.shape) !== String(shape);
+  ({ shape } = opened);
+  $("draw-pens").hidden = shape[0] === 1;
+  if (isOther) clear();
+  drawing.use((x, t) => opened.eps(x, t), { betas: opened.betas });
+  if (isOther) gesture.whenSeen(comeBack);
+  gesture.render();
 }
 
 function say() {
   const { place, isBack, hasCome } = gesture;
+  if (fault) return show("fault", { text: fault });
+  if (drawing.isWaiting) return show("wait");
   if (!isBack) return show(place ? "noising" : "draw");
   return show(hasCome ? "done" : "back");
 }
@@ -90,10 +106,10 @@ function draw() {
   if (!isBack && place) drawImages($("draw-noised"), x.subarray(0, x.length / ENDS), shape);
 }
 
-/** Make the section work, with a smiley of the opening. Returns its timeline. */
-export function startDrawing() {
+/** Make the section work, with a smiley of recorded.webp, if there is one. Returns its timeline. */
+export function startDrawing(recording) {
   gesture = new Gesture("drawing", [drawing], draw, say, true);
-  gesture.letGo = () => drawing.eps && gesture.place && gesture.sendBack();
+  gesture.letGo = () => gesture.place && gesture.sendBack();
   for (const button of pens) {
     button.style.background = button.value;
     button.onclick = () => {
@@ -104,14 +120,14 @@ export function startDrawing() {
   $("draw-clear").onclick = clear;
   onPointer(canvas, {
     press(event) {
-      clearTimeout(waiting);
+      clearTimeout(pause);
       before = null;
       paint(event);
     },
     drag: paint,
-    release: () => { waiting = setTimeout(comeBack, WAIT); },
+    release: () => { pause = setTimeout(comeBack, WAIT); },
   });
-  context.drawImage($("recording"), 96, 0, 32, 32, 0, 0, 32, 32);
-  restart();
+  clear();
+  if (recording) context.drawImage(recording, 96, 0, 32, 32, 0, 0, 32, 32);
   return gesture;
 }

@@ -10,28 +10,18 @@ const COLUMNS = 5, COUNT = 15; // of the pictures
 const WORDS = { none: null, weak: 0, strong: 3 }; // the guidance of each choice; null: no word
 const curtain = $("images-curtain"), show = captions("images");
 let gesture, network = null, word = "strong";
-let notice = ["wait", "clothes"]; // the key of a caption, and its text
+let awaited = "clothes", fault = ""; // the name of the network that loads, and what is wrong
 let guess = {}; // of the network at a place of the slider: {x0, place, isAsked}
 const pictures = new Passage(null, { steps: 10, scales: true }, (error) => {
-  if (error) tell("fault", error.message);
+  if (error) fail(error);
   gesture.render();
 });
 
-/** Say that a network is loading, or why there is none. */
-export function tell(key, text) {
-  notice = [key, text];
-  say();
-}
-
-/** Begin with noise. Each row of the emoji has a class; other networks draw without one. */
-export function useNetwork(opened) {
-  network = opened;
-  const { size, betas, kinds } = network, w = kinds ? WORDS[word] : null;
-  const y = Array.from({ length: COUNT }, (_, k) => kinds?.[Math.floor(k / COLUMNS)]);
-  $("images-pills").hidden = !kinds;
-  pictures.use(w === null ? (x, t) => opened.eps(x, t) : guided(opened, y, w), { betas });
-  pictures.begin(null, noiseOf(0, COUNT, size));
-  [guess, notice] = [{}, null];
+/** Begin with noise, which can be sent back before the network is there. */
+export function wait(name) {
+  [network, awaited, fault, guess] = [null, name, "", {}];
+  pictures.use(null);
+  pictures.begin(null, noiseOf(0, COUNT, 1024));
   gesture.stop();
   gesture.moveTo(1);
   gesture.whenSeen(() => {
@@ -39,6 +29,22 @@ export function useNetwork(opened) {
     gesture.sendBack();
     gesture.place = 0;
   });
+}
+
+export function fail({ message }) {
+  fault = message;
+  gesture.stop();
+}
+
+/** Let a network draw. Each row of the emoji has a class; other networks draw without one. */
+export function useNetwork(opened) {
+  network = opened;
+  const { size, betas, kinds } = network, w = kinds ? WORDS[word] : null;
+  const y = Array.from({ length: COUNT }, (_, k) => kinds?.[Math.floor(k / COLUMNS)]);
+  $("images-pills").hidden = !kinds;
+  pictures.noise = noiseOf(0, COUNT, size);
+  pictures.use(w === null ? (x, t) => opened.eps(x, t) : guided(opened, y, w), { betas });
+  gesture.render();
 }
 
 /** Ask what the network guesses at the place of the slider, one question at a time. */
@@ -54,9 +60,11 @@ async function ask() {
 
 function say() {
   const { place, isBack, hasCome } = gesture;
-  if (notice) return show(notice[0], { text: notice[1] });
+  if (fault) return show("fault", { text: fault });
+  if (!network) return show("wait", { text: awaited });
   if (hasCome || (!place && !isBack)) return show(network.kinds ? word : "done");
-  if (isBack) return show("back", { steps: pictures.levels.length });
+  const { length } = isBack ? pictures.levels : [];
+  if (isBack) return show("back", { steps: length > 1 ? `${length} steps` : "one step" });
   return show(place < 1 ? "noising" : "noise");
 }
 
@@ -72,9 +80,8 @@ function draw() {
 
 /** Make the section work. Returns its timeline. */
 export function startImages() {
-  pictures.begin(null, noiseOf(0, COUNT, 1024));
   gesture = new Gesture("images", [pictures], draw, say);
-  gesture.moveTo(1);
+  wait(awaited);
   let before;
   curtain.onpointerdown = () => { before = curtain.value; };
   curtain.onpointercancel = () => { curtain.value = before; gesture.render(); };
@@ -83,7 +90,9 @@ export function startImages() {
     $(`word-${key}`).onclick = () => {
       word = key;
       for (const it of Object.keys(WORDS)) $(`word-${it}`).ariaPressed = String(it === key);
-      useNetwork(network);
+      const opened = network;
+      wait(awaited); // it begins again
+      useNetwork(opened);
     };
   }
   return gesture;

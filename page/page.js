@@ -1,4 +1,4 @@
-// The page: its sections, and which networks draw in sections 3 and 4.
+// The page: its sections, and which networks draw in them.
 
 import { $, announce, follow } from "./common.js";
 import { startArrows } from "./arrows.js";
@@ -6,24 +6,31 @@ import * as drawing from "./drawing.js";
 import * as images from "./images.js";
 import { startLearning } from "./learn.js";
 import { included, open } from "./network.js";
-import { startOpening } from "./opening.js";
+import * as opening from "./opening.js";
 
-const KEYS = ["clothes", "emoji", "own"]; // of the buttons of section 3
-let wanted = null; // the network that shall draw there
-let own = null; // the reader's
+let own = null; // the network of the reader
 
-/** Let a network draw as soon as it is open, if no other one is wanted by then. */
-async function select(key) {
-  wanted = key;
-  for (const name of KEYS) $(`use-${name}`).ariaPressed = String(name === key);
-  if (key !== "own") images.tell("wait", key);
-  try {
-    const network = key === "own" ? own : await included(key);
-    if (key === wanted) images.useNetwork(network);
-  } catch (error) {
-    if (key === wanted) images.tell("fault", error.message);
-  }
+/** Returns select(key), which lets a network draw in a section as soon as it is open, if no other
+ * one has been selected there by then. The values of the section's buttons are keys. */
+function chooser(name, section) {
+  const buttons = [...$(`${name}-networks`).children];
+  let wanted;
+  const select = async (key) => {
+    wanted = key;
+    for (const button of buttons) button.ariaPressed = String(button.value === key);
+    section.wait(key);
+    try {
+      const network = await (key === "own" ? own : included(key));
+      if (key === wanted) section.useNetwork(network);
+    } catch (error) {
+      if (key === wanted) section.fail(error);
+    }
+  };
+  for (const button of buttons) button.onclick = () => select(button.value);
+  return select;
 }
+
+const inImages = chooser("images", images), inDrawing = chooser("drawing", drawing);
 
 function tell(text, isError = false) {
   $("own-status").textContent = text;
@@ -40,30 +47,42 @@ async function openOwn(file) {
   } catch (error) {
     return tell(error.message, true);
   }
-  $("use-own").textContent = file.name;
-  $("use-own").hidden = false;
-  select("own");
-  drawing.useNetwork(own);
+  for (const button of document.querySelectorAll("[value=own]")) button.textContent = file.name;
+  for (const button of document.querySelectorAll("button[hidden]")) button.hidden = false;
+  for (const select of [inImages, inDrawing]) select("own");
   before?.close();
   tell(`${file.name} draws in sections 3 and 4. It runs on ${own.device}.`);
   $("images").scrollIntoView();
 }
 
-/** Start the sections, and then open the networks. */
+/** Load the network of the clothes when section 3 is less than a screen away. */
+function loadWhenNear() {
+  const near = new IntersectionObserver(([{ isIntersecting }]) => {
+    if (!isIntersecting) return;
+    near.disconnect();
+    if (!own) inImages("clothes");
+  }, { rootMargin: "100%" });
+  near.observe($("images"));
+}
+
+/** Start the sections. None waits for a file that another one needs. */
 async function begin() {
-  window.sections = { // their timelines, for docs/record_page.py and the tests
-    opening: await startOpening(), arrows: startArrows(), learning: startLearning(),
-    images: images.startImages(), drawing: drawing.startDrawing(),
+  const sections = {
+    arrows: startArrows(), learning: startLearning(), images: images.startImages(),
   };
-  const emoji = included("emoji").then((network) => own ?? drawing.useNetwork(network));
-  await emoji.catch(() => { $("drawing").hidden = true; }); // section 3 says what is wrong
-  if (!wanted) await select("clothes"); // the reader may have been faster
+  loadWhenNear();
+  const recording = await $("recording").decode().then(() => $("recording"), () => null);
+  Object.assign(sections, {
+    opening: opening.startOpening(recording), drawing: drawing.startDrawing(recording),
+  });
+  window.sections = sections; // their timelines, for docs/record_page.py and the tests
+  included("emoji").then(opening.useNetwork, opening.fail);
+  await inDrawing("emoji");
 }
 
 const [, owner] = location.hostname.match(/^(.+)\.github\.io$/) ?? [];
 if (owner) $("code").href = `https://github.com/${owner}/${location.pathname.split("/")[1]}`;
 $("unloaded").hidden = true;
-for (const key of KEYS) $(`use-${key}`).onclick = () => select(key);
 $("model").onchange = ({ target }) => {
   const [file] = target.files;
   if (file) openOwn(file);

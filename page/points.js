@@ -3,6 +3,7 @@
 import { uniform } from "./sampler.js";
 
 export const STD = 0.02; // of the Gaussian around each point of the data
+export const MISS = 3 * STD; // farther from all of them, a point misses the data
 
 /** The probabilities of the centres that x_t = (x, y) may have come from. std: the deviation of the
  * Gaussian around each centre. */
@@ -44,9 +45,9 @@ export function nearest(x, y, centres) {
   return { index, distance };
 }
 
-/** The share of points that are farther than three deviations from each centre. */
-export function missed(points, centres, std) {
-  const isFar = (x, y) => nearest(x, y, centres).distance > 3 * std;
+/** The share of points that are far from each centre. */
+export function missed(points, centres) {
+  const isFar = (x, y) => nearest(x, y, centres).distance > MISS;
   const far = points.filter((x, k) => k % 2 === 0 && isFar(x, points[k + 1]));
   return (2 * far.length) / points.length;
 }

@@ -15,6 +15,7 @@ export class Timeline {
   begin = null; // what it will do by itself, until something else happens
   repeats = false; // whether it begins again by itself
   #asked = 0; // a frame, if there is one
+  #isOld = true; // whether what is drawn is not what there is now
   #before = null; // its time, while something moves
 
   /** name: of its stage and slider. draw() draws what is seen; say() says it, and returns it. */
@@ -25,7 +26,10 @@ export class Timeline {
       this.#ask();
       if (seen >= 0.7) this.begin?.();
     });
-    new ResizeObserver(() => this.#ask(true)).observe(this.stage); // also at the beginning
+    new ResizeObserver(() => { // also at the beginning
+      this.#isOld = true;
+      this.#ask(true);
+    }).observe(this.stage);
     this.#listen();
   }
 
@@ -82,10 +86,11 @@ export class Timeline {
     };
   }
 
-  /** Say what is seen, and draw it in the next frame. */
+  /** Something has changed: say it, and draw it in the next frame. */
   render() {
     this.slider.value = 1000 * this.place;
     this.say();
+    this.#isOld = true;
     this.#ask();
   }
 
@@ -96,12 +101,15 @@ export class Timeline {
   #frame(now) {
     this.#asked = 0;
     if (this.state !== "idle") {
+      const { place } = this;
       this[this.state](Math.min(200, now - (this.#before ?? now)));
-      this.render();
+      if (this.place !== place) this.render();
       if (this.state === "idle") announce(this.say());
+      else this.#ask();
     }
     this.#before = this.state === "idle" ? null : now;
-    this.draw();
+    if (this.#isOld) this.draw();
+    this.#isOld = false;
   }
 }
 
@@ -109,7 +117,7 @@ export class Timeline {
 export class Gesture extends Timeline {
   round = 1; // the seed of the noise
 
-  /** passages: what moves. stays: whether the slider stays where the reader let go. */
+  /** passages: what moves. stays: whether the slider stays where the way back began. */
   constructor(name, passages, draw, say, stays = false) {
     super(name, draw, say);
     Object.assign(this, { passages, stays });
@@ -124,15 +132,16 @@ export class Gesture extends Timeline {
     return !this.place && this.passages.every(({ result }) => result);
   }
 
-  /** Move down on the way back, or up by adding noise, which each move does if `stays`. */
+  /** Move down on the way back, or up by adding noise, which each move does if `stays`. Where there
+   * is only noise, a pull towards the data begins the way back. */
   moveTo(place) {
     if (place && (place > this.place || this.stays)) this.#renew();
+    if (place < 1 && !this.isBack && !this.passages[0].x0) this.#begin();
     super.moveTo(place);
   }
 
   /** What happens when the reader lets go of the slider, or presses Enter. */
   letGo() {
-    if (!this.passages[0].eps) return; // there is no network yet
     if (this.place) this.sendBack();
     else this.toNoise();
   }
@@ -150,8 +159,12 @@ export class Gesture extends Timeline {
 
   /** Begin the way back from here, or go on. */
   sendBack() {
-    if (!this.isBack) for (const passage of this.passages) passage.sendBack(this.place);
+    if (!this.isBack) this.#begin();
     this.go("back");
+  }
+
+  #begin() {
+    for (const passage of this.passages) passage.sendBack(this.place);
   }
 
   back(passed) {
@@ -162,9 +175,10 @@ export class Gesture extends Timeline {
     else this.state = "idle";
   }
 
-  /** Add fresh noise to what has come back. */
+  /** Add fresh noise to what has come back, or to the data. */
   #renew() {
-    if (!this.isBack) return;
+    const [{ x0, result }] = this.passages;
+    if (!this.isBack || !(result || x0)) return;
     this.round++;
     for (const passage of this.passages) passage.renew(this.round);
   }

@@ -319,7 +319,7 @@ def test_pictures_are_those_that_python_draws(page):
         np.testing.assert_allclose(images_at(page, place), x, atol=2e-2)
     shown = pixels(page, "images-noisy")
     assert np.abs(shown[:, -32:, -32:] - sample.to_pixels(x0[-1])).max() <= 3
-    page.click("#use-emoji")
+    page.click("#images-networks [value=emoji]")
     network, shape = sample.Network(EMOJI, "cpu"), (15, 3, 32, 32)
     y = np.repeat([network.classes.index(name) for name in ("smileys", "people", "flags")], 5)
     for word, w in (("weak", 0), ("strong", 3)):
@@ -328,7 +328,7 @@ def test_pictures_are_those_that_python_draws(page):
         x_T, eps = images_at(page, 1, shape), sample.guided(network, y, w)
         _, _, expected = next(network.reverse(eps, lambda x_T=x_T: x_T, **WAY))
         assert np.abs(images_at(page, 1, shape, "x0") - expected).mean() < 1e-2
-    page.click("#use-clothes")
+    page.click("#images-networks [value=clothes]")
 
 
 def test_drawing_comes_back(page):
