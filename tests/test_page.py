@@ -57,7 +57,7 @@ def opened():
         for context in browser.contexts:
             context.close()
         page = browser.new_page(viewport={"width": 1280, "height": 900}, reduced_motion=motion)
-        page.set_default_timeout(300_000)
+        page.set_default_timeout(60_000)
         for pattern, handle in (routes or {OUTSIDE: refuse}).items():
             page.route(re.compile(pattern), handle)
         page.on("pageerror", lambda error: said.append(str(error)))
@@ -331,6 +331,19 @@ def test_pictures_are_those_that_python_draws(page):
     page.click("#images-networks [value=clothes]")
 
 
+def test_pull_towards_clean_starts_the_way_back(page):
+    """Before it starts by itself; after little noise, it is of one step."""
+    page.locator("#images-stage").scroll_into_view_if_needed()
+    page.wait_for_function("window.sections.images.passages.every((p) => p.result)")
+    value_of(page, "images", "(passage.begin(null, passage.noise), gesture.moveTo(1))")
+    drag(page, "images-place", (0.97, 0.5), (0.02, 0.5))
+    until(page, "#images-words .shown", "^Back from the noise")
+    page.wait_for_function("window.sections.images.hasCome")
+    value_of(page, "images", "(gesture.moveTo(0.05), gesture.sendBack(), gesture.stop())")
+    until(page, "#images-words .shown", "^Back in one step")
+    value_of(page, "images", "gesture.moveTo(0)")
+
+
 def test_drawing_comes_back(page):
     """It does so after a stroke by itself, from where there is much noise."""
     page.locator("#drawing-stage").scroll_into_view_if_needed()
@@ -396,4 +409,50 @@ def test_opening_without_a_connection(opened):
     page.press("#scene-place", "Enter")
     until(page, "#scene-words .shown", "this way back is a recording")
     until(page, "#scene-words .shown", "^New pictures")
-    assert "Connect to the internet" in until(page, "#images-words .shown", "^No network")
+    for name in ("Images", "Your drawing"):  # the sections that need a network say so
+        page.get_by_role("link", name=name, exact=True).click()
+        words = f"#{name.split()[-1].lower()}-words .shown"
+        assert "Connect to the internet" in until(page, words, "^No network")
+
+
+def test_without_the_recording(opened):
+    """Its network draws what the opening shows; no section waits for the file."""
+    page = opened({OUTSIDE: lambda r: r.abort(), "recorded.webp": lambda r: r.abort()})
+    until(page, "#scene-words .shown", "^A file is missing.*The first pictures")
+    page.get_by_role("button", name="Remove the noise").click()
+    until(page, "#scene-words .shown", "^New pictures")
+    page.locator("#drawing-stage").scroll_into_view_if_needed()
+    until(page, "#drawing-words .shown", "^Four results")
+
+
+def test_what_is_set_while_a_network_loads_is_kept(opened):
+    """In the opening, and in sections 3 and 4; the way back waits for the network."""
+    held = []
+    page = opened({OUTSIDE: lambda r: r.abort(), r"[.]onnx$": lambda r: held.append(r)})
+    for name, place in (("scene", 600), ("drawing", 400), ("images", 500)):
+        page.fill(f"#{name}-place", str(place))
+        page.press(f"#{name}-place", "Enter")
+        until(page, f"#{name}-words .shown", "^One moment")
+    page.wait_for_timeout(1000)
+    places = "Object.values(window.sections).filter((it) => it.passages).map((it) => it.place)"
+    assert sorted(page.evaluate(places)) == [0.4, 0.45, 0.5, 0.6]
+    for route in held:
+        route.continue_()
+    for name, section, place, end in (
+        ("scene", "opening", 0.6, "^Similar"), ("drawing", "drawing", 0.4, "^Four results"),
+        ("images", "images", 1, "^Back from the noise"),
+    ):  # fmt: skip
+        page.locator(f"#{name}-stage").scroll_into_view_if_needed()
+        until(page, f"#{name}-words .shown", end)
+        assert value_of(page, section, "passage.from") == place
+
+
+def test_a_worker_that_does_not_load_is_said(opened):
+    scripts = []
+
+    def first_only(route):  # the page's own import
+        scripts.append(route)
+        route.continue_() if len(scripts) == 1 else route.abort()
+
+    page = opened({OUTSIDE: lambda r: r.abort(), "network.js": first_only})
+    until(page, "#drawing-words .shown", "^No network.*could not be loaded")
