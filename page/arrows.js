@@ -5,7 +5,7 @@ import { Passage } from "./passage.js";
 import {
   clear, colours, drawArrow, drawArrows, drawDots, drawImages, drawLine, drawRing, grid,
 } from "./plane.js";
-import { DATA, STD, exactEps, missed, nearest, posterior } from "./points.js";
+import { DATA, STD, exactEps, meanOf, missed, nearest, posterior } from "./points.js";
 import { ABAR, noiseOf, partsAt } from "./sampler.js";
 import { Gesture } from "./timeline.js";
 
@@ -19,9 +19,9 @@ let chosen = 64; // the dot whose origins are shown: at first, one that is below
 let gesture, scenes, large;
 
 class Scene extends Passage {
-  constructor(canvas, steps, changed) {
+  constructor(canvas, steps) {
     const options = { steps, clip: false, keepsData: true };
-    super((x, t) => exactEps(x, ABAR[t], DATA, STD), options, changed);
+    super((x, t) => exactEps(x, ABAR[t], DATA, STD), options);
     this.canvas = canvas;
     this.begin(DATA, noiseOf(1, 1, 2 * N));
   }
@@ -92,8 +92,7 @@ const pointOf = (x, k) => x.subarray(2 * k, 2 * k + 2);
 
 /** Draw lines from a point to the data it may have come from, and a ring at their mean. */
 function drawOrigins(plane, point, weights, shrunk, small) {
-  const meanOf = (i) => weights.reduce((sum, weight, m) => sum + weight * shrunk[2 * m + i], 0);
-  const mean = [meanOf(0), meanOf(1)], largest = Math.max(...weights);
+  const mean = meanOf(shrunk, weights), largest = Math.max(...weights);
   weights.forEach((weight, m) => {
     const origin = pointOf(shrunk, m), size = Math.sqrt(weight);
     if (weight < 0.05 * largest) return;
@@ -159,12 +158,11 @@ function listen() {
 
 /** Make the section work. Returns its timeline. */
 export function startArrows() {
-  const changed = () => gesture.render();
-  scenes = [50, 5, 1].map((steps) => new Scene($(`arrows-${steps}`), steps, changed));
+  scenes = [50, 5, 1].map((steps) => new Scene($(`arrows-${steps}`), steps));
   [large] = scenes;
   gesture = new Gesture("arrows", scenes, draw, say);
   listen();
   gesture.moveTo(FIRST);
-  if (!still) gesture.whenSeen(() => gesture.hold(HOLD.first, () => gesture.sendBack()));
+  if (!still) gesture.hold(HOLD.first, () => gesture.sendBack(), 0.7);
   return gesture;
 }

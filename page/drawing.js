@@ -1,8 +1,8 @@
 // Section 4: a drawing. The gesture of the opening begins with what the reader has drawn.
 
-import { $, captions, onPointer, still } from "./common.js";
+import { $, captions, onChoice, onPointer } from "./common.js";
 import { Passage } from "./passage.js";
-import { drawImages } from "./plane.js";
+import { drawImages, readImage } from "./plane.js";
 import { noiseOf } from "./sampler.js";
 import { Gesture } from "./timeline.js";
 
@@ -10,28 +10,14 @@ const ENDS = 4, STEPS = 20; // images that come back, and in how many steps
 const FIRST = 0.6; // the highest place from where a drawing comes back by itself
 const WAIT = 500; // milliseconds without a stroke, after which the drawing comes back
 const canvas = $("draw"), context = canvas.getContext("2d", { willReadFrequently: true });
-const show = captions("drawing"), pens = [...$("draw-pens").children];
-let shape = [3, 32, 32], gesture, pause, fault = ""; // fault: what has gone wrong
-let pen = pens[0], before; // before: where the pen was
-
-const drawing = new Passage(null, { steps: STEPS, scales: true, keepsData: true }, (error) => {
-  if (error) fail(error);
-  gesture.render();
-});
-
-/** The drawing, as the network sees it: Float32Array (C, H, W). */
-function drawn() {
-  const [channels, height, width] = shape, area = height * width;
-  const { data } = context.getImageData(0, 0, width, height);
-  return Float32Array.from({ length: channels * area }, (_, k) => {
-    const i = 4 * (k % area), grey = 0.299 * data[i] + 0.587 * data[i + 1] + 0.114 * data[i + 2];
-    return (channels === 3 ? data[i + Math.floor(k / area)] : grey) / 127.5 - 1;
-  });
-}
+const show = captions("drawing");
+let shape = [3, 32, 32], gesture, pause;
+let colour = "#4a2f14", before; // of the pen, and where it was
+const drawing = new Passage(null, { steps: STEPS, scales: true, keepsData: true });
 
 /** Take the drawing as it is now. Nothing has come back from it. */
 function restart() {
-  const x0 = drawn(), { length } = x0;
+  const x0 = readImage(context, shape), { length } = x0;
   const copies = Float32Array.from({ length: ENDS * length }, (_, k) => x0[k % length]);
   drawing.begin(copies, noiseOf(gesture.round++, ENDS, length));
   gesture.stop();
@@ -42,14 +28,13 @@ function restart() {
  * noise that almost anything would come back. */
 function comeBack() {
   gesture.moveTo(Math.min(drawing.from ?? 1, FIRST));
-  gesture.sendBack();
-  if (still) gesture.place = 0;
+  gesture.comeBack();
 }
 
 /** Draw a line from where the pen was. */
 function paint({ offsetX, offsetY }) {
   const scale = canvas.width / canvas.clientWidth, [x, y] = [scale * offsetX, scale * offsetY];
-  context.strokeStyle = shape[0] === 1 ? "#b4b4b4" : pen.value;
+  context.strokeStyle = shape[0] === 1 ? "#b4b4b4" : colour;
   Object.assign(context, { lineCap: "round", lineWidth: canvas.width / 11 });
   context.beginPath();
   context.moveTo(...before ?? [x, y]);
@@ -67,31 +52,26 @@ function clear() {
 }
 
 /** Wait for a network. The drawing can be sent back before it is there. */
-export function wait() {
-  fault = "";
+function wait() {
+  gesture.fault = "";
   drawing.use(null);
   restart();
-  gesture.whenSeen(comeBack);
-}
-
-export function fail({ message }) {
-  fault = message;
-  gesture.stop();
+  gesture.hold(0, comeBack, 0.7);
 }
 
 /** Let a network draw. One for pictures of another size begins with an empty sheet. */
-export function useNetwork(opened) {
+function useNetwork(opened) {
   const isOther = String(opened.shape) !== String(shape);
   ({ shape } = opened);
   $("draw-pens").hidden = shape[0] === 1;
   if (isOther) clear();
+  if (isOther) gesture.hold(0, comeBack, 0.7);
   drawing.use((x, t) => opened.eps(x, t), { betas: opened.betas });
-  if (isOther) gesture.whenSeen(comeBack);
   gesture.render();
 }
 
 function say() {
-  const { place, isBack, hasCome } = gesture;
+  const { place, isBack, hasCome, fault } = gesture;
   if (fault) return show("fault", { text: fault });
   if (drawing.isWaiting) return show("wait");
   if (!isBack) return show(place ? "noising" : "draw");
@@ -109,14 +89,10 @@ function draw() {
 /** Make the section work, with a smiley of recorded.webp, if there is one. Returns its timeline. */
 export function startDrawing(recording) {
   gesture = new Gesture("drawing", [drawing], draw, say, true);
-  gesture.letGo = () => gesture.place && gesture.sendBack();
-  for (const button of pens) {
-    button.style.background = button.value;
-    button.onclick = () => {
-      pen = button;
-      for (const other of pens) other.ariaPressed = String(other === pen);
-    };
-  }
+  const letGo = () => gesture.place && gesture.sendBack();
+  Object.assign(gesture, { wait, useNetwork, letGo });
+  for (const pen of $("draw-pens").children) pen.style.background = pen.value;
+  onChoice("draw-pens", (value) => { colour = value; });
   $("draw-clear").onclick = clear;
   onPointer(canvas, {
     press(event) {

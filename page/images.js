@@ -1,6 +1,6 @@
 // Section 3: images. The gesture of the opening with a grid of pictures, under a curtain.
 
-import { $, captions, still } from "./common.js";
+import { $, captions, onChoice } from "./common.js";
 import { Passage } from "./passage.js";
 import { drawImages } from "./plane.js";
 import { guided, noiseOf, predictX0 } from "./sampler.js";
@@ -10,34 +10,21 @@ const COLUMNS = 5, COUNT = 15; // of the pictures
 const WORDS = { none: null, weak: 0, strong: 3 }; // the guidance of each choice; null: no word
 const curtain = $("images-curtain"), show = captions("images");
 let gesture, network = null, word = "strong";
-let awaited = "clothes", fault = ""; // the name of the network that loads, and what is wrong
 let guess = {}; // of the network at a place of the slider: {x0, place, isAsked}
-const pictures = new Passage(null, { steps: 10, scales: true }, (error) => {
-  if (error) fail(error);
-  gesture.render();
-});
+const pictures = new Passage(null, { steps: 10, scales: true });
 
 /** Begin with noise, which can be sent back before the network is there. */
-export function wait(name) {
-  [network, awaited, fault, guess] = [null, name, "", {}];
+function wait() {
+  [network, gesture.fault, guess] = [null, "", {}];
   pictures.use(null);
   pictures.begin(null, noiseOf(0, COUNT, 1024));
   gesture.stop();
   gesture.moveTo(1);
-  gesture.whenSeen(() => {
-    if (!still) return gesture.hold(3000, () => gesture.sendBack()); // milliseconds
-    gesture.sendBack();
-    gesture.place = 0;
-  });
-}
-
-export function fail({ message }) {
-  fault = message;
-  gesture.stop();
+  gesture.hold(3000, () => gesture.comeBack(), 0.7);
 }
 
 /** Let a network draw. Each row of the emoji has a class; other networks draw without one. */
-export function useNetwork(opened) {
+function useNetwork(opened) {
   network = opened;
   const { size, betas, kinds } = network, w = kinds ? WORDS[word] : null;
   const y = Array.from({ length: COUNT }, (_, k) => kinds?.[Math.floor(k / COLUMNS)]);
@@ -59,9 +46,9 @@ async function ask() {
 }
 
 function say() {
-  const { place, isBack, hasCome } = gesture;
+  const { place, isBack, hasCome, fault } = gesture;
   if (fault) return show("fault", { text: fault });
-  if (!network) return show("wait", { text: awaited });
+  if (!network) return show("wait", { text: gesture.wanted ?? "clothes" });
   if (hasCome || (!place && !isBack)) return show(network.kinds ? word : "done");
   const { length } = isBack ? pictures.levels : [];
   if (isBack) return show("back", { steps: length > 1 ? `${length} steps` : "one step" });
@@ -80,20 +67,17 @@ function draw() {
 
 /** Make the section work. Returns its timeline. */
 export function startImages() {
-  gesture = new Gesture("images", [pictures], draw, say);
-  wait(awaited);
+  gesture = Object.assign(new Gesture("images", [pictures], draw, say), { wait, useNetwork });
+  wait();
   let before;
   curtain.onpointerdown = () => { before = curtain.value; };
   curtain.onpointercancel = () => { curtain.value = before; gesture.render(); };
   curtain.oninput = () => gesture.render();
-  for (const key of Object.keys(WORDS)) {
-    $(`word-${key}`).onclick = () => {
-      word = key;
-      for (const it of Object.keys(WORDS)) $(`word-${it}`).ariaPressed = String(it === key);
-      const opened = network;
-      wait(awaited); // it begins again
-      useNetwork(opened);
-    };
-  }
+  onChoice("images-pills", (value) => {
+    const opened = network;
+    word = value;
+    wait(); // it begins again
+    if (opened) useNetwork(opened);
+  });
   return gesture;
 }

@@ -61,10 +61,10 @@ function training(passed) {
   if (timeline.place === 1) timeline.state = "idle";
 }
 
-/** Move to a place, or as far as it is trained, and then on. */
+/** Move to a place, or as far as it is trained. */
 function moveTo(place) {
   timeline.place = Math.min(place, trained());
-  timeline.go(place > timeline.place ? "training" : "idle");
+  timeline.render();
 }
 
 function play() {
@@ -126,7 +126,7 @@ export function startLearning() {
   timeline = Object.assign(new Timeline("learn", drawStage, say), { training, moveTo });
   follow(timeline.stage, train);
   $("learn-play").onclick = () => (timeline.state === "idle" ? play() : timeline.stop());
-  if (!still) timeline.whenSeen(play);
+  if (!still) timeline.hold(0, play, 0.7);
   timeline.render();
   return timeline;
 }

@@ -12,9 +12,8 @@ export class Passage {
   /** eps(x, t): the network, or null while there is none. options: steps; scales, whether fewer are
    * taken from less noise; betas; clip; keepsData, whether each round begins with the same data;
    * recorded(place), what takes the place of eps on a way back from there, if anything does.
-   * changed(error): called when there are more steps, or when eps has failed. */
-  constructor(eps, options, changed) {
-    this.changed = changed;
+   * changed(error), of its gesture, is called after each step, or when eps has failed. */
+  constructor(eps, options) {
     this.use(eps, { betas: BETAS, ...options });
   }
 

@@ -94,6 +94,15 @@ export function drawArrows(view, places, ways, colour, cell, width, alpha = () =
   view.context.globalAlpha = 1;
 }
 
+/** The image (C, H, W) in [-1, 1] that a context has at a place. */
+export function readImage(context, [channels, height, width], left = 0, top = 0) {
+  const { data } = context.getImageData(left, top, width, height), area = height * width;
+  return Float32Array.from({ length: channels * area }, (_, k) => {
+    const i = 4 * (k % area), grey = 0.299 * data[i] + 0.587 * data[i + 1] + 0.114 * data[i + 2];
+    return (channels === 3 ? data[i + Math.floor(k / area)] : grey) / 127.5 - 1;
+  });
+}
+
 /** Show images (B, C, H, W) in [-1, 1], pixel by pixel, in rows of `columns` with a gap. */
 export function drawImages(canvas, x, [channels, height, width], columns = 1, gap = 0) {
   const area = height * width, count = x.length / channels / area;

@@ -18,19 +18,16 @@ export function posterior(x, y, abar, centres, std) {
   return weights.map((weight) => weight / total);
 }
 
+export const meanOf = (points, weights) =>
+  [0, 1].map((i) => weights.reduce((sum, weight, m) => sum + weight * points[2 * m + i], 0));
+
 /** E[eps | x_t] for a mixture of Gaussians with these centres, of the deviation std. */
 export function exactEps(x, abar, centres, std) {
   const signal = Math.sqrt(abar), scale = Math.sqrt(1 - abar) / (abar * std ** 2 + 1 - abar);
   const eps = new Float32Array(x.length);
   for (let k = 0; k < x.length; k += 2) {
-    const weights = posterior(x[k], x[k + 1], abar, centres, std);
-    let right = 0, up = 0; // the mean of the centres
-    for (let m = 0; m < weights.length; m++) {
-      right += weights[m] * centres[2 * m];
-      up += weights[m] * centres[2 * m + 1];
-    }
-    eps[k] = scale * (x[k] - signal * right);
-    eps[k + 1] = scale * (x[k + 1] - signal * up);
+    const mean = meanOf(centres, posterior(x[k], x[k + 1], abar, centres, std));
+    for (const i of [0, 1]) eps[k + i] = scale * (x[k + i] - signal * mean[i]);
   }
   return eps;
 }
@@ -47,9 +44,8 @@ export function nearest(x, y, centres) {
 
 /** The share of points that are far from each centre. */
 export function missed(points, centres) {
-  const isFar = (x, y) => nearest(x, y, centres).distance > MISS;
-  const far = points.filter((x, k) => k % 2 === 0 && isFar(x, points[k + 1]));
-  return (2 * far.length) / points.length;
+  const isFar = (x, k) => k % 2 === 0 && nearest(x, points[k + 1], centres).distance > MISS;
+  return (2 * points.filter(isFar).length) / points.length;
 }
 
 /** Points on two arcs, of which one is the opposite of the other; their labels are 1 and 0. */

@@ -1,6 +1,6 @@
 // The timelines of the sections: what moves by itself, until the reader takes over.
 
-import { $, announce, follow } from "./common.js";
+import { $, announce, follow, still } from "./common.js";
 
 const PACE = { rest: 3000, noising: 2200, noise: 500, back: 3900 }; // milliseconds
 
@@ -12,7 +12,6 @@ export class Timeline {
   place = 0;
   state = "idle"; // or the name of the method that moves it: here, only "held"
   seen = 0; // the share of the stage that is in sight
-  begin = null; // what it will do by itself, until something else happens
   repeats = false; // whether it begins again by itself
   #asked = 0; // a frame, if there is one
   #isOld = true; // whether what is drawn is not what there is now
@@ -23,18 +22,16 @@ export class Timeline {
     Object.assign(this, { draw, say, slider: $(`${name}-place`), stage: $(`${name}-stage`) });
     follow(this.stage, (seen) => {
       this.seen = seen;
+      this.stage.parentElement.classList.toggle("seen", seen >= 0.4);
       this.#ask();
-      if (seen >= 0.7) this.begin?.();
     });
-    new ResizeObserver(() => { // also at the beginning
-      this.#isOld = true;
-      this.#ask(true);
-    }).observe(this.stage);
+    const resized = () => this.#ask(this.#isOld = true); // also at the beginning
+    new ResizeObserver(resized).observe(this.stage);
     this.#listen();
   }
 
   go(state) {
-    Object.assign(this, { state, begin: null });
+    this.state = state;
     this.render();
   }
 
@@ -43,21 +40,15 @@ export class Timeline {
     this.render();
   }
 
-  /** Begin by itself when most of the stage is seen. */
-  whenSeen(begin) {
-    this.begin = begin;
-    if (this.seen >= 0.7) begin();
-  }
-
-  /** Stay here for some milliseconds, and then do something. */
-  hold(left, next) {
-    Object.assign(this, { left, next });
+  /** Stay here for some milliseconds, in which so much of the stage is seen, and then go on. */
+  hold(left, next, share = 0) {
+    Object.assign(this, { left, next, share });
     this.go("held");
   }
 
   held(passed) {
-    this.left -= passed;
-    if (this.left <= 0) this.next();
+    if (this.seen >= this.share) this.left -= passed;
+    if (this.left < 0) this.next();
   }
 
   /** Stop for the reader, who takes over. */
@@ -116,11 +107,19 @@ export class Timeline {
 /** The gesture: drag to the noise, let go, and something new comes back. */
 export class Gesture extends Timeline {
   round = 1; // the seed of the noise
+  fault = ""; // what has gone wrong
 
   /** passages: what moves. stays: whether the slider stays where the way back began. */
   constructor(name, passages, draw, say, stays = false) {
     super(name, draw, say);
     Object.assign(this, { passages, stays });
+    const changed = (error) => (error ? this.fail(error) : this.render());
+    for (const passage of passages) Object.assign(passage, { changed });
+  }
+
+  fail({ message }) {
+    this.fault = message;
+    this.stop();
   }
 
   get isBack() {
@@ -161,6 +160,12 @@ export class Gesture extends Timeline {
   sendBack() {
     if (!this.isBack) this.#begin();
     this.go("back");
+  }
+
+  /** Send it back without the reader, who may prefer to see no motion. */
+  comeBack() {
+    this.sendBack();
+    if (still) this.place = 0;
   }
 
   #begin() {

@@ -323,7 +323,7 @@ def test_pictures_are_those_that_python_draws(page):
     network, shape = sample.Network(EMOJI, "cpu"), (15, 3, 32, 32)
     y = np.repeat([network.classes.index(name) for name in ("smileys", "people", "flags")], 5)
     for word, w in (("weak", 0), ("strong", 3)):
-        page.click(f"#word-{word}")
+        page.click(f"#images-pills [value={word}]")
         page.wait_for_function("window.sections.images.passages[0].steps?.length")
         x_T, eps = images_at(page, 1, shape), sample.guided(network, y, w)
         _, _, expected = next(network.reverse(eps, lambda x_T=x_T: x_T, **WAY))
@@ -406,6 +406,9 @@ def test_opening_without_a_connection(opened):
     page.wait_for_function("window.sections.opening.round > 1", timeout=60_000)
     page.get_by_role("button", name="Stop", exact=True).click()
     value_of(page, "opening", "(gesture.moveTo(0), gesture.moveTo(0.5))")
+    page.press("#scene-place", "Enter")
+    until(page, "#scene-words .shown", "^A file is missing.*Connect to the internet")
+    page.fill("#scene-place", "1000")
     page.press("#scene-place", "Enter")
     until(page, "#scene-words .shown", "this way back is a recording")
     until(page, "#scene-words .shown", "^New pictures")
