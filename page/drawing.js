@@ -24,8 +24,7 @@ function restart() {
   gesture.moveTo(0);
 }
 
-/** Send the drawing back by itself: from where the reader let go the last time, but not from so much
- * noise that almost anything would come back. */
+/** Send the drawing back by itself: from where the reader let go, but not as almost anything. */
 function comeBack() {
   gesture.moveTo(Math.min(drawing.from ?? 1, FIRST));
   gesture.comeBack();
@@ -72,8 +71,7 @@ function useNetwork(opened) {
 
 function say() {
   const { place, isBack, hasCome, fault } = gesture;
-  if (fault) return show("fault", { text: fault });
-  if (drawing.isWaiting) return show("wait");
+  if (fault || drawing.isWaiting) return show(fault ? "fault" : "wait", { text: fault });
   if (!isBack) return show(place ? "noising" : "draw");
   return show(hasCome ? "done" : "back");
 }
@@ -89,8 +87,7 @@ function draw() {
 /** Make the section work, with a smiley of recorded.webp, if there is one. Returns its timeline. */
 export function startDrawing(recording) {
   gesture = new Gesture("drawing", [drawing], draw, say, true);
-  const letGo = () => gesture.place && gesture.sendBack();
-  Object.assign(gesture, { wait, useNetwork, letGo });
+  Object.assign(gesture, { wait, useNetwork, letGo: () => gesture.place && gesture.sendBack() });
   for (const pen of $("draw-pens").children) pen.style.background = pen.value;
   onChoice("draw-pens", (value) => { colour = value; });
   $("draw-clear").onclick = clear;

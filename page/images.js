@@ -47,8 +47,7 @@ async function ask() {
 
 function say() {
   const { place, isBack, hasCome, fault } = gesture;
-  if (fault) return show("fault", { text: fault });
-  if (!network) return show("wait", { text: gesture.wanted ?? "clothes" });
+  if (fault || !network) return show(fault ? "fault" : "wait", { text: fault });
   if (hasCome || (!place && !isBack)) return show(network.kinds ? word : "done");
   const { length } = isBack ? pictures.levels : [];
   if (isBack) return show("back", { steps: length > 1 ? `${length} steps` : "one step" });

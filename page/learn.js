@@ -9,7 +9,7 @@ import { Trainer, draw, epsOf } from "./trainer.js";
 
 const { colours } = plane;
 const BATCH = 128, SAMPLES = 128, STEPS = 3000;
-const LAST = 20; // the index of the last weights that are saved; saving takes a tenth of the training
+const LAST = 20; // the index of the last weights that are saved; each time costs half a percent
 const INDEX = 80; // of the level of the arrows
 const PACE = { first: 9000, next: 400 }; // milliseconds from one index to the next
 const SLICE = 10; // milliseconds of work at a time, so that nothing stalls
@@ -49,7 +49,7 @@ async function save() {
   for await (last of reverse((x, t) => epsOf(average, x, t), xT, BETAS, 50, false)) {
     if (last.t % 5 === 4) await pause(0);
   }
-  const { x0 } = last, misses = `${(100 * missed(x0, DATA)).toFixed(0)}%`;
+  const { x0 } = last, misses = `${missed(x0, DATA)}%`;
   saved.push({ steps: trainer.steps, average, x0, misses });
   timeline.render();
 }

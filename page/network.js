@@ -28,7 +28,6 @@ function metadataOf(bytes) {
 }
 
 /** Open a model.onnx, and compute it in a worker. Fails with a sentence for the reader.
- *
  * The network has betas, shape ([C, H, W]) and classes (their names, [] if there are none) of the
  * file, and the device that it runs on. eps(x, t, y), for any whole number of images, is a promise;
  * by default, y is "no class" for each image. close() frees the memory; what was asked before is
@@ -38,8 +37,7 @@ export async function open(name, bytes) {
   const waiting = []; // [resolve, reject] of each question, in order
   worker.onmessage = ({ data }) => {
     const [resolve, reject] = waiting.shift();
-    if (data.error) reject(new Error(data.error));
-    else resolve(data);
+    return data.error ? reject(new Error(data.error)) : resolve(data);
   };
   worker.onerror = () => { // it could not be loaded
     for (const [, reject] of waiting.splice(0)) reject(new Error(LOST));

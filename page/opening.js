@@ -16,7 +16,8 @@ const pictures = new Passage(null, { steps: STEPS, scales: true, keepsData: true
 /** The rows of recorded.webp, by docs/make_figures.py: first the twelve pictures at the beginning,
  * and then the estimates in each step of the first way back, which needs no network. */
 function rowsOf(recording) {
-  const { width, height } = recording, context = new OffscreenCanvas(width, height).getContext("2d");
+  const { width, height } = recording;
+  const context = new OffscreenCanvas(width, height).getContext("2d");
   context.drawImage(recording, 0, 0);
   return Array.from({ length: height / 32 }, (_, row) => {
     const x0 = new Float32Array(COUNT * SIZE);
@@ -50,12 +51,12 @@ function fail({ message }) {
 }
 
 function say() {
-  const { place, isBack, state, fault } = gesture, { from, x0, isWaiting, eps } = pictures;
+  const { place, isBack, state, fault } = gesture, { x0, isWaiting, eps } = pictures;
   $("scene-play").textContent = state !== "idle" ? "Stop" : place ? "Remove the noise" : "Play";
   if (isWaiting || !(x0 || isBack)) return show(fault ? "fault" : "wait", { text: fault });
   if (!isBack) return show(!place ? "clean" : place < 1 ? "noising" : "noise");
   if (place) return show(eps ? "back" : "recorded");
-  return show(from > 0.9 ? "new" : "similar");
+  return show("new");
 }
 
 /** Make the opening work, with noise if there is no recording. Returns its timeline. */

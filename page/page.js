@@ -1,6 +1,6 @@
 // The page: its sections, and which networks draw in them.
 
-import { $, announce, follow, onChoice } from "./common.js";
+import { $, follow, onChoice } from "./common.js";
 import { startArrows } from "./arrows.js";
 import { startDrawing } from "./drawing.js";
 import { startImages } from "./images.js";
@@ -24,11 +24,8 @@ async function select(name, key) {
   }
 }
 
-function tell(text, isError = false) {
-  $("own-status").textContent = text;
-  $("own-status").classList.toggle("error", isError);
-  announce(text);
-}
+const tell = (textContent, className = "") =>
+  Object.assign($("own-status"), { textContent, className });
 
 /** Open the reader's network. One that cannot be opened changes nothing. */
 async function openOwn(file) {
@@ -37,7 +34,7 @@ async function openOwn(file) {
   try {
     own = await open(file.name, new Uint8Array(await file.arrayBuffer()));
   } catch (error) {
-    return tell(error.message, true);
+    return tell(error.message, "error");
   }
   for (const button of document.querySelectorAll("[value=own]")) {
     button.textContent = file.name;

@@ -42,7 +42,7 @@ export class Passage {
     Object.assign(this, { x0, noise, steps: null });
   }
 
-  /** Begin a new round with what has come back, or with the data if the way back is not complete. */
+  /** Begin a round with what has come back, or with the same data where nothing whole has. */
   renew(seed) {
     const x0 = (!this.options.keepsData && this.result) || this.x0;
     this.begin(x0, noiseOf(seed, 1, this.noise.length));

@@ -10,24 +10,27 @@ export const MISS = 3 * STD; // farther from all of them, a point misses the dat
 export function posterior(x, y, abar, centres, std) {
   const signal = Math.sqrt(abar), variance = abar * std ** 2 + 1 - abar; // of each Gaussian at t
   const square = (m) => (x - signal * centres[2 * m]) ** 2 + (y - signal * centres[2 * m + 1]) ** 2;
-  const count = centres.length / 2;
-  const logs = Float64Array.from({ length: count }, (_, m) => square(m) / (-2 * variance));
+  const logOf = (_, m) => square(m) / (-2 * variance);
+  const logs = Float64Array.from({ length: centres.length / 2 }, logOf);
   const largest = Math.max(...logs); // without it, all might round to 0
   const weights = logs.map((log) => Math.exp(log - largest));
   const total = weights.reduce((sum, weight) => sum + weight);
   return weights.map((weight) => weight / total);
 }
 
-export const meanOf = (points, weights) =>
-  [0, 1].map((i) => weights.reduce((sum, weight, m) => sum + weight * points[2 * m + i], 0));
-
 /** E[eps | x_t] for a mixture of Gaussians with these centres, of the deviation std. */
 export function exactEps(x, abar, centres, std) {
   const signal = Math.sqrt(abar), scale = Math.sqrt(1 - abar) / (abar * std ** 2 + 1 - abar);
   const eps = new Float32Array(x.length);
   for (let k = 0; k < x.length; k += 2) {
-    const mean = meanOf(centres, posterior(x[k], x[k + 1], abar, centres, std));
-    for (const i of [0, 1]) eps[k + i] = scale * (x[k + i] - signal * mean[i]);
+    const weights = posterior(x[k], x[k + 1], abar, centres, std);
+    let right = 0, up = 0; // the mean of the centres
+    for (let m = 0; m < weights.length; m++) {
+      right += weights[m] * centres[2 * m];
+      up += weights[m] * centres[2 * m + 1];
+    }
+    eps[k] = scale * (x[k] - signal * right);
+    eps[k + 1] = scale * (x[k + 1] - signal * up);
   }
   return eps;
 }
@@ -42,10 +45,10 @@ export function nearest(x, y, centres) {
   return { index, distance };
 }
 
-/** The share of points that are far from each centre. */
+/** How many per cent of the points are far from each centre. */
 export function missed(points, centres) {
   const isFar = (x, k) => k % 2 === 0 && nearest(x, points[k + 1], centres).distance > MISS;
-  return (2 * points.filter(isFar).length) / points.length;
+  return Math.round((200 * points.filter(isFar).length) / points.length);
 }
 
 /** Points on two arcs, of which one is the opposite of the other; their labels are 1 and 0. */
