@@ -7,8 +7,7 @@ import { DATA, STD, exactEps, missed, nearest, posterior } from "./points.js";
 import { ABAR, noiseOf, partsAt } from "./sampler.js";
 import { Gesture } from "./timeline.js";
 
-const { colours } = plane;
-const N = DATA.length / 2, LIMIT = 1.5; // the end of the view, upwards
+const { colours } = plane, N = DATA.length / 2, LIMIT = 1.5; // the end of the view, upwards
 const ROWS = 13; // of arrows
 const colourOf = (label) => (label ? colours.data : colours.other); // of its origin
 const FIRST = 0.45; // where it begins

@@ -1,6 +1,6 @@
 // Section 2: a network learns the arrows of the points. This is Algorithm 1, watched.
 
-import { $, captions, follow, pause, still } from "./common.js";
+import { $, captions, pause, still } from "./common.js";
 import * as plane from "./plane.js";
 import { DATA, MISS, STD, exactEps, missed } from "./points.js";
 import { ABAR, BETAS, noiseOf, partsAt, reverse, uniform } from "./sampler.js";
@@ -123,8 +123,8 @@ function drawExample(view, part) {
 
 /** Make the section work. Returns its timeline. */
 export function startLearning() {
-  timeline = Object.assign(new Timeline("learn", drawStage, say), { training, moveTo });
-  follow(timeline.stage, train);
+  const its = { training, moveTo, whenSeen: train };
+  timeline = Object.assign(new Timeline("learn", drawStage, say), its);
   $("learn-play").onclick = () => (timeline.state === "idle" ? play() : timeline.stop());
   if (!still) timeline.hold(0, play, 0.7);
   timeline.render();

@@ -24,6 +24,7 @@ export class Timeline {
       this.seen = seen;
       this.stage.parentElement.classList.toggle("seen", seen >= 0.4);
       this.#ask();
+      this.whenSeen?.();
     });
     const resized = () => this.#ask(this.#isOld = true); // also at the beginning
     new ResizeObserver(resized).observe(this.stage);
