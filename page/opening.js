@@ -17,7 +17,7 @@ const pictures = new Passage(null, { steps: STEPS, scales: true, keepsData: true
  * and then the estimates in each step of the first way back, which needs no network. */
 function rowsOf(recording) {
   const { width, height } = recording;
-  const context = new OffscreenCanvas(width, height).getContext("2d");
+  const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
   context.drawImage(recording, 0, 0);
   return Array.from({ length: height / 32 }, (_, row) => {
     const x0 = new Float32Array(COUNT * SIZE);

@@ -57,7 +57,7 @@ def opened():
         for context in browser.contexts:
             context.close()
         page = browser.new_page(viewport={"width": 1280, "height": 900}, reduced_motion=motion)
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(300_000)
         for pattern, handle in (routes or {OUTSIDE: refuse}).items():
             page.route(re.compile(pattern), handle)
         page.on("pageerror", lambda error: said.append(str(error)))
@@ -363,7 +363,7 @@ def test_pull_towards_clean_starts_the_way_back(page):
     """Before it starts by itself; after little noise, it is of one step."""
     value_of(page, "images", "(passage.begin(null, passage.noise), gesture.moveTo(1))")
     drag(page, "images-place", (0.97, 0.5), (0.02, 0.5))
-    until(page, "#images-words .shown", "^Back from the noise")
+    page.wait_for_function("window.sections.images.hasCome", timeout=60_000)
     value_of(page, "images", "(gesture.moveTo(0.05), gesture.sendBack(), gesture.stop())")
     until(page, "#images-words .shown", "^Back in one step")
 
