@@ -9,7 +9,7 @@ import { Trainer, draw, epsOf } from "./trainer.js";
 
 const { colours } = plane;
 const BATCH = 128, SAMPLES = 64, STEPS = 3000;
-const LAST = 20; // the index of the last weights that are saved; all of them take a tenth of the time
+const LAST = 20; // the index of the last weights that are saved, which takes a tenth of the time
 const INDEX = 80; // of the level of the arrows
 const PACE = { first: 9000, next: 400 }; // milliseconds from one index to the next
 const SLICE = 10; // milliseconds of work at a time, so that nothing stalls
