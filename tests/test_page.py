@@ -362,7 +362,7 @@ def test_pictures_are_those_that_python_draws(page):
 def test_pull_towards_clean_starts_the_way_back(page):
     """Before it starts by itself; after little noise, it is of one step."""
     value_of(page, "images", "(passage.begin(null, passage.noise), gesture.moveTo(1))")
-    drag(page, "images-place", (0.97, 0.5), (0.02, 0.5))
+    drag(page, "images-place", (0.97, 0.5), (0.001, 0.5))
     page.wait_for_function("window.sections.images.hasCome", timeout=60_000)
     value_of(page, "images", "(gesture.moveTo(0.05), gesture.sendBack(), gesture.stop())")
     until(page, "#images-words .shown", "^Back in one step")
