@@ -4,11 +4,11 @@ export const $ = (id) => document.getElementById(id);
 export const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
 export const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
-/** Call call(share) when another share of an element, from 0 to 1, is in sight. Captions cover the
- * lower part of a narrow screen. */
-export function follow(element, call) {
+const COVERED = innerWidth < 960 ? "0px 0px -28%" : "0px"; // by captions, on a narrow screen
+
+/** Call call(share) whenever the share of an element that is in sight, from 0 to 1, has changed. */
+export function follow(element, call, rootMargin = COVERED) {
   const watch = (entries) => call(entries.at(-1).intersectionRatio);
-  const rootMargin = innerWidth < 960 ? "0px 0px -28%" : "0px";
   new IntersectionObserver(watch, { threshold: [0, 0.01, 0.4, 0.7], rootMargin }).observe(element);
 }
 
@@ -43,7 +43,18 @@ export function captions(name) {
   };
 }
 
-let waiting;
+/** Let the buttons in an element choose one of their values. */
+export function onChoice(id, chosen) {
+  const buttons = [...$(id).querySelectorAll("button")];
+  for (const button of buttons) {
+    button.onclick = () => {
+      for (const other of buttons) other.ariaPressed = String(other === button);
+      chosen(button.value);
+    };
+  }
+}
+
+let waiting; // what announces the text
 
 /** Say something to those who do not see it: the last of what is said within a second. */
 export function announce(text) {

@@ -1,8 +1,8 @@
 // Section 4: a drawing. The gesture of the opening begins with what the reader has drawn.
 
-import { $, captions, onPointer, still } from "./common.js";
+import { $, captions, onChoice, onPointer } from "./common.js";
 import { Passage } from "./passage.js";
-import { drawImages } from "./plane.js";
+import { drawImages, readImage } from "./plane.js";
 import { noiseOf } from "./sampler.js";
 import { Gesture } from "./timeline.js";
 
@@ -10,46 +10,30 @@ const ENDS = 4, STEPS = 20; // images that come back, and in how many steps
 const FIRST = 0.6; // the highest place from where a drawing comes back by itself
 const WAIT = 500; // milliseconds without a stroke, after which the drawing comes back
 const canvas = $("draw"), context = canvas.getContext("2d", { willReadFrequently: true });
-const show = captions("drawing"), pens = [...$("draw-pens").children];
-let shape = [3, 32, 32], gesture, waiting;
-let pen = pens[0], before; // before: where the pen was
+const show = captions("drawing");
+let shape = [3, 32, 32], gesture, pause;
+let colour = "#4a2f14", before; // of the pen, and where it was
+const drawing = new Passage(null, { steps: STEPS, scales: true, keepsData: true });
 
-const drawing = new Passage(null, { steps: STEPS, scales: true, keepsData: true }, (error) => {
-  gesture.render();
-  if (error) throw error;
-});
-
-/** The drawing, as the network sees it: Float32Array (C, H, W). */
-function drawn() {
-  const [channels, height, width] = shape, area = height * width;
-  const { data } = context.getImageData(0, 0, width, height);
-  return Float32Array.from({ length: channels * area }, (_, k) => {
-    const i = 4 * (k % area), grey = 0.299 * data[i] + 0.587 * data[i + 1] + 0.114 * data[i + 2];
-    return (channels === 3 ? data[i + Math.floor(k / area)] : grey) / 127.5 - 1;
-  });
-}
-
-/** Another drawing: nothing has come back from it. */
+/** Take the drawing as it is now. Nothing has come back from it. */
 function restart() {
-  const x0 = drawn(), { length } = x0;
+  const x0 = readImage(context, shape), { length } = x0;
   const copies = Float32Array.from({ length: ENDS * length }, (_, k) => x0[k % length]);
   drawing.begin(copies, noiseOf(gesture.round++, ENDS, length));
   gesture.stop();
   gesture.moveTo(0);
 }
 
-/** Send the drawing back from where the reader let go the last time, but not as almost anything. */
+/** Send the drawing back by itself: from where the reader let go, but not as almost anything. */
 function comeBack() {
-  if (!drawing.eps) return;
   gesture.moveTo(Math.min(drawing.from ?? 1, FIRST));
-  gesture.sendBack();
-  if (still) gesture.place = 0;
+  gesture.comeBack();
 }
 
 /** Draw a line from where the pen was. */
 function paint({ offsetX, offsetY }) {
   const scale = canvas.width / canvas.clientWidth, [x, y] = [scale * offsetX, scale * offsetY];
-  context.strokeStyle = shape[0] === 1 ? "#b4b4b4" : pen.value;
+  context.strokeStyle = shape[0] === 1 ? "#b4b4b4" : colour;
   Object.assign(context, { lineCap: "round", lineWidth: canvas.width / 11 });
   context.beginPath();
   context.moveTo(...before ?? [x, y]);
@@ -66,18 +50,28 @@ function clear() {
   restart();
 }
 
-/** The network that draws: that of the emoji, or the reader's, which begins with an empty sheet. */
-export function useNetwork(opened) {
+/** Wait for a network. The drawing can be sent back before it is there. */
+function wait() {
+  gesture.fault = "";
+  drawing.use(null);
+  restart();
+  gesture.hold(0, comeBack, 0.7);
+}
+
+/** Let a network draw. One for pictures of another size begins with an empty sheet. */
+function useNetwork(opened) {
+  const isOther = String(opened.shape) !== String(shape);
   ({ shape } = opened);
-  drawing.use((x, t) => opened.eps(x, t), { betas: opened.betas });
-  $("drawing").hidden = false; // it is hidden if the emoji's network is lost
   $("draw-pens").hidden = shape[0] === 1;
-  (opened.kinds ? restart : clear)();
-  gesture.whenSeen(comeBack);
+  if (isOther) clear();
+  if (isOther) gesture.hold(0, comeBack, 0.7);
+  drawing.use((x, t) => opened.eps(x, t), { betas: opened.betas });
+  gesture.render();
 }
 
 function say() {
-  const { place, isBack, hasCome } = gesture;
+  const { place, isBack, hasCome, fault } = gesture;
+  if (fault || drawing.isWaiting) return show(fault ? "fault" : "wait", { text: fault });
   if (!isBack) return show(place ? "noising" : "draw");
   return show(hasCome ? "done" : "back");
 }
@@ -90,28 +84,23 @@ function draw() {
   if (!isBack && place) drawImages($("draw-noised"), x.subarray(0, x.length / ENDS), shape);
 }
 
-/** Make the section work, with a smiley of the opening. Returns its timeline. */
-export function startDrawing() {
+/** Make the section work, with a smiley of recorded.webp, if there is one. Returns its timeline. */
+export function startDrawing(recording) {
   gesture = new Gesture("drawing", [drawing], draw, say, true);
-  gesture.letGo = () => drawing.eps && gesture.place && gesture.sendBack();
-  for (const button of pens) {
-    button.style.background = button.value;
-    button.onclick = () => {
-      pen = button;
-      for (const other of pens) other.ariaPressed = String(other === pen);
-    };
-  }
+  Object.assign(gesture, { wait, useNetwork, letGo: () => gesture.place && gesture.sendBack() });
+  for (const pen of $("draw-pens").children) pen.style.background = pen.value;
+  onChoice("draw-pens", (value) => { colour = value; });
   $("draw-clear").onclick = clear;
   onPointer(canvas, {
     press(event) {
-      clearTimeout(waiting);
+      clearTimeout(pause);
       before = null;
       paint(event);
     },
     drag: paint,
-    release: () => { waiting = setTimeout(comeBack, WAIT); },
+    release: () => { pause = setTimeout(comeBack, WAIT); },
   });
-  context.drawImage($("recording"), 96, 0, 32, 32, 0, 0, 32, 32);
-  restart();
+  clear();
+  if (recording) context.drawImage(recording, 96, 0, 32, 32, 0, 0, 32, 32);
   return gesture;
 }

@@ -1,6 +1,6 @@
 // Section 3: images. The gesture of the opening with a grid of pictures, under a curtain.
 
-import { $, captions, still } from "./common.js";
+import { $, captions, onChoice } from "./common.js";
 import { Passage } from "./passage.js";
 import { drawImages } from "./plane.js";
 import { guided, noiseOf, predictX0 } from "./sampler.js";
@@ -10,35 +10,28 @@ const COLUMNS = 5, COUNT = 15; // of the pictures
 const WORDS = { none: null, weak: 0, strong: 3 }; // the guidance of each choice; null: no word
 const curtain = $("images-curtain"), show = captions("images");
 let gesture, network = null, word = "strong";
-let notice = ["wait", "clothes"]; // the key of a caption, and its text
 let guess = {}; // of the network at a place of the slider: {x0, place, isAsked}
-const pictures = new Passage(null, { steps: 10, scales: true }, (error) => {
-  if (error) tell("fault", error.message);
-  gesture.render();
-});
+const pictures = new Passage(null, { steps: 10, scales: true });
 
-/** Say that a network is loading, or why there is none. */
-export function tell(key, text) {
-  notice = [key, text];
-  say();
+/** Begin with noise, which can be sent back before the network is there. */
+function wait() {
+  [network, gesture.fault, guess] = [null, "", {}];
+  pictures.use(null);
+  pictures.begin(null, noiseOf(0, COUNT, 1024));
+  gesture.stop();
+  gesture.moveTo(1);
+  gesture.hold(3000, () => gesture.comeBack(), 0.7);
 }
 
-/** Begin with noise. Each row of the emoji has a class; other networks draw without one. */
-export function useNetwork(opened) {
+/** Let a network draw. Each row of the emoji has a class; other networks draw without one. */
+function useNetwork(opened) {
   network = opened;
   const { size, betas, kinds } = network, w = kinds ? WORDS[word] : null;
   const y = Array.from({ length: COUNT }, (_, k) => kinds?.[Math.floor(k / COLUMNS)]);
   $("images-pills").hidden = !kinds;
+  pictures.noise = noiseOf(0, COUNT, size);
   pictures.use(w === null ? (x, t) => opened.eps(x, t) : guided(opened, y, w), { betas });
-  pictures.begin(null, noiseOf(0, COUNT, size));
-  [guess, notice] = [{}, null];
-  gesture.stop();
-  gesture.moveTo(1);
-  gesture.whenSeen(() => {
-    if (!still) return gesture.hold(3000, () => gesture.sendBack()); // milliseconds
-    gesture.sendBack();
-    gesture.place = 0;
-  });
+  gesture.render();
 }
 
 /** Ask what the network guesses at the place of the slider, one question at a time. */
@@ -53,10 +46,11 @@ async function ask() {
 }
 
 function say() {
-  const { place, isBack, hasCome } = gesture;
-  if (notice) return show(notice[0], { text: notice[1] });
+  const { place, isBack, hasCome, fault } = gesture;
+  if (fault || !network) return show(fault ? "fault" : "wait", { text: fault });
   if (hasCome || (!place && !isBack)) return show(network.kinds ? word : "done");
-  if (isBack) return show("back", { steps: pictures.levels.length });
+  const { length } = isBack ? pictures.levels : [];
+  if (isBack) return show("back", { steps: length > 1 ? `${length} steps` : "one step" });
   return show(place < 1 ? "noising" : "noise");
 }
 
@@ -72,19 +66,17 @@ function draw() {
 
 /** Make the section work. Returns its timeline. */
 export function startImages() {
-  pictures.begin(null, noiseOf(0, COUNT, 1024));
-  gesture = new Gesture("images", [pictures], draw, say);
-  gesture.moveTo(1);
+  gesture = Object.assign(new Gesture("images", [pictures], draw, say), { wait, useNetwork });
+  wait();
   let before;
   curtain.onpointerdown = () => { before = curtain.value; };
   curtain.onpointercancel = () => { curtain.value = before; gesture.render(); };
   curtain.oninput = () => gesture.render();
-  for (const key of Object.keys(WORDS)) {
-    $(`word-${key}`).onclick = () => {
-      word = key;
-      for (const it of Object.keys(WORDS)) $(`word-${it}`).ariaPressed = String(it === key);
-      useNetwork(network);
-    };
-  }
+  onChoice("images-pills", (value) => {
+    const opened = network;
+    word = value;
+    wait(); // it begins again
+    if (opened) useNetwork(opened);
+  });
   return gesture;
 }

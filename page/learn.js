@@ -2,16 +2,16 @@
 
 import { $, captions, pause, still } from "./common.js";
 import * as plane from "./plane.js";
-import { DATA, STD, exactEps, missed } from "./points.js";
+import { DATA, MISS, STD, exactEps, missed } from "./points.js";
 import { ABAR, BETAS, noiseOf, partsAt, reverse, uniform } from "./sampler.js";
 import { Timeline } from "./timeline.js";
 import { Trainer, draw, epsOf } from "./trainer.js";
 
 const { colours } = plane;
-const BATCH = 128, SAMPLES = 200, STEPS = 3000;
-const LAST = 40; // the index of the last weights that are saved
+const BATCH = 128, SAMPLES = 64, STEPS = 3000;
+const LAST = 20; // the index of the last weights that are saved, which takes a tenth of the time
 const INDEX = 80; // of the level of the arrows
-const PACE = { first: 9000, next: 200 }; // milliseconds from one index to the next
+const PACE = { first: 9000, next: 400 }; // milliseconds from one index to the next
 const SLICE = 10; // milliseconds of work at a time, so that nothing stalls
 const saved = []; // {steps, average, x0, misses}: x0 are samples
 const trainer = new Trainer(), random = uniform(1, 0), show = captions("learn");
@@ -23,11 +23,11 @@ const trained = () => Math.max(0, saved.length - 1) / LAST; // the place until w
 const at = () => timeline.place * LAST; // between the indices of two saved weights
 const shown = () =>
   saved[Math.floor(at())] ?? { steps: 0, average: trainer.average, x0: new Float32Array() };
-/** How much of the example of the first step has been shown; 0 before and after it. */
+/** The first index shows one example of a training step: how much of it, or 0 before and after. */
 const partOf = () => (at() < 1 ? at() : 0);
 const mix = (a, b, share) => a.map((value, k) => value + share * (b[k] - value));
 
-/** Train while the section is seen; it is drawn as soon as it is. */
+/** Train while the section is seen. */
 async function train() {
   if (trains) return;
   trains = true;
@@ -49,7 +49,7 @@ async function save() {
   for await (last of reverse((x, t) => epsOf(average, x, t), xT, BETAS, 50, false)) {
     if (last.t % 5 === 4) await pause(0);
   }
-  const { x0 } = last, misses = `${(100 * missed(x0, DATA, STD)).toFixed(0)}%`;
+  const { x0 } = last, misses = `${missed(x0, DATA)}%`;
   saved.push({ steps: trainer.steps, average, x0, misses });
   timeline.render();
 }
@@ -61,10 +61,10 @@ function training(passed) {
   if (timeline.place === 1) timeline.state = "idle";
 }
 
-/** Move to a place, or as far as it is trained, and then on. */
+/** Move to a place, or as far as it is trained. */
 function moveTo(place) {
   timeline.place = Math.min(place, trained());
-  timeline.go(place > timeline.place ? "training" : "idle");
+  timeline.render();
 }
 
 function play() {
@@ -87,7 +87,6 @@ function say() {
 /** The true arrows, and over them those of the network, where there are noisy points to practise
  * on; and the points that followed them, on their way to those of the next network. */
 function drawStage() {
-  train();
   const view = plane.clear($("learn-plane"), 1.25), part = partOf(), now = shown();
   const rows = view.height < 300 ? 9 : 11, cell = view.height / rows;
   const places = plane.grid(view, rows);
@@ -95,14 +94,14 @@ function drawStage() {
   const alpha = (k) => (part ? 0.3 : 1) * Math.max(0, Math.min(1, 2 - 1.5 * far(k)));
   if (exact.length !== places.length) exact = exactEps(places, ABAR[INDEX], DATA, STD);
   const eps = epsOf(now.average, places, INDEX);
-  for (const share of [20, 25, 32, 45]) { // the arcs
-    plane.drawDots(view, DATA, view.height / share, colours.data, 0.1);
+  for (const share of [1, 0.8, 0.6, 0.4]) { // the arcs, beyond which a dot misses them
+    plane.drawDots(view, DATA, share * MISS * view.unit, colours.data, 0.14);
   }
   for (const [its, colour, width] of [[exact, colours.arrow, 5], [eps, colours.lit, 2]]) {
     plane.drawArrows(view, places, its.map((value) => -value), colour, cell, width, alpha);
   }
   const next = saved[Math.floor(at()) + 1] ?? now;
-  plane.drawDots(view, mix(now.x0, next.x0, at() % 1), 2.8, colours.ink, part ? 0.12 : 0.85);
+  plane.drawDots(view, mix(now.x0, next.x0, at() % 1), 2.8, colours.other, part ? 0.15 : 0.9);
   if (part) drawExample(view, part);
 }
 
@@ -124,9 +123,10 @@ function drawExample(view, part) {
 
 /** Make the section work. Returns its timeline. */
 export function startLearning() {
-  timeline = Object.assign(new Timeline("learn", drawStage, say), { training, moveTo });
+  const its = { training, moveTo, whenSeen: train };
+  timeline = Object.assign(new Timeline("learn", drawStage, say), its);
   $("learn-play").onclick = () => (timeline.state === "idle" ? play() : timeline.stop());
-  if (!still) timeline.whenSeen(play);
+  if (!still) timeline.hold(0, play, 0.7);
   timeline.render();
   return timeline;
 }

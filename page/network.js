@@ -4,11 +4,11 @@
 const RUNTIME = "onnxruntime-web@1.30.0";
 // Where it is: beside the page, for use without a connection, or else on jsDelivr.
 const RUNTIMES = ["node_modules/onnxruntime-web", `https://cdn.jsdelivr.net/npm/${RUNTIME}`]
-  .map((folder) => new URL(`${folder}/dist/ort.webgpu.bundle.min.mjs`, import.meta.url).href);
+  .map((folder) => new URL(`${folder}/dist/`, import.meta.url).href);
 const FILES = { clothes: "fashion-mnist.onnx", emoji: "emoji.onnx" };
 const KINDS = { emoji: ["smileys", "people", "flags"] }; // the classes that are drawn
 const LOST = "The network could not be loaded. Connect to the internet, and reload the page. "
-  + "The opening and sections 1 and 2 work without it.";
+  + "The opening and sections 1 and 2 work offline.";
 const opened = {}; // promises
 
 /** What the file says about itself: the JSON value of a key in its metadata_props, or a default.
@@ -28,7 +28,6 @@ function metadataOf(bytes) {
 }
 
 /** Open a model.onnx, and compute it in a worker. Fails with a sentence for the reader.
- *
  * The network has betas, shape ([C, H, W]) and classes (their names, [] if there are none) of the
  * file, and the device that it runs on. eps(x, t, y), for any whole number of images, is a promise;
  * by default, y is "no class" for each image. close() frees the memory; what was asked before is
@@ -38,8 +37,10 @@ export async function open(name, bytes) {
   const waiting = []; // [resolve, reject] of each question, in order
   worker.onmessage = ({ data }) => {
     const [resolve, reject] = waiting.shift();
-    if (data.error) reject(new Error(data.error));
-    else resolve(data);
+    return data.error ? reject(new Error(data.error)) : resolve(data);
+  };
+  worker.onerror = () => { // it could not be loaded
+    for (const [, reject] of waiting.splice(0)) reject(new Error(LOST));
   };
   const ask = (question) => new Promise((...callbacks) => {
     waiting.push(callbacks);
@@ -55,9 +56,9 @@ export async function open(name, bytes) {
     return { name, betas, shape, classes, size, device, eps, close };
   } catch (error) {
     close();
-    const message = error.message.split("\n")[0], what = "is not a model from export.py";
-    const isLost = /import/i.test(message); // of ONNX Runtime
-    throw new Error(isLost ? LOST : `${name} ${what} that this browser can run: ${message}.`);
+    const [message] = error.message.split("\n"), what = "is not a model from export.py";
+    if (message === LOST) throw error;
+    throw new Error(`${name} ${what} that this browser can run: ${message}.`);
   }
 }
 
@@ -89,15 +90,18 @@ async function check(T, values) {
 }
 
 async function start({ bytes, T, values, ...file }) {
-  ort = await import(RUNTIMES[0]).catch(() => import(RUNTIMES[1]));
   ({ shape, classes } = file);
+  const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
+  const build = adapter ? "webgpu" : "wasm"; // that with WebGPU is twice as large
+  const load = (folder) => import(`${folder}ort.${build}.bundle.min.mjs`);
+  const lose = () => { throw new Error(LOST); };
+  ort = await load(RUNTIMES[0]).catch(() => load(RUNTIMES[1])).catch(lose);
   ort.env.wasm.numThreads = self.crossOriginIsolated ? navigator.hardwareConcurrency : 1;
   const create = async (provider) => {
     const options = { executionProviders: [provider], logSeverityLevel: 4 }; // errors are thrown
     session = await ort.InferenceSession.create(bytes, options);
     await check(T, values);
   };
-  const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
   const warn = (error) => console.warn(`WebGPU fails: ${error.message}`);
   const isOnGpu = adapter && await create("webgpu").then(() => true, warn);
   if (!isOnGpu) await create("wasm");

@@ -1,79 +1,79 @@
 // The opening: pictures dissolve into noise, and the network of the emoji draws new ones.
 
 import { $, captions, still } from "./common.js";
-import { included } from "./network.js";
 import { Passage } from "./passage.js";
-import { drawImages } from "./plane.js";
-import { guided, noiseOf } from "./sampler.js";
+import { drawImages, readImage } from "./plane.js";
+import { guided, noiseOf, partsAt } from "./sampler.js";
 import { Gesture } from "./timeline.js";
 
 const COUNT = 12, SHAPE = [3, 32, 32], SIZE = 3072, STEPS = 10, GUIDANCE = 1;
 const show = captions("scene");
-let gesture, pictures, isOffline = false; // then each way back is the recorded one, from noise
+const UNSEEN = "The first pictures could not be loaded. Remove the noise, and new ones come back.";
+let gesture, rows = []; // of recorded.webp
+// Without the network, each round begins with the same pictures, and its way back is the same.
+const pictures = new Passage(null, { steps: STEPS, scales: true, keepsData: true, recorded });
 
-/** The twelve pictures in a row of recorded.webp, by docs/make_figures.py: first those at the
- * beginning, and then the estimates in each step of the first way back, which needs no network. */
-function rowOf(row) {
-  const width = 32 * COUNT, context = new OffscreenCanvas(width, 32).getContext("2d");
-  context.drawImage($("recording"), 0, -32 * row);
-  const { data } = context.getImageData(0, 0, width, 32);
-  return Float32Array.from({ length: SIZE * COUNT }, (_, i) => {
-    const k = Math.floor(i / SIZE), c = (i >> 10) % 3, y = (i >> 5) % 32;
-    return data[4 * (y * width + 32 * k + (i % 32)) + c] / 127.5 - 1;
+/** The rows of recorded.webp, by docs/make_figures.py: first the twelve pictures at the beginning,
+ * and then the estimates in each step of the first way back, which needs no network. */
+function rowsOf(recording) {
+  const { width, height } = recording;
+  const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
+  context.drawImage(recording, 0, 0);
+  return Array.from({ length: height / 32 }, (_, row) => {
+    const x0 = new Float32Array(COUNT * SIZE);
+    for (let k = 0; k < COUNT; k++) x0.set(readImage(context, SHAPE, 32 * k, 32 * row), k * SIZE);
+    return x0;
   });
 }
 
-/** The network, which draws in each place what the recording has there. */
-async function eps(x, t) {
-  const network = await included("emoji"), { kinds } = network;
-  const y = Array.from({ length: COUNT }, (_, k) => kinds[(k + Math.floor(k / 6) + 1) % 3]);
-  return guided(network, y, GUIDANCE)(x, t);
+/** What takes the place of the network on the recorded way back, which begins at the noise. */
+function recorded(place) {
+  if (!rows.length || place < 1 || (gesture.round > 1 && pictures.eps)) return null;
+  return (x, t) => { // the eps of the recorded estimate (15)
+    const x0 = rows[STEPS - Math.floor(t / 100)], [signal, spread] = partsAt(t);
+    return x.map((value, k) => (value - signal * x0[k]) / spread);
+  };
+}
+
+/** Let the network draw, in each place what the recording has there. */
+function useNetwork(network) {
+  const kindOf = (_, k) => network.kinds[(k + Math.floor(k / 6) + 1) % 3];
+  pictures.use(guided(network, Array.from({ length: COUNT }, kindOf), GUIDANCE),
+    { keepsData: false });
+  gesture.render();
+}
+
+/** Go on without the network. */
+function fail({ message }) {
+  gesture.fault = message;
+  pictures.use(null, { keepsData: true });
+  gesture.render();
 }
 
 function say() {
-  const { place, isBack, state } = gesture, { from } = pictures;
+  const { place, isBack, state, fault } = gesture, { x0, isWaiting, eps } = pictures;
   $("scene-play").textContent = state !== "idle" ? "Stop" : place ? "Remove the noise" : "Play";
+  if (isWaiting || !(x0 || isBack)) return show(fault ? "fault" : "wait", { text: fault });
   if (!isBack) return show(!place ? "clean" : place < 1 ? "noising" : "noise");
-  if (place) return show(isOffline ? "recorded" : "back");
-  return show(from > 0.9 ? "new" : "similar");
+  if (place) return show(eps ? "back" : "recorded");
+  return show("new");
 }
 
-/** Go on with the recording, which needs no network. */
-function goOffline() {
-  isOffline = true;
-  pictures.use(eps, { keepsData: true });
-  if (gesture.isBack) return;
-  if (gesture.round > 1) pictures.begin(rowOf(0), pictures.noise);
-  if (gesture.state !== "idle") gesture.letGo();
-}
-
-/** Make the opening work. Returns its timeline. */
-export async function startOpening() {
-  await $("recording").decode();
-  const estimates = Array.from({ length: STEPS }, (_, k) => rowOf(k + 1));
-  const recorded = (place) => place === 1 && (gesture.round === 1 || isOffline) && estimates;
-  const options = { steps: STEPS, scales: true, recorded };
-  pictures = new Passage(eps, options, (error) => {
-    if (error) goOffline();
-    gesture.render();
-  });
-  pictures.begin(rowOf(0), noiseOf(0, COUNT, SIZE));
+/** Make the opening work, with noise if there is no recording. Returns its timeline. */
+export function startOpening(recording) {
+  if (recording) rows = rowsOf(recording);
+  pictures.begin(rows[0] ?? null, noiseOf(0, COUNT, SIZE));
   gesture = new Gesture("scene", [pictures], () => {
     const columns = innerWidth < 736 ? 4 : 6;
     drawImages($("scene-pictures"), pictures.at(gesture.place).x, SHAPE, columns, 1);
   }, say);
-  gesture.letGo = () => {
-    const lacksNoise = isOffline && !gesture.isBack && gesture.place < 1;
-    return !gesture.place || lacksNoise ? gesture.toNoise() : gesture.sendBack();
-  };
   $("scene-play").onclick = () => {
     if (gesture.state !== "idle") return gesture.stop();
     gesture.stage.scrollIntoView({ block: "nearest" }); // only what is in sight moves
     gesture.letGo();
   };
-  included("emoji").catch(goOffline);
-  gesture.repeats = !still;
-  if (still) gesture.render();
-  else gesture.toNoise();
+  Object.assign(gesture, { useNetwork, fail, repeats: !still, fault: recording ? "" : UNSEEN });
+  gesture.moveTo(recording ? 0 : 1);
+  if (!still) gesture.letGo();
   return gesture;
 }

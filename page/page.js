@@ -1,35 +1,31 @@
-// The page: its sections, and which networks draw in sections 3 and 4.
+// The page: its sections, and which networks draw in them.
 
-import { $, announce, follow } from "./common.js";
+import { $, follow, onChoice } from "./common.js";
 import { startArrows } from "./arrows.js";
-import * as drawing from "./drawing.js";
-import * as images from "./images.js";
+import { startDrawing } from "./drawing.js";
+import { startImages } from "./images.js";
 import { startLearning } from "./learn.js";
 import { included, open } from "./network.js";
 import { startOpening } from "./opening.js";
 
-const KEYS = ["clothes", "emoji", "own"]; // of the buttons of section 3
-let wanted = null; // the network that shall draw there
-let own = null; // the reader's
+const sections = {}; // their timelines
+let own = null; // the network of the reader
 
-/** Let a network draw as soon as it is open, if no other one is wanted by then. */
-async function select(key) {
-  wanted = key;
-  for (const name of KEYS) $(`use-${name}`).ariaPressed = String(name === key);
-  if (key !== "own") images.tell("wait", key);
+/** Let a network draw in a section as soon as it is open, if no other one is wanted by then. */
+async function select(name, key) {
+  const section = sections[name];
+  section.wanted = key;
+  section.wait();
   try {
     const network = key === "own" ? own : await included(key);
-    if (key === wanted) images.useNetwork(network);
+    if (key === section.wanted) section.useNetwork(network);
   } catch (error) {
-    if (key === wanted) images.tell("fault", error.message);
+    if (key === section.wanted) section.fail(error);
   }
 }
 
-function tell(text, isError = false) {
-  $("own-status").textContent = text;
-  $("own-status").classList.toggle("error", isError);
-  announce(text);
-}
+const tell = (textContent, className = "") =>
+  Object.assign($("own-status"), { textContent, className });
 
 /** Open the reader's network. One that cannot be opened changes nothing. */
 async function openOwn(file) {
@@ -38,39 +34,37 @@ async function openOwn(file) {
   try {
     own = await open(file.name, new Uint8Array(await file.arrayBuffer()));
   } catch (error) {
-    return tell(error.message, true);
+    return tell(error.message, "error");
   }
-  $("use-own").textContent = file.name;
-  $("use-own").hidden = false;
-  select("own");
-  drawing.useNetwork(own);
+  for (const button of document.querySelectorAll("[value=own]")) {
+    button.textContent = file.name;
+    button.click();
+  }
   before?.close();
   tell(`${file.name} draws in sections 3 and 4. It runs on ${own.device}.`);
   $("images").scrollIntoView();
 }
 
-/** Start the sections, and then open the networks. */
+/** Start the sections. None waits for a file that only others need. */
 async function begin() {
-  window.sections = { // their timelines, for docs/record_page.py and the tests
-    opening: await startOpening(), arrows: startArrows(), learning: startLearning(),
-    images: images.startImages(), drawing: drawing.startDrawing(),
-  };
-  const emoji = included("emoji").then((network) => own ?? drawing.useNetwork(network));
-  await emoji.catch(() => { $("drawing").hidden = true; }); // section 3 says what is wrong
-  if (!wanted) await select("clothes"); // the reader may have been faster
+  const arrows = startArrows(), learning = startLearning(), images = startImages();
+  Object.assign(sections, { arrows, learning, images });
+  const load = (share) => share && !images.wanted && select("images", "clothes");
+  follow($("images"), load, "100%"); // when it is less than a screen away
+  const recording = await $("recording").decode().then(() => $("recording"), () => null);
+  const opening = startOpening(recording), drawing = startDrawing(recording);
+  window.sections = Object.assign(sections, { opening, drawing }); // for the tests, too
+  included("emoji").then(opening.useNetwork, opening.fail);
+  await select("drawing", "emoji");
 }
 
 const [, owner] = location.hostname.match(/^(.+)\.github\.io$/) ?? [];
 if (owner) $("code").href = `https://github.com/${owner}/${location.pathname.split("/")[1]}`;
 $("unloaded").hidden = true;
-for (const key of KEYS) $(`use-${key}`).onclick = () => select(key);
+for (const name of ["images", "drawing"]) onChoice(`${name}-networks`, (key) => select(name, key));
 $("model").onchange = ({ target }) => {
   const [file] = target.files;
   if (file) openOwn(file);
   target.value = "";
 };
-// On a phone, the slider stays in sight as long as its section is.
-for (const part of document.querySelectorAll(".part")) {
-  follow(part.querySelector(".stage"), (share) => part.classList.toggle("seen", share >= 0.4));
-}
 window.ready = begin();

@@ -10,18 +10,26 @@ export class Passage {
   steps = null; // of the way back, from its beginning down: {t, x, x0}; the result has t = -1
 
   /** eps(x, t): the network, or null while there is none. options: steps; scales, whether fewer are
-   * taken from less noise; betas; clip; keepsData, whether it begins anew with the same data;
-   * recorded(place), the estimates of a way back from there, where they are known.
-   * changed(error): called when there are more steps, or when eps has failed. */
-  constructor(eps, options, changed) {
-    this.changed = changed;
+   * taken from less noise; betas; clip; keepsData, whether each round begins with the same data;
+   * recorded(place), what takes the place of eps on a way back from there, if anything does.
+   * changed(error), of its gesture, is called after each step, or when eps has failed. */
+  constructor(eps, options) {
     this.use(eps, { betas: BETAS, ...options });
   }
 
-  /** Use another network, or other options. */
+  /** Use another network, or other options. A way back that has waited for the network begins. */
   use(eps, options) {
+    const { isWaiting } = this;
     Object.assign(this, { eps, options: { ...this.options, ...options } });
     this.abars = alphasBar(this.options.betas);
+    if (!isWaiting) return;
+    this.steps = null;
+    this.sendBack(this.from);
+  }
+
+  /** Whether a way back has been asked for before its network is there. */
+  get isWaiting() {
+    return this.steps !== null && !this.eps && !this.steps.length;
   }
 
   /** Half of the way belongs to the lowest quarter of the levels, where most is decided. */
@@ -34,7 +42,7 @@ export class Passage {
     Object.assign(this, { x0, noise, steps: null });
   }
 
-  /** Begin with what has come back, or again with the same data where nothing whole has. */
+  /** Begin a round with what has come back, or with the same data where nothing whole has. */
   renew(seed) {
     const x0 = (!this.options.keepsData && this.result) || this.x0;
     this.begin(x0, noiseOf(seed, 1, this.noise.length));
@@ -67,21 +75,16 @@ export class Passage {
   /** Begin the way back at a place; without data, at the noise. */
   sendBack(begin) {
     const place = this.x0 ? begin : 1;
-    const { options, abars } = this, t = Math.max(0, Math.round(this.levelAt(place)));
+    const { options } = this, t = Math.max(0, Math.round(this.levelAt(place)));
     const wanted = options.scales ? Math.ceil(options.steps * place) : options.steps;
     const levels = levelsOf(t + 1, Math.min(wanted, t + 1)), xT = this.at(place).x, steps = [];
     Object.assign(this, { xT, from: place, levels, steps });
-    const estimates = options.recorded?.(place);
-    if (!estimates) return this.#sample(options.betas.slice(0, t + 1));
-    for (const [k, level] of levels.entries()) {
-      const x = k ? between(steps[k - 1], level, abars) : xT;
-      steps.push({ t: level, x, x0: estimates[k] });
-    }
-    this.#end();
+    const eps = options.recorded?.(place) ?? this.eps;
+    if (eps) this.#sample(eps, options.betas.slice(0, t + 1));
   }
 
-  async #sample(betas) {
-    const { eps, xT, options, steps, levels } = this;
+  async #sample(eps, betas) {
+    const { xT, options, steps, levels } = this;
     try {
       for await (const step of reverse(eps, xT, betas, levels.length, options.clip)) {
         if (steps !== this.steps) return; // another way back has begun
@@ -89,17 +92,14 @@ export class Passage {
         this.changed();
         await pause(0); // so that nothing on the page stalls
       }
-      if (steps === this.steps) this.#end();
+      if (steps !== this.steps) return;
+      const { x0 } = steps.at(-1);
+      steps.push({ t: -1, x: x0, x0 });
+      this.changed();
     } catch (error) {
       if (steps !== this.steps) return;
       this.steps = null;
       this.changed(error);
     }
-  }
-
-  #end() {
-    const { x0 } = this.steps.at(-1);
-    this.steps.push({ t: -1, x: x0, x0 });
-    this.changed();
   }
 }

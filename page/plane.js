@@ -2,8 +2,8 @@
 
 const NAMES = ["ink", "dim", "page", "data", "other", "lit", "arrow"];
 const style = getComputedStyle(document.documentElement);
-export const colours = Object.fromEntries(
-  NAMES.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
+const valueOf = (name) => [name, style.getPropertyValue(`--${name}`).trim()];
+export const colours = Object.fromEntries(NAMES.map(valueOf));
 
 /** Clear a canvas, crisp at any pixel ratio, and return how it shows the plane, upwards from -limit
  * to limit: at(x, y) is where a point lies, in CSS pixels, and place(left, top) the inverse. */
@@ -94,6 +94,15 @@ export function drawArrows(view, places, ways, colour, cell, width, alpha = () =
   view.context.globalAlpha = 1;
 }
 
+/** The image (C, H, W) in [-1, 1] that a context has at a place. */
+export function readImage(context, [channels, height, width], left = 0, top = 0) {
+  const { data } = context.getImageData(left, top, width, height), area = height * width;
+  return Float32Array.from({ length: channels * area }, (_, k) => {
+    const i = 4 * (k % area), grey = 0.299 * data[i] + 0.587 * data[i + 1] + 0.114 * data[i + 2];
+    return (channels === 3 ? data[i + Math.floor(k / area)] : grey) / 127.5 - 1;
+  });
+}
+
 /** Show images (B, C, H, W) in [-1, 1], pixel by pixel, in rows of `columns` with a gap. */
 export function drawImages(canvas, x, [channels, height, width], columns = 1, gap = 0) {
   const area = height * width, count = x.length / channels / area;
@@ -102,11 +111,9 @@ export function drawImages(canvas, x, [channels, height, width], columns = 1, ga
   const context = canvas.getContext("2d"), image = context.createImageData(width, height);
   const pixels = Uint8ClampedArray.from(x, (value) => Math.round((value + 1) * 127.5));
   for (let k = 0; k < count; k++) {
-    for (let at = 0; at < area; at++) {
-      for (let c = 0; c < 3; c++) {
-        image.data[4 * at + c] = pixels[(k * channels + (c % channels)) * area + at];
-      }
-      image.data[4 * at + 3] = 255;
+    for (let i = 0; i < 4 * area; i++) {
+      const c = k * channels + ((i % 4) % channels), at = i >> 2;
+      image.data[i] = i % 4 === 3 ? 255 : pixels[c * area + at];
     }
     const [column, row] = [k % columns, Math.floor(k / columns)];
     context.putImageData(image, column * (width + gap), row * (height + gap));

@@ -3,14 +3,15 @@
 import { uniform } from "./sampler.js";
 
 export const STD = 0.02; // of the Gaussian around each point of the data
+export const MISS = 3 * STD; // farther from all of them, a point misses the data
 
 /** The probabilities of the centres that x_t = (x, y) may have come from. std: the deviation of the
  * Gaussian around each centre. */
 export function posterior(x, y, abar, centres, std) {
   const signal = Math.sqrt(abar), variance = abar * std ** 2 + 1 - abar; // of each Gaussian at t
   const square = (m) => (x - signal * centres[2 * m]) ** 2 + (y - signal * centres[2 * m + 1]) ** 2;
-  const count = centres.length / 2;
-  const logs = Float64Array.from({ length: count }, (_, m) => square(m) / (-2 * variance));
+  const logOf = (_, m) => square(m) / (-2 * variance);
+  const logs = Float64Array.from({ length: centres.length / 2 }, logOf);
   const largest = Math.max(...logs); // without it, all might round to 0
   const weights = logs.map((log) => Math.exp(log - largest));
   const total = weights.reduce((sum, weight) => sum + weight);
@@ -44,11 +45,10 @@ export function nearest(x, y, centres) {
   return { index, distance };
 }
 
-/** The share of points that are farther than three deviations from each centre. */
-export function missed(points, centres, std) {
-  const isFar = (x, y) => nearest(x, y, centres).distance > 3 * std;
-  const far = points.filter((x, k) => k % 2 === 0 && isFar(x, points[k + 1]));
-  return (2 * far.length) / points.length;
+/** How many per cent of the points are far from each centre. */
+export function missed(points, centres) {
+  const isFar = (x, k) => k % 2 === 0 && nearest(x, points[k + 1], centres).distance > MISS;
+  return Math.round((200 * points.filter(isFar).length) / points.length);
 }
 
 /** Points on two arcs, of which one is the opposite of the other; their labels are 1 and 0. */

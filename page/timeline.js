@@ -1,6 +1,6 @@
 // The timelines of the sections: what moves by itself, until the reader takes over.
 
-import { $, announce, follow } from "./common.js";
+import { $, announce, follow, still } from "./common.js";
 
 const PACE = { rest: 3000, noising: 2200, noise: 500, back: 3900 }; // milliseconds
 
@@ -12,9 +12,9 @@ export class Timeline {
   place = 0;
   state = "idle"; // or the name of the method that moves it: here, only "held"
   seen = 0; // the share of the stage that is in sight
-  begin = null; // what it will do by itself, until something else happens
   repeats = false; // whether it begins again by itself
   #asked = 0; // a frame, if there is one
+  #isOld = true; // whether what is drawn is not what there is now
   #before = null; // its time, while something moves
 
   /** name: of its stage and slider. draw() draws what is seen; say() says it, and returns it. */
@@ -22,15 +22,17 @@ export class Timeline {
     Object.assign(this, { draw, say, slider: $(`${name}-place`), stage: $(`${name}-stage`) });
     follow(this.stage, (seen) => {
       this.seen = seen;
+      this.stage.parentElement.classList.toggle("seen", seen >= 0.4);
       this.#ask();
-      if (seen >= 0.7) this.begin?.();
+      this.whenSeen?.();
     });
-    new ResizeObserver(() => this.#ask(true)).observe(this.stage); // also at the beginning
+    const resized = () => this.#ask(this.#isOld = true); // also at the beginning
+    new ResizeObserver(resized).observe(this.stage);
     this.#listen();
   }
 
   go(state) {
-    Object.assign(this, { state, begin: null });
+    this.state = state;
     this.render();
   }
 
@@ -39,21 +41,15 @@ export class Timeline {
     this.render();
   }
 
-  /** Begin by itself when most of the stage is seen. */
-  whenSeen(begin) {
-    this.begin = begin;
-    if (this.seen >= 0.7) begin();
-  }
-
-  /** Stay here for some milliseconds, and then do something. */
-  hold(left, next) {
-    Object.assign(this, { left, next });
+  /** Stay here for some milliseconds, in which so much of the stage is seen, and then go on. */
+  hold(left, next, share = 0) {
+    Object.assign(this, { left, next, share });
     this.go("held");
   }
 
   held(passed) {
-    this.left -= passed;
-    if (this.left <= 0) this.next();
+    if (this.seen >= this.share) this.left -= passed;
+    if (this.left < 0) this.next();
   }
 
   /** Stop for the reader, who takes over. */
@@ -82,10 +78,11 @@ export class Timeline {
     };
   }
 
-  /** Say what is seen, and draw it in the next frame. */
+  /** Something has changed: say it, and draw it in the next frame. */
   render() {
     this.slider.value = 1000 * this.place;
     this.say();
+    this.#isOld = true;
     this.#ask();
   }
 
@@ -96,23 +93,34 @@ export class Timeline {
   #frame(now) {
     this.#asked = 0;
     if (this.state !== "idle") {
+      const { place } = this;
       this[this.state](Math.min(200, now - (this.#before ?? now)));
-      this.render();
+      if (this.place !== place) this.render();
       if (this.state === "idle") announce(this.say());
+      else this.#ask();
     }
     this.#before = this.state === "idle" ? null : now;
-    this.draw();
+    if (this.#isOld) this.draw();
+    this.#isOld = false;
   }
 }
 
 /** The gesture: drag to the noise, let go, and something new comes back. */
 export class Gesture extends Timeline {
   round = 1; // the seed of the noise
+  fault = ""; // what has gone wrong
 
-  /** passages: what moves. stays: whether the slider stays where the reader let go. */
+  /** passages: what moves. stays: whether the slider stays where the way back began. */
   constructor(name, passages, draw, say, stays = false) {
     super(name, draw, say);
     Object.assign(this, { passages, stays });
+    const changed = (error) => (error ? this.fail(error) : this.render());
+    for (const passage of passages) Object.assign(passage, { changed });
+  }
+
+  fail({ message }) {
+    this.fault = message;
+    this.stop();
   }
 
   get isBack() {
@@ -124,15 +132,16 @@ export class Gesture extends Timeline {
     return !this.place && this.passages.every(({ result }) => result);
   }
 
-  /** Move down on the way back, or up by adding noise, which each move does if `stays`. */
+  /** Move down on the way back, or up by adding noise, which each move does if `stays`. Where there
+   * is only noise, a pull towards the data begins the way back. */
   moveTo(place) {
     if (place && (place > this.place || this.stays)) this.#renew();
+    if (place < 1 && !this.isBack && !this.passages[0].x0) this.#begin();
     super.moveTo(place);
   }
 
   /** What happens when the reader lets go of the slider, or presses Enter. */
   letGo() {
-    if (!this.passages[0].eps) return; // there is no network yet
     if (this.place) this.sendBack();
     else this.toNoise();
   }
@@ -150,8 +159,18 @@ export class Gesture extends Timeline {
 
   /** Begin the way back from here, or go on. */
   sendBack() {
-    if (!this.isBack) for (const passage of this.passages) passage.sendBack(this.place);
+    if (!this.isBack) this.#begin();
     this.go("back");
+  }
+
+  /** Send it back without the reader, who may prefer to see no motion. */
+  comeBack() {
+    this.sendBack();
+    if (still) this.place = 0;
+  }
+
+  #begin() {
+    for (const passage of this.passages) passage.sendBack(this.place);
   }
 
   back(passed) {
@@ -162,9 +181,10 @@ export class Gesture extends Timeline {
     else this.state = "idle";
   }
 
-  /** Add fresh noise to what has come back. */
+  /** Add fresh noise to what has come back, or to the data. */
   #renew() {
-    if (!this.isBack) return;
+    const [{ x0, result }] = this.passages;
+    if (!this.isBack || !(result || x0)) return;
     this.round++;
     for (const passage of this.passages) passage.renew(this.round);
   }

@@ -299,13 +299,41 @@ def test_no_other_value_is_written_to_a_slider_that_is_dragged(page):
 
 
 def test_network_learns_the_moons(page):
-    """It trains while it is seen, and the slider scrubs what is trained."""
+    """It trains while it is seen, the slider scrubs what is trained, and no frame comes twice."""
     page.locator("#learn-stage").scroll_into_view_if_needed()
     trained = "document.getElementById('learn-place').style.getPropertyValue('--from') >= 0.25"
     page.wait_for_function(trained)
     page.fill("#learn-place", "250")
     until(page, "#learn-words .shown", "^Training step 188")
     assert 50 < int(page.text_content("#learn-misses").rstrip("%")) < 80
+    page.evaluate("""() => {
+        const { learning } = window.sections, { draw, stage } = learning;
+        learning.draw = () => (window.shown ??= []).push(draw() ?? stage.firstChild.toDataURL());
+        learning.go("training");
+    }""")
+    page.wait_for_timeout(6000)
+    frames = page.evaluate("(window.sections.learning.stop(), shown)")
+    assert 2 < len(frames) <= len(set(frames)) + 20  # one more each time it is saved
+
+
+def test_it_is_accessible(page):
+    """Headings, names, forced colours, the keyboard's hint, and a phone on its side at 200 %."""
+    assert not page.locator("#scene h3").count()
+    assert not page.get_by_role("slider", name="Enter").count()
+    page.emulate_media(forced_colors="active")
+    colours = "(all) => all.map((it) => getComputedStyle(it).backgroundColor)"
+    assert len(set(page.eval_on_selector_all("#draw-pens button", colours))) == 7
+    page.emulate_media(forced_colors="none")
+    page.set_viewport_size({"width": 900, "height": 800})
+    page.evaluate("scrollTo(0, document.getElementById('arrows').offsetTop)")
+    page.press("#arrows-place", "ArrowRight")
+    hint = """(box) => ["top", "height"].reduce((end, key) =>
+        end + parseFloat(getComputedStyle(box, "::after")[key]), box.getBoundingClientRect().top)"""
+    assert page.eval_on_selector("#arrows .slider", hint) <= 800
+    page.set_viewport_size({"width": 422, "height": 195})
+    page.evaluate("scrollTo(0, 0)")
+    assert page.locator("#scene-place").bounding_box()["y"] < 165
+    page.set_viewport_size({"width": 1280, "height": 900})
 
 
 def test_pictures_are_those_that_python_draws(page):
@@ -319,16 +347,25 @@ def test_pictures_are_those_that_python_draws(page):
         np.testing.assert_allclose(images_at(page, place), x, atol=2e-2)
     shown = pixels(page, "images-noisy")
     assert np.abs(shown[:, -32:, -32:] - sample.to_pixels(x0[-1])).max() <= 3
-    page.click("#use-emoji")
+    page.click("#images-networks [value=emoji]")
     network, shape = sample.Network(EMOJI, "cpu"), (15, 3, 32, 32)
     y = np.repeat([network.classes.index(name) for name in ("smileys", "people", "flags")], 5)
     for word, w in (("weak", 0), ("strong", 3)):
-        page.click(f"#word-{word}")
+        page.click(f"#images-pills [value={word}]")
         page.wait_for_function("window.sections.images.passages[0].steps?.length")
         x_T, eps = images_at(page, 1, shape), sample.guided(network, y, w)
         _, _, expected = next(network.reverse(eps, lambda x_T=x_T: x_T, **WAY))
         assert np.abs(images_at(page, 1, shape, "x0") - expected).mean() < 1e-2
-    page.click("#use-clothes")
+    page.click("#images-networks [value=clothes]")
+
+
+def test_pull_towards_clean_starts_the_way_back(page):
+    """Before it starts by itself; after little noise, it is of one step."""
+    value_of(page, "images", "(passage.begin(null, passage.noise), gesture.moveTo(1))")
+    drag(page, "images-place", (0.97, 0.5), (0.001, 0.5))
+    page.wait_for_function("window.sections.images.hasCome", timeout=60_000)
+    value_of(page, "images", "(gesture.moveTo(0.05), gesture.sendBack(), gesture.stop())")
+    until(page, "#images-words .shown", "^Back in one step")
 
 
 def test_drawing_comes_back(page):
@@ -371,20 +408,26 @@ def test_other_files_and_then_another_model(opened, tmp_path):
     x_T = images_at(page, 1, shape)
     *_, (_, _, x0) = network.reverse(network, lambda: x_T, **WAY)
     np.testing.assert_allclose(images_at(page, 0, shape), x0, atol=2e-2)
+    assert value_of(page, "drawing", "passage.x0.length") == 4 * 48
+    page.click("#drawing-networks [value=emoji]")  # in section 4, the emoji are back
+    page.wait_for_function("window.sections.drawing.passages[0].result?.length === 4 * 3072")
 
 
 def test_onnxruntime_comes_from_jsdelivr_where_there_is_no_copy(opened):
-    """Where there is one, as for the other tests, nothing comes from outside."""
+    """Without WebGPU, it is plain WebAssembly. The network of section 3 is loaded near it."""
     asked = set()
 
     def outside(route):
-        folder, name = route.request.url.rsplit("/", 1)
-        asked.add(folder)
+        name = route.request.url.rpartition("/")[2]
+        asked.add(route.request.url)
         route.fulfill(path=RUNTIME / "dist" / name, headers={"Access-Control-Allow-Origin": "*"})
 
     page = opened({OUTSIDE: outside, COPY: lambda route: route.fulfill(status=404)})
     js(page, "() => window.ready")
-    assert asked == {f"https://cdn.jsdelivr.net/npm/{VERSION}/dist"}
+    wasm = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+    assert asked == {f"https://cdn.jsdelivr.net/npm/{VERSION}/dist/{name}" for name in wasm}
+    with page.expect_request("**/fashion-mnist.onnx"):
+        page.locator("#learning").scroll_into_view_if_needed()
 
 
 def test_opening_without_a_connection(opened):
@@ -394,6 +437,44 @@ def test_opening_without_a_connection(opened):
     page.get_by_role("button", name="Stop", exact=True).click()
     value_of(page, "opening", "(gesture.moveTo(0), gesture.moveTo(0.5))")
     page.press("#scene-place", "Enter")
+    until(page, "#scene-words .shown", "^A file is missing.*Connect to the internet")
+    page.fill("#scene-place", "1000")
+    page.press("#scene-place", "Enter")
     until(page, "#scene-words .shown", "this way back is a recording")
     until(page, "#scene-words .shown", "^New pictures")
-    assert "Connect to the internet" in until(page, "#images-words .shown", "^No network")
+    for name, section in (("Images", "images"), ("Your drawing", "drawing")):
+        page.get_by_role("link", name=name, exact=True).click()
+        until(page, f"#{section}-words .shown", "^No network.*Connect to the internet")
+
+
+def test_without_the_recording(opened):
+    """Its network draws what the opening shows; no section waits for the file."""
+    page = opened({"recorded.webp": lambda r: r.abort()})
+    until(page, "#scene-words .shown", "^A file is missing.*The first pictures")
+    page.get_by_role("button", name="Remove the noise").click()
+    until(page, "#scene-words .shown", "^New pictures")
+    page.locator("#drawing-stage").scroll_into_view_if_needed()
+    until(page, "#drawing-words .shown", "^Four results")
+
+
+def test_a_worker_that_does_not_load_is_said(opened):
+    first = iter([True])  # network.js for the page
+    page = opened({"network.js": lambda r: r.continue_() if next(first, False) else r.abort()})
+    until(page, "#drawing-words .shown", "^No network.*could not be loaded")
+
+
+def test_what_is_set_while_a_network_loads_is_kept(opened):
+    """The way back waits for the network, in the opening and in sections 3 and 4."""
+    held, names = [], {"scene": "opening", "drawing": "drawing", "images": "images"}
+    page = opened({r"[.]onnx$": lambda r: held.append(r)})
+    for name in names:
+        page.fill(f"#{name}-place", "400")
+        page.press(f"#{name}-place", "Enter")
+        until(page, f"#{name}-words .shown", "^One moment")
+    page.wait_for_timeout(1000)
+    for route in held:
+        route.continue_()
+    for name, section in names.items():
+        page.locator(f"#{name}-stage").scroll_into_view_if_needed()
+        until(page, f"#{name}-words .shown", "^(New|Four|Back from)")
+        assert value_of(page, section, "passage.from") == (1 if name == "images" else 0.4)
