@@ -365,7 +365,8 @@ class Folder:
         self.still_hold()
         self.rows += "".join("{},{:.6g},{:.6g},{:.6g}\n".format(*row) for row in rows).encode()
         with contextlib.suppress(OSError), open(self.path / "log.csv", "ab", 0) as file:
-            self.rows = LOG.encode() * (not file.tell()) + self.rows  # of a folder made again
+            if not file.tell():  # the folder was made again
+                file.write(LOG.encode())
             self.rows = self.rows[file.write(self.rows) :]
 
     def draw(self, run):
