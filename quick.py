@@ -1,27 +1,57 @@
-"""What `train.py --quick` puts in place of the paper's network and optimizer.
+"""What `train.py --quick` puts in place of the paper's network, loss and optimizer.
 
-    network = VUNet(diffusion, image_size=32)    # in place of UNet: its output is v
-    optimizer = Muon(network, lr=6e-3)           # in place of torch.optim.Adam
+    diffusion = WeightedDiffusion(linear_betas())          # in place of Diffusion: its loss
+    network = VUNet(diffusion, 2, 32, 3)                   # in place of UNet: v, patches of 2x2
+    optimizer = Muon(network, lr=6e-3)                     # in place of torch.optim.Adam
 
 Each has the interface of what it replaces, so that nothing else has to know about it: the network
-returns eps. benchmarks/ladder.md measures the first, and then both.
+returns eps. benchmarks/ladder.md measures each of them.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from ddpm import UNet, look_up
+from ddpm import Diffusion, UNet, look_up
+
+# ------------------------------------------------------------------------------------- the network
 
 
-class VUNet(UNet):
-    """A UNet that predicts v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0, and returns eps.
+class PatchUNet(UNet):
+    """A UNet that sees each patch of patch_size x patch_size pixels as one pixel.
 
-    The target v is from Salimans and Ho 2022 (arXiv:2202.00512). diffusion: a Diffusion, for its
-    schedule. options: the arguments of UNet, whose weights and checks this class shares.
+    The other arguments are those of UNet, and count pixels, too. Raises ValueError for sizes that
+    do not fit together.
     """
 
-    def __init__(self, diffusion, **options):
-        super().__init__(**options)
+    def __init__(
+        self, patch_size=1, image_size=32, in_channels=3, channel_mults=(1, 2, 2, 2),
+        attention_resolutions=(16,), **options,
+    ):  # fmt: skip
+        factor = patch_size * 2 ** (len(channel_mults) - 1)
+        if image_size % factor:
+            raise ValueError(f"image_size must be a multiple of {factor}, not {image_size}")
+        options["attention_resolutions"] = [size // patch_size for size in attention_resolutions]
+        options["channel_mults"] = channel_mults
+        super().__init__(image_size // patch_size, in_channels * patch_size**2, **options)
+        self.patch_size = patch_size
+
+    def forward(self, x_t, t, y=None):
+        """Predict the noise in x_t (B, C, H, W) at t (B,), given the classes y (B,), if any."""
+        x_t = F.pixel_unshuffle(x_t, self.patch_size)  # (B, C * patch_size^2, ...)
+        return F.pixel_shuffle(super().forward(x_t, t, y), self.patch_size)
+
+
+class VUNet(PatchUNet):
+    """A PatchUNet that predicts v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0, and returns eps.
+
+    The target v is from Salimans and Ho 2022 (arXiv:2202.00512). diffusion: a Diffusion, for its
+    schedule. args and options: the arguments of PatchUNet. With patch_size=1, it shares the weights
+    and the checks of UNet.
+    """
+
+    def __init__(self, diffusion, *args, **options):
+        super().__init__(*args, **options)
         for name in ("sqrt_alphas_bar", "sqrt_one_minus_alphas_bar"):  # not in the state_dict
             self.register_buffer(name, getattr(diffusion, name).float(), persistent=False)
 
@@ -32,17 +62,52 @@ class VUNet(UNet):
         return spread * x_t + signal * super().forward(x_t, t, y)
 
 
+# ---------------------------------------------------------------------------------------- the loss
+
+
+class WeightedDiffusion(Diffusion):
+    """A Diffusion whose loss is the squared error of v, at t with a density that is not uniform.
+
+    The density is proportional to sqrt(abar_t) min(1, 5 / SNR_t), where SNR_t = abar_t /
+    (1 - abar_t). The squared error of v is the squared error of eps, divided by abar_t. `times` has
+    T quantiles of the density, int64 (T,): if t is uniform, times[t] has the density, to 1 / T.
+    """
+
+    def __init__(self, betas, variance="large"):
+        super().__init__(betas, variance)
+        snr = self.alphas_bar / (1 - self.alphas_bar)
+        share = (self.sqrt_alphas_bar * (5 / snr).clamp(max=1)).cumsum(0)
+        middles = (torch.arange(self.T) + 0.5) / self.T
+        self.times = torch.searchsorted(share / share[-1], middles.double())
+
+    def loss(self, model, x0, t=None, noise=None):
+        """Return the loss, a scalar. t: uniform in 0..T-1, (B,); the network is given times[t]."""
+        t = torch.randint(self.T, (len(x0),), device=x0.device) if t is None else t
+        noise = torch.randn_like(x0) if noise is None else noise
+        t = self.times.to(t.device, non_blocking=t.is_cuda)[t]
+        error = self.squared_error(model, x0, t, noise)
+        return (error / look_up(self.alphas_bar, t, error)).mean()
+
+
+# ----------------------------------------------------------------------------------- the optimizer
+
+
 def orthogonalize(G):
     """Return approximately U V^T for a matrix G = U S V^T (m, n).
 
     Each of the five iterations applies p(s) = 3.4445 s - 4.775 s^3 + 2.0315 s^5 to the singular
-    values. Together they map every s from 0.002 to 1 to a value between 0.68 and 1.21.
+    values. Together they map every s from 0.002 to 1 to a value between 0.68 and 1.21. The product
+    Q of the iterations is computed from X X^T, which is small if X is wide.
     """
+    if len(G) > G.shape[1]:
+        return orthogonalize(G.mT).mT
     X = G / (G.norm() + 1e-7)
+    identity = torch.eye(len(X), dtype=X.dtype, device=X.device)
+    A, Q = X @ X.mT, identity  # Q X is the result so far, and A is Q X (Q X)^T
     for _ in range(5):
-        A = X @ X.mT
-        X = 3.4445 * X + (2.0315 * A @ A - 4.775 * A) @ X
-    return X
+        P = 3.4445 * identity + (2.0315 * A - 4.775 * identity) @ A
+        A, Q = P @ A @ P, P @ Q
+    return Q @ X
 
 
 def hidden_weights(model):
@@ -79,6 +144,6 @@ class Muon(torch.optim.Adam):
         for weight in self.hidden:
             average = self.state[weight]["exp_avg"].lerp_(weight.grad, 1 - self.momentum)
             step = orthogonalize(weight.grad.lerp(average, self.momentum).flatten(1))
-            weight -= 0.2 * lr * max(step.shape) ** 0.5 * step.view_as(weight)
+            weight -= 0.2 * lr * max(step.shape) ** 0.5 * step.reshape(weight.shape)
             weight.grad = None  # so that Adam skips this weight
         super().step()

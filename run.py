@@ -33,6 +33,7 @@ from sample import check_output, grid, in_range, reverse, to_pixels
 count, whole = in_range(int, 1), in_range(int, 0, 2**63)
 amount, share = in_range(float, 0), in_range(float, 0, 1)
 switch = argparse.BooleanOptionalAction
+PARTS = "v", "weights", "muon"  # what quick.py can put in place of the paper's
 
 
 def flag(default, meaning, **options):
@@ -60,13 +61,14 @@ class Settings:
     channel_mults: tuple = flag((1, 2, 2, 2), "relative widths of levels", type=count, nargs="+")
     num_res_blocks: int = flag(2, "residual blocks per level", type=count)
     attention_resolutions: tuple = flag((16,), "sizes with attention", type=int, nargs="*")
+    patch_size: int = flag(1, "side of the patches that the network sees as pixels", type=count)
     norm_groups: int = None
     # The method; only published weights set betas
     data: str = flag(None, "folder of images [the built-in demo]")
     classes: bool = flag(False, "the sub-folders of --data are classes", action=switch)
     betas: tuple = tuple(linear_betas().tolist())
     variance: str = flag("large", "sigma_t^2", choices=("large", "small"))
-    parts: tuple = flag((), "parts of quick.py to use [none]", choices=("v", "muon"), nargs="*")
+    parts: tuple = flag((), "parts of quick.py to use [none]", choices=PARTS, nargs="*")
     batch: int = flag(128, "images per step, over all GPUs", type=count)
     lr: float = flag(2e-4, "learning rate", type=amount)
     warmup: int = flag(None, "steps until --lr [min(5000, steps / 20)]", type=whole)
@@ -101,8 +103,8 @@ NETWORK, FREE = NAMES[: NAMES.index("data")], NAMES[NAMES.index("steps") :]
 
 # --quick: a run of minutes on a CPU, for small images. benchmarks/ladder.md has measurements.
 QUICK = dict(
-    base_channels=16, channel_mults=(1, 2, 4, 4), num_res_blocks=1, attention_resolutions=(),
-    dropout=0.0, parts=("v", "muon"), batch=64, lr=6e-3, steps=1500,
+    base_channels=32, channel_mults=(1, 2, 2), num_res_blocks=1, attention_resolutions=(),
+    patch_size=2, dropout=0.0, parts=PARTS, batch=64, lr=6e-3, steps=2900,
 )  # fmt: skip
 
 # The demo: a small network that learns the 216 images on two CPU cores in under four minutes.
@@ -193,14 +195,18 @@ def build(settings, shape, names=()):
     shape: (C, H, W) of an image. names: the class names. To train another network, return it here.
     Raises ValueError for settings that do not fit.
     """
-    diffusion, make_network = Diffusion(settings.betas, settings.variance), UNet
-    if "v" in settings.parts:
-        from quick import VUNet
-
-        make_network = partial(VUNet, diffusion)
     options = {name: getattr(settings, name) for name in (*NETWORK, "dropout")}
     options |= {"in_channels": shape[0], "image_size": shape[-1], "num_classes": len(names)}
-    return make_network(**options), diffusion
+    schedule = settings.betas, settings.variance
+    if not settings.parts and options["patch_size"] == 1:  # the paper's
+        del options["patch_size"]
+        return UNet(**options), Diffusion(*schedule)
+    from quick import PatchUNet, VUNet, WeightedDiffusion
+
+    diffusion = (WeightedDiffusion if "weights" in settings.parts else Diffusion)(*schedule)
+    if "v" in settings.parts:
+        return VUNet(diffusion, **options), diffusion
+    return PatchUNet(**options), diffusion
 
 
 def make_optimizer(network, settings):

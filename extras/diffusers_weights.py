@@ -138,6 +138,8 @@ def to_diffusers(run, folder):
 
     network, diffusion, state = load(run)
     s = Settings(**state["settings"])
+    if s.patch_size > 1:
+        sys.exit(f"{run} has a network on patches, which diffusers' UNet2DModel can't express")
     attends = [s.image_size >> k in s.attention_resolutions for k in range(len(s.channel_mults))]
     unet = diffusers.UNet2DModel(
         sample_size=s.image_size,

@@ -5,7 +5,7 @@ import torch
 
 from ddpm import UNet
 from extras.variants import as_eps
-from quick import Muon, VUNet, hidden_weights, orthogonalize
+from quick import Muon, PatchUNet, VUNet, WeightedDiffusion, hidden_weights, orthogonalize
 from run import Settings, build
 from test_ddpm import PAPER, randn, small_unet
 
@@ -27,12 +27,45 @@ def test_network_predicts_v_and_returns_eps(classes):
         assert not torch.equal(network(x_t, T, *y), unet(x_t, T, *y))
 
 
-@pytest.mark.parametrize("parts", [(), ("v",)])
-def test_part_v_replaces_the_network(parts):
-    small = Settings(**SMALL, parts=parts, betas=[0.1, 0.2])
+def test_patches_are_the_pixels_of_a_smaller_unet():
+    """Channel 4 c + 2 i + j of the smaller image has the pixels (2 k + i, 2 l + j) of channel c."""
+    torch.manual_seed(0)
+    network = PatchUNet(2, **SMALL | {"image_size": 16, "attention_resolutions": (8,)}).eval()
+    small = UNet(**SMALL | {"in_channels": 12}).eval()
+    small.load_state_dict(network.state_dict())
+    x_t = randn(4, 3, 16, 16)
+    corners = [(c, i, j) for c in range(3) for i in (0, 1) for j in (0, 1)]
+    with torch.no_grad():
+        expected = small(torch.stack([x_t[:, c, i::2, j::2] for c, i, j in corners], 1), T)
+        eps = network(x_t, T)
+    for k, (c, i, j) in enumerate(corners):
+        torch.testing.assert_close(eps[:, c, i::2, j::2], expected[:, k])
+    with pytest.raises(ValueError, match="image_size must be a multiple of 4, not 18"):
+        PatchUNet(2, **SMALL | {"image_size": 18})
+
+
+def test_weighted_loss_is_a_weighted_mean_of_the_squared_errors():
+    """For t = 0, 1, ..., the mean is the sum of weights times errors of eps, to the grid of t."""
+    diffusion, abar = WeightedDiffusion(PAPER.betas), PAPER.alphas_bar
+    weights = (5 * (1 - abar) / abar).clamp(max=1) / abar.sqrt()
+    weights /= (weights * abar).sum()  # on the errors of v, they would have the mean 1 / T
+    t, x0, noise = torch.arange(1000), randn(1, 1, 2, 2), randn(1, 1, 2, 2)
+    x0, noise = x0.expand(1000, -1, -1, -1), noise.expand(1000, -1, -1, -1)
+    for v in (lambda x, t: 0 * x, lambda x, t: x, lambda x, t: 0 * x + t.view(-1, 1, 1, 1) / 500):
+        eps = as_eps(v, PAPER, "v")
+        errors = PAPER.squared_error(eps, x0, t, noise).mean((1, 2, 3))
+        loss = diffusion.loss(eps, x0, t, noise)
+        assert abs(loss - (weights * errors).sum()) < 0.002 * loss
+
+
+@pytest.mark.parametrize("parts", [(), ("v",), ("weights",), ("v", "weights", "muon")])
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_parts_replace_network_and_loss(parts, patch_size):
+    small = Settings(**SMALL | {"attention_resolutions": ()}, parts=parts, patch_size=patch_size)
     network, diffusion = build(small, (1, 8, 8), "ab")
     assert isinstance(network, VUNet) == ("v" in parts) and isinstance(network, UNet)
-    assert diffusion.T == 2 and network.num_classes == 2
+    assert isinstance(diffusion, WeightedDiffusion) == ("weights" in parts)
+    assert diffusion.T == 1000 and network.num_classes == 2
     assert network(torch.zeros(2, 1, 8, 8), torch.tensor([0, 1])).shape == (2, 1, 8, 8)
 
 

@@ -108,8 +108,8 @@ def test_killed_repeatedly_it_ends_in_the_same_weights(image_folder, run, tmp_pa
 
 OTHER = dict(  # a value for each setting that must not change
     image_size=16, in_channels=1, base_channels=12, channel_mults=(1,), num_res_blocks=2,
-    attention_resolutions=(8,), classes=True, variance="small", parts=("v",), batch=4, lr=1e-3,
-    warmup=3, ema=0.5, flip=False, seed=1,
+    attention_resolutions=(8,), patch_size=2, classes=True, variance="small", parts=("v",),
+    batch=4, lr=1e-3, warmup=3, ema=0.5, flip=False, seed=1,
 )  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def test_settings_that_contradict_the_run_are_refused(tiny, run, tmp_path):
     free = dict(steps=9, dropout=0.3, accumulate=2, amp=True, preview_every=3, save_minutes=1.0)
     assert free.keys() == {*FREE}
     assert vars(choose_settings(free, state, out, CPU)) == state["settings"] | free
-    assert "run has parts = (), not ('v', 'muon'); omit" in tiny("--quick", code=1)
+    assert "run has parts = (), not ('v', 'weights', 'muon'); omit" in tiny("--quick", code=1)
     choose_settings({"quick": True, "parts": (), "data": "."}, read("run"), out, CPU)
     assert "at step 4 already; --steps can't be smaller" in tiny("--steps", 3, code=1)
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == content
