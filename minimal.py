@@ -38,7 +38,7 @@ if {"model.onnx", "samples.png"} & {*os.listdir()} or not os.access(".", os.W_OK
 pixels, files = [], [path for path in Path(sys.argv[1]).rglob("*") if path.is_file()]
 for path in tqdm(files):
     with contextlib.suppress(Exception):  # Pillow raises many kinds if it can't read a file
-        image = Image.open(path, formats=("PNG", "JPEG", "WEBP"))
+        image = ImageOps.exif_transpose(Image.open(path, formats=("PNG", "JPEG", "WEBP")))
         if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
             image = Image.fromarray(np.uint8(np.asarray(image) / 257))
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))

@@ -92,7 +92,7 @@ class Settings:
         usual = Settings(data=self.data, amp=self.amp, preview_every=self.preview_every)
         usual.warmup = min(5000, self.steps // 20)
         changed = [name for name in NAMES if getattr(self, name) != getattr(usual, name)]
-        flags = [as_flag(name, getattr(self, name)) for name in changed if name != "betas"]
+        flags = [as_flag(name, getattr(self, name)) for name in changed if name not in HIDDEN]
         return f"the paper's{', except ' * bool(flags)}{' '.join(flags)}"
 
 
@@ -100,6 +100,7 @@ LOG = "step,loss,grad_norm,lr\n"  # the first line of log.csv
 HEX = 16 * "[0-9a-f]"  # a part of the names of unfinished files and decoded images
 NAMES = [entry.name for entry in fields(Settings)]
 NETWORK, FREE = NAMES[: NAMES.index("data")], NAMES[NAMES.index("steps") :]
+HIDDEN = [entry.name for entry in fields(Settings) if not entry.metadata]  # have no flag
 
 # --quick: a run of minutes on a CPU, for small images. benchmarks/ladder.md has measurements.
 QUICK = dict(
@@ -292,7 +293,7 @@ class Folder:
     """The folder of a run, which one process holds: the checkpoint, log.csv, the previews."""
 
     def __init__(self, path):
-        self.path, self.lock, self.inodes = path, filelock.FileLock(path / ".lock"), None
+        self.path, self.lock, self.inode = path, filelock.FileLock(path / ".lock"), None
         self.rows = b""  # of the log, which a full disk has not accepted
 
     def __enter__(self):
@@ -309,7 +310,10 @@ class Folder:
         if data and Path(data).resolve().is_relative_to(self.path.resolve()):
             sys.exit(f"train.py: --out {self.path} must not be the folder of the images, nor above")
         check_output(self.path / "checkpoint.pt")
-        self.hold()
+        try:
+            self.hold()
+        except OSError as error:
+            sys.exit(f"train.py: {self.path} can't be locked: {error.strerror}")
         for path in self.path.glob(f".*.{HEX}.tmp"):  # what a killed process did not finish
             path.unlink()
         if (self.path / "checkpoint.pt").exists():
@@ -329,23 +333,18 @@ class Folder:
         except filelock.Timeout:
             sys.exit(f"train.py: another process is training in {self.path}; wait, or use "
                      "another --out")  # fmt: skip
-        self.inodes = self.inodes_now()
-
-    def inodes_now(self):
-        """Return what identifies the folder and its lock, or None for what is missing."""
-        paths = self.path, self.path / ".lock"
-        return [path.stat().st_ino if path.exists() else None for path in paths]
+        self.inode = (self.path / ".lock").stat().st_ino  # unique while the file is open
 
     def still_hold(self):
         """Recreate the folder if it was moved or removed. Exits if another run may be there."""
-        now = self.inodes_now()
-        if any(inode not in (None, ours) for inode, ours in zip(now, self.inodes, strict=True)):
-            sys.exit(f"train.py: {self.path} is another run now, so this one is not saved")
-        if None in now:
+        lock = self.path / ".lock"
+        if not os.path.exists(self.path):
             with contextlib.suppress(OSError):  # a disk that is gone may come back
                 Path(os.path.realpath(self.path)).mkdir(parents=True, exist_ok=True)
                 self.lock.release()
                 self.hold()
+        elif not os.path.exists(lock) or lock.stat().st_ino != self.inode:
+            sys.exit(f"train.py: {self.path} is another run now, so this one is not saved")
 
     def save(self, run):
         """Replace the checkpoint atomically. Exits if that fails."""

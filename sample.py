@@ -423,7 +423,7 @@ def main():
     if done:
         save(grid(np.stack(shown), len(names)), args.out)
         shift = args.first % max(1, len(names))
-        rows = ", ".join([*names[shift:], *names[:shift]][:done])
+        rows = ", ".join([*names[shift:], *names[:shift]][: min(done, 10)])
         print(f"{args.out}: {len(shown)} images{' of ' * bool(names)}{rows}")
     if done < args.n and not stop.number:
         sys.exit(f"sample.py: after {done:,} images, the network's output is not finite")
@@ -461,7 +461,7 @@ def check_output(path, *inputs):
 
 
 class Output(io.FileIO):
-    """Standard output or error, which drops what is written once its reader has ended."""
+    """Standard output or error, which drops what can't be written."""
 
     def write(self, data):
         try:
@@ -471,7 +471,12 @@ class Output(io.FileIO):
 
 
 def guard_output():
-    """Let print survive a pipe whose reader has ended, and characters the encoding lacks."""
+    """Let print survive a pipe whose reader has ended, and characters the encoding lacks.
+
+    Ctrl-C then ends the program without a traceback, until a StopRequest receives it.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     for name in "stdout", "stderr":
         stream = getattr(sys, name)
         buffer = getattr(stream, "buffer", None)

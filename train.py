@@ -167,10 +167,8 @@ def train(steps, run, folder, s, request):
             pending.append(next(steps))
             k = run.step + len(pending)
             draws = k % s.preview_every == 0 or k == s.steps
-            reads = draws or k % 10 == 0 or pending[0][0].device.type == "cpu"
-            if WORLD == 1 and request.number:  # several processes have to read at the same steps
-                reads = True
-            if not reads:
+            asked = WORLD == 1 and request.number  # several processes have to read together
+            if not (asked or draws or k % 10 == 0 or pending[0][0].device.type == "cpu"):
                 continue
             losses, norms, stopping = read(pending, request)
             if not np.isfinite(losses + norms).all():
@@ -184,13 +182,13 @@ def train(steps, run, folder, s, request):
                 folder.log(rows)
                 if draws:
                     folder.draw(run)
-                if k == s.steps or stopping:
-                    folder.save(run)
-                elif time.monotonic() - saved > 60 * s.save_minutes:
-                    save_if_possible(folder, run)
-                    saved = time.monotonic()
-                bar.set_postfix_str(f"loss {np.mean(recent):.4f}", refresh=False)
-                bar.update(len(losses))
+            if k == s.steps or stopping:
+                from_first(folder.save, run)
+            elif RANK == 0 and time.monotonic() - saved > 60 * s.save_minutes:
+                save_if_possible(folder, run)
+                saved = time.monotonic()
+            bar.set_postfix_str(f"loss {np.mean(recent):.4f}", refresh=False)
+            bar.update(len(losses))
 
 
 def read(pending, request):
@@ -261,13 +259,17 @@ def agree(function, *args):
 
 def in_turn(function, *args):
     """Return function(*args), which the first process of each machine calls before the others."""
-    value = agree(function, *args) if LOCAL_RANK == 0 else agree(lambda: None)
-    return agree(lambda: value) if LOCAL_RANK == 0 else agree(function, *args)
+    if LOCAL_RANK > 0:
+        agree(bool)  # wait
+    value = agree(function, *args)
+    if LOCAL_RANK == 0:
+        agree(bool)
+    return value
 
 
 def from_first(function, *args):
     """Return the first process's function(*args) in every process."""
-    values = [agree(function, *args) if RANK == 0 else agree(lambda: None)]
+    values = [agree(function, *args) if RANK == 0 else agree(bool)]
     if WORLD > 1:
         dist.broadcast_object_list(values)
     return values[0]
@@ -378,9 +380,10 @@ def main(given=None, build=build):
     given: flags, {name: value}; if None, those of the command line, whose program a signal ends.
     build: makes the network and its Diffusion, as in run.py.
     """
-    guard_output()
     is_program = given is None
-    given = command_line(__doc__) if is_program else given
+    if is_program:
+        guard_output()
+        given = command_line(__doc__)
     torch.set_float32_matmul_precision("high")  # TF32 for the remaining float32 products
     torch.backends.cudnn.benchmark = True  # all batches are of one size
     device = choose_device(given.get("device", "auto"), LOCAL_RANK if WORLD > 1 else None)

@@ -98,8 +98,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=7, help="in which all have a turn [7]")
     args = parser.parse_args()
     images = from_pixels(torch.randint(256, (256, 3, 32, 32), dtype=torch.uint8))
+    kind = "bfloat16" if has_bfloat16(DEVICE) else "float32"
     steps = {
-        f"train.py, {'bfloat16' if has_bfloat16(DEVICE) else 'float32'}": ours(args.batch),
+        f"train.py, {kind}{', compiled' * IS_CUDA}": ours(args.batch),
         "diffusers, float32": diffusers_loop(images, args.batch),
         "diffusers, bfloat16": diffusers_loop(images, args.batch, torch.bfloat16),
     }
@@ -111,7 +112,8 @@ def main():
     lines = [
         "# Side by side",
         f"\n`python benchmarks/compare.py`, {time.strftime('%Y-%m-%d')}: {machine()}.",
-        "\n| a training step | ms per image | ratio to diffusers, float32 |\n| --- | --- | --- |",
+        f"\n| a step of {args.batch} images | ms per image | ratio to diffusers, float32 |",
+        "| --- | --- | --- |",
     ]
     for name, s in medians.items():
         ratio = s / medians["diffusers, float32"]

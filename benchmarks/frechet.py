@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from images import from_pixels, read_folder
+from images import from_pixels, read_folder, replacing
 
 RULER = Path(__file__).with_name("ruler.npz")
 SIZE, SETS = 32, 10  # SETS: how many sets of real images are compared with the test set
@@ -150,7 +150,8 @@ def make_ruler(data, path):
         for name, number in sets.items():
             chosen = (features[order[number == k]] for k in range(SETS))
             file[name] = [frechet_distance(statistics(part), of_test) for part in chosen]
-    np.savez_compressed(path, **file)
+    with replacing(path) as out:
+        np.savez_compressed(out, **file)
 
 
 def main():

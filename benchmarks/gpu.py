@@ -306,13 +306,16 @@ def sampling(report):
             return TorchNetwork(WORK / "resumed", DEVICE.type)
         return Network(WORK / name, report.onnx)
 
+    examples = []
+    for t in (0, 10, 100, 500, 999):
+        times, random = torch.full((64,), t), torch.Generator().manual_seed(t)
+        x_t = diffusion.q_sample(x0, times, torch.randn(x0.shape, generator=random))
+        examples.append((t, x_t, exact(x_t, times)))
+
     def errors(name):
         network, cells = open_network(name), []
-        for t in (0, 10, 100, 500, 999):
-            times, random = torch.full((64,), t), torch.Generator().manual_seed(t)
-            x_t = diffusion.q_sample(x0, times, torch.randn(x0.shape, generator=random))
+        for t, x_t, expected in examples:
             eps = network(x_t.to(DEVICE) if name == "torch" else x_t.numpy(), t)
-            expected = exact(x_t, times)
             cells.append(f"{(torch.as_tensor(eps).cpu() - expected).norm() / expected.norm():.1e}")
         return " | ".join(cells)
 

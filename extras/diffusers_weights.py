@@ -182,11 +182,11 @@ def main():
     parser.add_argument("source")
     parser.add_argument("new", type=Path)
     args = parser.parse_args()
+    if not find_spec("diffusers"):
+        sys.exit("published weights need the package diffusers: pip install diffusers")
     check_output(args.new / "checkpoint.pt")
     if any(args.new.iterdir()):
         parser.error(f"{args.new} must be a new or empty folder")
-    if not find_spec("diffusers"):
-        sys.exit("published weights need the package diffusers: pip install diffusers")
     if args.to_diffusers:
         to_diffusers(args.source, args.new)
         print(f"{args.new}: DDPMPipeline.from_pretrained (with classes, UNet2DModel's) opens it")

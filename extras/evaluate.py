@@ -2,9 +2,8 @@
 
     python -m extras.evaluate --data ./test-images [--checkpoint run] [--images 1000]
 
-It prints the terms of the bound, and saves the rate-distortion curve (the paper's Figure 5) in the
-folder of the run: as rate-distortion.csv and, with matplotlib, as .png. Each image takes T
-evaluations of the network. After Ctrl-C, it reports on the finished batches.
+It prints the terms of the bound, and saves the rate-distortion curve (the paper's Figure 5) as
+rate-distortion.csv in the folder of the run. Each image takes T evaluations of the network.
 """
 
 import argparse
@@ -12,7 +11,6 @@ import math
 import os
 import sys
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +35,7 @@ def rate_distortion(bound):
 
 
 def measure(network, diffusion, images, labels, batch, noise):
-    """Return the Bound of the images, uint8 (N, C, H, W); after Ctrl-C, of the finished batches.
+    """Return the Bound of the images, uint8 (N, C, H, W).
 
     labels: their classes, int64 (N,), or None. noise: a torch.Generator on the network's device.
     """
@@ -48,15 +46,11 @@ def measure(network, diffusion, images, labels, batch, noise):
             bar.update(len(x_t))
             return network(x_t, t, y)
 
-        try:
-            for k in range(0, len(images), batch):
-                y = None if labels is None else labels[k : k + batch].to(noise.device)
-                x0 = from_pixels(images[k : k + batch].to(noise.device))
-                bounds.append(diffusion.vlb(partial(eps, y=y), x0, noise))
-                bar.set_postfix_str(f"{bounds[-1].total.mean():.3f} bits/dim in the last batch")
-        except KeyboardInterrupt:
-            if not bounds:
-                raise
+        for k in range(0, len(images), batch):
+            y = None if labels is None else labels[k : k + batch].to(noise.device)
+            x0 = from_pixels(images[k : k + batch].to(noise.device))
+            bounds.append(diffusion.vlb(partial(eps, y=y), x0, noise))
+            bar.set_postfix_str(f"{bounds[-1].total.mean():.3f} bits/dim in the last batch")
     return Bound(*map(torch.cat, zip(*bounds, strict=True)))
 
 
@@ -86,7 +80,7 @@ def main():
     else:
         sys.exit("--data must be a folder of images that the network has not seen")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))
-    order = order[: args.images]  # shuffled, so that the finished batches are a fair sample
+    order = order[: args.images]
     images = torch.from_numpy(images)[order]
     labels = None if labels is None else torch.from_numpy(labels)[order]
     diffusion = Diffusion(diffusion.betas, args.variance or diffusion.variance)
@@ -104,11 +98,6 @@ def main():
     table = torch.stack([torch.arange(len(rate)), L_t, rate, rmse], 1).numpy()
     np.savetxt(path, table, "%.9g", ",", header="t,L_t,rate,rmse", comments="")
     print(f"the curve: {path}")
-    if find_spec("matplotlib"):
-        from extras.plot import save_plot
-
-        titles = "rate, bits per dimension", "RMSE of x0_hat, of 255"
-        save_plot(path.with_suffix(".png"), rate.tolist(), rmse.tolist(), *titles)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ import onnx
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 
-from sample import Network, check_output, noise_of, sample
+from images import replacing
+from sample import Network, check_output, guard_output, noise_of, sample
 
 
 def to_half(model):
@@ -52,6 +53,7 @@ def relative_errors(half, exact):
 
 
 def main():
+    guard_output()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", help="a file from export.py")
     parser.add_argument("half", help="the file to write")
@@ -66,7 +68,8 @@ def main():
     print("error of eps:", ", ".join(f"{error:.2%} at t = {t}" for t, error in errors.items()))
     if not all(error < 0.02 for error in errors.values()):  # or NaN
         sys.exit(f"half.py: {args.half} was not written, because the error is above 2%")
-    onnx.save(half, args.half)
+    with replacing(args.half) as file:
+        file.write(half.SerializeToString())
     print(f"{args.half}: {half.ByteSize() / 1e6:.1f} MB")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from images import from_pixels, read_image
-from sample import Network, check_output, grid, sample_progressive, to_pixels
+from sample import Network, check_output, grid, guard_output, sample_progressive, to_pixels
 
 
 class Inpainting(Network):
@@ -41,6 +41,7 @@ class Inpainting(Network):
 
 
 def main():
+    guard_output()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
     flag("image")

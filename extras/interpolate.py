@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from images import from_pixels, read_image
-from sample import Network, check_output, grid, noise_of, reverse, to_pixels
+from sample import Network, check_output, grid, guard_output, noise_of, reverse, to_pixels
 
 LAMBDAS = np.linspace(0, 1, 11, dtype=np.float32)  # the shares of the second image
 
@@ -41,6 +41,7 @@ def interpolate(network, a, b, t, steps=None, seed=0):
 
 
 def main():
+    guard_output()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
     flag("images", nargs=2, metavar="IMAGE")
