@@ -1,23 +1,28 @@
-"""Climb from the paper's recipe to --quick, and measure each rung.
+"""Climb from the paper's recipe to --quick, and measure what each change gains.
 
-    python benchmarks/ladder.py v --data fashion-mnist --seed 1    # train a rung, and measure it
-    python benchmarks/ladder.py paper --data fashion-mnist --sampler ddpm --sampling-steps 1000
-    python benchmarks/ladder.py page/fashion-mnist.onnx --sampling-steps 10 --sets 3
-    python benchmarks/ladder.py                                # the tables
+    python benchmarks/ladder.py v --data fashion-mnist --seed 1    # train an arm, and measure it
+    python benchmarks/ladder.py page/fashion-mnist.onnx --samples 1000 --sets 3
+    python benchmarks/ladder.py                                    # the tables
 
-A rung is trained with --quick --no-flip --no-amp and its flags in RUNGS on DATA/train, which has a
-sub-folder for each class. An interrupted run resumes. Each set of samples is a row of
-benchmarks/ladder.csv and is drawn only once. With OMP_NUM_THREADS=1, the program uses one core.
+An arm is trained with --quick --classes --no-flip and its flags in ARMS on DATA/train, which has a
+sub-folder for each class; an interrupted run resumes. Each set of samples is a row of
+benchmarks/ladder.csv, and is drawn only once. With OMP_NUM_THREADS=1, the program uses one core.
+
+The distance is measured by frechet.py, whose ruler for Fashion-MNIST is used unless DATA has its
+own ruler.npz. All arms share the noise of their samples, but not the noise of their training. The
+distances of the runs of an arm are combined as the mean of their logarithms, whose variance is
+assumed to be the same for all arms of a table and pooled over them. From it follow the intervals of
+the changes, which contain the true change with a probability of 95% if the logarithms are normal.
 """
 
 import argparse
 import csv
 import itertools
+import math
 import os
 import statistics
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import onnx
@@ -29,58 +34,43 @@ sys.path.insert(0, str(HERE.parent))
 
 from benchmarks import frechet  # noqa: E402
 from export import to_onnx  # noqa: E402
-from extras.variants import as_eps, loss_weights, weighted_loss  # noqa: E402
-from run import build, load  # noqa: E402
+from run import QUICK, load  # noqa: E402
 from sample import SAMPLERS, Network, sample, to_pixels  # noqa: E402
 from train import main as train  # noqa: E402
 
-ADAM = {"parts": (), "lr": 1e-3}
-RUNGS = {  # flags that replace some of --quick, and what they change
-    "paper": (ADAM, "the paper's: eps, (14), Adam with a learning rate of 1e-3"),
-    "v": ({"parts": ("v",), "lr": 1e-3}, "the network predicts v"),
-    "muon": ({}, "Muon with a learning rate of 6e-3"),
-    "labels": ({"classes": True}, "labels"),
+ADAM = {"lr": 1e-3}
+# The network of nearly as many parameters without patches, and the steps it takes in the same time
+PIXELS = {"patch_size": 1, "base_channels": 16, "channel_mults": (1, 2, 4, 4), "steps": 1500}
+ARMS = {  # flags that replace some of --quick, and what they change
+    "paper": (PIXELS | ADAM | {"parts": ()}, "the paper's: eps, (14), Adam"),
+    "v": (PIXELS | ADAM | {"parts": ("v",)}, "the network predicts v"),
+    "weights": (PIXELS | ADAM | {"parts": ("v", "weights")}, "the weights of the loss"),
+    "muon": (PIXELS, "Muon"),
+    "quick": ({}, "patches of 2x2 pixels: `--quick`"),
+    "without-v": ({"parts": ("weights", "muon")}, "v"),
+    "without-weights": ({"parts": ("v", "muon")}, "the weights"),
+    "without-muon": (ADAM | {"parts": ("v", "weights")}, "Muon"),
 }
-# The other rows of the paper's Table 2: the target, and the weights of the loss
-OTHERS = {"mean-vlb": ("mean", "vlb"), "mean-native": ("mean", "native"), "eps-vlb": ("eps", "vlb")}
-RUNGS |= dict.fromkeys(OTHERS, (ADAM, ""))
-SHORT, LONG, TABLE_2 = 1500, 10_000, 1650  # training steps
+CLIMB, WITHOUT = [*ARMS][:5], ["without-v", "without-weights", "without-muon", "muon"]
+PLAIN = "-unlabelled"  # the end of the name of an arm that is trained without labels
 INCLUDED = "fashion-mnist.onnx"
 WAY = "sampler", "sampling_steps", "variance", "guidance", "samples"
-COLUMNS = "rung", "seed", "steps", *WAY, "set", "distance", "recognised"
-
-
-class OtherTarget(torch.nn.Module):
-    """A network that predicts something other than eps, wrapped so that it returns eps(x_t, t)."""
-
-    def __init__(self, network, diffusion, predicts):
-        super().__init__()
-        self.network, self.how = network, (diffusion, predicts)
-
-    def forward(self, x_t, t, y=None):
-        return as_eps(self.network, *self.how)(x_t, t, y)
-
-
-def build_other(predicts, weights, settings, shape, names):
-    """Return a run's network and diffusion with another target, and other loss weights."""
-    network, diffusion = build(settings, shape, names)
-    weights = loss_weights(diffusion, weights, predicts)
-    diffusion.loss = partial(weighted_loss, diffusion, weights=weights)
-    return OtherTarget(network, diffusion, predicts), diffusion
+COLUMNS = "rung", "data", "seed", "steps", *WAY, "set", "distance", "recognised"
 
 
 def open_network(args):
-    """Return the Network of a model.onnx or of a rung, which is trained, or resumed, first."""
+    """Return the Network of a model.onnx or of an arm, which is trained, or resumed, first."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     if args.rung.endswith(".onnx"):
         return Network(args.rung, "cpu", options)
-    out = f"ladder/{args.rung}-{args.seed}-{args.steps}"
-    flags = dict(quick=True, flip=False, amp=False, warmup=75, preview_every=2500)
+    out = f"ladder/{Path(args.data).name}-{args.rung}-{args.seed}-{args.steps}"
+    flags = dict(quick=True, flip=False, classes=not args.rung.endswith(PLAIN))
+    flags |= ARMS[args.rung.removesuffix(PLAIN)][0]
     flags |= dict(steps=args.steps, seed=args.seed, data=os.path.abspath(f"{args.data}/train"))
-    how = partial(build_other, *OTHERS[args.rung]) if args.rung in OTHERS else build
-    train(flags | RUNGS[args.rung][0] | {"out": out}, how)
-    network, diffusion, state = load(out, how)
+    if train(flags | {"out": out, "preview_every": args.steps}).step < args.steps:
+        sys.exit("ladder.py: the training was stopped; the same command goes on")
+    network, diffusion, state = load(out)
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model.onnx"
         onnx.save(to_onnx(network, diffusion, state["shape"], state["names"]), path)
@@ -93,9 +83,13 @@ def judge(network, ruler, row):
     how = {"sampler": row["sampler"], "steps": int(row["sampling_steps"])}
     network.variance = row["variance"]
     for k in range(first, first + n, 50):
-        x0 = sample(network, 50, guidance=float(row["guidance"]), first=k, **how)
+        count = min(50, first + n - k)
+        x0 = sample(network, count, guidance=float(row["guidance"]), first=k, **how)
         pixels.append(torch.from_numpy(to_pixels(x0)))
     pixels, recognised = torch.cat(pixels), ""
+    if pixels.shape[1] == 3:  # to greyscale, with Pillow's weights
+        pixels = (pixels * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+        pixels = pixels.round().byte()
     if names := network.classes:
         labels = [ruler.names.index(names[k % len(names)]) for k in range(first, first + n)]
         share = frechet.share_recognised(ruler.model, pixels, torch.tensor(labels))
@@ -114,12 +108,13 @@ def read_rows(path):
 def measure(args):
     """Append a row for each set of samples that is not in the table."""
     key = {name: str(getattr(args, name)) for name in ("seed", "steps", *WAY)}
-    key["rung"] = Path(args.rung).name
+    key |= {"rung": Path(args.rung).name, "data": Path(args.data).name}
     counts = itertools.product(map(str, args.sampling_steps), map(str, range(args.sets)))
     wanted = [key | {"sampling_steps": n, "set": k} for n, k in counts]
     have = [{name: row[name] for name in wanted[0]} for row in read_rows(args.table)]
     if missing := [row for row in wanted if row not in have]:
-        network, ruler = open_network(args), frechet.Ruler()
+        network, own = open_network(args), Path(args.data, "ruler.npz")
+        ruler = frechet.Ruler(own if own.exists() else frechet.RULER)
         for row in missing:
             row |= judge(network, ruler, row)
             print(*(row[name] for name in COLUMNS), flush=True)
@@ -127,44 +122,80 @@ def measure(args):
                 csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
 
 
-WAYS = {  # ways to sample: the column's title, and the values in its rows
-    "DPM-Solver++, 10": {"sampler": "dpm-solver++", "sampling_steps": "10"},
-    "DPM-Solver++, 50": {"sampler": "dpm-solver++", "sampling_steps": "50"},
-    "Algorithm 2, 1000": {"sampler": "ddpm", "sampling_steps": "1000"},
-}
-PLAIN = {"variance": "large", "guidance": "0.0", "samples": "1000"}
+# -------------------------------------------------------------------------------------- the tables
 
 
-def select(rows, rung, steps="", **way):
-    """Return the rows of a rung or a model.onnx that were sampled in this way."""
-    wanted = {"rung": rung, "steps": str(steps)} | PLAIN | way
+FEW = {"sampler": "dpm-solver++", "sampling_steps": "10"}
+USUAL = {"variance": "large", "guidance": "0.0", "samples": "1000"}
+
+
+def select(rows, rung, **way):
+    """Return the rows of an arm or a model.onnx that were sampled in this way."""
+    wanted = {"rung": rung} | USUAL | way
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
+def in_markdown(head, lines):
+    """Return a Markdown table without the columns that have only "-", or "" if it has no line."""
+    kept = [k for k in range(len(head)) if any(line[k] != "-" for line in lines)]
+    lines = lines and [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(cells[k] for k in kept)} |" for cells in lines)
+
+
+def student(degrees):
+    """Return the 97.5% quantile of Student's t, to 0.5% from 3 degrees of freedom on.
+
+    Abramowitz and Stegun 1964, 26.7.5.
+    """
+    z = statistics.NormalDist().inv_cdf(0.975)
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / degrees + second / degrees**2 + third / degrees**3
+
+
+def changes(rows, title, pairs, times=1, end="", **way):
+    """Return how the distance changes from one arm to another, in Markdown.
+
+    pairs: {arm: the arm that it is compared with, or None}. times: the length of the runs. end:
+    PLAIN for arms without labels. way: of sampling, if it is not FEW with 5,000 samples.
+    """
+    way = FEW | {"samples": "5000", "data": "fashion-mnist"} | way
+    logs, lines = {}, []
+    for arm in {*pairs, *pairs.values()} - {None}:
+        found = select(rows, arm + end, steps=str(times * steps_of(arm)), **way)
+        logs[arm] = [math.log(float(row["distance"])) for row in found]
+    logs = {arm: values for arm, values in logs.items() if values}
+    degrees = sum(len(values) - 1 for values in logs.values())
+    squares = [(x - statistics.mean(values)) ** 2 for values in logs.values() for x in values]
+    for arm, before in pairs.items():
+        if arm not in logs:
+            continue
+        mean, change = statistics.mean(logs[arm]), "-"
+        if before in logs and degrees:
+            parts = 1 / len(logs[arm]) + 1 / len(logs[before])
+            half = student(degrees) * math.sqrt(sum(squares) / degrees * parts)
+            effect = mean - statistics.mean(logs[before])
+            low, middle, high = (100 * math.expm1(effect + k * half) for k in (-1, 0, 1))
+            change = f"{middle:+.0f}% ({low:+.0f} to {high:+.0f})"
+        lines.append([ARMS[arm][1], str(len(logs[arm])), f"{math.exp(mean):.1f}", change])
+    return in_markdown([title, "runs", "distance", "change (95% interval)"], lines)
+
+
+def climb(rows, **how):
+    """Return the table of the arms that each add a change to the one before."""
+    return changes(rows, "each row adds", dict(zip(CLIMB, [None, *CLIMB[:-1]], strict=True)), **how)
+
+
+def without(rows, **how):
+    """Return the table of --quick without one of its parts."""
+    return changes(rows, "`--quick` without", dict.fromkeys(WITHOUT, "quick"), **how)
+
+
 def cell(rows, column="distance", scale=1):
-    """Return the mean ± standard deviation of a file's sets, or ± standard error of the seeds."""
-    values = [scale * float(row[column]) for row in rows if not row["seed"] or row["set"] == "0"]
-    divisor = len(values) ** 0.5 if rows and rows[0]["seed"] else 1
-    spread = f" ± {statistics.stdev(values) / divisor:.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}" if values else ""
-
-
-def in_markdown(head, lines, labels=1):
-    """Return a Markdown table without empty rows and columns. labels: the number of row labels."""
-    lines = [line for line in lines if line[0] and any(line[labels:])]
-    kept = [k for k in range(len(head)) if any(line[k] for line in lines)]
-    lines = [[line[k] or "-" for k in kept] for line in lines]
-    lines = lines and [[head[k] for k in kept], ["---"] * len(kept), *lines]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def table(rows, steps):
-    """Return the ladder after a number of training steps, in Markdown."""
-    lines = [
-        [meaning, *(cell(select(rows, rung, steps, **way)) for way in WAYS.values())]
-        for rung, (_, meaning) in RUNGS.items()
-    ]
-    return in_markdown(["what changes", *WAYS], lines)
+    """Return mean ± standard deviation of the sets of samples."""
+    values = [scale * float(row[column]) for row in rows]
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}" if values else "-"
 
 
 def samplers(rows, name):
@@ -179,6 +210,7 @@ def samplers(rows, name):
     lines = [
         [title, *(cell(select(rows, name, **way, sampling_steps=n)) for n in counts)]
         for title, way in names.items()
+        if select(rows, name, **way)
     ]
     return in_markdown(["steps", *counts], lines)
 
@@ -187,27 +219,14 @@ def guidance(rows, name):
     """Return the distances and the shares recognised of a model.onnx for each w, in Markdown."""
     lines = []
     for w in 0, 1, 2, 4, 6:
-        found = select(rows, name, **WAYS["DPM-Solver++, 10"], guidance=f"{w}.0")
+        found = select(rows, name, **FEW, guidance=f"{w}.0")
         lines.append([str(w), cell(found), cell(found, "recognised", 100)])
     return in_markdown(["w", "Fréchet distance", "recognised, %"], lines)
 
 
-def table_2(rows):
-    """Return the rows of the paper's Table 2 for Fashion-MNIST after short runs, in Markdown."""
-    meaning = {
-        "mean-vlb": ("the mean", "the bound, (8)", "13.22"),
-        "mean-native": ("the mean", "(8) without its factor", "unstable"),
-        "eps-vlb": ("the noise", "the bound, (12)", "13.51"),
-        "paper": ("the noise", "(14)", "3.17"),
-    }
-    lines = []
-    for rung, words in meaning.items():
-        ways = ({"variance": variance, "samples": "100"} for variance in ("large", "small"))
-        found = [select(rows, rung, TABLE_2, **WAYS["Algorithm 2, 1000"] | w) for w in ways]
-        lines.append([*words, *(f"{float(f[0]['distance']):.0f}" if f else "" for f in found)])
-    head = "the network predicts", "loss", "paper, CIFAR-10: FID"
-    head += "here, large variance, 100 samples", "here, small variance, 100 samples"
-    return in_markdown(head, lines, labels=3)
+def steps_of(arm):
+    """Return the number of training steps of an arm."""
+    return ARMS[arm.removesuffix(PLAIN)][0].get("steps", QUICK["steps"])
 
 
 def main():
@@ -215,27 +234,30 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flag = parser.add_argument
-    flag("rung", nargs="?", help=f"{', '.join(RUNGS)}, or a model.onnx")
-    flag("--data", help="the folder of Fashion-MNIST, with train; a rung needs it")
+    flag("rung", nargs="?", help=f"{', '.join(ARMS)}, any of these with {PLAIN}, or a model.onnx")
+    flag("--data", default="", help="a folder with train; an arm needs it")
     flag("--table", type=Path, default=HERE / "ladder.csv", help="[benchmarks/ladder.csv]")
-    flag("--steps", type=int, default=SHORT, help="training steps [%(default)s]")
+    flag("--times", type=int, default=1, help="factor of the number of steps [%(default)s]")
     flag("--seed", type=int, default=0, help="seed of the training [%(default)s]")
     flag("--sampler", default="dpm-solver++", choices=SAMPLERS, help="[%(default)s]")
-    flag("--sampling-steps", type=int, nargs="+", default=[10, 50], help="[10 50]")
+    flag("--sampling-steps", type=int, nargs="+", default=[10], help="[10]")
     flag("--variance", default="large", choices=("large", "small"), help="[%(default)s]")
     flag("--guidance", type=float, default=0.0, help="[%(default)s]")
-    flag("--samples", type=int, default=1000, help="per set, a multiple of 50 [%(default)s]")
+    flag("--samples", type=int, default=5000, help="per set [%(default)s]")
     flag("--sets", type=int, default=1, help="sets of samples [%(default)s]")
     args = parser.parse_args()
     if not args.rung:
         rows = read_rows(args.table)
-        tables = table(rows, SHORT), table(rows, LONG), samplers(rows, "paper.onnx")
-        tables += samplers(rows, INCLUDED), guidance(rows, INCLUDED), table_2(rows)
+        tables = climb(rows), without(rows), climb(rows, end=PLAIN), climb(rows, data="emoji")
+        tables += climb(rows, times=6), samplers(rows, "paper.onnx")
+        tables += samplers(rows, INCLUDED), guidance(rows, INCLUDED)
         return print(*filter(None, tables), sep="\n\n")
     if args.rung.endswith(".onnx"):
         args.seed = args.steps = ""
-    elif args.rung not in RUNGS or not args.data:
-        parser.error(f"{args.rung} is not a rung, or --data is missing")
+    elif args.rung.removesuffix(PLAIN) not in ARMS or not args.data:
+        parser.error(f"{args.rung} is not an arm, or --data is missing")
+    else:
+        args.steps = args.times * steps_of(args.rung)
     measure(args)
 
 
