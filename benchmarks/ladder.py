@@ -143,7 +143,7 @@ def in_markdown(head, lines):
 
 
 def student(degrees):
-    """Return the 97.5% quantile of Student's t, to 0.5% from 3 degrees of freedom on.
+    """Return the 97.5% quantile of Student's t, to 1% from 3 degrees of freedom on.
 
     Abramowitz and Stegun 1964, 26.7.5.
     """
@@ -189,6 +189,13 @@ def climb(rows, **how):
 def without(rows, **how):
     """Return the table of --quick without one of its parts."""
     return changes(rows, "`--quick` without", dict.fromkeys(WITHOUT, "quick"), **how)
+
+
+def tables(rows):
+    """Return the tables of ladder.md on the training, in Markdown."""
+    found = climb(rows), without(rows), climb(rows, times=6)
+    found += climb(rows, end=PLAIN), climb(rows, data="emoji")
+    return [*filter(None, found)]
 
 
 def cell(rows, column="distance", scale=1):
@@ -248,10 +255,8 @@ def main():
     args = parser.parse_args()
     if not args.rung:
         rows = read_rows(args.table)
-        tables = climb(rows), without(rows), climb(rows, end=PLAIN), climb(rows, data="emoji")
-        tables += climb(rows, times=6), samplers(rows, "paper.onnx")
-        tables += samplers(rows, INCLUDED), guidance(rows, INCLUDED)
-        return print(*filter(None, tables), sep="\n\n")
+        of_files = samplers(rows, "paper.onnx"), samplers(rows, INCLUDED), guidance(rows, INCLUDED)
+        return print(*tables(rows), *of_files, sep="\n\n")
     if args.rung.endswith(".onnx"):
         args.seed = args.steps = ""
     elif args.rung.removesuffix(PLAIN) not in ARMS or not args.data:
