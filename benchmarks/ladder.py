@@ -17,7 +17,6 @@ import os
 import statistics
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import onnx
@@ -29,8 +28,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from benchmarks import frechet  # noqa: E402
 from export import to_onnx  # noqa: E402
-from extras.variants import as_eps, loss_weights, weighted_loss  # noqa: E402
-from run import build, load  # noqa: E402
+from run import load  # noqa: E402
 from sample import SAMPLERS, Network, sample, to_pixels  # noqa: E402
 from train import main as train  # noqa: E402
 
@@ -41,32 +39,10 @@ RUNGS = {  # flags that replace some of --quick, and what they change
     "muon": ({}, "Muon with a learning rate of 6e-3"),
     "labels": ({"classes": True}, "labels"),
 }
-# The other rows of the paper's Table 2: the target, and the weights of the loss
-OTHERS = {"mean-vlb": ("mean", "vlb"), "mean-native": ("mean", "native"), "eps-vlb": ("eps", "vlb")}
-RUNGS |= dict.fromkeys(OTHERS, (ADAM, ""))
-SHORT, LONG, TABLE_2 = 1500, 10_000, 1650  # training steps
+SHORT, LONG = 1500, 10_000  # training steps
 INCLUDED = "fashion-mnist.onnx"
 WAY = "sampler", "sampling_steps", "variance", "guidance", "samples"
 COLUMNS = "rung", "seed", "steps", *WAY, "set", "distance", "recognised"
-
-
-class OtherTarget(torch.nn.Module):
-    """A network that predicts something other than eps, wrapped so that it returns eps(x_t, t)."""
-
-    def __init__(self, network, diffusion, predicts):
-        super().__init__()
-        self.network, self.how = network, (diffusion, predicts)
-
-    def forward(self, x_t, t, y=None):
-        return as_eps(self.network, *self.how)(x_t, t, y)
-
-
-def build_other(predicts, weights, settings, shape, names):
-    """Return a run's network and diffusion with another target, and other loss weights."""
-    network, diffusion = build(settings, shape, names)
-    weights = loss_weights(diffusion, weights, predicts)
-    diffusion.loss = partial(weighted_loss, diffusion, weights=weights)
-    return OtherTarget(network, diffusion, predicts), diffusion
 
 
 def open_network(args):
@@ -78,9 +54,8 @@ def open_network(args):
     out = f"ladder/{args.rung}-{args.seed}-{args.steps}"
     flags = dict(quick=True, flip=False, amp=False, warmup=75, preview_every=2500)
     flags |= dict(steps=args.steps, seed=args.seed, data=os.path.abspath(f"{args.data}/train"))
-    how = partial(build_other, *OTHERS[args.rung]) if args.rung in OTHERS else build
-    train(flags | RUNGS[args.rung][0] | {"out": out}, how)
-    network, diffusion, state = load(out, how)
+    train(flags | RUNGS[args.rung][0] | {"out": out})
+    network, diffusion, state = load(out)
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model.onnx"
         onnx.save(to_onnx(network, diffusion, state["shape"], state["names"]), path)
@@ -149,9 +124,9 @@ def cell(rows, column="distance", scale=1):
     return f"{statistics.mean(values):.1f}{spread}" if values else ""
 
 
-def in_markdown(head, lines, labels=1):
-    """Return a Markdown table without empty rows and columns. labels: the number of row labels."""
-    lines = [line for line in lines if line[0] and any(line[labels:])]
+def in_markdown(head, lines):
+    """Return a Markdown table without empty rows and columns."""
+    lines = [line for line in lines if any(line[1:])]
     kept = [k for k in range(len(head)) if any(line[k] for line in lines)]
     lines = [[line[k] or "-" for k in kept] for line in lines]
     lines = lines and [[head[k] for k in kept], ["---"] * len(kept), *lines]
@@ -192,24 +167,6 @@ def guidance(rows, name):
     return in_markdown(["w", "Fréchet distance", "recognised, %"], lines)
 
 
-def table_2(rows):
-    """Return the rows of the paper's Table 2 for Fashion-MNIST after short runs, in Markdown."""
-    meaning = {
-        "mean-vlb": ("the mean", "the bound, (8)", "13.22"),
-        "mean-native": ("the mean", "(8) without its factor", "unstable"),
-        "eps-vlb": ("the noise", "the bound, (12)", "13.51"),
-        "paper": ("the noise", "(14)", "3.17"),
-    }
-    lines = []
-    for rung, words in meaning.items():
-        ways = ({"variance": variance, "samples": "100"} for variance in ("large", "small"))
-        found = [select(rows, rung, TABLE_2, **WAYS["Algorithm 2, 1000"] | w) for w in ways]
-        lines.append([*words, *(f"{float(f[0]['distance']):.0f}" if f else "" for f in found)])
-    head = "the network predicts", "loss", "paper, CIFAR-10: FID"
-    head += "here, large variance, 100 samples", "here, small variance, 100 samples"
-    return in_markdown(head, lines, labels=3)
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -230,7 +187,7 @@ def main():
     if not args.rung:
         rows = read_rows(args.table)
         tables = table(rows, SHORT), table(rows, LONG), samplers(rows, "paper.onnx")
-        tables += samplers(rows, INCLUDED), guidance(rows, INCLUDED), table_2(rows)
+        tables += samplers(rows, INCLUDED), guidance(rows, INCLUDED)
         return print(*filter(None, tables), sep="\n\n")
     if args.rung.endswith(".onnx"):
         args.seed = args.steps = ""

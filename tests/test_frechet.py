@@ -10,7 +10,6 @@ from conftest import HERE
 from PIL import Image
 
 from benchmarks import frechet, ladder
-from run import Settings
 
 
 def test_distance_is_that_of_gaussians():
@@ -105,29 +104,16 @@ def test_tables_of_the_ladder_are_those_of_its_rows():
             ladder.samplers(rows, "paper.onnx"),
         ],
         "docs/beyond.md": [ladder.samplers(rows, included), ladder.guidance(rows, included)],
-        "docs/lesson.md": [ladder.table_2(rows)],
     }  # fmt: skip
     for name, its_tables in tables.items():
         for table in its_tables:
             assert table.count("\n") >= 2 and f"{table}\n\n" in (HERE / name).read_text("utf-8")
 
 
-def test_another_target_has_its_own_loss():
-    """The loss (8) without its factor compares the output with the mean of the posterior."""
-    small = Settings(base_channels=8, channel_mults=(1,), attention_resolutions=())
-    network, diffusion = ladder.build_other("mean", "native", small, (1, 8, 8), ())
-    x0, noise, t = torch.rand(50, 1, 8, 8), torch.randn(50, 1, 8, 8), torch.arange(1, 1000, 20)
-    x_t = diffusion.q_sample(x0, t, noise)
-    error = network.eval().network(x_t, t) - diffusion.q_posterior_mean(x0, x_t, t)
-    assert diffusion.loss(network, x0, t, noise).item() == pytest.approx(
-        error.square().mean().item(), rel=1e-4
-    )
-
-
 @pytest.mark.slow
 def test_ladder_measures_a_rung_once(data, run):
     """The network is untrained, and its samples are noise."""
-    words = ["mean-vlb", "--data", "data", "--table", "ladder.csv", "--steps", 3, "--samples", 50]
+    words = ["paper", "--data", "data", "--table", "ladder.csv", "--steps", 3, "--samples", 50]
     words += ["--sampling-steps", 2]
     for _ in range(2):
         run("benchmarks/ladder.py", *words, cwd=data)
