@@ -100,6 +100,8 @@ def test_broken_markdown_is_found(broken):
 def test_tables_fences_and_formulas_are_rendered():
     for path in [*HERE.glob("*.md"), *HERE.glob("[!.]*/*.md")]:
         assert not left_as_text(path.read_text("utf-8")), path
+    for cell in nbformat.read(HERE / "docs" / "ddpm.ipynb", 4).cells:
+        assert cell.cell_type == "code" or not left_as_text(cell.source)
 
 
 @pytest.fixture
