@@ -121,6 +121,10 @@ class Diffusion:
 
     # ------------------------------------------------------------------------ training, Algorithm 1
 
+    def draw_t(self, n, device=None):
+        """Draw n times from the uniform distribution over 0..T-1. Int64 (n,)."""
+        return torch.randint(self.T, (n,), device=device)
+
     def squared_error(self, model, x0, t, noise):
         """Return the squared error of the predicted noise, (B, C, H, W), at t (B,).
 
@@ -136,7 +140,7 @@ class Diffusion:
         It is the mean over the dimensions; (14) has the sum. t (B,) and noise (B, C, H, W)
         are drawn unless given.
         """
-        t = torch.randint(self.T, (len(x0),), device=x0.device) if t is None else t
+        t = self.draw_t(len(x0), x0.device) if t is None else t
         noise = torch.randn_like(x0) if noise is None else noise
         return self.squared_error(model, x0, t, noise).mean()
 

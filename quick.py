@@ -69,22 +69,22 @@ class WeightedDiffusion(Diffusion):
     """A Diffusion whose loss is the squared error of v, at t with a density that is not uniform.
 
     The density is proportional to sqrt(abar_t) min(1, 5 / SNR_t), where SNR_t = abar_t /
-    (1 - abar_t). The squared error of v is the squared error of eps, divided by abar_t. `times` has
-    T quantiles of the density, int64 (T,): if t is uniform, times[t] has the density, to 1 / T.
+    (1 - abar_t). So the loss has, on average, the weights min(1, 5 / SNR_t) / sqrt(abar_t) on the
+    squared error of eps, up to a factor.
     """
 
-    def __init__(self, betas, variance="large"):
-        super().__init__(betas, variance)
+    def draw_t(self, n, device=None):
+        """Draw n times, one in each n-th of the density, in rising order. Int64 (n,)."""
         snr = self.alphas_bar / (1 - self.alphas_bar)
-        share = (self.sqrt_alphas_bar * (5 / snr).clamp(max=1)).cumsum(0)
-        middles = (torch.arange(self.T) + 0.5) / self.T
-        self.times = torch.searchsorted(share / share[-1], middles.double())
+        shares = (self.sqrt_alphas_bar * (5 / snr).clamp(max=1)).cumsum(0)
+        shares = (shares / shares[-1]).float()  # the distribution function, whose last value is 1
+        u = (torch.arange(n, device=device) + torch.rand(n, device=device)) / n
+        return torch.searchsorted(shares.to(u.device, non_blocking=u.is_cuda), u)
 
     def loss(self, model, x0, t=None, noise=None):
-        """Return the loss, a scalar. t: uniform in 0..T-1, (B,); the network is given times[t]."""
-        t = torch.randint(self.T, (len(x0),), device=x0.device) if t is None else t
+        """Return the mean squared error of v, which is that of eps, divided by abar_t; a scalar."""
+        t = self.draw_t(len(x0), x0.device) if t is None else t
         noise = torch.randn_like(x0) if noise is None else noise
-        t = self.times.to(t.device, non_blocking=t.is_cuda)[t]
         error = self.squared_error(model, x0, t, noise)
         return (error / look_up(self.alphas_bar, t, error)).mean()
 
@@ -96,18 +96,13 @@ def orthogonalize(G):
     """Return approximately U V^T for a matrix G = U S V^T (m, n).
 
     Each of the five iterations applies p(s) = 3.4445 s - 4.775 s^3 + 2.0315 s^5 to the singular
-    values. Together they map every s from 0.002 to 1 to a value between 0.68 and 1.21. The product
-    Q of the iterations is computed from X X^T, which is small if X is wide.
+    values. Together they map every s from 0.002 to 1 to a value between 0.68 and 1.21.
     """
-    if len(G) > G.shape[1]:
-        return orthogonalize(G.mT).mT
     X = G / (G.norm() + 1e-7)
-    identity = torch.eye(len(X), dtype=X.dtype, device=X.device)
-    A, Q = X @ X.mT, identity  # Q X is the result so far, and A is Q X (Q X)^T
     for _ in range(5):
-        P = 3.4445 * identity + (2.0315 * A - 4.775 * identity) @ A
-        A, Q = P @ A @ P, P @ Q
-    return Q @ X
+        A = X @ X.mT
+        X = 3.4445 * X + (2.0315 * A @ A - 4.775 * A) @ X
+    return X
 
 
 def hidden_weights(model):
@@ -144,6 +139,6 @@ class Muon(torch.optim.Adam):
         for weight in self.hidden:
             average = self.state[weight]["exp_avg"].lerp_(weight.grad, 1 - self.momentum)
             step = orthogonalize(weight.grad.lerp(average, self.momentum).flatten(1))
-            weight -= 0.2 * lr * max(step.shape) ** 0.5 * step.reshape(weight.shape)
+            weight -= 0.2 * lr * max(step.shape) ** 0.5 * step.view_as(weight)
             weight.grad = None  # so that Adam skips this weight
         super().step()

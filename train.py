@@ -85,7 +85,7 @@ def algorithm_1(network, ema, optimizer, diffusion, data, s, start=0):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(k, s)
         loss_sum = 0
-        for i, (x0, t, noise, y) in enumerate(draw_batch(data, diffusion.T, k, s, device)):
+        for i, (x0, t, noise, y) in enumerate(draw_batch(data, diffusion, k, s, device)):
             model = partial(network, y=y)  # eps_theta(x_t, t), given the classes
             # Like DDP's no_sync(): average the gradients only once, after the last micro-batch.
             network.require_backward_grad_sync = i == s.accumulate - 1
@@ -100,7 +100,7 @@ def algorithm_1(network, ema, optimizer, diffusion, data, s, start=0):
         yield loss_sum, norm
 
 
-def draw_batch(data, T, k, s, device):
+def draw_batch(data, diffusion, k, s, device):
     """Yield (x0, t, noise, y) for each micro-batch of batch k that this process computes.
 
     The seed and k alone determine the batch, so that no state of a generator has to be saved. Each
@@ -111,7 +111,7 @@ def draw_batch(data, T, k, s, device):
     set_seed(device, s.seed, k, 0)
     index = torch.randint(len(data.images), (s.batch,), device=home)
     flip = torch.rand(s.batch, 1, 1, 1, device=device) < (0.5 if s.flip else 0)
-    t = torch.randint(T, (s.batch,), device=device)
+    t = diffusion.draw_t(s.batch, device)
     noise = torch.randn(s.batch, *data.images.shape[1:], device=device)
     if data.names:  # drop a tenth of the labels, because guidance also needs eps without a class
         drop = torch.rand(s.batch, device=home) < 0.1
