@@ -148,8 +148,8 @@ def test_copied_files_suffice(what, tmp_path):
     """Try each row of the README's table in an empty folder."""
     rows = re.findall(r"^\| ([^|]*) \| ([^|]*) \|", section(README, "Copy what you need"), re.M)
     files = {goal.split(",")[0]: re.findall(r"`([\w.]+)`", names) for goal, names in rows[2:]}
-    assert {*files} == {*COPIES, "drawing", "the whole path"}  # test_sample.py, test_minimal.py
-    assert files["drawing"] == ["sample.py", "model.onnx"]
+    assert {*files} == {*COPIES, "sampling", "the whole path"}  # test_sample.py, test_minimal.py
+    assert files["sampling"] == ["sample.py", "model.onnx"]
     (tmp_path / "images").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "0.png")
     for words in COPIES[what]:
@@ -161,18 +161,22 @@ def test_copied_files_suffice(what, tmp_path):
 
 
 @pytest.mark.slow
-def test_commands_of_the_readme_run_in_their_order(run, exported, image_folder, tmp_path):
-    """Paste them, with few steps: the demo and two runs do not get in each other's way."""
+def test_commands_of_the_readme_run_in_their_order(
+    run, exported, image_folder, class_folder, tmp_path
+):
+    """Paste them, with few steps: the demo and three runs do not get in each other's way."""
     shutil.copytree(image_folder, tmp_path / "images")
-    for name in "docs/paper.onnx", "page/emoji.onnx":
+    shutil.copytree(class_folder, tmp_path / "emoji")
+    for name in "docs/paper.onnx", "page/fashion-mnist.onnx":
         (tmp_path / name).parent.mkdir()
         shutil.copy(HERE / name, tmp_path / name)
-    commands = re.findall(r"python (?:train|export|sample)\.py[^`\n&]*", README)
-    assert len(commands) == 11
+    commands = re.findall(r"python (?:train|export|sample)\.py[^`\n#]*", README)
+    assert len(commands) == 10
     for _, program, *words in map(str.split, commands):
         run(program, *words, *FEW.get(program, "").split(), cwd=tmp_path)
-    assert {p.parent.name for p in tmp_path.glob("*/checkpoint.pt")} == {"demo", "run", "run-paper"}
-    assert [shape for _, shape in exported] == [(3, 8, 8), (3, 32, 32), (3, 32, 32)]
+    runs = {"demo", "run", "run-emoji", "run-paper"}
+    assert {p.parent.name for p in tmp_path.glob("*/checkpoint.pt")} == runs
+    assert [shape for _, shape in exported] == 2 * [(3, 32, 32)]
 
 
 def test_lines_of_build_on_it_run(tmp_path, monkeypatch):
