@@ -12,7 +12,8 @@ const WAIT = 500; // milliseconds without a stroke, after which the drawing come
 const canvas = $("draw"), context = canvas.getContext("2d", { willReadFrequently: true });
 const show = captions("drawing");
 let shape = [3, 32, 32], gesture, pause;
-let colour = "#4a2f14", before; // of the pen, and where it was
+let colour = "#4a2f14"; // of the pen
+let before; // where the pen was, if it has drawn
 const drawing = new Passage(null, { steps: STEPS, scales: true, keepsData: true });
 
 /** Take the drawing as it is now. Nothing has come back from it. */
@@ -84,10 +85,16 @@ function draw() {
   if (!isBack && place) drawImages($("draw-noised"), x.subarray(0, x.length / ENDS), shape);
 }
 
-/** Make the section work, with a smiley of recorded.webp, if there is one. Returns its timeline. */
-export function startDrawing(recording) {
-  gesture = new Gesture("drawing", [drawing], draw, say, true);
-  Object.assign(gesture, { wait, useNetwork, letGo: () => gesture.place && gesture.sendBack() });
+/** Trace a smiley of recorded.webp, unless the reader has drawn something. */
+function trace(recording) {
+  if (!before) context.drawImage(recording, 96, 0, 32, 32, 0, 0, 32, 32);
+}
+
+/** Make the section work. Returns its timeline. */
+export function startDrawing() {
+  const letGo = () => gesture.place && gesture.sendBack();
+  gesture = new Gesture("drawing", [drawing],
+    { draw, say, stays: true, letGo, wait, useNetwork, trace });
   for (const pen of $("draw-pens").children) pen.style.background = pen.value;
   onChoice("draw-pens", (value) => { colour = value; });
   $("draw-clear").onclick = clear;
@@ -101,6 +108,5 @@ export function startDrawing(recording) {
     release: () => { pause = setTimeout(comeBack, WAIT); },
   });
   clear();
-  if (recording) context.drawImage(recording, 96, 0, 32, 32, 0, 0, 32, 32);
   return gesture;
 }

@@ -66,7 +66,7 @@ function draw() {
 
 /** Make the section work. Returns its timeline. */
 export function startImages() {
-  gesture = Object.assign(new Gesture("images", [pictures], draw, say), { wait, useNetwork });
+  gesture = new Gesture("images", [pictures], { draw, say, wait, useNetwork });
   wait();
   let before;
   curtain.onpointerdown = () => { before = curtain.value; };
