@@ -36,10 +36,7 @@ function paint({ offsetX, offsetY }) {
   const scale = canvas.width / canvas.clientWidth, [x, y] = [scale * offsetX, scale * offsetY];
   context.strokeStyle = shape[0] === 1 ? "#b4b4b4" : colour;
   Object.assign(context, { lineCap: "round", lineWidth: canvas.width / 11 });
-  context.beginPath();
-  context.moveTo(...before ?? [x, y]);
-  context.lineTo(x + 0.01, y);
-  context.stroke();
+  context.stroke(new Path2D(`M${before ?? [x, y]}L${[x + 0.01, y]}`));
   before = [x, y];
   restart();
 }
@@ -85,16 +82,12 @@ function draw() {
   if (!isBack && place) drawImages($("draw-noised"), x.subarray(0, x.length / ENDS), shape);
 }
 
-/** Trace a smiley of recorded.webp, unless the reader has drawn something. */
-function trace(recording) {
-  if (!before) context.drawImage(recording, 96, 0, 32, 32, 0, 0, 32, 32);
-}
-
-/** Make the section work. Returns its timeline. */
+/** Make the section work. Returns its timeline; `trace` draws a smiley of recorded.webp. */
 export function startDrawing() {
   const letGo = () => gesture.place && gesture.sendBack();
-  gesture = new Gesture("drawing", [drawing],
-    { draw, say, stays: true, letGo, wait, useNetwork, trace });
+  const trace = (recording) => before || context.drawImage(recording, 96, 0, 32, 32, 0, 0, 32, 32);
+  const its = { draw, say, stays: true, letGo, wait, useNetwork, trace };
+  gesture = new Gesture("drawing", [drawing], its);
   for (const pen of $("draw-pens").children) pen.style.background = pen.value;
   onChoice("draw-pens", (value) => { colour = value; });
   $("draw-clear").onclick = clear;

@@ -38,8 +38,8 @@ function recorded(place) {
 /** Let the network draw, in each place what the recording has there. */
 function useNetwork(network) {
   const kindOf = (_, k) => network.kinds[(k + Math.floor(k / 6) + 1) % 3];
-  pictures.use(guided(network, Array.from({ length: COUNT }, kindOf), GUIDANCE),
-    { keepsData: false });
+  const eps = guided(network, Array.from({ length: COUNT }, kindOf), GUIDANCE);
+  pictures.use(eps, { keepsData: false });
   gesture.render();
 }
 
@@ -51,12 +51,11 @@ function fail({ message }) {
 }
 
 function say() {
-  const { place, isBack, move, fault } = gesture, { x0, isWaiting, eps } = pictures;
+  const { place, isBack, move, fault } = gesture, { x0, isWaiting } = pictures;
   $("scene-play").textContent = move ? "Stop" : place ? "Remove the noise" : "Play";
   if (isWaiting || !(x0 || isBack)) return show(fault ? "fault" : "wait", { text: fault });
   if (!isBack) return show(!place ? "clean" : place < 1 ? "noising" : "noise");
-  if (place) return show(eps ? "back" : "recorded");
-  return show("new");
+  return show(place ? "back" : "new");
 }
 
 function draw() {

@@ -63,12 +63,9 @@ function arcs() {
 }
 
 /** Points [x, y] = at(u) of a curve, for u from 0 to 1. */
-function curve(at) {
-  return Float32Array.from(Array.from({ length: COUNT }, (_, k) => at(k / COUNT)).flat());
-}
-
-const circle = (angle, radius, y = 0) =>
-  [radius * Math.cos(angle), y + radius * Math.sin(angle)];
+const curve = (at) =>
+  Float32Array.from(Array.from({ length: COUNT }, (_, k) => at(k / COUNT)).flat());
+const circle = (angle, radius) => [radius * Math.cos(angle), radius * Math.sin(angle)];
 
 export const DATA = arcs();
 export const SHAPES = {
@@ -77,7 +74,6 @@ export const SHAPES = {
   face: curve((u) => { // its outline, mouth and eyes
     if (u < 0.6) return circle((2 * Math.PI * u) / 0.6, 0.95);
     if (u < 0.8) return circle(Math.PI * (1.15 + 3.5 * (u - 0.6)), 0.5);
-    const [x, y] = circle(20 * Math.PI * u, 0.06, 0.3);
-    return [x + (u < 0.9 ? -0.35 : 0.35), y];
+    return [u < 0.9 ? -0.35 : 0.35, 0.2 + 2 * (u % 0.1)];
   }),
 };

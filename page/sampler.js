@@ -1,5 +1,5 @@
-// The forward process of ddpm.py; Algorithm 2, DDIM and the guidance of sample.py. Numbers in brackets are
-// equations of the paper, arXiv:2006.11239. t counts 0..T-1, as in ddpm.py, and the paper from 1.
+// The forward process of ddpm.py; Algorithm 2, DDIM and the guidance of sample.py. Numbers in
+// brackets are equations of the paper, arXiv:2006.11239. t counts 0..T-1, and the paper from 1.
 // Images are Float32Array in [-1, 1], in the order (B, C, H, W).
 
 /** The running products abar_t of alpha_t = 1 - beta_t. */
@@ -40,9 +40,9 @@ function after(x, x0, t, s, abars, z) {
 
 /** The loop of sample.py, as an async generator: yields {t, s, x, x0, end} of each of `steps` steps
  * from t = T-1 down to s. x is x_t, at first xT, and end x_s; x0 is the estimate of the images,
- * clipped to [-1, 1] if `clip`, and the last one is the sample. eps(x, t) returns the noise in x, or
- * a promise of it. To start at an x_t, pass it as xT, with betas.slice(0, t + 1).
- * noise(n): n fresh normal numbers for each step of Algorithm 2; without it, the sampler is DDIM. */
+ * clipped to [-1, 1] if `clip`, and the last one is the sample. eps(x, t) returns the noise in x,
+ * or a promise of it. To start at an x_t, pass it as xT, with betas.slice(0, t + 1).
+ * noise(n): n fresh normal numbers for each step of Algorithm 2; without it, it is DDIM. */
 export async function* reverse(eps, xT, betas, steps, { clip = true, noise } = {}) {
   const abars = alphasBar(betas), levels = levelsOf(betas.length, steps);
   let x = xT;

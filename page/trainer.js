@@ -51,15 +51,12 @@ const siluBackward = (x, dy) =>
 /** What the network reads of each point: x_t, sines of it, and the embedding of t. */
 function features(x, t) {
   const rows = new Float32Array(t.length * INPUTS);
-  x.forEach((value, k) => {
-    const at = (k >> 1) * INPUTS + (k % 2);
-    rows[at] = 4 * value;
-    WAVES.forEach((w, j) => {
-      rows[at + 2 + 2 * j] = Math.sin(w * value);
-      rows[at + 2 + 2 * (WAVES.length + j)] = Math.cos(w * value);
-    });
+  t.forEach((level, i) => {
+    const point = [x[2 * i], x[2 * i + 1]];
+    const waves = (f) => WAVES.flatMap((w) => point.map((value) => f(w * value)));
+    const row = [point.map((value) => 4 * value), waves(Math.sin), waves(Math.cos)];
+    rows.set([...row, EMBEDDING[level]].flat(), i * INPUTS);
   });
-  t.forEach((level, i) => rows.set(EMBEDDING[level], (i + 1) * INPUTS - 2 * HALF));
   return rows;
 }
 
