@@ -43,7 +43,7 @@ class Scene extends Passage {
     }
     if (this.steps) this.drawWays(place, follows);
     this.drawPoints(x, alpha);
-    if (follows && place) this.drawOrigins(point, originsOf(x, level), shrunk);
+    if (follows && place) this.drawOrigins(point, signal, shrunk);
     if (follows) plane.drawDots(this.view, point, 6 * this.small, colours.page);
     if (follows) plane.drawDots(this.view, point, 4.8 * this.small, colours.ink);
   }
@@ -68,8 +68,9 @@ class Scene extends Passage {
   }
 
   /** Draw lines from a point to the data it may have come from, and a ring at their mean. */
-  drawOrigins(point, weights, shrunk) {
-    const { view, small } = this, largest = Math.max(...weights);
+  drawOrigins(point, signal, shrunk) {
+    const { view, small } = this, weights = posterior(...point, signal ** 2, DATA, STD);
+    const largest = Math.max(...weights);
     const meanOf = (i) => weights.reduce((sum, weight, m) => sum + weight * shrunk[2 * m + i], 0);
     const mean = [meanOf(0), meanOf(1)];
     weights.forEach((weight, m) => {
@@ -84,9 +85,6 @@ class Scene extends Passage {
   }
 }
 
-/** The probabilities of the origins of the chosen point. */
-const originsOf = (x, level) => posterior(...pointOf(x, chosen), partsAt(level)[0] ** 2, DATA, STD);
-
 function draw() {
   const { place, isBack } = gesture;
   large.draw(place, isBack ? 0.9 : 0.35, true); // the one dot is seen among the others
@@ -95,16 +93,12 @@ function draw() {
 }
 
 function say() {
-  const { place, isBack, hasCome } = gesture;
+  const { place, hasCome } = gesture;
   for (const { canvas, result } of scenes) {
     $(`${canvas.id}-miss`).textContent = hasCome ? `${missed(result, DATA)}% miss` : "";
   }
   if (hasCome) return show(large.options.isRandom ? "random" : "done");
-  if (!place) return show("clean");
-  const { x, level } = large.at(place), weights = originsOf(x, level);
-  // as many equally likely origins have the same entropy
-  const n = Math.round(Math.exp(weights.reduce((sum, w) => sum - (w && w * Math.log(w)), 0)));
-  return show("noising", { some: n > 0.9 * N ? "almost any" : n > 1 ? `about ${n}` : "only one" });
+  return show(place ? "noising" : "clean");
 }
 
 /** Choose the dot that is nearest to the pointer. */

@@ -12,9 +12,8 @@ export function follow(element, call, rootMargin = COVERED) {
   new IntersectionObserver(watch, { threshold: [0, 0.01, 0.4, 0.7], rootMargin }).observe(element);
 }
 
-/** Let a pointer act on an element, but no second finger. A finger that scrolls the page causes
- * `cancel`, by default the same as `release`. */
-export function onPointer(element, { press, drag, release, cancel = release }) {
+/** Let a pointer act on an element, but no second finger. */
+export function onPointer(element, { press, drag, release }) {
   element.onpointerdown = (event) => {
     if (!event.isPrimary) return;
     element.setPointerCapture(event.pointerId);
@@ -23,7 +22,7 @@ export function onPointer(element, { press, drag, release, cancel = release }) {
   const holds = ({ isPrimary, pointerId }) => isPrimary && element.hasPointerCapture(pointerId);
   element.onpointermove = (event) => holds(event) && drag(event);
   element.onpointerup = (event) => event.isPrimary && release(event);
-  element.onpointercancel = cancel;
+  element.onpointercancel = release; // the finger scrolls the page
 }
 
 /** Returns show(key, values), which shows a caption of a section, with values in the place of

@@ -69,9 +69,6 @@ function draw() {
 export function startImages() {
   gesture = new Gesture("images", [pictures], { draw, say, wait, useNetwork });
   wait();
-  let before;
-  curtain.onpointerdown = () => { before = curtain.value; };
-  curtain.onpointercancel = () => { curtain.value = before; gesture.render(); };
   curtain.oninput = () => gesture.render();
   onChoice("images-pills", (value) => {
     const opened = network;
