@@ -4,7 +4,7 @@ export const $ = (id) => document.getElementById(id);
 export const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
 export const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
-const COVERED = innerWidth < 960 ? "0px 0px -28%" : "0px"; // by captions, on a narrow screen
+const COVERED = innerWidth < 960 ? "0px 0px -28%" : "0px"; // a narrow screen has captions below
 
 /** Call call(share) whenever the share of an element that is in sight, from 0 to 1, has changed. */
 export function follow(element, call, rootMargin = COVERED) {
@@ -12,8 +12,8 @@ export function follow(element, call, rootMargin = COVERED) {
   new IntersectionObserver(watch, { threshold: [0, 0.01, 0.4, 0.7], rootMargin }).observe(element);
 }
 
-/** Let a pointer act on an element, but no second finger. The browser cancels what scrolls. */
-export function onPointer(element, { press, drag, release, cancel = release }) {
+/** Let a pointer act on an element, but no second finger. */
+export function onPointer(element, { press, drag, release }) {
   element.onpointerdown = (event) => {
     if (!event.isPrimary) return;
     element.setPointerCapture(event.pointerId);
@@ -22,7 +22,7 @@ export function onPointer(element, { press, drag, release, cancel = release }) {
   const holds = ({ isPrimary, pointerId }) => isPrimary && element.hasPointerCapture(pointerId);
   element.onpointermove = (event) => holds(event) && drag(event);
   element.onpointerup = (event) => event.isPrimary && release(event);
-  element.onpointercancel = cancel;
+  element.onpointercancel = release; // the finger scrolls the page
 }
 
 /** Returns show(key, values), which shows a caption of a section, with values in the place of
@@ -43,20 +43,25 @@ export function captions(name) {
   };
 }
 
-/** Let the buttons in an element choose one of their values. */
+/** Let the buttons in an element choose one of their values. Returns choose(value), which shows a
+ * choice without acting on it. */
 export function onChoice(id, chosen) {
   const buttons = [...$(id).querySelectorAll("button")];
+  const choose = (value) => {
+    for (const button of buttons) button.ariaPressed = String(button.value === value);
+  };
   for (const button of buttons) {
     button.onclick = () => {
-      for (const other of buttons) other.ariaPressed = String(other === button);
+      choose(button.value);
       chosen(button.value);
     };
   }
+  return choose;
 }
 
-let waiting; // what announces the text
+let waiting; // the timer of what is to be said
 
-/** Say something to those who do not see it: the last of what is said within a second. */
+/** Say something to screen readers; of several texts within a second, only the last one. */
 export function announce(text) {
   clearTimeout(waiting);
   waiting = setTimeout(() => { $("live").textContent = text; }, 1000);

@@ -12,7 +12,8 @@ const WAIT = 500; // milliseconds without a stroke, after which the drawing come
 const canvas = $("draw"), context = canvas.getContext("2d", { willReadFrequently: true });
 const show = captions("drawing");
 let shape = [3, 32, 32], gesture, pause;
-let colour = "#4a2f14", before; // of the pen, and where it was
+let colour = "#4a2f14"; // of the pen
+let before; // where the pen was, if it has drawn
 const drawing = new Passage(null, { steps: STEPS, scales: true, keepsData: true });
 
 /** Take the drawing as it is now. Nothing has come back from it. */
@@ -35,10 +36,7 @@ function paint({ offsetX, offsetY }) {
   const scale = canvas.width / canvas.clientWidth, [x, y] = [scale * offsetX, scale * offsetY];
   context.strokeStyle = shape[0] === 1 ? "#b4b4b4" : colour;
   Object.assign(context, { lineCap: "round", lineWidth: canvas.width / 11 });
-  context.beginPath();
-  context.moveTo(...before ?? [x, y]);
-  context.lineTo(x + 0.01, y);
-  context.stroke();
+  context.stroke(new Path2D(`M${before ?? [x, y]}L${[x + 0.01, y]}`));
   before = [x, y];
   restart();
 }
@@ -84,10 +82,12 @@ function draw() {
   if (!isBack && place) drawImages($("draw-noised"), x.subarray(0, x.length / ENDS), shape);
 }
 
-/** Make the section work, with a smiley of recorded.webp, if there is one. Returns its timeline. */
-export function startDrawing(recording) {
-  gesture = new Gesture("drawing", [drawing], draw, say, true);
-  Object.assign(gesture, { wait, useNetwork, letGo: () => gesture.place && gesture.sendBack() });
+/** Make the section work. Returns its timeline; `trace` draws a smiley of recorded.webp. */
+export function startDrawing() {
+  const letGo = () => gesture.place && gesture.sendBack();
+  const trace = (recording) => before || context.drawImage(recording, 96, 0, 32, 32, 0, 0, 32, 32);
+  const its = { draw, say, stays: true, letGo, wait, useNetwork, trace };
+  gesture = new Gesture("drawing", [drawing], its);
   for (const pen of $("draw-pens").children) pen.style.background = pen.value;
   onChoice("draw-pens", (value) => { colour = value; });
   $("draw-clear").onclick = clear;
@@ -101,6 +101,5 @@ export function startDrawing(recording) {
     release: () => { pause = setTimeout(comeBack, WAIT); },
   });
   clear();
-  if (recording) context.drawImage(recording, 96, 0, 32, 32, 0, 0, 32, 32);
   return gesture;
 }

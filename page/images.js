@@ -40,7 +40,8 @@ async function ask() {
   if (isBack || !place || !pictures.x0 || own.isAsked || own.place === place) return;
   own.isAsked = true;
   const { x, level } = pictures.at(place), t = Math.max(0, Math.round(level));
-  const x0 = predictX0(x, await pictures.eps(x, t), pictures.abars[t], 1);
+  const eps = await pictures.eps(x, t).catch((error) => gesture.fail(error));
+  const x0 = eps ? predictX0(x, eps, pictures.abars[t], 1) : null;
   Object.assign(own, { x0, place, isAsked: false });
   gesture.render(); // and ask again, if the slider has moved
 }
@@ -66,11 +67,8 @@ function draw() {
 
 /** Make the section work. Returns its timeline. */
 export function startImages() {
-  gesture = Object.assign(new Gesture("images", [pictures], draw, say), { wait, useNetwork });
+  gesture = new Gesture("images", [pictures], { draw, say, wait, useNetwork });
   wait();
-  let before;
-  curtain.onpointerdown = () => { before = curtain.value; };
-  curtain.onpointercancel = () => { curtain.value = before; gesture.render(); };
   curtain.oninput = () => gesture.render();
   onChoice("images-pills", (value) => {
     const opened = network;

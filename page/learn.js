@@ -1,132 +1,189 @@
-// Section 2: a network learns the arrows of the points. This is Algorithm 1, watched.
+// Section 2: a network learns the arrows of dots, which the reader may draw. This is Algorithm 1.
 
-import { $, captions, pause, still } from "./common.js";
+import { $, captions, onChoice, onPointer, still } from "./common.js";
 import * as plane from "./plane.js";
-import { DATA, MISS, STD, exactEps, missed } from "./points.js";
-import { ABAR, BETAS, noiseOf, partsAt, reverse, uniform } from "./sampler.js";
+import { MISS, SHAPES, STD, exactEps, missed, nearest } from "./points.js";
+import { ABAR, BETAS, T, noiseOf, normal, partsAt, reverse, stateAt, uniform } from "./sampler.js";
 import { Timeline } from "./timeline.js";
 import { Trainer, draw, epsOf } from "./trainer.js";
 
 const { colours } = plane;
-const BATCH = 128, SAMPLES = 64, STEPS = 3000;
-const LAST = 20; // the index of the last weights that are saved, which takes a tenth of the time
-const INDEX = 80; // of the level of the arrows
-const PACE = { first: 9000, next: 400 }; // milliseconds from one index to the next
-const SLICE = 10; // milliseconds of work at a time, so that nothing stalls
-const saved = []; // {steps, average, x0, misses}: x0 are samples
-const trainer = new Trainer(), random = uniform(1, 0), show = captions("learn");
-let timeline, trains = false, exact = []; // exact: eps at the places of the arrows
+const BATCH = 128, STEPS = 3000; // of the training on the same dots
+const EVERY = 150; // steps, samples are drawn, which takes less than a tenth of the time
+const SLICE = 30; // milliseconds of training in a frame, so that nothing stalls
+const NOISE = noiseOf(0, 48, 2); // where the samples begin
+const LOWEST = 80; // level of the arrows: with less noise, most point at the nearest dot
+const PHASE = 2500; // milliseconds of each phase of a step in slow motion
+const SPACING = 0.05, MOST = 500; // of the dots that the reader draws
+const random = uniform(1, 0), show = captions("learn");
+let data = SHAPES.arcs, trainer = new Trainer();
+let samples = { eps: null, misses: "–" }; // {eps, way, misses, steps, isNew} of a network
+let slow = null; // a training step in slow motion
+let pen = null; // where the reader draws
+let timeline, view;
 
-/** After how many steps of training the weights of an index are saved. */
-const stepsAt = (i) => Math.ceil(STEPS * (i / LAST) ** 2);
-const trained = () => Math.max(0, saved.length - 1) / LAST; // the place until which it is trained
-const at = () => timeline.place * LAST; // between the indices of two saved weights
-const shown = () =>
-  saved[Math.floor(at())] ?? { steps: 0, average: trainer.average, x0: new Float32Array() };
-/** The first index shows one example of a training step: how much of it, or 0 before and after. */
-const partOf = () => (at() < 1 ? at() : 0);
-const mix = (a, b, share) => a.map((value, k) => value + share * (b[k] - value));
+const newBatch = () => draw(data, STD, BATCH, random);
 
-/** Train while the section is seen. */
-async function train() {
-  if (trains) return;
-  trains = true;
-  while (timeline.seen && saved.length <= LAST) {
-    const end = performance.now() + SLICE, next = stepsAt(saved.length);
-    while (trainer.steps < next && performance.now() < end) {
-      trainer.step(draw(DATA, STD, BATCH, random));
-    }
-    if (trainer.steps === next) await save();
-    await pause(0);
-  }
-  trains = false;
-}
-
-/** Save the weights, and what they draw, always from the same noise. */
-async function save() {
-  const average = trainer.average.map((p) => p.slice()), xT = noiseOf(0, SAMPLES, 2);
-  let last;
-  for await (last of reverse((x, t) => epsOf(average, x, t), xT, BETAS, 50, false)) {
-    if (last.t % 5 === 4) await pause(0);
-  }
-  const { x0 } = last, misses = `${missed(x0, DATA)}%`;
-  saved.push({ steps: trainer.steps, average, x0, misses });
+/** Let dots follow the arrows of the network as it is now. */
+async function sample() {
+  const { steps } = trainer, average = trainer.average.map((p) => p.slice()), way = [];
+  const eps = (x, t) => epsOf(average, x, t);
+  for await (const step of reverse(eps, NOISE, BETAS, 50, { clip: false })) way.push(step);
+  const misses = data.length ? `${missed(way.at(-1).x0, data)}%` : "–";
+  samples = { eps, way, misses, steps, isNew: !average[4].some(Boolean) }; // see `untrained`
   timeline.render();
 }
 
-/** Move on: slowly in the first step, and not beyond what is trained. */
-function training(passed) {
-  const pace = at() < 1 ? PACE.first : PACE.next;
-  timeline.place = Math.min(timeline.place + passed / pace / LAST, trained());
-  if (timeline.place === 1) timeline.state = "idle";
-}
-
-/** Move to a place, or as far as it is trained. */
-function moveTo(place) {
-  timeline.place = Math.min(place, trained());
-  timeline.render();
+/** Train for a part of a frame. */
+function training() {
+  const end = performance.now() + SLICE;
+  do trainer.step(newBatch());
+  while (trainer.steps % EVERY && performance.now() < end);
+  if (trainer.steps % EVERY) return;
+  if (trainer.steps >= STEPS) timeline.stop();
+  sample();
 }
 
 function play() {
-  if (timeline.place === 1) timeline.place = 0;
-  timeline.go("training");
+  const isOn = timeline.move;
+  stop();
+  if (isOn || !data.length) return;
+  if (trainer.steps >= STEPS) trainer = new Trainer();
+  timeline.go(training);
+}
+
+/** Stop what goes on. A step in slow motion has moved the slider. */
+function stop() {
+  if (slow) timeline.place = 0;
+  slow = null;
+  timeline.stop();
+}
+
+/** Learn other dots, from what the network has learnt before. */
+function learn(dots) {
+  stop();
+  data = dots;
+  trainer = new Trainer(trainer.parameters);
+  sample();
+  if (data.length) timeline.go(training);
+}
+
+/** Take one training step in slow motion: the first dot x0 of its batch is shown, its noise, and
+ * what the network predicts. next: what moves after it. */
+function slowDown(next) {
+  stop();
+  if (!data.length) return;
+  let batch, t, noise;
+  do {
+    batch = newBatch();
+    [t, noise] = [batch.t[0], batch.noise.slice(0, 2)];
+  } while (t < 100 || Math.hypot(...noise) > 1.2); // its noise can be seen, and is in the view
+  const [signal, spread] = partsAt(t), x0 = batch.x0.slice(0, 2);
+  const xt = x0.map((value, i) => signal * value + spread * noise[i]); // (4)
+  const eps = epsOf(trainer.parameters, xt, t), guess = xt.map((its, i) => its - spread * eps[i]);
+  slow = { batch, t, x0, xt, guess, next, phase: 0 };
+  timeline.hold(PHASE, showNext);
+}
+
+/** Show the next phase: 0 the dot, 1 its level, 2 the noise, 3 the prediction, 4 the correction. */
+function showNext() {
+  const { t, batch, next } = slow;
+  timeline.place = Math.sqrt((t + 1) / T);
+  if (++slow.phase < 5) return timeline.hold(PHASE, showNext);
+  stop();
+  trainer.step(batch);
+  sample();
+  timeline.go(next);
+}
+
+/** Add dots on the way of the pointer, at the beginning one. */
+function addDots(event) {
+  const end = view.place(event), start = pen ?? end;
+  const length = Math.hypot(end[0] - start[0], end[1] - start[1]);
+  const count = pen ? Math.floor(length / SPACING) : 1;
+  if (!count) return;
+  const dots = Array.from({ length: count }, (_, k) => end.map((value, i) =>
+    start[i] + ((value - start[i]) * (k + 1)) / count + STD * normal(random)));
+  data = Float32Array.from([...data, ...dots.flat()]).slice(-2 * MOST);
+  pen = end;
+  timeline.render();
 }
 
 function say() {
-  const { steps, misses = "–" } = shown(), part = partOf(), { state, place } = timeline;
-  const phase = part < 0.35 ? "noise" : part < 0.65 ? "guess" : "correct";
-  $("learn-play").textContent = state !== "idle" ? "❚❚" : "►";
-  $("learn-play").ariaLabel = state !== "idle" ? "Pause" : place === 1 ? "Play again" : "Play";
-  $("learn-place").ariaValueText = `training step ${steps}`;
-  $("learn-place").style.setProperty("--from", trained()); // a mark
+  const { steps, misses, isNew = true } = samples, level = Math.round(T * timeline.place ** 2);
+  const isTrained = trainer.steps >= STEPS;
+  $("learn-play").textContent = timeline.move ? "❚❚" : "►";
+  $("learn-play").ariaLabel = timeline.move ? "Pause" : isTrained ? "Train again" : "Train";
+  $("learn-place").ariaValueText = `level ${level}`;
   $("learn-misses").textContent = misses;
-  const stage = !steps ? "none" : steps < STEPS ? "some" : "done";
-  return `${show(part ? phase : stage, { steps })} ${misses} of the dots miss the arcs.`;
+  const markStep = (item, k) => { item.ariaCurrent = slow?.phase === k ? "step" : null; };
+  [...$("learn-steps").children].forEach(markStep);
+  const stage = isNew ? "none" : steps < STEPS ? "some" : "done";
+  const key = slow ? "slow" : !data.length ? "empty" : level ? "level" : stage;
+  return `${show(key, { steps, level })} ${misses} of the dots miss the data.`;
 }
 
-/** The true arrows, and over them those of the network, where there are noisy points to practise
- * on; and the points that followed them, on their way to those of the next network. */
+/** The data, with the arrows and the samples at the level of the slider. */
 function drawStage() {
-  const view = plane.clear($("learn-plane"), 1.25), part = partOf(), now = shown();
-  const rows = view.height < 300 ? 9 : 11, cell = view.height / rows;
-  const places = plane.grid(view, rows);
-  const far = (k) => Math.hypot(places[2 * k] / 1.4, places[2 * k + 1]); // from the arcs
-  const alpha = (k) => (part ? 0.3 : 1) * Math.max(0, Math.min(1, 2 - 1.5 * far(k)));
-  if (exact.length !== places.length) exact = exactEps(places, ABAR[INDEX], DATA, STD);
-  const eps = epsOf(now.average, places, INDEX);
-  for (const share of [1, 0.8, 0.6, 0.4]) { // the arcs, beyond which a dot misses them
-    plane.drawDots(view, DATA, share * MISS * view.unit, colours.data, 0.14);
+  const level = T * timeline.place ** 2 - 1, [signal] = partsAt(level);
+  view = plane.clear($("learn-plane"), 1.25);
+  const shrunk = data.map((value) => signal * value);
+  for (const share of [1, 0.8, 0.6, 0.4]) { // a dot misses them outside this glow
+    plane.drawDots(view, shrunk, share * MISS * signal * view.unit, colours.data, 0.14);
   }
-  for (const [its, colour, width] of [[exact, colours.arrow, 5], [eps, colours.lit, 2]]) {
-    plane.drawArrows(view, places, its.map((value) => -value), colour, cell, width, alpha);
-  }
-  const next = saved[Math.floor(at()) + 1] ?? now;
-  plane.drawDots(view, mix(now.x0, next.x0, at() % 1), 2.8, colours.other, part ? 0.15 : 0.9);
-  if (part) drawExample(view, part);
+  if (slow) return drawStep(slow, signal);
+  if (pen || !samples.eps) return;
+  if (data.length) drawArrows(Math.max(LOWEST, Math.round(level)), shrunk);
+  plane.drawDots(view, stateAt(samples.way, level).x, 2.8, colours.other, 0.9);
 }
 
-/** A clean dot, its noise, the guess of the first network, and the correction, one by one. */
-function drawExample(view, part) {
-  const until = (from, to) => Math.min(1, Math.max(0, (part - from) / (to - from)));
-  const [signal, spread] = partsAt(INDEX), x0 = DATA.slice(0, 2).map((value) => signal * value);
-  const xt = x0.map((value, k) => value + spread * [1.2, -1.2][k]);
-  const eps = epsOf(saved[0].average, xt, INDEX);
-  const guess = xt.map((value, k) => value - spread * eps[k]);
-  const noisy = mix(x0, xt, until(0.1, 0.3)), ring = mix(guess, x0, 0.3 * until(0.8, 0.95));
-  plane.drawLine(view, [x0, noisy], colours.dim, 2.5);
-  plane.drawDots(view, noisy, 7, colours.ink);
-  plane.drawDots(view, x0, 7, colours.data);
-  const end = mix(guess, x0, until(0.65, 0.8)); // of the arrow that corrects
-  if (part > 0.65) plane.drawArrow(view, guess, end, colours.data, 3, 12);
-  if (part > 0.4) plane.drawRing(view, ring, 10, colours.lit, 3.5);
+/** The phases of a step in slow motion until now. signal: by which the level shrinks the data. */
+function drawStep({ phase, x0, xt, guess }, signal) {
+  const clean = x0.map((value) => signal * value), small = Math.min(1, view.height / 400);
+  if (phase > 1) plane.drawLine(view, [clean, xt], colours.dim, 3 * small);
+  if (phase > 1) plane.drawDots(view, xt, 7 * small, colours.ink);
+  plane.drawDots(view, clean, 7 * small, colours.data);
+  if (phase > 2) plane.drawArrow(view, xt, guess, colours.lit, 3 * small, 12 * small);
+  if (phase > 2) plane.drawRing(view, guess, 10 * small, colours.lit, 3.5 * small);
+  if (phase > 3) plane.drawArrow(view, guess, clean, colours.data, 3 * small, 12 * small);
+}
+
+/** The true arrows, and over them those of the network. They fade where noise of this level hardly
+ * ever moves a dot. shrunk: the data at this level. */
+function drawArrows(level, shrunk) {
+  const places = plane.grid(view, view.height < 300 ? 9 : 11), [, spread] = partsAt(level);
+  const alphas = Array.from({ length: places.length / 2 }, (_, k) =>
+    2 - nearest(places[2 * k], places[2 * k + 1], shrunk).distance / 2 / spread);
+  const fields = [[exactEps(places, ABAR[level], data, STD), colours.arrow, 5],
+    [samples.eps(places, level), colours.lit, 2]];
+  for (const [eps, colour, width] of fields) {
+    plane.drawField(view, places, eps, colour, 1, width, (k) => alphas[k]);
+  }
 }
 
 /** Make the section work. Returns its timeline. */
 export function startLearning() {
-  const its = { training, moveTo, whenSeen: train };
-  timeline = Object.assign(new Timeline("learn", drawStage, say), its);
-  $("learn-play").onclick = () => (timeline.state === "idle" ? play() : timeline.stop());
-  if (!still) timeline.hold(0, play, 0.7);
+  const whenSeen = () => timeline.seen && !samples.eps && sample();
+  timeline = new Timeline("learn", { draw: drawStage, say, whenSeen, goesOn: true });
+  const choose = onChoice("learn-shapes", (shape) => learn(SHAPES[shape] ?? new Float32Array()));
+  onPointer($("learn-plane"), {
+    press(event) {
+      stop();
+      choose(null);
+      addDots(event);
+    },
+    drag: addDots,
+    release() {
+      pen = null;
+      learn(data);
+    },
+  });
+  $("learn-play").onclick = play;
+  $("learn-step").onclick = () => {
+    timeline.stage.scrollIntoView({ block: "nearest" });
+    slowDown(null);
+  };
+  if (!still) timeline.hold(0, () => slowDown(training), 0.7);
   timeline.render();
   return timeline;
 }

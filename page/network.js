@@ -1,15 +1,15 @@
-// eps_theta(x_t, t) from a model.onnx by export.py, computed by ONNX Runtime in a worker.
+// eps_theta(x_t, t) from a model.onnx by export.py, which worker.js computes.
 // Images are Float32Array, in the order (B, C, H, W).
 
 const RUNTIME = "onnxruntime-web@1.30.0";
 // Where it is: beside the page, for use without a connection, or else on jsDelivr.
-const RUNTIMES = ["node_modules/onnxruntime-web", `https://cdn.jsdelivr.net/npm/${RUNTIME}`]
+const FOLDERS = ["node_modules/onnxruntime-web", `https://cdn.jsdelivr.net/npm/${RUNTIME}`]
   .map((folder) => new URL(`${folder}/dist/`, import.meta.url).href);
 const FILES = { clothes: "fashion-mnist.onnx", emoji: "emoji.onnx" };
 const KINDS = { emoji: ["smileys", "people", "flags"] }; // the classes that are drawn
 const LOST = "The network could not be loaded. Connect to the internet, and reload the page. "
   + "The opening and sections 1 and 2 work offline.";
-const opened = {}; // promises
+const opened = {}; // promises of the included networks
 
 /** What the file says about itself: the JSON value of a key in its metadata_props, or a default.
  * In a protobuf, a string is a tag, its length in digits of 7 bits, and its bytes. */
@@ -33,11 +33,12 @@ function metadataOf(bytes) {
  * by default, y is "no class" for each image. close() frees the memory; what was asked before is
  * not answered any more. */
 export async function open(name, bytes) {
-  const worker = new Worker(import.meta.url, { type: "module" });
+  const worker = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
   const waiting = []; // [resolve, reject] of each question, in order
   worker.onmessage = ({ data }) => {
     const [resolve, reject] = waiting.shift();
-    return data.error ? reject(new Error(data.error)) : resolve(data);
+    if (data.error === undefined) resolve(data);
+    else reject(new Error(data.error || LOST));
   };
   worker.onerror = () => { // it could not be loaded
     for (const [, reject] of waiting.splice(0)) reject(new Error(LOST));
@@ -51,7 +52,8 @@ export async function open(name, bytes) {
   try {
     const read = metadataOf(bytes), betas = read("betas"), shape = read("image_shape");
     const classes = read("classes", []), values = read("eps_of_example", []);
-    const { device } = await ask({ bytes, shape, classes, T: betas.length, values });
+    const about = { shape, classes, T: betas.length, values };
+    const { device } = await ask({ bytes, folders: FOLDERS, ...about });
     const size = shape[0] * shape[1] * shape[2];
     return { name, betas, shape, classes, size, device, eps, close };
   } catch (error) {
@@ -72,59 +74,3 @@ async function download(name) {
 
 /** The network "clothes" or "emoji", opened when it is first needed. kinds: of classes to draw. */
 export const included = (name) => (opened[name] ??= download(name));
-
-// ---- in the worker
-
-let ort, session, shape, classes;
-
-/** Compare the eps of an example with the answer in the file, as sample.py does on CUDA. */
-async function check(T, values) {
-  const size = shape[0] * shape[1] * shape[2];
-  const x = Float32Array.from({ length: size }, (_, k) => Math.SQRT2 * Math.sin(k));
-  const answer = await eps({ x, t: Math.floor(T / 2) }), apart = Math.ceil(size / 64);
-  const wrong = Math.hypot(...values.map((value, k) => answer.eps[k * apart] - value));
-  const error = (100 * wrong) / Math.hypot(...values);
-  if (values.length && !(error < 5)) {
-    throw new Error(`it computes an eps that is wrong by ${error.toFixed(0)} %`);
-  }
-}
-
-async function start({ bytes, T, values, ...file }) {
-  ({ shape, classes } = file);
-  const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
-  const build = adapter ? "webgpu" : "wasm"; // that with WebGPU is twice as large
-  const load = (folder) => import(`${folder}ort.${build}.bundle.min.mjs`);
-  const lose = () => { throw new Error(LOST); };
-  ort = await load(RUNTIMES[0]).catch(() => load(RUNTIMES[1])).catch(lose);
-  ort.env.wasm.numThreads = self.crossOriginIsolated ? navigator.hardwareConcurrency : 1;
-  const create = async (provider) => {
-    const options = { executionProviders: [provider], logSeverityLevel: 4 }; // errors are thrown
-    session = await ort.InferenceSession.create(bytes, options);
-    await check(T, values);
-  };
-  const warn = (error) => console.warn(`WebGPU fails: ${error.message}`);
-  const isOnGpu = adapter && await create("webgpu").then(() => true, warn);
-  if (!isOnGpu) await create("wasm");
-  return { device: isOnGpu ? "WebGPU" : "WebAssembly" };
-}
-
-async function eps({ x, t, y }) {
-  const batch = x.length / (shape[0] * shape[1] * shape[2]);
-  const integers = (values) => new ort.Tensor("int64", BigInt64Array.from(values, BigInt), [batch]);
-  const x_t = new ort.Tensor("float32", x, [batch, ...shape]);
-  const feeds = { x_t, t: integers(Array(batch).fill(t)) };
-  if (classes.length) feeds.y = integers(y ?? Array(batch).fill(classes.length));
-  const results = await session.run(feeds), result = await results.eps.getData();
-  if (!result.every(Number.isFinite)) throw new Error(`eps is not finite at level ${t + 1}`);
-  return { eps: result.slice() }; // a copy, because the runtime may use its memory again
-}
-
-if (typeof WorkerGlobalScope !== "undefined" && self instanceof WorkerGlobalScope) {
-  self.onmessage = async ({ data }) => {
-    try {
-      self.postMessage(await (data.bytes ? start(data) : eps(data)));
-    } catch (error) {
-      self.postMessage({ error: String(error?.message ?? error) });
-    }
-  };
-}

@@ -38,8 +38,8 @@ function recorded(place) {
 /** Let the network draw, in each place what the recording has there. */
 function useNetwork(network) {
   const kindOf = (_, k) => network.kinds[(k + Math.floor(k / 6) + 1) % 3];
-  pictures.use(guided(network, Array.from({ length: COUNT }, kindOf), GUIDANCE),
-    { keepsData: false });
+  const eps = guided(network, Array.from({ length: COUNT }, kindOf), GUIDANCE);
+  pictures.use(eps, { keepsData: false });
   gesture.render();
 }
 
@@ -51,28 +51,29 @@ function fail({ message }) {
 }
 
 function say() {
-  const { place, isBack, state, fault } = gesture, { x0, isWaiting, eps } = pictures;
-  $("scene-play").textContent = state !== "idle" ? "Stop" : place ? "Remove the noise" : "Play";
+  const { place, isBack, move, fault } = gesture, { x0, isWaiting } = pictures;
+  $("scene-play").textContent = move ? "Stop" : place ? "Remove the noise" : "Play";
   if (isWaiting || !(x0 || isBack)) return show(fault ? "fault" : "wait", { text: fault });
   if (!isBack) return show(!place ? "clean" : place < 1 ? "noising" : "noise");
-  if (place) return show(eps ? "back" : "recorded");
-  return show("new");
+  return show(place ? "back" : "new");
+}
+
+function draw() {
+  const columns = innerWidth < 736 ? 4 : 6;
+  drawImages($("scene-pictures"), pictures.at(gesture.place).x, SHAPE, columns, 1);
 }
 
 /** Make the opening work, with noise if there is no recording. Returns its timeline. */
 export function startOpening(recording) {
   if (recording) rows = rowsOf(recording);
   pictures.begin(rows[0] ?? null, noiseOf(0, COUNT, SIZE));
-  gesture = new Gesture("scene", [pictures], () => {
-    const columns = innerWidth < 736 ? 4 : 6;
-    drawImages($("scene-pictures"), pictures.at(gesture.place).x, SHAPE, columns, 1);
-  }, say);
+  gesture = new Gesture("scene", [pictures], { draw, say, useNetwork, fail, repeats: !still });
+  gesture.fault = recording ? "" : UNSEEN;
   $("scene-play").onclick = () => {
-    if (gesture.state !== "idle") return gesture.stop();
+    if (gesture.move) return gesture.stop();
     gesture.stage.scrollIntoView({ block: "nearest" }); // only what is in sight moves
     gesture.letGo();
   };
-  Object.assign(gesture, { useNetwork, fail, repeats: !still, fault: recording ? "" : UNSEEN });
   gesture.moveTo(recording ? 0 : 1);
   if (!still) gesture.letGo();
   return gesture;

@@ -8,10 +8,10 @@ import { startLearning } from "./learn.js";
 import { included, open } from "./network.js";
 import { startOpening } from "./opening.js";
 
-const sections = {}; // their timelines
+const sections = {}; // the timeline of each
 let own = null; // the network of the reader
 
-/** Let a network draw in a section as soon as it is open, if no other one is wanted by then. */
+/** Let a network draw in a section as soon as it is open, unless another one is wanted by then. */
 async function select(name, key) {
   const section = sections[name];
   section.wanted = key;
@@ -47,14 +47,16 @@ async function openOwn(file) {
 
 /** Start the sections. None waits for a file that only others need. */
 async function begin() {
+  window.sections = sections; // for the tests
   const arrows = startArrows(), learning = startLearning(), images = startImages();
-  Object.assign(sections, { arrows, learning, images });
+  Object.assign(sections, { arrows, learning, images, drawing: startDrawing() });
   const load = (share) => share && !images.wanted && select("images", "clothes");
   follow($("images"), load, "100%"); // when it is less than a screen away
   const recording = await $("recording").decode().then(() => $("recording"), () => null);
-  const opening = startOpening(recording), drawing = startDrawing(recording);
-  window.sections = Object.assign(sections, { opening, drawing }); // for the tests, too
+  const opening = sections.opening = startOpening(recording), { drawing } = sections;
   included("emoji").then(opening.useNetwork, opening.fail);
+  if (drawing.wanted) return; // the reader's network is already there
+  if (recording) drawing.trace(recording);
   await select("drawing", "emoji");
 }
 

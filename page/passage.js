@@ -2,17 +2,18 @@
 // (the data) to 1 (the noise), tells how far it is.
 
 import { pause } from "./common.js";
-import { BETAS, alphasBar, between, levelsOf, noiseOf, partsAt, reverse } from "./sampler.js";
+import { BETAS, alphasBar, levelsOf, noiseOf, partsAt, reverse, stateAt } from "./sampler.js";
 
 export class Passage {
-  x0 = null; // with the noise, it makes x_t (4); without data, there is only the noise
+  x0 = null; // the data, or null: then x_t is noise until something has come back
   noise = null;
-  steps = null; // of the way back, from its beginning down: {t, x, x0}; the result has t = -1
+  steps = null; // those of the way back that are done; a last one with t = -1 has the result
 
-  /** eps(x, t): the network, or null while there is none. options: steps; scales, whether fewer are
-   * taken from less noise; betas; clip; keepsData, whether each round begins with the same data;
-   * recorded(place), what takes the place of eps on a way back from there, if anything does.
-   * changed(error), of its gesture, is called after each step, or when eps has failed. */
+  /** eps(x, t): the network, or null while there is none. options: steps, of a way back; scales,
+   * whether fewer are taken from less noise; isRandom, whether they are those of Algorithm 2;
+   * betas; clip; keepsData, whether each round begins with the same data; recorded(place), which
+   * gives what replaces eps on a way back from this place, if anything does. The gesture sets
+   * changed(error), which is called after each step, or when eps has failed. */
   constructor(eps, options) {
     this.use(eps, { betas: BETAS, ...options });
   }
@@ -61,15 +62,14 @@ export class Passage {
     return Math.min(this.from, Math.sqrt((level + 1) / this.abars.length) + 1e-6);
   }
 
-  /** {x, x0, level} at a place, x0 being the estimate. Between two steps, it moves as by DDIM. */
+  /** {x, x0, level} at a place; x0 is the data, or the estimate on the way back. */
   at(place) {
     const level = this.levelAt(place), { steps, abars, x0, noise, xT } = this;
     if (!steps && !x0) return { x: noise, x0: noise, level };
     const [signal, spread] = partsAt(level, abars);
     if (!steps) return { x: x0.map((it, k) => signal * it + spread * noise[k]), x0, level }; // (4)
     if (!steps.length) return { x: xT, x0: xT, level: this.levelAt(this.from) };
-    const step = steps.findLast(({ t }) => t >= level) ?? steps[0];
-    return { x: between(step, level, abars), x0: step.x0, level };
+    return stateAt(steps, level);
   }
 
   /** Begin the way back at a place; without data, at the noise. */
@@ -84,9 +84,10 @@ export class Passage {
   }
 
   async #sample(eps, betas) {
-    const { xT, options, steps, levels } = this;
+    const { xT, options, steps, levels } = this, { clip } = options;
+    const noise = options.isRandom ? (n) => noiseOf(2 ** 32 * Math.random(), 1, n) : null;
     try {
-      for await (const step of reverse(eps, xT, betas, levels.length, options.clip)) {
+      for await (const step of reverse(eps, xT, betas, levels.length, { clip, noise })) {
         if (steps !== this.steps) return; // another way back has begun
         steps.push(step);
         this.changed();
@@ -94,7 +95,7 @@ export class Passage {
       }
       if (steps !== this.steps) return;
       const { x0 } = steps.at(-1);
-      steps.push({ t: -1, x: x0, x0 });
+      steps.push({ t: -1, s: -2, x: x0, x0, end: x0 });
       this.changed();
     } catch (error) {
       if (steps !== this.steps) return;

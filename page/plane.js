@@ -1,12 +1,13 @@
 // Drawing: the palette, crisp canvases, and what is drawn in a plane.
 
-const NAMES = ["ink", "dim", "page", "data", "other", "lit", "arrow"];
 const style = getComputedStyle(document.documentElement);
 const valueOf = (name) => [name, style.getPropertyValue(`--${name}`).trim()];
+const NAMES = ["ink", "dim", "page", "data", "other", "lit", "arrow"]; // as in page.css
 export const colours = Object.fromEntries(NAMES.map(valueOf));
 
 /** Clear a canvas, crisp at any pixel ratio, and return how it shows the plane, upwards from -limit
- * to limit: at(x, y) is where a point lies, in CSS pixels, and place(left, top) the inverse. */
+ * to limit: at(x, y) is where a point lies, in CSS pixels. place({offsetX, offsetY}) is where a
+ * pointer points, at most near the edge. */
 export function clear(canvas, limit) {
   const { clientWidth: width, clientHeight: height } = canvas, ratio = devicePixelRatio;
   fit(canvas, Math.round(width * ratio), Math.round(height * ratio));
@@ -16,7 +17,9 @@ export function clear(canvas, limit) {
   context.fillRect(0, 0, width, height);
   context.lineCap = context.lineJoin = "round";
   const at = (x, y) => [width / 2 + x * unit, height / 2 - y * unit];
-  const place = (left, top) => [(left - width / 2) / unit, (height / 2 - top) / unit];
+  const clip = (value, end) => Math.max(-end, Math.min(end, value));
+  const inside = (value, end) => clip(value - end / 2, 0.46 * end) / unit;
+  const place = ({ offsetX, offsetY }) => [inside(offsetX, width), -inside(offsetY, height)];
   return { context, width, height, unit, at, place };
 }
 
@@ -24,12 +27,11 @@ function fit(canvas, width, height) {
   if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
 }
 
-/** Draw points as dots. radius: in pixels. which: of the points; by default, all. */
-export function drawDots({ context, at }, points, radius, colour, alpha = 1, which = () => true) {
+/** Draw points as dots. radius: in pixels. */
+export function drawDots({ context, at }, points, radius, colour, alpha = 1) {
   [context.fillStyle, context.globalAlpha] = [colour, alpha];
   context.beginPath();
   for (let k = 0; k < points.length; k += 2) {
-    if (!which(k / 2)) continue;
     const [x, y] = at(points[k], points[k + 1]);
     context.moveTo(x + radius, y);
     context.arc(x, y, radius, 0, 2 * Math.PI);
@@ -55,12 +57,12 @@ export function drawRing({ context, at }, place, radius, colour, width = 2) {
 }
 
 /** The places of so many rows of arrows over the view, from the top left. */
-export function grid({ width, height, place }, rows) {
-  const cell = height / rows, places = [];
-  for (let down = cell / 2; down < height; down += cell) {
-    for (let right = cell / 2; right < width; right += cell) places.push(...place(right, down));
-  }
-  return Float32Array.from(places);
+export function grid({ width, height, unit }, rows) {
+  const columns = Math.round((rows * width) / height), cell = height / rows / unit;
+  return Float32Array.from({ length: 2 * rows * columns }, (_, i) => {
+    const k = i >> 1, column = k % columns, row = Math.floor(k / columns);
+    return cell * (i % 2 ? (rows - 1) / 2 - row : column - (columns - 1) / 2);
+  });
 }
 
 /** Draw an arrow between two places of the plane, which ends `gap` pixels before the second one. */
@@ -80,16 +82,17 @@ export function drawArrow({ context, at }, from, to, colour, width, gap = 0, hea
   context.stroke();
 }
 
-/** Draw arrows from `places` along `ways`, as opaque as alpha(k) says, at most `cell` pixels long.
- * A short way has a longer arrow than its share, so that its head can be seen. */
-export function drawArrows(view, places, ways, colour, cell, width, alpha = () => 1) {
+/** Draw the arrows -eps at places of `grid`, as opaque as alpha(k) says, at most `share` of their
+ * cell long. A short way has a longer arrow than its share, so that its head can be seen. */
+export function drawField(view, places, eps, colour, share, width, alpha = () => 1) {
+  const cell = share * (places[2] - places[0]); // in the plane, as all lengths here
   for (let k = 0; k < places.length; k += 2) {
-    const size = Math.hypot(ways[k], ways[k + 1]);
+    const size = Math.hypot(eps[k], eps[k + 1]), opacity = Math.min(1, alpha(k / 2));
     const length = cell * Math.sqrt(Math.min(1, size / 2.5));
-    view.context.globalAlpha = alpha(k / 2);
-    if (!size || view.context.globalAlpha < 0.03) continue;
-    const end = [0, 1].map((i) => places[k + i] + (ways[k + i] / size) * (length / view.unit));
-    drawArrow(view, [places[k], places[k + 1]], end, colour, width, 0, 0.3 * length);
+    if (!size || opacity < 0.03) continue;
+    view.context.globalAlpha = opacity;
+    const end = [0, 1].map((i) => places[k + i] - (eps[k + i] / size) * length);
+    drawArrow(view, [places[k], places[k + 1]], end, colour, width, 0, 0.3 * length * view.unit);
   }
   view.context.globalAlpha = 1;
 }

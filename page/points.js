@@ -51,13 +51,29 @@ export function missed(points, centres) {
   return Math.round((200 * points.filter(isFar).length) / points.length);
 }
 
+const random = uniform(1, 0);
+const COUNT = 240; // points of each shape
+
 /** Points on two arcs, of which one is the opposite of the other; their labels are 1 and 0. */
-function moons(count = 240) {
-  const random = uniform(1, 0);
-  const all = Array.from({ length: count }, () => [Math.PI * random(), Number(random() < 0.5)]);
+function arcs() {
+  const all = Array.from({ length: COUNT }, () => [Math.PI * random(), Number(random() < 0.5)]);
   const points = Float32Array.from(all.flatMap(([angle, label]) =>
     [Math.cos(angle) - 0.5, Math.sin(angle) - 0.25].map((it) => (label ? 0.6 : -0.6) * it)));
   return Object.assign(points, { labels: all.map(([, label]) => label) });
 }
 
-export const DATA = moons();
+/** Points [x, y] = at(u) of a curve, for u from 0 to 1. */
+const curve = (at) =>
+  Float32Array.from(Array.from({ length: COUNT }, (_, k) => at(k / COUNT)).flat());
+const circle = (angle, radius) => [radius * Math.cos(angle), radius * Math.sin(angle)];
+
+export const DATA = arcs();
+export const SHAPES = {
+  arcs: DATA,
+  spiral: curve((u) => circle(11 * Math.sqrt(u), 0.15 + 0.85 * Math.sqrt(u))),
+  face: curve((u) => { // its outline, mouth and eyes
+    if (u < 0.6) return circle((2 * Math.PI * u) / 0.6, 0.95);
+    if (u < 0.8) return circle(Math.PI * (1.15 + 3.5 * (u - 0.6)), 0.5);
+    return [u < 0.9 ? -0.35 : 0.35, 0.2 + 2 * (u % 0.1)];
+  }),
+};

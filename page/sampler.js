@@ -1,5 +1,5 @@
-// The forward process of ddpm.py; DDIM and the guidance of sample.py. Numbers in brackets are
-// equations of the paper, arXiv:2006.11239. t counts 0..T-1, as in ddpm.py, and the paper from 1.
+// The forward process of ddpm.py; Algorithm 2, DDIM and the guidance of sample.py. Numbers in
+// brackets are equations of the paper, arXiv:2006.11239. t counts 0..T-1, and the paper from 1.
 // Images are Float32Array in [-1, 1], in the order (B, C, H, W).
 
 /** The running products abar_t of alpha_t = 1 - beta_t. */
@@ -20,12 +20,6 @@ export function partsAt(level, abars = ABAR) {
   return [Math.sqrt(abar), Math.sqrt(1 - abar)];
 }
 
-/** x on DDIM's way from a state {t, x, x0} down to a level: the estimate x0 and the noise stay. */
-export function between({ t, x, x0 }, level, abars = ABAR) {
-  const [signal, noise] = partsAt(level, abars), [before, rest] = partsAt(t, abars);
-  return rest ? x.map((value, k) => signal * x0[k] + (noise / rest) * (value - before * x0[k])) : x;
-}
-
 /** The `steps` of T levels that the reverse process visits, from T - 1 to T / steps - 1. */
 export const levelsOf = (T, steps) =>
   Array.from({ length: steps }, (_, k) => Math.floor((T * (steps - k)) / steps) - 1);
@@ -34,18 +28,38 @@ export const levelsOf = (T, steps) =>
 export const predictX0 = (x, eps, abar, limit = Infinity) => x.map((value, k) =>
   Math.min(limit, Math.max(-limit, (value - Math.sqrt(1 - abar) * eps[k]) / Math.sqrt(abar))));
 
-/** The loop of sample.py with the sampler "ddim", as an async generator: yields {t, x, x0} of each
- * of `steps` steps from t = T-1 down. x is x_t, at first xT; x0 is the estimate of the images,
+/** x_s after a step from x_t with the estimate x0: by DDIM, or with fresh noise z by Algorithm 2
+ * with the small variance. abars: those of the betas, for s = -1 too. */
+function after(x, x0, t, s, abars, z) {
+  const [signal, spread] = partsAt(t, abars), [signalOfS, spreadOfS] = partsAt(s, abars);
+  const variance = z ? (spreadOfS / spread) ** 2 * (1 - (signal / signalOfS) ** 2) : 0; // (7)
+  const kept = Math.sqrt(spreadOfS ** 2 - variance) / spread, added = Math.sqrt(variance);
+  return x.map((value, k) =>
+    signalOfS * x0[k] + kept * (value - signal * x0[k]) + (z ? added * z[k] : 0));
+}
+
+/** The loop of sample.py, as an async generator: yields {t, s, x, x0, end} of each of `steps` steps
+ * from t = T-1 down to s. x is x_t, at first xT, and end x_s; x0 is the estimate of the images,
  * clipped to [-1, 1] if `clip`, and the last one is the sample. eps(x, t) returns the noise in x,
- * or a promise of it. To start at an x_t, pass it as xT, with betas.slice(0, t + 1). */
-export async function* reverse(eps, xT, betas, steps, clip = true) {
-  const abars = alphasBar(betas);
-  let step = null;
-  for (const t of levelsOf(betas.length, steps)) {
-    const x = step ? between(step, t, abars) : xT;
-    step = { t, x, x0: predictX0(x, await eps(x, t), abars[t], clip ? 1 : Infinity) };
-    yield step;
+ * or a promise of it. To start at an x_t, pass it as xT, with betas.slice(0, t + 1).
+ * noise(n): n fresh normal numbers for each step of Algorithm 2; without it, it is DDIM. */
+export async function* reverse(eps, xT, betas, steps, { clip = true, noise } = {}) {
+  const abars = alphasBar(betas), levels = levelsOf(betas.length, steps);
+  let x = xT;
+  for (const [k, t] of levels.entries()) {
+    const s = levels[k + 1] ?? -1;
+    const x0 = predictX0(x, await eps(x, t), abars[t], clip ? 1 : Infinity);
+    const end = after(x, x0, t, s, abars, noise?.(x.length));
+    yield { t, s, x, x0, end };
+    x = end;
   }
+}
+
+/** {x, x0, level} at a level on the way of these steps, on a straight line between two of them. */
+export function stateAt(steps, level) {
+  const { t, s, x, x0, end } = steps.findLast((step) => step.t >= level) ?? steps[0];
+  const share = Math.max(0, (t - level) / (t - s));
+  return { x: x.map((value, k) => value + share * (end[k] - value)), x0, level };
 }
 
 /** eps(x, t) of classifier-free guidance: (1 + w) eps given the classes y, minus w eps without. */

@@ -10,29 +10,47 @@ const paceAt = (place) => 0.3 + 2.06 * place;
 /** A place from 0 to 1, which a slider shows and moves. */
 export class Timeline {
   place = 0;
-  state = "idle"; // or the name of the method that moves it: here, only "held"
+  move = null; // what moves it: a function of the milliseconds since the last frame
   seen = 0; // the share of the stage that is in sight
   repeats = false; // whether it begins again by itself
-  #asked = 0; // a frame, if there is one
+  #asked = 0; // the number of the frame that has been asked for, or 0
   #isOld = true; // whether what is drawn is not what there is now
-  #before = null; // its time, while something moves
+  #before = null; // the time of the last frame, while something moves
 
-  /** name: of its stage and slider. draw() draws what is seen; say() says it, and returns it. */
-  constructor(name, draw, say) {
-    Object.assign(this, { draw, say, slider: $(`${name}-place`), stage: $(`${name}-stage`) });
-    follow(this.stage, (seen) => {
+  /** name: of its stage and slider. its: draw() draws what is seen, and say() says it and returns
+   * it. Some have whenSeen(), called when the share in sight has changed; letGo(), called when the
+   * reader lets go of the slider; goesOn, whether it moves on when the reader moves the slider; and
+   * methods for the page. */
+  constructor(name, its) {
+    const slider = $(`${name}-place`), stage = $(`${name}-stage`);
+    Object.assign(this, its, { slider, stage });
+    follow(stage, (seen) => {
       this.seen = seen;
-      this.stage.parentElement.classList.toggle("seen", seen >= 0.4);
+      stage.parentElement.classList.toggle("seen", seen >= 0.4);
       this.#ask();
       this.whenSeen?.();
     });
-    const resized = () => this.#ask(this.#isOld = true); // also at the beginning
-    new ResizeObserver(resized).observe(this.stage);
-    this.#listen();
+    new ResizeObserver(() => this.#ask(this.#isOld = true)).observe(stage); // draws at first, too
+    let before = 0, byKey = false; // before: where it was when the pointer went down
+    slider.onpointerdown = () => { [before, byKey] = [this.place, false]; };
+    slider.onpointercancel = () => this.moveTo(before); // a finger that scrolls the page
+    slider.oninput = () => {
+      // The browser has moved the thumb. If another value is written to the slider before the drag
+      // ends, WebKit does not fire `change` at its end, so moveTo comes before stop, which renders.
+      this.moveTo(slider.value / 1000);
+      if (!this.goesOn) this.stop();
+    };
+    slider.onchange = () => (byKey ? announce(this.say()) : this.place && this.letGo?.());
+    slider.onkeydown = (event) => {
+      byKey = true;
+      if (event.key !== "Enter" && event.key !== " ") return;
+      event.preventDefault();
+      this.letGo?.();
+    };
   }
 
-  go(state) {
-    this.state = state;
+  go(move) {
+    this.move = move;
     this.render();
   }
 
@@ -43,39 +61,15 @@ export class Timeline {
 
   /** Stay here for some milliseconds, in which so much of the stage is seen, and then go on. */
   hold(left, next, share = 0) {
-    Object.assign(this, { left, next, share });
-    this.go("held");
+    this.go((passed) => {
+      if (this.seen >= share) left -= passed;
+      if (left < 0) next();
+    });
   }
 
-  held(passed) {
-    if (this.seen >= this.share) this.left -= passed;
-    if (this.left < 0) this.next();
-  }
-
-  /** Stop for the reader, who takes over. */
   stop() {
     this.repeats = false;
-    this.go("idle");
-  }
-
-  #listen() {
-    const { slider } = this;
-    let before = 0, byKey = false; // before: where it was when the pointer went down
-    slider.onpointerdown = () => { [before, byKey] = [this.place, false]; };
-    slider.onpointercancel = () => this.moveTo(before); // a finger that scrolls the page
-    slider.oninput = () => {
-      // The browser has moved the thumb. If another value is written to the slider before the drag
-      // ends, WebKit does not fire `change` at its end, so moveTo comes before stop, which renders.
-      this.moveTo(slider.value / 1000);
-      this.stop();
-    };
-    slider.onchange = () => (byKey ? announce(this.say()) : this.place && this.letGo?.());
-    slider.onkeydown = (event) => {
-      byKey = true;
-      if (event.key !== "Enter" && event.key !== " ") return;
-      event.preventDefault();
-      this.letGo?.();
-    };
+    this.go(null);
   }
 
   /** Something has changed: say it, and draw it in the next frame. */
@@ -92,14 +86,14 @@ export class Timeline {
 
   #frame(now) {
     this.#asked = 0;
-    if (this.state !== "idle") {
+    if (this.move) {
       const { place } = this;
-      this[this.state](Math.min(200, now - (this.#before ?? now)));
+      this.move(Math.min(200, now - (this.#before ?? now)));
       if (this.place !== place) this.render();
-      if (this.state === "idle") announce(this.say());
-      else this.#ask();
+      if (this.move) this.#ask();
+      else announce(this.say());
     }
-    this.#before = this.state === "idle" ? null : now;
+    this.#before = this.move && now;
     if (this.#isOld) this.draw();
     this.#isOld = false;
   }
@@ -110,10 +104,11 @@ export class Gesture extends Timeline {
   round = 1; // the seed of the noise
   fault = ""; // what has gone wrong
 
-  /** passages: what moves. stays: whether the slider stays where the way back began. */
-  constructor(name, passages, draw, say, stays = false) {
-    super(name, draw, say);
-    Object.assign(this, { passages, stays });
+  /** passages: what moves. its: as above, and stays, whether the slider stays where the way back
+   * began. */
+  constructor(name, passages, its) {
+    super(name, its);
+    this.passages = passages;
     const changed = (error) => (error ? this.fail(error) : this.render());
     for (const passage of passages) Object.assign(passage, { changed });
   }
@@ -149,18 +144,22 @@ export class Gesture extends Timeline {
   /** Begin the way to the noise, which the way back follows. */
   toNoise() {
     this.#renew();
-    this.go("noising");
-  }
-
-  noising(passed) {
-    this.place = Math.min(1, this.place + (paceAt(this.place) * passed) / PACE.noising);
-    if (this.place === 1) this.hold(PACE.noise, () => this.sendBack());
+    this.go((passed) => {
+      this.place = Math.min(1, this.place + (paceAt(this.place) * passed) / PACE.noising);
+      if (this.place === 1) this.hold(PACE.noise, () => this.sendBack());
+    });
   }
 
   /** Begin the way back from here, or go on. */
   sendBack() {
     if (!this.isBack) this.#begin();
-    this.go("back");
+    this.go((passed) => {
+      const { place, passages } = this, next = place - (paceAt(place) * passed) / PACE.back;
+      this.place = Math.max(0, next, ...passages.map(({ reached }) => Math.min(place, reached)));
+      if (this.place && this.isBack) return;
+      if (this.repeats) this.hold(PACE.rest, () => this.toNoise());
+      else this.move = null;
+    });
   }
 
   /** Send it back without the reader, who may prefer to see no motion. */
@@ -169,16 +168,15 @@ export class Gesture extends Timeline {
     if (still) this.place = 0;
   }
 
-  #begin() {
-    for (const passage of this.passages) passage.sendBack(this.place);
+  /** Repeat a way back from the same noise, or begin one, if there is noise. */
+  repeat() {
+    if (this.isBack) this.place = this.passages[0].from;
+    for (const passage of this.passages) passage.begin(passage.x0, passage.noise);
+    if (this.place) this.comeBack();
   }
 
-  back(passed) {
-    const { place, passages } = this, next = place - (paceAt(place) * passed) / PACE.back;
-    this.place = Math.max(0, next, ...passages.map(({ reached }) => Math.min(place, reached)));
-    if (this.place && this.isBack) return;
-    if (this.repeats) this.hold(PACE.rest, () => this.toNoise());
-    else this.state = "idle";
+  #begin() {
+    for (const passage of this.passages) passage.sendBack(this.place);
   }
 
   /** Add fresh noise to what has come back, or to the data. */

@@ -51,15 +51,12 @@ const siluBackward = (x, dy) =>
 /** What the network reads of each point: x_t, sines of it, and the embedding of t. */
 function features(x, t) {
   const rows = new Float32Array(t.length * INPUTS);
-  x.forEach((value, k) => {
-    const at = (k >> 1) * INPUTS + (k % 2);
-    rows[at] = 4 * value;
-    WAVES.forEach((w, j) => {
-      rows[at + 2 + 2 * j] = Math.sin(w * value);
-      rows[at + 2 + 2 * (WAVES.length + j)] = Math.cos(w * value);
-    });
+  t.forEach((level, i) => {
+    const point = [x[2 * i], x[2 * i + 1]];
+    const waves = (f) => WAVES.flatMap((w) => point.map((value) => f(w * value)));
+    const row = [point.map((value) => 4 * value), waves(Math.sin), waves(Math.cos)];
+    rows.set([...row, EMBEDDING[level]].flat(), i * INPUTS);
   });
-  t.forEach((level, i) => rows.set(EMBEDDING[level], (i + 1) * INPUTS - 2 * HALF));
   return rows;
 }
 
@@ -76,16 +73,23 @@ export function epsOf(parameters, x, t) {
   return v.map((value, k) => signal * value + spread * x[k]);
 }
 
+const zeros = (n) => new Float32Array(n);
+
+/** W1, b1, W2, b2, W3, b3 of an untrained network, whose last layer is 0. */
+function untrained() {
+  const random = uniform(0, 0);
+  const glorot = (n, m) => zeros(n * m).map(() => (2 * random() - 1) * Math.sqrt(6 / (n + m)));
+  return [glorot(INPUTS, WIDTH), zeros(WIDTH), glorot(WIDTH, WIDTH), zeros(WIDTH),
+    zeros(2 * WIDTH), zeros(2)];
+}
+
 /** A network of two hidden layers, and its training. Its output is v (Salimans and Ho 2022), with
- * eps = sqrt(abar) v + sqrt(1 - abar) x_t. The loss is that of eps in any case. */
+ * eps = sqrt(abar) v + sqrt(1 - abar) x_t. The loss is that of eps in any case.
+ * parameters: those at the beginning. */
 export class Trainer {
-  constructor() {
-    const random = uniform(0, 0), zeros = (n) => new Float32Array(n);
-    const glorot = (n, m) => zeros(n * m).map(() => (2 * random() - 1) * Math.sqrt(6 / (n + m)));
+  constructor(parameters = untrained()) {
     this.steps = 0;
-    // W1, b1, W2, b2, W3, b3. The last layer begins at 0.
-    this.parameters = [glorot(INPUTS, WIDTH), zeros(WIDTH), glorot(WIDTH, WIDTH), zeros(WIDTH),
-      zeros(2 * WIDTH), zeros(2)];
+    this.parameters = parameters;
     this.first = this.parameters.map((p) => zeros(p.length)); // Adam's averages of the gradient
     this.second = this.parameters.map((p) => zeros(p.length)); // and of its square
     this.average = this.parameters.map((p) => p.slice());
