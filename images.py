@@ -147,8 +147,11 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())  # otherwise, a power cut may leave an empty file
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter
-        sys.exit(f"{path} can't be written: {error.__context__ or error}")
+    except (OSError, RuntimeError) as error:  # torch.save may raise the latter after the former
+        reason = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(reason, OSError):
+            raise
+        sys.exit(f"{path} can't be written: {reason}")
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -31,7 +31,13 @@ class PatchUNet(UNet):
         factor = patch_size * 2 ** (len(channel_mults) - 1)
         if image_size % factor:
             raise ValueError(f"image_size must be a multiple of {factor}, not {image_size}")
-        options["attention_resolutions"] = [size // patch_size for size in attention_resolutions]
+        sizes, given = (
+            [image_size >> k for k in range(len(channel_mults))],
+            [*attention_resolutions],
+        )
+        if not {*given} <= {*sizes}:
+            raise ValueError(f"attention_resolutions {given} must be among {sizes}")
+        options["attention_resolutions"] = [size // patch_size for size in given]
         options["channel_mults"] = channel_mults
         super().__init__(image_size // patch_size, in_channels * patch_size**2, **options)
         self.patch_size = patch_size
@@ -70,7 +76,8 @@ class WeightedDiffusion(Diffusion):
 
     The density is proportional to sqrt(abar_t) min(1, 5 / SNR_t), where SNR_t = abar_t /
     (1 - abar_t). So the loss has, on average, the weights min(1, 5 / SNR_t) / sqrt(abar_t) on the
-    squared error of eps, up to a factor.
+    squared error of eps, up to a factor. It suits a network that predicts v: without it, the loss
+    at large t has rare, huge values.
     """
 
     def draw_t(self, n, device=None):
@@ -106,9 +113,9 @@ def orthogonalize(G):
 
 
 def hidden_weights(model):
-    """Return the weights of the linear and convolutional layers between x_t and eps.
+    """Return the weights of all linear and convolutional layers but the outer ones.
 
-    The first convolution, which reads x_t, and the last module, which returns eps, are left out.
+    These are the first convolution, which reads x_t, and the last module, which returns eps.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     first = next((layer for layer in layers if isinstance(layer, nn.Conv2d)), layers[0])

@@ -376,11 +376,12 @@ def complete(args, network):
         found = [path for path in args.dir.rglob("[!.]*") if path.is_file()]
         found = [path.name for path in found if path.resolve() != Path(args.out).resolve()]
         ours = [name for name in found if re.fullmatch(r"\d{6,}\.png", name)]
-        last = max(int(name[:-4]) for name in ["-1.png", *ours])
+        numbers = [int(name[:-4]) for name in ours]
         if foreign := {*found} - {*ours}:
             sys.exit(f"sample.py: {args.dir} must be new or empty; it has {min(foreign)}")
-        if last >= args.first:
-            sys.exit(f"sample.py: {args.dir} must be new or empty; --first {last + 1} goes on")
+        if any(args.first <= k < args.first + args.n for k in numbers):
+            again = f"--first {max(numbers) + 1} goes on"
+            sys.exit(f"sample.py: {args.dir} must be new or empty; {again}")
 
 
 def draw(network, args, stop):

@@ -22,7 +22,6 @@ from benchmarks.gpu import DEVICE, IS_CUDA, clock, compiled, machine, train_step
 from images import from_pixels  # noqa: E402
 from run import has_bfloat16  # noqa: E402
 
-SHAPE = 3, 32, 32
 CIFAR = {
     "sample_size": 32,
     "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
@@ -101,7 +100,7 @@ def main():
     kind = "bfloat16" if has_bfloat16(DEVICE) else "float32"
     steps = {
         f"train.py, {kind}{', compiled' * IS_CUDA}": ours(args.batch),
-        "diffusers, float32": diffusers_loop(images, args.batch),
+        "diffusers, float32": diffusers_loop(images, args.batch),  # eager, as in its examples
         "diffusers, bfloat16": diffusers_loop(images, args.batch, torch.bfloat16),
     }
     seconds = {name: [] for name in steps}

@@ -320,6 +320,8 @@ def sampling(report):
         return " | ".join(cells)
 
     def loop(name, batch):
+        if IS_CUDA:
+            torch.cuda.reset_peak_memory_stats()
         network = open_network(name)
         x_t = noise_of(0, 0, batch, network.shape)()
         x_t = torch.from_numpy(x_t).to(DEVICE) if name == "torch" else x_t
@@ -328,7 +330,8 @@ def sampling(report):
         whole = min(clock(partial(next, chain)) for _ in range(5))
         bare = min(clock(partial(network, x_t, 500)) for _ in range(5))
         hours = whole * 1000 * -(-50_000 // batch) / 3600
-        memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if IS_CUDA else ""
+        in_torch = IS_CUDA and name == "torch"
+        memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if in_torch else ""
         return f"{1000 * whole:.2f} | {1000 * bare:.2f} | {hours:.2f} | {memory}"
 
     names = ["torch", *(path.name for path in FILES if IS_CUDA or report.is_tiny)]  # or it is slow

@@ -9,10 +9,12 @@ sub-folder for each class; an interrupted run resumes. Each set of samples is a 
 benchmarks/ladder.csv, and is drawn only once. With OMP_NUM_THREADS=1, the program uses one core.
 
 The distance is measured by frechet.py, whose ruler for Fashion-MNIST is used unless DATA has its
-own ruler.npz. All arms share the noise of their samples, but not the noise of their training. The
-distances of the runs of an arm are combined as the mean of their logarithms, whose variance is
-assumed to be the same for all arms of a table and pooled over them. From it follow the intervals of
-the changes, which contain the true change with a probability of 95% if the logarithms are normal.
+own ruler.npz. All arms share the noise of their samples, and the intervals hold for this noise. A
+run is a seed; give each run a seed that no other arm has, because equal seeds share images and
+noise in training. The distances of the runs of an arm are combined as the mean of their logarithms,
+whose variance is assumed to be the same for all arms of a table and pooled over them. From it
+follow the intervals of the changes, which contain the true change with a probability of 95% if the
+logarithms are normal. With fewer than three degrees of freedom, no interval is given.
 """
 
 import argparse
@@ -41,17 +43,29 @@ from train import main as train  # noqa: E402
 ADAM = {"lr": 1e-3}
 # The network of nearly as many parameters without patches, and the steps it takes in the same time
 PIXELS = {"patch_size": 1, "base_channels": 16, "channel_mults": (1, 2, 4, 4), "steps": 1500}
-ARMS = {  # flags that replace some of --quick, and what they change
-    "paper": (PIXELS | ADAM | {"parts": ()}, "the paper's: eps, (14), Adam"),
-    "v": (PIXELS | ADAM | {"parts": ("v",)}, "the network predicts v"),
-    "weights": (PIXELS | ADAM | {"parts": ("v", "weights")}, "the weights of the loss"),
-    "muon": (PIXELS, "Muon"),
-    "quick": ({}, "patches of 2x2 pixels: `--quick`"),
-    "without-v": ({"parts": ("weights", "muon")}, "v"),
-    "without-weights": ({"parts": ("v", "muon")}, "the weights"),
-    "without-muon": (ADAM | {"parts": ("v", "weights")}, "Muon"),
+ARMS = {  # flags that replace some of --quick
+    "paper": PIXELS | ADAM | {"parts": ()},
+    "v": PIXELS | ADAM | {"parts": ("v",)},
+    "weights": PIXELS | ADAM | {"parts": ("v", "weights")},
+    "muon": PIXELS,
+    "quick": {},
+    "without-v": {"parts": ("weights", "muon")},
+    "without-weights": {"parts": ("v", "muon")},
+    "without-muon": ADAM | {"parts": ("v", "weights")},
 }
-CLIMB, WITHOUT = [*ARMS][:5], ["without-v", "without-weights", "without-muon", "muon"]
+CLIMB = {  # what each arm adds to the one before
+    "paper": "the paper's recipe: eps, (14), Adam",
+    "v": "the network predicts v",
+    "weights": "the weights of the loss",
+    "muon": "Muon",
+    "quick": "patches of 2x2 pixels: `--quick`",
+}
+WITHOUT = {  # what each arm lacks of --quick
+    "without-v": "v",
+    "without-weights": "the weights",
+    "without-muon": "Muon",
+    "muon": "patches",
+}
 PLAIN = "-unlabelled"  # the end of the name of an arm that is trained without labels
 INCLUDED = "fashion-mnist.onnx"
 WAY = "sampler", "sampling_steps", "variance", "guidance", "samples"
@@ -66,7 +80,7 @@ def open_network(args):
         return Network(args.rung, "cpu", options)
     out = f"ladder/{Path(args.data).name}-{args.rung}-{args.seed}-{args.steps}"
     flags = dict(quick=True, flip=False, classes=not args.rung.endswith(PLAIN))
-    flags |= ARMS[args.rung.removesuffix(PLAIN)][0]
+    flags |= ARMS[args.rung.removesuffix(PLAIN)]
     flags |= dict(steps=args.steps, seed=args.seed, data=os.path.abspath(f"{args.data}/train"))
     if train(flags | {"out": out, "preview_every": args.steps}).step < args.steps:
         sys.exit("ladder.py: the training was stopped; the same command goes on")
@@ -153,17 +167,21 @@ def student(degrees):
     return z + first / degrees + second / degrees**2 + third / degrees**3
 
 
-def changes(rows, title, pairs, times=1, end="", **way):
+def changes(rows, title, names, pairs, times=1, end="", **way):
     """Return how the distance changes from one arm to another, in Markdown.
 
-    pairs: {arm: the arm that it is compared with, or None}. times: the length of the runs. end:
-    PLAIN for arms without labels. way: of sampling, if it is not FEW with 5,000 samples.
+    names: {arm: its name in the table}. pairs: {arm: the arm that it is compared with, or None}.
+    times: the length of the runs. end: PLAIN for arms without labels. way: of sampling, if it is
+    not FEW with 5,000 samples.
     """
     way = FEW | {"samples": "5000", "data": "fashion-mnist"} | way
     logs, lines = {}, []
     for arm in {*pairs, *pairs.values()} - {None}:
         found = select(rows, arm + end, steps=str(times * steps_of(arm)), **way)
-        logs[arm] = [math.log(float(row["distance"])) for row in found]
+        runs = {row["seed"]: [] for row in found}
+        for row in found:
+            runs[row["seed"]].append(math.log(float(row["distance"])))
+        logs[arm] = [statistics.mean(sets) for sets in runs.values()]
     logs = {arm: values for arm, values in logs.items() if values}
     degrees = sum(len(values) - 1 for values in logs.values())
     squares = [(x - statistics.mean(values)) ** 2 for values in logs.values() for x in values]
@@ -171,24 +189,25 @@ def changes(rows, title, pairs, times=1, end="", **way):
         if arm not in logs:
             continue
         mean, change = statistics.mean(logs[arm]), "-"
-        if before in logs and degrees:
+        if before in logs and degrees > 2:
             parts = 1 / len(logs[arm]) + 1 / len(logs[before])
             half = student(degrees) * math.sqrt(sum(squares) / degrees * parts)
             effect = mean - statistics.mean(logs[before])
             low, middle, high = (100 * math.expm1(effect + k * half) for k in (-1, 0, 1))
             change = f"{middle:+.0f}% ({low:+.0f} to {high:+.0f})"
-        lines.append([ARMS[arm][1], str(len(logs[arm])), f"{math.exp(mean):.1f}", change])
+        lines.append([names[arm], str(len(logs[arm])), f"{math.exp(mean):.1f}", change])
     return in_markdown([title, "runs", "distance", "change (95% interval)"], lines)
 
 
 def climb(rows, **how):
     """Return the table of the arms that each add a change to the one before."""
-    return changes(rows, "each row adds", dict(zip(CLIMB, [None, *CLIMB[:-1]], strict=True)), **how)
+    before = dict(zip(CLIMB, [None, *CLIMB], strict=False))
+    return changes(rows, "each row adds", CLIMB, before, **how)
 
 
 def without(rows, **how):
     """Return the table of --quick without one of its parts."""
-    return changes(rows, "`--quick` without", dict.fromkeys(WITHOUT, "quick"), **how)
+    return changes(rows, "`--quick` without", WITHOUT, dict.fromkeys(WITHOUT, "quick"), **how)
 
 
 def tables(rows):
@@ -233,7 +252,7 @@ def guidance(rows, name):
 
 def steps_of(arm):
     """Return the number of training steps of an arm."""
-    return ARMS[arm.removesuffix(PLAIN)][0].get("steps", QUICK["steps"])
+    return ARMS[arm.removesuffix(PLAIN)].get("steps", QUICK["steps"])
 
 
 def main():

@@ -113,7 +113,8 @@ def test_change_has_the_interval_of_a_t_test():
         assert ladder.student(degrees) == pytest.approx(quantile, rel=0.01)
     common = ladder.USUAL | ladder.FEW | {"data": "fashion-mnist", "samples": "5000"}
     rows = [
-        common | {"rung": arm, "steps": str(ladder.steps_of(arm)), "distance": distance}
+        common
+        | {"rung": arm, "steps": str(ladder.steps_of(arm)), "distance": distance, "seed": distance}
         for arm, distances in {"paper": ("20", "24", "30"), "v": ("10", "11", "12")}.items()
         for distance in distances
     ]
