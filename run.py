@@ -72,6 +72,8 @@ class Settings:
     batch: int = flag(128, "images per step, over all GPUs", type=count)
     lr: float = flag(2e-4, "learning rate", type=amount)
     warmup: int = flag(None, "steps until --lr [min(5000, steps / 20)]", type=whole)
+    cooldown: float = flag(0.0, "share of the steps, the last ones, in which the learning rate "
+                           "falls to 0", type=share)  # fmt: skip
     ema: float = flag(0.9999, "decay of the averaged weights", type=share)
     flip: bool = flag(True, "flip images left to right at random", action=switch)
     seed: int = flag(0, "seed of all random numbers", type=whole)
@@ -105,7 +107,8 @@ HIDDEN = [entry.name for entry in fields(Settings) if not entry.metadata]  # hav
 # --quick: a run of minutes on a CPU, for small images. benchmarks/ladder.md has measurements.
 QUICK = dict(
     base_channels=32, channel_mults=(1, 2, 2), num_res_blocks=1, attention_resolutions=(),
-    patch_size=2, dropout=0.0, parts=PARTS, batch=64, lr=6e-3, steps=2800,
+    patch_size=2, dropout=0.0, parts=PARTS, batch=64, lr=6e-3, cooldown=0.25,
+    steps=2800,
 )  # fmt: skip
 
 # The demo: a small network that learns the 216 images on two CPU cores in under four minutes.

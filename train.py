@@ -134,8 +134,9 @@ def set_seed(device, *numbers):
 
 
 def learning_rate(k, s):
-    """Return --lr, or less during the linear rise over the first --warmup steps."""
-    return s.lr * min(1.0, (k + 1) / max(1, s.warmup))
+    """Return --lr, or less in the first --warmup steps and in the --cooldown at the end."""
+    rise, fall = (k + 1) / max(1, s.warmup), (s.steps - k) / max(1, s.cooldown * s.steps)
+    return s.lr * min(1.0, rise, fall)
 
 
 def update_ema(ema, network, k, decay):

@@ -40,31 +40,35 @@ from run import QUICK, load  # noqa: E402
 from sample import SAMPLERS, Network, sample, to_pixels  # noqa: E402
 from train import main as train  # noqa: E402
 
-ADAM = {"lr": 1e-3}
 # The network of nearly as many parameters without patches, and the steps it takes in the same time
 PIXELS = {"patch_size": 1, "base_channels": 16, "channel_mults": (1, 2, 4, 4), "steps": 1500}
+ADAM, CONSTANT = {"lr": 1e-3}, {"cooldown": 0.0}
 ARMS = {  # flags that replace some of --quick
-    "paper": PIXELS | ADAM | {"parts": ()},
-    "v": PIXELS | ADAM | {"parts": ("v",)},
-    "weights": PIXELS | ADAM | {"parts": ("v", "weights")},
-    "muon": PIXELS,
+    "paper": PIXELS | CONSTANT | ADAM | {"parts": ()},
+    "v": PIXELS | CONSTANT | ADAM | {"parts": ("v",)},
+    "weights": PIXELS | CONSTANT | ADAM | {"parts": ("v", "weights")},
+    "muon": PIXELS | CONSTANT,
+    "patches": CONSTANT,
     "quick": {},
     "without-v": {"parts": ("weights", "muon")},
     "without-weights": {"parts": ("v", "muon")},
     "without-muon": ADAM | {"parts": ("v", "weights")},
+    "without-patches": PIXELS,
 }
 CLIMB = {  # what each arm adds to the one before
     "paper": "the paper's recipe: eps, (14), Adam",
     "v": "the network predicts v",
     "weights": "the weights of the loss",
     "muon": "Muon",
-    "quick": "patches of 2x2 pixels: `--quick`",
+    "patches": "patches of 2x2 pixels",
+    "quick": "a falling rate at the end: `--quick`",
 }
 WITHOUT = {  # what each arm lacks of --quick
     "without-v": "v",
     "without-weights": "the weights",
     "without-muon": "Muon",
-    "muon": "patches",
+    "without-patches": "patches",
+    "patches": "a falling rate",
 }
 PLAIN = "-unlabelled"  # the end of the name of an arm that is trained without labels
 INCLUDED = "fashion-mnist.onnx"

@@ -109,7 +109,7 @@ def test_killed_repeatedly_it_ends_in_the_same_weights(image_folder, run, tmp_pa
 OTHER = dict(  # a value for each setting that must not change
     image_size=16, in_channels=1, base_channels=12, channel_mults=(1,), num_res_blocks=2,
     attention_resolutions=(8,), patch_size=2, classes=True, variance="small", parts=("v",),
-    batch=4, lr=1e-3, warmup=3, ema=0.5, flip=False, seed=1,
+    batch=4, lr=1e-3, warmup=3, cooldown=0.5, ema=0.5, flip=False, seed=1,
 )  # fmt: skip
 
 
