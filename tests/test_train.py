@@ -39,9 +39,11 @@ def settings(**given):
 # ----------------------------------------------------------------------------------------- the step
 
 
-def test_learning_rate_rises():
-    s = settings(warmup=4)
-    assert [train.learning_rate(k, s) for k in (0, 1, 3, 9)] == [5e-5, 1e-4, 2e-4, 2e-4]
+def test_learning_rate_rises_and_falls():
+    s = settings(warmup=4, steps=20)
+    assert [train.learning_rate(k, s) for k in (0, 1, 3, 19)] == [5e-5, 1e-4, 2e-4, 2e-4]
+    s = settings(warmup=4, steps=20, cooldown=0.2)
+    assert [train.learning_rate(k, s) for k in (1, 16, 18, 19)] == [1e-4, 2e-4, 1e-4, 5e-5]
 
 
 @pytest.mark.parametrize(
