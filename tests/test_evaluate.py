@@ -1,4 +1,4 @@
-"""extras/evaluate.py, the bound of a run, and extras/torch_network.py, its network in torch."""
+"""extras/evaluate.py: the variational bound of a run."""
 
 import re
 from functools import partial
@@ -6,49 +6,27 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, colour_name, posix, read
+from conftest import COLOURS, posix, save_run
 from PIL import Image
 
 from ddpm import Diffusion, linear_betas
-from extras import torch_network
-from extras.torch_network import TorchNetwork
 from images import from_pixels, read_folder
 from run import load
-from sample import Network, sample, sample_progressive
-from test_ddpm import randn, seeded
+from test_ddpm import seeded
 
 PROGRAM, BETAS = "extras/evaluate.py", linear_betas()[:40]  # T = 40 takes less time
-X = randn(2, 3, 8, 8)
 
 
-@pytest.fixture(scope="module")
-def save(trained, coloured, tmp_path_factory):
-    """Save one of two runs, "plain" or "classes", with other settings in a folder, with T = 40."""
+@pytest.fixture
+def save(tmp_path_factory):
+    """Save a run, "plain" or with "classes"; return its folder."""
 
-    def call(name, images="a digest", **settings):
-        state = read(coloured if name == "classes" else trained[0] / "run") | {"images": images}
-        state["settings"] |= {"betas": tuple(BETAS.tolist()), "amp": False} | settings
-        folder = tmp_path_factory.mktemp(name)
-        torch.save(state, folder / "checkpoint.pt")
-        return folder
+    def call(name, **given):
+        given = {"betas": tuple(BETAS.tolist()), "data": "elsewhere"} | given
+        names = [*COLOURS] if name == "classes" else ()
+        return save_run(tmp_path_factory.mktemp(name), (3, 8, 8), names, **given)
 
     return call
-
-
-@pytest.fixture(scope="module")
-def both(save, trained, coloured):
-    """Return the networks of both runs, each in torch and as an exported file."""
-    pairs = {"plain": trained[0] / "model.onnx", "classes": coloured / "model.onnx"}
-    pairs = {name: (TorchNetwork(save(name), "cpu"), Network(pairs[name], "cpu")) for name in pairs}
-    for _, file in pairs.values():
-        file.betas = file.betas[:40]
-    return pairs
-
-
-def test_training_learns_the_classes(coloured):
-    x0 = sample(Network(coloured / "model.onnx", "cpu"), 9, guidance=1.0, steps=10)
-    colours = 127.5 * x0.mean((2, 3)) + 127.5
-    assert [colour_name(colour) for colour in colours] == [*COLOURS] * 3
 
 
 @pytest.mark.parametrize("name, variance", [("plain", "large"), ("classes", "small")])
@@ -109,46 +87,3 @@ def test_mistakes_are_one_line(save, image_folder, tmp_path, run):
         ([*data, "--checkpoint", save("classes")], "but the classes are"),
     ):  # fmt: skip
         assert said in run(PROGRAM, *words, cwd=tmp_path, code=1)
-
-
-def test_network_in_torch_has_the_interface_of_the_file(both):
-    for network, file in both.values():
-        assert (network.shape, network.classes) == (file.shape, file.classes)
-        assert (network.variance, network.provider) == (file.variance, "cpu, float32")
-        np.testing.assert_array_equal(1 - network.betas, 1 - file.betas)
-        for t in 7, np.array([7, 39]):
-            for y in (None, np.array([0, 2])) if file.classes else (None,):
-                eps = network(X, torch.from_numpy(t) if np.ndim(t) else t, y)
-                np.testing.assert_allclose(eps, file(X.numpy(), t, y), rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("name, options", [
-    ("plain", {"clip": False}), ("classes", {"guidance": 1.0}),  # all steps
-    ("classes", {"steps": 5, "classes": ["red", "blue"], "guidance": 2.0, "first": 4, "seed": 3}),
-    ("plain", {"steps": 7, "sampler": "ddim"}), ("plain", {"steps": 7, "sampler": "ddpm"}),
-])  # fmt: skip
-def test_images_are_those_of_the_exported_file(name, options, both):
-    in_torch, expected = (sample(network, 3, **options) for network in both[name])
-    assert in_torch.dtype == torch.float32 and expected.std() > 0.1
-    np.testing.assert_allclose(in_torch, expected, rtol=0, atol=1 / 127.5)
-
-
-def test_all_steps_are_the_loop_of_ddpm_py(both, monkeypatch):
-    monkeypatch.setattr(Diffusion, "predict_x0", lambda self, x_t, t, eps: 0 * x_t + 0.5)
-    for steps, sampler in (None, None), (40, "ddpm"), (40, "ddim"), (39, "ddpm"):
-        _, _, x0 = next(sample_progressive(both["plain"][0], 2, steps=steps, sampler=sampler))
-        assert (x0 == 0.5).all() == (steps != 39 and sampler != "ddim")
-
-
-def test_bfloat16_is_used_where_the_run_used_it(save, both, monkeypatch):
-    """The weights are converted once, those of the norms not at all."""
-    exact, torch.backends.cudnn.allow_tf32 = both["plain"][0](X, 7), True
-    for has, amp, kind in (True, True, "bfloat16"), (True, None, "float32"), (0, True, "float32"):
-        monkeypatch.setattr(torch_network, "has_bfloat16", lambda device, has=has: has)
-        network = TorchNetwork(save("plain", amp=amp), "cpu")
-        eps, unet = network(X, 7), network.network
-        assert network.provider == f"cpu, {kind}" and torch.equal(eps, exact) == (kind == "float32")
-        assert torch.backends.cudnn.allow_tf32 == (kind == "bfloat16")
-        assert unet.conv_in.weight.dtype == getattr(torch, kind)
-        assert unet.norm_out.weight.dtype == eps.dtype == torch.float32
-        torch.testing.assert_close(eps, exact, rtol=0, atol=0.1)
