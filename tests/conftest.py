@@ -72,10 +72,7 @@ def python(*args, cwd, code=0, timeout=170, **kwargs):
 
 @pytest.fixture
 def start():
-    """Start a program in a process of its own, which ends with the test.
-
-    pipe: what bash appends to the command.
-    """
+    """Start a program, to which bash appends `pipe`, in a process that ends with the test."""
     processes = []
 
     def call(*args, cwd, pipe=None):
@@ -230,20 +227,3 @@ def exported(monkeypatch):
 
     monkeypatch.setattr(export, "write_onnx", write_onnx)
     return given
-
-
-@pytest.fixture
-def wrap_step(monkeypatch):
-    """Replace the (loss, norm) of each step k of train.py by function(loss, norm, k)."""
-
-    def call(function):
-        train = import_module("train")
-        algorithm_1 = train.algorithm_1
-
-        def wrapped(*args):
-            for k, (loss, norm) in enumerate(algorithm_1(*args)):
-                yield function(loss, norm, k) or (loss, norm)
-
-        monkeypatch.setattr(train, "algorithm_1", wrapped)
-
-    return call
