@@ -1,13 +1,17 @@
 """What the tests of the programs share: ways to run them, folders of images, and a trained run."""
 
 import contextlib
+import copy
+import io
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from unittest import mock
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Two processes with one thread each need less time than two processes with two threads each.
@@ -20,6 +24,7 @@ import torch
 from PIL import Image
 
 import export
+from run import Settings, build
 
 if sys.platform == "darwin":  # where gloo may not find the machine by its own name
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0")
@@ -67,13 +72,15 @@ def python(*args, cwd, code=0, timeout=170, **kwargs):
 
 @pytest.fixture
 def start():
-    """Start a program in a process of its own, which ends with the test."""
+    """Start a program, to which bash appends `pipe`, in a process that ends with the test."""
     processes = []
 
-    def call(*args, cwd, **kwargs):
+    def call(*args, cwd, pipe=None):
+        words = command(*args)
+        words = ["bash", "-c", f"{shlex.join(words)} {pipe}"] if pipe else words
         process = subprocess.Popen(
-            command(*args), cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True, **BEFORE, **kwargs,
+            words, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True, **BEFORE,
         )  # fmt: skip
         processes.append(process)
         return process
@@ -93,6 +100,22 @@ def read(folder):
     return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
 
 
+def save_run(folder, shape, names=(), images="a digest", **given):
+    """Save a small run whose averaged weights are random, none near zero; return its folder."""
+    small = {"image_size": shape[-1], "base_channels": 8, "channel_mults": (1, 2), "amp": False}
+    small |= {"num_res_blocks": 1, "attention_resolutions": (4,)}
+    settings = Settings(**small | given)
+    torch.manual_seed(0)
+    network, _ = build(settings, shape, names)
+    state = {"settings": vars(settings), "shape": shape, "names": names, "images": images}
+    state |= {"step": 0, "model": copy.deepcopy(network.state_dict()), "ema": network.state_dict()}
+    for weights in network.parameters():
+        weights.data += 0.1 * torch.randn_like(weights)
+    folder.mkdir(exist_ok=True)
+    torch.save(state, folder / "checkpoint.pt")
+    return folder
+
+
 def assert_same_run(a, b, rtol=0):
     """Compare the steps, weights and logs of two run folders, to the bit or to rounding."""
     one, other = read(a), read(b)
@@ -101,13 +124,6 @@ def assert_same_run(a, b, rtol=0):
         torch.testing.assert_close(one[part], other[part], rtol=rtol, atol=rtol / 10)
     a, b = (np.loadtxt(folder / "log.csv", delimiter=",", skiprows=1) for folder in (a, b))
     np.testing.assert_allclose(a, b, rtol=10 * rtol)
-
-
-def colour_name(colour):
-    """Return the name of the nearest of the COLOURS, or None if it is far."""
-    far = {name: np.abs(colour - target).max() for name, target in COLOURS.items()}
-    nearest = min(far, key=far.get)
-    return nearest if far[nearest] < 60 else None
 
 
 @pytest.fixture(scope="session")
@@ -144,29 +160,6 @@ def class_folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory, image_folder):
-    """Run the three commands with a tiny network; return their folder and what they printed."""
-    folder = tmp_path_factory.mktemp("work")
-    commands = (
-        ["train.py", "--data", image_folder, *TINY, "--steps", 12],
-        ["export.py"],
-        ["sample.py", "-n", 5, "--steps", 20],
-    )
-    return folder, [python(*words, cwd=folder) for words in commands]
-
-
-@pytest.fixture(scope="session")
-def coloured(class_folder, tmp_path_factory):
-    """Return the run folder of a network that has learnt the three classes, with its model.onnx."""
-    out = tmp_path_factory.mktemp("coloured") / "run"
-    flags = "--classes --base-channels 16 --attention-resolutions --dropout 0 --batch 24 --no-flip"
-    flags += " --parts v muon --lr 6e-3 --steps 160"
-    python("train.py", "--data", class_folder, "--out", out, *TINY, *flags.split(), cwd=out.parent)
-    python("export.py", "--checkpoint", out, "--onnx", out / "model.onnx", cwd=out.parent)
-    return out
-
-
 @contextlib.contextmanager
 def restoring_signals():
     """Restore the handlers of signals at the end of the block."""
@@ -179,26 +172,36 @@ def restoring_signals():
             signal.signal(number, handler)
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
+def in_process(program, *args, code=0):
     """Run a program in this process, which takes less time; return what it printed.
 
-    A user's mistake is a SystemExit with one line. Any other exception fails the test.
+    A user's mistake is a SystemExit with one line. Any other exception is passed on.
     """
+    argv, status, message = [str(HERE / program), *map(str, args)], 0, ""
+    out, errors = io.StringIO(), io.StringIO()
+    with (
+        restoring_signals(),
+        mock.patch.object(sys, "argv", argv),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(errors),
+    ):
+        try:
+            import_module(program.removesuffix(".py").replace("/", ".")).main()
+        except SystemExit as error:
+            message = error.code if isinstance(error.code, str) else ""
+            status = 1 if message else error.code
+    said = errors.getvalue() + out.getvalue() + message
+    assert status == code and "\n" not in message, said
+    return said
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Run a program in this process, and stay in its folder; return what it printed."""
 
     def call(program, *args, cwd, code=0):
         monkeypatch.chdir(cwd)
-        monkeypatch.setattr(sys, "argv", [str(HERE / program), *map(str, args)])
-        status, message = 0, ""
-        with restoring_signals():
-            try:
-                import_module(program.removesuffix(".py").replace("/", ".")).main()
-            except SystemExit as error:
-                message = error.code if isinstance(error.code, str) else ""
-                status = 1 if message else error.code
-        said = capsys.readouterr()
-        assert status == code and "\n" not in message, said.err + said.out + message
-        return said.err + said.out + message
+        return in_process(program, *args, code=code)
 
     return call
 
@@ -224,20 +227,3 @@ def exported(monkeypatch):
 
     monkeypatch.setattr(export, "write_onnx", write_onnx)
     return given
-
-
-@pytest.fixture
-def wrap_step(monkeypatch):
-    """Replace the (loss, norm) of each step k of train.py by function(loss, norm, k)."""
-
-    def call(function):
-        train = import_module("train")
-        algorithm_1 = train.algorithm_1
-
-        def wrapped(*args):
-            for k, (loss, norm) in enumerate(algorithm_1(*args)):
-                yield function(loss, norm, k) or (loss, norm)
-
-        monkeypatch.setattr(train, "algorithm_1", wrapped)
-
-    return call

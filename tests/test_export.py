@@ -1,7 +1,7 @@
-"""export.py: the ONNX file, which appears only after it agreed with torch, and mistakes."""
+"""export.py and extras/torch_network.py: the network of a run as a file, and in torch."""
 
+import contextlib
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,18 +9,44 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import HERE
+from conftest import COLOURS, HERE, TINY, in_process, python, read, save_run
 from onnx import TensorProto
 
 import export
 from ddpm import linear_betas
-from run import Settings, build, load
-from sample import Network, example
+from extras import torch_network
+from extras.torch_network import TorchNetwork
+from run import load
+from sample import Network, example, sample
 from test_ddpm import PAPER, randn
 
 SHAPE = 3, 8, 8
 TYPES = {"x_t": (TensorProto.FLOAT, ["batch", *SHAPE]), "t": (TensorProto.INT64, ["batch"])}
 TYPES["y"], TYPES["eps"] = TYPES["t"], TYPES["x_t"]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Export random weights; return the folder and what was printed."""
+    folder = tmp_path_factory.mktemp("plain")
+    save_run(folder / "run", SHAPE)
+    with contextlib.chdir(folder):
+        return folder, in_process("export.py")
+
+
+@pytest.fixture(scope="module")
+def coloured(class_folder, tmp_path_factory):
+    """Train a network on the three classes, and export it; return the folder."""
+    folder = tmp_path_factory.mktemp("coloured")
+    flags = "--classes --base-channels 16 --attention-resolutions --dropout 0 --batch 24 --no-flip"
+    flags += " --variance small --parts v muon --lr 6e-3 --steps 120"
+    with contextlib.chdir(folder):
+        in_process("train.py", "--data", class_folder, *TINY, *flags.split())
+        in_process("export.py")
+    return folder
+
+
+# -------------------------------------------------------------------------------------- export.py
 
 
 def properties(path):
@@ -39,10 +65,10 @@ def properties(path):
     return found, {prop.key: prop.value for prop in proto.metadata_props}, proto.graph.node
 
 
-def test_onnx_file_is_what_it_promises(trained):
+def test_onnx_file_is_what_it_promises(plain):
     """It has the averaged weights, no nodes that CUDA leaves to the CPU, and no local paths."""
-    folder, (_, said, _) = trained
-    assert said.startswith("run: step 12\nmodel.onnx: 0.3 MB, eps within ")
+    folder, said = plain
+    assert said.startswith("run: step 0\nmodel.onnx: 0.3 MB, eps within ")
     found, metadata, nodes = properties(folder / "model.onnx")
     assert found == {name: TYPES[name] for name in ("x_t", "t", "eps")}
     assert metadata.pop("ddpm.eps_of_example") and metadata == {
@@ -66,27 +92,27 @@ def test_onnx_file_is_what_it_promises(trained):
         assert (eps - network(x_t, t)).abs().max() > 1e-4
 
 
-def test_network_of_v_and_classes_returns_eps(tmp_path):
+def test_network_of_v_and_classes_returns_eps(coloured):
     """Its file has a third input, and takes any number of images."""
-    small = Settings(base_channels=8, channel_mults=(1, 2), num_res_blocks=1, parts=("v",))
-    small = replace(small, attention_resolutions=(4,), variance="small")
-    network, diffusion = build(small, SHAPE, ("a", "b"))
-    for weights in network.eval().requires_grad_(False).parameters():
-        weights += 0.1 * torch.randn_like(weights)
-    path = tmp_path / "model.onnx"
-    export.write_onnx(network, diffusion, SHAPE, ("a", "b"), path)
-    found, metadata, _ = properties(path)
-    assert found == TYPES and metadata["ddpm.classes"] == '["a", "b"]'
+    found, metadata, _ = properties(coloured / "model.onnx")
+    assert found == TYPES and json.loads(metadata["ddpm.classes"]) == [*COLOURS]
     assert metadata["ddpm.variance"] == "small"
+    network = load(coloured / "run")[0].requires_grad_(False)
     for batch in (1, 2, 3, 7):
-        x_t, t, y = randn(batch, *SHAPE), 150 * torch.arange(batch), torch.arange(batch) % 3
-        eps = Network(path, "cpu")(x_t.numpy(), t.numpy(), y.numpy())
+        x_t, t, y = randn(batch, *SHAPE), 150 * torch.arange(batch), torch.arange(batch) % 4
+        eps = Network(coloured / "model.onnx", "cpu")(x_t.numpy(), t.numpy(), y.numpy())
         np.testing.assert_allclose(eps, network(x_t, t, y), rtol=0, atol=1e-4)
     assert (network(x_t, t, y) - network(x_t, t)).abs().max() > 0.01
     assert (network(x_t, 0 * t + 999) - x_t).abs().max() < 0.1  # the noise in an x_t without signal
     x_t, t = map(torch.as_tensor, example(SHAPE, 1000))
     answer, expected = json.loads(metadata["ddpm.eps_of_example"]), network(x_t, t.view(1))
     np.testing.assert_allclose(answer, expected.flatten()[::3], rtol=0, atol=1e-4)
+
+
+def test_training_learns_the_classes(coloured):
+    x0 = sample(Network(coloured / "model.onnx", "cpu"), 9, guidance=1.0, steps=10)
+    colours = 127.5 * x0.mean((2, 3)) + 127.5
+    assert np.abs(colours - [*COLOURS.values()] * 3).max() < 60
 
 
 class Other(torch.nn.Module):
@@ -102,7 +128,7 @@ class Other(torch.nn.Module):
         return attend(h, h, h, scale=0.3).view_as(x_t) + t[:, None, None, None] / 1000
 
 
-def test_no_file_appears_that_differs_from_torch(trained, tmp_path, monkeypatch):
+def test_no_file_appears_that_differs_from_torch(plain, tmp_path, monkeypatch):
     """A wrong translation differs, and so does a result that is not a number."""
     path, attention = tmp_path / "model.onnx", export.attention
     export.write_onnx(Other(), PAPER, SHAPE, (), path)
@@ -116,8 +142,8 @@ def test_no_file_appears_that_differs_from_torch(trained, tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(export, "attention", lambda q, k, v, **_: attention(q, k, v, scale=0.31))
         refused(Other())
-    monkeypatch.setattr(export, "to_onnx", lambda *_: onnx.load(trained[0] / "model.onnx"))
-    network = load(trained[0] / "run")[0]
+    monkeypatch.setattr(export, "to_onnx", lambda *_: onnx.load(plain[0] / "model.onnx"))
+    network = load(plain[0] / "run")[0]
     network.conv_out.bias.data.fill_(torch.nan)
     refused(network)
 
@@ -129,24 +155,24 @@ class RunsCode:
         return Path.touch, (Path("executed"),)
 
 
-def test_mistakes_are_one_line(trained, tmp_path, run):
+def test_mistakes_are_one_line(plain, tmp_path, run):
     """A folder without a checkpoint is no run, and no code in a file is executed."""
-    assert "demo is not there; run train.py first" in run("export.py", cwd=tmp_path, code=1)
+    said = python("export.py", cwd=tmp_path, code=1)  # in a process of its own
+    assert said == "demo is not there; run train.py first\n"
     for name in "demo", "run":
         (tmp_path / name).mkdir()
         said = run("export.py", cwd=tmp_path, code=1)
         assert f"{Path('demo', 'checkpoint.pt')} is not there; run train.py first" in said
-    whole = (trained[0] / "run" / "checkpoint.pt").read_bytes()
+    whole = (plain[0] / "run" / "checkpoint.pt").read_bytes()
     (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "text.pt").write_text("not even a zip file")
     (tmp_path / "empty.pt").touch()
     torch.save({"settings": RunsCode()}, tmp_path / "code.pt")
     torch.save({"config": {}, "model": {}, "ema": {}, "step": 7}, tmp_path / "old.pt")
-    for name in "half", "text", "empty", "code", "old":
+    for name in "half", "empty", "code", "old":
         said = run("export.py", "--checkpoint", f"{name}.pt", cwd=tmp_path, code=1)
         why = "is not a checkpoint of this version" if name == "old" else "can't be read: "
         assert said.startswith(f"{name}.pt {why}")
-    whole = "--checkpoint", trained[0] / "run"
+    whole = "--checkpoint", plain[0] / "run"
     assert "such as model.onnx" in run("export.py", "--onnx", "run.pt", cwd=tmp_path, code=2)
     for path in "half.pt/x.onnx", "run/new.onnx":
         (tmp_path / "run" / "new.onnx").mkdir(exist_ok=True)
@@ -156,18 +182,72 @@ def test_mistakes_are_one_line(trained, tmp_path, run):
 
 
 @pytest.mark.gpu
-def test_all_of_the_network_runs_on_cuda(trained, coloured):
+def test_all_of_the_network_runs_on_cuda(plain, coloured):
     ort.preload_dlls()
     options = ort.SessionOptions()
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     providers = [("CUDAExecutionProvider", {"use_tf32": "0"})]
     x, t, y = randn(3, *SHAPE), torch.tensor([0, 500, 999]), torch.tensor([0, 2, 3])
-    for run, file in (
-        (trained[0] / "run", trained[0] / "model.onnx"), (coloured, coloured / "model.onnx"),
-    ):  # fmt: skip
-        session, (network, *_) = ort.InferenceSession(file, options, providers), load(run)
+    for folder in plain[0], coloured:
+        session = ort.InferenceSession(folder / "model.onnx", options, providers)
+        network = load(folder / "run")[0]
         assert session.get_providers()[0] == "CUDAExecutionProvider"
         inputs = {"x_t": x, "t": t} | ({"y": y} if network.num_classes else {})
         (eps,) = session.run(["eps"], {name: value.numpy() for name, value in inputs.items()})
         with torch.no_grad():
             assert np.abs(eps - network(*inputs.values()).numpy()).max() < 1e-4
+
+
+# ------------------------------------------------------------------------ extras/torch_network.py
+
+X = randn(2, *SHAPE)
+
+
+@pytest.fixture(scope="module")
+def both(plain, coloured, tmp_path_factory):
+    """Return each network in torch and as a file, with T = 40, which takes less time."""
+    pairs = {}
+    for name, folder in ("plain", plain[0]), ("classes", coloured):
+        state, short = read(folder / "run"), tmp_path_factory.mktemp(name) / "short.pt"
+        state["settings"] |= {"betas": tuple(linear_betas()[:40].tolist()), "amp": False}
+        torch.save(state, short)
+        file = Network(folder / "model.onnx", "cpu")
+        file.betas = file.betas[:40]
+        pairs[name] = TorchNetwork(short, "cpu"), file
+    return pairs
+
+
+def test_network_in_torch_has_the_interface_of_the_file(both):
+    for network, file in both.values():
+        assert (network.shape, network.classes) == (file.shape, file.classes)
+        assert (network.variance, network.provider) == (file.variance, "cpu, float32")
+        np.testing.assert_array_equal(1 - network.betas, 1 - file.betas)
+        for t in 7, np.array([7, 39]):
+            for y in (None, np.array([0, 2])) if file.classes else (None,):
+                eps = network(X, torch.from_numpy(t) if np.ndim(t) else t, y)
+                np.testing.assert_allclose(eps, file(X.numpy(), t, y), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name, options", [
+    ("plain", {"clip": False}), ("classes", {"guidance": 1.0}),  # all steps
+    ("classes", {"steps": 5, "classes": ["red", "blue"], "guidance": 2.0, "first": 4, "seed": 3}),
+    ("plain", {"steps": 7, "sampler": "ddim"}), ("plain", {"steps": 7, "sampler": "ddpm"}),
+])  # fmt: skip
+def test_images_are_those_of_the_exported_file(name, options, both):
+    in_torch, expected = (sample(network, 3, **options) for network in both[name])
+    assert in_torch.dtype == torch.float32 and expected.std() > 0.1
+    np.testing.assert_allclose(in_torch, expected, rtol=0, atol=1 / 127.5)
+
+
+def test_bfloat16_is_used_where_the_run_used_it(both, tmp_path, monkeypatch):
+    """The weights are converted once, those of the norms not at all."""
+    exact, torch.backends.cudnn.allow_tf32 = both["plain"][0](X, 7), True
+    for has, amp, kind in (True, True, "bfloat16"), (True, None, "float32"), (0, True, "float32"):
+        monkeypatch.setattr(torch_network, "has_bfloat16", lambda device, has=has: has)
+        network = TorchNetwork(save_run(tmp_path, SHAPE, amp=amp), "cpu")
+        eps, unet = network(X, 7), network.network
+        assert network.provider == f"cpu, {kind}" and torch.equal(eps, exact) == (kind == "float32")
+        assert torch.backends.cudnn.allow_tf32 == (kind == "bfloat16")
+        assert unet.conv_in.weight.dtype == getattr(torch, kind)
+        assert unet.norm_out.weight.dtype == eps.dtype == torch.float32
+        torch.testing.assert_close(eps, exact, rtol=0, atol=0.1)

@@ -1,4 +1,4 @@
-"""Accelerators, and several processes, on one machine or two."""
+"""Several processes, on one machine or two."""
 
 import json
 import os
@@ -10,25 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import HERE, TINY, assert_same_run, command, posix, read
+from conftest import HERE, TINY, assert_same_run, command, in_process, posix, read
 from PIL import Image
-
-from run import choose_device
-
-CPU = torch.device("cpu")
-
-# ------------------------------------------------------------------------------------- accelerators
-
-
-def test_devices_that_are_not_there_are_one_line():
-    assert choose_device("auto") == CPU
-    for name in "cuda", "xpu:1", "quantum":
-        with pytest.raises(SystemExit, match=rf"^--device {name}: .*[a-z]"):
-            choose_device(name)
-
-
-# -------------------------------------------------------------------------------- several processes
 
 # Does what torchrun does, but imports torch only once: forks a process for each rank.
 SERVER = """
@@ -72,48 +55,51 @@ def together():
     server.communicate()
 
 
+WORDS = [*TINY, "--no-amp", "--warmup", 0, "--dropout", 0.3]
+
+
+@pytest.fixture(scope="module")
+def alone(image_folder, tmp_path_factory):
+    """Train 3 and 8 steps in one process, in two parts for the same dropout; return the folders."""
+    folder = tmp_path_factory.mktemp("alone")
+    for steps in 3, 8:
+        words = [*WORDS, "--accumulate", 2, "--out", folder / f"{steps}", "--steps", steps]
+        in_process("train.py", "--data", image_folder, *words)
+    return folder / "3", folder / "8"
+
+
 @posix
-def test_two_processes_train_as_one(together, image_folder, tmp_path, tiny):
-    """They equal one that splits each batch into two parts, so that even the dropout agrees."""
-    words = ["--no-amp", "--warmup", 0, "--dropout", 0.3, "--accumulate", 2]
-    tiny(*words, "--steps", 8, "--out", "one")
-    tiny(*words, "--steps", 3, "--out", "two")  # resumed by two processes
-    words = ["--data", image_folder, *TINY, "--out", "two", "--accumulate", 1, "--steps", 8]
+def test_two_processes_train_as_one(together, alone, image_folder, tmp_path):
+    """They resume what one process began."""
+    shutil.copytree(alone[0], tmp_path / "run")
+    words = ["--data", image_folder, *WORDS, "--accumulate", 1, "--steps", 8]
     said, silent = together((tmp_path, 0, words), (tmp_path, 1, words))
-    assert "on 2 x cpu" in said and "steps    3 to 8" in said and "done: two" in said
+    assert "on 2 x cpu" in said and "steps    3 to 8" in said and "done: run" in said
     assert "steps" not in silent
-    assert_same_run(tmp_path / "one", tmp_path / "two", rtol=1e-5)
-
-
-@pytest.fixture
-def machines(image_folder, tmp_path):
-    """Return two folders, each with a folder of the same images."""
-    for name in "ab":
-        shutil.copytree(image_folder, tmp_path / name / "images")
-    return tmp_path / "a", tmp_path / "b"
+    assert_same_run(alone[1], tmp_path / "run", rtol=1e-5)
 
 
 @posix
 @pytest.mark.parametrize("shared", [True, False])
-def test_two_machines_train_as_one(shared, together, machines, run):
-    """The second one may have a run of its own, which is left alone."""
-    a, b = machines
-    words = ["--data", "images", *TINY, "--dropout", 0, "--no-amp", "--warmup", 0, "--steps"]
-    run("train.py", *words, 6, "--out", "one", cwd=a)
-    run("train.py", *words, 1, "--seed", 5, cwd=b)
-    before = (b / "run" / "checkpoint.pt").read_bytes()
-    words += [6, *["--out", a / "run"] * shared]
-    together((a, 0, words), (a if shared else b, 0, words))
-    assert_same_run(a / "one", a / "run", rtol=1e-5)
-    assert (b / "run" / "checkpoint.pt").read_bytes() == before
-    assert len([*a.glob("run/.images-*")]) == len([*b.glob("run/.images-*")]) == 1
+def test_two_machines_train_as_one(shared, together, alone, image_folder, tmp_path):
+    """The second one may have a run of its own, which is neither read nor written."""
+    own = tmp_path / "b" / "run"
+    own.mkdir(parents=True)
+    (own / "checkpoint.pt").write_text("mine")
+    words = ["--data", image_folder, *WORDS, "--steps", 8]
+    together((tmp_path, 0, words), (tmp_path if shared else tmp_path / "b", 0, words))
+    assert_same_run(alone[1], tmp_path / "run", rtol=1e-5)
+    assert (own / "checkpoint.pt").read_text() == "mine"
+    assert len([*tmp_path.glob("run/.images-*")]) == 1 == len([*own.glob(".images-*")]) + shared
 
 
 @posix
-def test_machines_that_differ_are_refused_before_the_first_step(together, machines):
-    a, b = machines
-    words = ["--data", "images", *TINY, "--steps", 3]
+def test_machines_that_differ_are_refused_before_the_first_step(together, image_folder, tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder in a, b:
+        shutil.copytree(image_folder, folder / "images")
     Image.new("RGB", (8, 8), "red").save(b / "images" / "9.png")
+    words = ["--data", "images", *TINY, "--steps", 3]
     said = together((a, 0, words), (b, 0, [*words, "--lr", 1]), refused=True)
     assert [text.count("the processes have different lr and images\n") for text in said] == [1, 0]
     assert not [*a.glob("run/*.pt"), *a.glob("run/log.csv")]

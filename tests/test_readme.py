@@ -1,7 +1,6 @@
 """The documents: quotes are the code, listings and notebook run, names and commands exist."""
 
 import html
-import importlib
 import re
 import shutil
 import subprocess
@@ -9,15 +8,12 @@ import sys
 
 import cmarkgfm
 import nbformat
-import networks
-import numpy as np
 import pytest
 import torch
-from conftest import HERE, python
+from conftest import HERE, in_process, python, save_run
 from nbclient import NotebookClient
 from PIL import Image
 
-import run
 from ddpm import Diffusion, linear_betas
 from docs import make_figures, points
 
@@ -39,12 +35,9 @@ def section(page, title):
     return page.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
-def without_blocks(page):
-    return re.sub(r"^```.*?^```$", "", page, flags=re.M | re.S)
-
-
 def anchors(page):
-    titles = re.findall(r"^#+ (.*)", without_blocks(page), re.M)
+    without_blocks = re.sub(r"^```.*?^```$", "", page, flags=re.M | re.S)
+    titles = re.findall(r"^#+ (.*)", without_blocks, re.M)
     return {re.sub(r"[^a-z0-9 _-]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
@@ -104,25 +97,11 @@ def test_tables_fences_and_formulas_are_rendered():
         assert cell.cell_type == "code" or not left_as_text(cell.source)
 
 
-@pytest.fixture
-def help_of(monkeypatch, capsys):
-    """Return what a program says with --help."""
-
-    def call(name):
-        program = importlib.import_module(name.removesuffix(".py"))
-        monkeypatch.setattr(program, "guard_output", lambda: None, raising=False)
-        monkeypatch.setattr(sys, "argv", [name, "--help"])
-        with pytest.raises(SystemExit):
-            program.main()
-        return capsys.readouterr().out
-
-    return call
-
-
-def test_flags_exist(help_of):
+def test_flags_exist():
     """Each command has flags of its program, and each flag in a sentence is one of some program."""
-    names = re.findall(r"-m (extras\.\w+) ", "".join(PAGES.values()))
-    helps = {name: help_of(name) for name in {"train.py", "export.py", "sample.py", *names}}
+    names = {"train.py", "export.py", "sample.py"}
+    names |= {*re.findall(r"-m (extras\.\w+) ", "".join(PAGES.values()))}
+    helps = {name: in_process(name, "--help") for name in names}
     assert len(helps) == 9
     for page in PAGES.values():
         commands = re.findall(r"\b((?:train|export|sample)\.py|extras\.\w+)\b([^\n`&]*)", page)
@@ -134,30 +113,33 @@ def test_flags_exist(help_of):
 
 
 FEW = {"train.py": "--steps 1 --base-channels 8 --batch 4", "sample.py": "--steps 2 -n 2"}
-COPIES = {  # what is run in an empty folder with the files of a row
-    "the method": [["-m", "pytest", "-q", "test_ddpm.py", "-k", "bayes or stands"]],
-    "training": [
-        ["train.py", *FEW["train.py"].split()],
-        ["train.py", "--data", "images", "--quick", *FEW["train.py"].split()],
-    ],
+TRAIN = """
+import shutil, sys, train
+train.main({"steps": 1, "base_channels": 8, "batch": 4})
+unused = {"quick", "extras", "onnx", "onnxruntime", "onnxscript", "matplotlib", "diffusers"}
+assert not unused & sys.modules.keys()
+shutil.copy(sys.argv[1], ".")
+train.main({"steps": 1, "base_channels": 8, "batch": 4, "data": "images", "quick": True})
+"""
+COPIES = {  # what is run in an empty folder with the files of a row, but for quick.py
+    "the method": ["-m", "pytest", "-q", "test_ddpm.py", "-k", "bayes or stands"],
+    "training": ["-c", TRAIN, HERE / "quick.py"],
 }
 
 
 @pytest.mark.parametrize("what", COPIES)
 def test_copied_files_suffice(what, tmp_path):
-    """Try each row of the README's table in an empty folder."""
+    """Try rows of the README's table; test_sample.py and test_minimal.py try the others."""
     rows = re.findall(r"^\| ([^|]*) \| ([^|]*) \|", section(README, "Copy what you need"), re.M)
     files = {goal.split(",")[0]: re.findall(r"`([\w.]+)`", names) for goal, names in rows[2:]}
-    assert {*files} == {*COPIES, "sampling", "the whole path"}  # test_sample.py, test_minimal.py
-    assert files["sampling"] == ["sample.py", "model.onnx"]
+    assert {*files} == {*COPIES, "sampling", "the whole path"}
+    assert files["sampling"] == ["sample.py", "model.onnx"] and "quick.py" in files["training"]
     (tmp_path / "images").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "0.png")
-    for words in COPIES[what]:
-        for name in files[what]:
-            if name != "quick.py" or "--quick" in words:
-                shutil.copy(HERE / name, tmp_path)
-        done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True)
-        assert done.returncode == 0, done.stderr
+    for name in {*files[what]} - {"quick.py"}:
+        shutil.copy(HERE / name, tmp_path)
+    done = subprocess.run([sys.executable, *COPIES[what]], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
@@ -181,12 +163,7 @@ def test_commands_of_the_readme_run_in_their_order(
 
 def test_lines_of_build_on_it_run(tmp_path, monkeypatch):
     """Run the manual's lines in order."""
-    small = run.Settings(image_size=8, base_channels=8, attention_resolutions=())
-    state = {"settings": small, "shape": (3, 8, 8), "names": ()}
-    network, _ = run.build(*state.values())
-    (tmp_path / "run").mkdir()
-    state |= {"settings": vars(small), "ema": network.state_dict()}
-    torch.save(state, tmp_path / "run" / "checkpoint.pt")
+    save_run(tmp_path / "run", (3, 8, 8))
     monkeypatch.chdir(tmp_path)
     names = {}
     for code in blocks(section(GUIDE, "Build on it"), "python"):
@@ -212,16 +189,6 @@ def test_lines_of_measuring_arrange_images(class_folder, tmp_path, monkeypatch):
     assert sizes == [(32, 32)] * (len(files) - 1)  # one is broken
 
 
-@pytest.mark.parametrize("steps, t", [(1000, 1), (1000, 199), (10, 1), (10, 5)])
-def test_reverse_step_of_two_points_is_bayes_rule(steps, t):
-    """Compare the mixture of posteriors with q(x_t | x_s) q(x_s) / q(x_t) on a fine grid."""
-    (chain, _), x_t = make_figures.short_chain(steps), torch.tensor([0.1]).double()
-    x, log_p, _ = make_figures.reverse_step(chain, t, x_t, torch.linspace(-6, 6, 2001).double())
-    bump = make_figures.log_normal(x_t, chain.alphas[t].sqrt() * x[0], chain.betas[t])
-    joint = (bump + make_figures.log_two(chain, t - 1, x[0]).logsumexp(1)).softmax(0)
-    torch.testing.assert_close(log_p[0].exp(), joint / (x[0, 1] - x[0, 0]), rtol=1e-3, atol=1e-5)
-
-
 def test_small_reverse_steps_are_nearly_gaussian():
     """Check the numbers in section 4 of the lesson, whose t counts from 1."""
     bits = [make_figures.distance_to_gaussian(Diffusion(linear_betas()), t - 1)
@@ -245,21 +212,6 @@ def test_weights_of_the_losses_are_those_of_the_lesson():
 
 
 @pytest.mark.slow
-def test_figures_are_made(run, image_folder, tmp_path, monkeypatch):
-    """With a network in closed form, and without the divergences, which another test checks."""
-    model = tmp_path / "model.onnx"
-    model.write_bytes(networks.onnx_file(classes=False))
-    monkeypatch.setattr(make_figures, "distance_to_gaussian", lambda chain, t: 1 / t)
-    flags = ["--onnx", model, "--paper", model, "--data", image_folder, "--out", tmp_path / "docs"]
-    run("docs/make_figures.py", *flags, cwd=tmp_path)
-    made = [*(tmp_path / "docs").iterdir()]
-    assert len(made) == 15
-    for path in made:
-        with Image.open(path) as image:
-            assert np.asarray(image.convert("L")).std() > 10
-
-
-@pytest.mark.slow
 def test_points_are_learnt(tmp_path, monkeypatch, capsys):
     """Run docs/points.py: check its output and its figures."""
     monkeypatch.setattr(points, "FIGURES", tmp_path)
@@ -271,13 +223,6 @@ def test_points_are_learnt(tmp_path, monkeypatch, capsys):
     assert shares["mixture: Algorithm 2"] < 5 > shares["moons: Algorithm 2"]
     assert shares["moons: without z"] > 25 < shares["moons: the mean"]
     assert {path.stem for path in tmp_path.iterdir()} == {"field", "guidance", "points"}
-
-
-def said_in(notebook):
-    """Return what the code cells of a notebook print; each must print or draw something."""
-    outputs = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
-    assert len(outputs) >= 15 and all(outputs)
-    return "".join(output.get("text", "") for cell in outputs for output in cell)
 
 
 WRONG = (  # wrong answers to the six exercises of the notebook
@@ -299,8 +244,9 @@ def test_notebook_alone_clones_what_it_needs(tmp_path):
     first = next(cell for cell in cells if cell.source.startswith("import"))
     assert "set REPOSITORY" in python("-c", first.source, cwd=tmp_path, code=1)
     code = first.source.replace('REPOSITORY = ""', f"REPOSITORY = {str(HERE)!r}")
+    code += "\nassert find_spec('points')"
     for _ in range(2):  # as when a cell is run again
-        python("-c", f"{code}\nimport ddpm, points, extras.variants", cwd=tmp_path)
+        python("-c", code, cwd=tmp_path)
     assert (tmp_path / "ddpm" / "docs" / "points.py").is_file()
 
 
@@ -319,5 +265,7 @@ def test_notebook_runs():
         notebook.cells.append(nbformat.v4.new_code_cell(said))
     here = {"metadata": {"path": str(HERE / "docs")}}
     NotebookClient(notebook, timeout=600, resources=here).execute()
-    said = said_in(notebook)
+    outputs = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
+    assert len(outputs) >= 15 and all(outputs)  # each cell prints or draws something
+    said = "".join(output.get("text", "") for cell in outputs for output in cell)
     assert "of 16 samples are correct" in said and said.count("wrong: ") == len(WRONG)
