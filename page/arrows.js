@@ -11,6 +11,7 @@ const { colours } = plane, N = DATA.length / 2, LIMIT = 1.5; // the end of the v
 const ROWS = 13; // of arrows
 const FIRST = 0.45; // where it begins
 const HOLD = { first: 6000, next: 1200 }; // the milliseconds for which a dot stays
+const WAYS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] };
 const show = captions("arrows");
 const pointOf = (x, k) => x.subarray(2 * k, 2 * k + 2);
 const colourOf = (k) => (DATA.labels[k] ? colours.data : colours.other); // of its arc
@@ -101,11 +102,28 @@ function say() {
   return show(place ? "noising" : "clean");
 }
 
-/** Choose the dot that is nearest to the pointer. */
-function choose(event) {
+/** Choose the dot that is nearest to a place. */
+function choose(place) {
   gesture.stop();
-  chosen = nearest(...large.view.place(event), large.at(gesture.place).x).index;
+  chosen = nearest(...place, large.at(gesture.place).x).index;
   gesture.render();
+}
+
+/** Choose the first other dot in the direction of an arrow key. */
+function chooseByKey(event) {
+  const way = WAYS[event.key], before = chosen;
+  if (!way) return;
+  event.preventDefault();
+  const start = pointOf(large.at(gesture.place).x, chosen);
+  for (let far = 0.05; far < 4 && chosen === before; far += 0.05) {
+    choose(start.map((value, i) => value + far * way[i]));
+  }
+  letGo();
+}
+
+/** Send the dots back after a moment in which the chosen one can be seen. */
+function letGo() {
+  if (gesture.place) gesture.hold(HOLD.next, () => gesture.sendBack());
 }
 
 /** Make the section work. Returns its timeline. */
@@ -113,8 +131,9 @@ export function startArrows() {
   scenes = [50, 5, 1].map((steps) => new Scene($(`arrows-${steps}`), steps));
   [large] = scenes;
   gesture = new Gesture("arrows", scenes, { draw, say });
-  const release = () => gesture.place && gesture.hold(HOLD.next, () => gesture.sendBack());
-  onPointer(large.canvas, { press: choose, drag: choose, release });
+  const point = (event) => choose(large.view.place(event));
+  onPointer(large.canvas, { press: point, drag: point, release: letGo });
+  large.canvas.onkeydown = chooseByKey;
   onChoice("arrows-steps", (value) => {
     for (const scene of scenes) scene.use(scene.eps, { isRandom: value === "random" });
     gesture.repeat();

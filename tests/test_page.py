@@ -313,9 +313,18 @@ def test_random_steps(page):
         assert many < 15 and few > 60 and one > 90
     assert starts[0] == starts[1] == starts[2]
     assert np.abs(np.subtract(ends[0], ends[1])).mean() > 0.1
-    before = pixels(page, "arrows-tile")
-    page.click("#arrows-50", position={"x": 300, "y": 100})  # chooses another dot
-    assert np.abs(pixels(page, "arrows-tile") - before).max() > 20
+
+
+def test_a_dot_is_chosen(page):
+    """By the pointer, or by an arrow key, from the dot chosen before. A tile shows its place."""
+    value_of(page, "arrows", "gesture.moveTo(0)")
+    page.click("#arrows-50", position={"x": 300, "y": 100})
+    tiles = [pixels(page, "arrows-tile")[0, 0]]
+    for key in "ArrowLeft", "ArrowRight", "ArrowDown":
+        page.press("#arrows-50", key)
+        tiles.append(pixels(page, "arrows-tile")[0, 0])
+    left, right, down = np.diff(tiles, axis=0)
+    assert left[0] < 0 < right[0] and down[1] < 0, tiles
 
 
 def test_network_learns_the_arcs(page):
