@@ -3,7 +3,7 @@
 import { $, captions, onChoice, onPointer, still } from "./common.js";
 import { Passage } from "./passage.js";
 import * as plane from "./plane.js";
-import { DATA, STD, exactEps, missed, nearest, posterior } from "./points.js";
+import { DATA, exactEps, meanOf, missed, nearest, posterior } from "./points.js";
 import { ABAR, noiseOf, partsAt } from "./sampler.js";
 import { Gesture } from "./timeline.js";
 
@@ -22,8 +22,7 @@ let gesture, scenes, large;
 /** All dots in one of the three panels. */
 class Scene extends Passage {
   constructor(canvas, steps) {
-    const options = { steps, clip: false, keepsData: true };
-    super((x, t) => exactEps(x, ABAR[t], DATA, STD), options);
+    super((x, t) => exactEps(x, ABAR[t], DATA), { steps, clip: false, keepsData: true });
     this.canvas = canvas;
     this.begin(DATA, noiseOf(1, 1, 2 * N));
   }
@@ -39,8 +38,8 @@ class Scene extends Passage {
     const [signal] = partsAt(level), shrunk = DATA.map((value) => signal * value);
     plane.drawDots(this.view, shrunk, 1.6 * this.small, colours.dim, 0.5);
     if (follows && this.steps && place) {
-      const places = plane.grid(this.view, ROWS), eps = exactEps(places, signal ** 2, DATA, STD);
-      plane.drawField(this.view, places, eps, colours.arrow, 0.75, 1.4);
+      const places = plane.grid(this.view, ROWS), eps = exactEps(places, signal ** 2, DATA);
+      plane.drawField(this.view, places, eps, colours.arrow, 1.4);
     }
     if (this.steps) this.drawWays(place, follows);
     this.drawPoints(x, alpha);
@@ -70,17 +69,15 @@ class Scene extends Passage {
 
   /** Draw lines from a point to the data it may have come from, and a ring at their mean. */
   drawOrigins(point, signal, shrunk) {
-    const { view, small } = this, weights = posterior(...point, signal ** 2, DATA, STD);
-    const largest = Math.max(...weights);
-    const meanOf = (i) => weights.reduce((sum, weight, m) => sum + weight * shrunk[2 * m + i], 0);
-    const mean = [meanOf(0), meanOf(1)];
+    const { view, small } = this, weights = posterior(...point, signal ** 2, DATA);
+    const largest = Math.max(...weights), mean = meanOf(weights, shrunk);
     weights.forEach((weight, m) => {
       const origin = pointOf(shrunk, m), size = Math.sqrt(weight) * small;
       if (weight < 0.05 * largest) return;
       plane.drawLine(view, [point, origin], colours.lit, small / 2 + 4 * size, 0.15 + 0.6 * weight);
       plane.drawDots(view, origin, 1.5 * small + 4 * size, colours.lit, 0.8);
     });
-    plane.drawArrow(view, point, mean, colours.ink, 2.5 * small, 9 * small);
+    plane.drawArrow(view, point, mean, colours.ink, 2.5 * small, { gap: 9 * small });
     plane.drawRing(view, mean, 9 * small, colours.page, 5 * small);
     plane.drawRing(view, mean, 9 * small, colours.lit, 3 * small);
   }

@@ -114,7 +114,6 @@ function say() {
   const isTrained = trainer.steps >= STEPS;
   $("learn-play").textContent = timeline.move ? "❚❚" : "►";
   $("learn-play").ariaLabel = timeline.move ? "Pause" : isTrained ? "Train again" : "Train";
-  $("learn-place").ariaValueText = `level ${level}`;
   $("learn-misses").textContent = misses;
   const markStep = (item, k) => { item.ariaCurrent = slow?.phase === k ? "step" : null; };
   [...$("learn-steps").children].forEach(markStep);
@@ -143,9 +142,9 @@ function drawStep({ phase, x0, xt, guess }, signal) {
   if (phase > 1) plane.drawLine(view, [clean, xt], colours.dim, 3 * small);
   if (phase > 1) plane.drawDots(view, xt, 7 * small, colours.ink);
   plane.drawDots(view, clean, 7 * small, colours.data);
-  if (phase > 2) plane.drawArrow(view, xt, guess, colours.lit, 3 * small, 12 * small);
+  if (phase > 2) plane.drawArrow(view, xt, guess, colours.lit, 3 * small, { gap: 12 * small });
   if (phase > 2) plane.drawRing(view, guess, 10 * small, colours.lit, 3.5 * small);
-  if (phase > 3) plane.drawArrow(view, guess, clean, colours.data, 3 * small, 12 * small);
+  if (phase > 3) plane.drawArrow(view, guess, clean, colours.data, 3 * small, { gap: 12 * small });
 }
 
 /** The true arrows, and over them those of the network. They fade where noise of this level hardly
@@ -154,17 +153,16 @@ function drawArrows(level, shrunk) {
   const places = plane.grid(view, view.height < 300 ? 9 : 11), [, spread] = partsAt(level);
   const alphas = Array.from({ length: places.length / 2 }, (_, k) =>
     2 - nearest(places[2 * k], places[2 * k + 1], shrunk).distance / 2 / spread);
-  const fields = [[exactEps(places, ABAR[level], data, STD), colours.arrow, 5],
+  const fields = [[exactEps(places, ABAR[level], data), colours.arrow, 5],
     [samples.eps(places, level), colours.lit, 2]];
   for (const [eps, colour, width] of fields) {
-    plane.drawField(view, places, eps, colour, 1, width, (k) => alphas[k]);
+    plane.drawField(view, places, eps, colour, width, alphas);
   }
 }
 
 /** Make the section work. Returns its timeline. */
 export function startLearning() {
-  const whenSeen = () => timeline.seen && !samples.eps && sample();
-  timeline = new Timeline("learn", { draw: drawStage, say, whenSeen, goesOn: true });
+  timeline = new Timeline("learn", { draw: drawStage, say, goesOn: true });
   const choose = onChoice("learn-shapes", (shape) => learn(SHAPES[shape] ?? new Float32Array()));
   onPointer($("learn-plane"), {
     press(event) {
@@ -184,6 +182,6 @@ export function startLearning() {
     slowDown(null);
   };
   if (!still) timeline.hold(0, () => slowDown(training), 0.7);
-  timeline.render();
+  sample();
   return timeline;
 }

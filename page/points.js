@@ -5,10 +5,9 @@ import { uniform } from "./sampler.js";
 export const STD = 0.02; // of the Gaussian around each point of the data
 export const MISS = 3 * STD; // farther from all of them, a point misses the data
 
-/** The probabilities of the centres that x_t = (x, y) may have come from. std: the deviation of the
- * Gaussian around each centre. */
-export function posterior(x, y, abar, centres, std) {
-  const signal = Math.sqrt(abar), variance = abar * std ** 2 + 1 - abar; // of each Gaussian at t
+/** The probabilities of the centres that x_t = (x, y) may have come from. */
+export function posterior(x, y, abar, centres) {
+  const signal = Math.sqrt(abar), variance = abar * STD ** 2 + 1 - abar; // of each Gaussian at t
   const square = (m) => (x - signal * centres[2 * m]) ** 2 + (y - signal * centres[2 * m + 1]) ** 2;
   const logOf = (_, m) => square(m) / (-2 * variance);
   const logs = Float64Array.from({ length: centres.length / 2 }, logOf);
@@ -18,19 +17,17 @@ export function posterior(x, y, abar, centres, std) {
   return weights.map((weight) => weight / total);
 }
 
-/** E[eps | x_t] for a mixture of Gaussians with these centres, of the deviation std. */
-export function exactEps(x, abar, centres, std) {
-  const signal = Math.sqrt(abar), scale = Math.sqrt(1 - abar) / (abar * std ** 2 + 1 - abar);
+/** The mean (x, y) of centres with these probabilities. */
+export const meanOf = (weights, centres) => [0, 1].map((i) =>
+  weights.reduce((sum, weight, m) => sum + weight * centres[2 * m + i], 0));
+
+/** E[eps | x_t] for a mixture of Gaussians with these centres. */
+export function exactEps(x, abar, centres) {
+  const signal = Math.sqrt(abar), scale = Math.sqrt(1 - abar) / (abar * STD ** 2 + 1 - abar);
   const eps = new Float32Array(x.length);
   for (let k = 0; k < x.length; k += 2) {
-    const weights = posterior(x[k], x[k + 1], abar, centres, std);
-    let right = 0, up = 0; // the mean of the centres
-    for (let m = 0; m < weights.length; m++) {
-      right += weights[m] * centres[2 * m];
-      up += weights[m] * centres[2 * m + 1];
-    }
-    eps[k] = scale * (x[k] - signal * right);
-    eps[k + 1] = scale * (x[k + 1] - signal * up);
+    const mean = meanOf(posterior(x[k], x[k + 1], abar, centres), centres);
+    for (const i of [0, 1]) eps[k + i] = scale * (x[k + i] - signal * mean[i]);
   }
   return eps;
 }

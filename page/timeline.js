@@ -2,7 +2,7 @@
 
 import { $, announce, follow, still } from "./common.js";
 
-const PACE = { rest: 3000, noising: 2200, noise: 500, back: 3900 }; // milliseconds
+const PACE = { noising: 2200, noise: 500, back: 3900 }; // milliseconds
 
 /** How fast it moves at a place: slowly near the data, where most is to be seen; 1 on average. */
 const paceAt = (place) => 0.3 + 2.06 * place;
@@ -12,15 +12,13 @@ export class Timeline {
   place = 0;
   move = null; // what moves it: a function of the milliseconds since the last frame
   seen = 0; // the share of the stage that is in sight
-  repeats = false; // whether it begins again by itself
   #asked = 0; // the number of the frame that has been asked for, or 0
   #isOld = true; // whether what is drawn is not what there is now
   #before = null; // the time of the last frame, while something moves
 
   /** name: of its stage and slider. its: draw() draws what is seen, and say() says it and returns
-   * it. Some have whenSeen(), called when the share in sight has changed; letGo(), called when the
-   * reader lets go of the slider; goesOn, whether it moves on when the reader moves the slider; and
-   * methods for the page. */
+   * it. Some have letGo(), called when the reader lets go of the slider; goesOn, whether it moves
+   * on when the reader moves the slider; and methods for the page. */
   constructor(name, its) {
     const slider = $(`${name}-place`), stage = $(`${name}-stage`);
     Object.assign(this, its, { slider, stage });
@@ -28,7 +26,6 @@ export class Timeline {
       this.seen = seen;
       stage.parentElement.classList.toggle("seen", seen >= 0.4);
       this.#ask();
-      this.whenSeen?.();
     });
     new ResizeObserver(() => this.#ask(this.#isOld = true)).observe(stage); // draws at first, too
     let before = 0, byKey = false; // before: where it was when the pointer went down
@@ -68,13 +65,13 @@ export class Timeline {
   }
 
   stop() {
-    this.repeats = false;
     this.go(null);
   }
 
   /** Something has changed: say it, and draw it in the next frame. */
   render() {
     this.slider.value = 1000 * this.place;
+    this.slider.ariaValueText = `level ${Math.round(1000 * this.place ** 2)}`;
     this.say();
     this.#isOld = true;
     this.#ask();
@@ -156,9 +153,7 @@ export class Gesture extends Timeline {
     this.go((passed) => {
       const { place, passages } = this, next = place - (paceAt(place) * passed) / PACE.back;
       this.place = Math.max(0, next, ...passages.map(({ reached }) => Math.min(place, reached)));
-      if (this.place && this.isBack) return;
-      if (this.repeats) this.hold(PACE.rest, () => this.toNoise());
-      else this.move = null;
+      if (!this.place || !this.isBack) this.move = null;
     });
   }
 
@@ -192,6 +187,5 @@ export class Gesture extends Timeline {
     const { slider, isBack } = this, [{ from }] = this.passages;
     if (this.stays && isBack) slider.value = 1000 * from;
     slider.style.setProperty("--from", isBack ? from : -1); // a mark
-    slider.ariaValueText = `level ${Math.round(1000 * this.place ** 2)}`;
   }
 }
