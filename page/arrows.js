@@ -11,10 +11,10 @@ const { colours } = plane, N = DATA.length / 2, LIMIT = 1.5; // the end of the v
 const ROWS = 13; // of arrows
 const FIRST = 0.45; // where it begins
 const HOLD = { first: 6000, next: 1200 }; // the milliseconds for which a dot stays
-const WAYS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] };
+const ALONG = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1 }; // an arc
 const show = captions("arrows");
 const pointOf = (x, k) => x.subarray(2 * k, 2 * k + 2);
-const colourOf = (k) => (DATA.labels[k] ? colours.data : colours.other); // of its arc
+const colourOf = (k) => (k < N / 2 ? colours.data : colours.other); // of its arc
 const numbers = Array.from({ length: N }, (_, k) => k);
 let chosen = 64; // the dot whose origins are shown: at first, one that is below the others
 let gesture, scenes, large;
@@ -30,10 +30,9 @@ class Scene extends Passage {
   /** Draw the dots at a place. alpha: of the dots. follows: whether the chosen one is marked. */
   draw(place, alpha, follows) {
     const { x, level } = this.at(place), { canvas } = this, point = pointOf(x, chosen);
-    const wide = canvas.clientWidth / canvas.clientHeight;
-    const [right, up] = follows ? point.map((it) => 1.08 * Math.abs(it)) : [0, 0];
-    // the data and the marked point are always in the view
-    this.view = plane.clear(canvas, Math.max(LIMIT, up, Math.max(1.2, right) / wide));
+    const [right, up] = follows ? point.map(Math.abs) : [0, 0]; // it is always in the view
+    const far = Math.max(up, (right * canvas.clientHeight) / canvas.clientWidth);
+    this.view = plane.clear(canvas, Math.max(LIMIT, 1.08 * far));
     this.small = Math.max(0.6, Math.min(1, this.view.height / 300)); // the scale of what is drawn
     const [signal] = partsAt(level), shrunk = DATA.map((value) => signal * value);
     plane.drawDots(this.view, shrunk, 1.6 * this.small, colours.dim, 0.5);
@@ -99,28 +98,10 @@ function say() {
   return show(place ? "noising" : "clean");
 }
 
-/** Choose the dot that is nearest to a place. */
-function choose(place) {
+function choose(k) {
   gesture.stop();
-  chosen = nearest(...place, large.at(gesture.place).x).index;
+  chosen = k;
   gesture.render();
-}
-
-/** Choose the first other dot in the direction of an arrow key. */
-function chooseByKey(event) {
-  const way = WAYS[event.key], before = chosen;
-  if (!way) return;
-  event.preventDefault();
-  const start = pointOf(large.at(gesture.place).x, chosen);
-  for (let far = 0.05; far < 4 && chosen === before; far += 0.05) {
-    choose(start.map((value, i) => value + far * way[i]));
-  }
-  letGo();
-}
-
-/** Send the dots back after a moment in which the chosen one can be seen. */
-function letGo() {
-  if (gesture.place) gesture.hold(HOLD.next, () => gesture.sendBack());
 }
 
 /** Make the section work. Returns its timeline. */
@@ -128,9 +109,16 @@ export function startArrows() {
   scenes = [50, 5, 1].map((steps) => new Scene($(`arrows-${steps}`), steps));
   [large] = scenes;
   gesture = new Gesture("arrows", scenes, { draw, say });
-  const point = (event) => choose(large.view.place(event));
-  onPointer(large.canvas, { press: point, drag: point, release: letGo });
-  large.canvas.onkeydown = chooseByKey;
+  const goOn = () => gesture.place && gesture.hold(HOLD.next, () => gesture.sendBack());
+  const point = (event) =>
+    choose(nearest(...large.view.place(event), large.at(gesture.place).x).index);
+  onPointer(large.canvas, { press: point, drag: point, release: goOn });
+  large.canvas.onkeydown = (event) => {
+    if (!ALONG[event.key]) return;
+    event.preventDefault();
+    choose((chosen + ALONG[event.key] + N) % N);
+    goOn();
+  };
   onChoice("arrows-steps", (value) => {
     for (const scene of scenes) scene.use(scene.eps, { isRandom: value === "random" });
     gesture.repeat();

@@ -3,12 +3,10 @@
 export const $ = (id) => document.getElementById(id);
 export const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
 export const LOADING = "The network is loading.";
-export const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
-const COVERED = innerWidth < 960 ? "0px 0px -28%" : "0px"; // a narrow screen has captions below
-
-/** Call call(share) whenever the share of an element that is in sight, from 0 to 1, has changed. */
-export function follow(element, call, rootMargin = COVERED) {
+/** Call call(share) whenever the share of an element that is in sight, from 0 to 1, has changed.
+ * What the captions of a narrow screen cover is not in sight. */
+export function follow(element, call, rootMargin = innerWidth < 960 ? "0px 0px -28%" : "0px") {
   const watch = (entries) => call(entries.at(-1).intersectionRatio);
   new IntersectionObserver(watch, { threshold: [0, 0.01, 0.4, 0.7], rootMargin }).observe(element);
 }

@@ -7,7 +7,7 @@ import { noiseOf } from "./sampler.js";
 import { Gesture } from "./timeline.js";
 
 const SHAPE = [3, 32, 32];
-const ENDS = 4, STEPS = 20; // images that come back, and in how many steps
+const ENDS = 4, STEPS = 12; // images that come back, and in how many steps
 const FIRST = 0.6; // the highest place from where a drawing comes back by itself
 const WAIT = 500; // milliseconds without a stroke, after which the drawing comes back
 const canvas = $("draw"), context = canvas.getContext("2d", { willReadFrequently: true });
@@ -15,7 +15,7 @@ const show = captions("drawing");
 let gesture, pause;
 let colour = "#4a2f14"; // of the pen
 let before; // where the pen was
-const drawing = new Passage(null, { steps: STEPS, scales: true, keepsData: true });
+const drawing = new Passage(null, { steps: STEPS, keepsData: true });
 
 /** Take the drawing as it is now. Nothing has come back from it. */
 function restart() {
@@ -69,8 +69,7 @@ function draw() {
 
 /** Make the section work, with a smiley of recorded.webp if there is one. Returns its timeline. */
 export function startDrawing(recording) {
-  const letGo = () => gesture.place && gesture.sendBack();
-  gesture = new Gesture("drawing", [drawing], { draw, say, stays: true, letGo, useNetwork });
+  gesture = new Gesture("drawing", [drawing], { draw, say, useNetwork });
   for (const pen of $("draw-pens").children) pen.style.background = pen.value;
   onChoice("draw-pens", (value) => { colour = value; });
   $("draw-clear").onclick = clear;

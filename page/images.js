@@ -14,7 +14,7 @@ let gesture, network = null, word = "strong";
 let own = null; // the reader's network
 let wanted = null; // the key of the network that is to draw: "clothes", "emoji" or "own"
 let guess = {}; // of the network at a place of the slider: {x0, place, isAsked}
-const pictures = new Passage(null, { steps: 10, scales: true });
+const pictures = new Passage(null, { steps: 10 });
 
 /** Let a network draw as soon as it is open, unless another one is wanted by then. */
 async function select(key) {
@@ -109,10 +109,8 @@ export function startImages() {
   onChoice("images-networks", select);
   curtain.oninput = () => gesture.render();
   onChoice("images-pills", (value) => {
-    const opened = network;
     word = value;
-    wait(); // it begins again
-    if (opened) useNetwork(opened);
+    select(wanted); // it begins again
   });
   return gesture;
 }

@@ -8,7 +8,7 @@ import { Timeline } from "./timeline.js";
 import { Trainer, draw, epsOf } from "./trainer.js";
 
 const { colours } = plane;
-const BATCH = 128, STEPS = 3000; // of the training on the same dots
+const STEPS = 3000; // of the training on the same dots
 const EVERY = 150; // steps, samples are drawn, which takes less than a tenth of the time
 const SLICE = 30; // milliseconds of training in a frame, so that nothing stalls
 const NOISE = noiseOf(0, 48, 2); // where the samples begin
@@ -21,8 +21,6 @@ let samples = { eps: null, misses: "–" }; // {eps, way, misses, steps, isNew} 
 let slow = null; // a training step in slow motion
 let pen = null; // where the reader draws
 let timeline, view;
-
-const newBatch = () => draw(data, STD, BATCH, random);
 
 /** Let dots follow the arrows of the network as it is now. */
 async function sample() {
@@ -37,7 +35,7 @@ async function sample() {
 /** Train for a part of a frame. */
 function training() {
   const end = performance.now() + SLICE;
-  do trainer.step(newBatch());
+  do trainer.step(draw(data));
   while (trainer.steps % EVERY && performance.now() < end);
   if (trainer.steps % EVERY) return;
   if (trainer.steps >= STEPS) timeline.stop();
@@ -68,17 +66,15 @@ function learn(dots) {
   if (data.length) timeline.go(training);
 }
 
-/** Take one training step in slow motion: the first dot x0 of its batch is shown, its noise, and
- * what the network predicts. next: what moves after it. */
+/** Take one training step in slow motion: a dot x0 of its batch is shown, its noise, and what the
+ * network predicts. next: what moves after it. */
 function slowDown(next) {
   stop();
   if (!data.length) return;
-  let batch, t, noise;
-  do {
-    batch = newBatch();
-    [t, noise] = [batch.t[0], batch.noise.slice(0, 2)];
-  } while (t < 100 || Math.hypot(...noise) > 1.2); // its noise can be seen, and is in the view
-  const [signal, spread] = partsAt(t), x0 = batch.x0.slice(0, 2);
+  const batch = draw(data), pairOf = (values, k) => values.slice(2 * k, 2 * k + 2);
+  const isSeen = (t, k) => t >= 100 && Math.hypot(...pairOf(batch.noise, k)) < 1.2; // in the view
+  const k = batch.t.findIndex(isSeen), t = batch.t[k], [signal, spread] = partsAt(t);
+  const x0 = pairOf(batch.x0, k), noise = pairOf(batch.noise, k);
   const xt = x0.map((value, i) => signal * value + spread * noise[i]); // (4)
   const eps = epsOf(trainer.parameters, xt, t), guess = xt.map((its, i) => its - spread * eps[i]);
   slow = { batch, t, x0, xt, guess, next, phase: 0 };

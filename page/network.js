@@ -47,12 +47,11 @@ export async function open(name, bytes) {
     worker.postMessage(question);
   });
   const close = () => worker.terminate();
-  const eps = async (x, t, y) => (await ask({ x, t, y })).eps;
   try {
     const read = metadataOf(bytes), betas = read("betas"), shape = read("image_shape");
     const classes = read("classes", []), values = read("eps_of_example", []);
     await ask({ bytes, folders: FOLDERS, shape, classes, T: betas.length, values });
-    return { betas, shape, classes, eps, close };
+    return { betas, shape, classes, close, eps: async (x, t, y) => (await ask({ x, t, y })).eps };
   } catch (error) {
     close();
     const [message] = error.message.split("\n"), what = "is not a model from export.py";

@@ -8,9 +8,8 @@ import { Gesture } from "./timeline.js";
 
 const COUNT = 12, SHAPE = [3, 32, 32], SIZE = 3072, STEPS = 10, GUIDANCE = 1;
 const show = captions("scene");
-const UNSEEN = "The first pictures could not be loaded. Remove the noise, and new ones come back.";
 let gesture, rows = []; // of recorded.webp
-const pictures = new Passage(null, { steps: STEPS, scales: true, recorded });
+const pictures = new Passage(null, { steps: STEPS, recorded });
 
 /** The rows of recorded.webp, by docs/make_figures.py: first the twelve pictures at the beginning,
  * and then the estimates in each step of the first way back, which needs no network. */
@@ -48,9 +47,9 @@ function fail({ message }) {
 }
 
 function say() {
-  const { place, isBack, move, fault } = gesture, { x0, isWaiting } = pictures;
+  const { place, isBack, move, fault } = gesture;
   $("scene-play").textContent = move ? "Stop" : place ? "Remove the noise" : "Play";
-  if (isWaiting || !(x0 || isBack)) return show("missing", { text: fault || LOADING });
+  if (pictures.isWaiting) return show("missing", { text: fault || LOADING });
   if (!isBack) return show(!place ? "clean" : place < 1 ? "noising" : "noise");
   return show(place ? "back" : "new");
 }
@@ -65,7 +64,6 @@ export function startOpening(recording) {
   if (recording) rows = rowsOf(recording);
   pictures.begin(rows[0] ?? null, noiseOf(0, COUNT, SIZE));
   gesture = new Gesture("scene", [pictures], { draw, say, useNetwork, fail });
-  gesture.fault = recording ? "" : UNSEEN;
   $("scene-play").onclick = () => {
     if (gesture.move) return gesture.stop();
     gesture.stage.scrollIntoView({ block: "nearest" }); // only what is in sight moves

@@ -1,9 +1,9 @@
 // Drawing: the palette, crisp canvases, and what is drawn in a plane.
 
 const style = getComputedStyle(document.documentElement);
-const valueOf = (name) => [name, style.getPropertyValue(`--${name}`).trim()];
 const NAMES = ["ink", "dim", "page", "data", "other", "lit", "arrow"]; // as in page.css
-export const colours = Object.fromEntries(NAMES.map(valueOf));
+export const colours = Object.fromEntries(
+  NAMES.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
 
 /** Clear a canvas, crisp at any pixel ratio, and return how it shows the plane, upwards from -limit
  * to limit: at(x, y) is where a point lies, in CSS pixels. place({offsetX, offsetY}) is where a

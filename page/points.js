@@ -1,7 +1,5 @@
 // Points in the plane, and the exact noise prediction for them. B points are 2 B numbers in a row.
 
-import { uniform } from "./sampler.js";
-
 export const STD = 0.02; // of the Gaussian around each point of the data
 export const MISS = 3 * STD; // farther from all of them, a point misses the data
 
@@ -48,23 +46,15 @@ export function missed(points, centres) {
   return Math.round((200 * points.filter(isFar).length) / points.length);
 }
 
-const random = uniform(1, 0);
-const COUNT = 240; // points of each shape
-
-/** Points on two arcs, of which one is the opposite of the other; their labels are 1 and 0. */
-function arcs() {
-  const all = Array.from({ length: COUNT }, () => [Math.PI * random(), Number(random() < 0.5)]);
-  const points = Float32Array.from(all.flatMap(([angle, label]) =>
-    [Math.cos(angle) - 0.5, Math.sin(angle) - 0.25].map((it) => (label ? 0.6 : -0.6) * it)));
-  return Object.assign(points, { labels: all.map(([, label]) => label) });
-}
-
-/** Points [x, y] = at(u) of a curve, for u from 0 to 1. */
-const curve = (at) =>
-  Float32Array.from(Array.from({ length: COUNT }, (_, k) => at(k / COUNT)).flat());
+/** 240 points [x, y] = at(u) of a curve, for u from 0 to 1. */
+const curve = (at) => Float32Array.from(Array.from({ length: 240 }, (_, k) => at(k / 240)).flat());
 const circle = (angle, radius) => [radius * Math.cos(angle), radius * Math.sin(angle)];
 
-export const DATA = arcs();
+/** Points on two arcs, the first half of them on the upper one; on both, from left to right. */
+export const DATA = curve((u) => {
+  const isUpper = u < 0.5, [right, up] = circle(2 * Math.PI * (isUpper ? 0.5 - u : u), 0.6);
+  return isUpper ? [right - 0.3, up - 0.15] : [right + 0.3, up + 0.15];
+});
 export const SHAPES = {
   arcs: DATA,
   spiral: curve((u) => circle(11 * Math.sqrt(u), 0.15 + 0.85 * Math.sqrt(u))),

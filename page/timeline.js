@@ -101,8 +101,7 @@ export class Gesture extends Timeline {
   round = 1; // the seed of the noise
   fault = ""; // what has gone wrong
 
-  /** passages: what moves. its: as above, and stays, whether the slider stays where the way back
-   * began. */
+  /** passages: what moves. its: as above. */
   constructor(name, passages, its) {
     super(name, its);
     this.passages = passages;
@@ -124,10 +123,10 @@ export class Gesture extends Timeline {
     return !this.place && this.passages.every(({ result }) => result);
   }
 
-  /** Move down on the way back, or up by adding noise, which each move does if `stays`. Where there
-   * is only noise, a pull towards the data begins the way back. */
+  /** Move down on the way back, or up by adding noise. Where there is only noise, a pull towards
+   * the data begins the way back. */
   moveTo(place) {
-    if (place && (place > this.place || this.stays)) this.#renew();
+    if (place > this.place) this.#renew();
     if (place < 1 && !this.isBack && !this.passages[0].x0) this.#begin();
     super.moveTo(place);
   }
@@ -185,7 +184,6 @@ export class Gesture extends Timeline {
   render() {
     super.render();
     const { slider, isBack } = this, [{ from }] = this.passages;
-    if (this.stays && isBack) slider.value = 1000 * from;
     slider.style.setProperty("--from", isBack ? from : -1); // a mark
   }
 }

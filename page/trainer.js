@@ -1,10 +1,12 @@
 // Algorithm 1 for points in the plane, in plain JavaScript: the batch, the loss (14), its gradient,
 // Adam, and the average of the weights. B points are a Float32Array of 2 B numbers.
 
+import { STD } from "./points.js";
 import { ABAR, T, normal, partsAt, uniform } from "./sampler.js";
 
 const WAVES = [3, 6, 12, 24]; // frequencies of sines of x_t, by which fine detail is learnt sooner
 const HALF = 8, INPUTS = 2 + 4 * WAVES.length + 2 * HALF, WIDTH = 64; // WIDTH: of the hidden layers
+const BATCH = 128, random = uniform(1, 0);
 const RATE = 0.012, DECAY = 0.999; // the learning rate at first, and the decay of the average
 const EMBEDDING = ABAR.map((abar) => { // sines and cosines of half of log SNR
   const half = Math.log(abar / (1 - abar)) / 2;
@@ -127,13 +129,13 @@ export class Trainer {
   }
 }
 
-/** The random part of a step: x_0, which is one of the points plus a Gaussian of deviation std, t
- * and the noise. random: a function of `uniform`. */
-export function draw(points, std, count, random) {
-  const index = Array.from({ length: count }, () => Math.floor((random() * points.length) / 2));
-  const filled = (value) => Float32Array.from({ length: 2 * count }, (_, k) => value(k));
+/** The random part of a step: x_0, which is one of the points plus a Gaussian of deviation STD, t
+ * and the noise. */
+export function draw(points) {
+  const index = Array.from({ length: BATCH }, () => Math.floor((random() * points.length) / 2));
+  const filled = (value) => Float32Array.from({ length: 2 * BATCH }, (_, k) => value(k));
   return {
-    x0: filled((k) => points[2 * index[k >> 1] + (k % 2)] + std * normal(random)),
+    x0: filled((k) => points[2 * index[k >> 1] + (k % 2)] + STD * normal(random)),
     t: index.map(() => Math.floor(T * random())),
     noise: filled(() => normal(random)),
   };
