@@ -3,7 +3,7 @@
 import { $, captions, onChoice, onPointer, still } from "./common.js";
 import { Passage } from "./passage.js";
 import * as plane from "./plane.js";
-import { DATA, STD, exactEps, missed, nearest, posterior } from "./points.js";
+import { DATA, exactEps, meanOf, missed, nearest, posterior } from "./points.js";
 import { ABAR, noiseOf, partsAt } from "./sampler.js";
 import { Gesture } from "./timeline.js";
 
@@ -11,9 +11,10 @@ const { colours } = plane, N = DATA.length / 2, LIMIT = 1.5; // the end of the v
 const ROWS = 13; // of arrows
 const FIRST = 0.45; // where it begins
 const HOLD = { first: 6000, next: 1200 }; // the milliseconds for which a dot stays
+const ALONG = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1 }; // an arc
 const show = captions("arrows");
 const pointOf = (x, k) => x.subarray(2 * k, 2 * k + 2);
-const colourOf = (k) => (DATA.labels[k] ? colours.data : colours.other); // of its arc
+const colourOf = (k) => (k < N / 2 ? colours.data : colours.other); // of its arc
 const numbers = Array.from({ length: N }, (_, k) => k);
 let chosen = 64; // the dot whose origins are shown: at first, one that is below the others
 let gesture, scenes, large;
@@ -21,8 +22,7 @@ let gesture, scenes, large;
 /** All dots in one of the three panels. */
 class Scene extends Passage {
   constructor(canvas, steps) {
-    const options = { steps, clip: false, keepsData: true };
-    super((x, t) => exactEps(x, ABAR[t], DATA, STD), options);
+    super((x, t) => exactEps(x, ABAR[t], DATA), { steps, clip: false, keepsData: true });
     this.canvas = canvas;
     this.begin(DATA, noiseOf(1, 1, 2 * N));
   }
@@ -30,16 +30,15 @@ class Scene extends Passage {
   /** Draw the dots at a place. alpha: of the dots. follows: whether the chosen one is marked. */
   draw(place, alpha, follows) {
     const { x, level } = this.at(place), { canvas } = this, point = pointOf(x, chosen);
-    const wide = canvas.clientWidth / canvas.clientHeight;
-    const [right, up] = follows ? point.map((it) => 1.08 * Math.abs(it)) : [0, 0];
-    // the data and the marked point are always in the view
-    this.view = plane.clear(canvas, Math.max(LIMIT, up, Math.max(1.2, right) / wide));
+    const [right, up] = follows ? point.map(Math.abs) : [0, 0]; // it is always in the view
+    const far = Math.max(up, (right * canvas.clientHeight) / canvas.clientWidth);
+    this.view = plane.clear(canvas, Math.max(LIMIT, 1.08 * far));
     this.small = Math.max(0.6, Math.min(1, this.view.height / 300)); // the scale of what is drawn
     const [signal] = partsAt(level), shrunk = DATA.map((value) => signal * value);
     plane.drawDots(this.view, shrunk, 1.6 * this.small, colours.dim, 0.5);
     if (follows && this.steps && place) {
-      const places = plane.grid(this.view, ROWS), eps = exactEps(places, signal ** 2, DATA, STD);
-      plane.drawField(this.view, places, eps, colours.arrow, 0.75, 1.4);
+      const places = plane.grid(this.view, ROWS), eps = exactEps(places, signal ** 2, DATA);
+      plane.drawField(this.view, places, eps, colours.arrow, 1.4);
     }
     if (this.steps) this.drawWays(place, follows);
     this.drawPoints(x, alpha);
@@ -69,17 +68,15 @@ class Scene extends Passage {
 
   /** Draw lines from a point to the data it may have come from, and a ring at their mean. */
   drawOrigins(point, signal, shrunk) {
-    const { view, small } = this, weights = posterior(...point, signal ** 2, DATA, STD);
-    const largest = Math.max(...weights);
-    const meanOf = (i) => weights.reduce((sum, weight, m) => sum + weight * shrunk[2 * m + i], 0);
-    const mean = [meanOf(0), meanOf(1)];
+    const { view, small } = this, weights = posterior(...point, signal ** 2, DATA);
+    const largest = Math.max(...weights), mean = meanOf(weights, shrunk);
     weights.forEach((weight, m) => {
       const origin = pointOf(shrunk, m), size = Math.sqrt(weight) * small;
       if (weight < 0.05 * largest) return;
       plane.drawLine(view, [point, origin], colours.lit, small / 2 + 4 * size, 0.15 + 0.6 * weight);
       plane.drawDots(view, origin, 1.5 * small + 4 * size, colours.lit, 0.8);
     });
-    plane.drawArrow(view, point, mean, colours.ink, 2.5 * small, 9 * small);
+    plane.drawArrow(view, point, mean, colours.ink, 2.5 * small, { gap: 9 * small });
     plane.drawRing(view, mean, 9 * small, colours.page, 5 * small);
     plane.drawRing(view, mean, 9 * small, colours.lit, 3 * small);
   }
@@ -101,10 +98,9 @@ function say() {
   return show(place ? "noising" : "clean");
 }
 
-/** Choose the dot that is nearest to the pointer. */
-function choose(event) {
+function choose(k) {
   gesture.stop();
-  chosen = nearest(...large.view.place(event), large.at(gesture.place).x).index;
+  chosen = k;
   gesture.render();
 }
 
@@ -113,8 +109,16 @@ export function startArrows() {
   scenes = [50, 5, 1].map((steps) => new Scene($(`arrows-${steps}`), steps));
   [large] = scenes;
   gesture = new Gesture("arrows", scenes, { draw, say });
-  const release = () => gesture.place && gesture.hold(HOLD.next, () => gesture.sendBack());
-  onPointer(large.canvas, { press: choose, drag: choose, release });
+  const goOn = () => gesture.place && gesture.hold(HOLD.next, () => gesture.sendBack());
+  const point = (event) =>
+    choose(nearest(...large.view.place(event), large.at(gesture.place).x).index);
+  onPointer(large.canvas, { press: point, drag: point, release: goOn });
+  large.canvas.onkeydown = (event) => {
+    if (!ALONG[event.key]) return;
+    event.preventDefault();
+    choose((chosen + ALONG[event.key] + N) % N);
+    goOn();
+  };
   onChoice("arrows-steps", (value) => {
     for (const scene of scenes) scene.use(scene.eps, { isRandom: value === "random" });
     gesture.repeat();

@@ -1,6 +1,7 @@
 // Section 3: images. The gesture of the opening with a grid of pictures, under a curtain.
 
-import { $, captions, onChoice } from "./common.js";
+import { $, LOADING, captions, follow, onChoice } from "./common.js";
+import { included, open } from "./network.js";
 import { Passage } from "./passage.js";
 import { drawImages } from "./plane.js";
 import { guided, noiseOf, predictX0 } from "./sampler.js";
@@ -10,8 +11,42 @@ const COLUMNS = 5, COUNT = 15; // of the pictures
 const WORDS = { none: null, weak: 0, strong: 3 }; // the guidance of each choice; null: no word
 const curtain = $("images-curtain"), show = captions("images");
 let gesture, network = null, word = "strong";
+let own = null; // the reader's network
+let wanted = null; // the key of the network that is to draw: "clothes", "emoji" or "own"
 let guess = {}; // of the network at a place of the slider: {x0, place, isAsked}
-const pictures = new Passage(null, { steps: 10, scales: true });
+const pictures = new Passage(null, { steps: 10 });
+
+/** Let a network draw as soon as it is open, unless another one is wanted by then. */
+async function select(key) {
+  wanted = key;
+  wait();
+  try {
+    const opened = key === "own" ? own : await included(key);
+    if (key === wanted) useNetwork(opened);
+  } catch (error) {
+    if (key === wanted) gesture.fail(error);
+  }
+}
+
+/** Open the reader's network. One that cannot be opened changes nothing. */
+async function openOwn({ target }) {
+  const [file] = target.files, tell = (text) => { $("own-status").textContent = text; };
+  if (!file) return;
+  tell(`Loading ${file.name} …`);
+  target.value = "";
+  try {
+    const opened = await open(file.name, new Uint8Array(await file.arrayBuffer()));
+    own?.close();
+    own = opened;
+  } catch (error) {
+    return tell(error.message);
+  }
+  const button = $("images-networks").lastElementChild;
+  button.textContent = file.name;
+  button.click();
+  tell(`${file.name} draws in section 3.`);
+  $("images").scrollIntoView();
+}
 
 /** Begin with noise, which can be sent back before the network is there. */
 function wait() {
@@ -26,10 +61,10 @@ function wait() {
 /** Let a network draw. Each row of the emoji has a class; other networks draw without one. */
 function useNetwork(opened) {
   network = opened;
-  const { size, betas, kinds } = network, w = kinds ? WORDS[word] : null;
+  const { shape, betas, kinds } = network, w = kinds ? WORDS[word] : null;
   const y = Array.from({ length: COUNT }, (_, k) => kinds?.[Math.floor(k / COLUMNS)]);
   $("images-pills").hidden = !kinds;
-  pictures.noise = noiseOf(0, COUNT, size);
+  pictures.noise = noiseOf(0, COUNT, shape[0] * shape[1] * shape[2]);
   pictures.use(w === null ? (x, t) => opened.eps(x, t) : guided(opened, y, w), { betas });
   gesture.render();
 }
@@ -48,7 +83,7 @@ async function ask() {
 
 function say() {
   const { place, isBack, hasCome, fault } = gesture;
-  if (fault || !network) return show(fault ? "fault" : "wait", { text: fault });
+  if (fault || !network) return show("missing", { text: fault || LOADING });
   if (hasCome || (!place && !isBack)) return show(network.kinds ? word : "done");
   const { length } = isBack ? pictures.levels : [];
   if (isBack) return show("back", { steps: length > 1 ? `${length} steps` : "one step" });
@@ -67,14 +102,15 @@ function draw() {
 
 /** Make the section work. Returns its timeline. */
 export function startImages() {
-  gesture = new Gesture("images", [pictures], { draw, say, wait, useNetwork });
+  gesture = new Gesture("images", [pictures], { draw, say });
   wait();
+  follow($("images"), (share) => share && !wanted && select("clothes"), "100%"); // it comes near
+  $("model").onchange = openOwn;
+  onChoice("images-networks", select);
   curtain.oninput = () => gesture.render();
   onChoice("images-pills", (value) => {
-    const opened = network;
     word = value;
-    wait(); // it begins again
-    if (opened) useNetwork(opened);
+    select(wanted); // it begins again
   });
   return gesture;
 }

@@ -8,7 +8,7 @@ import { Timeline } from "./timeline.js";
 import { Trainer, draw, epsOf } from "./trainer.js";
 
 const { colours } = plane;
-const BATCH = 128, STEPS = 3000; // of the training on the same dots
+const STEPS = 3000; // of the training on the same dots
 const EVERY = 150; // steps, samples are drawn, which takes less than a tenth of the time
 const SLICE = 30; // milliseconds of training in a frame, so that nothing stalls
 const NOISE = noiseOf(0, 48, 2); // where the samples begin
@@ -21,8 +21,6 @@ let samples = { eps: null, misses: "–" }; // {eps, way, misses, steps, isNew} 
 let slow = null; // a training step in slow motion
 let pen = null; // where the reader draws
 let timeline, view;
-
-const newBatch = () => draw(data, STD, BATCH, random);
 
 /** Let dots follow the arrows of the network as it is now. */
 async function sample() {
@@ -37,7 +35,7 @@ async function sample() {
 /** Train for a part of a frame. */
 function training() {
   const end = performance.now() + SLICE;
-  do trainer.step(newBatch());
+  do trainer.step(draw(data));
   while (trainer.steps % EVERY && performance.now() < end);
   if (trainer.steps % EVERY) return;
   if (trainer.steps >= STEPS) timeline.stop();
@@ -68,17 +66,15 @@ function learn(dots) {
   if (data.length) timeline.go(training);
 }
 
-/** Take one training step in slow motion: the first dot x0 of its batch is shown, its noise, and
- * what the network predicts. next: what moves after it. */
+/** Take one training step in slow motion: a dot x0 of its batch is shown, its noise, and what the
+ * network predicts. next: what moves after it. */
 function slowDown(next) {
   stop();
   if (!data.length) return;
-  let batch, t, noise;
-  do {
-    batch = newBatch();
-    [t, noise] = [batch.t[0], batch.noise.slice(0, 2)];
-  } while (t < 100 || Math.hypot(...noise) > 1.2); // its noise can be seen, and is in the view
-  const [signal, spread] = partsAt(t), x0 = batch.x0.slice(0, 2);
+  const batch = draw(data), pairOf = (values, k) => values.slice(2 * k, 2 * k + 2);
+  const isSeen = (t, k) => t >= 100 && Math.hypot(...pairOf(batch.noise, k)) < 1.2; // in the view
+  const k = batch.t.findIndex(isSeen), t = batch.t[k], [signal, spread] = partsAt(t);
+  const x0 = pairOf(batch.x0, k), noise = pairOf(batch.noise, k);
   const xt = x0.map((value, i) => signal * value + spread * noise[i]); // (4)
   const eps = epsOf(trainer.parameters, xt, t), guess = xt.map((its, i) => its - spread * eps[i]);
   slow = { batch, t, x0, xt, guess, next, phase: 0 };
@@ -114,7 +110,6 @@ function say() {
   const isTrained = trainer.steps >= STEPS;
   $("learn-play").textContent = timeline.move ? "❚❚" : "►";
   $("learn-play").ariaLabel = timeline.move ? "Pause" : isTrained ? "Train again" : "Train";
-  $("learn-place").ariaValueText = `level ${level}`;
   $("learn-misses").textContent = misses;
   const markStep = (item, k) => { item.ariaCurrent = slow?.phase === k ? "step" : null; };
   [...$("learn-steps").children].forEach(markStep);
@@ -143,9 +138,9 @@ function drawStep({ phase, x0, xt, guess }, signal) {
   if (phase > 1) plane.drawLine(view, [clean, xt], colours.dim, 3 * small);
   if (phase > 1) plane.drawDots(view, xt, 7 * small, colours.ink);
   plane.drawDots(view, clean, 7 * small, colours.data);
-  if (phase > 2) plane.drawArrow(view, xt, guess, colours.lit, 3 * small, 12 * small);
+  if (phase > 2) plane.drawArrow(view, xt, guess, colours.lit, 3 * small, { gap: 12 * small });
   if (phase > 2) plane.drawRing(view, guess, 10 * small, colours.lit, 3.5 * small);
-  if (phase > 3) plane.drawArrow(view, guess, clean, colours.data, 3 * small, 12 * small);
+  if (phase > 3) plane.drawArrow(view, guess, clean, colours.data, 3 * small, { gap: 12 * small });
 }
 
 /** The true arrows, and over them those of the network. They fade where noise of this level hardly
@@ -154,17 +149,16 @@ function drawArrows(level, shrunk) {
   const places = plane.grid(view, view.height < 300 ? 9 : 11), [, spread] = partsAt(level);
   const alphas = Array.from({ length: places.length / 2 }, (_, k) =>
     2 - nearest(places[2 * k], places[2 * k + 1], shrunk).distance / 2 / spread);
-  const fields = [[exactEps(places, ABAR[level], data, STD), colours.arrow, 5],
+  const fields = [[exactEps(places, ABAR[level], data), colours.arrow, 5],
     [samples.eps(places, level), colours.lit, 2]];
   for (const [eps, colour, width] of fields) {
-    plane.drawField(view, places, eps, colour, 1, width, (k) => alphas[k]);
+    plane.drawField(view, places, eps, colour, width, alphas);
   }
 }
 
 /** Make the section work. Returns its timeline. */
 export function startLearning() {
-  const whenSeen = () => timeline.seen && !samples.eps && sample();
-  timeline = new Timeline("learn", { draw: drawStage, say, whenSeen, goesOn: true });
+  timeline = new Timeline("learn", { draw: drawStage, say, goesOn: true });
   const choose = onChoice("learn-shapes", (shape) => learn(SHAPES[shape] ?? new Float32Array()));
   onPointer($("learn-plane"), {
     press(event) {
@@ -184,6 +178,6 @@ export function startLearning() {
     slowDown(null);
   };
   if (!still) timeline.hold(0, () => slowDown(training), 0.7);
-  timeline.render();
+  sample();
   return timeline;
 }

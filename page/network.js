@@ -29,9 +29,8 @@ function metadataOf(bytes) {
 
 /** Open a model.onnx, and compute it in a worker. Fails with a sentence for the reader.
  * The network has betas, shape ([C, H, W]) and classes (their names, [] if there are none) of the
- * file, and the device that it runs on. eps(x, t, y), for any whole number of images, is a promise;
- * by default, y is "no class" for each image. close() frees the memory; what was asked before is
- * not answered any more. */
+ * file. eps(x, t, y), for any whole number of images, is a promise; by default, y is "no class" for
+ * each image. close() frees the memory; what was asked before is not answered any more. */
 export async function open(name, bytes) {
   const worker = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
   const waiting = []; // [resolve, reject] of each question, in order
@@ -48,14 +47,11 @@ export async function open(name, bytes) {
     worker.postMessage(question);
   });
   const close = () => worker.terminate();
-  const eps = async (x, t, y) => (await ask({ x, t, y })).eps;
   try {
     const read = metadataOf(bytes), betas = read("betas"), shape = read("image_shape");
     const classes = read("classes", []), values = read("eps_of_example", []);
-    const about = { shape, classes, T: betas.length, values };
-    const { device } = await ask({ bytes, folders: FOLDERS, ...about });
-    const size = shape[0] * shape[1] * shape[2];
-    return { name, betas, shape, classes, size, device, eps, close };
+    await ask({ bytes, folders: FOLDERS, shape, classes, T: betas.length, values });
+    return { betas, shape, classes, close, eps: async (x, t, y) => (await ask({ x, t, y })).eps };
   } catch (error) {
     close();
     const [message] = error.message.split("\n"), what = "is not a model from export.py";

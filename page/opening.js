@@ -1,6 +1,6 @@
 // The opening: pictures dissolve into noise, and the network of the emoji draws new ones.
 
-import { $, captions, still } from "./common.js";
+import { $, LOADING, captions, still } from "./common.js";
 import { Passage } from "./passage.js";
 import { drawImages, readImage } from "./plane.js";
 import { guided, noiseOf, partsAt } from "./sampler.js";
@@ -8,10 +8,8 @@ import { Gesture } from "./timeline.js";
 
 const COUNT = 12, SHAPE = [3, 32, 32], SIZE = 3072, STEPS = 10, GUIDANCE = 1;
 const show = captions("scene");
-const UNSEEN = "The first pictures could not be loaded. Remove the noise, and new ones come back.";
 let gesture, rows = []; // of recorded.webp
-// Without the network, each round begins with the same pictures, and its way back is the same.
-const pictures = new Passage(null, { steps: STEPS, scales: true, keepsData: true, recorded });
+const pictures = new Passage(null, { steps: STEPS, recorded });
 
 /** The rows of recorded.webp, by docs/make_figures.py: first the twelve pictures at the beginning,
  * and then the estimates in each step of the first way back, which needs no network. */
@@ -21,7 +19,7 @@ function rowsOf(recording) {
   context.drawImage(recording, 0, 0);
   return Array.from({ length: height / 32 }, (_, row) => {
     const x0 = new Float32Array(COUNT * SIZE);
-    for (let k = 0; k < COUNT; k++) x0.set(readImage(context, SHAPE, 32 * k, 32 * row), k * SIZE);
+    for (let k = 0; k < COUNT; k++) x0.set(readImage(context, 32 * k, 32 * row), k * SIZE);
     return x0;
   });
 }
@@ -38,22 +36,20 @@ function recorded(place) {
 /** Let the network draw, in each place what the recording has there. */
 function useNetwork(network) {
   const kindOf = (_, k) => network.kinds[(k + Math.floor(k / 6) + 1) % 3];
-  const eps = guided(network, Array.from({ length: COUNT }, kindOf), GUIDANCE);
-  pictures.use(eps, { keepsData: false });
+  pictures.use(guided(network, Array.from({ length: COUNT }, kindOf), GUIDANCE));
   gesture.render();
 }
 
-/** Go on without the network. */
+/** Go on without the network: a way back that has begun is the recorded one. */
 function fail({ message }) {
   gesture.fault = message;
-  pictures.use(null, { keepsData: true });
   gesture.render();
 }
 
 function say() {
-  const { place, isBack, move, fault } = gesture, { x0, isWaiting } = pictures;
+  const { place, isBack, move, fault } = gesture;
   $("scene-play").textContent = move ? "Stop" : place ? "Remove the noise" : "Play";
-  if (isWaiting || !(x0 || isBack)) return show(fault ? "fault" : "wait", { text: fault });
+  if (pictures.isWaiting) return show("missing", { text: fault || LOADING });
   if (!isBack) return show(!place ? "clean" : place < 1 ? "noising" : "noise");
   return show(place ? "back" : "new");
 }
@@ -67,8 +63,7 @@ function draw() {
 export function startOpening(recording) {
   if (recording) rows = rowsOf(recording);
   pictures.begin(rows[0] ?? null, noiseOf(0, COUNT, SIZE));
-  gesture = new Gesture("scene", [pictures], { draw, say, useNetwork, fail, repeats: !still });
-  gesture.fault = recording ? "" : UNSEEN;
+  gesture = new Gesture("scene", [pictures], { draw, say, useNetwork, fail });
   $("scene-play").onclick = () => {
     if (gesture.move) return gesture.stop();
     gesture.stage.scrollIntoView({ block: "nearest" }); // only what is in sight moves

@@ -1,7 +1,6 @@
 // What dissolves into noise and comes back: the points of a plane, or pictures. A place, from 0
 // (the data) to 1 (the noise), tells how far it is.
 
-import { pause } from "./common.js";
 import { BETAS, alphasBar, levelsOf, noiseOf, partsAt, reverse, stateAt } from "./sampler.js";
 
 export class Passage {
@@ -9,11 +8,11 @@ export class Passage {
   noise = null;
   steps = null; // those of the way back that are done; a last one with t = -1 has the result
 
-  /** eps(x, t): the network, or null while there is none. options: steps, of a way back; scales,
-   * whether fewer are taken from less noise; isRandom, whether they are those of Algorithm 2;
-   * betas; clip; keepsData, whether each round begins with the same data; recorded(place), which
-   * gives what replaces eps on a way back from this place, if anything does. The gesture sets
-   * changed(error), which is called after each step, or when eps has failed. */
+  /** eps(x, t): the network, or null while there is none. options: steps, of a way back; isRandom,
+   * whether they are those of Algorithm 2; betas; clip; keepsData, whether each round begins with
+   * the same data; recorded(place), which gives what replaces eps on a way back from this place, if
+   * anything does. The gesture sets changed(error), which is called after each step, or when eps
+   * has failed. */
   constructor(eps, options) {
     this.use(eps, { betas: BETAS, ...options });
   }
@@ -43,9 +42,9 @@ export class Passage {
     Object.assign(this, { x0, noise, steps: null });
   }
 
-  /** Begin a round with what has come back, or with the same data where nothing whole has. */
+  /** Begin a round with what the network has brought back whole, or with the same data. */
   renew(seed) {
-    const x0 = (!this.options.keepsData && this.result) || this.x0;
+    const x0 = (this.eps && !this.options.keepsData && this.result) || this.x0;
     this.begin(x0, noiseOf(seed, 1, this.noise.length));
   }
 
@@ -76,8 +75,8 @@ export class Passage {
   sendBack(begin) {
     const place = this.x0 ? begin : 1;
     const { options } = this, t = Math.max(0, Math.round(this.levelAt(place)));
-    const wanted = options.scales ? Math.ceil(options.steps * place) : options.steps;
-    const levels = levelsOf(t + 1, Math.min(wanted, t + 1)), xT = this.at(place).x, steps = [];
+    const levels = levelsOf(t + 1, Math.min(options.steps, t + 1));
+    const xT = this.at(place).x, steps = [];
     Object.assign(this, { xT, from: place, levels, steps });
     const eps = options.recorded?.(place) ?? this.eps;
     if (eps) this.#sample(eps, options.betas.slice(0, t + 1));
@@ -91,7 +90,7 @@ export class Passage {
         if (steps !== this.steps) return; // another way back has begun
         steps.push(step);
         this.changed();
-        await pause(0); // so that nothing on the page stalls
+        await new Promise((resolve) => setTimeout(resolve)); // so that nothing on the page stalls
       }
       if (steps !== this.steps) return;
       const { x0 } = steps.at(-1);

@@ -1,18 +1,18 @@
 // Drawing: the palette, crisp canvases, and what is drawn in a plane.
 
 const style = getComputedStyle(document.documentElement);
-const valueOf = (name) => [name, style.getPropertyValue(`--${name}`).trim()];
 const NAMES = ["ink", "dim", "page", "data", "other", "lit", "arrow"]; // as in page.css
-export const colours = Object.fromEntries(NAMES.map(valueOf));
+export const colours = Object.fromEntries(
+  NAMES.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
 
 /** Clear a canvas, crisp at any pixel ratio, and return how it shows the plane, upwards from -limit
  * to limit: at(x, y) is where a point lies, in CSS pixels. place({offsetX, offsetY}) is where a
  * pointer points, at most near the edge. */
 export function clear(canvas, limit) {
   const { clientWidth: width, clientHeight: height } = canvas, ratio = devicePixelRatio;
-  fit(canvas, Math.round(width * ratio), Math.round(height * ratio));
+  [canvas.width, canvas.height] = [Math.round(width * ratio), Math.round(height * ratio)];
   const context = canvas.getContext("2d", { alpha: false }), unit = height / 2 / limit;
-  context.setTransform(ratio, 0, 0, ratio, 0, 0);
+  context.scale(ratio, ratio);
   context.fillStyle = colours.page;
   context.fillRect(0, 0, width, height);
   context.lineCap = context.lineJoin = "round";
@@ -21,10 +21,6 @@ export function clear(canvas, limit) {
   const inside = (value, end) => clip(value - end / 2, 0.46 * end) / unit;
   const place = ({ offsetX, offsetY }) => [inside(offsetX, width), -inside(offsetY, height)];
   return { context, width, height, unit, at, place };
-}
-
-function fit(canvas, width, height) {
-  if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
 }
 
 /** Draw points as dots. radius: in pixels. */
@@ -65,52 +61,44 @@ export function grid({ width, height, unit }, rows) {
   });
 }
 
-/** Draw an arrow between two places of the plane, which ends `gap` pixels before the second one. */
-export function drawArrow({ context, at }, from, to, colour, width, gap = 0, head = 4 * width) {
-  const [x, y] = at(...from), [toX, toY] = at(...to), length = Math.hypot(toX - x, toY - y);
-  if (length <= gap) return;
-  const angle = Math.atan2(toY - y, toX - x), [right, down] = [Math.cos(angle), Math.sin(angle)];
-  const [endX, endY] = [toX - gap * right, toY - gap * down];
-  [context.strokeStyle, context.lineWidth] = [colour, width];
-  context.beginPath();
-  context.moveTo(x, y);
-  context.lineTo(endX, endY);
-  for (const turn of [2.6, -2.6]) {
-    context.moveTo(endX, endY);
-    context.lineTo(endX + head * Math.cos(angle + turn), endY + head * Math.sin(angle + turn));
-  }
-  context.stroke();
+/** Draw an arrow between two places of the plane, which ends `gap` pixels before the second one.
+ * head: its length in pixels. */
+export function drawArrow(view, from, to, colour, width, options = {}) {
+  const { gap = 0, head = 4 * width, alpha } = options;
+  const [right, up] = [0, 1].map((i) => to[i] - from[i]), angle = Math.atan2(up, right);
+  const go = ([x, y], far, turn = 0) =>
+    [x + far * Math.cos(angle + turn), y + far * Math.sin(angle + turn)];
+  const length = Math.hypot(right, up) - gap / view.unit, end = go(from, length);
+  if (length <= 0) return;
+  const [left, other] = [2.6, -2.6].map((turn) => go(end, head / view.unit, turn));
+  drawLine(view, [from, end, left, end, other], colour, width, alpha);
 }
 
-/** Draw the arrows -eps at places of `grid`, as opaque as alpha(k) says, at most `share` of their
- * cell long. A short way has a longer arrow than its share, so that its head can be seen. */
-export function drawField(view, places, eps, colour, share, width, alpha = () => 1) {
-  const cell = share * (places[2] - places[0]); // in the plane, as all lengths here
+/** Draw the arrows -eps at places of `grid`, at most one cell long and as opaque as `alphas` say. A
+ * short way has a longer arrow than its share, so that its head can be seen. */
+export function drawField(view, places, eps, colour, width, alphas) {
+  const cell = places[2] - places[0]; // in the plane, as all lengths here
   for (let k = 0; k < places.length; k += 2) {
-    const size = Math.hypot(eps[k], eps[k + 1]), opacity = Math.min(1, alpha(k / 2));
-    const length = cell * Math.sqrt(Math.min(1, size / 2.5));
-    if (!size || opacity < 0.03) continue;
-    view.context.globalAlpha = opacity;
-    const end = [0, 1].map((i) => places[k + i] - (eps[k + i] / size) * length);
-    drawArrow(view, [places[k], places[k + 1]], end, colour, width, 0, 0.3 * length * view.unit);
+    const size = Math.hypot(eps[k], eps[k + 1]), alpha = Math.min(1, alphas?.[k / 2] ?? 1);
+    const length = cell * Math.sqrt(Math.min(1, size / 2.5)), from = [places[k], places[k + 1]];
+    if (!size || alpha < 0.03) continue;
+    const end = from.map((value, i) => value - (eps[k + i] / size) * length);
+    drawArrow(view, from, end, colour, width, { head: 0.3 * length * view.unit, alpha });
   }
-  view.context.globalAlpha = 1;
 }
 
-/** The image (C, H, W) in [-1, 1] that a context has at a place. */
-export function readImage(context, [channels, height, width], left = 0, top = 0) {
-  const { data } = context.getImageData(left, top, width, height), area = height * width;
-  return Float32Array.from({ length: channels * area }, (_, k) => {
-    const i = 4 * (k % area), grey = 0.299 * data[i] + 0.587 * data[i + 1] + 0.114 * data[i + 2];
-    return (channels === 3 ? data[i + Math.floor(k / area)] : grey) / 127.5 - 1;
-  });
+/** The image (3, 32, 32) in [-1, 1] that a context has at a place. */
+export function readImage(context, left = 0, top = 0) {
+  const { data } = context.getImageData(left, top, 32, 32);
+  const value = (_, k) => data[4 * (k % 1024) + Math.floor(k / 1024)] / 127.5 - 1;
+  return Float32Array.from({ length: 3 * 1024 }, value);
 }
 
 /** Show images (B, C, H, W) in [-1, 1], pixel by pixel, in rows of `columns` with a gap. */
 export function drawImages(canvas, x, [channels, height, width], columns = 1, gap = 0) {
   const area = height * width, count = x.length / channels / area;
   const rows = Math.ceil(count / columns);
-  fit(canvas, columns * (width + gap) - gap, rows * (height + gap) - gap);
+  [canvas.width, canvas.height] = [columns * (width + gap) - gap, rows * (height + gap) - gap];
   const context = canvas.getContext("2d"), image = context.createImageData(width, height);
   const pixels = Uint8ClampedArray.from(x, (value) => Math.round((value + 1) * 127.5));
   for (let k = 0; k < count; k++) {

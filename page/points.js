@@ -1,14 +1,11 @@
 // Points in the plane, and the exact noise prediction for them. B points are 2 B numbers in a row.
 
-import { uniform } from "./sampler.js";
-
 export const STD = 0.02; // of the Gaussian around each point of the data
 export const MISS = 3 * STD; // farther from all of them, a point misses the data
 
-/** The probabilities of the centres that x_t = (x, y) may have come from. std: the deviation of the
- * Gaussian around each centre. */
-export function posterior(x, y, abar, centres, std) {
-  const signal = Math.sqrt(abar), variance = abar * std ** 2 + 1 - abar; // of each Gaussian at t
+/** The probabilities of the centres that x_t = (x, y) may have come from. */
+export function posterior(x, y, abar, centres) {
+  const signal = Math.sqrt(abar), variance = abar * STD ** 2 + 1 - abar; // of each Gaussian at t
   const square = (m) => (x - signal * centres[2 * m]) ** 2 + (y - signal * centres[2 * m + 1]) ** 2;
   const logOf = (_, m) => square(m) / (-2 * variance);
   const logs = Float64Array.from({ length: centres.length / 2 }, logOf);
@@ -18,19 +15,17 @@ export function posterior(x, y, abar, centres, std) {
   return weights.map((weight) => weight / total);
 }
 
-/** E[eps | x_t] for a mixture of Gaussians with these centres, of the deviation std. */
-export function exactEps(x, abar, centres, std) {
-  const signal = Math.sqrt(abar), scale = Math.sqrt(1 - abar) / (abar * std ** 2 + 1 - abar);
+/** The mean (x, y) of centres with these probabilities. */
+export const meanOf = (weights, centres) => [0, 1].map((i) =>
+  weights.reduce((sum, weight, m) => sum + weight * centres[2 * m + i], 0));
+
+/** E[eps | x_t] for a mixture of Gaussians with these centres. */
+export function exactEps(x, abar, centres) {
+  const signal = Math.sqrt(abar), scale = Math.sqrt(1 - abar) / (abar * STD ** 2 + 1 - abar);
   const eps = new Float32Array(x.length);
   for (let k = 0; k < x.length; k += 2) {
-    const weights = posterior(x[k], x[k + 1], abar, centres, std);
-    let right = 0, up = 0; // the mean of the centres
-    for (let m = 0; m < weights.length; m++) {
-      right += weights[m] * centres[2 * m];
-      up += weights[m] * centres[2 * m + 1];
-    }
-    eps[k] = scale * (x[k] - signal * right);
-    eps[k + 1] = scale * (x[k + 1] - signal * up);
+    const mean = meanOf(posterior(x[k], x[k + 1], abar, centres), centres);
+    for (const i of [0, 1]) eps[k + i] = scale * (x[k + i] - signal * mean[i]);
   }
   return eps;
 }
@@ -51,23 +46,15 @@ export function missed(points, centres) {
   return Math.round((200 * points.filter(isFar).length) / points.length);
 }
 
-const random = uniform(1, 0);
-const COUNT = 240; // points of each shape
-
-/** Points on two arcs, of which one is the opposite of the other; their labels are 1 and 0. */
-function arcs() {
-  const all = Array.from({ length: COUNT }, () => [Math.PI * random(), Number(random() < 0.5)]);
-  const points = Float32Array.from(all.flatMap(([angle, label]) =>
-    [Math.cos(angle) - 0.5, Math.sin(angle) - 0.25].map((it) => (label ? 0.6 : -0.6) * it)));
-  return Object.assign(points, { labels: all.map(([, label]) => label) });
-}
-
-/** Points [x, y] = at(u) of a curve, for u from 0 to 1. */
-const curve = (at) =>
-  Float32Array.from(Array.from({ length: COUNT }, (_, k) => at(k / COUNT)).flat());
+/** 240 points [x, y] = at(u) of a curve, for u from 0 to 1. */
+const curve = (at) => Float32Array.from(Array.from({ length: 240 }, (_, k) => at(k / 240)).flat());
 const circle = (angle, radius) => [radius * Math.cos(angle), radius * Math.sin(angle)];
 
-export const DATA = arcs();
+/** Points on two arcs, the first half of them on the upper one; on both, from left to right. */
+export const DATA = curve((u) => {
+  const isUpper = u < 0.5, [right, up] = circle(2 * Math.PI * (isUpper ? 0.5 - u : u), 0.6);
+  return isUpper ? [right - 0.3, up - 0.15] : [right + 0.3, up + 0.15];
+});
 export const SHAPES = {
   arcs: DATA,
   spiral: curve((u) => circle(11 * Math.sqrt(u), 0.15 + 0.85 * Math.sqrt(u))),

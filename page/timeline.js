@@ -2,7 +2,7 @@
 
 import { $, announce, follow, still } from "./common.js";
 
-const PACE = { rest: 3000, noising: 2200, noise: 500, back: 3900 }; // milliseconds
+const PACE = { noising: 2200, noise: 500, back: 3900 }; // milliseconds
 
 /** How fast it moves at a place: slowly near the data, where most is to be seen; 1 on average. */
 const paceAt = (place) => 0.3 + 2.06 * place;
@@ -12,15 +12,13 @@ export class Timeline {
   place = 0;
   move = null; // what moves it: a function of the milliseconds since the last frame
   seen = 0; // the share of the stage that is in sight
-  repeats = false; // whether it begins again by itself
   #asked = 0; // the number of the frame that has been asked for, or 0
   #isOld = true; // whether what is drawn is not what there is now
   #before = null; // the time of the last frame, while something moves
 
   /** name: of its stage and slider. its: draw() draws what is seen, and say() says it and returns
-   * it. Some have whenSeen(), called when the share in sight has changed; letGo(), called when the
-   * reader lets go of the slider; goesOn, whether it moves on when the reader moves the slider; and
-   * methods for the page. */
+   * it. Some have letGo(), called when the reader lets go of the slider; goesOn, whether it moves
+   * on when the reader moves the slider; and methods for the page. */
   constructor(name, its) {
     const slider = $(`${name}-place`), stage = $(`${name}-stage`);
     Object.assign(this, its, { slider, stage });
@@ -28,7 +26,6 @@ export class Timeline {
       this.seen = seen;
       stage.parentElement.classList.toggle("seen", seen >= 0.4);
       this.#ask();
-      this.whenSeen?.();
     });
     new ResizeObserver(() => this.#ask(this.#isOld = true)).observe(stage); // draws at first, too
     let before = 0, byKey = false; // before: where it was when the pointer went down
@@ -68,13 +65,13 @@ export class Timeline {
   }
 
   stop() {
-    this.repeats = false;
     this.go(null);
   }
 
   /** Something has changed: say it, and draw it in the next frame. */
   render() {
     this.slider.value = 1000 * this.place;
+    this.slider.ariaValueText = `level ${Math.round(1000 * this.place ** 2)}`;
     this.say();
     this.#isOld = true;
     this.#ask();
@@ -104,8 +101,7 @@ export class Gesture extends Timeline {
   round = 1; // the seed of the noise
   fault = ""; // what has gone wrong
 
-  /** passages: what moves. its: as above, and stays, whether the slider stays where the way back
-   * began. */
+  /** passages: what moves. its: as above. */
   constructor(name, passages, its) {
     super(name, its);
     this.passages = passages;
@@ -127,10 +123,10 @@ export class Gesture extends Timeline {
     return !this.place && this.passages.every(({ result }) => result);
   }
 
-  /** Move down on the way back, or up by adding noise, which each move does if `stays`. Where there
-   * is only noise, a pull towards the data begins the way back. */
+  /** Move down on the way back, or up by adding noise. Where there is only noise, a pull towards
+   * the data begins the way back. */
   moveTo(place) {
-    if (place && (place > this.place || this.stays)) this.#renew();
+    if (place > this.place) this.#renew();
     if (place < 1 && !this.isBack && !this.passages[0].x0) this.#begin();
     super.moveTo(place);
   }
@@ -156,9 +152,7 @@ export class Gesture extends Timeline {
     this.go((passed) => {
       const { place, passages } = this, next = place - (paceAt(place) * passed) / PACE.back;
       this.place = Math.max(0, next, ...passages.map(({ reached }) => Math.min(place, reached)));
-      if (this.place && this.isBack) return;
-      if (this.repeats) this.hold(PACE.rest, () => this.toNoise());
-      else this.move = null;
+      if (!this.place || !this.isBack) this.move = null;
     });
   }
 
@@ -190,8 +184,6 @@ export class Gesture extends Timeline {
   render() {
     super.render();
     const { slider, isBack } = this, [{ from }] = this.passages;
-    if (this.stays && isBack) slider.value = 1000 * from;
     slider.style.setProperty("--from", isBack ? from : -1); // a mark
-    slider.ariaValueText = `level ${Math.round(1000 * this.place ** 2)}`;
   }
 }

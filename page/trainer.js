@@ -1,10 +1,12 @@
 // Algorithm 1 for points in the plane, in plain JavaScript: the batch, the loss (14), its gradient,
 // Adam, and the average of the weights. B points are a Float32Array of 2 B numbers.
 
+import { STD } from "./points.js";
 import { ABAR, T, normal, partsAt, uniform } from "./sampler.js";
 
 const WAVES = [3, 6, 12, 24]; // frequencies of sines of x_t, by which fine detail is learnt sooner
 const HALF = 8, INPUTS = 2 + 4 * WAVES.length + 2 * HALF, WIDTH = 64; // WIDTH: of the hidden layers
+const BATCH = 128, random = uniform(1, 0);
 const RATE = 0.012, DECAY = 0.999; // the learning rate at first, and the decay of the average
 const EMBEDDING = ABAR.map((abar) => { // sines and cosines of half of log SNR
   const half = Math.log(abar / (1 - abar)) / 2;
@@ -60,18 +62,19 @@ function features(x, t) {
   return rows;
 }
 
-/** All layers, for the gradient. The first one is the input, the last one the output. */
-function forward([W1, b1, W2, b2, W3, b3], x) {
-  const a1 = affine(x, W1, b1), h1 = silu(a1), a2 = affine(h1, W2, b2), h2 = silu(a2);
-  return [x, a1, h1, a2, h2, affine(h2, W3, b3)];
+const partsOf = (t) => t.map((level) => partsAt(level));
+
+/** eps_theta(x_t, t), with a t for each point, and the layers before it, for the gradient. */
+function forward([W1, b1, W2, b2, W3, b3], x, t) {
+  const rows = features(x, t), a1 = affine(rows, W1, b1), h1 = silu(a1);
+  const a2 = affine(h1, W2, b2), h2 = silu(a2), v = affine(h2, W3, b3), parts = partsOf(t);
+  const eps = v.map((value, k) => parts[k >> 1][0] * value + parts[k >> 1][1] * x[k]);
+  return { rows, a1, h1, a2, h2, eps };
 }
 
 /** eps_theta(x_t, t) of the network with these parameters, with the same t for all points. */
-export function epsOf(parameters, x, t) {
-  const rows = features(x, new Array(x.length / 2).fill(t)), v = forward(parameters, rows).at(-1);
-  const [signal, spread] = partsAt(t);
-  return v.map((value, k) => signal * value + spread * x[k]);
-}
+export const epsOf = (parameters, x, t) =>
+  forward(parameters, x, new Array(x.length / 2).fill(t)).eps;
 
 const zeros = (n) => new Float32Array(n);
 
@@ -90,26 +93,22 @@ export class Trainer {
   constructor(parameters = untrained()) {
     this.steps = 0;
     this.parameters = parameters;
-    this.first = this.parameters.map((p) => zeros(p.length)); // Adam's averages of the gradient
-    this.second = this.parameters.map((p) => zeros(p.length)); // and of its square
-    this.average = this.parameters.map((p) => p.slice());
+    this.first = parameters.map((p) => zeros(p.length)); // Adam's averages of the gradient
+    this.second = parameters.map((p) => zeros(p.length)); // and of its square
+    this.average = parameters.map((p) => p.slice());
   }
 
   /** A gradient step of Algorithm 1 on a batch of `draw`, with the loss (14). */
   step({ x0, t, noise }) {
-    const gradient = this.parameters.map((p) => new Float32Array(p.length));
-    const [, , W2, , W3] = this.parameters, [dW1, db1, dW2, db2, dW3, db3] = gradient;
-    const parts = t.map((level) => partsAt(level));
+    const gradient = this.parameters.map((p) => zeros(p.length));
+    const [W1, , W2, , W3] = this.parameters, [dW1, db1, dW2, db2, dW3, db3] = gradient;
+    const parts = partsOf(t), { length } = noise;
     const xt = x0.map((value, k) => parts[k >> 1][0] * value + parts[k >> 1][1] * noise[k]); // (4)
-    const [x, a1, h1, a2, h2, v] = forward(this.parameters, features(xt, t));
-    const dV = v.map((value, k) => {
-      const [signal, spread] = parts[k >> 1];
-      const eps = signal * value + spread * xt[k];
-      return (-2 * signal * (noise[k] - eps)) / v.length;
-    });
+    const { rows, a1, h1, a2, h2, eps } = forward(this.parameters, xt, t);
+    const dV = eps.map((value, k) => (2 * parts[k >> 1][0] * (value - noise[k])) / length);
     const dA2 = siluBackward(a2, affineBackward(h2, W3, dV, dW3, db3));
     const dA1 = siluBackward(a1, affineBackward(h1, W2, dA2, dW2, db2));
-    affineBackward(x, this.parameters[0], dA1, dW1, db1);
+    affineBackward(rows, W1, dA1, dW1, db1);
     this.adam(gradient);
   }
 
@@ -130,13 +129,13 @@ export class Trainer {
   }
 }
 
-/** The random part of a step: x_0, which is one of the points plus a Gaussian of deviation std, t
- * and the noise. random: a function of `uniform`. */
-export function draw(points, std, count, random) {
-  const index = Array.from({ length: count }, () => Math.floor((random() * points.length) / 2));
-  const filled = (value) => Float32Array.from({ length: 2 * count }, (_, k) => value(k));
+/** The random part of a step: x_0, which is one of the points plus a Gaussian of deviation STD, t
+ * and the noise. */
+export function draw(points) {
+  const index = Array.from({ length: BATCH }, () => Math.floor((random() * points.length) / 2));
+  const filled = (value) => Float32Array.from({ length: 2 * BATCH }, (_, k) => value(k));
   return {
-    x0: filled((k) => points[2 * index[k >> 1] + (k % 2)] + std * normal(random)),
+    x0: filled((k) => points[2 * index[k >> 1] + (k % 2)] + STD * normal(random)),
     t: index.map(() => Math.floor(T * random())),
     noise: filled(() => normal(random)),
   };

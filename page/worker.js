@@ -23,7 +23,6 @@ async function start({ bytes, folders, T, values, ...file }) {
   const load = (folder) => import(`${folder}ort.${build}.bundle.min.mjs`);
   const lose = () => { throw new Error(""); };
   ort = await load(folders[0]).catch(() => load(folders[1])).catch(lose);
-  ort.env.wasm.numThreads = self.crossOriginIsolated ? navigator.hardwareConcurrency : 1;
   const create = async (provider) => {
     const options = { executionProviders: [provider], logSeverityLevel: 4 }; // errors are thrown
     session = await ort.InferenceSession.create(bytes, options);
@@ -32,7 +31,7 @@ async function start({ bytes, folders, T, values, ...file }) {
   const warn = (error) => console.warn(`WebGPU fails: ${error.message}`);
   const isOnGpu = adapter && await create("webgpu").then(() => true, warn);
   if (!isOnGpu) await create("wasm");
-  return { device: isOnGpu ? "WebGPU" : "WebAssembly" };
+  return {};
 }
 
 async function eps({ x, t, y }) {
