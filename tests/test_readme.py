@@ -85,12 +85,8 @@ BROKEN = ["| a |\n| --- |\n\n| 1 |", "| a |\n| --- |\n| $p(a|b)$ |", "``python\n
 BROKEN += ["```\na\n\n```python\nb\n```", "$a_1", "\\alpha", r"$\text{a}_t + x_{t-1}$"]
 
 
-@pytest.mark.parametrize("broken", BROKEN)
-def test_broken_markdown_is_found(broken):
-    assert left_as_text(broken)
-
-
 def test_tables_fences_and_formulas_are_rendered():
+    assert all(map(left_as_text, BROKEN))
     for path in [*HERE.glob("*.md"), *HERE.glob("[!.]*/*.md")]:
         assert not left_as_text(path.read_text("utf-8")), path
     for cell in nbformat.read(HERE / "docs" / "ddpm.ipynb", 4).cells:

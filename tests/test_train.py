@@ -114,7 +114,7 @@ def test_a_tenth_of_the_labels_is_dropped(monkeypatch):
         monkeypatch.setattr(train, "WORLD", processes)
         for k, rank in product(range(10), range(processes)):
             monkeypatch.setattr(train, "RANK", rank)
-            for x0, _, _, y in train.draw_batch(data, 1000, k, s, CPU):
+            for x0, _, _, y in train.draw_batch(data, PAPER, k, s, CPU):
                 number = ((x0.flatten() + 1) * 127.5).round().long()
                 found.append(torch.stack([labels[number], y]))
         return torch.cat(found, 1)
