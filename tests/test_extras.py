@@ -1,21 +1,22 @@
-"""The programs of extras/ that draw with a model.onnx, and half.py, on the included networks."""
+"""The programs of extras/: those that draw with a model.onnx, half.py, plot.py and evaluate.py."""
 
 import re
-import signal
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import onnx
 import pytest
-from conftest import posix
+import torch
+from conftest import COLOURS, HERE, posix, save_run
 from PIL import Image
 
+from ddpm import Diffusion, linear_betas
 from extras.interpolate import interpolate
-from images import from_pixels
+from images import from_pixels, read_folder
+from run import load
 from sample import Network, noise_of, sample, to_image, to_pixels
-from test_ddpm import PAPER
+from test_ddpm import PAPER, seeded
 
-HERE = Path(__file__).parent.parent
 PLAIN, CLASSES = HERE / "docs" / "paper.onnx", HERE / "page" / "fashion-mnist.onnx"
 
 
@@ -102,18 +103,6 @@ def test_values_that_are_not_finite_are_not_saved(name, run, drawn, tmp_path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
-@posix
-def test_interrupt_ends_a_program_without_a_traceback(start, drawn, tmp_path):
-    to_image(drawn[0]).save(tmp_path / "a.png")
-    words = [tmp_path / "a.png"] * 2 + ["--out", tmp_path / "b.png", "--steps", 999]
-    process = start("-m", "extras.inpaint", "--onnx", PLAIN, *words, cwd=HERE)
-    while "step" not in (line := process.stdout.read(9)):
-        assert line  # the program goes on
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGINT and "Traceback" not in said
-
-
 def test_curve_of_the_log(run, tmp_path):
     lines = [f"{k},{100 / k},1,0.001\n" for k in range(1, 1001)]
     (tmp_path / "log.csv").write_text("step,loss,grad_norm,lr\n" + "".join(lines))
@@ -121,6 +110,75 @@ def test_curve_of_the_log(run, tmp_path):
     assert "1,000 steps" in run("plot", tmp_path / "log.csv", out)
     assert Image.open(out).size == (640, 440)
     (tmp_path / "log.csv").write_text("step,loss,grad_norm,lr\n")
-    for log, why in (out, "codec"), (tmp_path / "log.csv", "input contained no data"):
-        said = run("plot", log, tmp_path / "other.png", code=1)
-        assert re.fullmatch(f"plot.py: .* can't be read: .*{why}.*", said)
+    said = run("plot", tmp_path / "log.csv", out, code=1)
+    assert re.fullmatch("plot.py: .* can't be read: .*input contained no data.*", said)
+
+
+# ------------------------------------------------------------------------------------- evaluate.py
+
+BETAS = linear_betas()[:40]  # T = 40 takes less time
+save = partial(save_run, shape=(3, 8, 8), betas=tuple(BETAS.tolist()), data="elsewhere")
+
+
+@pytest.mark.parametrize("names, variance", [((), "large"), ([*COLOURS], "small")])
+def test_bound_is_that_of_ddpm_py(names, variance, image_folder, class_folder, run, tmp_path):
+    """Compare the program with Diffusion.vlb, and the curve with the sums that define it."""
+    torch.backends.cudnn.allow_tf32 = True
+    out, folder = save(tmp_path / "run", names=names), class_folder if names else image_folder
+    words = "--checkpoint", out, "--data", folder, "--variance", variance, "--seed", 2
+    said = run("evaluate", *words, "--images", 5, "--batch", 3)
+    assert "on 5 images" in said and not torch.backends.cudnn.allow_tf32
+    (network, _, state), noise, bounds = load(out), seeded(2), []
+    images, labels, _ = read_folder(folder, 8, 3, state["names"])
+    for index in torch.randperm(len(images), generator=seeded(2))[:5].split(3):
+        eps = network if labels is None else partial(network, y=torch.from_numpy(labels)[index])
+        x0 = from_pixels(torch.from_numpy(images)[index])
+        bounds.append(Diffusion(BETAS, variance).vlb(eps, x0, noise))
+    L_T, L_t, total, mse = (torch.cat(part).mean(0).numpy() for part in zip(*bounds, strict=True))
+    rmse, numbers = 127.5 * mse**0.5, np.array(re.findall(r"^  \S.*?  +(\S+)", said, re.M), float)
+    np.testing.assert_allclose(numbers, [L_T, L_t[1:].sum(), L_t[0], total, rmse[0]], 0, 1e-3)
+    assert numbers[:3].sum() == pytest.approx(numbers[3], abs=2e-4)
+    table = np.loadtxt(out / "rate-distortion.csv", delimiter=",", skiprows=1)
+    rates = [L_T + L_t[t + 1 :].sum() for t in range(40)]  # what is known before the step at t
+    np.testing.assert_allclose(table.T, [range(40), L_t, rates, rmse], rtol=1e-3, atol=1e-6)
+    assert Image.open(out / "rate-distortion.png").size == (640, 440)
+
+
+def test_interrupt_keeps_the_finished_batches(image_folder, run, tmp_path, monkeypatch):
+    whole, batches = Diffusion.vlb, iter("ab")
+
+    def vlb(*args):
+        if not next(batches, None):
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(Diffusion, "vlb", vlb)
+    words = "--data", image_folder, "--batch", 2, "--checkpoint", save(tmp_path / "run")
+    assert "on 4 images" in run("evaluate", *words)
+
+
+@posix
+def test_training_images_are_recognised(image_folder, run, tmp_path):
+    (tmp_path / "link").symlink_to(image_folder)
+    for seen, says in (image_folder, True), (tmp_path, False), (tmp_path / "gone", False):
+        save(tmp_path / "run", data=str(seen))
+        said = run("evaluate", "--data", "link", "--images", 1)
+        assert ("--data has the training images" in said) == says and "on 1 images" in said
+
+
+def test_mistakes_of_evaluate_are_one_line(image_folder, run, tmp_path):
+    """Without --data, the images are the demo's if the run is."""
+    save(tmp_path / "a", data=None)
+    assert "on 1 images" in run("evaluate", "--checkpoint", "a", "--images", 1)
+    save(tmp_path / "b")
+    save(tmp_path / "c", data=None, images=None)
+    save(tmp_path / "d", names=[*COLOURS])
+    data = ["--data", image_folder]
+    must = "--data must be a folder of images that the network has not seen"
+    for words, said in (
+        (["--checkpoint", "b"], must), (["--checkpoint", "c"], must),
+        ([*data, "--checkpoint", "d"], "but the classes are"),
+        ([*data, "--checkpoint", "rnu"], "rnu is not there; run"), (data, "demo is not there; run"),
+        (["--device", "quantum"], "--device quantum: "),
+    ):  # fmt: skip
+        assert said in run("evaluate", *words, code=1)
