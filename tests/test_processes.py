@@ -1,4 +1,4 @@
-"""Accelerators, and several processes, on one machine or two."""
+"""Several processes, on one machine or two."""
 
 import json
 import os
@@ -10,25 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import HERE, TINY, assert_same_run, command, in_process, posix, read
 from PIL import Image
-
-from run import choose_device
-
-CPU = torch.device("cpu")
-
-# ------------------------------------------------------------------------------------- accelerators
-
-
-def test_devices_that_are_not_there_are_one_line():
-    assert choose_device("auto") == CPU
-    for name in "cuda", "xpu:1", "quantum":
-        with pytest.raises(SystemExit, match=rf"^--device {name}: .*[a-z]"):
-            choose_device(name)
-
-
-# -------------------------------------------------------------------------------- several processes
 
 # Does what torchrun does, but imports torch only once: forks a process for each rank.
 SERVER = """
@@ -77,15 +60,12 @@ WORDS = [*TINY, "--no-amp", "--warmup", 0, "--dropout", 0.3]
 
 @pytest.fixture(scope="module")
 def alone(image_folder, tmp_path_factory):
-    """Train in one process, in two parts of each batch; return folders after 3 and 8 steps.
-
-    Two processes equal it even in the dropout.
-    """
-    three, eight = (tmp_path_factory.mktemp("alone") / name for name in ("three", "eight"))
-    words = ["--data", image_folder, *WORDS, "--accumulate", 2]
-    in_process("train.py", *words, "--out", three, "--steps", 3)
-    in_process("train.py", *words, "--out", eight, "--steps", 8)
-    return three, eight
+    """Train 3 and 8 steps in one process, in two parts for the same dropout; return the folders."""
+    folder = tmp_path_factory.mktemp("alone")
+    for steps in 3, 8:
+        words = [*WORDS, "--accumulate", 2, "--out", folder / f"{steps}", "--steps", steps]
+        in_process("train.py", "--data", image_folder, *words)
+    return folder / "3", folder / "8"
 
 
 @posix
@@ -99,33 +79,28 @@ def test_two_processes_train_as_one(together, alone, image_folder, tmp_path):
     assert_same_run(alone[1], tmp_path / "run", rtol=1e-5)
 
 
-@pytest.fixture
-def machines(image_folder, tmp_path):
-    """Return two folders, each with a folder of the same images."""
-    for name in "ab":
-        shutil.copytree(image_folder, tmp_path / name / "images")
-    return tmp_path / "a", tmp_path / "b"
-
-
 @posix
 @pytest.mark.parametrize("shared", [True, False])
-def test_two_machines_train_as_one(shared, together, alone, machines):
+def test_two_machines_train_as_one(shared, together, alone, image_folder, tmp_path):
     """The second one may have a run of its own, which is neither read nor written."""
-    a, b = machines
-    (b / "run").mkdir()
-    (b / "run" / "checkpoint.pt").write_text("mine")
-    words = ["--data", "images", *WORDS, "--steps", 8, *["--out", a / "run"] * shared]
-    together((a, 0, words), (a if shared else b, 0, words))
-    assert_same_run(alone[1], a / "run", rtol=1e-5)
-    assert (b / "run" / "checkpoint.pt").read_text() == "mine"
-    assert len([*a.glob("run/.images-*")]) == 1 == len([*b.glob("run/.images-*")]) + shared
+    own = tmp_path / "b" / "run"
+    own.mkdir(parents=True)
+    (own / "checkpoint.pt").write_text("mine")
+    words, other = [*WORDS, "--steps", 8, "--data"], tmp_path if shared else tmp_path / "b"
+    data = image_folder if shared else shutil.copytree(image_folder, tmp_path / "images")
+    together((tmp_path, 0, [*words, image_folder]), (other, 0, [*words, data]))
+    assert_same_run(alone[1], tmp_path / "run", rtol=1e-5)
+    assert (own / "checkpoint.pt").read_text() == "mine"
+    assert len([*tmp_path.glob("run/.images-*")]) == 1 == len([*own.glob(".images-*")]) + shared
 
 
 @posix
-def test_machines_that_differ_are_refused_before_the_first_step(together, machines):
-    a, b = machines
-    words = ["--data", "images", *TINY, "--steps", 3]
+def test_machines_that_differ_are_refused_before_the_first_step(together, image_folder, tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder in a, b:
+        shutil.copytree(image_folder, folder / "images")
     Image.new("RGB", (8, 8), "red").save(b / "images" / "9.png")
+    words = ["--data", "images", *TINY, "--steps", 3]
     said = together((a, 0, words), (b, 0, [*words, "--lr", 1]), refused=True)
     assert [text.count("the processes have different lr and images\n") for text in said] == [1, 0]
     assert not [*a.glob("run/*.pt"), *a.glob("run/log.csv")]
