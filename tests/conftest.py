@@ -1,4 +1,4 @@
-"""What the tests of the programs share: ways to run them, folders of images, and a trained run."""
+"""What the tests of the programs share: ways to run them, folders of images, and a small run."""
 
 import contextlib
 import copy
@@ -58,12 +58,12 @@ def command(*args):
     return [sys.executable, *words]
 
 
-def python(*args, cwd, code=0, timeout=170, **kwargs):
+def python(*args, cwd, code=0, timeout=170):
     """Run a program in a process of its own; return what it printed."""
     environment = os.environ | {"PYTHONPATH": str(HERE)}
     done = subprocess.run(
         command(*args), cwd=cwd, capture_output=True, text=True, timeout=timeout,
-        env=environment, **BEFORE, **kwargs,
+        env=environment, **BEFORE,
     )  # fmt: skip
     said = done.stderr + done.stdout
     assert done.returncode == code, said
@@ -72,10 +72,7 @@ def python(*args, cwd, code=0, timeout=170, **kwargs):
 
 @pytest.fixture
 def start():
-    """Start a program in a process of its own, which ends with the test.
-
-    pipe: what bash appends to the command.
-    """
+    """Start a program, to which bash appends `pipe`, in a process that ends with the test."""
     processes = []
 
     def call(*args, cwd, pipe=None):
@@ -230,20 +227,3 @@ def exported(monkeypatch):
 
     monkeypatch.setattr(export, "write_onnx", write_onnx)
     return given
-
-
-@pytest.fixture
-def wrap_step(monkeypatch):
-    """Replace the (loss, norm) of each step k of train.py by function(loss, norm, k)."""
-
-    def call(function):
-        train = import_module("train")
-        algorithm_1 = train.algorithm_1
-
-        def wrapped(*args):
-            for k, (loss, norm) in enumerate(algorithm_1(*args)):
-                yield function(loss, norm, k) or (loss, norm)
-
-        monkeypatch.setattr(train, "algorithm_1", wrapped)
-
-    return call

@@ -13,11 +13,11 @@ from conftest import COLOURS, HERE, TINY, in_process, python, read, save_run
 from onnx import TensorProto
 
 import export
-from ddpm import Diffusion, linear_betas
+from ddpm import linear_betas
 from extras import torch_network
 from extras.torch_network import TorchNetwork
 from run import load
-from sample import Network, example, sample, sample_progressive
+from sample import Network, example, sample
 from test_ddpm import PAPER, randn
 
 SHAPE = 3, 8, 8
@@ -39,7 +39,7 @@ def coloured(class_folder, tmp_path_factory):
     """Train a network on the three classes, and export it; return the folder."""
     folder = tmp_path_factory.mktemp("coloured")
     flags = "--classes --base-channels 16 --attention-resolutions --dropout 0 --batch 24 --no-flip"
-    flags += " --variance small --parts v muon --lr 6e-3 --steps 160"
+    flags += " --variance small --parts v muon --lr 6e-3 --steps 120"
     with contextlib.chdir(folder):
         in_process("train.py", "--data", class_folder, *TINY, *flags.split())
         in_process("export.py")
@@ -165,11 +165,10 @@ def test_mistakes_are_one_line(plain, tmp_path, run):
         assert f"{Path('demo', 'checkpoint.pt')} is not there; run train.py first" in said
     whole = (plain[0] / "run" / "checkpoint.pt").read_bytes()
     (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "text.pt").write_text("not even a zip file")
     (tmp_path / "empty.pt").touch()
     torch.save({"settings": RunsCode()}, tmp_path / "code.pt")
     torch.save({"config": {}, "model": {}, "ema": {}, "step": 7}, tmp_path / "old.pt")
-    for name in "half", "text", "empty", "code", "old":
+    for name in "half", "empty", "code", "old":
         said = run("export.py", "--checkpoint", f"{name}.pt", cwd=tmp_path, code=1)
         why = "is not a checkpoint of this version" if name == "old" else "can't be read: "
         assert said.startswith(f"{name}.pt {why}")
@@ -238,13 +237,6 @@ def test_images_are_those_of_the_exported_file(name, options, both):
     in_torch, expected = (sample(network, 3, **options) for network in both[name])
     assert in_torch.dtype == torch.float32 and expected.std() > 0.1
     np.testing.assert_allclose(in_torch, expected, rtol=0, atol=1 / 127.5)
-
-
-def test_all_steps_are_the_loop_of_ddpm_py(both, monkeypatch):
-    monkeypatch.setattr(Diffusion, "predict_x0", lambda self, x_t, t, eps: 0 * x_t + 0.5)
-    for steps, sampler in (None, None), (40, "ddpm"), (40, "ddim"), (39, "ddpm"):
-        _, _, x0 = next(sample_progressive(both["plain"][0], 2, steps=steps, sampler=sampler))
-        assert (x0 == 0.5).all() == (steps != 39 and sampler != "ddim")
 
 
 def test_bfloat16_is_used_where_the_run_used_it(both, tmp_path, monkeypatch):

@@ -7,29 +7,16 @@ import re
 import shlex
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import filelock
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    HERE,
-    TINY,
-    assert_same_run,
-    posix,
-    python,
-    read,
-    restoring_signals,
-)
-from PIL import Image
+from conftest import HERE, TINY, assert_same_run, posix, python, read, restoring_signals
 
 import train
 from run import FREE, NAMES, NETWORK, choose_settings
-
-if sys.platform != "win32":
-    import resource
 
 CPU = torch.device("cpu")
 
@@ -39,6 +26,21 @@ def logged(folder):
     rows = np.loadtxt(folder / "log.csv", delimiter=",", skiprows=1, ndmin=2)
     assert rows.shape[1] == 4 and np.isfinite(rows).all()
     return rows[:, 0].astype(int).tolist()
+
+
+@pytest.fixture
+def wrap_step(monkeypatch):
+    """Replace the (loss, norm) of each step k of train.py by function(loss, norm, k)."""
+    algorithm_1 = train.algorithm_1
+
+    def call(function):
+        def wrapped(*args):
+            for k, (loss, norm) in enumerate(algorithm_1(*args)):
+                yield function(loss, norm, k) or (loss, norm)
+
+        monkeypatch.setattr(train, "algorithm_1", wrapped)
+
+    return call
 
 
 # ----------------------------------------------------------------------------------------- resuming
@@ -85,7 +87,7 @@ for k in range(4):
 
 @posix
 def test_killed_repeatedly_it_ends_in_the_same_weights(image_folder, run, tmp_path):
-    words = ["--data", image_folder, *TINY, "--steps", 40, "--preview-every", 40]
+    words = ["--data", image_folder, *TINY, "--steps", 30, "--preview-every", 30]
     said = python("-c", KILL, *words, "--save-minutes", 0, cwd=tmp_path)
     steps = [int(step) for step in re.findall(r"saved (\d+)", said)]
     assert len(steps) == 4 and steps == sorted(steps) and 0 < steps[0] < steps[-1]
@@ -111,7 +113,7 @@ def test_settings_that_contradict_the_run_are_refused(tiny, tmp_path, monkeypatc
     monkeypatch.setattr("run.has_bfloat16", lambda _: True)
     content = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     state, out = read(tmp_path / "run"), Path("run")
-    state["settings"]["parts"] = ("v", "muon")
+    state["settings"]["parts"], published = ("v", "muon"), state | {"images": None}
     choose_settings({"parts": ("muon", "v")}, state, out, CPU)  # in another order
     for name, value in OTHER.items():
         line = re.escape(f"run has {name} = {state['settings'][name]}, not {value}; omit this flag")
@@ -119,9 +121,7 @@ def test_settings_that_contradict_the_run_are_refused(tiny, tmp_path, monkeypatc
         with refused:
             choose_settings({name: value}, state, out, CPU)
         with refused if name in {*NETWORK, "parts"} else contextlib.nullcontext():
-            choose_settings(
-                {name: value}, state | {"images": None}, out, CPU
-            )  # as published weights
+            choose_settings({name: value}, published, out, CPU)
         same = {name: state["settings"][name]}
         assert vars(choose_settings(same, state, out, CPU)) == state["settings"]
     free = dict(steps=9, dropout=0.3, accumulate=2, amp=True, preview_every=3, save_minutes=1.0)
@@ -133,64 +133,52 @@ def test_settings_that_contradict_the_run_are_refused(tiny, tmp_path, monkeypatc
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == content
 
 
-def test_other_images_of_another_folder_are_refused(tmp_path, run):
+def test_other_images_of_another_folder_are_refused(class_folder, image_folder, tmp_path, run):
     """The same images may move, and the images in the same folder may change."""
-
-    def save(path, colour):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), colour).save(tmp_path / path)
 
     def train_on(folder, steps, *words, code=0):
         words = ["--data", folder, *TINY, "--steps", steps, *words]
         return run("train.py", *words, cwd=tmp_path, code=code)
 
-    for path in "a/x/0.png", "a/y/0.png", "b/x/0.png", "b/y/0.png":
-        save(path, "red" if path[0] == "a" else "blue")
+    images, again = tmp_path / "moved", ("--classes", "--out", "c")
+    shutil.copytree(class_folder, tmp_path / "a")
     train_on("a", 2)
     (cache,) = (tmp_path / "run").glob(".images-*")
-    assert "run was trained on other images; use another --out" in train_on("b", 3, code=1)
-    (tmp_path / "a").rename(tmp_path / "moved")
+    assert "run was trained on other images; use another --out" in train_on(image_folder, 3, code=1)
+    (tmp_path / "a").rename(images)
     assert cache.exists() and "changed" not in train_on("moved", 3)
-    save("moved/x/1.png", "green")
+    (images / "red" / "0.png").unlink()
     said = train_on("moved", 4)
     assert "the images have changed since step 3; training continues with them" in said
-    assert "images   3 of" in said
+    assert "images   59 of" in said
     assert len([*(tmp_path / "run").glob(".images-*")]) == 1 and not cache.exists()
-    assert "run has classes = False, not True" in train_on("moved", 5, "--classes", code=1)
-    train_on("moved", 2, "--classes", "--out", "c")
-    (tmp_path / "moved" / "x" / "1.png").rename(tmp_path / "moved" / "y" / "-.png")
-    assert "changed since step 2" in train_on("moved", 3, "--classes", "--out", "c")  # the labels
-    save("moved/z/0.png", "green")
-    said = train_on("moved", 4, "--classes", "--out", "c", code=1)
-    assert "and the classes ('x', 'y')" in said
+    train_on("moved", 2, *again)
+    (images / "blue" / "deeper" / "9.png").rename(images / "green" / "-.png")
+    assert "changed since step 2" in train_on("moved", 3, *again)  # the labels
+    shutil.copytree(images / "red", images / "yellow")
+    assert "the classes ('blue', 'green', 'red')" in train_on("moved", 4, *again, code=1)
 
 
 def test_folder_of_a_run_may_hold_other_files_and_be_among_the_images(image_folder, run, tmp_path):
-    """But the images are not the folder of the run, or below it."""
-    data = tmp_path / "data"
+    """But log.csv must be a log, and the images are not the folder of the run, or below it."""
+    data, mine = tmp_path / "data", ("train.log", ".notes.tmp", ".images-list", "log.csv")
     shutil.copytree(image_folder, data)
     (data / "run" / "logs").mkdir(parents=True)
-    (data / "run" / "train.log").write_text("mine")
+    for name in mine:
+        (data / "run" / name).write_text("mine")
+    words = ["--data", ".", *TINY, "--steps"]
+    said = run("train.py", *words, 1, cwd=data, code=1)
+    assert "run/log.csv is not a log of train.py; rename" in said
+    (data / "run" / "log.csv").write_text("")
     for steps in 1, 2:
-        said = run("train.py", "--data", ".", *TINY, "--steps", steps, cwd=data)
+        said = run("train.py", *words, steps, cwd=data)
         assert "changed" not in said and "images   12 of" in said
-    assert (data / "run" / "train.log").read_text() == "mine"
+    assert logged(data / "run") == [1, 2]
+    assert all((data / "run" / name).read_text() == "mine" for name in mine[:-1])
     (tmp_path / "link").symlink_to(tmp_path)
     for images, out in (".", "."), (".", ".."), ("../link/data", "."):
-        words = ["--data", images, "--out", out, *TINY, "--steps", 2]
-        said = run("train.py", *words, cwd=data, code=1)
+        said = run("train.py", "--data", images, "--out", out, *TINY, cwd=data, code=1)
         assert "must not be the folder of the images, nor above" in said
-
-
-def test_checkpoint_that_is_none_is_one_line_and_kept(tiny, tmp_path):
-    """test_export.py has other such files."""
-    (tmp_path / "run").mkdir()
-    path = tmp_path / "run" / "checkpoint.pt"
-    torch.save(dict.fromkeys(["shape", "names", "ema"]) | {"settings": {"lr_decay": True}}, path)
-    for content, why in (path.read_bytes(), "is not a checkpoint of this"), (b"", "can't be read"):
-        path.write_bytes(content)
-        assert f"run/checkpoint.pt {why}" in tiny("--steps", 20, code=1)
-        assert path.read_bytes() == content
 
 
 def test_second_process_in_a_folder_is_one_line(tiny, tmp_path):
@@ -202,46 +190,26 @@ def test_second_process_in_a_folder_is_one_line(tiny, tmp_path):
 
 
 @posix
-@pytest.mark.parametrize("removed, lock", [("", ".lock"), (".lock", ".lock"), ("", "other")])
-def test_old_process_never_overwrites_a_new_run(removed, lock, tiny, tmp_path, wrap_step):
-    """The folder, or its lock, is removed during a run, and another run begins or is put there."""
+@pytest.mark.parametrize("other", [True, False])
+def test_moved_run_goes_on_unless_another_began_there(other, tiny, tmp_path, wrap_step):
+    """A process never overwrites a run that was begun, or put there, after its own."""
+    run, moved = tmp_path / "run", tmp_path / "moved"
 
-    def begin_another(loss, norm, k):
+    def move(loss, norm, k):
         if k == 2:
-            path = tmp_path / "run" / removed
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-            (tmp_path / "run").mkdir(exist_ok=True)
-            (tmp_path / "run" / "checkpoint.pt").write_text("new")
-            (tmp_path / "run" / "log.csv").write_text("new")
-            (tmp_path / "run" / lock).touch()
+            run.rename(moved)
+            if other:
+                run.mkdir()
+                (run / "checkpoint.pt").write_text("new")
 
-    wrap_step(begin_another)
-    assert "run is another run now, so this one is not saved" in tiny("--steps", 5, code=1)
-    for name in "checkpoint.pt", "log.csv":
-        assert (tmp_path / "run" / name).read_text() == "new"
-
-
-@posix
-def test_folder_that_is_moved_during_a_run_loses_nothing(tiny, tmp_path, wrap_step):
-    move = (tmp_path / "run").rename
-    wrap_step(lambda loss, norm, k: (move(tmp_path / "moved") and None) if k == 2 else None)
-    tiny("--steps", 5, "--save-minutes", 0)
-    assert (read(tmp_path / "moved")["step"], read(tmp_path / "run")["step"]) == (2, 5)
-    assert logged(tmp_path / "run") == [3, 4, 5]
-
-
-def test_files_of_the_user_in_the_folder_stay(tiny, tmp_path):
-    """A log of something else is refused."""
-    (tmp_path / "run").mkdir()
-    log, mine = tmp_path / "run" / "log.csv", (".notes.tmp", ".images-list")
-    for name in mine:
-        (tmp_path / "run" / name).write_text("mine")
-    log.write_text("date,weight\n")
-    assert "run/log.csv is not a log of train.py; rename" in tiny("--steps", 2, code=1)
-    log.write_text("")
-    tiny("--steps", 2)
-    assert logged(tmp_path / "run") == [1, 2]
-    assert all((tmp_path / "run" / name).read_text() == "mine" for name in mine)
+    wrap_step(move)
+    said = tiny("--steps", 5, "--save-minutes", 0, code=int(other))
+    assert read(moved)["step"] == 2
+    if other:
+        assert "run is another run now, so this one is not saved" in said
+        assert (run / "checkpoint.pt").read_text() == "new" and len([*run.iterdir()]) == 1
+    else:
+        assert read(run)["step"] == 5 and logged(run) == [3, 4, 5]
 
 
 # ---------------------------------------------------------------------------- full disks and losses
@@ -250,6 +218,8 @@ def test_files_of_the_user_in_the_folder_stay(tiny, tmp_path):
 @pytest.fixture
 def fill_disk():
     """Limit the size of a file, until the function is called again without a size."""
+    import resource  # of POSIX
+
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size=before[0]: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -288,13 +258,8 @@ def test_loss_or_gradient_that_is_not_finite_reaches_no_checkpoint(bad, tiny, tm
 
 @posix
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_signal_ends_training_after_a_step_that_is_saved(
-    name, tiny, tmp_path, wrap_step, monkeypatch
-):
-    """The program ends as the signal ends others, and at once by a second Ctrl-C.
-
-    A signal that is ignored, as SIGHUP under nohup, stops nothing.
-    """
+def test_signal_ends_training_after_a_saved_step(name, tiny, tmp_path, wrap_step, monkeypatch):
+    """A second Ctrl-C ends it at once; an ignored signal, as SIGHUP under nohup, stops nothing."""
     number, ended = getattr(signal, name), []
     ignored = signal.SIGTERM if name == "SIGHUP" else signal.SIGHUP
     default = signal.SIG_DFL if name == "SIGINT" else train.StopRequest.receive
