@@ -3,7 +3,6 @@
 Its images are nearly plain, 4x4 pixels in one of the COLOURS: each value is N(colour, 0.1^2).
 """
 
-import functools
 import json
 
 import onnx
@@ -36,9 +35,11 @@ def eps(x_t, t, y=None):
     return SLOPE[t] * (x_t - SIGNAL[t] * MEANS[y])
 
 
-@functools.cache
-def onnx_file(classes=True):
-    """Return the bytes of a model.onnx that computes eps, with its metadata."""
+def onnx_file(classes=(*COLOURS,), **changes):
+    """Return the bytes of a model.onnx that computes eps.
+
+    classes: their names, or False. changes: of the metadata; None removes an entry.
+    """
     model = onnx.parser.parse_model(GRAPH if classes else GRAPH.replace(", int64[n] y", ""))
     tables = {"slope": SLOPE, "signal": SIGNAL, "means": MEANS}
     tables |= {} if classes else {"y": torch.tensor([3])}
@@ -46,7 +47,7 @@ def onnx_file(classes=True):
     x_t, t = example(SHAPE, SMALL.T)
     answer = eps(torch.from_numpy(x_t), torch.tensor([t])).flatten().tolist()
     metadata = {"betas": SMALL.betas.tolist(), "image_shape": SHAPE, "eps_of_example": answer}
-    metadata |= {"classes": [*COLOURS]} if classes else {}
-    metadata = {f"ddpm.{name}": json.dumps(value) for name, value in metadata.items()}
+    metadata |= changes | ({"classes": classes} if classes else {})
+    metadata = {f"ddpm.{k}": json.dumps(v) for k, v in metadata.items() if v is not None}
     onnx.helper.set_model_props(model, metadata | {"ddpm.variance": "small"})
     return model.SerializeToString()
