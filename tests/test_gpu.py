@@ -25,9 +25,7 @@ def test_every_part_of_the_report_runs_on_a_cpu(tmp_path):
     assert {path.suffix for path in report.iterdir()} == {".md", ".txt", ".log"}
     assert "| float32 | 0.0e+00 |" in said  # the gradient
     assert "| weights, resumed and whole | | 0.0e+00, relative to the weights |" in said
-    first, last = re.search(
-        r"its mean loss \| \| ([\d.]+) in .*, ([\d.]+) in the last", said
-    ).groups()
+    ((first, last),) = re.findall(r"its mean loss \| \| ([\d.]+) in .*, ([\d.]+) in the l", said)
     assert float(last) < float(first)
     for kind, bound in {"torch": 0.03, "float32.onnx": 1e-5, "float16.onnx": 0.01}.items():
         (errors,) = re.findall(rf"^\| {kind} \|((?: [\d.e+-]+ \|){{5}})$", said, re.M)
@@ -39,14 +37,12 @@ def test_failures_and_hanging_programs_leave_the_other_rows(tmp_path, monkeypatc
     report = gpu.Report(float("inf"), True)
     report.row("division", lambda: 1 / 0)
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
-    report.row("deaf", report.program, "deaf", "-c", deaf, limit=2)
-    report.row("sum", report.program, "sum", "-c", "print(1 + 1)")
+    report.row("deaf", report.program, "deaf", "-c", deaf, limit=1)
     report.end = 0
     report.row("late", lambda: "never")
-    division, sleeping, total, late = capfd.readouterr().out.splitlines()
+    division, sleeping, late = capfd.readouterr().out.splitlines()
     assert division == "| division | failed: ZeroDivisionError: division by zero |"
-    assert sleeping.startswith("| deaf | failed: RuntimeError: deaf was stopped after 4 s")
-    assert re.fullmatch(r"\| sum \| \d+ s \| 2 \|", total)
+    assert sleeping.startswith("| deaf | failed: RuntimeError: deaf was stopped after 2 s")
     assert late == "| late | skipped: no time left |"
 
 
@@ -71,9 +67,7 @@ def test_requirements_bring_every_library_that_onnx_runtime_needs_for_cuda(tmp_p
     words += ["--device", "cuda", "--out", tmp_path / "samples.png"]
     environment |= {"LD_LIBRARY_PATH": str(tmp_path)}
     said = subprocess.run(words, capture_output=True, text=True, env=environment).stderr
-    assert re.match(r"sample.py: ONNX Runtime can't use CUDA: \d+: CUDA driver version is", said), (
-        said
-    )
+    assert re.match(r"sample.py: ONNX Runtime can't use CUDA: \d+: CUDA driver version", said), said
 
 
 @pytest.mark.gpu

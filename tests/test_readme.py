@@ -6,8 +6,6 @@ import subprocess
 import sys
 
 import nbformat
-import networks
-import numpy as np
 import pytest
 import torch
 from conftest import HERE, in_process, python, save_run
@@ -35,12 +33,9 @@ def section(page, title):
     return page.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
-def without_blocks(page):
-    return re.sub(r"^```.*?^```$", "", page, flags=re.M | re.S)
-
-
 def anchors(page):
-    titles = re.findall(r"^#+ (.*)", without_blocks(page), re.M)
+    without_blocks = re.sub(r"^```.*?^```$", "", page, flags=re.M | re.S)
+    titles = re.findall(r"^#+ (.*)", without_blocks, re.M)
     return {re.sub(r"[^a-z0-9 _-]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
@@ -167,16 +162,6 @@ def test_lines_of_measuring_arrange_images(class_folder, tmp_path, monkeypatch):
     assert sizes == [(32, 32)] * (len(files) - 1)  # one is broken
 
 
-@pytest.mark.parametrize("steps, t", [(1000, 1), (1000, 199), (10, 1), (10, 5)])
-def test_reverse_step_of_two_points_is_bayes_rule(steps, t):
-    """Compare the mixture of posteriors with q(x_t | x_s) q(x_s) / q(x_t) on a fine grid."""
-    (chain, _), x_t = make_figures.short_chain(steps), torch.tensor([0.1]).double()
-    x, log_p, _ = make_figures.reverse_step(chain, t, x_t, torch.linspace(-6, 6, 2001).double())
-    bump = make_figures.log_normal(x_t, chain.alphas[t].sqrt() * x[0], chain.betas[t])
-    joint = (bump + make_figures.log_two(chain, t - 1, x[0]).logsumexp(1)).softmax(0)
-    torch.testing.assert_close(log_p[0].exp(), joint / (x[0, 1] - x[0, 0]), rtol=1e-3, atol=1e-5)
-
-
 def test_small_reverse_steps_are_nearly_gaussian():
     """Check the numbers in section 4 of the lesson, whose t counts from 1."""
     bits = [make_figures.distance_to_gaussian(Diffusion(linear_betas()), t - 1)
@@ -197,21 +182,6 @@ def test_weights_of_the_losses_are_those_of_the_lesson():
         (cells,) = re.findall(rf"^\| {name} \| ([0-9. |]+) \|$", LESSON, re.M)
         found = (weights / weights[1:].mean())[[1, 9, 99, 349, 999]].tolist()
         assert [*map(float, cells.split("|"))] == pytest.approx(found, rel=rel)
-
-
-@pytest.mark.slow
-def test_figures_are_made(run, image_folder, tmp_path, monkeypatch):
-    """With a network in closed form, and without the divergences, which another test checks."""
-    model = tmp_path / "model.onnx"
-    model.write_bytes(networks.onnx_file(classes=False))
-    monkeypatch.setattr(make_figures, "distance_to_gaussian", lambda chain, t: 1 / t)
-    flags = ["--onnx", model, "--paper", model, "--data", image_folder, "--out", tmp_path / "docs"]
-    run("docs/make_figures.py", *flags, cwd=tmp_path)
-    made = [*(tmp_path / "docs").iterdir()]
-    assert len(made) == 15
-    for path in made:
-        with Image.open(path) as image:
-            assert np.asarray(image.convert("L")).std() > 10
 
 
 @pytest.mark.slow
@@ -247,7 +217,7 @@ def test_notebook_alone_clones_what_it_needs(tmp_path):
     first = next(cell for cell in cells if cell.source.startswith("import"))
     assert "set REPOSITORY" in python("-c", first.source, cwd=tmp_path, code=1)
     code = first.source.replace('REPOSITORY = ""', f"REPOSITORY = {str(HERE)!r}")
-    code += "\nif find_spec('ddpm') is None or find_spec('points') is None: sys.exit('no clone')"
+    code += "\nassert find_spec('points')"
     for _ in range(2):  # as when a cell is run again
         python("-c", code, cwd=tmp_path)
     assert (tmp_path / "ddpm" / "docs" / "points.py").is_file()
