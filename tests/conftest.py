@@ -1,4 +1,4 @@
-"""What the tests of the programs share: ways to run them, folders of images, and a trained run."""
+"""What the tests of the programs share: ways to run them, folders of images, and a small run."""
 
 import contextlib
 import copy
@@ -58,12 +58,12 @@ def command(*args):
     return [sys.executable, *words]
 
 
-def python(*args, cwd, code=0, timeout=170, **kwargs):
+def python(*args, cwd, code=0, timeout=170):
     """Run a program in a process of its own; return what it printed."""
     environment = os.environ | {"PYTHONPATH": str(HERE)}
     done = subprocess.run(
         command(*args), cwd=cwd, capture_output=True, text=True, timeout=timeout,
-        env=environment, **BEFORE, **kwargs,
+        env=environment, **BEFORE,
     )  # fmt: skip
     said = done.stderr + done.stdout
     assert done.returncode == code, said

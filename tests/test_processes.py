@@ -86,8 +86,9 @@ def test_two_machines_train_as_one(shared, together, alone, image_folder, tmp_pa
     own = tmp_path / "b" / "run"
     own.mkdir(parents=True)
     (own / "checkpoint.pt").write_text("mine")
-    words = ["--data", image_folder, *WORDS, "--steps", 8]
-    together((tmp_path, 0, words), (tmp_path if shared else tmp_path / "b", 0, words))
+    words, other = [*WORDS, "--steps", 8, "--data"], tmp_path if shared else tmp_path / "b"
+    data = image_folder if shared else shutil.copytree(image_folder, tmp_path / "images")
+    together((tmp_path, 0, [*words, image_folder]), (other, 0, [*words, data]))
     assert_same_run(alone[1], tmp_path / "run", rtol=1e-5)
     assert (own / "checkpoint.pt").read_text() == "mine"
     assert len([*tmp_path.glob("run/.images-*")]) == 1 == len([*own.glob(".images-*")]) + shared

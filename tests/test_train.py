@@ -275,6 +275,7 @@ REFUSED = {
     "--out 0.png": "0.png/checkpoint.pt can't be written: ",
     "--data . --classes": "has images outside of its sub-folders",
     "--device quantum": "--device quantum: Expected one of cpu, cuda",
+    "--device cuda": "--device cuda: ",
     "--device xpu:1": "--device xpu:1: ",
 }
 MISREAD = {  # by argparse, which prints its usage, too
