@@ -1,11 +1,11 @@
 """What `train.py --quick` puts in place of the paper's network, loss and optimizer.
 
-    diffusion = WeightedDiffusion(linear_betas())          # in place of Diffusion: its loss
-    network = VUNet(diffusion, 2, 32, 3)                   # in place of UNet: v, patches of 2x2
-    optimizer = Muon(network, lr=6e-3)                     # in place of torch.optim.Adam
+    diffusion = WeightedDiffusion(linear_betas())   # in place of Diffusion: another loss
+    network = VUNet(diffusion, patch_size=2)        # in place of UNet: predicts v, on patches
+    optimizer = Muon(network, lr=6e-3)              # in place of torch.optim.Adam
 
 Each has the interface of what it replaces, so that nothing else has to know about it: the network
-returns eps. benchmarks/ladder.md measures each of them.
+returns eps. benchmarks/ladder.py measures each of them.
 """
 
 import torch

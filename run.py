@@ -61,7 +61,7 @@ class Settings:
     channel_mults: tuple = flag((1, 2, 2, 2), "relative widths of levels", type=count, nargs="+")
     num_res_blocks: int = flag(2, "residual blocks per level", type=count)
     attention_resolutions: tuple = flag((16,), "sizes with attention", type=int, nargs="*")
-    patch_size: int = flag(1, "side of the patches that the network sees as pixels", type=count)
+    patch_size: int = flag(1, "width of a patch that the network sees as one pixel", type=count)
     norm_groups: int = None
     # The method; only published weights set betas
     data: str = flag(None, "folder of images [the built-in demo]")
@@ -72,8 +72,7 @@ class Settings:
     batch: int = flag(128, "images per step, over all GPUs", type=count)
     lr: float = flag(2e-4, "learning rate", type=amount)
     warmup: int = flag(None, "steps until --lr [min(5000, steps / 20)]", type=whole)
-    cooldown: float = flag(0.0, "share of the steps, the last ones, in which the learning rate "
-                           "falls to 0", type=share)  # fmt: skip
+    cooldown: float = flag(0.0, "last share of the steps, in which --lr falls to 0", type=share)
     ema: float = flag(0.9999, "decay of the averaged weights", type=share)
     flip: bool = flag(True, "flip images left to right at random", action=switch)
     seed: int = flag(0, "seed of all random numbers", type=whole)
@@ -107,8 +106,7 @@ HIDDEN = [entry.name for entry in fields(Settings) if not entry.metadata]  # hav
 # --quick: a run of minutes on a CPU, for small images. benchmarks/ladder.md has measurements.
 QUICK = dict(
     base_channels=32, channel_mults=(1, 2, 2), num_res_blocks=1, attention_resolutions=(),
-    patch_size=2, dropout=0.0, parts=PARTS, batch=64, lr=6e-3, cooldown=0.25,
-    steps=2800,
+    patch_size=2, dropout=0.0, parts=PARTS, batch=64, lr=6e-3, cooldown=0.25, steps=2800,
 )  # fmt: skip
 
 # The demo: a small network that learns the 216 images on two CPU cores in under four minutes.
@@ -313,10 +311,7 @@ class Folder:
         if data and Path(data).resolve().is_relative_to(self.path.resolve()):
             sys.exit(f"train.py: --out {self.path} must not be the folder of the images, nor above")
         check_output(self.path / "checkpoint.pt")
-        try:
-            self.hold()
-        except OSError as error:
-            sys.exit(f"train.py: {self.path} can't be locked: {error.strerror}")
+        self.hold()
         for path in self.path.glob(f".*.{HEX}.tmp"):  # what a killed process did not finish
             path.unlink()
         if (self.path / "checkpoint.pt").exists():
