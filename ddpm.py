@@ -122,7 +122,7 @@ class Diffusion:
     # ------------------------------------------------------------------------ training, Algorithm 1
 
     def draw_t(self, n, device=None):
-        """Draw n times from the uniform distribution over 0..T-1. Int64 (n,)."""
+        """Draw n values of t uniformly from 0..T-1. Int64 (n,)."""
         return torch.randint(self.T, (n,), device=device)
 
     def squared_error(self, model, x0, t, noise):
@@ -281,7 +281,7 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves H and W: a convolution of stride 2, padded right and below, as in TensorFlow."""
+    """Halve H and W by a convolution of stride 2, padded right and below, as in TensorFlow."""
 
     def __init__(self, channels):
         super().__init__()
@@ -292,7 +292,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles H and W: repeats each pixel, then a convolution."""
+    """Double H and W: repeat each pixel, and apply a convolution."""
 
     def __init__(self, channels):
         super().__init__()

@@ -106,7 +106,7 @@ def report(verb, noun, paths, why):
 
 
 def class_names(class_of, folder):
-    """Return the classes of a list of images, "" for none, sorted. Exits if they can't be used."""
+    """Return the sorted names in class_of, where "" is no class. Exits if they can't be used."""
     names = sorted({*class_of})
     if "" in names:
         sys.exit(f"{folder} has images outside of its sub-folders, which are the classes")
@@ -124,7 +124,7 @@ def has_colour(path):
             palette = np.reshape(image.getpalette("RGB"), (-1, 3))
             return bool((palette != palette[:, :1]).any())
         return Image.getmodebase(image.mode) != "L"
-    return False  # Pillow raises many kinds; `decode` leaves the file out
+    return False  # after an error of any kind, `decode` leaves the file out
 
 
 def state_of(path):
@@ -160,7 +160,7 @@ def decode(paths, size, channels, file):
     """Write which of the paths can be read (N bytes), and then the pixels of these, to a file."""
 
     def read(path):
-        with contextlib.suppress(Exception):  # Pillow raises many kinds; None stands for them
+        with contextlib.suppress(Exception):  # Pillow raises many kinds of errors; return None
             return read_image(path, size, channels)
 
     is_read = np.zeros(len(paths), bool)
@@ -203,7 +203,7 @@ def read_folder(folder, size, channels=None, classes=None, cache=None):
     cache: a folder for the decoded images, memory-mapped, and valid until a file changes.
 
     Counts and names what is left out. Exits if no image is left, if an image is in none of the
-    classes, if there are fewer than two, or if the name of one can't be a folder's everywhere.
+    classes, if there are fewer than two classes, or if one has a name that some systems forbid.
     """
     warnings.filterwarnings("ignore", module="PIL")  # what can't be read is reported
     paths = image_files(folder)

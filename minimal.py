@@ -1,11 +1,11 @@
-"""Train a DDPM on a folder of images, export it to ONNX, and draw 16 images without torch.
+"""Train a DDPM on a folder of images, export it to ONNX, and sample 16 images without torch.
 
     python minimal.py ./images
 
-This is the whole path on one page: Algorithm 1 with Adam, the network as model.onnx, and Algorithm
-2 in numpy under ONNX Runtime, which draws samples.png. It needs ddpm.py, torch, numpy, Pillow,
-tqdm, onnx, onnxscript and onnxruntime (onnxruntime-gpu for an NVIDIA GPU). The programs train.py,
-export.py and sample.py add resuming, checks, faster samplers, random flips, bfloat16 and more.
+This is the whole pipeline on one page: Algorithm 1 with Adam, the network as model.onnx, and
+Algorithm 2 in numpy under ONNX Runtime, which makes samples.png. It needs ddpm.py, torch, numpy,
+Pillow, tqdm, onnx, onnxscript and onnxruntime (onnxruntime-gpu for an NVIDIA GPU). The programs
+train.py, export.py and sample.py add resuming, checks, faster samplers, flips, bfloat16 and more.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ if {"model.onnx", "samples.png"} & {*os.listdir()} or not os.access(".", os.W_OK
 # The images of the folder that can be read: float32 (N, 3, 32, 32) in [-1, 1]
 pixels, files = [], [path for path in Path(sys.argv[1]).rglob("*") if path.is_file()]
 for path in tqdm(files):
-    with contextlib.suppress(Exception):  # Pillow raises many kinds if it can't read a file
+    with contextlib.suppress(Exception):  # Pillow raises many kinds of errors
         image = ImageOps.exif_transpose(Image.open(path, formats=("PNG", "JPEG", "WEBP")))
         if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
             image = Image.fromarray(np.uint8(np.asarray(image) / 257))
@@ -83,7 +83,7 @@ onnx.helper.set_model_props(network, metadata)
 onnx.save(network, "model.onnx")
 
 
-# The lines from here on do not need torch, and can be copied on their own, with a model.onnx.
+# The lines from here on do not need torch and can be copied on their own, with a model.onnx.
 import json
 import shutil
 

@@ -20,8 +20,8 @@ from ddpm import Diffusion, UNet, look_up
 class PatchUNet(UNet):
     """A UNet that sees each patch of patch_size x patch_size pixels as one pixel.
 
-    The other arguments are those of UNet, and count pixels, too. Raises ValueError for sizes that
-    do not fit together.
+    The other arguments are UNet's; sizes are in pixels, not in patches. Raises ValueError for sizes
+    that do not fit together.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class VUNet(PatchUNet):
     """A PatchUNet that predicts v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0, and returns eps.
 
     The target v is from Salimans and Ho 2022 (arXiv:2202.00512). diffusion: a Diffusion, for its
-    schedule. args and options: the arguments of PatchUNet. With patch_size=1, it shares the weights
-    and the checks of UNet.
+    schedule. args and options: the arguments of PatchUNet. With patch_size=1, it has the
+    same parameters and checks as UNet.
     """
 
     def __init__(self, diffusion, *args, **options):
@@ -76,12 +76,12 @@ class WeightedDiffusion(Diffusion):
 
     The density is proportional to sqrt(abar_t) min(1, 5 / SNR_t), where SNR_t = abar_t /
     (1 - abar_t). So the loss has, on average, the weights min(1, 5 / SNR_t) / sqrt(abar_t) on the
-    squared error of eps, up to a factor. It suits a network that predicts v: without it, the loss
-    at large t has rare, huge values.
+    squared error of eps, up to a factor. It suits a network that predicts v;
+    with other networks, the loss at large t has rare, huge values.
     """
 
     def draw_t(self, n, device=None):
-        """Draw n times, one in each n-th of the density, in rising order. Int64 (n,)."""
+        """Draw n values of t in ascending order, one from each n-th of the density. Int64 (n,)."""
         snr = self.alphas_bar / (1 - self.alphas_bar)
         shares = (self.sqrt_alphas_bar * (5 / snr).clamp(max=1)).cumsum(0)
         shares = (shares / shares[-1]).float()  # the distribution function, whose last value is 1
@@ -89,7 +89,7 @@ class WeightedDiffusion(Diffusion):
         return torch.searchsorted(shares.to(u.device, non_blocking=u.is_cuda), u)
 
     def loss(self, model, x0, t=None, noise=None):
-        """Return the mean squared error of v, which is that of eps, divided by abar_t; a scalar."""
+        """Return the mean squared error of v, a scalar: eps's squared error divided by abar_t."""
         t = self.draw_t(len(x0), x0.device) if t is None else t
         noise = torch.randn_like(x0) if noise is None else noise
         error = self.squared_error(model, x0, t, noise)
@@ -115,7 +115,8 @@ def orthogonalize(G):
 def hidden_weights(model):
     """Return the weights of all linear and convolutional layers but the outer ones.
 
-    These are the first convolution, which reads x_t, and the last module, which returns eps.
+    The outer ones are the first convolution, which reads x_t, and the last module, which returns
+    eps.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     first = next((layer for layer in layers if isinstance(layer, nn.Conv2d)), layers[0])

@@ -37,7 +37,7 @@ PARTS = "v", "weights", "muon"  # what quick.py can put in place of the paper's
 
 
 def flag(default, meaning, **options):
-    """Return a field of Settings that has a flag. options: of argparse's add_argument."""
+    """Return a field of Settings that has a flag. options: passed to argparse's add_argument."""
     if "[" not in meaning and not isinstance(default, bool):
         values = default if isinstance(default, tuple) else (default,)
         meaning += f" [{' '.join(map(str, values))}]"
@@ -45,7 +45,7 @@ def flag(default, meaning, **options):
 
 
 def as_flag(name, value=True):
-    """Return the flag that gives a setting."""
+    """Return the flag that gives a setting this value."""
     values = value if isinstance(value, tuple) else () if isinstance(value, bool) else (value,)
     return " ".join([f"--{'no-' * (value is False)}{name.replace('_', '-')}", *map(str, values)])
 
@@ -60,7 +60,7 @@ class Settings:
     base_channels: int = flag(128, "width of the first level", type=count)
     channel_mults: tuple = flag((1, 2, 2, 2), "relative widths of levels", type=count, nargs="+")
     num_res_blocks: int = flag(2, "residual blocks per level", type=count)
-    attention_resolutions: tuple = flag((16,), "sizes with attention", type=int, nargs="*")
+    attention_resolutions: tuple = flag((16,), "level sizes with attention", type=int, nargs="*")
     patch_size: int = flag(1, "width of a patch that the network sees as one pixel", type=count)
     norm_groups: int = None
     # The method; only published weights set betas
@@ -235,7 +235,7 @@ def read_checkpoint(path):
         sys.exit(f"{path} is not there; run train.py first")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds
+    except Exception as error:  # torch raises many kinds of errors
         sys.exit(f"{path} can't be read: {(str(error) or repr(error)).splitlines()[0]}")
     if not isinstance(state, dict) or state.get("settings", {}).keys() != {*NAMES}:
         sys.exit(f"{path} is not a checkpoint of this version of train.py")
@@ -295,7 +295,7 @@ class Folder:
 
     def __init__(self, path):
         self.path, self.lock, self.inode = path, filelock.FileLock(path / ".lock"), None
-        self.rows = b""  # of the log, which a full disk has not accepted
+        self.rows = b""  # of the log that a full disk has rejected
 
     def __enter__(self):
         return self
@@ -309,14 +309,14 @@ class Folder:
         Exits if another process holds it, or if it is the folder of the images or a parent of it.
         """
         if data and Path(data).resolve().is_relative_to(self.path.resolve()):
-            sys.exit(f"train.py: --out {self.path} must not be the folder of the images, nor above")
+            sys.exit(f"train.py: --out {self.path} must not be or contain the folder of the images")
         check_output(self.path / "checkpoint.pt")
         self.hold()
         for path in self.path.glob(f".*.{HEX}.tmp"):  # what a killed process did not finish
             path.unlink()
         if (self.path / "checkpoint.pt").exists():
             if init is not None:
-                print(f"{self.path} is a run already, which goes on; --init was for its beginning")
+                print(f"{self.path} already holds a run, which continues; --init is ignored")
             return read_checkpoint(self.path)
         if init is None:
             return None
@@ -342,7 +342,7 @@ class Folder:
                 self.lock.release()
                 self.hold()
         elif not os.path.exists(lock) or lock.stat().st_ino != self.inode:
-            sys.exit(f"train.py: {self.path} is another run now, so this one is not saved")
+            sys.exit(f"train.py: {self.path} now holds another run, so this one is not saved")
 
     def save(self, run):
         """Replace the checkpoint atomically. Exits if that fails."""
@@ -389,8 +389,8 @@ def preview(network, shape, names, settings):
     """Return a grid of 36 images of this shape (C, H, W), always from the same noise.
 
     With up to 36 classes, each row shows one of them. The sampler is Algorithm 2 in 20 steps with
-    the small variance, which suits a young network that predicts the noise better than
-    DPM-Solver++ does (docs/beyond.md).
+    the small variance, which is better than DPM-Solver++ for undertrained networks that predict the
+    noise (docs/beyond.md).
     """
     device = next(network.parameters()).device
     random = torch.Generator(device).manual_seed(settings.seed)

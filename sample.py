@@ -1,4 +1,4 @@
-"""Draw images with a model.onnx in numpy and ONNX Runtime: the loop, the network, the program.
+"""Generate images with a model.onnx in numpy and ONNX Runtime: the loop, the network, the program.
 
     python sample.py --onnx model.onnx                           # 64 images in samples.png
     python sample.py --onnx model.onnx --steps 10                # a hundredth of the time
@@ -105,8 +105,8 @@ def guided(network, y, w):
     """Return (1 + w) eps(x_t, t, y) - w eps(x_t, t), as a function of (x_t, t).
 
     This is classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598, eq. 6), for arrays and
-    tensors. y: the classes, int64 (B,). w: 0 draws the class as it is, and larger values draw what
-    is more typical of it. Other programs use the scale s = 1 + w.
+    tensors. y: the classes, int64 (B,). w: 0 samples the class as it is, and larger values give
+    images that are more typical of it. Other programs use the scale s = 1 + w.
     """
 
     def eps(x_t, t):
@@ -119,14 +119,14 @@ def guided(network, y, w):
 def noise_of(seed, first, n, shape):
     """Return draw_noise() for the images first, first + 1, ...: standard normal, (n, *shape).
 
-    The noise of image k depends on (seed, k) alone, and not on the number of images.
+    The noise of image k depends only on (seed, k), not on the number of images.
     """
     streams = [np.random.default_rng((seed, first + k)) for k in range(n)]
     return lambda: np.stack([stream.standard_normal(shape, np.float32) for stream in streams])
 
 
 def class_names(network, classes=None, guidance=0.0):
-    """Return the names of the classes to draw. Raises ValueError like sample_progressive."""
+    """Return the names of the classes to generate. Raises ValueError like sample_progressive."""
     names = classes or network.classes
     if unknown := {*names} - {*network.classes}:
         raise ValueError(f"the network has the classes {network.classes}, not {min(unknown)!r}")
@@ -136,9 +136,9 @@ def class_names(network, classes=None, guidance=0.0):
 
 
 def sample_progressive(network, n, classes=None, guidance=0.0, seed=0, first=0, **options):
-    """Return the generator `reverse` for n images that a Network draws together, (n, C, H, W).
+    """Return the generator `reverse` for a batch of n images from a Network, (n, C, H, W).
 
-    classes: names, which the images take in turn; all classes if None. guidance: the w of `guided`.
+    classes: names, assigned to the images in turn; all if None. guidance: the w of `guided`.
     seed, first: the images have the numbers first, first + 1, ... of this seed. options: steps,
     sampler and clip of `reverse`.
 
@@ -220,7 +220,7 @@ class Network:
             raise ValueError(f'device must be "auto", "cuda" or "cpu", not {device!r}')
         try:
             self.session, fault = open_session(path, device, options)
-        except Exception as error:  # ONNX Runtime raises many kinds
+        except Exception as error:  # ONNX Runtime raises many kinds of errors
             raise ValueError(f"{path!s:.99} can't be opened: {error!s:.200}") from None
         if fault:
             fault = f"ONNX Runtime can't use CUDA: {fault:.200}. It needs an x86-64 processor, "
@@ -320,9 +320,9 @@ def arguments():
     flag("--dir", type=Path, help="a new or empty folder, for one PNG file per image")
     flag("--steps", type=in_range(int, 1), help="steps of the reverse process [T, as in the paper]")
     flag("--sampler", choices=SAMPLERS, help="[ddpm with all T steps, dpm-solver++ with fewer]")
-    flag("--batch", type=in_range(int, 1), default=64, help="images drawn together [%(default)s]")
-    flag("--seed", type=in_range(int, 0), default=0, help="image k depends on (seed, k) alone [0]")
-    flag("--class", dest="classes", nargs="+", metavar="NAME", help="classes to draw [all]")
+    flag("--batch", type=in_range(int, 1), default=64, help="images per batch [%(default)s]")
+    flag("--seed", type=in_range(int, 0), default=0, help="image k depends only on (seed, k) [0]")
+    flag("--class", dest="classes", nargs="+", metavar="NAME", help="classes to generate [all]")
     flag("--guidance", type=float, default=0.0, help="w: makes images more typical of a class [0]")
     flag("--device", default="auto", help="auto, cuda, cpu; in torch also cuda:1, mps, xpu [auto]")
     args = parser.parse_args()
@@ -372,7 +372,7 @@ def complete(args, network):
     args.n = args.n or (min(8 * len(args.classes), 256) if len(args.classes) > 1 else 64)
     if args.steps > T:
         sys.exit(f"sample.py: --steps must be 1..{T}, not {args.steps}")
-    if args.dir:  # new, or with earlier images alone
+    if args.dir:  # new, or with only earlier images
         found = [path for path in args.dir.rglob("[!.]*") if path.is_file()]
         found = [path.name for path in found if path.resolve() != Path(args.out).resolve()]
         ours = [name for name in found if re.fullmatch(r"\d{6,}\.png", name)]
@@ -380,7 +380,7 @@ def complete(args, network):
         if foreign := {*found} - {*ours}:
             sys.exit(f"sample.py: {args.dir} must be new or empty; it has {min(foreign)}")
         if any(args.first <= k < args.first + args.n for k in numbers):
-            again = f"--first {max(numbers) + 1} goes on"
+            again = f"to continue, add --first {max(numbers) + 1}"
             sys.exit(f"sample.py: {args.dir} must be new or empty; {again}")
 
 
@@ -429,7 +429,7 @@ def main():
     if done < args.n and not stop.number:
         sys.exit(f"sample.py: after {done:,} images, the network's output is not finite")
     if done < args.n:
-        print(f"stopped after {done:,} of {args.n:,} images; the others: --first "
+        print(f"stopped after {done:,} of {args.n:,} images; for the rest, add --first "
               f"{args.first + done} -n {args.n - done}", file=sys.stderr)  # fmt: skip
         stop.end()
 

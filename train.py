@@ -103,7 +103,7 @@ def algorithm_1(network, ema, optimizer, diffusion, data, s, start=0):
 def draw_batch(data, diffusion, k, s, device):
     """Yield (x0, t, noise, y) for each micro-batch of batch k that this process computes.
 
-    The seed and k alone determine the batch, so that no state of a generator has to be saved. Each
+    The batch depends only on the seed and k, so that no state of a generator has to be saved. Each
     process draws the whole batch, and computes its share of it in --accumulate micro-batches. x0
     and noise are float32 (B, C, H, W), t is int64 (B,), and y the classes, int64 (B,), or None.
     """
@@ -173,8 +173,8 @@ def train(steps, run, folder, s, request):
                 continue
             losses, norms, stopping = read(pending, request)
             if not np.isfinite(losses + norms).all():
-                leave(f"the loss or its gradient is infinite or NaN by step {k:,}, which is not "
-                      "saved; begin again with a lower --lr or --no-amp")  # fmt: skip
+                leave(f"the loss or its gradient is infinite or NaN at step {k:,} or before, which "
+                      "is not saved; begin again with a lower --lr or --no-amp")  # fmt: skip
             rates = [learning_rate(i, s) for i in range(run.step, k)]
             rows = [*zip(range(run.step + 1, k + 1), losses, norms, rates, strict=True)]
             recent.extend(losses)
@@ -365,7 +365,7 @@ def run_in(folder, given, device, build):
         run.load(state)
     describe(run, data, s, device)
     if run.step == s.steps:
-        print("the run is finished; --steps continues it, and another --out begins a new run")
+        print("the run is finished; a larger --steps continues it, another --out begins a new run")
     if WORLD > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
     network = compiled(network, device, s.steps - run.step, given.get("compile"))
@@ -378,7 +378,7 @@ def run_in(folder, given, device, build):
 def main(given=None, build=build):
     """Start or resume a run; return it as a Run. A signal stops the training.
 
-    given: flags, {name: value}; if None, those of the command line, whose program a signal ends.
+    given: flags, {name: value}; None reads the command line, and a signal then ends the program.
     build: makes the network and its Diffusion, as in run.py.
     """
     is_program = given is None

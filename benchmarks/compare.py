@@ -94,7 +94,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--batch", type=int, default=16, help="batch size [%(default)s]")
-    parser.add_argument("--rounds", type=int, default=7, help="in which all have a turn [7]")
+    parser.add_argument("--rounds", type=int, default=7, help="number of rounds [%(default)s]")
     args = parser.parse_args()
     images = from_pixels(torch.randint(256, (256, 3, 32, 32), dtype=torch.uint8))
     kind = "bfloat16" if has_bfloat16(DEVICE) else "float32"

@@ -240,7 +240,7 @@ def gradients(report):
 
 
 def programs(report):
-    """Train, interrupt, resume, evaluate, export, draw and test, on the demo's images."""
+    """Train, interrupt, resume, evaluate, export, sample and test, on the demo's images."""
     folder, device, row = WORK / "images", ("--device", DEVICE.type), report.row
     folder.mkdir()
     for k, pixels in enumerate(demo_images()):

@@ -6,7 +6,7 @@
 
 An arm is trained with --quick --classes --no-flip and its flags in ARMS on DATA/train, which has a
 sub-folder for each class; an interrupted run resumes. Each set of samples is a row of
-benchmarks/ladder.csv, and is drawn only once. With OMP_NUM_THREADS=1, the program uses one core.
+benchmarks/ladder.csv and is sampled only once. With OMP_NUM_THREADS=1, the program uses one core.
 
 The distance is measured by frechet.py, whose ruler for Fashion-MNIST is used unless DATA has its
 own ruler.npz. All arms share the noise of their samples, and the intervals hold for this noise. A
@@ -87,7 +87,7 @@ def open_network(args):
     flags |= ARMS[args.rung.removesuffix(PLAIN)]
     flags |= dict(steps=args.steps, seed=args.seed, data=os.path.abspath(f"{args.data}/train"))
     if train(flags | {"out": out, "preview_every": args.steps}).step < args.steps:
-        sys.exit("ladder.py: the training was stopped; the same command goes on")
+        sys.exit("ladder.py: the training was stopped; the same command resumes it")
     network, diffusion, state = load(out)
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model.onnx"
@@ -96,7 +96,7 @@ def open_network(args):
 
 
 def judge(network, ruler, row):
-    """Draw the set of samples of a row, and return its distance and the share recognised."""
+    """Generate the set of samples of a row; return its distance and the share recognised."""
     n, first, pixels = int(row["samples"]), int(row["set"]) * int(row["samples"]), []
     how = {"sampler": row["sampler"], "steps": int(row["sampling_steps"])}
     network.variance = row["variance"]
@@ -175,8 +175,8 @@ def changes(rows, title, names, pairs, times=1, end="", **way):
     """Return how the distance changes from one arm to another, in Markdown.
 
     names: {arm: its name in the table}. pairs: {arm: the arm that it is compared with, or None}.
-    times: the length of the runs. end: PLAIN for arms without labels. way: of sampling, if it is
-    not FEW with 5,000 samples.
+    times: the length of the runs. end: PLAIN for arms without labels. way: how the samples are
+    generated, if not as in FEW with 5,000 samples.
     """
     way = FEW | {"samples": "5000", "data": "fashion-mnist"} | way
     logs, lines = {}, []

@@ -1,1 +1,1 @@
-"""Modules and programs around the six files: `python -m extras.NAME` runs a program."""
+"""Optional modules and programs: `python -m extras.NAME` runs a program."""

@@ -5,7 +5,7 @@
 
 The new run is at step 0, and train.py, export.py and sample.py take it like any other; for example,
 `python train.py --data ./images --out run` trains it further. The diffusers library reads and
-writes the files. No code in them is executed, and an imported network must predict the same.
+writes the files. No code in them is executed, and an imported network is compared with theirs.
 """
 
 import argparse
@@ -61,13 +61,13 @@ def refuse(source, why):
 
 
 def read_part(cls, source, part):
-    """Return (config, where) of "unet" or "scheduler": in a sub-folder of that name, or in none."""
+    """Return (config, where) of "unet" or "scheduler", in a folder of that name or at the top."""
     for where in {"subfolder": part}, {}:
         try:
             return cls.load_config(source, **where), where
         except (OSError, ValueError) as error:
             why = " ".join(str(error).split())
-    sys.exit(f"{source}: no {cls.config_name} can be read, in a folder or on the hub: {why}")
+    sys.exit(f"{source}: no readable {cls.config_name} in a folder or on the Hub: {why}")
 
 
 def from_diffusers(source):
@@ -126,7 +126,7 @@ def from_diffusers(source):
     def output(x_t, t):
         return theirs(torch.from_numpy(x_t), torch.from_numpy(t)).sample.numpy()
 
-    ours = partial(UNet.forward, network.eval())  # of a VUNet, too, it is what the network predicts
+    ours = partial(UNet.forward, network.eval())  # the raw output, also of a VUNet
     if not (worst := largest_difference(ours, output, shape, diffusion.T)) < 1e-4:
         refuse(source, f"its output differs by {worst:.1g} between diffusers and ddpm.py")
     return {"settings": vars(settings), "shape": shape, "names": (), "ema": network.state_dict()}

@@ -1,7 +1,7 @@
 """The network that minimises the loss (14) on a finite training set, in closed form.
 
     network = exact_network(diffusion, x0)    # E[eps | x_t], in place of a UNet
-    diffusion.sample(network, (16, 3, 8, 8))  # draws images of x0
+    diffusion.sample(network, (16, 3, 8, 8))  # returns images of x0
 
 It needs no training, and separates the errors of a trained network from properties of the method.
 """
@@ -43,7 +43,7 @@ def exact_network(diffusion, x0, labels=None, std=0.0):
 def mean_squared_error(diffusion, network, x0, t, seed=0):
     """Return the mean squared error of eps for each image of x0 (N, C, H, W) at t (N,): (N,).
 
-    network(x_t, t) returns eps. The noise depends on the seed and N alone.
+    network(x_t, t) returns eps. The noise depends only on the seed and N.
     """
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0.device)
     parts = zip(x0.split(256), t.split(256), noise.split(256), strict=True)  # memory

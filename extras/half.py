@@ -4,7 +4,7 @@
 
 ONNX Runtime converts the network, except where float16 would hide the weak noise of small t: the
 time embedding, the first and last layers and the first block stay in float32. The program prints by
-how much eps changes on images that the network draws. Above 2%, it writes nothing.
+how much eps changes on images that the network generates. Above 2%, it writes nothing.
 """
 
 import argparse

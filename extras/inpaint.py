@@ -1,4 +1,4 @@
-"""Redraw a part of an image: where the mask is white.
+"""Regenerate the part of an image that is white in a mask.
 
 python -m extras.inpaint --onnx model.onnx image.png mask.png
 
@@ -16,7 +16,7 @@ from sample import Network, check_output, grid, guard_output, sample_progressive
 
 
 class Inpainting(Network):
-    """A Network that draws only where the mask is white. Elsewhere, x0_hat is the image.
+    """A Network that generates only where the mask is white. Elsewhere, x0_hat is the image.
 
     image, mask: files, cropped to their centre square, which become the attributes image, float32
     (C, H, W), and mask, bool (1, H, W). Raises what Network and read_image raise.
@@ -50,7 +50,7 @@ def main():
     flag("--out", default="inpainted.png", help="a PNG file [%(default)s]")
     flag("-n", type=int, default=16, help="number of versions [%(default)s]")
     flag("--steps", type=int, default=50, help="steps of the reverse process [%(default)s]")
-    flag("--class", dest="classes", nargs="+", metavar="NAME", help="classes to draw [all]")
+    flag("--class", dest="classes", nargs="+", metavar="NAME", help="classes to generate [all]")
     flag("--guidance", type=float, default=0.0, help="w: makes images more typical of a class [0]")
     args = parser.parse_args()
     check_output(args.out, args.onnx, args.image, args.mask)

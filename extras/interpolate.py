@@ -1,4 +1,4 @@
-"""Draw images between two images, as in Figure 8 of the paper.
+"""Generate images between two images, as in Figure 8 of the paper.
 
     python -m extras.interpolate --onnx model.onnx a.png b.png --t 200
 

@@ -1,6 +1,6 @@
 """The network of a run in torch, on any accelerator, with the interface of sample.Network.
 
-sample.py draws with it if --checkpoint is given. The noise is the same as with a model.onnx.
+sample.py uses it if --checkpoint is given. The noise is the same as with a model.onnx.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""What came after the paper, around ddpm.py: other schedules, targets and weights; few steps.
+"""Later methods for ddpm.py: schedules, targets, weights of the loss, and few-step samplers.
 
     eps = as_eps(model, diffusion, "v")      # from a network that predicts v
     eps = guided(eps, y, 2)                  # if it has classes
@@ -61,7 +61,7 @@ def loss_weights(diffusion, name, predicts="eps"):
     """Return the weights of the squared error of eps at each t, float64 (T,), for weighted_loss.
 
     name: "simple" is (14), whatever the network predicts. "vlb" keeps the weight that (12) gives
-        each term. "native" gives the squared error of what the network predicts the weight 1.
+        each term. "native" gives weight 1 to the squared error of the network's output.
     """
     _, b = eps_of_output(diffusion, predicts)
     return {

@@ -128,7 +128,7 @@ def test_copied_files_suffice(what, tmp_path):
     """Try rows of the README's table; test_sample.py and test_minimal.py try the others."""
     rows = re.findall(r"^\| ([^|]*) \| ([^|]*) \|", section(README, "Copy what you need"), re.M)
     files = {goal.split(",")[0]: re.findall(r"`([\w.]+)`", names) for goal, names in rows[2:]}
-    assert {*files} == {*COPIES, "sampling", "the whole path"}
+    assert {*files} == {*COPIES, "sampling", "the whole pipeline"}
     assert files["sampling"] == ["sample.py", "model.onnx"] and "quick.py" in files["training"]
     (tmp_path / "images").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "0.png")

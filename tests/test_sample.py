@@ -117,7 +117,7 @@ def test_image_k_depends_on_seed_and_k_alone(program, folder):
     program(*words, "b", "-n", 3, "--first", 4)  # in the same folder
     assert [*images_in(folder / "b")] == [*range(7)]
     said = program(*words, "b", "-n", 2, "--first", 6, code=1)
-    assert "sample.py: b must be new or empty; --first 7 goes on" in said
+    assert "sample.py: b must be new or empty; to continue, add --first 7" in said
     (folder / "b" / "blue" / "7.png").write_text("mine")
     assert "it has 7.png" in program(*words, "b", "-n", 2, "--first", 7, code=1)
     assert all(np.abs(a[k] - image).max() <= 1 for k, image in (b | c).items())  # rounding
@@ -319,7 +319,7 @@ def test_signal_saves_the_batches_that_are_finished(name, pipe, begin, folder):
     assert n % 3 == 0 and Path("samples.png").exists() == (n > 0)
     if not pipe:
         assert f"samples.png: {min(n, 256)} images of blue, green, red\n" in said
-        left = f"stopped after {n:,} of 9,999 images; the others: --first {n} -n {9999 - n}\n"
+        left = f"stopped after {n:,} of 9,999 images; for the rest, add --first {n} -n {9999 - n}\n"
         assert said.endswith(left)
 
 

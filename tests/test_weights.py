@@ -84,7 +84,7 @@ def test_new_run_has_the_averaged_weights_and_the_classes(class_folder, tmp_path
     words += "--classes --out new --init old --lr 0 --steps 1".split()
     run("train.py", *words, cwd=tmp_path)
     said = run("train.py", *words, cwd=tmp_path)
-    assert "new is a run already, which goes on; --init was for its beginning" in said
+    assert "new already holds a run, which continues; --init is ignored" in said
     run(PROGRAM, "--to-diffusers", "new", "out", cwd=tmp_path)
     (network, _, old), state = load(tmp_path / "old"), read(tmp_path / "new")
     assert (state["step"], state["names"]) == (1, old["names"])
@@ -123,7 +123,7 @@ def test_what_is_no_ddpm_is_one_line(tmp_path, run, monkeypatch):
     refused("its files lack conv_in.bias")
     file.write_bytes(file.read_bytes()[:999])
     refused("")
-    assert "no config.json can be read" in run(PROGRAM, "no/where", "run", cwd=tmp_path, code=1)
+    assert "no readable config.json" in run(PROGRAM, "no/where", "run", cwd=tmp_path, code=1)
     assert "new or empty folder" in run(PROGRAM, "in", ".", cwd=tmp_path, code=2)
     monkeypatch.setitem(sys.modules, "diffusers", None)
     assert "pip install diffusers" in run(PROGRAM, "in", "run", cwd=tmp_path, code=1)
