@@ -1,6 +1,6 @@
 // Section 1: dots dissolve into noise and come back along the exact arrows, in 50, 5 and 1 steps.
 
-import { $, captions, onChoice, onPointer, still } from "./common.js";
+import { $, announce, captions, onChoice, onPointer, still } from "./common.js";
 import { Passage } from "./passage.js";
 import * as plane from "./plane.js";
 import { DATA, exactEps, meanOf, missed, nearest, posterior } from "./points.js";
@@ -117,6 +117,8 @@ export function startArrows() {
     if (!ALONG[event.key]) return;
     event.preventDefault();
     choose((chosen + ALONG[event.key] + N) % N);
+    const pixels = Array.from(pointOf(large.at(gesture.place).x, chosen), (v) => 50 + 50 * v);
+    announce(`The white dot: pixels ${pixels.map(Math.round).join(" and ")} % bright`);
     goOn();
   };
   onChoice("arrows-steps", (value) => {

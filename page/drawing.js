@@ -69,7 +69,7 @@ function draw() {
 
 /** Make the section work, with a smiley of recorded.webp if there is one. Returns its timeline. */
 export function startDrawing(recording) {
-  gesture = new Gesture("drawing", [drawing], { draw, say, useNetwork });
+  gesture = new Gesture("drawing", [drawing], { draw, say, useNetwork, startsAnew: true });
   for (const pen of $("draw-pens").children) pen.style.background = pen.value;
   onChoice("draw-pens", (value) => { colour = value; });
   $("draw-clear").onclick = clear;

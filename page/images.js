@@ -19,6 +19,7 @@ const pictures = new Passage(null, { steps: 10 });
 /** Let a network draw as soon as it is open, unless another one is wanted by then. */
 async function select(key) {
   wanted = key;
+  $("images-pills").hidden = key !== "emoji";
   wait();
   try {
     const opened = key === "own" ? own : await included(key);
@@ -63,7 +64,6 @@ function useNetwork(opened) {
   network = opened;
   const { shape, betas, kinds } = network, w = kinds ? WORDS[word] : null;
   const y = Array.from({ length: COUNT }, (_, k) => kinds?.[Math.floor(k / COLUMNS)]);
-  $("images-pills").hidden = !kinds;
   pictures.noise = noiseOf(0, COUNT, shape[0] * shape[1] * shape[2]);
   pictures.use(w === null ? (x, t) => opened.eps(x, t) : guided(opened, y, w), { betas });
   gesture.render();

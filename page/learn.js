@@ -50,16 +50,16 @@ function play() {
   timeline.go(training);
 }
 
-/** Stop what goes on. A step in slow motion has moved the slider. */
-function stop() {
-  if (slow) timeline.place = 0;
+/** Stop what goes on, at this place. A step in slow motion has moved the slider. */
+function stop(place = slow ? 0 : timeline.place) {
+  timeline.place = place;
   slow = null;
   timeline.stop();
 }
 
 /** Learn other dots, from what the network has learnt before. */
 function learn(dots) {
-  stop();
+  stop(0);
   data = dots;
   trainer = new Trainer(trainer.parameters);
   sample();
@@ -162,7 +162,7 @@ export function startLearning() {
   const choose = onChoice("learn-shapes", (shape) => learn(SHAPES[shape] ?? new Float32Array()));
   onPointer($("learn-plane"), {
     press(event) {
-      stop();
+      stop(0); // where the dots are drawn
       choose(null);
       addDots(event);
     },
@@ -175,7 +175,7 @@ export function startLearning() {
   $("learn-play").onclick = play;
   $("learn-step").onclick = () => {
     timeline.stage.scrollIntoView({ block: "nearest" });
-    slowDown(null);
+    slowDown(slow ? slow.next : timeline.move && training); // which goes on, if it was on
   };
   if (!still) timeline.hold(0, () => slowDown(training), 0.7);
   sample();

@@ -8,7 +8,7 @@ const FOLDERS = ["node_modules/onnxruntime-web", `https://cdn.jsdelivr.net/npm/$
 const FILES = { clothes: "fashion-mnist.onnx", emoji: "emoji.onnx" };
 const KINDS = { emoji: ["smileys", "people", "flags"] }; // the classes that are drawn
 const LOST = "The network could not be loaded. Connect to the internet, and reload the page. "
-  + "The opening and sections 1 and 2 work offline.";
+  + "Sections 1 and 2, and the opening from full noise, work without it.";
 const opened = {}; // promises of the included networks
 
 /** What the file says about itself: the JSON value of a key in its metadata_props, or a default.

@@ -101,7 +101,7 @@ export class Gesture extends Timeline {
   round = 1; // the seed of the noise
   fault = ""; // what has gone wrong
 
-  /** passages: what moves. its: as above. */
+  /** passages: what moves. its: as above, and startsAnew, whether each move begins a round. */
   constructor(name, passages, its) {
     super(name, its);
     this.passages = passages;
@@ -126,7 +126,7 @@ export class Gesture extends Timeline {
   /** Move down on the way back, or up by adding noise. Where there is only noise, a pull towards
    * the data begins the way back. */
   moveTo(place) {
-    if (place > this.place) this.#renew();
+    if (place > this.place || this.startsAnew) this.#renew();
     if (place < 1 && !this.isBack && !this.passages[0].x0) this.#begin();
     super.moveTo(place);
   }

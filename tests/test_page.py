@@ -325,7 +325,6 @@ def test_network_learns_the_arcs(page):
         const canvas = document.getElementById("learn-plane");
         learning.draw = () => (window.shown ??= []).push(draw() ?? canvas.toDataURL());
     }""")
-    page.click("#learn-play")
     until(page, "#learn-words .shown", "^Training step 600")
     assert int(page.text_content("#learn-misses").rstrip("%")) < 75
     page.click("#learn-play")
@@ -339,6 +338,7 @@ def test_network_learns_what_is_drawn(page):
     page.click("#learn-shapes [value=none]")
     until(page, "#learn-words .shown", "^Nothing to learn")
     empty = pixels(page, "learn-plane")
+    page.fill("#learn-place", "700")  # strokes lie where they are drawn
     drag(page, "learn-plane", (0.3, 0.5), (0.7, 0.5))
     until(page, "#learn-words .shown", "^Training step 0")  # but not "Not trained"
     until(page, "#learn-words .shown", "^Training step 150")
@@ -404,7 +404,7 @@ def test_pull_towards_clean_starts_the_way_back(page):
 
 
 def test_drawing_comes_back(page):
-    """It does so after a stroke by itself, from where there is much noise."""
+    """By itself after a stroke, from much noise, and meanwhile from where the reader wants."""
     page.locator("#drawing-stage").scroll_into_view_if_needed()
     page.click("#draw-clear")
     page.get_by_role("button", name="Red").click()
@@ -415,6 +415,10 @@ def test_drawing_comes_back(page):
     np.testing.assert_allclose(data, 4 * [painted / 127.5 - 1], atol=1e-2)
     until(page, "#drawing-words .shown", "^Four results")
     assert value_of(page, "drawing", "passage.from") == 0.6
+    value_of(page, "drawing", "(gesture.moveTo(0.6), gesture.sendBack())")
+    drag(page, "drawing-place", (0.6, 0.5), (0.1, 0.5))
+    until(page, "#drawing-words .shown", "^Four results")
+    assert value_of(page, "drawing", "passage.from") < 0.2
 
 
 def test_other_files_and_then_another_model(opened, tmp_path):
@@ -465,6 +469,7 @@ def test_opening_without_a_connection(opened):
     until(page, "#scene-words .shown", "^New pictures")
     value_of(page, "opening", "(gesture.moveTo(0.5), gesture.letGo())")
     until(page, "#scene-words .shown", "^No pictures yet.*Connect to the internet")
+    assert page.text_content("#scene-play") == "Remove the noise"
     value_of(page, "opening", "(gesture.moveTo(1), gesture.letGo())")
     until(page, "#scene-words .shown", "^New pictures")
     for name, section in (("Images", "images"), ("Your drawing", "drawing")):
