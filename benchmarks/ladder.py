@@ -1,8 +1,8 @@
-"""Climb from the paper's recipe to --quick, and measure what each change gains.
+"""Measure what each part of --quick gains, by runs without it.
 
-    python benchmarks/ladder.py v --data fashion-mnist --seed 1    # train an arm, and measure it
+    python benchmarks/ladder.py quick --data fashion-mnist --seed 1    # train and measure an arm
     python benchmarks/ladder.py page/fashion-mnist.onnx --samples 1000 --sets 3
-    python benchmarks/ladder.py                                    # the tables
+    python benchmarks/ladder.py                                        # the tables
 
 An arm is trained with --quick --classes --no-flip and its flags in ARMS on DATA/train, which has a
 sub-folder for each class; an interrupted run resumes. Each set of samples is a row of
@@ -43,34 +43,15 @@ from train import main as train  # noqa: E402
 # The network of nearly as many parameters without patches, and the steps it takes in the same time
 PIXELS = {"patch_size": 1, "base_channels": 16, "channel_mults": (1, 2, 4, 4), "steps": 1500}
 ADAM, CONSTANT = {"lr": 1e-3}, {"cooldown": 0.0}
-ARMS = {  # flags that replace some of --quick
-    "paper": PIXELS | CONSTANT | ADAM | {"parts": ()},
-    "v": PIXELS | CONSTANT | ADAM | {"parts": ("v",)},
-    "weights": PIXELS | CONSTANT | ADAM | {"parts": ("v", "weights")},
-    "muon": PIXELS | CONSTANT,
-    "patches": CONSTANT,
-    "quick": {},
-    "without-v": {"parts": ("weights", "muon")},
-    "without-weights": {"parts": ("v", "muon")},
-    "without-muon": ADAM | {"parts": ("v", "weights")},
-    "without-patches": PIXELS,
+ARMS = {  # their names in the table, and the flags that replace some of --quick
+    "paper": ("the paper's recipe", PIXELS | CONSTANT | ADAM | {"parts": ()}),
+    "quick": ("`--quick`", {}),
+    "without-v": ("`--quick` without v", {"parts": ("weights", "muon")}),
+    "without-weights": ("`--quick` without the weights", {"parts": ("v", "muon")}),
+    "without-muon": ("`--quick` without Muon", ADAM | {"parts": ("v", "weights")}),
+    "without-patches": ("`--quick` without patches", PIXELS),
+    "without-cooldown": ("`--quick` without a falling rate", CONSTANT),
 }
-CLIMB = {  # what each arm adds to the one before
-    "paper": "the paper's recipe: eps, (14), Adam",
-    "v": "the network predicts v",
-    "weights": "the weights of the loss",
-    "muon": "Muon",
-    "patches": "patches of 2x2 pixels",
-    "quick": "a falling rate at the end: `--quick`",
-}
-WITHOUT = {  # what each arm lacks of --quick
-    "without-v": "v",
-    "without-weights": "the weights",
-    "without-muon": "Muon",
-    "without-patches": "patches",
-    "patches": "a falling rate",
-}
-PLAIN = "-unlabelled"  # the end of the name of an arm that is trained without labels
 INCLUDED = "fashion-mnist.onnx"
 WAY = "sampler", "sampling_steps", "variance", "guidance", "samples"
 COLUMNS = "rung", "data", "seed", "steps", *WAY, "set", "distance", "recognised"
@@ -83,8 +64,7 @@ def open_network(args):
     if args.rung.endswith(".onnx"):
         return Network(args.rung, "cpu", options)
     out = f"ladder/{Path(args.data).name}-{args.rung}-{args.seed}-{args.steps}"
-    flags = dict(quick=True, flip=False, classes=not args.rung.endswith(PLAIN))
-    flags |= ARMS[args.rung.removesuffix(PLAIN)]
+    flags = dict(quick=True, flip=False, classes=True) | ARMS[args.rung][1]
     flags |= dict(steps=args.steps, seed=args.seed, data=os.path.abspath(f"{args.data}/train"))
     if train(flags | {"out": out, "preview_every": args.steps}).step < args.steps:
         sys.exit("ladder.py: the training was stopped; the same command resumes it")
@@ -171,54 +151,27 @@ def student(degrees):
     return z + first / degrees + second / degrees**2 + third / degrees**3
 
 
-def changes(rows, title, names, pairs, times=1, end="", **way):
-    """Return how the distance changes from one arm to another, in Markdown.
-
-    names: {arm: its name in the table}. pairs: {arm: the arm that it is compared with, or None}.
-    times: the length of the runs. end: PLAIN for arms without labels. way: how the samples are
-    generated, if not as in FEW with 5,000 samples.
-    """
-    way = FEW | {"samples": "5000", "data": "fashion-mnist"} | way
-    logs, lines = {}, []
-    for arm in {*pairs, *pairs.values()} - {None}:
-        found = select(rows, arm + end, steps=str(times * steps_of(arm)), **way)
-        runs = {row["seed"]: [] for row in found}
-        for row in found:
-            runs[row["seed"]].append(math.log(float(row["distance"])))
-        logs[arm] = [statistics.mean(sets) for sets in runs.values()]
-    logs = {arm: values for arm, values in logs.items() if values}
-    degrees = sum(len(values) - 1 for values in logs.values())
-    squares = [(x - statistics.mean(values)) ** 2 for values in logs.values() for x in values]
-    for arm, before in pairs.items():
-        if arm not in logs:
-            continue
-        mean, change = statistics.mean(logs[arm]), "-"
-        if before in logs and degrees > 2:
-            parts = 1 / len(logs[arm]) + 1 / len(logs[before])
-            half = student(degrees) * math.sqrt(sum(squares) / degrees * parts)
-            effect = mean - statistics.mean(logs[before])
+def gains(rows):
+    """Return the distances of the arms, and their differences from --quick, in Markdown."""
+    way, runs = FEW | {"samples": "5000", "data": "fashion-mnist"}, {}
+    for arm in ARMS:
+        for row in select(rows, arm, steps=str(steps_of(arm)), **way):
+            sets = runs.setdefault(arm, {}).setdefault(row["seed"], [])
+            sets.append(math.log(float(row["distance"])))
+    logs = {arm: [statistics.mean(sets) for sets in its.values()] for arm, its in runs.items()}
+    means = {arm: statistics.mean(values) for arm, values in logs.items()}
+    squares = [(x - means[arm]) ** 2 for arm, values in logs.items() for x in values]
+    degrees, lines = len(squares) - len(logs), []
+    for arm, values in logs.items():
+        change = "-"
+        if arm != "quick" and degrees > 2:
+            variance = sum(squares) / degrees * (1 / len(values) + 1 / len(logs["quick"]))
+            half, effect = student(degrees) * math.sqrt(variance), means[arm] - means["quick"]
             low, middle, high = (100 * math.expm1(effect + k * half) for k in (-1, 0, 1))
             change = f"{middle:+.0f}% ({low:+.0f} to {high:+.0f})"
-        lines.append([names[arm], str(len(logs[arm])), f"{math.exp(mean):.1f}", change])
-    return in_markdown([title, "runs", "distance", "change (95% interval)"], lines)
-
-
-def climb(rows, **how):
-    """Return the table of the arms that each add a change to the one before."""
-    before = dict(zip(CLIMB, [None, *CLIMB], strict=False))
-    return changes(rows, "each row adds", CLIMB, before, **how)
-
-
-def without(rows, **how):
-    """Return the table of --quick without one of its parts."""
-    return changes(rows, "`--quick` without", WITHOUT, dict.fromkeys(WITHOUT, "quick"), **how)
-
-
-def tables(rows):
-    """Return the tables of ladder.md on the training, in Markdown."""
-    found = climb(rows), without(rows), climb(rows, times=6)
-    found += climb(rows, end=PLAIN), climb(rows, data="emoji")
-    return [*filter(None, found)]
+        lines.append([ARMS[arm][0], str(len(values)), f"{math.exp(means[arm]):.1f}", change])
+    head = ["recipe", "runs", "distance", "compared with `--quick` (95% interval)"]
+    return in_markdown(head, lines)
 
 
 def cell(rows, column="distance", scale=1):
@@ -256,7 +209,7 @@ def guidance(rows, name):
 
 def steps_of(arm):
     """Return the number of training steps of an arm."""
-    return ARMS[arm.removesuffix(PLAIN)].get("steps", QUICK["steps"])
+    return ARMS[arm][1].get("steps", QUICK["steps"])
 
 
 def main():
@@ -264,10 +217,9 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flag = parser.add_argument
-    flag("rung", nargs="?", help=f"{', '.join(ARMS)}, any of these with {PLAIN}, or a model.onnx")
+    flag("rung", nargs="?", help=f"{', '.join(ARMS)} or a model.onnx")
     flag("--data", default="", help="a folder with train; an arm needs it")
     flag("--table", type=Path, default=HERE / "ladder.csv", help="[benchmarks/ladder.csv]")
-    flag("--times", type=int, default=1, help="factor of the number of steps [%(default)s]")
     flag("--seed", type=int, default=0, help="seed of the training [%(default)s]")
     flag("--sampler", default="dpm-solver++", choices=SAMPLERS, help="[%(default)s]")
     flag("--sampling-steps", type=int, nargs="+", default=[10], help="[10]")
@@ -279,13 +231,13 @@ def main():
     if not args.rung:
         rows = read_rows(args.table)
         of_files = samplers(rows, "paper.onnx"), samplers(rows, INCLUDED), guidance(rows, INCLUDED)
-        return print(*tables(rows), *of_files, sep="\n\n")
+        return print(gains(rows), *of_files, sep="\n\n")
     if args.rung.endswith(".onnx"):
         args.seed = args.steps = ""
-    elif args.rung.removesuffix(PLAIN) not in ARMS or not args.data:
+    elif args.rung not in ARMS or not args.data:
         parser.error(f"{args.rung} is not an arm, or --data is missing")
     else:
-        args.steps = args.times * steps_of(args.rung)
+        args.steps = steps_of(args.rung)
     measure(args)
 
 

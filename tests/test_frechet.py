@@ -99,7 +99,7 @@ def test_mistakes_are_one_line(run, tmp_path):
 def test_tables_of_the_ladder_are_those_of_its_rows():
     rows, included = ladder.read_rows(ladder.HERE / "ladder.csv"), ladder.INCLUDED
     tables = {
-        "benchmarks/ladder.md": [*ladder.tables(rows), ladder.samplers(rows, "paper.onnx")],
+        "benchmarks/ladder.md": [ladder.gains(rows), ladder.samplers(rows, "paper.onnx")],
         "docs/beyond.md": [ladder.samplers(rows, included), ladder.guidance(rows, included)],
     }
     for name, its_tables in tables.items():
@@ -115,21 +115,21 @@ def test_change_has_the_interval_of_a_t_test():
     rows = [
         common
         | {"rung": arm, "steps": str(ladder.steps_of(arm)), "distance": distance, "seed": distance}
-        for arm, distances in {"paper": ("20", "24", "30"), "v": ("10", "11", "12")}.items()
+        for arm, distances in {"quick": ("20", "24", "30"), "paper": ("10", "11", "12")}.items()
         for distance in distances
     ]
     before, after = np.log([20, 24, 30]), np.log([10, 11, 12])
     error = np.sqrt((before.var(ddof=1) + after.var(ddof=1)) / 2 * (2 / 3))
     ends = 100 * np.expm1(after.mean() - before.mean() + np.array([0, -1, 1]) * 2.7764 * error)
-    *_, last = ladder.climb(rows).splitlines()
-    assert "| 3 | 11.0 | {:+.0f}% ({:+.0f} to {:+.0f}) |".format(*ends) in last
+    line = ladder.gains(rows).splitlines()[2]
+    assert "| 3 | 11.0 | {:+.0f}% ({:+.0f} to {:+.0f}) |".format(*ends) in line
 
 
 @pytest.mark.slow
 def test_ladder_measures_an_arm_once(data, run, monkeypatch):
     """The network is untrained, and its samples are noise."""
     monkeypatch.setattr(ladder, "steps_of", lambda arm: 3)
-    words = ["v-unlabelled", "--data", "data", "--table", "ladder.csv", "--samples", 60]
+    words = ["without-v", "--data", "data", "--table", "ladder.csv", "--samples", 60]
     for _ in range(2):
         run("benchmarks/ladder.py", *words, "--sampling-steps", 2, cwd=data)
     (row,) = csv.DictReader((data / "ladder.csv").read_text().splitlines())
