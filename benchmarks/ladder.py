@@ -47,7 +47,7 @@ ARMS = {  # their names in the table, and the flags that replace some of --quick
     "paper": ("the paper's recipe", PIXELS | CONSTANT | ADAM | {"parts": ()}),
     "quick": ("`--quick`", {}),
     "without-v": ("`--quick` without v", {"parts": ("weights", "muon")}),
-    "without-weights": ("`--quick` without the weights", {"parts": ("v", "muon")}),
+    "without-weights": ("`--quick` without the loss weights", {"parts": ("v", "muon")}),
     "without-muon": ("`--quick` without Muon", ADAM | {"parts": ("v", "weights")}),
     "without-patches": ("`--quick` without patches", PIXELS),
     "without-cooldown": ("`--quick` without a falling rate", CONSTANT),
