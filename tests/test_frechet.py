@@ -129,6 +129,7 @@ def test_change_has_the_interval_of_a_t_test():
 def test_ladder_measures_an_arm_once(data, run, monkeypatch):
     """The network is untrained, and its samples are noise."""
     monkeypatch.setattr(ladder, "steps_of", lambda arm: 3)
+    run("benchmarks/frechet.py", "same", "--data", "data", cwd=data)  # makes their ruler
     words = ["without-v", "--data", "data", "--table", "ladder.csv", "--samples", 60]
     for _ in range(2):
         run("benchmarks/ladder.py", *words, "--sampling-steps", 2, cwd=data)

@@ -320,6 +320,9 @@ def test_network_learns_the_arcs(page):
     page.click("#learn-step")
     page.locator("#learn-steps li:nth-child(5)[aria-current]").wait_for()
     until(page, "#learn-words .shown", "^Training step 1T")
+    page.click("#learn-play")
+    page.click("#learn-step")  # after which the training goes on
+    page.locator("#learn-steps li:nth-child(5)[aria-current]").wait_for()
     page.evaluate("""() => {
         const { learning } = window.sections, { draw } = learning;
         const canvas = document.getElementById("learn-plane");
