@@ -52,8 +52,8 @@ class VUNet(PatchUNet):
     """A PatchUNet that predicts v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0, and returns eps.
 
     The target v is from Salimans and Ho 2022 (arXiv:2202.00512). diffusion: a Diffusion, for its
-    schedule. args and options: the arguments of PatchUNet. With patch_size=1, it has the
-    same parameters and checks as UNet.
+    schedule. args and options: the arguments of PatchUNet. With patch_size=1, it has the same
+    parameters and checks as UNet.
     """
 
     def __init__(self, diffusion, *args, **options):
@@ -76,8 +76,8 @@ class WeightedDiffusion(Diffusion):
 
     The density is proportional to sqrt(abar_t) min(1, 5 / SNR_t), where SNR_t = abar_t /
     (1 - abar_t). So the loss has, on average, the weights min(1, 5 / SNR_t) / sqrt(abar_t) on the
-    squared error of eps, up to a factor. It suits a network that predicts v;
-    with other networks, the loss at large t has rare, huge values.
+    squared error of eps, up to a factor. It suits a network that predicts v; with other networks,
+    the loss at large t has rare, huge values.
     """
 
     def draw_t(self, n, device=None):

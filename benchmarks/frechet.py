@@ -4,8 +4,8 @@
     python benchmarks/frechet.py samples
 
 The classifier and the statistics of the test set are in benchmarks/ruler.npz, so that the same
-images have the same distance on every machine. Compare only sets of equal size. The
-FID is the same distance in the features of the Inception network, which was trained on photographs.
+images have the same distance on every machine. Compare only sets of equal size. The FID is the
+same distance in the features of the Inception network, which was trained on photographs.
 
 If the samples are in sub-folders named after the classes, as sample.py --dir writes them, the
 program also prints what share of them, and of the test images, the classifier recognises.

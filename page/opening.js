@@ -48,8 +48,7 @@ function fail({ message }) {
 
 function say() {
   const { place, isBack, move, fault } = gesture;
-  const isOn = move && !(fault && pictures.isWaiting);
-  $("scene-play").textContent = isOn ? "Stop" : place ? "Remove the noise" : "Play";
+  $("scene-play").textContent = move ? "Stop" : place ? "Remove the noise" : "Play";
   if (pictures.isWaiting) return show("missing", { text: fault || LOADING });
   if (!isBack) return show(!place ? "clean" : place < 1 ? "noising" : "noise");
   return show(place ? "back" : "new");

@@ -152,7 +152,8 @@ export class Gesture extends Timeline {
     this.go((passed) => {
       const { place, passages } = this, next = place - (paceAt(place) * passed) / PACE.back;
       this.place = Math.max(0, next, ...passages.map(({ reached }) => Math.min(place, reached)));
-      if (!this.place || !this.isBack) this.move = null;
+      const isStuck = this.fault && passages[0].isWaiting;
+      if (!this.place || !this.isBack || isStuck) this.move = null;
     });
   }
 
