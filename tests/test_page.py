@@ -418,8 +418,8 @@ def test_drawing_comes_back(page):
     np.testing.assert_allclose(data, 4 * [painted / 127.5 - 1], atol=1e-2)
     until(page, "#drawing-words .shown", "^Four results")
     assert value_of(page, "drawing", "passage.from") == 0.6
-    value_of(page, "drawing", "(gesture.moveTo(0.6), gesture.sendBack())")
-    drag(page, "drawing-place", (0.6, 0.5), (0.1, 0.5))
+    value_of(page, "drawing", "(gesture.moveTo(0.9), gesture.sendBack(), gesture.stop())")
+    drag(page, "drawing-place", (0.5, 0.5), (0.1, 0.5))
     until(page, "#drawing-words .shown", "^Four results")
     assert value_of(page, "drawing", "passage.from") < 0.2
 
