@@ -2,6 +2,7 @@
 
 import html
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from PIL import Image
 
 from ddpm import Diffusion, linear_betas
 from docs import make_figures, points
+from run import command_line
 
 NAMES = ["docs/lesson.md", "docs/beyond.md", "docs/notes.md", "docs/guide.md", "README.md"]
 NAMES += ["docs/formulas.md", "benchmarks/ladder.md", "CONTRIBUTING.md"]
@@ -93,8 +95,11 @@ def test_tables_fences_and_formulas_are_rendered():
         assert cell.cell_type == "code" or not left_as_text(cell.source)
 
 
-def test_flags_exist():
-    """Each command has flags of its program, and each flag in a sentence is one of some program."""
+def test_flags_exist(monkeypatch):
+    """Each command has flags of its program, and each flag in a sentence is one of some program.
+
+    The values of train.py's flags are within their ranges.
+    """
     names = {"train.py", "export.py", "sample.py"}
     names |= {*re.findall(r"-m (extras\.\w+) ", "".join(PAGES.values()))}
     helps = {name: in_process(name, "--help") for name in names}
@@ -104,6 +109,9 @@ def test_flags_exist():
         for name, words in commands:
             for flag in re.findall(r"(?<= )--?[a-z][a-z-]*", words):
                 assert re.search(rf"{flag}\b", helps[name]), (name, flag)
+            if name == "train.py" and words.startswith(" --"):
+                monkeypatch.setattr(sys, "argv", [name, *shlex.split(words, comments=True)])
+                command_line("")
         for flag in re.findall(r"`(--[a-z][a-z0-9-]*)", page):
             assert any(re.search(rf"{flag}\b", text) for text in helps.values()), flag
 
