@@ -50,7 +50,7 @@ ARMS = {  # their names in the table, and the flags that replace some of --quick
     "without-weights": ("`--quick` without the loss weights", {"parts": ("v", "muon")}),
     "without-muon": ("`--quick` without Muon", ADAM | {"parts": ("v", "weights")}),
     "without-patches": ("`--quick` without patches", PIXELS),
-    "without-cooldown": ("`--quick` without a falling rate", CONSTANT),
+    "without-cooldown": ("`--quick` without a cooldown", CONSTANT),
 }
 INCLUDED = "fashion-mnist.onnx"
 WAY = "sampler", "sampling_steps", "variance", "guidance", "samples"
