@@ -45,8 +45,8 @@ def look_up(table, t, x):
     """Return the entries of a table (T,) at t (B,), float32 (B, 1, ..., 1), to broadcast over x.
 
     The small table is sent to the device of t at each call, so that no copy becomes stale; on CUDA,
-    the copy is asynchronous. The table becomes float32 before it is indexed, so that model.onnx has
-    no float64.
+    the copy may be asynchronous. The table becomes float32 before it is indexed, so that model.onnx
+    has no float64.
     """
     table = table.to(t.device, torch.float32, non_blocking=t.is_cuda)
     return table[t].view(-1, *[1] * (x.ndim - 1))

@@ -5,7 +5,7 @@
     optimizer = Muon(network, lr=6e-3)              # in place of torch.optim.Adam
 
 Each has the interface of what it replaces, so that nothing else has to know about it: the network
-returns eps. benchmarks/ladder.py measures each of them.
+returns eps. benchmarks/ladder.py can measure each of them.
 """
 
 import torch
@@ -76,8 +76,8 @@ class WeightedDiffusion(Diffusion):
 
     The density is proportional to sqrt(abar_t) min(1, 5 / SNR_t), where SNR_t = abar_t /
     (1 - abar_t). So the loss has, on average, the weights min(1, 5 / SNR_t) / sqrt(abar_t) on the
-    squared error of eps, up to a factor. It suits a network that predicts v; with other networks,
-    the loss at large t has rare, huge values.
+    squared error of eps, up to a factor. It suits a network that predicts v; with one that
+    predicts eps, the loss at large t has rare, huge values.
     """
 
     def draw_t(self, n, device=None):
@@ -116,7 +116,7 @@ def hidden_weights(model):
     """Return the weights of all linear and convolutional layers but the outer ones.
 
     The outer ones are the first convolution, which reads x_t, and the last module, which returns
-    eps.
+    the output.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     first = next((layer for layer in layers if isinstance(layer, nn.Conv2d)), layers[0])
