@@ -105,8 +105,8 @@ HIDDEN = [entry.name for entry in fields(Settings) if not entry.metadata]  # hav
 
 # --quick: a run of minutes on a CPU, for small images. benchmarks/ladder.md has measurements.
 QUICK = dict(
-    base_channels=32, channel_mults=(1, 2, 2), num_res_blocks=1, attention_resolutions=(),
-    patch_size=2, dropout=0.0, parts=PARTS, batch=64, lr=6e-3, cooldown=0.25, steps=2800,
+    base_channels=48, channel_mults=(1, 1, 1), num_res_blocks=1, attention_resolutions=(),
+    patch_size=2, dropout=0.0, parts=PARTS, batch=64, lr=6e-3, cooldown=0.25, steps=2570,
 )  # fmt: skip
 
 # The demo: a small network that learns the 216 images on two CPU cores in under four minutes.

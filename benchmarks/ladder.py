@@ -164,7 +164,7 @@ def gains(rows):
     degrees, lines = len(squares) - len(logs), []
     for arm, values in logs.items():
         change = "-"
-        if arm != "quick" and "quick" in logs and degrees > 2:
+        if arm.startswith("without") and "quick" in logs and degrees > 2:
             variance = sum(squares) / degrees * (1 / len(values) + 1 / len(logs["quick"]))
             half, effect = student(degrees) * math.sqrt(variance), means[arm] - means["quick"]
             low, middle, high = (100 * math.expm1(effect + k * half) for k in (-1, 0, 1))

@@ -6,9 +6,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import cmarkgfm
 import nbformat
+import numpy as np
 import pytest
 import torch
 from conftest import HERE, in_process, python, save_run
@@ -191,6 +193,18 @@ def test_lines_of_measuring_arrange_images(class_folder, tmp_path, monkeypatch):
     exec(real, {})
     sizes = [Image.open(path).size for path in tmp_path.glob("real/*.png")]
     assert sizes == [(32, 32)] * (len(files) - 1)  # one is broken
+
+
+def test_lines_for_clothes_write_the_folders_of_the_ruler(tmp_path, monkeypatch):
+    pictures = [(Image.new("L", (28, 28), y), y) for y in range(10)]
+    fake = SimpleNamespace(FashionMNIST=lambda *args, **options: pictures)
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", fake)
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(datasets=fake))
+    monkeypatch.chdir(tmp_path)
+    exec(blocks(section(GUIDE, "Better images"), "python")[0], {})
+    for y, name in enumerate(np.load(HERE / "benchmarks" / "ruler.npz")["names"]):
+        for part in "train", "test":
+            assert Image.open(f"fashion-mnist/{part}/{name}/0000{y}.png").getpixel((0, 0)) == y
 
 
 def test_small_reverse_steps_are_nearly_gaussian():
