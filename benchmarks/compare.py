@@ -20,7 +20,6 @@ sys.path.insert(0, str(HERE.parent))
 
 from benchmarks.gpu import DEVICE, IS_CUDA, clock, compiled, machine, train_step, unchanged  # noqa: E402
 from images import from_pixels  # noqa: E402
-from run import has_bfloat16  # noqa: E402
 
 CIFAR = {
     "sample_size": 32,
@@ -75,9 +74,9 @@ def diffusers_loop(images, batch, dtype=None):
     return step
 
 
-def ours(batch):
+def ours(batch, amp):
     """Return a function that runs a training step as train.py configures it."""
-    take = train_step(compiled if IS_CUDA else unchanged, batch=batch)
+    take = train_step(compiled if IS_CUDA else unchanged, batch=batch, amp=amp)
 
     def step():
         torch.set_float32_matmul_precision("high")  # as train.py does
@@ -97,12 +96,10 @@ def main():
     parser.add_argument("--rounds", type=int, default=7, help="number of rounds [%(default)s]")
     args = parser.parse_args()
     images = from_pixels(torch.randint(256, (256, 3, 32, 32), dtype=torch.uint8))
-    kind = "bfloat16" if has_bfloat16(DEVICE) else "float32"
-    steps = {
-        f"train.py, {kind}{', compiled' * IS_CUDA}": ours(args.batch),
-        "diffusers, float32": diffusers_loop(images, args.batch),  # eager, as in its examples
-        "diffusers, bfloat16": diffusers_loop(images, args.batch, torch.bfloat16),
-    }
+    steps, how = {}, ", compiled" * IS_CUDA  # diffusers is eager, as in its examples
+    for kind, dtype in {"bfloat16": torch.bfloat16, "float32": None}.items():
+        steps[f"train.py, {kind}{how}"] = ours(args.batch, amp=dtype is not None)
+        steps[f"diffusers, {kind}"] = diffusers_loop(images, args.batch, dtype)
     seconds = {name: [] for name in steps}
     for _ in range(2 + args.rounds):
         for name, step in steps.items():
@@ -111,11 +108,11 @@ def main():
     lines = [
         "# Side by side",
         f"\n`python benchmarks/compare.py`, {time.strftime('%Y-%m-%d')}: {machine()}.",
-        f"\n| a step of {args.batch} images | ms per image | ratio to diffusers, float32 |",
+        f"\n| a step of {args.batch} images | ms per image | ratio to diffusers |",
         "| --- | --- | --- |",
     ]
     for name, s in medians.items():
-        ratio = s / medians["diffusers, float32"]
+        ratio = s / medians[f"diffusers, {name.split(', ')[1]}"]  # in the same precision
         lines.append(f"| {name} | {1000 * s / args.batch:.1f} | {ratio:.2f} |")
     text = "\n".join(lines)
     (HERE / "RESULTS.md").write_text(text + "\n")
