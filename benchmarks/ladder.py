@@ -201,7 +201,7 @@ def samplers(rows, name):
 def guidance(rows, name):
     """Return the distances and the shares recognised of a model.onnx for each w, in Markdown."""
     lines = []
-    for w in 0, 1, 2, 4:
+    for w in 0, 1, 2, 4, 6:
         found = select(rows, name, **FEW, guidance=f"{w}.0")
         lines.append([str(w), cell(found), cell(found, "recognised", 100)])
     return in_markdown(["w", "Fréchet distance", "recognised, %"], lines)

@@ -154,7 +154,7 @@ def test_commands_of_the_readme_run_in_their_order(
 ):
     """Paste them, with few steps: the demo and three runs do not get in each other's way."""
     shutil.copytree(image_folder, tmp_path / "images")
-    shutil.copytree(class_folder, tmp_path / "emoji")
+    shutil.copytree(class_folder, tmp_path / "fashion-mnist" / "train")
     for name in "docs/paper.onnx", "page/fashion-mnist.onnx":
         (tmp_path / name).parent.mkdir()
         shutil.copy(HERE / name, tmp_path / name)
@@ -162,7 +162,7 @@ def test_commands_of_the_readme_run_in_their_order(
     assert len(commands) == 10
     for _, program, *words in map(str.split, commands):
         run(program, *words, *FEW.get(program, "").split(), cwd=tmp_path)
-    runs = {"demo", "run", "run-emoji", "run-paper"}
+    runs = {"demo", "run", "run-clothes", "run-paper"}
     assert {p.parent.name for p in tmp_path.glob("*/checkpoint.pt")} == runs
     assert [shape for _, shape in exported] == 2 * [(3, 32, 32)]
 
