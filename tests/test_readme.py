@@ -1,11 +1,13 @@
 """The documents: quotes are the code, listings and notebook run, names and commands exist."""
 
 import html
+import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import cmarkgfm
@@ -205,6 +207,21 @@ def test_lines_for_clothes_write_the_folders_of_the_ruler(tmp_path, monkeypatch)
     for y, name in enumerate(np.load(HERE / "benchmarks" / "ruler.npz")["names"]):
         for part in "train", "test":
             assert Image.open(f"fashion-mnist/{part}/{name}/0000{y}.png").getpixel((0, 0)) == y
+
+
+def test_lines_for_emoji_write_a_folder_for_each_group(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    noto, fluent = "emoji-datasource-google", "@lobehub/fluent-emoji-3d"
+    for file in f"{noto}/img/google/64/1f63a.png", f"{fluent}/assets/1f63a.webp":
+        file = Path("node_modules", file)
+        file.parent.mkdir(parents=True)
+        Image.new("RGBA", (256, 256), "red").save(file)
+    emoji = [{"unified": "1F63A", "category": "Smileys & Emotion"}]
+    emoji += [{"unified": "1F63A", "category": "Component"}, {"unified": "00", "category": "Flags"}]
+    Path("node_modules", noto, "emoji.json").write_text(json.dumps(emoji))
+    exec(blocks(section(GUIDE, "Better images"), "python")[1], {})
+    written = {str(path): Image.open(path).size for path in Path("emoji").rglob("*.*")}
+    assert written == {f"emoji/smileys/1f63a-{maker}.png": (64, 64) for maker in ("fluent", "noto")}
 
 
 def test_small_reverse_steps_are_nearly_gaussian():
