@@ -48,7 +48,7 @@ def test_half_keeps_the_noise_of_small_t(run, tmp_path):
     exact, half = onnx.load(CLASSES), onnx.load(tmp_path / "half.onnx")
     onnx.checker.check_model(half)
     assert [*half.metadata_props] == [*exact.metadata_props]
-    assert half.ByteSize() < 0.54 * exact.ByteSize()
+    assert half.ByteSize() < 0.6 * exact.ByteSize()
 
 
 @pytest.mark.parametrize("error", [0.021, float("nan")])
