@@ -157,11 +157,11 @@ def test_commands_of_the_readme_run_in_their_order(
     """Paste them, with few steps: the demo and three runs do not get in each other's way."""
     shutil.copytree(image_folder, tmp_path / "images")
     shutil.copytree(class_folder, tmp_path / "fashion-mnist" / "train")
-    for name in "docs/paper.onnx", "page/fashion-mnist.onnx":
-        (tmp_path / name).parent.mkdir()
+    for name in "docs/paper.onnx", "page/fashion-mnist.onnx", "page/emoji.onnx":
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(HERE / name, tmp_path / name)
     commands = re.findall(r"python (?:train|export|sample)\.py[^`\n#]*", README)
-    assert len(commands) == 10
+    assert len(commands) == 11
     for _, program, *words in map(str.split, commands):
         run(program, *words, *FEW.get(program, "").split(), cwd=tmp_path)
     runs = {"demo", "run", "run-clothes", "run-paper"}
