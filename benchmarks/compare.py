@@ -96,10 +96,10 @@ def main():
     parser.add_argument("--rounds", type=int, default=7, help="number of rounds [%(default)s]")
     args = parser.parse_args()
     images = from_pixels(torch.randint(256, (256, 3, 32, 32), dtype=torch.uint8))
-    steps, ours_name = {}, "train.py, compiled" if IS_CUDA else "train.py"
+    steps, ours_name = {}, "train.py, compiled" if IS_CUDA else "train.py"  # diffusers is eager
     for kind, dtype in {"bfloat16": torch.bfloat16, "float32": None}.items():
         steps[ours_name, kind] = ours(args.batch, amp=dtype is not None)
-        steps["diffusers", kind] = diffusers_loop(images, args.batch, dtype)  # as in its examples
+        steps["diffusers", kind] = diffusers_loop(images, args.batch, dtype)
     seconds = {name: [] for name in steps}
     for _ in range(2 + args.rounds):
         for name, step in steps.items():

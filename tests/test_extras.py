@@ -39,16 +39,18 @@ def cells(path, rows, columns):
     return np.asarray(image).reshape(rows, 34, columns, 34).swapaxes(1, 2)[..., 1:-1, 1:-1]
 
 
-def test_half_keeps_the_noise_of_small_t(run, tmp_path):
+# What stays in float32 is a larger share of the file if all levels are equally wide.
+@pytest.mark.parametrize("path, share", [(PLAIN, 0.54), (CLASSES, 0.6)])
+def test_half_keeps_the_noise_of_small_t(run, tmp_path, path, share):
     """Rounding x_t alone, in which the noise has a deviation of 0.01, would make 1 % at t = 0."""
-    said = run("half", CLASSES, tmp_path / "half.onnx")
+    said = run("half", path, tmp_path / "half.onnx")
     errors = {int(t): float(error) for error, t in re.findall(r"([\d.]+)% at t = (\d+)", said)}
     assert [*errors] == [0, 10, 50, 100, 500, 999]
     assert 0.1 < errors[0] < 0.5 and 0 < errors[100] < 0.1
-    exact, half = onnx.load(CLASSES), onnx.load(tmp_path / "half.onnx")
+    exact, half = onnx.load(path), onnx.load(tmp_path / "half.onnx")
     onnx.checker.check_model(half)
     assert [*half.metadata_props] == [*exact.metadata_props]
-    assert half.ByteSize() < 0.6 * exact.ByteSize()
+    assert half.ByteSize() < share * exact.ByteSize()
 
 
 @pytest.mark.parametrize("error", [0.021, float("nan")])
