@@ -272,11 +272,11 @@ def to_image(pixels):
 def grid(pixels, rows=None):
     """Return uint8 pixels (N, C, H, W) as one Pillow image; small images are enlarged.
 
-    rows: image k is in row k % rows. Without it, or with fewer images, the grid is about square,
-        row by row.
+    rows: at most 32; image k is in row k % rows. Without it, with more, or with fewer images, the
+        grid is about square, row by row.
     """
     n, c, h, w = pixels.shape
-    rows = rows if rows and rows <= n else None
+    rows = rows if rows and rows <= min(n, 32) else None
     columns = math.ceil(n / rows if rows else math.sqrt(n))
     blank = (rows or math.ceil(n / columns)) * columns - n
     cells = np.pad(pixels, ((0, blank), (0, 0), (1, 1), (1, 1)), constant_values=255)

@@ -6,7 +6,7 @@ const RUNTIME = "onnxruntime-web@1.30.0";
 const FOLDERS = ["node_modules/onnxruntime-web", `https://cdn.jsdelivr.net/npm/${RUNTIME}`]
   .map((folder) => new URL(`${folder}/dist/`, import.meta.url).href);
 const FILES = { clothes: "fashion-mnist.onnx", emoji: "emoji.onnx" };
-const KINDS = { emoji: ["smileys", "people", "flags"] }; // the classes that are drawn
+const KINDS = { emoji: ["face-concerned", "person-role", "country-flag"] }; // classes to draw
 const LOST = "The network could not be loaded. Connect to the internet, and reload the page. "
   + "Sections 1 and 2, and the opening from full noise, work without it.";
 const opened = {}; // promises of the included networks

@@ -388,7 +388,8 @@ def test_pictures_are_those_that_python_draws(page):
     assert np.abs(shown[:, -32:, -32:] - sample.to_pixels(x0[-1])).max() <= 3
     page.click("#images-networks [value=emoji]")
     network, shape = sample.Network(EMOJI, "cpu"), (15, 3, 32, 32)
-    y = np.repeat([network.classes.index(name) for name in ("smileys", "people", "flags")], 5)
+    names = "face-concerned", "person-role", "country-flag"
+    y = np.repeat([network.classes.index(name) for name in names], 5)
     page.click("#images-pills [value=strong]")
     page.wait_for_function("window.sections.images.passages[0].steps?.length")
     x_T, eps = images_at(page, 1, shape), sample.guided(network, y, 3)

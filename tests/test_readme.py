@@ -209,19 +209,20 @@ def test_lines_for_clothes_write_the_folders_of_the_ruler(tmp_path, monkeypatch)
             assert Image.open(f"fashion-mnist/{part}/{name}/0000{y}.png").getpixel((0, 0)) == y
 
 
-def test_lines_for_emoji_write_a_folder_for_each_group(tmp_path, monkeypatch):
+def test_lines_for_emoji_write_a_folder_for_each_subgroup(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     noto, fluent = "emoji-datasource-google", "@lobehub/fluent-emoji-3d"
     for file in f"{noto}/img/google/64/1f63a.png", f"{fluent}/assets/1f63a.webp":
         file = Path("node_modules", file)
         file.parent.mkdir(parents=True)
         Image.new("RGBA", (256, 256), "red").save(file)
-    emoji = [{"unified": "1F63A", "category": "Smileys & Emotion"}]
-    emoji += [{"unified": "1F63A", "category": "Component"}, {"unified": "00", "category": "Flags"}]
+    emoji = [("1F63A", "arts & crafts"), ("1F63A", "skin-tone"), ("00", "flag")]
+    emoji = [{"unified": name, "subcategory": kind} for name, kind in emoji]
     Path("node_modules", noto, "emoji.json").write_text(json.dumps(emoji))
     exec(blocks(section(GUIDE, "Better images"), "python")[1], {})
     written = {str(path): Image.open(path).size for path in Path("emoji").rglob("*.*")}
-    assert written == {f"emoji/smileys/1f63a-{maker}.png": (64, 64) for maker in ("fluent", "noto")}
+    folder = "emoji/arts-crafts"
+    assert written == {f"{folder}/1f63a-{maker}.png": (64, 64) for maker in ("fluent", "noto")}
 
 
 def test_small_reverse_steps_are_nearly_gaussian():

@@ -155,6 +155,8 @@ def test_grid_shows_every_image_in_its_place(channels):
             cell = cells[row, 1:-1, column, 1:-1].transpose(2, 0, 1)
             assert (cell == (pixels[k] if k < 7 else 255)).all()
     assert sample.grid(pixels, 8) == sample.grid(pixels)  # fewer images than rows
+    many = np.zeros((66, *pixels.shape[1:]), np.uint8)
+    assert sample.grid(many, 33) == sample.grid(many)
 
 
 def test_checkpoint_is_drawn_in_torch(program, folder):
