@@ -424,7 +424,8 @@ def main():
     if done:
         save(grid(np.stack(shown), len(names)), args.out)
         shift = args.first % max(1, len(names))
-        rows = ", ".join([*names[shift:], *names[:shift]][: min(done, 10)])
+        rows = [*names[shift:], *names[:shift]][:done]
+        rows = ", ".join(rows[:10]) + ", ..." * (len(rows) > 10)
         print(f"{args.out}: {len(shown)} images{' of ' * bool(names)}{rows}")
     if done < args.n and not stop.number:
         sys.exit(f"sample.py: after {done:,} images, the network's output is not finite")
