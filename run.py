@@ -388,7 +388,7 @@ class Folder:
 def preview(network, shape, names, settings):
     """Return a grid of 36 images of this shape (C, H, W), always from the same noise.
 
-    With up to 36 classes, each row shows one of them. The sampler is Algorithm 2 in 20 steps with
+    With up to 32 classes, each row shows one of them. The sampler is Algorithm 2 in 20 steps with
     the small variance, which is better than DPM-Solver++ after a short run of the paper's recipe
     (docs/beyond.md).
     """

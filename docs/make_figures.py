@@ -377,8 +377,8 @@ def draw_recorded(folder, network):
         x_T, eps = x_T.reshape(-1, *network.shape), guided(network, np.array(y), 1)
         return [*network.reverse(eps, lambda: x_T, steps=10, sampler="ddim")]
 
-    kinds = "face-concerned", "person-role", "country-flag"  # like page/network.js
-    kinds = [*map(network.classes.index, kinds)]
+    names = "face-concerned", "person-role", "country-flag"
+    kinds = [network.classes.index(name) for name in names]
     before, after = (
         chain(seed, [kinds[(k + k // 6 + turn) % 3] for k in range(12)])
         for seed, turn in ((4, 0), (0, 1))
