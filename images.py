@@ -137,11 +137,13 @@ def state_of(path):
 def replacing(path):
     """Yield a new binary file, which takes the place of the file `path` at the end of the block.
 
-    If the block fails, `path` stays as it was. Exits with one line if the disk is full.
+    It makes the folder, too. If the block fails, `path` stays as it was. Exits with one line if the
+    disk is full.
     """
     name = Path(path).name.lstrip(".")
     temporary = Path(path).with_name(f".{name}.{secrets.token_hex(8)}.tmp")
     try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
             yield file
             file.flush()

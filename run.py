@@ -18,6 +18,7 @@ import sysconfig
 from dataclasses import dataclass, field, fields
 from functools import partial
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import filelock
@@ -45,9 +46,9 @@ def flag(default, meaning, **options):
 
 
 def as_flag(name, value=True):
-    """Return the flag that gives a setting this value."""
-    values = value if isinstance(value, tuple) else () if isinstance(value, bool) else (value,)
-    return " ".join([f"--{'no-' * (value is False)}{name.replace('_', '-')}", *map(str, values)])
+    """Return the words of the command line that give a setting this value."""
+    values = () if isinstance(value, bool) else value if isinstance(value, tuple) else (value,)
+    return [f"--{'no-' * (value is False)}{name.replace('_', '-')}", *map(str, values)]
 
 
 @dataclass
@@ -90,11 +91,11 @@ class Settings:
 
     def describe(self):
         """Return "the paper's", with the flags of what differs."""
-        usual = Settings(data=self.data, amp=self.amp, preview_every=self.preview_every)
-        usual.warmup = min(5000, self.steps // 20)
+        usual = Settings(data=self.data, in_channels=self.in_channels, amp=self.amp)
+        usual.warmup, usual.preview_every = min(5000, self.steps // 20), self.preview_every
         changed = [name for name in NAMES if getattr(self, name) != getattr(usual, name)]
-        flags = [as_flag(name, getattr(self, name)) for name in changed if name not in HIDDEN]
-        return f"the paper's{', except ' * bool(flags)}{' '.join(flags)}"
+        words = [as_flag(name, getattr(self, name)) for name in changed if name not in HIDDEN]
+        return f"the paper's{', except ' * bool(words)}{' '.join(chain(*words))}"
 
 
 LOG = "step,loss,grad_norm,lr\n"  # the first line of log.csv
@@ -116,10 +117,13 @@ DEMO = dict(
 )  # fmt: skip
 
 
-def command_line(doc):
-    """Return the flags of train.py that are given, {name: value}. doc: its documentation."""
+def command_line(doc, given=None):
+    """Return the flags of train.py that are given, {name: value}. doc: its documentation.
+
+    given: flags from Python, to check like typed ones; None reads the command line.
+    """
     parser = argparse.ArgumentParser(
-        usage="python train.py --data ./images [options]", description=doc,
+        prog="train.py", usage="python train.py --data ./images [options]", description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )  # fmt: skip
@@ -131,24 +135,24 @@ def command_line(doc):
     add("--quick", action="store_true", help="a small network and a short run; see the manual")
     for setting in fields(Settings):
         if setting.metadata:
-            add(as_flag(setting.name), **setting.metadata)
-    given = vars(parser.parse_args())
+            add(*as_flag(setting.name), **setting.metadata)
+    if given is not None:
+        given = [*chain(*(as_flag(*item) for item in given.items() if item[1] is not None))]
+    given = vars(parser.parse_args(given))
     return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 
 
-def check_flags(given, state, out):
+def check_flags(given, state, source):
     """Exit if the given flags lack --data, or contradict the checkpoint `state` of a run."""
-    if unknown := given.keys() - {*NAMES, "out", "init", "device", "compile", "quick"}:
-        sys.exit(f"train.py: there is no setting {min(unknown)}")
     saved = state["settings"] if state else {}
     needs = given.keys() & {"quick", "classes", "image_size", "in_channels", "init"}
     if needs and not given.get("data", saved.get("data")):
-        sys.exit(f"train.py: {as_flag(min(needs))} needs --data")
+        sys.exit(f"train.py: {as_flag(min(needs))[0]} needs --data")
     if not state and "data" not in given and "out" in given:
-        sys.exit(f"train.py: {out} has no checkpoint; give --data, or for the demo no --out")
-    fixed, name_of_run = {*NETWORK, "parts"}, given.get("init")  # the network can never change
+        sys.exit(f"train.py: {source} has no checkpoint; give --data, or for the demo no --out")
+    fixed = {*NETWORK, "classes", "parts"}  # the network can never change
     if state and state["images"]:  # the run has begun
-        fixed, name_of_run = {*NAMES} - {*FREE, "data"}, out
+        fixed = {*NAMES} - {*FREE, "data"}
     if given.get("quick") and "parts" not in given:
         given = given | {"parts": QUICK["parts"]}
     for name in given.keys() & fixed if state else ():
@@ -156,19 +160,19 @@ def check_flags(given, state, out):
         if name in ("parts", "attention_resolutions"):  # whose order does not matter
             value, before = sorted(value, reverse=True), sorted(before, reverse=True)
         if value != before:
-            sys.exit(f"train.py: {name_of_run or out} has {name} = {saved[name]}, not "
-                     f"{given[name]}; omit this flag, or begin another run")  # fmt: skip
+            sys.exit(f"train.py: {source} has {name} = {saved[name]}, not {given[name]}; "
+                     "omit this flag, or begin another run")  # fmt: skip
     if state and given.get("steps", math.inf) < state["step"]:
-        sys.exit(f"train.py: {out} is at step {state['step']:,} already; --steps can't be smaller")
+        sys.exit(f"train.py: {source} is at step {state['step']:,}; --steps can't be smaller")
 
 
-def choose_settings(given, state, out, device, processes=1):
+def choose_settings(given, state, source, device, processes=1):
     """Return the Settings of a run: the defaults, then what is saved, then the given flags.
 
-    given: {name: value} of the flags. state: the checkpoint in the folder `out`, or None. Exits if
+    given: {name: value} of the flags. state: the checkpoint of the run `source`, or None. Exits if
     the flags do not fit together, or contradict what is saved.
     """
-    check_flags(given, state, out)
+    check_flags(given, state, source)
     defaults = QUICK if given.get("quick") else {} if given.get("data") else DEMO
     defaults = state["settings"] if state else defaults
     s = Settings(**defaults | {name: given[name] for name in NAMES if name in given})
@@ -235,11 +239,13 @@ def read_checkpoint(path):
         sys.exit(f"{path} is not there; run train.py first")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds of errors
-        sys.exit(f"{path} can't be read: {(str(error) or repr(error)).splitlines()[0]}")
-    if not isinstance(state, dict) or state.get("settings", {}).keys() != {*NAMES}:
-        sys.exit(f"{path} is not a checkpoint of this version of train.py")
-    return state
+        if {entry.name for entry in fields(Run)} <= {*state} and {*state["settings"]} == {*NAMES}:
+            return state
+    except OSError as error:
+        sys.exit(f"{path} can't be read: {error.strerror}")
+    except Exception:  # torch raises many kinds of errors
+        pass
+    sys.exit(f"{path} is damaged, or is not a checkpoint of this version of train.py")
 
 
 def load(path, build=build):
@@ -294,7 +300,8 @@ class Folder:
     """The folder of a run, which one process holds: the checkpoint, log.csv, the previews."""
 
     def __init__(self, path):
-        self.path, self.lock, self.inode = path, filelock.FileLock(path / ".lock"), None
+        self.path, self.lock, self.held = path, filelock.FileLock(path / ".lock"), None
+        self.source = path  # the run that the first checkpoint comes from
         self.rows = b""  # of the log that a full disk has rejected
 
     def __enter__(self):
@@ -304,25 +311,32 @@ class Folder:
         self.lock.release()
 
     def open(self, data=None, init=None):
-        """Lock the folder; return its checkpoint, the state that --init begins with, or None.
+        """Return the checkpoint of the folder, the state that --init begins with, or None.
 
-        Exits if another process holds it, or if it is the folder of the images or a parent of it.
+        It writes nothing. Exits if another process holds the folder, or if it is the folder of the
+        images or a parent of it.
         """
         if data and Path(data).resolve().is_relative_to(self.path.resolve()):
             sys.exit(f"train.py: --out {self.path} must not be or contain the folder of the images")
         check_output(self.path / "checkpoint.pt")
-        self.hold()
-        for path in self.path.glob(f".*.{HEX}.tmp"):  # what a killed process did not finish
-            path.unlink()
+        if (self.path / ".lock").exists():
+            self.hold()
         if (self.path / "checkpoint.pt").exists():
             if init is not None:
                 print(f"{self.path} already holds a run, which continues; --init is ignored")
             return read_checkpoint(self.path)
         if init is None:
             return None
-        state = begin_anew(read_checkpoint(init))
-        print(f"{self.path} begins with the averaged weights of {init}")
-        return state
+        self.source = init
+        return begin_anew(read_checkpoint(init))
+
+    def begin(self):
+        """Make the folder, lock it, and remove what a killed process did not finish."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not self.lock.is_locked:
+            self.hold()
+        for path in self.path.glob(f".*.{HEX}.tmp"):
+            path.unlink()
 
     def hold(self):
         """Acquire the lock, which a killed process loses. Exits if another process has it."""
@@ -331,18 +345,21 @@ class Folder:
         except filelock.Timeout:
             sys.exit(f"train.py: another process is training in {self.path}; wait, or use "
                      "another --out")  # fmt: skip
-        self.inode = (self.path / ".lock").stat().st_ino  # unique while the file is open
+        self.held = self.inodes()
+
+    def inodes(self):
+        """Return the numbers of the folder and of the lock, None for what is not there."""
+        paths = self.path, self.path / ".lock"
+        return [os.stat(path).st_ino if os.path.exists(path) else None for path in paths]
 
     def still_hold(self):
-        """Recreate the folder if it was moved or removed. Exits if another run may be there."""
-        lock = self.path / ".lock"
-        if not os.path.exists(self.path):
-            with contextlib.suppress(OSError):  # a disk that is gone may come back
-                Path(os.path.realpath(self.path)).mkdir(parents=True, exist_ok=True)
-                self.lock.release()
-                self.hold()
-        elif not os.path.exists(lock) or lock.stat().st_ino != self.inode:
-            sys.exit(f"train.py: {self.path} now holds another run, so this one is not saved")
+        """Acquire a lock that was removed again. Exits if the folder was moved or removed."""
+        folder, lock = self.inodes()
+        if folder == self.held[0] and lock is None:
+            self.lock.release()
+            self.hold()
+        elif [folder, lock] != self.held:
+            sys.exit(f"train.py: {self.path} was moved, or holds another run; this one isn't saved")
 
     def save(self, run):
         """Replace the checkpoint atomically. Exits if that fails."""
@@ -368,8 +385,6 @@ class Folder:
         self.still_hold()
         self.rows += "".join("{},{:.6g},{:.6g},{:.6g}\n".format(*row) for row in rows).encode()
         with contextlib.suppress(OSError), open(self.path / "log.csv", "ab", 0) as file:
-            if not file.tell():  # the folder was made again
-                file.write(LOG.encode())
             self.rows = self.rows[file.write(self.rows) :]
 
     def draw(self, run):

@@ -26,7 +26,7 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
+import threading
 from importlib.util import find_spec
 from itertools import accumulate
 from operator import mul
@@ -411,13 +411,12 @@ def main():
     network = open_network(args)
     complete(args, network)
     print(f"{args.checkpoint or args.onnx} on {network.provider}: {args.n} images, {args.steps} "
-          f"steps of {args.sampler}" + "; --steps 10 is faster" * (args.steps > 50))  # fmt: skip
+          f"steps of {args.sampler}")  # fmt: skip
     names = args.classes
     stop, shown, done = StopRequest(), [], 0
     for first, pixels in draw(network, args, stop):
         for k, image in enumerate(pixels if args.dir else (), first):
             folder = args.dir / names[k % len(names)] if names else args.dir
-            folder.mkdir(parents=True, exist_ok=True)
             save(to_image(image), folder / f"{k:06d}.png")
         shown.extend(pixels[: 256 - len(shown)])
         done += len(pixels)
@@ -442,6 +441,7 @@ def save(image, path):
     """Save a Pillow image as a PNG file, which is put in place when it is whole."""
     temporary = Path(path).with_name(f".{Path(path).name}.tmp")
     try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         image.save(temporary, "PNG")
         os.replace(temporary, path)
     except OSError as error:
@@ -451,11 +451,9 @@ def save(image, path):
 
 def check_output(path, *inputs):
     """Exit with one line if no file can be written at `path`, or if it is one of the inputs."""
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=Path(path).parent).close()
-    except OSError as error:
-        sys.exit(f"{path} can't be written: {error.strerror}")
+    folder = next(folder for folder in Path(path).absolute().parents if os.path.exists(folder))
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        sys.exit(f"{path} can't be written: {folder} is not a folder, or is write-protected")
     if os.path.isdir(path) or (os.path.exists(path) and not os.access(path, os.W_OK)):
         sys.exit(f"{path} can't be written: it is a folder, or is write-protected")
     if os.path.realpath(path) in map(os.path.realpath, inputs):
@@ -466,10 +464,10 @@ class Output(io.FileIO):
     """Standard output or error, which drops what can't be written."""
 
     def write(self, data):
-        try:
-            return super().write(data)
-        except OSError:
-            return len(data)
+        with contextlib.suppress(OSError):
+            if (written := super().write(data)) is not None:  # None: it is full, and does not block
+                return written
+        return len(data)
 
 
 def guard_output():
@@ -480,6 +478,8 @@ def guard_output():
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     for name in "stdout", "stderr":
+        if getattr(sys, name) is None:  # it was closed before the program began
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         stream = getattr(sys, name)
         buffer = getattr(stream, "buffer", None)
         if type(getattr(buffer, "raw", buffer)) is io.FileIO:  # not Jupyter's or a Windows console
@@ -497,7 +497,8 @@ class StopRequest:
 
     def __init__(self):
         self.number, self.before = 0, {}
-        for name in "SIGINT", "SIGTERM", "SIGHUP", "SIGPIPE":
+        is_main = threading.current_thread() is threading.main_thread()  # only it gets signals
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGPIPE") if is_main else ():
             number = getattr(signal, name, None)  # Windows lacks two of them
             if number and (name == "SIGPIPE" or signal.getsignal(number) != signal.SIG_IGN):
                 self.before[number] = signal.signal(number, self.receive)

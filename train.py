@@ -287,13 +287,12 @@ def load_images(s, state, folder, device):
     images, labels, names, out = demo_images(), None, (), folder.path
     if s.data is not None:
         channels = state["shape"][0] if state else s.in_channels
-        out.mkdir(parents=True, exist_ok=True)
         images, labels, names = read_folder(s.data, s.image_size, channels, s.classes, out)
     digest = hashlib.blake2b(np.ascontiguousarray(images), digest_size=8)
     digest.update(repr((images.shape, names, labels is not None and labels.tolist())).encode())
     digest, shape = digest.hexdigest(), images.shape[1:]
     if state and (shape, names) != (state["shape"], state["names"]):
-        sys.exit(f"train.py: {out} is for images of {state['shape']} and the classes "
+        sys.exit(f"train.py: {folder.source} is for images of {state['shape']} and the classes "
                  f"{state['names']}")  # fmt: skip
     if state and state["images"] not in (None, digest):
         if s.data != state["settings"]["data"]:
@@ -351,12 +350,14 @@ def beside(name):
 def run_in(folder, given, device, build):
     """Train the run in the folder, or begin one there; return the Run and the StopRequest."""
     state = from_first(folder.open, given.get("data"), given.get("init"))
-    s = agree(choose_settings, given, state, folder.path, device, WORLD)
+    s = agree(choose_settings, given, state, folder.source, device, WORLD)
     data = in_turn(load_images, s, state, folder, device)
     check_processes(s, data)
+    from_first(folder.begin)
 
     torch.manual_seed(s.seed)
     shape = tuple(data.images.shape[1:])
+    s.in_channels = shape[0]  # what was detected is saved
     network, diffusion = build(s, shape, data.names)
     ema = copy.deepcopy(network.to(device)).requires_grad_(False).eval()
     optimizer = make_optimizer(network, s)
@@ -364,6 +365,8 @@ def run_in(folder, given, device, build):
     if state:
         run.load(state)
     describe(run, data, s, device)
+    if folder.source != folder.path:
+        print(f"         from the averaged weights of {folder.source}")
     if run.step == s.steps:
         print("the run is finished; a larger --steps continues it, another --out begins a new run")
     if WORLD > 1:
@@ -379,12 +382,13 @@ def main(given=None, build=build):
     """Start or resume a run; return it as a Run. A signal stops the training.
 
     given: flags, {name: value}; None reads the command line, and a signal then ends the program.
-    build: makes the network and its Diffusion, as in run.py.
+    build: makes the network and its Diffusion, as in run.py. Raises SystemExit with one line for a
+    mistake in what is given.
     """
     is_program = given is None
     if is_program:
         guard_output()
-        given = command_line(__doc__)
+    given = command_line(__doc__, given)
     torch.set_float32_matmul_precision("high")  # TF32 for the remaining float32 products
     torch.backends.cudnn.benchmark = True  # all batches are of one size
     device = choose_device(given.get("device", "auto"), LOCAL_RANK if WORLD > 1 else None)

@@ -102,6 +102,7 @@ def from_diffusers(source):
     attends = ["Attn" in name for name in u.down_block_types]
     settings = Settings(
         image_size=size,
+        in_channels=u.in_channels,
         base_channels=base,
         channel_mults=tuple(channels // base for channels in u.block_out_channels),
         num_res_blocks=u.layers_per_block,
@@ -185,7 +186,7 @@ def main():
     if not find_spec("diffusers"):
         sys.exit("published weights need the package diffusers: pip install diffusers")
     check_output(args.new / "checkpoint.pt")
-    if any(args.new.iterdir()):
+    if args.new.exists() and any(args.new.iterdir()):
         parser.error(f"{args.new} must be a new or empty folder")
     if args.to_diffusers:
         to_diffusers(args.source, args.new)

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from images import from_pixels, read_image
-from sample import Network, check_output, grid, guard_output, sample_progressive, to_pixels
+from sample import Network, check_output, grid, guard_output, sample_progressive, save, to_pixels
 
 
 class Inpainting(Network):
@@ -65,7 +65,7 @@ def main():
         x0 = x0_hat
     if not np.isfinite(x0).all():
         sys.exit("inpaint.py: the network's output is not finite")
-    grid(to_pixels(x0), len(args.classes or network.classes)).save(args.out, "PNG")
+    save(grid(to_pixels(x0), len(args.classes or network.classes)), args.out)
     print(f"{args.out}: {args.n} images; the mask selects {network.mask.mean():.0%}")
 
 

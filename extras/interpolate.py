@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from images import from_pixels, read_image
-from sample import Network, check_output, grid, guard_output, noise_of, reverse, to_pixels
+from sample import Network, check_output, grid, guard_output, noise_of, reverse, save, to_pixels
 
 LAMBDAS = np.linspace(0, 1, 11, dtype=np.float32)  # the shares of the second image
 
@@ -66,7 +66,7 @@ def main():
         x0 = x0_hat
     if not np.isfinite(x0).all():
         sys.exit("interpolate.py: the network's output is not finite")
-    grid(np.stack([a, *to_pixels(x0), b]), rows=1).save(args.out, "PNG")
+    save(grid(np.stack([a, *to_pixels(x0), b]), rows=1), args.out)
     print(f"{args.out}: the first image, 11 mixtures (lambda = 0 to 1), and the second image")
 
 

@@ -103,12 +103,13 @@ def read(folder):
 def save_run(folder, shape, names=(), images="a digest", **given):
     """Save a small run whose averaged weights are random, none near zero; return its folder."""
     small = {"image_size": shape[-1], "base_channels": 8, "channel_mults": (1, 2), "amp": False}
-    small |= {"num_res_blocks": 1, "attention_resolutions": (4,)}
+    small |= {"num_res_blocks": 1, "attention_resolutions": (4,), "classes": bool(names)}
     settings = Settings(**small | given)
     torch.manual_seed(0)
     network, _ = build(settings, shape, names)
     state = {"settings": vars(settings), "shape": shape, "names": names, "images": images}
     state |= {"step": 0, "model": copy.deepcopy(network.state_dict()), "ema": network.state_dict()}
+    state["optimizer"] = None
     for weights in network.parameters():
         weights.data += 0.1 * torch.randn_like(weights)
     folder.mkdir(exist_ok=True)

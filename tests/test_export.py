@@ -167,11 +167,15 @@ def test_mistakes_are_one_line(plain, tmp_path, run):
     (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "empty.pt").touch()
     torch.save({"settings": RunsCode()}, tmp_path / "code.pt")
-    torch.save({"config": {}, "model": {}, "ema": {}, "step": 7}, tmp_path / "old.pt")
-    for name in "half", "empty", "code", "old":
+    state = read(plain[0] / "run")
+    torch.save(state | {"settings": {"lr_decay": True}}, tmp_path / "old.pt")
+    torch.save(state | {"settings": 5}, tmp_path / "list.pt")
+    torch.save({name: state[name] for name in state if name != "ema"}, tmp_path / "ema.pt")
+    (tmp_path / "text.pt").write_text("epoch 1")
+    for name in "half", "empty", "code", "old", "list", "ema", "text":
         said = run("export.py", "--checkpoint", f"{name}.pt", cwd=tmp_path, code=1)
-        why = "is not a checkpoint of this version" if name == "old" else "can't be read: "
-        assert said.startswith(f"{name}.pt {why}")
+        assert said == f"{name}.pt is damaged, or is not a checkpoint of this version of train.py"
+    assert "x is not there" in run("export.py", "--checkpoint", "x", cwd=tmp_path, code=1)
     whole = "--checkpoint", plain[0] / "run"
     assert "such as model.onnx" in run("export.py", "--onnx", "run.pt", cwd=tmp_path, code=2)
     for path in "half.pt/x.onnx", "run/new.onnx":

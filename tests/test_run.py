@@ -111,6 +111,7 @@ def test_settings_that_contradict_the_run_are_refused(tiny, tmp_path, monkeypatc
     assert {*NAMES} == OTHER.keys() | {*FREE, "data", "betas", "norm_groups"}
     tiny("--steps", 4, "--no-amp")
     monkeypatch.setattr("run.has_bfloat16", lambda _: True)
+    tiny("--steps", 4, "--in-channels", 3)  # as detected
     content = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     state, out = read(tmp_path / "run"), Path("run")
     state["settings"]["parts"], published = ("v", "muon"), state | {"images": None}
@@ -120,7 +121,7 @@ def test_settings_that_contradict_the_run_are_refused(tiny, tmp_path, monkeypatc
         refused = pytest.raises(SystemExit, match=line)
         with refused:
             choose_settings({name: value}, state, out, CPU)
-        with refused if name in {*NETWORK, "parts"} else contextlib.nullcontext():
+        with refused if name in {*NETWORK, "classes", "parts"} else contextlib.nullcontext():
             choose_settings({name: value}, published, out, CPU)
         same = {name: state["settings"][name]}
         assert vars(choose_settings(same, state, out, CPU)) == state["settings"]
@@ -129,7 +130,7 @@ def test_settings_that_contradict_the_run_are_refused(tiny, tmp_path, monkeypatc
     assert vars(choose_settings(free, state, out, CPU)) == state["settings"] | free
     assert "run has parts = (), not ('v', 'weights', 'muon'); omit" in tiny("--quick", code=1)
     choose_settings({"quick": True, "parts": (), "data": "."}, read("run"), out, CPU)
-    assert "at step 4 already; --steps can't be smaller" in tiny("--steps", 3, code=1)
+    assert "at step 4; --steps can't be smaller" in tiny("--steps", 3, code=1)
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == content
 
 
@@ -156,7 +157,13 @@ def test_other_images_of_another_folder_are_refused(class_folder, image_folder, 
     (images / "blue" / "deeper" / "9.png").rename(images / "green" / "-.png")
     assert "changed since step 2" in train_on("moved", 3, *again)  # the labels
     shutil.copytree(images / "red", images / "yellow")
-    assert "the classes ('blue', 'green', 'red')" in train_on("moved", 4, *again, code=1)
+    assert "c is for images of (3, 8, 8) and the classes ('blue', 'green', 'red')" in (
+        train_on("moved", 4, *again, code=1))  # fmt: skip
+    said = train_on("moved", 1, "--init", "run", "--classes", "--out", "new", code=1)
+    assert said.startswith("train.py: run has classes = False, not True; omit this flag, or begin")
+    assert not (tmp_path / "new").exists()
+    said = train_on("moved", 1, "--init", "c", "--out", "new", code=1)
+    assert said.endswith("c is for images of (3, 8, 8) and the classes ('blue', 'green', 'red')")
 
 
 def test_folder_of_a_run_may_hold_other_files_and_be_among_the_images(image_folder, run, tmp_path):
@@ -189,9 +196,16 @@ def test_second_process_in_a_folder_is_one_line(tiny, tmp_path):
     tiny("--steps", 1)
 
 
+def test_removed_lock_is_acquired_again(tiny, tmp_path, wrap_step):
+    lock = tmp_path / "run" / ".lock"
+    wrap_step(lambda loss, norm, k: lock.unlink() if k == 2 else None)
+    tiny("--steps", 5)
+    assert lock.exists() and read(tmp_path / "run")["step"] == 5
+
+
 @posix
 @pytest.mark.parametrize("other", [True, False])
-def test_moved_run_goes_on_unless_another_began_there(other, tiny, tmp_path, wrap_step):
+def test_moved_run_ends(other, tiny, tmp_path, wrap_step):
     """A process never overwrites a run that was begun, or put there, after its own."""
     run, moved = tmp_path / "run", tmp_path / "moved"
 
@@ -203,13 +217,11 @@ def test_moved_run_goes_on_unless_another_began_there(other, tiny, tmp_path, wra
                 (run / "checkpoint.pt").write_text("new")
 
     wrap_step(move)
-    said = tiny("--steps", 5, "--save-minutes", 0, code=int(other))
+    said = tiny("--steps", 5, "--save-minutes", 0, code=1)
+    assert "run was moved, or holds another run; this one isn't saved" in said
     assert read(moved)["step"] == 2
     if other:
-        assert "run now holds another run, so this one is not saved" in said
         assert (run / "checkpoint.pt").read_text() == "new" and len([*run.iterdir()]) == 1
-    else:
-        assert read(run)["step"] == 5 and logged(run) == [3, 4, 5]
 
 
 # ---------------------------------------------------------------------------- full disks and losses

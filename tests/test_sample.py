@@ -1,8 +1,12 @@
 """sample.py: the library and the program alone in a folder, images, bad input, CUDA, signals."""
 
+import contextlib
 import os
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -87,7 +91,7 @@ def test_program_alone(begin, folder):
     code += "runpy.run_path('sample.py', run_name='__main__')"
     words = "--steps", "60", "--out", "new/s.png", "--dir", "new/all"
     said = said_by(begin(*words, "torch", code=code))
-    what = "model.onnx on CPUExecutionProvider: 24 images, 60 steps of dpm-solver++; "
+    what = "model.onnx on CPUExecutionProvider: 24 images, 60 steps of dpm-solver++\n"
     assert said.startswith(what)
     assert said.endswith("\nnew/s.png: 24 images of blue, green, red\n")
     assert {p.name for p in folder.iterdir()} == {"sample.py", "model.onnx", "new"}
@@ -198,7 +202,8 @@ def test_checkpoint_is_drawn_in_torch(program, folder):
         (1, "device must be", ["--device tpu"]),
         (1, "ONNX Runtime can't use CUDA", ["--device cuda"]),
         (1, "can't be opened", ["--onnx mine/a.png"]),
-        (1, "nowhere.onnx is not there; run export.py first", ["--onnx nowhere.onnx"]),
+        (1, "nowhere.onnx is not there; run export.py first",
+         ["--onnx nowhere.onnx --out new/x.png --dir new/all"]),
     ],
 )  # fmt: skip
 def test_wrong_flags_are_refused_before_sampling(code, said, flags, program, folder, monkeypatch):
@@ -299,7 +304,24 @@ def test_card_that_cannot_be_used_is_said_in_a_line(program, monkeypatch):
         assert program("--device", "cuda", code=1) == f"sample.py: {line}"
 
 
-# ------------------------------------------------------------------------------------------ signals
+# ------------------------------------------------------------------------------ signals and outputs
+
+
+@posix
+@pytest.mark.parametrize("redirected", ["2>&-", ">&3", "2>&3"])
+def test_output_that_is_closed_or_full_ends_nothing(redirected, folder):
+    """Standard output or error may be a full pipe whose writers do not wait."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    words = shlex.join([sys.executable, "sample.py", "-n", "1", "--steps", "2"])
+    words = f"exec 3>&{writer}; {words} {redirected}"
+    done = subprocess.run(["bash", "-c", words], cwd=folder, pass_fds=[writer])
+    os.close(reader)
+    os.close(writer)
+    assert done.returncode == 0 and Path("samples.png").exists()
 
 
 @posix

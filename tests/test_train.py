@@ -6,6 +6,7 @@ import shlex
 import signal
 from functools import partial
 from itertools import product
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import networks
@@ -21,6 +22,7 @@ import run as runs
 import train
 from ddpm import UNet
 from images import demo_images
+from run import as_flag
 from test_ddpm import PAPER, at, close, small_unet
 
 
@@ -196,8 +198,8 @@ def test_commands_from_folder_to_images(run, exported, image_folder, tmp_path):
     assert not same_weights(state["model"], state["ema"])
 
 
-def test_run_is_trained_from_python(image_folder, tmp_path, monkeypatch):
-    """The network may be another one, and the handlers of signals are restored."""
+def test_run_is_trained_from_python(image_folder, tmp_path, monkeypatch, capsys):
+    """The network may be another one; flags are checked, and handlers of signals restored."""
     monkeypatch.chdir(tmp_path)
     before = signal.getsignal(signal.SIGTERM)
 
@@ -210,12 +212,14 @@ def test_run_is_trained_from_python(image_folder, tmp_path, monkeypatch):
     small = {"image_size": 8, "base_channels": 8, "channel_mults": (1,), "batch": 2, "steps": 2}
     given = small | {"data": str(image_folder), "device": "cpu", "attention_resolutions": ()}
     train.main(given, build)
-    train.main(given | {"steps": 3}, build)
+    ThreadPool(1).apply(train.main, [given | {"steps": 3}, build])  # where no signal can arrive
     state = train.load("run", build)[2]
     assert state["step"] == 3 and "eps.conv_in.weight" in state["ema"]
     assert signal.getsignal(signal.SIGTERM) == before
-    with pytest.raises(SystemExit, match="there is no setting learning_rate"):
-        train.main(given | {"learning_rate": 1}, build)
+    for name, value in ("learning_rate", 1), ("parts", ("nope",)), ("batch", 0):
+        with pytest.raises(SystemExit):
+            train.main(given | {name: value}, build)
+        assert as_flag(name)[0] in capsys.readouterr().err
 
 
 def test_quick_is_the_settings_that_it_prints(image_folder, tmp_path, run, monkeypatch):
@@ -226,7 +230,7 @@ def test_quick_is_the_settings_that_it_prints(image_folder, tmp_path, run, monke
     monkeypatch.setattr("sys.argv", ["train.py", *words[:2], *shown.split()])
     state, out = read("run"), Path("run")
     spelt = runs.choose_settings(runs.command_line(""), None, out, CPU)
-    assert vars(spelt) == state["settings"]
+    assert vars(spelt) | {"in_channels": 3} == state["settings"]
     monkeypatch.setattr("sys.argv", ["train.py", *words[:-1], "2", "--quick"])
     again = runs.choose_settings(runs.command_line(""), state, out, CPU)
     assert vars(again) == state["settings"] | {"steps": 2}
@@ -270,8 +274,10 @@ REFUSED = {
     "--steps 9": "o has no checkpoint; give --data",
     "--batch 6 --accumulate 4 --data .": "--batch must be a multiple of the number of GPUs times",
     "--init none --data .": "none is not there; run train.py first",
-    "--out old --steps 9": "old/checkpoint.pt is not a checkpoint of this version of train.py",
+    "--out old --steps 9": "old/checkpoint.pt is damaged, or is not a checkpoint of this version",
     "--data none": "none is not a folder",
+    "--data old": "old: there is no image that can be read",
+    "--out .": ". has no checkpoint; give --data, or",
     "--out 0.png": "0.png/checkpoint.pt can't be written: ",
     "--data . --classes": "has images outside of its sub-folders",
     "--device quantum": "--device quantum: Expected one of cpu, cuda",
@@ -298,4 +304,4 @@ def test_impossible_flags_are_one_line(tmp_path, run, monkeypatch):
     for said, flags in MISREAD.items():
         for words in flags.split(","):
             assert said in run("train.py", *f"--{words}".split(), cwd=tmp_path, code=2)
-    assert not [*tmp_path.glob("o/*.pt")]
+    assert {path.name for path in tmp_path.rglob("*")} == {"0.png", "old", "checkpoint.pt"}
