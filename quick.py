@@ -145,6 +145,8 @@ class Muon(torch.optim.Adam):
         """Take a step with the gradients of the parameters."""
         lr = self.param_groups[0]["lr"]
         for weight in self.hidden:
+            if weight.grad is None:  # an unused layer, which Adam skips, too
+                continue
             average = self.state[weight]["exp_avg"].lerp_(weight.grad, 1 - self.momentum)
             step = orthogonalize(weight.grad.lerp(average, self.momentum).flatten(1))
             weight -= 0.2 * lr * max(step.shape) ** 0.5 * step.view_as(weight)

@@ -118,3 +118,7 @@ def test_steps_are_those_of_torch():
             assert (step - expected).norm() < 0.03 * expected.norm()
         for p, copy in others:
             torch.testing.assert_close(p, copy, rtol=1e-5, atol=1e-7)
+    before = [p.detach().clone() for p in model.parameters()]
+    model.zero_grad()
+    ours.step()  # weights without a gradient, as in an unused layer, stay
+    assert all(map(torch.equal, before, model.parameters()))
