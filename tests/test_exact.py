@@ -18,7 +18,7 @@ from docs.points import only_first
 from extras import variants
 from extras.exact import exact_network, mean_squared_error
 from images import demo_images, from_pixels
-from test_ddpm import PAPER, VARIANCES, close, oracle, randn, seeded
+from test_ddpm import PAPER, VARIANCES, S, close, oracle, randn, seeded
 
 DEMO = from_pixels(torch.from_numpy(demo_images()))
 
@@ -131,6 +131,23 @@ def test_bound_of_the_exact_network_is_the_oracles_and_the_number_of_the_image(v
     assert (exact - of_oracle).mean().item() == pytest.approx(math.log2(216) / 192, rel=0.02)
     expected = {"large": 1.344, "small": 0.857}[variance]
     assert exact.mean().item() == pytest.approx(expected, abs=0.002)
+
+
+def test_with_many_steps_only_the_ends_of_the_schedule_matter():
+    """For Gaussian data, the terms for t > 1 tend to an integral over the SNR between the ends."""
+    ends = PAPER.alphas_bar[[-1, 0]].logit()  # log SNR
+    noisy, clean = (1 + S**2 * ends.exp()).log2() / 2
+    for power in (1, 2):  # two schedules between the same ends
+        excess = []
+        for n in (1000, 10_000):
+            log_snr = ends[1] - (ends[1] - ends[0]) * torch.linspace(0, 1, n).double() ** power
+            abar = log_snr.sigmoid()
+            d = Diffusion(1 - abar / torch.cat([torch.ones(1), abar[:-1]]), "small")
+            left = S**2 * (1 - abar) / (abar * S**2 + 1 - abar)  # the error of the best network
+            terms = d.posterior_x0**2 / (2 * d.posterior_variance) * left / math.log(2)
+            excess.append((terms[1:].sum() - (clean - noisy)).item())
+        assert 0 < excess[0] < 0.06
+        assert excess[0] / excess[1] == pytest.approx(10, rel=0.05)
 
 
 def test_bits_known_are_those_of_a_gaussian_channel():

@@ -150,6 +150,17 @@ def test_copied_files_suffice(what, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_every_imported_package_is_required():
+    files = {path.stem: path.read_text("utf-8") for path in HERE.glob("*.py")}
+    del files["test_ddpm"]
+    names = {*re.findall(r"^ *(?:import|from) (\w+)", "\n".join(files.values()), re.M)}
+    names -= {*sys.stdlib_module_names, *files, "extras", "pillow_heif"}  # the last is optional
+    required = "".join((HERE / f"requirements{of}.txt").read_text() for of in ("", "-sample"))
+    assert "filelock" in names
+    for name in names:
+        assert re.search(rf"^{name.replace('PIL', 'Pillow')}\b", required, re.M), name
+
+
 @pytest.mark.slow
 def test_commands_of_the_readme_run_in_their_order(
     run, exported, image_folder, class_folder, tmp_path
