@@ -292,9 +292,8 @@ def test_bound_of_a_single_step_is_the_closed_form():
     assert {part.dtype for part in bound} == {torch.float64}
     squares = x0.double().square().mean((1, 2, 3))
     close(bound.L_T, (0.9 * squares - 0.9 - math.log(0.1)) / 2 / math.log(2))
-    low, high = -math.inf, math.inf  # the first and the last bin are open
-    bins = (low, -254 / 255), (254 / 255, high), (50 / 255, 52 / 255), (152 / 255, 154 / 255)
-    cdf = [[math.erf((x - 0.5) / math.sqrt(0.2)) / 2 for x in ends] for ends in bins]
+    bins = (-math.inf, -254), (254, math.inf), (50, 52), (152, 154)  # the ends are open
+    cdf = [[math.erf((x / 255 - 0.5) / math.sqrt(0.2)) / 2 for x in ends] for ends in bins]
     bits = -torch.tensor([above - below for below, above in cdf]).double().log2().view(2, 2)
     close(bound.L_t, bits.mean(1, keepdim=True), 1e-5)
     close(bound.mse, [[(1.5**2 + 0.5**2) / 2], [(0.3**2 + 0.1**2) / 2]])
