@@ -47,7 +47,8 @@ def flag(default, meaning, **options):
 
 def as_flag(name, value=True):
     """Return the words of the command line that give a setting this value."""
-    values = () if isinstance(value, bool) else value if isinstance(value, tuple) else (value,)
+    values = () if isinstance(value, bool) else value
+    values = values if isinstance(values, tuple | list) else [values]
     return [f"--{'no-' * (value is False)}{name.replace('_', '-')}", *map(str, values)]
 
 

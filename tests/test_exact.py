@@ -46,6 +46,18 @@ def test_exact_network_takes_a_t_and_a_class_for_each_image():
         close(eps[k : k + 1], exact_network(PAPER, own)(x[k : k + 1], t[k : k + 1]))
 
 
+def test_mean_squared_error_is_that_of_each_image():
+    """It keeps no gradients, and computes where the images are, as the exact network does."""
+    x0, t, scale = randn(300, 1, 2, 2, seed=1), torch.arange(300), torch.ones(1).requires_grad_()
+    model = lambda x, t: scale * x / (1 + t.view(-1, 1, 1, 1))  # noqa: E731
+    errors = mean_squared_error(PAPER, model, x0, t)
+    expected = PAPER.squared_error(model, x0, t, randn(300, 1, 2, 2)).mean((1, 2, 3))
+    torch.testing.assert_close(errors, expected.detach())
+    assert not errors.requires_grad
+    x0, t = x0.to("meta"), t.to("meta")
+    assert mean_squared_error(PAPER, exact_network(PAPER, x0), x0, t).device == x0.device
+
+
 def test_loss_of_the_exact_network_of_the_demo():
     network, x0 = exact_network(PAPER, DEMO), DEMO.repeat(40, 1, 1, 1)
     for t, expected in ((100, 0), (200, 2.4e-4), (300, 0.0038), (450, 0.0210), (600, 0.0081)):

@@ -40,8 +40,20 @@ def test_patches_are_the_pixels_of_a_smaller_unet():
         eps = network(x_t, T)
     for k, (c, i, j) in enumerate(corners):
         torch.testing.assert_close(eps[:, c, i::2, j::2], expected[:, k])
-    with pytest.raises(ValueError, match="image_size must be a multiple of 4, not 18"):
-        PatchUNet(2, **SMALL | {"image_size": 18})
+
+
+def test_sizes_are_in_pixels_and_the_papers_unless_given():
+    with torch.device("meta"):
+        paper, network = UNet(), VUNet(PAPER, 1)
+        assert VUNet(PAPER, 2, attention_resolutions=(32, 16, 8, 4)).patch_size == 2
+    shapes = [{name: p.shape for name, p in m.named_parameters()} for m in (paper, network)]
+    assert shapes[0] == shapes[1]
+    for settings, message in (
+        (dict(image_size=24), "image_size must be a multiple of 16, not 24"),
+        (dict(attention_resolutions=(16, 5)), r"\[16, 5\] must be among \[32, 16, 8, 4\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PatchUNet(2, **settings)
 
 
 def test_times_have_the_density():
@@ -53,10 +65,17 @@ def test_times_have_the_density():
     assert t.dtype == torch.int64 and t.min() >= 0 and t.max() < 1000
     assert (t.bincount(minlength=1000).cumsum(0) / n - shares).abs().max() < 1.5 / n
     assert len(WeightedDiffusion([0.5]).draw_t(3).unique()) == 1
+    assert not torch.equal(*(WeightedDiffusion(PAPER.betas).draw_t(8) for _ in range(2)))
+
+
+def test_loss_draws_times_and_noise_where_the_images_are():
+    diffusion, x0 = WeightedDiffusion([0.5]), torch.zeros(4000, 1, 2, 2)
+    assert diffusion.loss(lambda x, t: 0 * x, x0).item() == pytest.approx(2, rel=0.1)
+    assert diffusion.loss(lambda x, t: x, x0.to("meta")).device.type == "meta"
 
 
 def test_loss_is_the_squared_error_of_v():
-    x0, noise, t = randn(4, 3, 8, 8), randn(4, 3, 8, 8), torch.tensor([0, 10, 500, 999])
+    x0, noise, t = randn(4, 3, 8, 8), randn(4, 3, 8, 8, seed=1), T
     diffusion, unet = WeightedDiffusion(PAPER.betas), small_unet()
     signal, spread = (table[t].view(4, 1, 1, 1).float() for table in (
         PAPER.sqrt_alphas_bar, PAPER.sqrt_one_minus_alphas_bar))  # fmt: skip
@@ -83,6 +102,8 @@ def test_hidden_weights_are_those_between_the_first_and_the_last_layer():
     left_out = "conv_in.weight", "conv_out.weight", "class_embedding.weight"
     expected = [w for n, w in model.named_parameters() if w.ndim > 1 and n not in left_out]
     assert [id(w) for w in hidden_weights(model)] == [id(w) for w in expected]
+    _, middle, _ = mlp = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3)))
+    assert hidden_weights(mlp) == [middle.weight]
 
 
 def test_singular_values_become_about_1_and_the_vectors_stay():
@@ -91,6 +112,7 @@ def test_singular_values_become_about_1_and_the_vectors_stay():
     inside = U.mT @ orthogonalize(U * S @ Vh) @ Vh.mT
     assert inside.diagonal().min() > 0.68 and inside.diagonal().max() < 1.21
     torch.testing.assert_close(inside, inside.diagonal().diag(), rtol=0, atol=1e-6)
+    assert not orthogonalize(torch.zeros(2, 3)).any()
 
 
 def test_steps_are_those_of_torch():
@@ -103,7 +125,8 @@ def test_steps_are_those_of_torch():
         pairs.append((p, torch.nn.Parameter(copy.detach().clone())))
     assert len(matrices) > 20 and len(others) > 20
     ours, copies = Muon(model, 1e-3), [copy for _, copy in matrices]
-    muon = torch.optim.Muon(copies, 1e-3, 0, ours.momentum, adjust_lr_fn="match_rms_adamw")
+    assert ours.param_groups[0]["lr"] == 1e-3
+    muon = torch.optim.Muon(copies, 1e-3, 0, 0.9, adjust_lr_fn="match_rms_adamw")
     adam = torch.optim.Adam([copy for _, copy in others], 1e-3)
     for lr in (1e-3, 5e-4, 2e-3):
         before = [p.detach().clone() for p, _ in matrices]
