@@ -55,9 +55,8 @@ def group_norm(x, num_groups: int, weight=None, bias=None, eps: float = 1e-5,
 def attention(q, k, v, attn_mask=None, dropout_p: float = 0.0, is_causal: bool = False,
               scale=None, enable_gqa: bool = False):  # fmt: skip
     """Express softmax(q k^T scale) v with a constant scale, for attention without a mask."""
-    assert attn_mask is None and not is_causal
     scale = float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
-    scaled = op.Mul(q, op.CastLike(op.Constant(value_float=scale), q))
+    scaled = op.Mul(q, op.Constant(value_float=scale))
     *others, last, channels = range(len(k.shape))
     scores = op.MatMul(scaled, op.Transpose(k, perm=[*others, channels, last]))
     return op.MatMul(op.Softmax(scores, axis=-1), v)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,25 @@ def test_no_file_appears_that_differs_from_torch(plain, tmp_path, monkeypatch):
     network = load(plain[0] / "run")[0]
     network.conv_out.bias.data.fill_(torch.nan)
     refused(network)
+
+
+@pytest.mark.parametrize("wrong", range(6))
+def test_largest_difference_is_found_in_each_batch(wrong):
+    calls = []
+
+    def eps(x_t, t, y):
+        calls.append((len(x_t), t.tolist(), y.tolist()))
+        return np.where(len(calls) == wrong + 1, x_t - 2 * (x_t == x_t.max()), x_t)
+
+    def network(x_t, t, y):
+        assert not torch.is_grad_enabled()
+        return x_t
+
+    worst = export.largest_difference(network, eps, SHAPE, 1000, 3)
+    assert worst == pytest.approx(2, abs=1e-6)
+    times, classes = ([*chain(*values)] for values in [*zip(*calls, strict=True)][1:])
+    assert [call[0] for call in calls] == [1, 1, 2, 2, 3, 3]
+    assert {*times} == {0, 1, 2, 999, 500, 250} and {*classes} == {3, 2, 1}
 
 
 class RunsCode:

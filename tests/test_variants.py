@@ -10,7 +10,7 @@ from ddpm import Diffusion
 from extras import variants
 from extras.variants import as_eps, cosine_betas, guided, loss_weights, weighted_loss
 from sample import reverse
-from test_ddpm import PAPER, close, randn, wobbly
+from test_ddpm import PAPER, close, randn, seeded, wobbly
 
 # ------------------------------------------------------------- schedules, targets and their weights
 
@@ -19,7 +19,7 @@ def test_cosine_schedule_is_a_squared_cosine():
     abar = Diffusion(cosine_betas(1000)).alphas_bar
     f = [math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(1001)]
     close(abar[:990], [f[t + 1] / f[0] for t in range(990)], 1e-12)
-    assert cosine_betas().max() == 0.999
+    assert cosine_betas().max() == 0.999 and len(cosine_betas()) == 1000
 
 
 def output_of(eps, x_t, t, predicts):
@@ -38,11 +38,11 @@ def test_noise_is_found_from_each_output_of_a_network(predicts):
     x0, noise, t = randn(5, 1, 4, 4), randn(5, 1, 4, 4, seed=1), torch.tensor([0, 1, 9, 500, 999])
     x_t = PAPER.q_sample(x0, t, noise)
 
-    def network(x_t, t, y=0):
-        return output_of(noise + y, x_t, t, predicts).float()
+    def network(x_t, t, y=0, z=0):
+        return output_of(noise + y + z, x_t, t, predicts).float()
 
-    found = as_eps(network, PAPER, predicts)(x_t, t, y=0.5)
-    torch.testing.assert_close(found, noise + 0.5, rtol=0, atol=1e-4)
+    found = as_eps(network, PAPER, predicts)(x_t, t, 0.25, z=0.5)
+    torch.testing.assert_close(found, noise + 0.75, rtol=0, atol=1e-4)
     eps = as_eps(lambda x_t, t: 0.9 * network(x_t, t), PAPER, predicts)
     native = weighted_loss(PAPER, eps, x0, t, noise, loss_weights(PAPER, "native", predicts))
     error = (0.1 * output_of(noise, x_t, t, predicts)).square().mean()
@@ -50,6 +50,7 @@ def test_noise_is_found_from_each_output_of_a_network(predicts):
     simple = weighted_loss(PAPER, eps, x0, t, noise, loss_weights(PAPER, "simple", predicts))
     assert torch.equal(simple, PAPER.loss(eps, x0, t, noise))
     assert torch.equal(loss_weights(PAPER, "vlb", predicts), PAPER.bound_weights())
+    assert torch.equal(loss_weights(PAPER, "native"), torch.ones(1000).double())
 
 
 # -------------------------------------------------------------------------------------- fewer steps
@@ -60,22 +61,35 @@ class Doubled(Diffusion):
         return 2 * super().predict_x0(x_t, t, eps)
 
 
-@pytest.mark.parametrize("steps, sampler", [(None, None), (1000, "ddpm"), (50, None), (50, "ddpm")])
+FEW = [(None, None), (60, "ddpm"), (20, None), (20, "ddpm"), (None, "ddim")]
+
+
+@pytest.mark.parametrize("steps, sampler", FEW)
 def test_few_steps_are_the_loop_of_sample_py_and_all_steps_that_of_ddpm_py(steps, sampler):
     """Changes to the Diffusion show in all steps only; no step needs a gradient."""
-    d, noise, shape = Doubled(PAPER.betas, "small"), randn(1000, 2, 1, 4, 4), (2, 1, 4, 4)
+    d, noise, shape = Doubled(PAPER.betas[:60], "small"), randn(60, 2, 1, 4, 4), (2, 1, 4, 4)
     scale, network = torch.nn.Parameter(torch.ones(1)), lambda x, t: scale * wobbly(x, t)
-    if steps == 50:
+    if steps == 20 or sampler == "ddim":
         at_int = lambda x, t: wobbly(x, torch.full((2,), t))  # noqa: E731
         draw_noise = partial(next, iter(noise))
-        *_, (_, _, x0) = reverse(at_int, draw_noise, PAPER.betas, "small", steps, sampler)
+        *_, (_, _, x0) = reverse(at_int, draw_noise, d.betas, "small", steps, sampler, False)
     else:
-        x0 = d.sample(network, shape, draw_noise=partial(next, iter(noise)))
-    found = variants.sample(
-        d, network, shape, steps, sampler, draw_noise=partial(next, iter(noise))
-    )
-    torch.testing.assert_close(found, x0, rtol=0, atol=1e-5)
+        x0 = d.sample(network, shape, draw_noise=partial(next, iter(noise)), clip=False)
+    draw = partial(variants.sample, d, network, shape, steps, sampler)
+    found = draw(draw_noise=partial(next, iter(noise)), clip=False)
+    torch.testing.assert_close(found, x0, rtol=1e-4, atol=1e-5)
     assert not found.requires_grad
+
+
+@pytest.mark.parametrize("steps, sampler", FEW)
+def test_noise_is_drawn_where_it_is_needed(steps, sampler):
+    """It comes from torch's generator or from one of one's own, on any device."""
+    shape, network = (2, 1, 4, 4), lambda x, t: t.view(2, 1, 1, 1) + x
+    draw = partial(variants.sample, Diffusion(PAPER.betas[:60]), network, shape, steps, sampler)
+    torch.manual_seed(0)
+    x0 = draw(draw_noise=partial(torch.randn, shape, generator=seeded()))
+    assert torch.equal(draw(), x0) and torch.equal(draw(generator=seeded()), x0)
+    assert draw(device="meta").device.type == "meta"
 
 
 # ----------------------------------------------------------------------------------------- guidance
