@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -154,18 +153,21 @@ def test_largest_difference_is_found_in_each_batch(wrong):
     calls = []
 
     def eps(x_t, t, y):
-        calls.append((len(x_t), t.tolist(), y.tolist()))
+        calls.append((x_t.std(), t.tolist(), y.tolist()))
         return np.where(len(calls) == wrong + 1, x_t - 2 * (x_t == x_t.max()), x_t)
 
     def network(x_t, t, y):
         assert not torch.is_grad_enabled()
         return x_t
 
-    worst = export.largest_difference(network, eps, SHAPE, 1000, 3)
-    assert worst == pytest.approx(2, abs=1e-6)
-    times, classes = ([*chain(*values)] for values in [*zip(*calls, strict=True)][1:])
-    assert [call[0] for call in calls] == [1, 1, 2, 2, 3, 3]
-    assert {*times} == {0, 1, 2, 999, 500, 250} and {*classes} == {3, 2, 1}
+    for T, times in (1, 3 * [0] + 3 * [0]), (1000, [0, 1, 2, 999, 500, 250]):
+        calls.clear()
+        worst = export.largest_difference(network, eps, SHAPE, T, 3)
+        assert worst == pytest.approx(2, abs=1e-6)
+        deviations, seen, classes = zip(*calls, strict=True)
+        assert deviations == pytest.approx([1, 1, 0.01, 0.01, 2, 2], rel=0.05)
+        assert [*seen] == [times[k : k + n] for n in (1, 2, 3) for k in (0, 3)]
+        assert [*classes] == [[3, 2, 1][:n] for n in (1, 1, 2, 2, 3, 3)]
 
 
 class RunsCode:

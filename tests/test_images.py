@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from types import FunctionType
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def test_transparency_is_white_or_another_grey(tmp_path):
 
 def test_16_bits_are_scaled_and_32_bits_refused(tmp_path):
     """The range of the latter is unknown: 0..1, 0..255 and 0..65535 all occur."""
-    ramp = np.linspace(0, 65535, 16).reshape(4, 4).astype(np.uint16)
+    ramp = np.linspace(0, 65400, 16).reshape(4, 4).astype(np.uint16)
     for name in "x.png", "x.tiff", "x.pgm":
         ours = read_saved(tmp_path / name, Image.fromarray(ramp))
         np.testing.assert_array_equal(ours, (ramp / 257).round().astype(np.uint8)[None])
@@ -63,6 +64,9 @@ def test_images_are_turned_upright_and_cropped_to_the_centre(tmp_path):
     wide.paste(255, (4, 0, 8, 4))
     assert read_saved(tmp_path / "x.png", half, exif=exif)[0, :, 0].tolist() == [0, 0, 255, 255]
     assert (read_saved(tmp_path / "x.png", wide) == 255).all()
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9), np.uint8))
+    small = noise.resize((4, 4), Image.Resampling.LANCZOS)
+    assert (read_saved(tmp_path / "x.png", noise)[0] == np.asarray(small)).all()
 
 
 def test_pixels_survive_the_round_trip():
@@ -207,8 +211,15 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
     assert cached() == ([2, 0, 8], 4)
     os.utime(folder / "0.png", ns=(1, 1))
     assert cached() == ([2, 0, 8], 5)
+    again = FunctionType(read_image.__code__, vars(images))  # as in another process
+    monkeypatch.setattr(images, "read_image", again)
+    assert cached() == ([2, 0, 8], 5)
     monkeypatch.setattr(images, "read_image", lambda *args: 255 - read_image(*args))
     assert cached() == ([253, 255, 247], 6)
+    monkeypatch.setattr(images, "state_of", lambda path: ())  # then only the names are known
+    assert cached() == ([253, 255, 247], 7)
+    (folder / "-.png").rename(folder / "3.png")
+    assert cached() == ([255, 247, 253], 8)
 
 
 def test_demo_has_each_glyph_in_each_colour_at_nine_places():
