@@ -64,9 +64,12 @@ def test_images_are_turned_upright_and_cropped_to_the_centre(tmp_path):
     wide.paste(255, (4, 0, 8, 4))
     assert read_saved(tmp_path / "x.png", half, exif=exif)[0, :, 0].tolist() == [0, 0, 255, 255]
     assert (read_saved(tmp_path / "x.png", wide) == 255).all()
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9), np.uint8))
-    small = noise.resize((4, 4), Image.Resampling.LANCZOS)
-    assert (read_saved(tmp_path / "x.png", noise)[0] == np.asarray(small)).all()
+    deep = Image.fromarray(np.asarray(half).astype(np.uint16) * 257)
+    assert read_saved(tmp_path / "x.png", deep, exif=exif)[0, :, 0].tolist() == [0, 0, 255, 255]
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8))
+    noise.save(tmp_path / "x.png")
+    small = noise.convert("L").resize((4, 4), Image.Resampling.LANCZOS)
+    assert (read_image(tmp_path / "x.png", 4, 1)[0] == np.asarray(small)).all()
 
 
 def test_pixels_survive_the_round_trip():
@@ -200,7 +203,9 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
         """Return the first value of each image, and how often the folder has been decoded."""
         array = read_folder(folder, 4, channels, cache=tmp_path)[0]
         assert isinstance(array, np.memmap) and len([*tmp_path.iterdir()]) == 1 + len(decoded)
-        return array[:, 0, 0, 0].tolist(), len(decoded)
+        found = array[:, 0, 0, 0].tolist()
+        array[:] = 9  # the file stays as it is
+        return found, len(decoded)
 
     for path in folder, f"{folder}/", os.path.relpath(folder):
         assert cached(folder=path) == ([0, 1, 2], 1)
