@@ -382,8 +382,8 @@ def main(given=None, build=build):
     """Start or resume a run; return it as a Run. A signal stops the training.
 
     given: flags, {name: value}; None reads the command line, and a signal then ends the program.
-    build: makes the network and its Diffusion, as in run.py. Raises SystemExit with one line for a
-    mistake in what is given.
+    build: makes the network and its Diffusion, as in run.py. Raises SystemExit for a mistake in
+    what is given.
     """
     is_program = given is None
     if is_program:

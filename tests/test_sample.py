@@ -125,6 +125,8 @@ def test_image_k_depends_on_seed_and_k_alone(program, folder):
     (folder / "b" / "blue" / "7.png").write_text("mine")
     assert "it has 7.png" in program(*words, "b", "-n", 2, "--first", 7, code=1)
     assert all(np.abs(a[k] - image).max() <= 1 for k, image in (b | c).items())  # rounding
+    expected = np.random.default_rng((1, 2)).standard_normal(SHAPE, np.float32)
+    assert (sample.noise_of(1, 2, 1, SHAPE)()[0] == expected).all()
     assert all(np.abs(x - y).max() > 3 for x, y in [(a[0], a[3]), (a[0], d[0]), (a[1], d[1])])
 
 

@@ -80,7 +80,10 @@ def test_step_is_algorithm_1(flip, parts, classes):
     descent = torch.optim.SGD([{"params": others[::-1]}, {"params": [last]}])
     s = settings(batch=18, flip=flip, accumulate=parts, lr=0.2, warmup=2, seed=4)
     data = train.Data(images, labels, ("a", "b", "c")[:classes], "")
-    loss, norm = next(train.algorithm_1(model, ema, descent, PAPER, data, s))
+    steps, exchanged = train.algorithm_1(model, ema, descent, PAPER, data, s), []
+    model.register_forward_pre_hook(lambda m, _: exchanged.append(m.require_backward_grad_sync))
+    loss, norm = next(steps)
+    assert exchanged == [False] * (parts - 1) + [True]  # only with the last part
 
     train.set_seed(CPU, 4, 0, 0)
     index = torch.randint(len(images), (18,))
@@ -103,6 +106,7 @@ def test_step_is_algorithm_1(flip, parts, classes):
     for ours, average, before, p in zip(*weights, strict=True):
         close(ours, before - 0.1 * p.grad / total, 1e-5)  # in the first of two steps of warm-up
         close(average, 0.1 * before + 0.9 * ours, 1e-6)  # the EMA's decay begins at 0.1
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_a_tenth_of_the_labels_is_dropped(monkeypatch):
@@ -137,7 +141,11 @@ def test_amp_computes_the_network_in_bfloat16(amp, tiny, tmp_path, monkeypatch):
         return unet(self, x_t, t)
 
     monkeypatch.setattr(UNet, "forward", watched)
-    said = tiny("--steps", 1, "--amp" if amp else "--no-amp")
+    torch.set_autocast_dtype("cpu", torch.float16)  # the default of CUDA
+    try:
+        said = tiny("--steps", 1, "--amp" if amp else "--no-amp")
+    finally:
+        torch.set_autocast_dtype("cpu", torch.bfloat16)
     kind = "bfloat16" if amp else "float32"
     assert seen == {(torch.float32, getattr(torch, kind))} and f"cpu, {kind}" in said
     assert {w.dtype for w in read(tmp_path / "run")["model"].values()} == {torch.float32}
