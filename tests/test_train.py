@@ -5,7 +5,7 @@ import re
 import shlex
 import signal
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -43,7 +43,8 @@ def settings(**given):
 
 def test_learning_rate_rises_and_falls():
     s = settings(warmup=4, steps=20)
-    assert [train.learning_rate(k, s) for k in (0, 1, 3, 19)] == [5e-5, 1e-4, 2e-4, 2e-4]
+    assert [train.learning_rate(k, s) for k in (0, 1, 3, 9, 19)] == [5e-5, 1e-4, 2e-4, 2e-4, 2e-4]
+    assert train.learning_rate(0, settings(steps=20)) == 2e-4
     s = settings(warmup=4, steps=20, cooldown=0.2)
     assert [train.learning_rate(k, s) for k in (1, 16, 18, 19)] == [1e-4, 2e-4, 1e-4, 5e-5]
 
@@ -70,7 +71,7 @@ def test_seeds_differ_for_every_seed_and_step_and_part():
 
 
 @pytest.mark.parametrize("flip, parts, classes", [(True, 1, 0), (False, 3, 0), (True, 2, 3)])
-def test_step_is_algorithm_1(flip, parts, classes):
+def test_step_is_algorithm_1(flip, parts, classes, monkeypatch):
     """Compute the loss, its gradient, a step of gradient descent and the EMA by hand."""
     images = torch.from_numpy(demo_images()[::9].copy())
     labels = torch.arange(len(images)) % 3 if classes else None
@@ -80,12 +81,14 @@ def test_step_is_algorithm_1(flip, parts, classes):
     descent = torch.optim.SGD([{"params": others[::-1]}, {"params": [last]}])
     s = settings(batch=18, flip=flip, accumulate=parts, lr=0.2, warmup=2, seed=4)
     data = train.Data(images, labels, ("a", "b", "c")[:classes], "")
-    steps, exchanged = train.algorithm_1(model, ema, descent, PAPER, data, s), []
-    model.register_forward_pre_hook(lambda m, _: exchanged.append(m.require_backward_grad_sync))
-    loss, norm = next(steps)
-    assert exchanged == [False] * (parts - 1) + [True]  # only with the last part
+    events, set_seed = [], train.set_seed
+    monkeypatch.setattr(train, "set_seed", lambda *a: events.append(a[1:]) or set_seed(*a))
+    model.register_forward_pre_hook(lambda m, _: events.append(m.require_backward_grad_sync))
+    loss, norm = next(train.algorithm_1(model, ema, descent, PAPER, data, s))
+    expected = [[(4, 0, k + 1), k == parts - 1] for k in range(parts)]
+    assert events == [(4, 0, 0), *chain(*expected)]  # the last part exchanges the gradients
 
-    train.set_seed(CPU, 4, 0, 0)
+    set_seed(CPU, 4, 0, 0)
     index = torch.randint(len(images), (18,))
     x0 = images[index].double() / 127.5 - 1
     mirrored = torch.rand(18, 1, 1, 1) < 0.5
@@ -115,20 +118,37 @@ def test_a_tenth_of_the_labels_is_dropped(monkeypatch):
     data = train.Data(images, labels, ("a", "b", "c"), "")
 
     def drawn(processes, parts):
-        """Return the true and the given labels of ten batches, (2, 2100)."""
-        s, found = settings(batch=210, flip=False, accumulate=parts), []
+        """Return the true and the given labels of ten batches, (2, 21000)."""
+        s, found = settings(batch=2100, flip=False, accumulate=parts), []
         monkeypatch.setattr(train, "WORLD", processes)
         for k, rank in product(range(10), range(processes)):
             monkeypatch.setattr(train, "RANK", rank)
             for x0, _, _, y in train.draw_batch(data, PAPER, k, s, CPU):
+                assert len(x0) == 2100 / processes / parts
                 number = ((x0.flatten() + 1) * 127.5).round().long()
                 found.append(torch.stack([labels[number], y]))
         return torch.cat(found, 1)
 
     true, given = whole = drawn(1, 1)
     assert ((given == true) | (given == 3)).all()
-    assert (given == 3).float().mean().item() == pytest.approx(0.1, abs=0.02)
-    assert torch.equal(drawn(1, 3), whole) and torch.equal(drawn(2, 1), whole)
+    assert (given == 3).float().mean().item() == pytest.approx(0.1, abs=0.004)
+    assert torch.equal(drawn(1, 3), whole) and torch.equal(drawn(2, 3), whole)
+
+
+def test_half_of_the_images_are_mirrored():
+    data = train.Data(torch.tensor([[[[0, 255]]]]).byte(), None, (), "")
+    ((x0, *_),) = train.draw_batch(data, PAPER, 0, settings(batch=40_000), CPU)
+    assert x0[..., 0].mean().item() == pytest.approx(0, abs=0.02)
+
+
+@pytest.mark.parametrize("home", ["cpu", "meta"])
+def test_batch_is_on_the_device_of_the_network(home, monkeypatch):
+    """Images may be too many for it."""
+    monkeypatch.setattr(train, "set_seed", lambda *_: None)
+    data = train.Data(torch.zeros(5, 1, 2, 2).byte(), torch.arange(5) % 3, ("a", "b", "c"), "")
+    data = data._replace(images=data.images.to(home), labels=data.labels.to(home))
+    (batch,) = train.draw_batch(data, PAPER, 0, settings(batch=4), META)
+    assert {part.device.type for part in batch} == {"meta"}
 
 
 @pytest.mark.parametrize("amp", [True, False])
