@@ -124,8 +124,8 @@ def test_steps_are_those_of_torch():
         pairs, copy = (matrices, p.flatten(1)) if p.data_ptr() in hidden else (others, p)
         pairs.append((p, torch.nn.Parameter(copy.detach().clone())))
     assert len(matrices) > 20 and len(others) > 20
-    ours, copies = Muon(model, 1e-3), [copy for _, copy in matrices]
-    assert ours.param_groups[0]["lr"] == 1e-3
+    ours, copies = Muon(model, 2e-3), [copy for _, copy in matrices]
+    assert ours.param_groups[0]["lr"] == 2e-3
     muon = torch.optim.Muon(copies, 1e-3, 0, 0.9, adjust_lr_fn="match_rms_adamw")
     adam = torch.optim.Adam([copy for _, copy in others], 1e-3)
     for lr in (1e-3, 5e-4, 2e-3):
