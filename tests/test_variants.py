@@ -89,6 +89,7 @@ def test_noise_is_drawn_where_it_is_needed(steps, sampler):
     torch.manual_seed(0)
     x0 = draw(draw_noise=partial(torch.randn, shape, generator=seeded()))
     assert torch.equal(draw(), x0) and torch.equal(draw(generator=seeded()), x0)
+    assert x0.abs().max() == 1  # the estimates are clipped
     assert draw(device="meta").device.type == "meta"
 
 
