@@ -209,6 +209,8 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
 
     for path in folder, f"{folder}/", os.path.relpath(folder):
         assert cached(folder=path) == ([0, 1, 2], 1)
+    monkeypatch.chdir(folder)
+    assert cached() == ([0, 1, 2], 1)
     assert cached(channels=3) == cached(channels=3) == ([0, 1, 2], 2)
     (folder / "2.png").rename(folder / "-.png")
     assert cached() == ([2, 0, 1], 3)
