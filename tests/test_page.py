@@ -166,6 +166,31 @@ def test_reverse_process_is_that_of_sample_py(steps, clip, sampler, page):
         assert t == step["t"]
         np.testing.assert_allclose(step["x"], x, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(step["x0"], x0, rtol=1e-4, atol=1e-4)
+    assert theirs[-1]["s"] == -1
+    np.testing.assert_allclose(theirs[-1]["end"], theirs[-1]["x0"], rtol=1e-6)
+
+
+PARTS = """async () => {
+    const steps = [{t: 9, s: 4, x: [0, 1], x0: [5, 6], end: [10, 21]},
+                   {t: 4, s: -1, x: [10, 21], x0: [7, 8], end: [0, 0]}];
+    const eps = (x, t, y) => x.map((value) => value * t + (y ?? 100));
+    const guided = (w) => sampler.guided({eps}, 3, w)([1, 2], 5);
+    return {states: [20, 9, 6.5, 4, 1.5, -1].map((level) => sampler.stateAt(steps, level)),
+            parts: [-1, -0.5, 0, 2.25, 999, 999.5].map((level) => sampler.partsAt(level)),
+            guided: [await guided(0), await guided(2)]};
+}"""
+
+
+def test_states_between_levels_and_guidance(page):
+    found = js(page, PARTS)
+    x = [[0, 1], [0, 1], [5, 11], [10, 21], [5, 10.5], [0, 0]]
+    assert [state["x"] for state in found["states"]] == x
+    assert [state["x0"] for state in found["states"]] == 3 * [[5, 6]] + 3 * [[7, 8]]
+    assert found["guided"] == [[8, 13], [3 * 8 - 2 * 105, 3 * 13 - 2 * 110]]
+    abar = Diffusion(linear_betas()).alphas_bar[[0, 2, 3, 999]].tolist()
+    levels = 1, (1 + abar[0]) / 2, abar[0], 0.75 * abar[1] + 0.25 * abar[2], abar[3], abar[3]
+    expected = [(level**0.5, (1 - level) ** 0.5) for level in levels]
+    np.testing.assert_allclose(found["parts"], expected, rtol=1e-9)
 
 
 def test_noise_is_normal_and_that_of_python(page):
