@@ -32,12 +32,8 @@ from itertools import accumulate
 from operator import mul
 from pathlib import Path
 
-if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
-    for package in "numpy", "PIL", "tqdm":
-        if not find_spec(package):
-            sys.exit(f"sample.py needs {package}: pip install numpy Pillow tqdm onnxruntime")
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
 
 import numpy as np
 
