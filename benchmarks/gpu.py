@@ -245,7 +245,7 @@ def programs(report):
     folder.mkdir()
     for k, pixels in enumerate(demo_images()):
         to_image(pixels).save(folder / f"{k}.png")
-    tiny = " ".join(run.as_flag(*item) for item in report.given.items()).split()
+    tiny = [word for item in report.given.items() for word in run.as_flag(*item)]
     words = ["train.py", "--data", folder, *device, *tiny]
     short = [*words, "--steps", 20 if report.is_tiny else 100, "--no-compile", "--out"]
     resumed, whole, log = WORK / "resumed", WORK / "whole", WORK / "compiled" / "log.csv"
