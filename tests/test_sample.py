@@ -307,7 +307,7 @@ def test_card_that_cannot_be_used_is_said_in_a_line(program, monkeypatch):
 
 
 @posix
-@pytest.mark.parametrize("redirected", ["2>&-", ">&3", "2>&3"])
+@pytest.mark.parametrize("redirected", ["2>&-", ">&3 2>&3"])
 def test_output_that_is_closed_or_full_ends_nothing(redirected, folder):
     """Standard output or error may be a full pipe whose writers do not wait."""
     reader, writer = os.pipe()
