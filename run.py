@@ -25,7 +25,7 @@ import filelock
 import torch
 
 from ddpm import Diffusion, UNet, linear_betas
-from images import replacing
+from images import replacing, state_of
 from sample import check_output, grid, in_range, reverse, to_pixels
 
 # ---------------------------------------------------------------------------------------- settings
@@ -302,7 +302,7 @@ class Folder:
 
     def __init__(self, path):
         self.path, self.lock, self.held = path, filelock.FileLock(path / ".lock"), None
-        self.source = path  # the run that the first checkpoint comes from
+        self.source = path  # the run whose checkpoint `open` returns
         self.rows = b""  # of the log that a full disk has rejected
 
     def __enter__(self):
@@ -322,6 +322,7 @@ class Folder:
         check_output(self.path / "checkpoint.pt")
         if (self.path / ".lock").exists():
             self.hold()
+        self.seen = state_of(self.path / "checkpoint.pt")
         if (self.path / "checkpoint.pt").exists():
             if init is not None:
                 print(f"{self.path} already holds a run, which continues; --init is ignored")
@@ -332,10 +333,16 @@ class Folder:
         return begin_anew(read_checkpoint(init))
 
     def begin(self):
-        """Make the folder, lock it, and remove what a killed process did not finish."""
+        """Make the folder, lock it, and remove what a killed process did not finish.
+
+        Exits if another process has written a checkpoint since `open`.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         if not self.lock.is_locked:
             self.hold()
+        if state_of(self.path / "checkpoint.pt") != self.seen:
+            sys.exit(f"train.py: another process has trained in {self.path} meanwhile; repeat the "
+                     "command")  # fmt: skip
         for path in self.path.glob(f".*.{HEX}.tmp"):
             path.unlink()
 
@@ -349,12 +356,12 @@ class Folder:
         self.held = self.inodes()
 
     def inodes(self):
-        """Return the numbers of the folder and of the lock, None for what is not there."""
+        """Return the inode numbers of the folder and of the lock, None for what is not there."""
         paths = self.path, self.path / ".lock"
         return [os.stat(path).st_ino if os.path.exists(path) else None for path in paths]
 
     def still_hold(self):
-        """Acquire a lock that was removed again. Exits if the folder was moved or removed."""
+        """Lock the folder again if its lock is gone. Exits if the folder was moved or removed."""
         folder, lock = self.inodes()
         if folder == self.held[0] and lock is None:
             self.lock.release()

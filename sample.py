@@ -476,6 +476,7 @@ def guard_output():
     for name in "stdout", "stderr":
         if getattr(sys, name) is None:  # it was closed before the program began
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            continue
         stream = getattr(sys, name)
         buffer = getattr(stream, "buffer", None)
         if type(getattr(buffer, "raw", buffer)) is io.FileIO:  # not Jupyter's or a Windows console

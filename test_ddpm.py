@@ -16,13 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ddpm import (
-    Attention,
-    Diffusion,
-    ResBlock,
-    UNet,
-    linear_betas,
-)
+from ddpm import Attention, Diffusion, ResBlock, UNet, linear_betas
 
 PAPER = Diffusion(linear_betas())
 VARIANCES = ("large", "small")

@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import HERE, posix, save_run
+from conftest import HERE, posix, restoring_signals, save_run
 from networks import COLOURS, SHAPE, SMALL, eps, onnx_file
 from PIL import Image
 
@@ -304,6 +304,16 @@ def test_card_that_cannot_be_used_is_said_in_a_line(program, monkeypatch):
 
 
 # ------------------------------------------------------------------------------ signals and outputs
+
+
+def test_closed_output_reaches_no_file(tmp_path, monkeypatch):
+    """The descriptor of standard error does not become that of a file that is opened later."""
+    monkeypatch.setattr(sys, "stderr", None)
+    with restoring_signals():
+        sample.guard_output()
+    with open(tmp_path / "file", "wb"):
+        print("lost", file=sys.stderr, flush=True)
+    assert not (tmp_path / "file").read_bytes()
 
 
 @posix

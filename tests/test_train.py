@@ -143,7 +143,7 @@ def test_half_of_the_images_are_mirrored():
 
 @pytest.mark.parametrize("home", ["cpu", "meta"])
 def test_batch_is_on_the_device_of_the_network(home, monkeypatch):
-    """Images may be too many for it."""
+    """A training set that is too large for the device stays on the CPU."""
     monkeypatch.setattr(train, "set_seed", lambda *_: None)
     data = train.Data(torch.zeros(5, 1, 2, 2).byte(), torch.arange(5) % 3, ("a", "b", "c"), "")
     data = data._replace(images=data.images.to(home), labels=data.labels.to(home))

@@ -83,7 +83,7 @@ def test_few_steps_are_the_loop_of_sample_py_and_all_steps_that_of_ddpm_py(steps
 
 @pytest.mark.parametrize("steps, sampler", FEW)
 def test_noise_is_drawn_where_it_is_needed(steps, sampler):
-    """It comes from torch's generator or from one of one's own, on any device."""
+    """It comes from torch's generator or from the given one, on any device."""
     shape, network = (2, 1, 4, 4), lambda x, t: t.view(2, 1, 1, 1) + x
     draw = partial(variants.sample, Diffusion(PAPER.betas[:60]), network, shape, steps, sampler)
     torch.manual_seed(0)
