@@ -14,22 +14,18 @@ import ast
 import json
 import logging
 import math
-import signal
 import sys
 import warnings
 from pathlib import Path
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C leaves no traceback
 
 import numpy as np
 import onnx
 import torch
 from onnxscript import opset20 as op
 
-from images import replacing
-from run import load
-from sample import Network, check_output, default_run, example, guard_output, spread
+from program import check_output, replacing
+from run import default_run, load
+from sample import Network, example, spread
 
 OPSET = 20  # ONNX Runtime has kernels for it on the CPU, on CUDA and in the browser
 TOLERANCE = 1e-4  # the largest difference from torch, in an eps that is about N(0, 1)
@@ -142,7 +138,6 @@ def write_onnx(network, diffusion, shape, names, path):
 
 
 def main():
-    guard_output()
     parser = argparse.ArgumentParser(
         usage="python export.py [--checkpoint RUN] [--onnx model.onnx]", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,

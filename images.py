@@ -3,14 +3,13 @@
     images, labels, names = read_folder("./images", 32)     # uint8 (N, C, 32, 32)
     x0 = from_pixels(images)                                # float32 in [-1, 1]
 
-It needs numpy, Pillow and tqdm, and no other file of the project.
+It needs numpy, Pillow, tqdm and, to write the decoded images, program.py.
 """
 
 import contextlib
 import hashlib
 import inspect
 import os
-import secrets
 import sys
 import tempfile
 import warnings
@@ -21,6 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
+
+from program import replacing
 
 with contextlib.suppress(ImportError):  # HEIC, the format of iPhone photos
     from pillow_heif import register_heif_opener
@@ -105,15 +106,13 @@ def report(verb, noun, paths, why):
         print(f"{verb} {len(paths):,} {noun}{'s' * (len(paths) > 1)} {why}: {names}")
 
 
-def class_names(class_of, folder):
+def find_classes(class_of, folder):
     """Return the sorted names in class_of, where "" is no class. Exits if they can't be used."""
     names = sorted({*class_of})
     if "" in names:
         sys.exit(f"{folder} has images outside of its sub-folders, which are the classes")
     if len(names) < 2:
         sys.exit(f"{folder} needs images in two sub-folders or more, the classes; found: {names}")
-    if bad := [name for name in names if not name.isprintable() or set(name) & set('\\:*?"<>|')]:
-        sys.exit(f"{bad[0]!r} can't be the name of a class; rename the sub-folder of {folder}")
     return names
 
 
@@ -131,31 +130,6 @@ def state_of(path):
     """Return (size, modified, changed) of a file, or () for a broken link."""
     state = os.stat(path) if os.path.exists(path) else None
     return (state.st_size, state.st_mtime_ns, state.st_ctime_ns) if state else ()
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """Yield a new binary file, which takes the place of the file `path` at the end of the block.
-
-    It makes the folder, too. If the block fails, `path` stays as it was. Exits with one line if the
-    disk is full.
-    """
-    name = Path(path).name.lstrip(".")
-    temporary = Path(path).with_name(f".{name}.{secrets.token_hex(8)}.tmp")
-    try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # otherwise, a power cut may leave an empty file
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save may raise the latter after the former
-        reason = error.__context__ if isinstance(error, RuntimeError) else error
-        if not isinstance(reason, OSError):
-            raise
-        sys.exit(f"{path} can't be written: {reason}")
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def decode(paths, size, channels, file):
@@ -205,13 +179,13 @@ def read_folder(folder, size, channels=None, classes=None, cache=None):
     cache: a folder for the decoded images, memory-mapped, and valid until a file changes.
 
     Counts and names what is left out. Exits if no image is left, if an image is in none of the
-    classes, if there are fewer than two classes, or if one has a name that some systems forbid.
+    classes, or if there are fewer than two classes.
     """
     warnings.filterwarnings("ignore", module="PIL")  # what can't be read is reported
     paths = image_files(folder)
     class_of = [os.path.dirname(os.path.relpath(path, folder)).split(os.sep)[0] for path in paths]
     if classes is True:
-        class_names(class_of, folder)  # a first look, because decoding takes longer
+        find_classes(class_of, folder)  # a first look, because decoding takes longer
     channels = channels or (3 if any(map(has_colour, paths)) else 1)
     images, is_read = decode_once(paths, size, channels, folder, cache)
     report("left out", "file", [*compress(paths, ~is_read)], "that can't be read")
@@ -220,7 +194,7 @@ def read_folder(folder, size, channels=None, classes=None, cache=None):
     if not classes:
         return images, None, ()
     class_of = [*compress(class_of, is_read)]
-    names = class_names(class_of, folder) if classes is True else [*classes]
+    names = find_classes(class_of, folder) if classes is True else [*classes]
     if unknown := {*class_of} - {*names}:
         sys.exit(f"{folder} has images in {min(unknown)!r}, but the classes are {names}")
     return images, np.array([names.index(name) for name in class_of]), tuple(names)

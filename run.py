@@ -8,16 +8,11 @@ train.py trains a run; export.py and extras/ open one with `load`.
 """
 
 import argparse
-import contextlib
 import math
 import os
-import re
-import shutil
 import sys
-import sysconfig
 from dataclasses import dataclass, field, fields
 from functools import partial
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
@@ -25,10 +20,22 @@ import filelock
 import torch
 
 from ddpm import Diffusion, UNet, linear_betas
-from images import replacing, state_of
-from sample import check_output, grid, in_range, reverse, to_pixels
+from images import state_of
+from program import check_output, replacing, writing
+from sample import grid, last_x0, reverse, to_pixels
 
 # ---------------------------------------------------------------------------------------- settings
+
+
+def in_range(kind, low, high=math.inf):
+    """Return an argparse type for an int or a float that is at least `low` and below `high`."""
+
+    def number(text):
+        if not low <= kind(text) < high:
+            raise argparse.ArgumentTypeError(f"{text} is out of range")
+        return kind(text)
+
+    return number
 
 
 count, whole = in_range(int, 1), in_range(int, 0, 2**63)
@@ -43,13 +50,6 @@ def flag(default, meaning, **options):
         values = default if isinstance(default, tuple) else (default,)
         meaning += f" [{' '.join(map(str, values))}]"
     return field(default=default, metadata={"help": meaning, **options})
-
-
-def as_flag(name, value=True):
-    """Return the words of the command line that give a setting this value."""
-    values = () if isinstance(value, bool) else value
-    values = values if isinstance(values, tuple | list) else [values]
-    return [f"--{'no-' * (value is False)}{name.replace('_', '-')}", *map(str, values)]
 
 
 @dataclass
@@ -90,20 +90,9 @@ class Settings:
     def __post_init__(self):
         self.data = self.data and os.path.abspath(self.data)
 
-    def describe(self):
-        """Return "the paper's", with the flags of what differs."""
-        usual = Settings(data=self.data, in_channels=self.in_channels, amp=self.amp)
-        usual.warmup, usual.preview_every = min(5000, self.steps // 20), self.preview_every
-        changed = [name for name in NAMES if getattr(self, name) != getattr(usual, name)]
-        words = [as_flag(name, getattr(self, name)) for name in changed if name not in HIDDEN]
-        return f"the paper's{', except ' * bool(words)}{' '.join(chain(*words))}"
 
-
-LOG = "step,loss,grad_norm,lr\n"  # the first line of log.csv
-HEX = 16 * "[0-9a-f]"  # a part of the names of unfinished files and decoded images
 NAMES = [entry.name for entry in fields(Settings)]
 NETWORK, FREE = NAMES[: NAMES.index("data")], NAMES[NAMES.index("steps") :]
-HIDDEN = [entry.name for entry in fields(Settings) if not entry.metadata]  # have no flag
 
 # --quick: a run of minutes on a CPU, for small images. benchmarks/ladder.md has measurements.
 QUICK = dict(
@@ -116,6 +105,13 @@ DEMO = dict(
     image_size=8, base_channels=32, channel_mults=(1, 2), num_res_blocks=1,
     attention_resolutions=(), dropout=0.0, batch=64, lr=3e-3, steps=2400,
 )  # fmt: skip
+
+
+def as_flag(name, value=True):
+    """Return the words of the command line that give a setting this value."""
+    values = () if isinstance(value, bool) else value
+    values = values if isinstance(values, tuple | list) else [values]
+    return [f"--{'no-' if value is False else ''}{name.replace('_', '-')}", *map(str, values)]
 
 
 def command_line(doc, given=None):
@@ -132,13 +128,14 @@ def command_line(doc, given=None):
     add("--out", type=Path, help="folder of the run [run, or demo without --data]")
     add("--init", help="a run whose averaged weights a new run begins with")
     add("--device", help="auto, cpu, cuda, cuda:1, mps or xpu [auto]")
-    add("--compile", action=switch, help="torch.compile [on CUDA, if 5,000 steps remain]")
+    add("--compile", action=switch, help="torch.compile, for long runs on a GPU [no]")
     add("--quick", action="store_true", help="a small network and a short run; see the manual")
     for setting in fields(Settings):
         if setting.metadata:
             add(*as_flag(setting.name), **setting.metadata)
     if given is not None:
-        given = [*chain(*(as_flag(*item) for item in given.items() if item[1] is not None))]
+        given = {name: value for name, value in given.items() if value is not None}
+        given = [*chain(*(as_flag(*item) for item in given.items()))]
     given = vars(parser.parse_args(given))
     return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 
@@ -157,10 +154,7 @@ def check_flags(given, state, source):
     if given.get("quick") and "parts" not in given:
         given = given | {"parts": QUICK["parts"]}
     for name in given.keys() & fixed if state else ():
-        value, before = given[name], saved[name]
-        if name in ("parts", "attention_resolutions"):  # whose order does not matter
-            value, before = sorted(value, reverse=True), sorted(before, reverse=True)
-        if value != before:
+        if given[name] != saved[name]:
             sys.exit(f"train.py: {source} has {name} = {saved[name]}, not {given[name]}; "
                      "omit this flag, or begin another run")  # fmt: skip
     if state and given.get("steps", math.inf) < state["step"]:
@@ -225,7 +219,12 @@ def make_optimizer(network, settings):
     return torch.optim.Adam(network.parameters(), settings.lr, fused=True)
 
 
-# ----------------------------------------------------------------------- the checkpoint, the folder
+# ---------------------------------------------------------------------------------- the checkpoint
+
+
+def default_run():
+    """Return the folder that a program opens without a path: run if it is there, or demo."""
+    return "run" if os.path.exists("run/checkpoint.pt") else "demo"
 
 
 def read_checkpoint(path):
@@ -297,13 +296,19 @@ class Run:
         return state | {n: state[n].state_dict() for n in ("model", "ema", "optimizer")}
 
 
+# --------------------------------------------------------------------------------------- the folder
+
+LOG = "step,loss,grad_norm,lr\n"  # the first line of log.csv
+HEX = 16 * "[0-9a-f]"  # a part of the names of unfinished files and decoded images
+
+
 class Folder:
     """The folder of a run, which one process holds: the checkpoint, log.csv, the previews."""
 
     def __init__(self, path):
-        self.path, self.lock, self.held = path, filelock.FileLock(path / ".lock"), None
+        self.path, self.checkpoint, self.lock_file = path, path / "checkpoint.pt", path / ".lock"
+        self.lock = filelock.FileLock(self.lock_file)
         self.source = path  # the run whose checkpoint `open` returns
-        self.rows = b""  # of the log that a full disk has rejected
 
     def __enter__(self):
         return self
@@ -319,11 +324,11 @@ class Folder:
         """
         if data and Path(data).resolve().is_relative_to(self.path.resolve()):
             sys.exit(f"train.py: --out {self.path} must not be or contain the folder of the images")
-        check_output(self.path / "checkpoint.pt")
-        if (self.path / ".lock").exists():
+        check_output(self.checkpoint)
+        if self.lock_file.exists():
             self.hold()
-        self.seen = state_of(self.path / "checkpoint.pt")
-        if (self.path / "checkpoint.pt").exists():
+        self.seen = state_of(self.checkpoint)
+        if self.checkpoint.exists():
             if init is not None:
                 print(f"{self.path} already holds a run, which continues; --init is ignored")
             return read_checkpoint(self.path)
@@ -332,19 +337,19 @@ class Folder:
         self.source = init
         return begin_anew(read_checkpoint(init))
 
-    def begin(self):
-        """Make the folder, lock it, and remove what a killed process did not finish.
+    def begin(self, step):
+        """Make the folder, hold it, and begin or go on with its log after this step.
 
         Exits if another process has written a checkpoint since `open`.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         if not self.lock.is_locked:
             self.hold()
-        if state_of(self.path / "checkpoint.pt") != self.seen:
-            sys.exit(f"train.py: another process has trained in {self.path} meanwhile; repeat the "
-                     "command")  # fmt: skip
-        for path in self.path.glob(f".*.{HEX}.tmp"):
+        if state_of(self.checkpoint) != self.seen:
+            sys.exit(f"train.py: another process trained in {self.path} meanwhile; try again")
+        for path in self.path.glob(f".*.{HEX}.tmp"):  # a killed process has left them
             path.unlink()
+        self.begin_log(step)
 
     def hold(self):
         """Acquire the lock, which a killed process loses. Exits if another process has it."""
@@ -353,53 +358,41 @@ class Folder:
         except filelock.Timeout:
             sys.exit(f"train.py: another process is training in {self.path}; wait, or use "
                      "another --out")  # fmt: skip
-        self.held = self.inodes()
-
-    def inodes(self):
-        """Return the inode numbers of the folder and of the lock, None for what is not there."""
-        paths = self.path, self.path / ".lock"
-        return [os.stat(path).st_ino if os.path.exists(path) else None for path in paths]
-
-    def still_hold(self):
-        """Lock the folder again if its lock is gone. Exits if the folder was moved or removed."""
-        folder, lock = self.inodes()
-        if folder == self.held[0] and lock is None:
-            self.lock.release()
-            self.hold()
-        elif [folder, lock] != self.held:
-            sys.exit(f"train.py: {self.path} was moved, or holds another run; this one isn't saved")
+        self.held = self.lock_file.stat().st_ino
 
     def save(self, run):
-        """Replace the checkpoint atomically. Exits if that fails."""
-        self.still_hold()
-        with replacing(self.path / "checkpoint.pt") as file:
+        """Replace the checkpoint. Exits if that fails, or if another process holds the folder."""
+        if self.path.exists() and not self.lock_file.exists():  # somebody has removed it
+            self.lock.release()
+            self.hold()
+        if not self.path.exists() or self.lock_file.stat().st_ino != self.held:
+            sys.exit(f"train.py: {self.path} was moved, or holds another run; this one isn't saved")
+        with replacing(self.checkpoint) as file:
             torch.save(run.checkpoint(), file)
 
     def begin_log(self, step):
         """Begin log.csv, or cut it back to the rows of the first `step` steps."""
         path = self.path / "log.csv"
-        text = path.read_text("utf-8-sig", "replace") if path.exists() else ""
-        head, *rows = text.replace('"', "").splitlines(keepends=True) or [LOG]
+        text = path.read_text(errors="replace") if path.exists() else ""
+        head, *rows = text.splitlines(keepends=True) or [LOG]
         if head != LOG:
             sys.exit(f"train.py: {path} is not a log of train.py; rename or remove it")
-        # A killed process leaves rows of later steps, and half a row; spreadsheets leave others.
-        row = re.compile(r"(\d+)(,[^,\n]+){3}\n")
-        rows = [r for r in rows if (found := row.fullmatch(r)) and int(found[1]) <= step]
+        # A killed process leaves rows of later steps, and half a row.
+        rows = [row for row in rows if row.endswith("\n") and int(row.partition(",")[0]) <= step]
         with replacing(path) as file:
             file.write((LOG + "".join(rows)).encode())
 
     def log(self, rows):
-        """Append rows (step, loss, norm, rate). What a full disk rejects is kept for later."""
-        self.still_hold()
-        self.rows += "".join("{},{:.6g},{:.6g},{:.6g}\n".format(*row) for row in rows).encode()
-        with contextlib.suppress(OSError), open(self.path / "log.csv", "ab", 0) as file:
-            self.rows = self.rows[file.write(self.rows) :]
+        """Append rows (step, loss, norm, rate). Exits if the disk is full, or the folder gone."""
+        path = self.path / "log.csv"
+        with writing(path), open(path, "a") as file:
+            file.writelines("{},{:.6g},{:.6g},{:.6g}\n".format(*row) for row in rows)
 
     def draw(self, run):
-        """Save a preview. A full disk does not end the run."""
+        """Save a preview."""
         image = preview(run.ema, run.shape, run.names, run.settings)
-        with contextlib.suppress(OSError):
-            image.save(self.path / f"preview-{run.step:07d}.png")
+        with replacing(self.path / f"preview-{run.step:07d}.png") as file:
+            image.save(file, "PNG")
 
     def forget_images(self, current):
         """Remove all decoded images except the current file."""
@@ -425,7 +418,7 @@ def preview(network, shape, names, settings):
     draw_noise = partial(torch.randn, 36, *shape, generator=random, device=device)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=settings.amp):
         how = {"variance": "small", "steps": min(20, len(settings.betas)), "sampler": "ddpm"}
-        *_, (_, _, x0) = reverse(eps, draw_noise, settings.betas, **how)
+        x0 = last_x0(reverse(eps, draw_noise, settings.betas, **how))
     return grid(to_pixels(x0.cpu().numpy()), len(names))
 
 
@@ -459,27 +452,10 @@ def has_bfloat16(device):
     return torch.get_device_module(device).is_bf16_supported(including_emulation=False)
 
 
-def missing_for_compile():
-    """Return the names of what torch.compile needs on CUDA and this machine lacks."""
-    # Triton builds a module for Python. In Debian's own Python, only this scheme has the header.
-    header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    needs = {"Triton": find_spec("triton"), "gcc": compiler, "Python.h": header.exists()}
-    return [name for name, there in needs.items() if not there]
-
-
-def compiled(network, device, steps, wanted=None):
-    """Return the network, compiled if it is `wanted`; if that is None, only in long runs on CUDA.
-
-    steps: the number of steps that remain.
-    """
-    if wanted is None and device.type == "cuda" and steps >= 5000:
-        missing = missing_for_compile()
-        wanted = not missing
-        if missing:
-            print(f"eager    torch.compile needs {' and '.join(missing)}, which this machine lacks")
+def compiled(network):
+    """Return the network, compiled for batches of one size."""
     options = {"force_layout_optimization": True}  # channels_last, which suits tensor cores
-    return torch.compile(network, dynamic=False, options=options) if wanted else network
+    return torch.compile(network, dynamic=False, options=options)
 
 
 def to_device(x, device):

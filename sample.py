@@ -4,7 +4,6 @@
     python sample.py --onnx model.onnx --steps 10                # a hundredth of the time
     python sample.py --onnx model.onnx -n 10000 --dir out        # one PNG file per image
     python sample.py --onnx model.onnx --class boot bag --guidance 2    # if it has classes
-    python sample.py --checkpoint run                            # in torch, without an export
 
 This file can be copied on its own. As a library it needs numpy and onnxruntime (for an NVIDIA GPU,
 onnxruntime-gpu[cuda,cudnn]); the program also needs Pillow and tqdm:
@@ -26,14 +25,10 @@ import re
 import shutil
 import signal
 import sys
-import threading
-from importlib.util import find_spec
+from collections import deque
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
 
 import numpy as np
 
@@ -121,7 +116,7 @@ def noise_of(seed, first, n, shape):
     return lambda: np.stack([stream.standard_normal(shape, np.float32) for stream in streams])
 
 
-def class_names(network, classes=None, guidance=0.0):
+def choose_classes(network, classes=None, guidance=0.0):
     """Return the names of the classes to generate. Raises ValueError like sample_progressive."""
     names = classes or network.classes
     if unknown := {*names} - {*network.classes}:
@@ -142,7 +137,7 @@ def sample_progressive(network, n, classes=None, guidance=0.0, seed=0, first=0, 
     classes.
     """
     eps = network
-    if names := class_names(network, classes, guidance):
+    if names := choose_classes(network, classes, guidance):
         y = [network.classes.index(names[k % len(names)]) for k in range(first, first + n)]
         eps = guided(network, np.array(y), guidance)
     return network.reverse(eps, noise_of(seed, first, n, network.shape), **options)
@@ -150,9 +145,12 @@ def sample_progressive(network, n, classes=None, guidance=0.0, seed=0, first=0, 
 
 def sample(network, n, *args, **options):
     """Return the last x0_hat of sample_progressive, with its arguments: (n, C, H, W)."""
-    for _, _, x0_hat in sample_progressive(network, n, *args, **options):
-        x0 = x0_hat
-    return x0
+    return last_x0(sample_progressive(network, n, *args, **options))
+
+
+def last_x0(process):
+    """Return the last x0_hat of a reverse process, which yields (t, x_t, x0_hat)."""
+    return deque(process, maxlen=1).pop()[2]
 
 
 # -------------------------------------------------------------------------------------- the network
@@ -286,158 +284,96 @@ def grid(pixels, rows=None):
 # -------------------------------------------------------------------------------------- the program
 
 
-def in_range(kind, low, high=math.inf):
-    """Return an argparse type for an int or a float that is at least `low` and below `high`."""
-
-    def number(text):
-        if not low <= kind(text) < high:
-            raise argparse.ArgumentTypeError(f"{text} is out of range")
-        return kind(text)
-
-    return number
-
-
-def arguments():
-    """Return the arguments of the command line. Exits if they do not fit."""
+def flags(doc):
+    """Return a parser with the flags of this program but --onnx. doc: the documentation to show."""
     parser = argparse.ArgumentParser(
-        usage="python sample.py --onnx model.onnx [options]", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
-    flag = parser.add_argument
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--onnx", default="model.onnx", help="network from export.py [%(default)s]")
-    run = default_run()
-    source.add_argument("--checkpoint", nargs="?", const=run, help="a run, in torch [run or demo]")
-    flag("-n", type=in_range(int, 1), help="number of images [64, or 8 of each class]")
-    flag(
-        "--first", type=in_range(int, 0), default=0, help="number of the first image [%(default)s]"
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    flag("--out", default="samples.png", help="a PNG file with up to 256 images [%(default)s]")
+    flag = parser.add_argument
+    flag("-n", type=int, help="number of images [64, or 8 of each class]")
+    flag("--first", type=int, default=0, help="number of the first image [%(default)s]")
+    flag("--out", type=Path, default="samples.png", help="a grid of up to 256 images [%(default)s]")
     flag("--dir", type=Path, help="a new or empty folder, for one PNG file per image")
-    flag("--steps", type=in_range(int, 1), help="steps of the reverse process [T, as in the paper]")
+    flag("--steps", type=int, help="steps of the reverse process [T, as in the paper]")
     flag("--sampler", choices=SAMPLERS, help="[ddpm with all T steps, dpm-solver++ with fewer]")
-    flag("--batch", type=in_range(int, 1), default=64, help="images per batch [%(default)s]")
-    flag("--seed", type=in_range(int, 0), default=0, help="image k depends only on (seed, k) [0]")
+    flag("--batch", type=int, default=64, help="images per batch [%(default)s]")
+    flag("--seed", type=int, default=0, help="image k depends only on (seed, k) [%(default)s]")
     flag("--class", dest="classes", nargs="+", metavar="NAME", help="classes to generate [all]")
     flag("--guidance", type=float, default=0.0, help="w: makes images more typical of a class [0]")
-    flag("--device", default="auto", help="auto, cuda, cpu; in torch also cuda:1, mps, xpu [auto]")
-    args = parser.parse_args()
-    if not args.out.lower().endswith(".png"):
-        parser.error(f"--out {args.out} must be a PNG file")
-    if not args.dir and (args.n or 1) > 256:
-        parser.error(f"-n {args.n} needs --dir, because --out shows at most 256 images")
-    check_output(args.out, args.checkpoint or args.onnx)
-    if args.dir:
-        check_output(args.dir / "0.png")
-    return args
+    flag("--device", default="auto", help="auto, cuda or cpu [%(default)s]")
+    return parser
 
 
-def default_run():
-    """Return the folder that a program opens without a path: run if it is there, or demo."""
-    return "run" if os.path.exists("run/checkpoint.pt") else "demo"
+def open_onnx(args):
+    """Return the Network of --onnx. Raises ValueError if it can't be opened."""
+    if not os.path.exists(args.onnx):
+        raise ValueError(f"{args.onnx} is not there; run export.py first")
+    return Network(args.onnx, args.device)
 
 
-def open_network(args):
-    """Return the network that the flags name. Exits if it can't be opened."""
-    if not args.checkpoint and not os.path.exists(args.onnx):
-        sys.exit(f"sample.py: {args.onnx} is not there; run export.py first")
-    if not args.checkpoint:
-        try:
-            return Network(args.onnx, args.device)
-        except ValueError as error:
-            sys.exit(f"sample.py: {error}")
-    if not find_spec("torch") or not Path(__file__).with_name("extras").is_dir():
-        sys.exit("sample.py: --checkpoint needs torch, and the other files of the repository")
-    from extras.torch_network import TorchNetwork
-
-    return TorchNetwork(args.checkpoint, args.device)
+def image_path(args, k):
+    """Return the path of image k in --dir, where each class has a folder."""
+    folder = args.classes[k % len(args.classes)] if args.classes else ""
+    return args.dir / folder / f"{k:06d}.png"
 
 
 def complete(args, network):
-    """Set the defaults that depend on the network. Exits if an argument does not fit it."""
+    """Set the defaults that depend on the network. Raises ValueError if a flag does not fit."""
     T = len(network.betas)
-    try:
-        args.classes = class_names(network, args.classes, args.guidance)
-    except ValueError as error:
-        sys.exit(f"sample.py: {error}")
+    args.classes = choose_classes(network, args.classes, args.guidance)
+    default = min(8 * len(args.classes), 256) if len(args.classes) > 1 else 64
+    args.n = default if args.n is None else args.n
+    args.steps = T if args.steps is None else args.steps
+    if not 1 <= args.steps <= T:
+        raise ValueError(f"--steps must be 1..{T}, not {args.steps}")
+    if min(args.n, args.batch) < 1 or min(args.first, args.seed) < 0:
+        raise ValueError("-n and --batch must be at least 1, --first and --seed at least 0")
+    if args.n > 256 and not args.dir:
+        raise ValueError(f"-n {args.n} needs --dir, because --out shows at most 256 images")
+    if args.out.suffix.lower() != ".png":
+        raise ValueError(f"--out {args.out} must be a PNG file")
+    for path in filter(None, [args.out, args.dir and args.dir / "0.png"]):
+        folder = next(folder for folder in path.absolute().parents if folder.exists())
+        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            raise ValueError(f"{path} can't be written")
+    if not args.dir:
+        return
     for name in args.classes:  # of the folders in --dir
-        if not name.isprintable() or Path(f"/{name}").name != name or name == "..":
-            sys.exit(f"sample.py: the class {name!r} can't be the name of a folder")
-    args.steps = args.steps or T
-    args.sampler = args.sampler or ("ddpm" if args.steps == T else "dpm-solver++")
-    args.n = args.n or (min(8 * len(args.classes), 256) if len(args.classes) > 1 else 64)
-    if args.steps > T:
-        sys.exit(f"sample.py: --steps must be 1..{T}, not {args.steps}")
-    if args.dir:  # new, or with only earlier images
-        found = [path for path in args.dir.rglob("[!.]*") if path.is_file()]
-        found = [path.name for path in found if path.resolve() != Path(args.out).resolve()]
-        ours = [name for name in found if re.fullmatch(r"\d{6,}\.png", name)]
-        numbers = [int(name[:-4]) for name in ours]
-        if foreign := {*found} - {*ours}:
-            sys.exit(f"sample.py: {args.dir} must be new or empty; it has {min(foreign)}")
-        if any(args.first <= k < args.first + args.n for k in numbers):
-            again = f"to continue, add --first {max(numbers) + 1}"
-            sys.exit(f"sample.py: {args.dir} must be new or empty; {again}")
+        if Path(f"/{name}").name != name or name == "..":
+            raise ValueError(f"the class {name!r} can't be the name of a folder")
+    if not args.first and args.dir.exists() and any(args.dir.iterdir()):
+        raise ValueError(f"{args.dir} must be new or empty, or --first given")
+    for k in range(args.first, args.first + args.n):
+        if image_path(args, k).exists():
+            raise ValueError(f"{image_path(args, k)} is already there; choose another --first")
 
 
 def draw(network, args, stop):
     """Yield (first number, pixels) of each batch, until a signal or a value that is not finite."""
     from tqdm import tqdm
 
-    options = {"steps": args.steps, "sampler": args.sampler}
     end, batches = args.first + args.n, -(-args.n // args.batch)
     with tqdm(total=batches * args.steps, unit="step", mininterval=1) as bar:
         for first in range(args.first, end, args.batch):
-            how = min(args.batch, end - first), args.classes, args.guidance, args.seed, first
-            for _, _, x0_hat in sample_progressive(network, *how, **options):
-                bar.update()
-                if stop.number:
+            what = min(args.batch, end - first), args.classes, args.guidance, args.seed, first
+            how = {"steps": args.steps, "sampler": args.sampler}
+            for _, _, x0_hat in sample_progressive(network, *what, **how):
+                if stop:
                     return
+                bar.update()
                 x0 = x0_hat
-            x0 = x0 if isinstance(x0, np.ndarray) else x0.cpu().numpy()
+            x0 = x0 if isinstance(x0, np.ndarray) else x0.cpu().numpy()  # a tensor
             if not np.isfinite(x0).all():
                 return
             yield first, to_pixels(x0)
 
 
-def main():
-    """Save each finished batch in --dir, and the grid at the end, even after Ctrl-C."""
-    guard_output()
-    args = arguments()
-    network = open_network(args)
-    complete(args, network)
-    print(f"{args.checkpoint or args.onnx} on {network.provider}: {args.n} images, {args.steps} "
-          f"steps of {args.sampler}")  # fmt: skip
-    names = args.classes
-    stop, shown, done = StopRequest(), [], 0
-    for first, pixels in draw(network, args, stop):
-        for k, image in enumerate(pixels if args.dir else (), first):
-            folder = args.dir / names[k % len(names)] if names else args.dir
-            save(to_image(image), folder / f"{k:06d}.png")
-        shown.extend(pixels[: 256 - len(shown)])
-        done += len(pixels)
-    if done:
-        save(grid(np.stack(shown), len(names)), args.out)
-        shift = args.first % max(1, len(names))
-        rows = [*names[shift:], *names[:shift]][:done]
-        rows = ", ".join(rows[:10]) + ", ..." * (len(rows) > 10)
-        print(f"{args.out}: {len(shown)} images{' of ' * bool(names)}{rows}")
-    if done < args.n and not stop.number:
-        sys.exit(f"sample.py: after {done:,} images, the network's output is not finite")
-    if done < args.n:
-        print(f"stopped after {done:,} of {args.n:,} images; for the rest, add --first "
-              f"{args.first + done} -n {args.n - done}", file=sys.stderr)  # fmt: skip
-        stop.end()
-
-
-# ------------------------------------------------------------ files, output and signals of programs
-
-
 def save(image, path):
     """Save a Pillow image as a PNG file, which is put in place when it is whole."""
-    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         image.save(temporary, "PNG")
         os.replace(temporary, path)
     except OSError as error:
@@ -445,78 +381,61 @@ def save(image, path):
         sys.exit(f"{path} can't be written: {error}")
 
 
-def check_output(path, *inputs):
-    """Exit with one line if no file can be written at `path`, or if it is one of the inputs."""
-    folder = next(folder for folder in Path(path).absolute().parents if os.path.exists(folder))
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        sys.exit(f"{path} can't be written: {folder} is not a folder, or is write-protected")
-    if os.path.isdir(path) or (os.path.exists(path) and not os.access(path, os.W_OK)):
-        sys.exit(f"{path} can't be written: it is a folder, or is write-protected")
-    if os.path.realpath(path) in map(os.path.realpath, inputs):
-        sys.exit(f"{path} can't be written: the program reads it")
+def receive_signals():
+    """Return a list, which gets the number of the first signal that asks the program to stop.
 
-
-class Output(io.FileIO):
-    """Standard output or error, which drops what can't be written."""
-
-    def write(self, data):
-        with contextlib.suppress(OSError):
-            if (written := super().write(data)) is not None:  # None: it is full, and does not block
-                return written
-        return len(data)
-
-
-def guard_output():
-    """Let print survive a pipe whose reader has ended, and characters the encoding lacks.
-
-    Ctrl-C then ends the program without a traceback, until a StopRequest receives it.
+    A second Ctrl-C ends the program at once. A signal that is ignored, as under nohup, stays so.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    for name in "stdout", "stderr":
-        if getattr(sys, name) is None:  # it was closed before the program began
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-            continue
-        stream = getattr(sys, name)
-        buffer = getattr(stream, "buffer", None)
-        if type(getattr(buffer, "raw", buffer)) is io.FileIO:  # not Jupyter's or a Windows console
-            file = io.BufferedWriter(Output(stream.fileno(), "w", closefd=False))
-            options = {"errors": "backslashreplace", "line_buffering": True}
-            setattr(sys, name, io.TextIOWrapper(file, stream.encoding, **options))
+    received = []
+
+    def receive(number, _):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows lacks the last
+        if signal.getsignal(number := getattr(signal, name)) != signal.SIG_IGN:
+            signal.signal(number, receive)
+    return received
 
 
-class StopRequest:
-    """Record in `number` the first signal that asks the program to stop; it is 0 until then.
+def main(parser=None, open_network=open_onnx):
+    """Save each finished batch in --dir, and the grid at the end, even after Ctrl-C.
 
-    The signals are Ctrl-C, SIGTERM, SIGHUP (the terminal was closed) and SIGPIPE (the reader of a
-    pipe has ended). One that is ignored already, as under nohup, stays ignored.
+    parser: of another program, from `flags`. open_network(args) returns its network, and raises
+    OSError or ValueError for a mistake in args.
     """
-
-    def __init__(self):
-        self.number, self.before = 0, {}
-        is_main = threading.current_thread() is threading.main_thread()  # only it gets signals
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGPIPE") if is_main else ():
-            number = getattr(signal, name, None)  # Windows lacks two of them
-            if number and (name == "SIGPIPE" or signal.getsignal(number) != signal.SIG_IGN):
-                self.before[number] = signal.signal(number, self.receive)
-
-    def receive(self, number, _):
-        """Note the first signal, and let a second Ctrl-C end the program at once."""
-        self.number = self.number or number
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def end(self):
-        """End the program as the signal does by default, so that a shell loop ends, too."""
-        signal.signal(self.number, signal.SIG_DFL)
-        signal.raise_signal(self.number)
+    if parser is None:
+        parser = flags(__doc__)
+        parser.add_argument("--onnx", default="model.onnx", help="from export.py [%(default)s]")
+    args = parser.parse_args()
+    try:
+        network = open_network(args)
+        complete(args, network)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{parser.prog}: {error}")
+    print(f"{args.n} images in {args.steps} steps on {network.provider}", flush=True)
+    stop, shown, done = receive_signals(), [], 0
+    try:
+        for first, pixels in draw(network, args, stop):
+            for k, image in enumerate(pixels if args.dir else (), first):
+                save(to_image(image), image_path(args, k))
+            shown.extend(pixels[: 256 - len(shown)])
+            done += len(pixels)
+    finally:  # whatever ended the loop
+        if shown:
+            rows = len(args.classes) if len(args.classes) > 1 else None
+            save(grid(np.stack(shown), rows), args.out)
+    if shown:
+        names, last = args.classes, args.first + min(len(args.classes), done)
+        rows = [names[k % len(names)] for k in range(args.first, last)]
+        of = f" of {', '.join(rows[:10])}" if rows else ""
+        print(f"{args.out}: {len(shown)} images{of}{', ...' if len(rows) > 10 else ''}")
+    if done < args.n and not stop:
+        sys.exit(f"{parser.prog}: after {done:,} images, the network's output is not finite")
+    if done < args.n:
+        print(f"stopped after {done:,} of {args.n:,} images; for the rest, add --first "
+              f"{args.first + done} -n {args.n - done}", file=sys.stderr)  # fmt: skip
+        signal.raise_signal(stop[0])
 
 
 if __name__ == "__main__":

@@ -27,9 +27,6 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -40,6 +37,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from images import demo_images, from_pixels, read_folder
+from program import guard_output, stop_requests
 from run import (
     Folder,
     Run,
@@ -51,8 +49,6 @@ from run import (
     make_optimizer,
     to_device,
 )
-from run import load as load  # scripts may import it from here, too
-from sample import StopRequest, guard_output
 
 # torchrun sets these: the rank of this process, the number of processes, the rank on its machine.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -154,13 +150,12 @@ def update_ema(ema, network, k, decay):
 # ----------------------------------------------------------------------------------------- the loop
 
 
-def train(steps, run, folder, s, request):
-    """Take the steps that remain, until the StopRequest asks to stop; log, save and draw.
+def train(steps, run, folder, s, stop):
+    """Take the steps that remain, until `stop` has a signal; log, draw and save.
 
     steps: the generator algorithm_1. Reading a loss waits for the GPU, so the losses of ten steps
     are read together.
     """
-    from_first(folder.begin_log, run.step)
     stopping, saved, pending, recent = False, time.monotonic(), [], deque(maxlen=100)
     options = {"initial": run.step, "unit": "step", "mininterval": 1, "disable": RANK > 0}
     with tqdm(total=s.steps, **options) as bar:
@@ -168,58 +163,50 @@ def train(steps, run, folder, s, request):
             pending.append(next(steps))
             k = run.step + len(pending)
             draws = k % s.preview_every == 0 or k == s.steps
-            asked = WORLD == 1 and request.number  # several processes have to read together
+            asked = WORLD == 1 and stop  # several processes have to read together
             if not (asked or draws or k % 10 == 0 or pending[0][0].device.type == "cpu"):
                 continue
-            losses, norms, stopping = read(pending, request)
+            losses, norms, stopping = read(pending, stop)
             if not np.isfinite(losses + norms).all():
-                leave(f"the loss or its gradient is infinite or NaN at step {k:,} or before, which "
-                      "is not saved; begin again with a lower --lr or --no-amp")  # fmt: skip
+                sys.exit(f"train.py: the loss or its gradient is infinite or NaN at step {k:,} or "
+                         "before, which is not saved; lower --lr, or add --no-amp")  # fmt: skip
             rates = [learning_rate(i, s) for i in range(run.step, k)]
             rows = [*zip(range(run.step + 1, k + 1), losses, norms, rates, strict=True)]
-            recent.extend(losses)
             run.step, pending = k, []
             if RANK == 0:
                 folder.log(rows)
                 if draws:
                     folder.draw(run)
-            if k == s.steps or stopping:
-                from_first(folder.save, run)
-            elif RANK == 0 and time.monotonic() - saved > 60 * s.save_minutes:
-                save_if_possible(folder, run)
-                saved = time.monotonic()
+                due = time.monotonic() - saved > 60 * s.save_minutes
+                if due or stopping or k == s.steps:
+                    folder.save(run)
+                    saved = time.monotonic()
+            recent.extend(losses)
             bar.set_postfix_str(f"loss {np.mean(recent):.4f}", refresh=False)
             bar.update(len(losses))
 
 
-def read(pending, request):
+def read(pending, stop):
     """Return the losses and norms of the pending steps, and whether a process was asked to stop.
 
     With several processes, they are means over the processes, in one reduction.
     """
     losses, norms = map(torch.stack, zip(*pending, strict=True))
-    asked = losses.new_tensor([request.number])
-    values = torch.cat([losses, norms, asked])
+    values = torch.cat([losses, norms, losses.new_tensor([len(stop)])])
     if WORLD > 1:
         dist.all_reduce(values)
     *values, asked = (values / WORLD).tolist()
     return values[: len(pending)], values[len(pending) :], asked > 0
 
 
-def save_if_possible(folder, run):
-    """Save the run. If the disk is full, say so; the next save may succeed."""
-    folder.still_hold()
-    try:
-        folder.save(run)
-    except SystemExit as error:
-        tqdm.write(f"{error}; training continues", file=sys.stderr)
-
-
 # ------------------------------------------------------------------------------------ the processes
 
 
 def join(device):
-    """Connect the processes through gloo and, for gradients on a GPU, NCCL or XCCL."""
+    """Connect the processes through gloo and, for gradients on a GPU, NCCL or XCCL.
+
+    If one of them exits, torchrun ends the others.
+    """
     if WORLD > 1:
         if RANK > 0:  # only the first process prints
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -228,17 +215,7 @@ def join(device):
         dist.init_process_group(f"cpu:gloo{gpu}", timeout=timedelta(hours=4))
 
 
-def leave(why=None):
-    """Disconnect the processes. If there is a reason `why`, exit; the first process prints it."""
-    if WORLD > 1:
-        from_all(None)  # a process that ends first can abort the others
-        time.sleep(1)  # gloo's threads and the end of Python can otherwise wait for each other
-        dist.destroy_process_group()
-    if why:
-        sys.exit(why if RANK == 0 else 1)
-
-
-def from_all(value):
+def from_all(value=None):
     """Return a list of the values of all processes; wait until each has called this."""
     values = [value] * WORLD
     if WORLD > 1:
@@ -246,31 +223,9 @@ def from_all(value):
     return values
 
 
-def agree(function, *args):
-    """Return function(*args). If it exits in any process, all exit, and the first prints why."""
-    value = why = None
-    try:
-        value = function(*args)
-    except SystemExit as error:
-        why = error.code
-    if reasons := [*filter(None, from_all(why))]:
-        leave(reasons[0])
-    return value
-
-
-def in_turn(function, *args):
-    """Return function(*args), which the first process of each machine calls before the others."""
-    if LOCAL_RANK > 0:
-        agree(bool)  # wait
-    value = agree(function, *args)
-    if LOCAL_RANK == 0:
-        agree(bool)
-    return value
-
-
 def from_first(function, *args):
     """Return the first process's function(*args) in every process."""
-    values = [agree(function, *args) if RANK == 0 else agree(bool)]
+    values = [function(*args) if RANK == 0 else None]
     if WORLD > 1:
         dist.broadcast_object_list(values)
     return values[0]
@@ -312,49 +267,22 @@ def check_processes(s, data):
     mine = vars(s) | {"data": None, "images": data.digest}
     if others := [other for other in from_all(mine) if other != mine]:
         wrong = [name for name in mine if others[0][name] != mine[name]]
-        leave(f"the processes have different {' and '.join(wrong)}")
+        sys.exit(f"train.py: the processes have different {' and '.join(wrong)}")
 
 
-def describe(run, data, s, device):
-    """Print what is trained, on what and how."""
-    n, names = sum(p.numel() for p in run.ema.parameters()), data.names
-    of = f", in {len(names):,} classes: {', '.join(names[:10])}" if names else ""
-    print(f"images   {len(data.images):,} of {'x'.join(map(str, data.images.shape[1:]))}{of}")
-    print(f"settings {s.describe()}")
-    print(f"network  {n:,} parameters on {WORLD} x {device}, {'bfloat16' if s.amp else 'float32'}")
-    print(f"steps    {run.step:,} to {s.steps:,}; a preview every {s.preview_every:,}")
-    if device.type == "cpu" and n > 5e6:
-        print("         on a CPU, a network of this size takes very long; --quick takes minutes")
+def prepare(folder, given, device, build):
+    """Return (run, data, diffusion): the run of the folder, or a new one, and its training set.
 
-
-def say_next(run, out):
-    """Print the commands that follow. out: the folder of the run."""
-    s, out = run.settings, shlex.quote(str(out))
-    if run.step < s.steps:
-        again = f"{beside('train.py')} --out {out}" if WORLD == 1 else "repeat the command"
-        print(f"stopped at step {run.step:,}; to go on: {again}", file=sys.stderr)
-        return
-    # With a network that predicts eps, sampling in few steps needs long training.
-    flags = " --steps 10" * ("v" in s.parts) + " --guidance 1" * bool(run.names)
-    print(f"done: {out} is at step {run.step:,}; next:")
-    print(f"  {beside('export.py')} --checkpoint {out} --onnx model.onnx")
-    print(f"  {beside('sample.py')} --onnx model.onnx{flags}")
-
-
-def beside(name):
-    """Return the command that runs a program of the project from the current folder."""
-    path = Path(__file__).with_name(name)
-    return f"python {shlex.quote(name if path.parent == Path.cwd() else str(path))}"
-
-
-def run_in(folder, given, device, build):
-    """Train the run in the folder, or begin one there; return the Run and the StopRequest."""
+    The first process of each machine decodes the images, while the others wait.
+    """
     state = from_first(folder.open, given.get("data"), given.get("init"))
-    s = agree(choose_settings, given, state, folder.source, device, WORLD)
-    data = in_turn(load_images, s, state, folder, device)
+    s = choose_settings(given, state, folder.source, device, WORLD)
+    if LOCAL_RANK > 0:
+        from_all()
+    data = load_images(s, state, folder, device)
+    if LOCAL_RANK == 0:
+        from_all()
     check_processes(s, data)
-    from_first(folder.begin)
-
     torch.manual_seed(s.seed)
     shape = tuple(data.images.shape[1:])
     s.in_channels = shape[0]  # what was detected is saved
@@ -364,18 +292,46 @@ def run_in(folder, given, device, build):
     run = Run(s, shape, data.names, data.digest, 0, network, ema, optimizer)
     if state:
         run.load(state)
-    describe(run, data, s, device)
+    if RANK == 0:
+        folder.begin(run.step)
     if folder.source != folder.path:
-        print(f"         from the averaged weights of {folder.source}")
+        print(f"begins with the averaged weights of {folder.source}")
+    return run, data, diffusion
+
+
+def describe(run, data, device):
+    """Print what is trained, on what and how."""
+    n, names, s = sum(p.numel() for p in run.ema.parameters()), data.names, run.settings
+    of = f", in {len(names):,} classes: {', '.join(names[:10])}" if names else ""
+    print(f"images   {len(data.images):,} of {'x'.join(map(str, run.shape))}{of}")
+    print(f"network  {n:,} parameters on {WORLD} x {device}, {'bfloat16' if s.amp else 'float32'}")
+    print(f"steps    {run.step:,} to {s.steps:,}; a preview every {s.preview_every:,}")
     if run.step == s.steps:
         print("the run is finished; a larger --steps continues it, another --out begins a new run")
-    if WORLD > 1:
-        network = DistributedDataParallel(network, gradient_as_bucket_view=True)
-    network = compiled(network, device, s.steps - run.step, given.get("compile"))
-    steps = algorithm_1(network, ema, optimizer, diffusion, data, s, run.step)
-    with StopRequest() as request:
-        train(steps, run, folder, s, request)
-    return run, request
+    if device.type == "cpu" and n > 5e6:
+        print("on a CPU, a network of this size takes very long; --quick takes minutes")
+
+
+def say_next(run, out):
+    """Print the commands that follow. out: the folder of the run."""
+    s, out = run.settings, shlex.quote(str(out))
+    if run.step < s.steps:
+        print(f"stopped at step {run.step:,}; to go on, repeat the command", file=sys.stderr)
+        return
+    print(f"done: {out} is at step {run.step:,}; next:")
+    print(f"  {beside('export.py')} --checkpoint {out} --onnx model.onnx")
+    flags = ""
+    if "v" in s.parts:  # otherwise, sampling in few steps needs long training
+        flags += " --steps 10"
+    if run.names:
+        flags += " --guidance 1"
+    print(f"  {beside('sample.py')} --onnx model.onnx{flags}")
+
+
+def beside(name):
+    """Return the command that runs a program of the project from the current folder."""
+    path = Path(__file__).with_name(name)
+    return f"python {shlex.quote(name if path.parent == Path.cwd() else str(path))}"
 
 
 def main(given=None, build=build):
@@ -395,12 +351,27 @@ def main(given=None, build=build):
     join(device)
     out = Path(given.get("out") or ("run" if "data" in given else "demo"))
     with Folder(out) as folder:  # which the first process holds
-        run, request = run_in(folder, given, device, build)
-    leave()
+        run, data, diffusion = prepare(folder, given, device, build)
+        describe(run, data, device)
+        s, network = run.settings, run.model
+        if WORLD > 1:
+            network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+        if given.get("compile"):
+            network = compiled(network)
+        steps = algorithm_1(network, run.ema, run.optimizer, diffusion, data, s, run.step)
+        with stop_requests() as stop:
+            train(steps, run, folder, s, stop)
+    if WORLD > 1:
+        from_all()  # a process that ends first can abort the others
+        time.sleep(1)  # gloo's threads and the end of Python can otherwise wait for each other
+        dist.destroy_process_group()
     if RANK == 0:
         say_next(run, out)
-    if run.step < run.settings.steps and is_program:  # a signal, maybe of another process
-        request.end() if request.number else sys.exit(1)
+    if run.step < s.steps and is_program:
+        if not stop:  # another process had the signal
+            sys.exit(1)
+        signal.signal(stop[0], signal.SIG_DFL)  # so that a shell loop ends, too
+        signal.raise_signal(stop[0])
     return run
 
 

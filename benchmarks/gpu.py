@@ -87,7 +87,7 @@ def compiled(network, is_tiny=False):
     torch.compiler.reset()
     if is_tiny:
         return torch.compile(network, dynamic=False, backend="eager")
-    return run.compiled(network, DEVICE, 0, wanted=True)
+    return run.compiled(network)
 
 
 def machine():
@@ -247,7 +247,7 @@ def programs(report):
         to_image(pixels).save(folder / f"{k}.png")
     tiny = [word for item in report.given.items() for word in run.as_flag(*item)]
     words = ["train.py", "--data", folder, *device, *tiny]
-    short = [*words, "--steps", 20 if report.is_tiny else 100, "--no-compile", "--out"]
+    short = [*words, "--steps", 20 if report.is_tiny else 100, "--out"]
     resumed, whole, log = WORK / "resumed", WORK / "whole", WORK / "compiled" / "log.csv"
     report.head("program", "s", "its last line, or the result")
     if sys.platform != "win32":  # Windows has no SIGINT for other processes
@@ -268,9 +268,8 @@ def programs(report):
         )
 
     row("weights, resumed and whole", difference)
-    how = "--no-compile" if report.is_tiny else "--compile"
-    longer = "--steps", 60 if report.is_tiny else 300, how, "--out", log.parent
-    row("train.py, compiled", report.program, "compiled", *words, *longer)
+    longer = ["--steps", 60] if report.is_tiny else ["--steps", 300, "--compile"]
+    row("train.py, compiled", report.program, "compiled", *words, *longer, "--out", log.parent)
     row("its mean loss", losses)
     from_run = "--checkpoint", resumed
     held_out = "--data", folder, "--images", 1 if report.is_tiny else 8
@@ -279,11 +278,12 @@ def programs(report):
     row("export.py", report.program, "export", "export.py", *from_run, "--onnx", FILES[0])
     row("half.py", report.program, "half", "-m", "extras.half", *FILES)
     n, count = (8, 50) if report.is_tiny else (64, 1000)
-    draw = "sample.py", "--out", WORK / "samples.png", "-n", n, "--steps", count
-    row(f"{count} steps in torch", report.program, "sample-torch", *draw, *from_run, *device)
+    draw = "--out", WORK / "samples.png", "-n", n, "--steps", count, "--device"
+    in_torch = "-m", "extras.sample_checkpoint", resumed, *draw, DEVICE.type
+    row(f"{count} steps in torch", report.program, "sample-torch", *in_torch)
     for path in FILES:
-        network = "--onnx", path, "--device", report.onnx
-        row(f"{count} steps, {path.name}", report.program, f"sample-{path.stem}", *draw, *network)
+        words = "sample.py", "--onnx", path, *draw, report.onnx
+        row(f"{count} steps, {path.name}", report.program, f"sample-{path.stem}", *words)
     if IS_CUDA and not report.is_tiny:
         test = "-m", "pytest", "-q", "-m", "gpu", "tests/test_export.py", "tests/test_gpu.py"
         row("pytest -m gpu", report.program, "pytest", *test)
@@ -295,7 +295,7 @@ def programs(report):
 @torch.no_grad()
 def sampling(report):
     """Compare eps on the device with float32 in torch on the CPU, and time Algorithm 2."""
-    from extras.torch_network import TorchNetwork
+    from extras.sample_checkpoint import TorchNetwork
 
     exact, diffusion, _ = run.load(WORK / "resumed")
     x0 = from_pixels(torch.from_numpy(demo_images()[:64]))

@@ -62,7 +62,7 @@ def split(data, runs):
 
 
 def train(sets, runs):
-    """Return train.load of a run on each set, trained two at a time on one core each."""
+    """Return run.load of a run on each set, trained two at a time on one core each."""
 
     def run(key):
         out = runs / "run-{}-{}".format(*key)

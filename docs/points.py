@@ -23,12 +23,12 @@ from ddpm import Diffusion, linear_betas, timestep_embedding  # noqa: E402
 from extras.exact import exact_network  # noqa: E402
 from extras.variants import (  # noqa: E402
     as_eps,
-    guided,
     loss_weights,
     sample,
     sample_progressive,
     weighted_loss,
 )
+from sample import guided  # noqa: E402
 
 # The mixture of Gaussians, (3, 2, 1, 1) and a number:
 MEANS = torch.tensor([[-0.6, -0.5], [0.0, 0.6], [0.6, -0.2]])[..., None, None]

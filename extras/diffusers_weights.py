@@ -20,9 +20,8 @@ import torch
 
 from ddpm import UNet, linear_betas
 from export import largest_difference
-from images import replacing
+from program import check_output, replacing
 from run import Settings, begin_anew, build, load
-from sample import check_output, guard_output
 
 NAMES = (  # regular expressions that turn our names into diffusers', in this order
     (r"^(down|up)\.(\d+)\.\d+\.conv\.", r"\1_blocks.\2.\1samplers.0.conv."),
@@ -174,7 +173,6 @@ def to_diffusers(run, folder):
 
 
 def main():
-    guard_output()
     parser = argparse.ArgumentParser(
         usage="python -m extras.diffusers_weights [--to-diffusers] SOURCE NEW_FOLDER",
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from ddpm import Bound, Diffusion
 from images import demo_images, from_pixels, read_folder
-from run import choose_device, count, load
-from sample import check_output, default_run, guard_output
+from program import check_output
+from run import choose_device, count, default_run, load
 
 
 def rate_distortion(bound):
@@ -55,7 +55,6 @@ def measure(network, diffusion, images, labels, batch, noise):
 
 
 def main():
-    guard_output()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--data", help="folder of images [the demo, for a run on the demo]")
     parser.add_argument("--checkpoint", type=Path, default=default_run(), help="run [%(default)s]")
@@ -87,6 +86,9 @@ def main():
     noise = torch.Generator(device).manual_seed(args.seed)
     bound = measure(network.to(device), diffusion, images, labels, args.batch, noise)
     n, (L_t, rate, rmse) = len(bound.total), rate_distortion(bound)
+    path = out / "rate-distortion.csv"
+    table = torch.stack([torch.arange(len(rate)), L_t, rate, rmse], 1).numpy()
+    np.savetxt(path, table, "%.9g", ",", header="t,L_t,rate,rmse", comments="")
     error = f" +- {bound.total.std() / math.sqrt(n):.4f} (standard error)" if n > 1 else ""
     print(f"{args.checkpoint}, step {state['step']:,}, on {n:,} images, bits per dimension")
     print(f"  L_T                  {bound.L_T.mean():8.6f}")
@@ -94,9 +96,6 @@ def main():
     print(f"  L_0                  {L_t[0]:8.4f}    the distortion")
     print(f"  total                {bound.total.mean():8.4f}{error}")
     print(f"  RMSE                 {rmse[0]:8.4f}    of x0_hat at t = 0, on the scale 0..255")
-    path = out / "rate-distortion.csv"
-    table = torch.stack([torch.arange(len(rate)), L_t, rate, rmse], 1).numpy()
-    np.savetxt(path, table, "%.9g", ",", header="t,L_t,rate,rmse", comments="")
     print(f"the curve: {path}")
 
 

@@ -16,8 +16,8 @@ import onnx
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 
-from images import replacing
-from sample import Network, check_output, guard_output, noise_of, sample
+from program import check_output, replacing
+from sample import Network, noise_of, sample
 
 
 def to_half(model):
@@ -53,7 +53,6 @@ def relative_errors(half, exact):
 
 
 def main():
-    guard_output()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", help="a file from export.py")
     parser.add_argument("half", help="the file to write")

@@ -14,7 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from images import from_pixels, read_image
-from sample import Network, check_output, grid, guard_output, noise_of, reverse, save, to_pixels
+from program import check_output
+from sample import Network, grid, last_x0, noise_of, reverse, save, to_pixels
 
 LAMBDAS = np.linspace(0, 1, 11, dtype=np.float32)  # the shares of the second image
 
@@ -41,7 +42,6 @@ def interpolate(network, a, b, t, steps=None, seed=0):
 
 
 def main():
-    guard_output()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
     flag("images", nargs=2, metavar="IMAGE")
@@ -62,8 +62,7 @@ def main():
         process = interpolate(network, from_pixels(a), from_pixels(b), args.t, steps, args.seed)
     except (OSError, ValueError) as error:
         sys.exit(f"interpolate.py: {error}")
-    for _, _, x0_hat in tqdm(process, total=steps, unit="step"):
-        x0 = x0_hat
+    x0 = last_x0(tqdm(process, total=steps, unit="step"))
     if not np.isfinite(x0).all():
         sys.exit("interpolate.py: the network's output is not finite")
     save(grid(np.stack([a, *to_pixels(x0), b]), rows=1), args.out)

@@ -1,7 +1,7 @@
 """Later methods for ddpm.py: schedules, targets, weights of the loss, and few-step samplers.
 
     eps = as_eps(model, diffusion, "v")      # from a network that predicts v
-    eps = guided(eps, y, 2)                  # if it has classes
+    eps = guided(eps, y, 2)                  # of sample.py, if it has classes
     x0 = sample(diffusion, eps, (16, 3, 32, 32), steps=10)
 
 As in ddpm.py, t is an int64 tensor (B,) with values 0..T-1, and a model is a function (x_t, t), or
@@ -14,8 +14,7 @@ from functools import partial
 import torch
 
 from ddpm import look_up
-from sample import guided as guided  # it serves tensors, too
-from sample import reverse
+from sample import last_x0, reverse
 
 # ------------------------------------------------------------- schedules, targets and their weights
 
@@ -109,6 +108,4 @@ def sample_progressive(
 
 def sample(diffusion, eps, shape, *args, **options):
     """Return the last x0_hat of sample_progressive, with its arguments: (B, C, H, W)."""
-    for _, _, x0_hat in sample_progressive(diffusion, eps, shape, *args, **options):
-        x0 = x0_hat
-    return x0
+    return last_x0(sample_progressive(diffusion, eps, shape, *args, **options))

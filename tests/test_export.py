@@ -1,4 +1,4 @@
-"""export.py and extras/torch_network.py: the network of a run as a file, and in torch."""
+"""export.py and extras/sample_checkpoint.py: the network of a run as a file, and in torch."""
 
 import contextlib
 import json
@@ -11,13 +11,14 @@ import pytest
 import torch
 from conftest import COLOURS, HERE, TINY, in_process, python, read, save_run
 from onnx import TensorProto
+from PIL import Image
 
 import export
 from ddpm import linear_betas
-from extras import torch_network
-from extras.torch_network import TorchNetwork
+from extras import sample_checkpoint
+from extras.sample_checkpoint import TorchNetwork
 from run import load
-from sample import Network, example, sample
+from sample import Network, example, sample, to_pixels
 from test_ddpm import PAPER, randn
 
 SHAPE = 3, 8, 8
@@ -224,7 +225,7 @@ def test_all_of_the_network_runs_on_cuda(plain, coloured):
             assert np.abs(eps - network(*inputs.values()).numpy()).max() < 1e-4
 
 
-# ------------------------------------------------------------------------ extras/torch_network.py
+# -------------------------------------------------------------------- extras/sample_checkpoint.py
 
 X = randn(2, *SHAPE)
 
@@ -269,7 +270,7 @@ def test_bfloat16_is_used_where_the_run_used_it(both, tmp_path, monkeypatch):
     """The weights are converted once, those of the norms not at all."""
     exact, torch.backends.cudnn.allow_tf32 = both["plain"][0](X, 7), True
     for has, amp, kind in (True, True, "bfloat16"), (True, None, "float32"), (0, True, "float32"):
-        monkeypatch.setattr(torch_network, "has_bfloat16", lambda device, has=has: has)
+        monkeypatch.setattr(sample_checkpoint, "has_bfloat16", lambda device, has=has: has)
         network = TorchNetwork(save_run(tmp_path, SHAPE, amp=amp), "cpu")
         eps, unet = network(X, 7), network.network
         assert network.provider == f"cpu, {kind}" and torch.equal(eps, exact) == (kind == "float32")
@@ -277,3 +278,17 @@ def test_bfloat16_is_used_where_the_run_used_it(both, tmp_path, monkeypatch):
         assert unet.conv_in.weight.dtype == getattr(torch, kind)
         assert unet.norm_out.weight.dtype == eps.dtype == torch.float32
         torch.testing.assert_close(eps, exact, rtol=0, atol=0.1)
+
+
+def test_program_draws_what_the_network_does(tmp_path, run):
+    betas = tuple(linear_betas(20, 0.01, 0.3).tolist())
+    out = save_run(tmp_path / "run", SHAPE, [*COLOURS], betas=betas)
+    words = "-n", 3, "--batch", 2, "--guidance", 1, "--dir", "out", "--device", "cpu"
+    said = run("extras/sample_checkpoint.py", "run", *words, cwd=tmp_path)
+    assert "3 images in 20 steps on cpu, float32\n" in said
+    expected = to_pixels(sample(TorchNetwork(out, "cpu"), 3, None, 1.0).numpy())
+    for k, name in enumerate(COLOURS):
+        image = np.asarray(Image.open(tmp_path / "out" / name / f"{k:06d}.png")).astype(int)
+        assert np.abs(image.transpose(2, 0, 1) - expected[k]).max() <= 1 and image.std() > 9
+    said = run("extras/sample_checkpoint.py", "none", cwd=tmp_path, code=1)
+    assert said == "none is not there; run train.py first"

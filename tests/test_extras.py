@@ -71,7 +71,7 @@ def test_inpainting_keeps_the_image_outside_of_the_mask(run, drawn, tmp_path):
     ones = where.astype(np.uint8)
     for pixels in 255 * ones, ones, np.stack([255 + 0 * ones, 255 * ones], 2):
         Image.fromarray(pixels).save(mask)
-        assert "selects 30%" in run("inpaint", *words)
+        run("inpaint", *words)
         results.append(cells(out, 2, 2).reshape(4, 32, 32).astype(int))
         assert (results[0] == results[-1]).all()
     assert (results[0][:, ~where] == drawn[0, 0][~where]).all()
@@ -101,7 +101,7 @@ def test_values_that_are_not_finite_are_not_saved(name, run, drawn, tmp_path, mo
     monkeypatch.setattr(Network, "__call__", lambda self, x_t, t, y=None: np.nan * x_t)
     words = [tmp_path / "a.png"] * 2
     said = run(name, *words, "--onnx", PLAIN, "--steps", 2, code=1)
-    assert f"{name}.py: the network's output is not finite" in said
+    assert f"{name}.py: " in said and said.endswith("the network's output is not finite")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 

@@ -102,7 +102,7 @@ def test_machines_that_differ_are_refused_before_the_first_step(together, image_
     Image.new("RGB", (8, 8), "red").save(b / "images" / "9.png")
     words = ["--data", "images", *TINY, "--steps", 3]
     said = together((a, 0, words), (b, 0, [*words, "--lr", 1]), refused=True)
-    assert [text.count("the processes have different lr and images\n") for text in said] == [1, 0]
+    assert all("the processes have different lr and images\n" in text for text in said)
     assert not [*a.glob("run/*.pt"), *a.glob("run/log.csv")]
 
 
@@ -118,5 +118,5 @@ def test_ctrl_c_stops_all_processes_of_torchrun_and_saves(image_folder, tmp_path
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     said, _ = process.communicate(timeout=60)
     step = read(tmp_path / "run")["step"]
-    assert said.count(f"stopped at step {step:,}; to go on") == 1, said
+    assert said.count(f"stopped at step {step:,}; to go on, repeat the command") == 1, said
     assert log.read_text().splitlines()[step].startswith(f"{step},")

@@ -107,7 +107,7 @@ def test_flags_exist(monkeypatch):
     names = {"train.py", "export.py", "sample.py"}
     names |= {*re.findall(r"-m (extras\.\w+) ", "".join(PAGES.values()))}
     helps = {name: in_process(name, "--help") for name in names}
-    assert len(helps) == 8
+    assert len(helps) == 9
     for page in PAGES.values():
         commands = re.findall(r"\b((?:train|export|sample)\.py|extras\.\w+)\b([^\n`&]*)", page)
         for name, words in commands:
@@ -120,7 +120,10 @@ def test_flags_exist(monkeypatch):
             assert any(re.search(rf"{flag}\b", text) for text in helps.values()), flag
 
 
-FEW = {"train.py": "--steps 1 --base-channels 8 --batch 4", "sample.py": "--steps 2 -n 2"}
+FEW = {
+    "train.py": "--steps 1 --base-channels 8 --batch 4 --no-compile",
+    "sample.py": "--steps 2 -n 2",
+}
 TRAIN = """
 import shutil, sys, train
 train.main({"steps": 1, "base_channels": 8, "batch": 4})

@@ -1,12 +1,8 @@
 """sample.py: the library and the program alone in a folder, images, bad input, CUDA, signals."""
 
-import contextlib
 import os
-import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -15,13 +11,11 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import HERE, posix, restoring_signals, save_run
+from conftest import HERE, posix
 from networks import COLOURS, SHAPE, SMALL, eps, onnx_file
 from PIL import Image
 
 import sample
-from ddpm import linear_betas
-from extras.torch_network import TorchNetwork
 
 
 @pytest.fixture
@@ -91,15 +85,12 @@ def test_program_alone(begin, folder):
     code += "runpy.run_path('sample.py', run_name='__main__')"
     words = "--steps", "60", "--out", "new/s.png", "--dir", "new/all"
     said = said_by(begin(*words, "torch", code=code))
-    what = "model.onnx on CPUExecutionProvider: 24 images, 60 steps of dpm-solver++\n"
-    assert said.startswith(what)
+    assert said.startswith("24 images in 60 steps on CPUExecutionProvider\n")
     assert said.endswith("\nnew/s.png: 24 images of blue, green, red\n")
     assert {p.name for p in folder.iterdir()} == {"sample.py", "model.onnx", "new"}
     assert Image.open("new/s.png").size == (8 * 6 * 11, 3 * 6 * 11)  # about 512 pixels
     assert {p.name for p in Path("new/all").iterdir()} == {*COLOURS}
     assert "import of onnxruntime" in said_by(begin("onnxruntime", code=code), 1)
-    said = said_by(begin("--checkpoint", "run"), 1)
-    assert said == "sample.py: --checkpoint needs torch, and the other files of the repository\n"
 
 
 # --------------------------------------------------------------------------------------- the images
@@ -118,9 +109,7 @@ def test_image_k_depends_on_seed_and_k_alone(program, folder):
     program(*words, "b", "-n", 3, "--first", 4)  # in the same folder
     assert [*images_in(folder / "b")] == [*range(7)]
     said = program(*words, "b", "-n", 2, "--first", 6, code=1)
-    assert "sample.py: b must be new or empty; to continue, add --first 7" in said
-    (folder / "b" / "blue" / "7.png").write_text("mine")
-    assert "it has 7.png" in program(*words, "b", "-n", 2, "--first", 7, code=1)
+    assert "sample.py: b/blue/000006.png is already there; choose another --first" in said
     assert all(np.abs(a[k] - image).max() <= 1 for k, image in (b | c).items())  # rounding
     expected = np.random.default_rng((1, 2)).standard_normal(SHAPE, np.float32)
     assert (sample.noise_of(1, 2, 1, SHAPE)()[0] == expected).all()
@@ -162,20 +151,6 @@ def test_grid_shows_every_image_in_its_place(channels):
     assert sample.grid(many, 33) == sample.grid(many)
 
 
-def test_checkpoint_is_drawn_in_torch(program, folder):
-    """test_export.py compares the network with the exported file and with ddpm.py."""
-    betas = tuple(linear_betas(20, 0.01, 0.3).tolist())
-    options = {"betas": betas, "channel_mults": (1,), "attention_resolutions": ()}
-    out = save_run(folder / "run", SHAPE, [*COLOURS], **options)
-    said = program("--checkpoint", "-n", 5, "--batch", 2, "--guidance", 1, "--dir", "out")
-    assert "run on cpu, float32: 5 images, 20 steps of ddpm\n" in said
-    expected = sample.to_pixels(sample.sample(TorchNetwork(out, "cpu"), 5, None, 1.0).numpy())
-    images = images_in(folder / "out")
-    assert [*images] == [*range(5)]
-    for image, pixels in zip(images.values(), expected, strict=True):
-        assert np.abs(image - pixels).max() <= 1 and image.std() > 9
-
-
 # ---------------------------------------------------------------------------------------- bad input
 
 
@@ -184,16 +159,14 @@ def test_checkpoint_is_drawn_in_torch(program, folder):
     [
         (2, "invalid choice: 'sa-solver'", ["--sampler sa-solver"]),
         (2, "unrecognized arguments: --", ["--eta 1", "--step 5"]),
-        (2, "-n: invalid number value: 'x'", ["-n x"]),
-        (2, "is out of range", ["-n 0", "--batch 0", "--steps 0", "--first -1", "--seed -1"]),
-        (2, "-n 257 needs --dir, because --out shows at most 256", ["-n 257"]),
-        (2, "--out o.jpg must be a PNG file", ["--out o.jpg"]),
-        (2, "not allowed with argument", ["--checkpoint x --onnx y"]),
-        (1, "nowhere is not there; run train.py first", ["--checkpoint nowhere"]),
-        (1, "sample.py: mine must be new or empty; it has a.png", ["--dir mine"]),
-        (1, "can't be written: ", ["--out mine/a.png/b.png", "--dir mine/a.png", "--out mine.png",
-                                   "--onnx mine/a.png --out ./mine/a.png"]),
-        (1, "--steps must be 1..1000", ["--steps 1001"]),
+        (2, "-n: invalid int value: 'x'", ["-n x"]),
+        (1, "-n and --batch must be at least 1, --first and --seed at least 0",
+         ["-n 0", "--batch 0", "--first -1", "--seed -1"]),
+        (1, "-n 257 needs --dir, because --out shows at most 256", ["-n 257"]),
+        (1, "--out o.jpg must be a PNG file", ["--out o.jpg"]),
+        (1, "sample.py: mine must be new or empty, or --first given", ["--dir mine"]),
+        (1, "can't be written", ["--out mine/a.png/b.png", "--dir mine/a.png", "--out mine.png"]),
+        (1, "--steps must be 1..1000", ["--steps 1001", "--steps 0"]),
         (1, "has the classes ['blue', 'green', 'red'], not 'pink'", ["--class red pink"]),
         (1, "has the classes [], not 'red'", ["--onnx plain.onnx --class red"]),
         (1, "guidance must be finite, and 0 without classes",
@@ -273,9 +246,11 @@ def test_cuda_must_agree_with_the_eps_of_the_file(factor, fault, program, folder
     for device in "cuda", "auto":
         monkeypatch.setattr(shutil, "which", lambda name, device=device: device == "auto")
         said = program("-n", 3, "--steps", 2, "--device", device, code=int(bool(fault)))
-        assert ("eps on CUDA is wrong; use --device cpu" if fault else f"on {cuda}: 3 im") in said
+        assert (
+            "eps on CUDA is wrong; use --device cpu" if fault else f"2 steps on {cuda}\n"
+        ) in said
     (folder / "model.onnx").write_bytes(onnx_file(eps_of_example=None))
-    assert "eps on CUDA" not in program("-n", 3, "--steps", 2, code=int(factor != factor))
+    assert "is wrong" not in program("-n", 3, "--steps", 2, code=int(factor != factor))
 
 
 def test_card_that_cannot_be_used_is_said_in_a_line(program, monkeypatch):
@@ -299,58 +274,30 @@ def test_card_that_cannot_be_used_is_said_in_a_line(program, monkeypatch):
         line = f"ONNX Runtime can't use CUDA: {why}. It needs an x86-64 processor, driver 580 or "
         line += 'newer, and: pip install "onnxruntime-gpu[cuda,cudnn]"'
         said = program("-n", 1, "--steps", 1)
-        assert f"{line}\n" in said and "on CPUExecutionProvider: 1 images" in said
+        assert f"{line}\n" in said and "on CPUExecutionProvider\n" in said
         assert program("--device", "cuda", code=1) == f"sample.py: {line}"
 
 
 # ------------------------------------------------------------------------------ signals and outputs
 
 
-def test_closed_output_reaches_no_file(tmp_path, monkeypatch):
-    """The descriptor of standard error does not become that of a file that is opened later."""
-    monkeypatch.setattr(sys, "stderr", None)
-    with restoring_signals():
-        sample.guard_output()
-    with open(tmp_path / "file", "wb"):
-        print("lost", file=sys.stderr, flush=True)
-    assert not (tmp_path / "file").read_bytes()
-
-
-@posix
-@pytest.mark.parametrize("redirected", ["2>&-", ">&3 2>&3"])
-def test_output_that_is_closed_or_full_ends_nothing(redirected, folder):
-    """Standard output or error may be a full pipe whose writers do not wait."""
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(writer, bytes(4096))
-    words = shlex.join([sys.executable, "sample.py", "-n", "1", "--steps", "2"])
-    words = f"exec 3>&{writer}; {words} {redirected}"
-    done = subprocess.run(["bash", "-c", words], cwd=folder, pass_fds=[writer])
-    os.close(reader)
-    os.close(writer)
-    assert done.returncode == 0 and Path("samples.png").exists()
-
-
 @posix
 @pytest.mark.parametrize(
     "name, pipe",
-    [("SIGINT", None), ("SIGTERM", None), ("SIGHUP", None), ("SIGINT", "2>&1 | tee log.txt"),
-     ("SIGPIPE", "2>&1 | head -n 1; exit ${PIPESTATUS[0]}")],
-)  # fmt: skip
+    [("SIGINT", None), ("SIGTERM", None), ("SIGHUP", None), ("SIGINT", "2>&1 | tee log.txt")],
+)
 def test_signal_saves_the_batches_that_are_finished(name, pipe, begin, folder):
     """The exit status is that of the signal. Ctrl-C reaches both sides of a pipe."""
     process, number = begin(*LONG, pipe=pipe), getattr(signal, name)
-    if name != "SIGPIPE":
-        while not Path("all/blue/000003.png").exists():
-            assert process.poll() is None, process.stdout.read()
-            time.sleep(0.01)
-        os.killpg(process.pid, number)
-    said = said_by(process, 128 + number if name == "SIGPIPE" else -number)
+    while not Path("all/blue/000003.png").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    said, _ = process.communicate(timeout=60)
     n = len(images_in(folder / "all"))
-    assert n % 3 == 0 and Path("samples.png").exists() == (n > 0)
+    assert n > 0 and n % 3 == 0 and Path("samples.png").exists()
     if not pipe:
+        assert process.returncode == -number
         assert f"samples.png: {min(n, 256)} images of blue, green, red\n" in said
         left = f"stopped after {n:,} of 9,999 images; for the rest, add --first {n} -n {9999 - n}\n"
         assert said.endswith(left)

@@ -8,8 +8,8 @@ import torch
 
 from ddpm import Diffusion
 from extras import variants
-from extras.variants import as_eps, cosine_betas, guided, loss_weights, weighted_loss
-from sample import reverse
+from extras.variants import as_eps, cosine_betas, loss_weights, weighted_loss
+from sample import guided, reverse
 from test_ddpm import PAPER, close, randn, seeded, wobbly
 
 # ------------------------------------------------------------- schedules, targets and their weights

@@ -1,10 +1,14 @@
-"""The network of a run in torch, on any accelerator, with the interface of sample.Network.
+"""Generate images from a run in torch, without an export, on any accelerator.
 
-sample.py uses it if --checkpoint is given. The noise is the same as with a model.onnx.
+    python -m extras.sample_checkpoint run                 # with the flags of sample.py
+    python -m extras.sample_checkpoint run --device cuda:1
+
+The noise is the same as with a model.onnx. With all T steps, the loop is Algorithm 2 in ddpm.py.
 """
 
 import torch
 
+import sample
 from extras.variants import sample_progressive
 from run import choose_device, has_bfloat16, load, to_device
 
@@ -49,3 +53,13 @@ class TorchNetwork:
         """
         options["draw_noise"] = lambda: to_device(torch.from_numpy(draw_noise()), self.device)
         return sample_progressive(self.diffusion, eps, None, **options)
+
+
+def main():
+    parser = sample.flags(__doc__)
+    parser.add_argument("run", help="the folder of a run, or its checkpoint.pt")
+    sample.main(parser, lambda args: TorchNetwork(args.run, args.device))
+
+
+if __name__ == "__main__":
+    main()
