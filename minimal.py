@@ -1,6 +1,6 @@
 """Train a DDPM on a folder of images, export it to ONNX, and sample 16 images without torch.
 
-    python minimal.py ./images
+    python minimal.py ./images [STEPS]    # 10,000 steps, unless you give another number
 
 This is the whole pipeline on one page: Algorithm 1 with Adam, the network as model.onnx, and
 Algorithm 2 in numpy under ONNX Runtime, which makes samples.png. It needs ddpm.py, torch, numpy,
@@ -29,8 +29,9 @@ from tqdm import tqdm
 
 from ddpm import Diffusion, UNet, linear_betas
 
-if len(sys.argv) != 2:
-    sys.exit("usage: python minimal.py FOLDER_OF_IMAGES")
+if len(sys.argv) not in (2, 3) or not "".join(sys.argv[2:] or "1").isdecimal():
+    sys.exit("usage: python minimal.py FOLDER_OF_IMAGES [STEPS]")
+steps = int(sys.argv[2]) if len(sys.argv) == 3 else 10_000
 if {"model.onnx", "samples.png"} & {*os.listdir()} or not os.access(".", os.W_OK):
     sys.exit("minimal.py needs a folder to write in that has no model.onnx and no samples.png")
 
@@ -56,7 +57,8 @@ model = UNet(32, 3, 16, (1, 2, 4, 4), num_res_blocks=1, attention_resolutions=()
 average = copy.deepcopy(model.to(device)).eval()
 optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
 signal(SIGINT, lambda *_: signal(SIGINT, SIG_DFL))  # Ctrl-C ends the loop; a second one, everything
-for step in (bar := tqdm(range(10_000))):
+for step in (bar := tqdm(range(steps))):  # which shows how long it will take
+    optimizer.param_groups[0]["lr"] = 1e-3 * min(1, 4 * (1 - step / steps))  # the end falls to 0
     loss = diffusion.loss(model, images[torch.randint(len(images), (64,), device=device)])
     optimizer.zero_grad()
     loss.backward()

@@ -31,12 +31,9 @@ class PatchUNet(UNet):
         factor = patch_size * 2 ** (len(channel_mults) - 1)
         if image_size % factor:
             raise ValueError(f"image_size must be a multiple of {factor}, not {image_size}")
-        sizes, given = (
-            [image_size >> k for k in range(len(channel_mults))],
-            [*attention_resolutions],
-        )
+        sizes, given = [image_size >> k for k in range(len(channel_mults))], attention_resolutions
         if not {*given} <= {*sizes}:
-            raise ValueError(f"attention_resolutions {given} must be among {sizes}")
+            raise ValueError(f"attention_resolutions {[*given]} must be among {sizes}")
         options["attention_resolutions"] = [size // patch_size for size in given]
         options["channel_mults"] = channel_mults
         super().__init__(image_size // patch_size, in_channels * patch_size**2, **options)

@@ -314,24 +314,18 @@ def describe(run, data, device):
 
 def say_next(run, out):
     """Print the commands that follow. out: the folder of the run."""
-    s, out = run.settings, shlex.quote(str(out))
-    if run.step < s.steps:
+    if run.step < run.settings.steps:
         print(f"stopped at step {run.step:,}; to go on, repeat the command", file=sys.stderr)
         return
+    here = Path(__file__).parent
+    here = "" if here == Path.cwd() else f"{here}/"
+    # With a network that predicts eps, sampling in few steps needs long training.
+    few = " --steps 10" if "v" in run.settings.parts else ""
+    guidance = " --guidance 1" if run.names else ""
     print(f"done: {out} is at step {run.step:,}; next:")
-    print(f"  {beside('export.py')} --checkpoint {out} --onnx model.onnx")
-    flags = ""
-    if "v" in s.parts:  # otherwise, sampling in few steps needs long training
-        flags += " --steps 10"
-    if run.names:
-        flags += " --guidance 1"
-    print(f"  {beside('sample.py')} --onnx model.onnx{flags}")
-
-
-def beside(name):
-    """Return the command that runs a program of the project from the current folder."""
-    path = Path(__file__).with_name(name)
-    return f"python {shlex.quote(name if path.parent == Path.cwd() else str(path))}"
+    quoted = shlex.quote(str(out))
+    print(f"  python {shlex.quote(here + 'export.py')} --checkpoint {quoted} --onnx model.onnx")
+    print(f"  python {shlex.quote(here + 'sample.py')} --onnx model.onnx{few}{guidance}")
 
 
 def main(given=None, build=build):
