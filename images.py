@@ -126,7 +126,7 @@ def has_colour(path):
     return False  # after an error of any kind, `decode` leaves the file out
 
 
-def state_of(path):
+def stamp(path):
     """Return (size, modified, changed) of a file, or () for a broken link."""
     state = os.stat(path) if os.path.exists(path) else None
     return (state.st_size, state.st_mtime_ns, state.st_ctime_ns) if state else ()
@@ -156,7 +156,7 @@ def decode_once(paths, size, channels, folder, cache):
 
     cache: the folder of the file that `decode` writes, which is memory-mapped; None to keep none.
     """
-    found = [(os.path.relpath(path, folder), *state_of(path)) for path in paths]
+    found = [(os.path.relpath(path, folder), *stamp(path)) for path in paths]
     key = ascii((size, channels, found, inspect.getsource(read_image)))
     name = f".images-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     with tempfile.TemporaryDirectory() as temporary:

@@ -20,7 +20,7 @@ import filelock
 import torch
 
 from ddpm import Diffusion, UNet, linear_betas
-from images import state_of
+from images import stamp
 from program import check_output, replacing, writing
 from sample import grid, last_x0, reverse, to_pixels
 
@@ -327,7 +327,7 @@ class Folder:
         check_output(self.checkpoint)
         if self.lock_file.exists():
             self.hold()
-        self.seen = state_of(self.checkpoint)
+        self.seen = stamp(self.checkpoint)
         if self.checkpoint.exists():
             if init is not None:
                 print(f"{self.path} already holds a run, which continues; --init is ignored")
@@ -345,7 +345,7 @@ class Folder:
         self.path.mkdir(parents=True, exist_ok=True)
         if not self.lock.is_locked:
             self.hold()
-        if state_of(self.checkpoint) != self.seen:
+        if stamp(self.checkpoint) != self.seen:
             sys.exit(f"train.py: another process trained in {self.path} meanwhile; try again")
         for path in self.path.glob(f".*.{HEX}.tmp"):  # a killed process has left them
             path.unlink()
@@ -388,8 +388,8 @@ class Folder:
         with writing(path), open(path, "a") as file:
             file.writelines("{},{:.6g},{:.6g},{:.6g}\n".format(*row) for row in rows)
 
-    def draw(self, run):
-        """Save a preview."""
+    def save_preview(self, run):
+        """Save samples of the averaged network."""
         image = preview(run.ema, run.shape, run.names, run.settings)
         with replacing(self.path / f"preview-{run.step:07d}.png") as file:
             image.save(file, "PNG")

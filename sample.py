@@ -16,12 +16,9 @@ ddpm.py.
 """
 
 import argparse
-import contextlib
-import io
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -168,26 +165,19 @@ def spread(eps):
 
 
 def open_session(path, device, options=None):
-    """Return an InferenceSession, on CUDA or the CPU, and why CUDA can't be used, or ""."""
+    """Return an InferenceSession, and whether CUDA was wanted, but can't be used.
+
+    In that case, the session is on the CPU, and ONNX Runtime has printed why.
+    """
     import onnxruntime as ort
 
-    cuda, fault = "CUDAExecutionProvider", ""
-    if device == "cuda" or (device == "auto" and shutil.which("nvidia-smi")):
-        fault = "this package is for CPUs: pip uninstall -y onnxruntime onnxruntime-gpu"
-        if cuda in ort.get_available_providers():
-            with contextlib.redirect_stdout(io.StringIO()) as printed:
-                ort.preload_dlls()  # the libraries that pip installed; it prints what is missing
-            fault = "".join(re.findall("^Failed to load .*", printed.getvalue(), re.M)[:1])
-        if not fault:
-            providers = [(cuda, {"cudnn_conv_algo_search": "HEURISTIC"}), "CPUExecutionProvider"]
-            try:
-                session = ort.InferenceSession(path, options, providers, enable_fallback=0)
-                if session.get_providers()[0] == cuda:
-                    return session, ""
-                fault = "there is no driver"
-            except RuntimeError as error:  # CUDA's; faults of the file have types of their own
-                fault = str(error).partition("CUDA failure ")[2].partition(" ;")[0] or str(error)
-    return ort.InferenceSession(path, options, ["CPUExecutionProvider"]), fault
+    cuda, providers = "CUDAExecutionProvider", ["CPUExecutionProvider"]
+    wanted = device == "cuda" or (device == "auto" and shutil.which("nvidia-smi") is not None)
+    if wanted and cuda in ort.get_available_providers():  # which onnxruntime-gpu has
+        ort.preload_dlls()  # the libraries that pip installed
+        providers.insert(0, (cuda, {"cudnn_conv_algo_search": "HEURISTIC"}))
+    session = ort.InferenceSession(path, options, providers)
+    return session, wanted and session.get_providers()[0] != cuda
 
 
 class Network:
@@ -213,15 +203,15 @@ class Network:
         if device not in ("auto", "cuda", "cpu"):
             raise ValueError(f'device must be "auto", "cuda" or "cpu", not {device!r}')
         try:
-            self.session, fault = open_session(path, device, options)
+            self.session, failed = open_session(path, device, options)
         except Exception as error:  # ONNX Runtime raises many kinds of errors
             raise ValueError(f"{path!s:.99} can't be opened: {error!s:.200}") from None
-        if fault:
-            fault = f"ONNX Runtime can't use CUDA: {fault:.200}. It needs an x86-64 processor, "
-            fault += 'driver 580 or newer, and: pip install "onnxruntime-gpu[cuda,cudnn]"'
+        if failed:
+            why = "ONNX Runtime can't use CUDA. It needs driver 580 or newer and, in place of the "
+            why += 'package onnxruntime: pip install "onnxruntime-gpu[cuda,cudnn]"'
             if device == "cuda":
-                raise ValueError(fault)
-            print(fault, file=sys.stderr)
+                raise ValueError(why)
+            print(why, file=sys.stderr)
         self.provider = self.session.get_providers()[0]
         metadata = self.session.get_modelmeta().custom_metadata_map
         if missing := {"ddpm.betas", "ddpm.variance", "ddpm.image_shape"} - metadata.keys():

@@ -131,7 +131,8 @@ def set_seed(device, *numbers):
 
 def learning_rate(k, s):
     """Return --lr, or less in the first --warmup steps and in the --cooldown at the end."""
-    rise, fall = (k + 1) / max(1, s.warmup), (s.steps - k) / max(1, s.cooldown * s.steps)
+    rise = (k + 1) / max(1, s.warmup)
+    fall = (s.steps - k) / max(1, s.cooldown * s.steps)  # at least 1 if --cooldown is 0
     return s.lr * min(1.0, rise, fall)
 
 
@@ -156,18 +157,18 @@ def train(steps, run, folder, s, stop):
     steps: the generator algorithm_1. Reading a loss waits for the GPU, so the losses of ten steps
     are read together.
     """
-    stopping, saved, pending, recent = False, time.monotonic(), [], deque(maxlen=100)
+    stopping, last_save, pending, recent = False, time.monotonic(), [], deque(maxlen=100)
     options = {"initial": run.step, "unit": "step", "mininterval": 1, "disable": RANK > 0}
     with tqdm(total=s.steps, **options) as bar:
         while run.step < s.steps and not stopping:
             pending.append(next(steps))
             k = run.step + len(pending)
             draws = k % s.preview_every == 0 or k == s.steps
-            asked = WORLD == 1 and stop  # several processes have to read together
-            if not (asked or draws or k % 10 == 0 or pending[0][0].device.type == "cpu"):
+            at_once = pending[0][0].device.type == "cpu" or (stop and WORLD == 1)
+            if not (at_once or draws or k % 10 == 0):  # all processes have to read together
                 continue
             losses, norms, stopping = read(pending, stop)
-            if not np.isfinite(losses + norms).all():
+            if not np.isfinite([*losses, *norms]).all():
                 sys.exit(f"train.py: the loss or its gradient is infinite or NaN at step {k:,} or "
                          "before, which is not saved; lower --lr, or add --no-amp")  # fmt: skip
             rates = [learning_rate(i, s) for i in range(run.step, k)]
@@ -176,11 +177,11 @@ def train(steps, run, folder, s, stop):
             if RANK == 0:
                 folder.log(rows)
                 if draws:
-                    folder.draw(run)
-                due = time.monotonic() - saved > 60 * s.save_minutes
+                    folder.save_preview(run)
+                due = time.monotonic() - last_save > 60 * s.save_minutes
                 if due or stopping or k == s.steps:
                     folder.save(run)
-                    saved = time.monotonic()
+                    last_save = time.monotonic()
             recent.extend(losses)
             bar.set_postfix_str(f"loss {np.mean(recent):.4f}", refresh=False)
             bar.update(len(losses))
@@ -195,8 +196,8 @@ def read(pending, stop):
     values = torch.cat([losses, norms, losses.new_tensor([len(stop)])])
     if WORLD > 1:
         dist.all_reduce(values)
-    *values, asked = (values / WORLD).tolist()
-    return values[: len(pending)], values[len(pending) :], asked > 0
+    *values, signals = (values / WORLD).tolist()
+    return values[: len(pending)], values[len(pending) :], signals > 0
 
 
 # ------------------------------------------------------------------------------------ the processes
@@ -205,7 +206,7 @@ def read(pending, stop):
 def join(device):
     """Connect the processes through gloo and, for gradients on a GPU, NCCL or XCCL.
 
-    If one of them exits, torchrun ends the others.
+    If one of them fails, torchrun ends the others, which save nothing.
     """
     if WORLD > 1:
         if RANK > 0:  # only the first process prints
@@ -215,7 +216,7 @@ def join(device):
         dist.init_process_group(f"cpu:gloo{gpu}", timeout=timedelta(hours=4))
 
 
-def from_all(value=None):
+def from_all(value):
     """Return a list of the values of all processes; wait until each has called this."""
     values = [value] * WORLD
     if WORLD > 1:
@@ -278,10 +279,10 @@ def prepare(folder, given, device, build):
     state = from_first(folder.open, given.get("data"), given.get("init"))
     s = choose_settings(given, state, folder.source, device, WORLD)
     if LOCAL_RANK > 0:
-        from_all()
+        from_all("wait")
     data = load_images(s, state, folder, device)
     if LOCAL_RANK == 0:
-        from_all()
+        from_all("the images are decoded")
     check_processes(s, data)
     torch.manual_seed(s.seed)
     shape = tuple(data.images.shape[1:])
@@ -356,7 +357,7 @@ def main(given=None, build=build):
         with stop_requests() as stop:
             train(steps, run, folder, s, stop)
     if WORLD > 1:
-        from_all()  # a process that ends first can abort the others
+        from_all("wait")  # a process that ends first can abort the others
         time.sleep(1)  # gloo's threads and the end of Python can otherwise wait for each other
         dist.destroy_process_group()
     if RANK == 0:

@@ -222,7 +222,7 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
     assert cached() == ([2, 0, 8], 5)
     monkeypatch.setattr(images, "read_image", lambda *args: 255 - read_image(*args))
     assert cached() == ([253, 255, 247], 6)
-    monkeypatch.setattr(images, "state_of", lambda path: ())  # then only the names are known
+    monkeypatch.setattr(images, "stamp", lambda path: ())  # then only the names are known
     assert cached() == ([253, 255, 247], 7)
     (folder / "-.png").rename(folder / "3.png")
     assert cached() == ([255, 247, 253], 8)

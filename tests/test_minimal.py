@@ -31,7 +31,8 @@ def test_first_lines_read_images_or_say_why_not(tmp_path, monkeypatch, capsys):
             exec(CODE[: CODE.index("# Algorithm 1")], names := {})
             return names["pixels"]
 
-    run(said=r"usage: python minimal\.py")
+    for words in [], [".", "many"], [".", "1", "2"]:
+        run(*words, said=r"usage: python minimal\.py")
     run(".", said="there are no PNG, JPEG or WebP")
     (tmp_path / "deep").mkdir()
     Image.fromarray(np.full((9, 9), 100 * 257, np.uint16)).save(tmp_path / "a.png")
@@ -51,7 +52,8 @@ def test_minimal(tmp_path):
     """Ctrl-C ends the training, and it draws what ddpm.py and sample.py draw from its file."""
     code = CODE.replace("linear_betas()", "linear_betas(9, 0.1, 0.5)")
     line = "    loss.backward()\n"
-    code = code.replace(line, line + "    if step == 1: os.kill(os.getpid(), SIGINT)\n")
+    rate = "print(round(optimizer.param_groups[0]['lr'], 9))"
+    code = code.replace(line, f"{line}    if step == 8: {rate}; os.kill(os.getpid(), SIGINT)\n")
     code = code.replace("16, (1, 2, 4, 4)", "8, (1,)")
     shutil.copy(HERE / "ddpm.py", tmp_path)
     (tmp_path / "images").mkdir()
@@ -65,10 +67,11 @@ def test_minimal(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout, done.stderr
 
-    said, errors = run(code, "images")
-    assert re.fullmatch("images: 2; .*\nexporting .*\nsamples.png: 16 images .*CPU.*\n", said)
+    said, errors = run(code, "images", "10")
+    lines = r"images: 2; .*\n0\.0008\nexporting .*\nsamples.png: 16 images .*CPU.*\n"
+    assert re.fullmatch(lines, said), said  # the learning rate falls in the last quarter
     assert re.search(r"loss=\d\.\d{3}", errors) and "arning" not in errors
-    assert {*re.findall(r"(\d+)/10000 ", errors)} == {"0", "1"} and "| 9/9 " in errors
+    assert "8/10 " in errors and "9/10 " not in errors and "| 9/9 " in errors
 
     network = sample.Network(tmp_path / "model.onnx", "cpu")
     random, shape = np.random.default_rng(0), (16, 3, 32, 32)
