@@ -23,9 +23,9 @@ import onnx
 import torch
 from onnxscript import opset20 as op
 
-from program import check_output, replacing
+from program import check_output, guard_output, replacing
 from run import default_run, load
-from sample import Network, example, spread
+from sample import Network, example, thinned
 
 OPSET = 20  # ONNX Runtime has kernels for it on the CPU, on CUDA and in the browser
 TOLERANCE = 1e-4  # the largest difference from torch, in an eps that is about N(0, 1)
@@ -70,7 +70,7 @@ def to_onnx(network, diffusion, shape, names=()):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        program = torch.onnx.export(
+        exported = torch.onnx.export(
             network,
             tuple(inputs.values()),
             input_names=[*inputs],
@@ -84,7 +84,7 @@ def to_onnx(network, diffusion, shape, names=()):
                 torch.ops.aten.scaled_dot_product_attention.default: attention,
             },
         )
-    proto = program.model_proto
+    proto = exported.model_proto
     for k, node in enumerate(proto.graph.node):
         notes = {prop.key: prop.value for prop in node.metadata_props}
         scopes = ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "[]"))
@@ -127,7 +127,7 @@ def write_onnx(network, diffusion, shape, names, path):
     proto = to_onnx(network, diffusion, shape, names)
     session = Network(proto.SerializeToString(), "cpu")
     worst = largest_difference(network, session, shape, diffusion.T, len(names))
-    eps = spread(session(*example(shape, diffusion.T)))
+    eps = thinned(session(*example(shape, diffusion.T)))
     if not worst < TOLERANCE:
         sys.exit(f"export.py: eps differs from torch's by {worst:.1e}; {path} was not written")
     values = [round(float(value), 5) for value in eps]
@@ -138,6 +138,7 @@ def write_onnx(network, diffusion, shape, names, path):
 
 
 def main():
+    guard_output()
     parser = argparse.ArgumentParser(
         usage="python export.py [--checkpoint RUN] [--onnx model.onnx]", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,

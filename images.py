@@ -78,7 +78,7 @@ def image_files(folder):
     suffixes = {s for s, kind in Image.registered_extensions().items() if kind in FORMATS}
     images, others, skipped, seen = [], [], [], set()
 
-    def closed(error):
+    def closed(error):  # "folder/*" stands for its images, of which none can be read
         images.append(os.path.join(error.filename, "*"))
 
     for root, folders, names in os.walk(folder, onerror=closed, followlinks=True):

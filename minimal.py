@@ -8,6 +8,7 @@ Pillow, tqdm, onnx, onnxscript and onnxruntime (onnxruntime-gpu for an NVIDIA GP
 train.py, export.py and sample.py add resuming, checks, faster samplers, flips, bfloat16 and more.
 """
 
+import argparse
 import contextlib
 import copy
 import json
@@ -16,9 +17,6 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from signal import SIG_DFL, SIGINT, getsignal, signal
-
-signal(SIGINT, SIG_DFL)  # Ctrl-C ends the program without a traceback
 
 import numpy as np
 import onnx
@@ -29,14 +27,15 @@ from tqdm import tqdm
 
 from ddpm import Diffusion, UNet, linear_betas
 
-if len(sys.argv) not in (2, 3) or not "".join(sys.argv[2:] or "1").isdecimal():
-    sys.exit("usage: python minimal.py FOLDER_OF_IMAGES [STEPS]")
-steps = int(sys.argv[2]) if len(sys.argv) == 3 else 10_000
+parser = argparse.ArgumentParser(description="Train a DDPM, export it, and sample 16 images.")
+parser.add_argument("folder", help="of images")
+parser.add_argument("steps", nargs="?", type=int, default=10_000, help="of training [%(default)s]")
+args = parser.parse_args()
 if {"model.onnx", "samples.png"} & {*os.listdir()} or not os.access(".", os.W_OK):
     sys.exit("minimal.py needs a folder to write in that has no model.onnx and no samples.png")
 
 # The images of the folder that can be read: float32 (N, 3, 32, 32) in [-1, 1]
-pixels, files = [], [path for path in Path(sys.argv[1]).rglob("*") if path.is_file()]
+pixels, files = [], [path for path in Path(args.folder).rglob("*") if path.is_file()]
 for path in tqdm(files):
     with contextlib.suppress(Exception):  # Pillow raises many kinds of errors
         image = ImageOps.exif_transpose(Image.open(path, formats=("PNG", "JPEG", "WEBP")))
@@ -45,7 +44,7 @@ for path in tqdm(files):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         pixels.append(np.asarray(ImageOps.fit(image.convert("RGB"), (32, 32))))
 if not pixels:
-    sys.exit(f"{sys.argv[1]}: there are no PNG, JPEG or WebP files that can be read")
+    sys.exit(f"{args.folder}: there are no PNG, JPEG or WebP files that can be read")
 print(f"images: {len(pixels):,}; files that can't be used: {len(files) - len(pixels):,}")
 device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(device) / 127.5 - 1
@@ -56,20 +55,19 @@ diffusion = Diffusion(linear_betas())
 model = UNet(32, 3, 16, (1, 2, 4, 4), num_res_blocks=1, attention_resolutions=(), dropout=0)
 average = copy.deepcopy(model.to(device)).eval()
 optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
-signal(SIGINT, lambda *_: signal(SIGINT, SIG_DFL))  # Ctrl-C ends the loop; a second one, everything
-for step in (bar := tqdm(range(steps))):  # which shows how long it will take
-    optimizer.param_groups[0]["lr"] = 1e-3 * min(1, 4 * (1 - step / steps))  # the end falls to 0
-    loss = diffusion.loss(model, images[torch.randint(len(images), (64,), device=device)])
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    decay = min(0.9999, (1 + step) / (10 + step))
-    get_ema_multi_avg_fn(decay)([*average.parameters()], [*model.parameters()], None)
-    if step % 100 == 0:  # reading the loss waits for the device
-        bar.set_postfix(loss=f"{loss.item():.3f}")
-    if getsignal(SIGINT) == SIG_DFL:
-        break
-signal(SIGINT, SIG_DFL)
+bar = tqdm(range(args.steps))  # which shows how long it will take
+with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends the training early
+    for step in bar:
+        # The learning rate falls to 0 in the last quarter.
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, 4 - 4 * step / args.steps)
+        loss = diffusion.loss(model, images[torch.randint(len(images), (64,), device=device)])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay = min(0.9999, (1 + step) / (10 + step))
+        get_ema_multi_avg_fn(decay)([*average.parameters()], [*model.parameters()], None)
+        if step % 100 == 0:  # reading the loss waits for the device
+            bar.set_postfix(loss=f"{loss.item():.3f}")
 print("exporting model.onnx")
 
 # The network as ONNX, with the schedule in its metadata; the exporter's messages are suppressed

@@ -76,7 +76,9 @@ class Output:
 
 
 def guard_output():
-    """Let the program go on after the end of a pipe that it prints to, and print any character."""
+    """Let print survive the end of a pipe and any encoding, and Ctrl-C leave no traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     for name in "stdout", "stderr":
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):  # neither closed nor Jupyter's

@@ -1,4 +1,4 @@
-"""What a run is: its settings, its network, its folder and checkpoint, its log and previews.
+"""What a run is: its settings, flags, network, checkpoint, folder and device, in this order.
 
     settings = Settings(base_channels=64)         # the other fields have the paper's values
     network, diffusion = build(settings, (3, 32, 32))
@@ -20,7 +20,6 @@ import filelock
 import torch
 
 from ddpm import Diffusion, UNet, linear_betas
-from images import stamp
 from program import check_output, replacing, writing
 from sample import grid, last_x0, reverse, to_pixels
 
@@ -31,14 +30,15 @@ def in_range(kind, low, high=math.inf):
     """Return an argparse type for an int or a float that is at least `low` and below `high`."""
 
     def number(text):
-        if not low <= kind(text) < high:
+        value = kind(text)
+        if not low <= value < high:
             raise argparse.ArgumentTypeError(f"{text} is out of range")
-        return kind(text)
+        return value
 
     return number
 
 
-count, whole = in_range(int, 1), in_range(int, 0, 2**63)
+positive, whole = in_range(int, 1), in_range(int, 0, 2**63)
 amount, share = in_range(float, 0), in_range(float, 0, 1)
 switch = argparse.BooleanOptionalAction
 PARTS = "v", "weights", "muon"  # what quick.py can put in place of the paper's
@@ -56,35 +56,35 @@ def flag(default, meaning, **options):
 class Settings:
     """The settings of a run, as in its checkpoint. The defaults are the paper's CIFAR-10 run."""
 
-    # The network; only published weights set norm_groups
-    image_size: int = flag(32, "pixels; images are cropped to a square", type=count)
+    # NETWORK: stays for good. Only published weights set norm_groups
+    image_size: int = flag(32, "pixels; images are cropped to a square", type=positive)
     in_channels: int = flag(None, "1 is grey, 3 is colour [detected]", type=int, choices=(1, 3))
-    base_channels: int = flag(128, "width of the first level", type=count)
-    channel_mults: tuple = flag((1, 2, 2, 2), "relative widths of levels", type=count, nargs="+")
-    num_res_blocks: int = flag(2, "residual blocks per level", type=count)
+    base_channels: int = flag(128, "width of the first level", type=positive)
+    channel_mults: tuple = flag((1, 2, 2, 2), "relative widths of levels", type=positive, nargs="+")
+    num_res_blocks: int = flag(2, "residual blocks per level", type=positive)
     attention_resolutions: tuple = flag((16,), "level sizes with attention", type=int, nargs="*")
-    patch_size: int = flag(1, "width of a patch that the network sees as one pixel", type=count)
+    patch_size: int = flag(1, "width of a patch that the network sees as one pixel", type=positive)
     norm_groups: int = None
-    # The method; only published weights set betas
+    # The method: stays when a run is resumed. Only published weights set betas
     data: str = flag(None, "folder of images [the built-in demo]")
     classes: bool = flag(False, "the sub-folders of --data are classes", action=switch)
     betas: tuple = tuple(linear_betas().tolist())
     variance: str = flag("large", "sigma_t^2", choices=("large", "small"))
     parts: tuple = flag((), "parts of quick.py to use [none]", choices=PARTS, nargs="*")
-    batch: int = flag(128, "images per step, over all GPUs", type=count)
+    batch: int = flag(128, "images per step, over all GPUs", type=positive)
     lr: float = flag(2e-4, "learning rate", type=amount)
     warmup: int = flag(None, "steps until --lr [min(5000, steps / 20)]", type=whole)
     cooldown: float = flag(0.0, "last share of the steps, in which --lr falls to 0", type=share)
     ema: float = flag(0.9999, "decay of the averaged weights", type=share)
     flip: bool = flag(True, "flip images left to right at random", action=switch)
     seed: int = flag(0, "seed of all random numbers", type=whole)
-    # What may change when a run is resumed
-    steps: int = flag(800_000, "number of training steps", type=count)
+    # FREE: may change when a run is resumed
+    steps: int = flag(800_000, "number of training steps", type=positive)
     dropout: float = flag(0.1, "share of the activations to drop", type=share)
-    accumulate: int = flag(1, "parts to split each batch into, to save memory", type=count)
+    accumulate: int = flag(1, "parts to split each batch into, to save memory", type=positive)
     amp: bool = flag(None, "bfloat16 [where it is fast]", action=switch)
     preview_every: int = flag(None, "steps between previews [they take at most 4%% of the time]",
-                              type=count)  # fmt: skip
+                              type=positive)  # fmt: skip
     save_minutes: float = flag(5.0, "minutes between saves", type=amount)
 
     def __post_init__(self):
@@ -105,6 +105,9 @@ DEMO = dict(
     image_size=8, base_channels=32, channel_mults=(1, 2), num_res_blocks=1,
     attention_resolutions=(), dropout=0.0, batch=64, lr=3e-3, steps=2400,
 )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------- flags
 
 
 def as_flag(name, value=True):
@@ -129,7 +132,7 @@ def command_line(doc, given=None):
     add("--init", help="a run whose averaged weights a new run begins with")
     add("--device", help="auto, cpu, cuda, cuda:1, mps or xpu [auto]")
     add("--compile", action=switch, help="torch.compile, for long runs on a GPU [no]")
-    add("--quick", action="store_true", help="a small network and a short run; see the manual")
+    add("--quick", action=switch, help="a small network and a short run; see the manual [no]")
     for setting in fields(Settings):
         if setting.metadata:
             add(*as_flag(setting.name), **setting.metadata)
@@ -146,18 +149,19 @@ def check_flags(given, state, source):
     needs = given.keys() & {"quick", "classes", "image_size", "in_channels", "init"}
     if needs and not given.get("data", saved.get("data")):
         sys.exit(f"train.py: {as_flag(min(needs))[0]} needs --data")
-    if not state and "data" not in given and "out" in given:
-        sys.exit(f"train.py: {source} has no checkpoint; give --data, or for the demo no --out")
-    fixed = {*NETWORK, "classes", "parts"}  # the network can never change
-    if state and state["images"]:  # the run has begun
-        fixed = {*NAMES} - {*FREE, "data"}
-    if given.get("quick") and "parts" not in given:
-        given = given | {"parts": QUICK["parts"]}
-    for name in given.keys() & fixed if state else ():
+    if state is None:
+        if "out" in given and "data" not in given:
+            sys.exit(f"train.py: {source} has no checkpoint; give --data, or for the demo no --out")
+        return
+    if given.get("quick"):
+        given = {"parts": QUICK["parts"]} | given
+    has_begun = state["images"] is not None
+    fixed = {*NAMES} - {*FREE, "data"} if has_begun else {*NETWORK, "classes", "parts"}
+    for name in given.keys() & fixed:
         if given[name] != saved[name]:
             sys.exit(f"train.py: {source} has {name} = {saved[name]}, not {given[name]}; "
                      "omit this flag, or begin another run")  # fmt: skip
-    if state and given.get("steps", math.inf) < state["step"]:
+    if given.get("steps", math.inf) < state["step"]:
         sys.exit(f"train.py: {source} is at step {state['step']:,}; --steps can't be smaller")
 
 
@@ -168,8 +172,12 @@ def choose_settings(given, state, source, device, processes=1):
     the flags do not fit together, or contradict what is saved.
     """
     check_flags(given, state, source)
-    defaults = QUICK if given.get("quick") else {} if given.get("data") else DEMO
-    defaults = state["settings"] if state else defaults
+    if state:
+        defaults = state["settings"]
+    elif given.get("quick"):
+        defaults = QUICK
+    else:
+        defaults = {} if "data" in given else DEMO
     s = Settings(**defaults | {name: given[name] for name in NAMES if name in given})
     if s.batch % (processes * s.accumulate):
         sys.exit("train.py: --batch must be a multiple of the number of GPUs times --accumulate")
@@ -290,115 +298,13 @@ class Run:
             if saved := state.pop(name):  # a run that begins anew has no optimizer state
                 getattr(self, name).load_state_dict(saved)
 
-    def checkpoint(self):
+    def state(self):
         """Return the checkpoint of this step."""
         state = vars(self) | {"settings": vars(self.settings)}
         return state | {n: state[n].state_dict() for n in ("model", "ema", "optimizer")}
 
 
 # --------------------------------------------------------------------------------------- the folder
-
-LOG = "step,loss,grad_norm,lr\n"  # the first line of log.csv
-HEX = 16 * "[0-9a-f]"  # a part of the names of unfinished files and decoded images
-
-
-class Folder:
-    """The folder of a run, which one process holds: the checkpoint, log.csv, the previews."""
-
-    def __init__(self, path):
-        self.path, self.checkpoint, self.lock_file = path, path / "checkpoint.pt", path / ".lock"
-        self.lock = filelock.FileLock(self.lock_file)
-        self.source = path  # the run whose checkpoint `open` returns
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.lock.release()
-
-    def open(self, data=None, init=None):
-        """Return the checkpoint of the folder, the state that --init begins with, or None.
-
-        It writes nothing. Exits if another process holds the folder, or if it is the folder of the
-        images or a parent of it.
-        """
-        if data and Path(data).resolve().is_relative_to(self.path.resolve()):
-            sys.exit(f"train.py: --out {self.path} must not be or contain the folder of the images")
-        check_output(self.checkpoint)
-        if self.lock_file.exists():
-            self.hold()
-        self.seen = stamp(self.checkpoint)
-        if self.checkpoint.exists():
-            if init is not None:
-                print(f"{self.path} already holds a run, which continues; --init is ignored")
-            return read_checkpoint(self.path)
-        if init is None:
-            return None
-        self.source = init
-        return begin_anew(read_checkpoint(init))
-
-    def begin(self, step):
-        """Make the folder, hold it, and begin or go on with its log after this step.
-
-        Exits if another process has written a checkpoint since `open`.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        if not self.lock.is_locked:
-            self.hold()
-        if stamp(self.checkpoint) != self.seen:
-            sys.exit(f"train.py: another process trained in {self.path} meanwhile; try again")
-        for path in self.path.glob(f".*.{HEX}.tmp"):  # a killed process has left them
-            path.unlink()
-        self.begin_log(step)
-
-    def hold(self):
-        """Acquire the lock, which a killed process loses. Exits if another process has it."""
-        try:
-            self.lock.acquire(timeout=0)
-        except filelock.Timeout:
-            sys.exit(f"train.py: another process is training in {self.path}; wait, or use "
-                     "another --out")  # fmt: skip
-        self.held = self.lock_file.stat().st_ino
-
-    def save(self, run):
-        """Replace the checkpoint. Exits if that fails, or if another process holds the folder."""
-        if self.path.exists() and not self.lock_file.exists():  # somebody has removed it
-            self.lock.release()
-            self.hold()
-        if not self.path.exists() or self.lock_file.stat().st_ino != self.held:
-            sys.exit(f"train.py: {self.path} was moved, or holds another run; this one isn't saved")
-        with replacing(self.checkpoint) as file:
-            torch.save(run.checkpoint(), file)
-
-    def begin_log(self, step):
-        """Begin log.csv, or cut it back to the rows of the first `step` steps."""
-        path = self.path / "log.csv"
-        text = path.read_text(errors="replace") if path.exists() else ""
-        head, *rows = text.splitlines(keepends=True) or [LOG]
-        if head != LOG:
-            sys.exit(f"train.py: {path} is not a log of train.py; rename or remove it")
-        # A killed process leaves rows of later steps, and half a row.
-        rows = [row for row in rows if row.endswith("\n") and int(row.partition(",")[0]) <= step]
-        with replacing(path) as file:
-            file.write((LOG + "".join(rows)).encode())
-
-    def log(self, rows):
-        """Append rows (step, loss, norm, rate). Exits if the disk is full, or the folder gone."""
-        path = self.path / "log.csv"
-        with writing(path), open(path, "a") as file:
-            file.writelines("{},{:.6g},{:.6g},{:.6g}\n".format(*row) for row in rows)
-
-    def save_preview(self, run):
-        """Save samples of the averaged network."""
-        image = preview(run.ema, run.shape, run.names, run.settings)
-        with replacing(self.path / f"preview-{run.step:07d}.png") as file:
-            image.save(file, "PNG")
-
-    def forget_images(self, current):
-        """Remove all decoded images except the current file."""
-        for path in self.path.glob(f".images-{HEX}"):
-            if path.name != Path(current).name:
-                path.unlink(missing_ok=True)  # another machine may do the same
 
 
 def preview(network, shape, names, settings):
@@ -420,6 +326,107 @@ def preview(network, shape, names, settings):
         how = {"variance": "small", "steps": min(20, len(settings.betas)), "sampler": "ddpm"}
         x0 = last_x0(reverse(eps, draw_noise, settings.betas, **how))
     return grid(to_pixels(x0.cpu().numpy()), len(names))
+
+
+LOG = "step,loss,grad_norm,lr\n"  # the first line of log.csv
+HEX = 16 * "[0-9a-f]"  # a part of the names of unfinished files and decoded images
+
+
+class Folder:
+    """The folder of a run, which one process holds: the checkpoint, log.csv, the previews."""
+
+    def __init__(self, path):
+        self.path, self.checkpoint, self.lock_file = path, path / "checkpoint.pt", path / ".lock"
+        self.lock, self.held, self.is_new = filelock.FileLock(self.lock_file), None, False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.lock.release()
+        if self.is_new and [*self.path.glob("*")] == [self.lock_file]:  # the images were refused
+            self.lock_file.unlink()
+            self.path.rmdir()
+
+    def open(self, data=None, init=None):
+        """Return (state, source): a checkpoint, or None for a new run, and the run that it is from.
+
+        That is this folder or the run `init`. It writes nothing. Exits if another process holds the
+        folder, or if it is the folder of the images or a parent of it.
+        """
+        if data and Path(data).resolve().is_relative_to(self.path.resolve()):
+            sys.exit(f"train.py: --out {self.path} must not be or contain the folder of the images")
+        check_output(self.checkpoint)
+        if self.lock_file.exists():
+            self.hold()
+        if self.checkpoint.exists():
+            if init is not None:
+                print(f"{self.path} already holds a run, which continues; --init is ignored")
+            return read_checkpoint(self.path), self.path
+        if init is not None:
+            return begin_anew(read_checkpoint(init)), init
+        return None, self.path
+
+    def begin(self):
+        """Make the folder, hold it, and remove what a killed process did not finish."""
+        self.is_new = not self.path.exists()
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not self.lock.is_locked:
+            self.hold()
+        for path in self.path.glob(f".*.{HEX}.tmp"):
+            path.unlink()
+
+    def hold(self):
+        """Acquire the lock, which a killed process loses. Exits if another process has it."""
+        try:
+            self.lock.acquire(timeout=0)
+        except filelock.Timeout:
+            sys.exit(f"train.py: another process is training in {self.path}; wait, or use "
+                     "another --out")  # fmt: skip
+        self.held = self.lock_file.stat().st_ino
+
+    def save(self, run):
+        """Replace the checkpoint. Exits if that fails, or if another process holds the folder."""
+        if self.path.exists() and not self.lock_file.exists():  # somebody has removed it
+            self.lock.release()
+            self.hold()
+        if not self.path.exists() or self.lock_file.stat().st_ino != self.held:
+            sys.exit(f"train.py: {self.path} was moved, or holds another run; this one isn't saved")
+        with replacing(self.checkpoint) as file:
+            torch.save(run.state(), file)
+
+    def begin_log(self, step):
+        """Begin log.csv, or cut it back to the rows of the first `step` steps."""
+        path = self.path / "log.csv"
+        text = path.read_text(errors="replace") if path.exists() else ""
+        head, *rows = text.splitlines(keepends=True) or [LOG]
+        if head != LOG:
+            sys.exit(f"train.py: {path} is not a log of train.py; rename or remove it")
+
+        def is_earlier(row):  # a killed process leaves rows of later steps, and half a row
+            number = row.partition(",")[0]
+            return row.endswith("\n") and number.isdecimal() and int(number) <= step
+
+        with replacing(path) as file:
+            file.write((LOG + "".join(filter(is_earlier, rows))).encode())
+
+    def log(self, rows):
+        """Append rows (step, loss, norm, rate). Exits if the disk is full, or the folder gone."""
+        path = self.path / "log.csv"
+        with writing(path), open(path, "a") as file:
+            file.writelines("{},{:.6g},{:.6g},{:.6g}\n".format(*row) for row in rows)
+
+    def save_preview(self, run):
+        """Save samples of the averaged network."""
+        image = preview(run.ema, run.shape, run.names, run.settings)
+        with replacing(self.path / f"preview-{run.step:07d}.png") as file:
+            image.save(file, "PNG")
+
+    def forget_images(self, current):
+        """Remove all decoded images except the current file."""
+        for path in self.path.glob(f".images-{HEX}"):
+            if path.name != Path(current).name:
+                path.unlink(missing_ok=True)  # another machine may do the same
 
 
 # --------------------------------------------------------------------------------------- the device

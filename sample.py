@@ -154,12 +154,12 @@ def last_x0(process):
 
 
 def example(shape, T):
-    """Return the test input (x_t, t) whose expected output, `spread(eps)`, the metadata store."""
+    """Return the test input (x_t, t) whose expected output, `thinned(eps)`, the metadata store."""
     x_t = math.sqrt(2) * np.sin(np.arange(math.prod(shape)))
     return x_t.reshape(1, *shape).astype(np.float32), T // 2
 
 
-def spread(eps):
+def thinned(eps):
     """Return up to 64 evenly spaced values of eps."""
     return eps.ravel()[:: -(-eps.size // 64)]
 
@@ -221,7 +221,7 @@ class Network:
         self.shape = tuple(json.loads(metadata["ddpm.image_shape"]))
         self.classes = json.loads(metadata.get("ddpm.classes", "[]"))
         if self.provider == "CUDAExecutionProvider":
-            eps = spread(self(*example(self.shape, len(self.betas))))
+            eps = thinned(self(*example(self.shape, len(self.betas))))
             answer = json.loads(metadata.get("ddpm.eps_of_example", "null"))  # minimal.py has none
             if answer and not np.linalg.norm(eps - answer) < 0.05 * np.linalg.norm(answer):
                 raise ValueError(f"{path}: eps on CUDA is wrong; use --device cpu")
@@ -274,12 +274,17 @@ def grid(pixels, rows=None):
 # -------------------------------------------------------------------------------------- the program
 
 
-def flags(doc):
-    """Return a parser with the flags of this program but --onnx. doc: the documentation to show."""
+def flags(doc, onnx=True):
+    """Return a parser with the flags of this program. doc: the documentation that --help shows.
+
+    onnx: False leaves out --onnx, for a network from elsewhere.
+    """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     flag = parser.add_argument
+    if onnx:
+        flag("--onnx", default="model.onnx", help="a network from export.py [%(default)s]")
     flag("-n", type=int, help="number of images [64, or 8 of each class]")
     flag("--first", type=int, default=0, help="number of the first image [%(default)s]")
     flag("--out", type=Path, default="samples.png", help="a grid of up to 256 images [%(default)s]")
@@ -338,16 +343,18 @@ def complete(args, network):
             raise ValueError(f"{image_path(args, k)} is already there; choose another --first")
 
 
-def draw(network, args, stop):
+def batches(network, args, stop):
     """Yield (first number, pixels) of each batch, until a signal or a value that is not finite."""
     from tqdm import tqdm
 
-    end, batches = args.first + args.n, -(-args.n // args.batch)
-    with tqdm(total=batches * args.steps, unit="step", mininterval=1) as bar:
+    end = args.first + args.n
+    with tqdm(total=-(-args.n // args.batch) * args.steps, unit="step", mininterval=1) as bar:
         for first in range(args.first, end, args.batch):
-            what = min(args.batch, end - first), args.classes, args.guidance, args.seed, first
-            how = {"steps": args.steps, "sampler": args.sampler}
-            for _, _, x0_hat in sample_progressive(network, *what, **how):
+            process = sample_progressive(
+                network, min(args.batch, end - first), args.classes, args.guidance, args.seed,
+                first, steps=args.steps, sampler=args.sampler,
+            )  # fmt: skip
+            for _, _, x0_hat in process:
                 if stop:
                     return
                 bar.update()
@@ -394,19 +401,17 @@ def main(parser=None, open_network=open_onnx):
     parser: of another program, from `flags`. open_network(args) returns its network, and raises
     OSError or ValueError for a mistake in args.
     """
-    if parser is None:
-        parser = flags(__doc__)
-        parser.add_argument("--onnx", default="model.onnx", help="from export.py [%(default)s]")
+    parser = parser or flags(__doc__)
     args = parser.parse_args()
     try:
         network = open_network(args)
         complete(args, network)
     except (OSError, ValueError) as error:
         sys.exit(f"{parser.prog}: {error}")
-    print(f"{args.n} images in {args.steps} steps on {network.provider}", flush=True)
+    print(f"{args.n} images in {args.steps} steps on {network.provider}")
     stop, shown, done = receive_signals(), [], 0
     try:
-        for first, pixels in draw(network, args, stop):
+        for first, pixels in batches(network, args, stop):
             for k, image in enumerate(pixels if args.dir else (), first):
                 save(to_image(image), image_path(args, k))
             shown.extend(pixels[: 256 - len(shown)])

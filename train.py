@@ -109,16 +109,17 @@ def draw_batch(data, diffusion, k, s, device):
     flip = torch.rand(s.batch, 1, 1, 1, device=device) < (0.5 if s.flip else 0)
     t = diffusion.draw_t(s.batch, device)
     noise = torch.randn(s.batch, *data.images.shape[1:], device=device)
+    y = None
     if data.names:  # drop a tenth of the labels, because guidance also needs eps without a class
         drop = torch.rand(s.batch, device=home) < 0.1
-        labels = to_device(data.labels[index].masked_fill(drop, len(data.names)), device)
+        y = to_device(data.labels[index].masked_fill(drop, len(data.names)), device)
     size = s.batch // (WORLD * s.accumulate)
     for share in range(RANK * s.accumulate, (RANK + 1) * s.accumulate):
         mine = slice(share * size, (share + 1) * size)
         x0 = from_pixels(to_device(data.images[index[mine]], device))
         x0 = torch.where(flip[mine], x0.flip(3), x0)
         set_seed(device, s.seed, k, 1 + share)  # for dropout
-        yield x0, t[mine], noise[mine], labels[mine] if data.names else None
+        yield x0, t[mine], noise[mine], None if y is None else y[mine]
 
 
 def set_seed(device, *numbers):
@@ -137,27 +138,26 @@ def learning_rate(k, s):
 
 
 def update_ema(ema, network, k, decay):
-    """Update the averaged weights, which are used for sampling, in place; copy the buffers.
+    """Update the averaged weights, which are used for sampling, in place.
 
     Unlike in the authors' code, the decay grows with the step, so that the initial weights soon
     lose their influence.
     """
     decay = min(decay, (1 + k) / (10 + k))
     get_ema_multi_avg_fn(decay)([*ema.parameters()], [*network.parameters()], None)
-    for average, buffer in zip(ema.buffers(), network.buffers(), strict=True):
-        average.copy_(buffer)
 
 
 # ----------------------------------------------------------------------------------------- the loop
 
 
-def train(steps, run, folder, s, stop):
+def train(steps, run, folder, stop):
     """Take the steps that remain, until `stop` has a signal; log, draw and save.
 
     steps: the generator algorithm_1. Reading a loss waits for the GPU, so the losses of ten steps
     are read together.
     """
-    stopping, last_save, pending, recent = False, time.monotonic(), [], deque(maxlen=100)
+    s, stopping, last_save = run.settings, False, time.monotonic()
+    pending, recent = [], deque(maxlen=100)
     options = {"initial": run.step, "unit": "step", "mininterval": 1, "disable": RANK > 0}
     with tqdm(total=s.steps, **options) as bar:
         while run.step < s.steps and not stopping:
@@ -165,7 +165,8 @@ def train(steps, run, folder, s, stop):
             k = run.step + len(pending)
             draws = k % s.preview_every == 0 or k == s.steps
             at_once = pending[0][0].device.type == "cpu" or (stop and WORLD == 1)
-            if not (at_once or draws or k % 10 == 0):  # all processes have to read together
+            is_read = at_once or draws or k % 10 == 0  # in the same step by all processes
+            if not is_read:
                 continue
             losses, norms, stopping = read(pending, stop)
             if not np.isfinite([*losses, *norms]).all():
@@ -235,26 +236,26 @@ def from_first(function, *args):
 # -------------------------------------------------------------------------------------- the program
 
 
-def load_images(s, state, folder, device):
+def load_images(s, state, source, folder, device):
     """Return the Data, decoding the images into the folder of the run unless they are there.
 
-    Exits if they are not the images of the checkpoint `state`.
+    Exits if they are not the images of the checkpoint `state` of the run `source`.
     """
-    images, labels, names, out = demo_images(), None, (), folder.path
+    images, labels, names = demo_images(), None, ()
     if s.data is not None:
         channels = state["shape"][0] if state else s.in_channels
-        images, labels, names = read_folder(s.data, s.image_size, channels, s.classes, out)
+        images, labels, names = read_folder(s.data, s.image_size, channels, s.classes, folder.path)
     digest = hashlib.blake2b(np.ascontiguousarray(images), digest_size=8)
     digest.update(repr((images.shape, names, labels is not None and labels.tolist())).encode())
     digest, shape = digest.hexdigest(), images.shape[1:]
     if state and (shape, names) != (state["shape"], state["names"]):
-        sys.exit(f"train.py: {folder.source} is for images of {state['shape']} and the classes "
+        sys.exit(f"train.py: {source} is for images of {state['shape']} and the classes "
                  f"{state['names']}")  # fmt: skip
     if state and state["images"] not in (None, digest):
         if s.data != state["settings"]["data"]:
-            sys.exit(f"train.py: {out} was trained on other images; use another --out")
+            sys.exit(f"train.py: {source} was trained on other images; use another --out")
         print(f"the images have changed since step {state['step']:,}; training continues with them")
-    if s.data is not None and LOCAL_RANK == 0:
+    if s.data is not None and LOCAL_RANK == 0:  # then the array is that of a file
         folder.forget_images(images.filename)
     images = torch.from_numpy(images)
     if images.nbytes < 2e9:  # larger sets move to the device batch by batch
@@ -276,11 +277,12 @@ def prepare(folder, given, device, build):
 
     The first process of each machine decodes the images, while the others wait.
     """
-    state = from_first(folder.open, given.get("data"), given.get("init"))
-    s = choose_settings(given, state, folder.source, device, WORLD)
+    state, source = from_first(folder.open, given.get("data"), given.get("init"))
+    s = choose_settings(given, state, source, device, WORLD)
+    from_first(folder.begin)
     if LOCAL_RANK > 0:
         from_all("wait")
-    data = load_images(s, state, folder, device)
+    data = load_images(s, state, source, folder, device)
     if LOCAL_RANK == 0:
         from_all("the images are decoded")
     check_processes(s, data)
@@ -294,9 +296,9 @@ def prepare(folder, given, device, build):
     if state:
         run.load(state)
     if RANK == 0:
-        folder.begin(run.step)
-    if folder.source != folder.path:
-        print(f"begins with the averaged weights of {folder.source}")
+        folder.begin_log(run.step)
+    if source != folder.path:
+        print(f"begins with the averaged weights of {source}")
     return run, data, diffusion
 
 
@@ -355,7 +357,7 @@ def main(given=None, build=build):
             network = compiled(network)
         steps = algorithm_1(network, run.ema, run.optimizer, diffusion, data, s, run.step)
         with stop_requests() as stop:
-            train(steps, run, folder, s, stop)
+            train(steps, run, folder, stop)
     if WORLD > 1:
         from_all("wait")  # a process that ends first can abort the others
         time.sleep(1)  # gloo's threads and the end of Python can otherwise wait for each other

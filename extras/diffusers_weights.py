@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from ddpm import UNet, linear_betas
-from export import largest_difference
+from export import TOLERANCE, largest_difference
 from program import check_output, replacing
 from run import Settings, begin_anew, build, load
 
-NAMES = (  # regular expressions that turn our names into diffusers', in this order
+RENAMES = (  # regular expressions that turn our names into diffusers', in this order
     (r"^(down|up)\.(\d+)\.\d+\.conv\.", r"\1_blocks.\2.\1samplers.0.conv."),
     (r"^(down|up)\.(\d+)\.(\d+)\.", r"\1_blocks.\2.resnets.\3."),
     (r"^middle\.", r"mid_block.resnets."),
@@ -36,9 +36,12 @@ NAMES = (  # regular expressions that turn our names into diffusers', in this or
     (r"time_mlp\.2", r"time_embedding.linear_2"),
     (r"norm_out", r"conv_norm_out"),
 )
-PARTS = {"epsilon": (), "v_prediction": ("v",)}  # what a scheduler predicts, and the parts of a run
+PREDICTS = {
+    "epsilon": (),
+    "v_prediction": ("v",),
+}  # what a scheduler predicts, and the parts of a run
 SCHEDULER = {  # the settings of a scheduler that ddpm.py can express
-    "prediction_type": [*PARTS],
+    "prediction_type": [*PREDICTS],
     "variance_type": ["fixed_large", "fixed_small"],
     "clip_sample": [True],
     "clip_sample_range": [1.0],
@@ -49,7 +52,7 @@ SCHEDULER = {  # the settings of a scheduler that ddpm.py can express
 
 def diffusers_name(name):
     """Return the name that diffusers' UNet2DModel gives a tensor of our UNet."""
-    for pattern, replacement in NAMES:
+    for pattern, replacement in RENAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
@@ -110,7 +113,7 @@ def from_diffusers(source):
         norm_groups=u.norm_num_groups,
         betas=tuple(betas),
         variance=c.variance_type.removeprefix("fixed_"),
-        parts=PARTS[c.prediction_type],
+        parts=PREDICTS[c.prediction_type],
     )
     shape = u.in_channels, size, size
     try:
@@ -127,7 +130,7 @@ def from_diffusers(source):
         return theirs(torch.from_numpy(x_t), torch.from_numpy(t)).sample.numpy()
 
     ours = partial(UNet.forward, network.eval())  # the raw output, also of a VUNet
-    if not (worst := largest_difference(ours, output, shape, diffusion.T)) < 1e-4:
+    if not (worst := largest_difference(ours, output, shape, diffusion.T)) < TOLERANCE:
         refuse(source, f"its output differs by {worst:.1g} between diffusers and ddpm.py")
     return {"settings": vars(settings), "shape": shape, "names": (), "ema": network.state_dict()}
 

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from ddpm import Bound, Diffusion
 from images import demo_images, from_pixels, read_folder
-from program import check_output
-from run import choose_device, count, default_run, load
+from program import check_output, guard_output, replacing
+from run import choose_device, default_run, load, positive
 
 
 def rate_distortion(bound):
@@ -55,12 +55,13 @@ def measure(network, diffusion, images, labels, batch, noise):
 
 
 def main():
+    guard_output()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--data", help="folder of images [the demo, for a run on the demo]")
     parser.add_argument("--checkpoint", type=Path, default=default_run(), help="run [%(default)s]")
-    parser.add_argument("--images", type=count, help="how many images, picked at random [all]")
+    parser.add_argument("--images", type=positive, help="how many images, picked at random [all]")
     parser.add_argument("--variance", choices=("large", "small"), help="[as in training]")
-    parser.add_argument("--batch", type=count, default=128, help="[%(default)s]")
+    parser.add_argument("--batch", type=positive, default=128, help="[%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="of noise and images [%(default)s]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps or xpu [auto]")
     args = parser.parse_args()
@@ -88,7 +89,8 @@ def main():
     n, (L_t, rate, rmse) = len(bound.total), rate_distortion(bound)
     path = out / "rate-distortion.csv"
     table = torch.stack([torch.arange(len(rate)), L_t, rate, rmse], 1).numpy()
-    np.savetxt(path, table, "%.9g", ",", header="t,L_t,rate,rmse", comments="")
+    with replacing(path) as file:
+        np.savetxt(file, table, "%.9g", ",", header="t,L_t,rate,rmse", comments="")
     error = f" +- {bound.total.std() / math.sqrt(n):.4f} (standard error)" if n > 1 else ""
     print(f"{args.checkpoint}, step {state['step']:,}, on {n:,} images, bits per dimension")
     print(f"  L_T                  {bound.L_T.mean():8.6f}")

@@ -42,7 +42,6 @@ def main():
     parser.set_defaults(n=16, steps=50, out="inpainted.png")
     parser.add_argument("image")
     parser.add_argument("mask")
-    parser.add_argument("--onnx", default="model.onnx", help="from export.py [%(default)s]")
 
     def open_network(args):
         check_output(args.out, args.image, args.mask)

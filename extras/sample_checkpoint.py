@@ -52,11 +52,11 @@ class TorchNetwork:
         eps: the network, `guided` or not. draw_noise() returns arrays.
         """
         options["draw_noise"] = lambda: to_device(torch.from_numpy(draw_noise()), self.device)
-        return sample_progressive(self.diffusion, eps, None, **options)
+        return sample_progressive(self.diffusion, eps, shape=None, **options)
 
 
 def main():
-    parser = sample.flags(__doc__)
+    parser = sample.flags(__doc__, onnx=False)
     parser.add_argument("run", help="the folder of a run, or its checkpoint.pt")
     sample.main(parser, lambda args: TorchNetwork(args.run, args.device))
 

@@ -194,17 +194,6 @@ def test_second_process_in_a_folder_is_one_line(tiny, tmp_path):
     tiny("--steps", 1)
 
 
-def test_run_that_another_process_began_meanwhile_is_not_overwritten(tiny, tmp_path, monkeypatch):
-    """A new folder is locked after the images are decoded, so that a refusal leaves no trace."""
-
-    def train_elsewhere(*_):
-        (tmp_path / "run" / "checkpoint.pt").write_text("new")
-
-    monkeypatch.setattr(train, "check_processes", train_elsewhere)
-    assert "another process trained in run meanwhile; try again" in tiny("--steps", 1, code=1)
-    assert (tmp_path / "run" / "checkpoint.pt").read_text() == "new"
-
-
 def test_removed_lock_is_acquired_again(tiny, tmp_path, wrap_step):
     lock = tmp_path / "run" / ".lock"
     wrap_step(lambda loss, norm, k: lock.unlink() if k == 2 else None)

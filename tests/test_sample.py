@@ -179,7 +179,7 @@ def test_grid_shows_every_image_in_its_place(channels):
     ],
 )  # fmt: skip
 def test_wrong_flags_are_refused_before_sampling(code, said, flags, program, folder, monkeypatch):
-    monkeypatch.setattr(sample, "draw", None)  # no step may be taken
+    monkeypatch.setattr(sample, "batches", None)  # no step may be taken
     (folder / "mine").mkdir()
     (folder / "mine.png").mkdir()
     (folder / "plain.onnx").write_bytes(onnx_file(classes=False))

@@ -49,15 +49,13 @@ def test_learning_rate_rises_and_falls():
 
 
 def test_ema_forgets_the_first_weights():
-    """The decay grows with the step; buffers, such as those of batch norm, are copied."""
-    model = torch.nn.BatchNorm1d(2)
+    """The decay grows with the step."""
+    model = torch.nn.LayerNorm(2)
     torch.nn.init.zeros_(model.weight)
-    model(torch.randn(9, 2))
     for step, share in (0, 0.1), (90, 0.91), (10**6, 0.9999):
-        ema = torch.nn.BatchNorm1d(2).requires_grad_(False)
+        ema = torch.nn.LayerNorm(2).requires_grad_(False)
         train.update_ema(ema, model, step, 0.9999)
         close(ema.weight, [share] * 2)
-        assert torch.equal(ema.running_mean, model.running_mean) and ema.running_mean.any()
 
 
 def test_seeds_differ_for_every_seed_and_step_and_part():
