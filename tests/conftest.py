@@ -197,7 +197,7 @@ def in_process(program, *args, code=0):
 
 
 @pytest.fixture
-def run(monkeypatch):
+def program(monkeypatch):
     """Run a program in this process, and stay in its folder; return what it printed."""
 
     def call(program, *args, cwd, code=0):
@@ -208,11 +208,11 @@ def run(monkeypatch):
 
 
 @pytest.fixture
-def tiny(run, image_folder, tmp_path):
+def tiny(program, image_folder, tmp_path):
     """Train a tiny network on the image folder, in tmp_path; return what was printed."""
 
     def call(*words, code=0):
-        return run("train.py", "--data", image_folder, *TINY, *words, cwd=tmp_path, code=code)
+        return program("train.py", "--data", image_folder, *TINY, *words, cwd=tmp_path, code=code)
 
     return call
 

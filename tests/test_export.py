@@ -178,13 +178,13 @@ class RunsCode:
         return Path.touch, (Path("executed"),)
 
 
-def test_mistakes_are_one_line(plain, tmp_path, run):
+def test_mistakes_are_one_line(plain, tmp_path, program):
     """A folder without a checkpoint is no run, and no code in a file is executed."""
     said = python("export.py", cwd=tmp_path, code=1)  # in a process of its own
     assert said == "demo is not there; run train.py first\n"
     for name in "demo", "run":
         (tmp_path / name).mkdir()
-        said = run("export.py", cwd=tmp_path, code=1)
+        said = program("export.py", cwd=tmp_path, code=1)
         assert f"{Path('demo', 'checkpoint.pt')} is not there; run train.py first" in said
     whole = (plain[0] / "run" / "checkpoint.pt").read_bytes()
     (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
@@ -196,14 +196,14 @@ def test_mistakes_are_one_line(plain, tmp_path, run):
     torch.save({name: state[name] for name in state if name != "ema"}, tmp_path / "ema.pt")
     (tmp_path / "text.pt").write_text("epoch 1")
     for name in "half", "empty", "code", "old", "list", "ema", "text":
-        said = run("export.py", "--checkpoint", f"{name}.pt", cwd=tmp_path, code=1)
+        said = program("export.py", "--checkpoint", f"{name}.pt", cwd=tmp_path, code=1)
         assert said == f"{name}.pt is damaged, or is not a checkpoint of this version of train.py"
-    assert "x is not there" in run("export.py", "--checkpoint", "x", cwd=tmp_path, code=1)
+    assert "x is not there" in program("export.py", "--checkpoint", "x", cwd=tmp_path, code=1)
     whole = "--checkpoint", plain[0] / "run"
-    assert "such as model.onnx" in run("export.py", "--onnx", "run.pt", cwd=tmp_path, code=2)
+    assert "such as model.onnx" in program("export.py", "--onnx", "run.pt", cwd=tmp_path, code=2)
     for path in "half.pt/x.onnx", "run/new.onnx":
         (tmp_path / "run" / "new.onnx").mkdir(exist_ok=True)
-        said = run("export.py", *whole, "--onnx", path, cwd=tmp_path, code=1)
+        said = program("export.py", *whole, "--onnx", path, cwd=tmp_path, code=1)
         assert f"{Path(path)} can't be written: " in said
     assert not list(tmp_path.glob("*.onnx")) and not (tmp_path / "executed").exists()
 
@@ -280,15 +280,15 @@ def test_bfloat16_is_used_where_the_run_used_it(both, tmp_path, monkeypatch):
         torch.testing.assert_close(eps, exact, rtol=0, atol=0.1)
 
 
-def test_program_draws_what_the_network_does(tmp_path, run):
+def test_program_draws_what_the_network_does(tmp_path, program):
     betas = tuple(linear_betas(20, 0.01, 0.3).tolist())
     out = save_run(tmp_path / "run", SHAPE, [*COLOURS], betas=betas)
     words = "-n", 3, "--batch", 2, "--guidance", 1, "--dir", "out", "--device", "cpu"
-    said = run("extras/sample_checkpoint.py", "run", *words, cwd=tmp_path)
+    said = program("extras/sample_checkpoint.py", "run", *words, cwd=tmp_path)
     assert "3 images in 20 steps on cpu, float32\n" in said
     expected = to_pixels(sample(TorchNetwork(out, "cpu"), 3, None, 1.0).numpy())
     for k, name in enumerate(COLOURS):
         image = np.asarray(Image.open(tmp_path / "out" / name / f"{k:06d}.png")).astype(int)
         assert np.abs(image.transpose(2, 0, 1) - expected[k]).max() <= 1 and image.std() > 9
-    said = run("extras/sample_checkpoint.py", "none", cwd=tmp_path, code=1)
+    said = program("extras/sample_checkpoint.py", "none", cwd=tmp_path, code=1)
     assert said == "none is not there; run train.py first"

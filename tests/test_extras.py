@@ -21,9 +21,11 @@ PLAIN, CLASSES = HERE / "docs" / "paper.onnx", HERE / "page" / "fashion-mnist.on
 
 
 @pytest.fixture
-def run(run, tmp_path):
+def program(program, tmp_path):
     """Run a program of extras/ in an empty folder; return what it printed."""
-    return lambda name, *words, code=0: run(f"extras/{name}.py", *words, cwd=tmp_path, code=code)
+    return lambda name, *words, code=0: program(
+        f"extras/{name}.py", *words, cwd=tmp_path, code=code
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +43,9 @@ def cells(path, rows, columns):
 
 # What stays in float32 is a larger share of the file if all levels are equally wide.
 @pytest.mark.parametrize("path, share", [(PLAIN, 0.54), (CLASSES, 0.6)])
-def test_half_keeps_the_noise_of_small_t(run, tmp_path, path, share):
+def test_half_keeps_the_noise_of_small_t(program, tmp_path, path, share):
     """Rounding x_t alone, in which the noise has a deviation of 0.01, would make 1 % at t = 0."""
-    said = run("half", path, tmp_path / "half.onnx")
+    said = program("half", path, tmp_path / "half.onnx")
     errors = {int(t): float(error) for error, t in re.findall(r"([\d.]+)% at t = (\d+)", said)}
     assert [*errors] == [0, 10, 50, 100, 500, 999]
     assert 0.1 < errors[0] < 0.5 and 0 < errors[100] < 0.1
@@ -54,13 +56,13 @@ def test_half_keeps_the_noise_of_small_t(run, tmp_path, path, share):
 
 
 @pytest.mark.parametrize("error", [0.021, float("nan")])
-def test_half_writes_nothing_that_differs_much(run, tmp_path, monkeypatch, error):
+def test_half_writes_nothing_that_differs_much(program, tmp_path, monkeypatch, error):
     monkeypatch.setattr("extras.half.relative_errors", lambda *_: {0: 0.001, 10: error})
-    assert "was not written" in run("half", PLAIN, tmp_path / "half.onnx", code=1)
+    assert "was not written" in program("half", PLAIN, tmp_path / "half.onnx", code=1)
     assert not (tmp_path / "half.onnx").exists()
 
 
-def test_inpainting_keeps_the_image_outside_of_the_mask(run, drawn, tmp_path):
+def test_inpainting_keeps_the_image_outside_of_the_mask(program, drawn, tmp_path):
     """A white mask, one of ones and white strokes on transparency say the same."""
     image, mask, out = (tmp_path / name for name in ("image.png", "mask.png", "out.png"))
     words = [image, mask, "--onnx", PLAIN, "--out", out, "-n", 4, "--steps", 5]
@@ -71,14 +73,14 @@ def test_inpainting_keeps_the_image_outside_of_the_mask(run, drawn, tmp_path):
     ones = where.astype(np.uint8)
     for pixels in 255 * ones, ones, np.stack([255 + 0 * ones, 255 * ones], 2):
         Image.fromarray(pixels).save(mask)
-        run("inpaint", *words)
+        program("inpaint", *words)
         results.append(cells(out, 2, 2).reshape(4, 32, 32).astype(int))
         assert (results[0] == results[-1]).all()
     assert (results[0][:, ~where] == drawn[0, 0][~where]).all()
     assert abs(results[0][0] - results[0][1])[where].mean() > 5
 
 
-def test_interpolation_starts_from_mixtures_with_the_same_noise(run, drawn, tmp_path):
+def test_interpolation_starts_from_mixtures_with_the_same_noise(program, drawn, tmp_path):
     network, (a, b) = Network(PLAIN), from_pixels(drawn)
     t, x_t, _ = next(interpolate(network, a, b, 300, 5, seed=3))
     noise, abar = noise_of(3, 0, 1, network.shape)()[0], PAPER.alphas_bar[300].item()
@@ -88,19 +90,21 @@ def test_interpolation_starts_from_mixtures_with_the_same_noise(run, drawn, tmp_
     for k, name in enumerate("ab"):
         to_image(drawn[k]).save(tmp_path / f"{name}.png")
     words = [tmp_path / "a.png", tmp_path / "b.png", "--onnx", PLAIN, "--out", tmp_path / "out.png"]
-    assert "11 mixtures" in run("interpolate", *words, "--t", 9)
+    assert "11 mixtures" in program("interpolate", *words, "--t", 9)
     row = cells(tmp_path / "out.png", 1, 13)[0].astype(int)
     assert (row[[0, 12]] == drawn[:, 0]).all()
     assert abs(row[[1, 11]] - drawn[:, 0]).mean() < 8 > abs(row[6] - drawn[:, 0].mean(0)).mean()
-    assert run("interpolate", *words, "--t", 9, "--steps", 11, code=1).endswith("--steps 1..t+1")
+    assert program("interpolate", *words, "--t", 9, "--steps", 11, code=1).endswith(
+        "--steps 1..t+1"
+    )
 
 
 @pytest.mark.parametrize("name", ["inpaint", "interpolate"])
-def test_values_that_are_not_finite_are_not_saved(name, run, drawn, tmp_path, monkeypatch):
+def test_values_that_are_not_finite_are_not_saved(name, program, drawn, tmp_path, monkeypatch):
     to_image(drawn[0]).save(tmp_path / "a.png")
     monkeypatch.setattr(Network, "__call__", lambda self, x_t, t, y=None: np.nan * x_t)
     words = [tmp_path / "a.png"] * 2
-    said = run(name, *words, "--onnx", PLAIN, "--steps", 2, code=1)
+    said = program(name, *words, "--onnx", PLAIN, "--steps", 2, code=1)
     assert f"{name}.py: " in said and said.endswith("the network's output is not finite")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
@@ -112,12 +116,12 @@ save = partial(save_run, shape=(3, 8, 8), betas=tuple(BETAS.tolist()), data="els
 
 
 @pytest.mark.parametrize("names, variance", [((), "large"), ([*COLOURS], "small")])
-def test_bound_is_that_of_ddpm_py(names, variance, image_folder, class_folder, run, tmp_path):
+def test_bound_is_that_of_ddpm_py(names, variance, image_folder, class_folder, program, tmp_path):
     """Compare the program with Diffusion.vlb, and the curve with the sums that define it."""
     torch.backends.cudnn.allow_tf32 = True
     out, folder = save(tmp_path / "run", names=names), class_folder if names else image_folder
     words = "--checkpoint", out, "--data", folder, "--variance", variance, "--seed", 2
-    said = run("evaluate", *words, "--images", 5, "--batch", 3)
+    said = program("evaluate", *words, "--images", 5, "--batch", 3)
     assert "on 5 images" in said and not torch.backends.cudnn.allow_tf32
     (network, _, state), noise, bounds = load(out), seeded(2), []
     images, labels, _ = read_folder(folder, 8, 3, state["names"])
@@ -135,18 +139,18 @@ def test_bound_is_that_of_ddpm_py(names, variance, image_folder, class_folder, r
 
 
 @posix
-def test_training_images_are_recognised(image_folder, run, tmp_path):
+def test_training_images_are_recognised(image_folder, program, tmp_path):
     (tmp_path / "link").symlink_to(image_folder)
     for seen, says in (image_folder, True), (tmp_path, False), (tmp_path / "gone", False):
         save(tmp_path / "run", data=str(seen))
-        said = run("evaluate", "--data", "link", "--images", 1)
+        said = program("evaluate", "--data", "link", "--images", 1)
         assert ("--data has the training images" in said) == says and "on 1 images" in said
 
 
-def test_mistakes_of_evaluate_are_one_line(image_folder, run, tmp_path):
+def test_mistakes_of_evaluate_are_one_line(image_folder, program, tmp_path):
     """Without --data, the images are the demo's if the run is."""
     save(tmp_path / "a", data=None)
-    assert "on 1 images" in run("evaluate", "--checkpoint", "a", "--images", 1)
+    assert "on 1 images" in program("evaluate", "--checkpoint", "a", "--images", 1)
     save(tmp_path / "b")
     save(tmp_path / "c", data=None, images=None)
     save(tmp_path / "d", names=[*COLOURS])
@@ -158,4 +162,4 @@ def test_mistakes_of_evaluate_are_one_line(image_folder, run, tmp_path):
         ([*data, "--checkpoint", "rnu"], "rnu is not there; run"), (data, "demo is not there; run"),
         (["--device", "quantum"], "--device quantum: "),
     ):  # fmt: skip
-        assert said in run("evaluate", *words, code=1)
+        assert said in program("evaluate", *words, code=1)

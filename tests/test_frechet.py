@@ -67,21 +67,21 @@ def data(tmp_path_factory):
     return root
 
 
-def test_program_ranks_noise_behind_images(data, run):
+def test_program_ranks_noise_behind_images(data, program):
     """Other stripes are near and recognised, noise is neither; the classifier is trained once."""
     command = "benchmarks/frechet.py", "same", "noise", "--data", "data"
-    said = run(*command, cwd=data)
+    said = program(*command, cwd=data)
     real = [*map(float, re.findall(r"(?:^|\r)training images, .*: ([\d.]+) \+-", said, re.M))]
     same, other = map(float, re.findall(r" 200 samples: ([\d.]+)$", said, re.M))
     assert "images, 4 of each class: " in said  # ten sets: the smallest class has 40 images
     assert len(real) == 2 and max(*real, same) < other / 10 and "classifier" in said
     same, noise = map(float, re.findall(r"^  ([\d.]+)% recognised", said, re.M))
     assert same > 2 * noise
-    again = run(*command, cwd=data)
+    again = program(*command, cwd=data)
     assert "classifier" not in again and again.splitlines()[-6:] == said.splitlines()[-6:]
 
 
-def test_mistakes_are_one_line(run, tmp_path):
+def test_mistakes_are_one_line(program, tmp_path):
     """Eleven classes, too few images of a class, and one sample; none of them trains anything."""
     images = {"many": range(11 * 10), "few": [0, 1, 10, 11], "one": [0]}
     for name, numbers in images.items():
@@ -93,7 +93,7 @@ def test_mistakes_are_one_line(run, tmp_path):
     for words, said in (
         (["--data", "many"], must), (["--data", "few"], must), ([], "one needs two images or more"),
     ):  # fmt: skip
-        assert said in run("benchmarks/frechet.py", "one", *words, cwd=tmp_path, code=1)
+        assert said in program("benchmarks/frechet.py", "one", *words, cwd=tmp_path, code=1)
 
 
 def test_tables_of_the_ladder_are_those_of_its_rows():
@@ -126,12 +126,12 @@ def test_change_has_the_interval_of_a_t_test():
 
 
 @pytest.mark.slow
-def test_ladder_measures_an_arm_once(data, run, monkeypatch):
+def test_ladder_measures_an_arm_once(data, program, monkeypatch):
     """The network is untrained, and its samples are noise."""
     monkeypatch.setattr(ladder, "steps_of", lambda arm: 3)
-    run("benchmarks/frechet.py", "same", "--data", "data", cwd=data)  # makes their ruler
+    program("benchmarks/frechet.py", "same", "--data", "data", cwd=data)  # makes their ruler
     words = ["without-v", "--data", "data", "--table", "ladder.csv", "--samples", 60]
     for _ in range(2):
-        run("benchmarks/ladder.py", *words, "--sampling-steps", 2, cwd=data)
+        program("benchmarks/ladder.py", *words, "--sampling-steps", 2, cwd=data)
     (row,) = csv.DictReader((data / "ladder.csv").read_text().splitlines())
     assert float(row["distance"]) > 10 and row["steps"] == "3"

@@ -166,7 +166,7 @@ def test_every_imported_package_is_required():
 
 @pytest.mark.slow
 def test_commands_of_the_readme_run_in_their_order(
-    run, exported, image_folder, class_folder, tmp_path
+    program, exported, image_folder, class_folder, tmp_path
 ):
     """Paste them, with few steps: the demo and three runs do not get in each other's way."""
     shutil.copytree(image_folder, tmp_path / "images")
@@ -176,8 +176,8 @@ def test_commands_of_the_readme_run_in_their_order(
         shutil.copy(HERE / name, tmp_path / name)
     commands = re.findall(r"python (?:train|export|sample)\.py[^`\n#]*", README)
     assert len(commands) == 11
-    for _, program, *words in map(str.split, commands):
-        run(program, *words, *FEW.get(program, "").split(), cwd=tmp_path)
+    for _, name, *words in map(str.split, commands):
+        program(name, *words, *FEW.get(name, "").split(), cwd=tmp_path)
     runs = {"demo", "run", "run-clothes", "run-paper"}
     assert {p.parent.name for p in tmp_path.glob("*/checkpoint.pt")} == runs
     assert [shape for _, shape in exported] == 2 * [(3, 32, 32)]

@@ -45,24 +45,24 @@ def wrap_step(monkeypatch):
 # ----------------------------------------------------------------------------------------- resuming
 
 
-def test_resumed_run_equals_the_uninterrupted_run(class_folder, run, tmp_path):
+def test_resumed_run_equals_the_uninterrupted_run(class_folder, program, tmp_path):
     """Saved settings are the defaults of the next command, wherever it is started."""
     words = ["--data", "classes", *TINY, "--classes", "--parts", "v", "muon"]
     words += "--accumulate 2 --dropout 0.2 --preview-every 50 --save-minutes 0 --warmup 3".split()
     (tmp_path / "classes").symlink_to(class_folder)
-    run("train.py", *words, "--steps", 12, "--out", "whole", cwd=tmp_path)
-    run("train.py", *words, "--steps", 5, cwd=tmp_path)
+    program("train.py", *words, "--steps", 12, "--out", "whole", cwd=tmp_path)
+    program("train.py", *words, "--steps", 5, cwd=tmp_path)
     with open(tmp_path / "run" / "log.csv", "a") as log:
         log.write("6,0,0,0\n7,0,0,0\n1")  # what a killed run may log after its checkpoint
     (tmp_path / "other").mkdir()
-    said = run("train.py", "--out", "../run", "--steps", 7, cwd=tmp_path / "other")
+    said = program("train.py", "--out", "../run", "--steps", 7, cwd=tmp_path / "other")
     assert "steps    5 to 7; a preview every 50\n" in said
-    run("train.py", *words, "--steps", 12, cwd=tmp_path)
+    program("train.py", *words, "--steps", 12, cwd=tmp_path)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
     whole, parts = read(tmp_path / "whole"), read(tmp_path / "run")
     assert whole["settings"] == parts["settings"] and whole["names"] == parts["names"]
     before = (tmp_path / "run" / "checkpoint.pt").stat()
-    said = run("train.py", "--out", "run", cwd=tmp_path)
+    said = program("train.py", "--out", "run", cwd=tmp_path)
     assert "the run is finished; a larger --steps continues it" in said
     assert (tmp_path / "run" / "checkpoint.pt").stat() == before
 
@@ -85,13 +85,13 @@ for k in range(4):
 
 
 @posix
-def test_killed_repeatedly_it_ends_in_the_same_weights(image_folder, run, tmp_path):
+def test_killed_repeatedly_it_ends_in_the_same_weights(image_folder, program, tmp_path):
     words = ["--data", image_folder, *TINY, "--steps", 30, "--preview-every", 30]
     said = python("-c", KILL, *words, "--save-minutes", 0, cwd=tmp_path)
     steps = [int(step) for step in re.findall(r"saved (\d+)", said)]
     assert len(steps) == 4 and steps == sorted(steps) and 0 < steps[0] < steps[-1]
-    run("train.py", *words, cwd=tmp_path)
-    run("train.py", *words, "--out", "whole", cwd=tmp_path)
+    program("train.py", *words, cwd=tmp_path)
+    program("train.py", *words, "--out", "whole", cwd=tmp_path)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
     assert not list((tmp_path / "run").glob(".*.tmp"))
 
@@ -132,12 +132,12 @@ def test_settings_that_contradict_the_run_are_refused(tiny, tmp_path, monkeypatc
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == content
 
 
-def test_other_images_of_another_folder_are_refused(class_folder, image_folder, tmp_path, run):
+def test_other_images_of_another_folder_are_refused(class_folder, image_folder, tmp_path, program):
     """The same images may move, and the images in the same folder may change."""
 
     def train_on(folder, steps, *words, code=0):
         words = ["--data", folder, *TINY, "--steps", steps, *words]
-        return run("train.py", *words, cwd=tmp_path, code=code)
+        return program("train.py", *words, cwd=tmp_path, code=code)
 
     images, again = tmp_path / "moved", ("--classes", "--out", "c")
     shutil.copytree(class_folder, tmp_path / "a")
@@ -164,7 +164,9 @@ def test_other_images_of_another_folder_are_refused(class_folder, image_folder, 
     assert said.endswith("c is for images of (3, 8, 8) and the classes ('blue', 'green', 'red')")
 
 
-def test_folder_of_a_run_may_hold_other_files_and_be_among_the_images(image_folder, run, tmp_path):
+def test_folder_of_a_run_may_hold_other_files_and_be_among_the_images(
+    image_folder, program, tmp_path
+):
     """But log.csv must be a log, and the images are not the folder of the run, or below it."""
     data, mine = tmp_path / "data", ("train.log", ".notes.tmp", ".images-list", "log.csv")
     shutil.copytree(image_folder, data)
@@ -172,17 +174,17 @@ def test_folder_of_a_run_may_hold_other_files_and_be_among_the_images(image_fold
     for name in mine:
         (data / "run" / name).write_text("mine")
     words = ["--data", ".", *TINY, "--steps"]
-    said = run("train.py", *words, 1, cwd=data, code=1)
+    said = program("train.py", *words, 1, cwd=data, code=1)
     assert "run/log.csv is not a log of train.py; rename" in said
     (data / "run" / "log.csv").unlink()
     for steps in 1, 2:
-        said = run("train.py", *words, steps, cwd=data)
+        said = program("train.py", *words, steps, cwd=data)
         assert "changed" not in said and "images   12 of" in said
     assert logged(data / "run") == [1, 2]
     assert all((data / "run" / name).read_text() == "mine" for name in mine[:-1])
     (tmp_path / "link").symlink_to(tmp_path)
     for images, out in (".", "."), (".", ".."), ("../link/data", "."):
-        said = run("train.py", "--data", images, "--out", out, *TINY, cwd=data, code=1)
+        said = program("train.py", "--data", images, "--out", out, *TINY, cwd=data, code=1)
         assert "must not be or contain the folder of the images" in said
 
 
@@ -205,15 +207,15 @@ def test_removed_lock_is_acquired_again(tiny, tmp_path, wrap_step):
 @pytest.mark.parametrize("other", [True, False])
 def test_moved_run_ends(other, tiny, tmp_path, wrap_step):
     """A process never overwrites a run that another one began in the place of its own."""
-    run, moved = tmp_path / "run", tmp_path / "moved"
+    folder, moved = tmp_path / "run", tmp_path / "moved"
 
     def move(loss, norm, k):
         if k == 2:
-            run.rename(moved)
+            folder.rename(moved)
             if other:
-                run.mkdir()
-                (run / "checkpoint.pt").write_text("new")
-                (run / ".lock").touch()
+                folder.mkdir()
+                (folder / "checkpoint.pt").write_text("new")
+                (folder / ".lock").touch()
 
     wrap_step(move)
     said = tiny("--steps", 5, "--save-minutes", 0, code=1)
@@ -222,7 +224,7 @@ def test_moved_run_ends(other, tiny, tmp_path, wrap_step):
     ) in said
     assert read(moved)["step"] == 2
     if other:
-        assert (run / "checkpoint.pt").read_text() == "new"
+        assert (folder / "checkpoint.pt").read_text() == "new"
 
 
 # ---------------------------------------------------------------------------- full disks and losses

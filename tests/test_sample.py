@@ -28,9 +28,9 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def program(run, folder):
+def program(program, folder):
     """Run sample.py in this process, in the folder; return what it printed."""
-    return partial(run, "sample.py", cwd=folder)
+    return partial(program, "sample.py", cwd=folder)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from conftest import HERE, TINY, read
 from PIL import Image
 
 import images
-import run as runs
+import run
 import train
 from ddpm import UNet
 from images import demo_images
@@ -34,7 +34,7 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 
 def settings(**given):
     """Return the settings of the paper, but for those that are given."""
-    return runs.Settings(**dict(warmup=0, amp=False) | given)
+    return run.Settings(**dict(warmup=0, amp=False) | given)
 
 
 # ----------------------------------------------------------------------------------------- the step
@@ -168,12 +168,12 @@ def test_amp_computes_the_network_in_bfloat16(amp, tiny, tmp_path, monkeypatch):
     assert {w.dtype for w in read(tmp_path / "run")["model"].values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("parts, names", [((), ()), ((), "ab"), (runs.QUICK["parts"], "ab")])
+@pytest.mark.parametrize("parts, names", [((), ()), ((), "ab"), (run.QUICK["parts"], "ab")])
 def test_network_is_one_graph_over_three_steps(parts, names):
     """Neither the paper's network nor that of --quick makes the compiler break or begin again."""
     small = {"image_size": 8, "base_channels": 8, "channel_mults": (1, 2), "num_res_blocks": 1}
     small |= {"attention_resolutions": (4,), "parts": parts}
-    network, diffusion = runs.build(runs.Settings(**small), (3, 8, 8), names)
+    network, diffusion = run.build(run.Settings(**small), (3, 8, 8), names)
     graphs, keep = [], lambda graph, _: graphs.append(graph) or graph
     torch.compiler.reset()
     compiled = torch.compile(network, backend=keep, fullgraph=True, dynamic=False)
@@ -196,27 +196,27 @@ def test_compile_is_a_flag(tiny, monkeypatch):
 # -------------------------------------------------------------------------------------- one command
 
 
-def test_commands_from_folder_to_images(run, exported, image_folder, tmp_path):
+def test_commands_from_folder_to_images(program, exported, image_folder, tmp_path):
     """Each printed command works, and the checkpoint describes itself."""
     for out, *words in ("demo", "--steps", 2), ("run", "--data", image_folder, *TINY, "--steps", 9):
-        said = run("train.py", *words, cwd=tmp_path)
+        said = program("train.py", *words, cwd=tmp_path)
         assert f"images   {12 if words[2:] else 216} of 3x8x8\n" in said
         for line in said.splitlines()[-2:]:
-            name, program, *flags = shlex.split(line)
-            assert name == "python" and Path(program) == HERE / Path(program).name
+            name, path, *flags = shlex.split(line)
+            assert name == "python" and Path(path) == HERE / Path(path).name
             assert "--steps" not in flags
-            run(Path(program).name, *flags, cwd=tmp_path)
+            program(Path(path).name, *flags, cwd=tmp_path)
         assert same_weights(read(out)["ema"], exported[-1][0].state_dict())
         assert Path("samples.png").exists()
         Path("samples.png").unlink()
-        assert runs.default_run() == out
+        assert run.default_run() == out
     names = {re.sub(r"images-\w+", "images-", path.name) for path in Path("run").iterdir()}
     assert names == {"checkpoint.pt", "log.csv", "preview-0000009.png", ".lock", ".images-"}
     rows = Path("run/log.csv").read_text().splitlines()
     assert rows[0] == "step,loss,grad_norm,lr" and len(rows) == 10
-    network, diffusion, state = runs.load("run")
+    network, diffusion, state = run.load("run")
     keys = {"settings", "shape", "names", "images", "step", "model", "ema", "optimizer"}
-    assert {*state} == keys and state["settings"].keys() == {*runs.NAMES}
+    assert {*state} == keys and state["settings"].keys() == {*run.NAMES}
     assert (state["step"], state["shape"], state["names"]) == (9, (3, 8, 8), ())
     assert torch.equal(diffusion.betas, PAPER.betas) and not network.training
     assert same_weights(network.state_dict(), state["ema"]) and state["optimizer"]["state"]
@@ -229,16 +229,16 @@ def test_run_is_trained_from_python(image_folder, tmp_path, monkeypatch, capsys)
     before = signal.getsignal(signal.SIGTERM)
 
     def build(settings, shape, names=()):
-        network, diffusion = runs.build(settings, shape, names)
+        network, diffusion = run.build(settings, shape, names)
         return torch.nn.ModuleDict({"unet": network, "eps": network}), diffusion
 
     monkeypatch.setattr(torch.nn.ModuleDict, "forward", lambda self, *a, y: self["eps"](*a, y))
-    monkeypatch.setattr(runs, "preview", lambda *_: Image.new("L", (1, 1)))
+    monkeypatch.setattr(run, "preview", lambda *_: Image.new("L", (1, 1)))
     small = {"image_size": 8, "base_channels": 8, "channel_mults": (1,), "batch": 2, "steps": 2}
     given = small | {"data": str(image_folder), "device": "cpu", "attention_resolutions": ()}
     train.main(given, build)
     ThreadPool(1).apply(train.main, [given | {"steps": 3}, build])  # where no signal can arrive
-    state = runs.load("run", build)[2]
+    state = run.load("run", build)[2]
     assert state["step"] == 3 and "eps.conv_in.weight" in state["ema"]
     assert signal.getsignal(signal.SIGTERM) == before
     for name, value in ("learning_rate", 1), ("parts", ("nope",)), ("batch", 0):
@@ -247,17 +247,17 @@ def test_run_is_trained_from_python(image_folder, tmp_path, monkeypatch, capsys)
         assert as_flag(name)[0] in capsys.readouterr().err
 
 
-def test_quick_is_a_set_of_settings(image_folder, tmp_path, run, monkeypatch):
+def test_quick_is_a_set_of_settings(image_folder, tmp_path, program, monkeypatch):
     """Given one by one, or again when the run is resumed, they make the same run."""
     words = ["--data", str(image_folder), "--image-size", "8", "--batch", "4", "--steps", "1"]
-    assert run("train.py", *words, "--quick", cwd=tmp_path).endswith("model.onnx --steps 10\n")
-    spelt = [as_flag(*item) for item in runs.QUICK.items() if item[0] not in ("batch", "steps")]
+    assert program("train.py", *words, "--quick", cwd=tmp_path).endswith("model.onnx --steps 10\n")
+    spelt = [as_flag(*item) for item in run.QUICK.items() if item[0] not in ("batch", "steps")]
     monkeypatch.setattr("sys.argv", ["train.py", *words, *chain(*spelt)])
     state, out = read("run"), Path("run")
-    s = runs.choose_settings(runs.command_line(""), None, out, CPU)
+    s = run.choose_settings(run.command_line(""), None, out, CPU)
     assert vars(s) | {"in_channels": 3} == state["settings"]
     monkeypatch.setattr("sys.argv", ["train.py", *words[:-1], "2", "--quick"])
-    again = runs.choose_settings(runs.command_line(""), state, out, CPU)
+    again = run.choose_settings(run.command_line(""), state, out, CPU)
     assert vars(again) == state["settings"] | {"steps": 2}
 
 
@@ -266,7 +266,7 @@ def test_previews_have_the_same_noise_and_a_row_for_each_class():
     model.forward = networks.eps  # in closed form
     for seed in 0, 0, 1:
         torch.manual_seed(len(grids))
-        image = runs.preview(model, (3, 4, 4), [*networks.COLOURS], settings(seed=seed))
+        image = run.preview(model, (3, 4, 4), [*networks.COLOURS], settings(seed=seed))
         grids.append(np.asarray(image))
     assert np.array_equal(grids[0], grids[1]) and not np.array_equal(grids[0], grids[2])
     rows = np.array_split(grids[0], 3)
@@ -317,7 +317,7 @@ MISREAD = {  # by argparse, which prints its usage, too
 }
 
 
-def test_impossible_flags_are_one_line(tmp_path, run, monkeypatch):
+def test_impossible_flags_are_one_line(tmp_path, program, monkeypatch):
     monkeypatch.setattr(train, "algorithm_1", None)  # no step may be taken
     monkeypatch.setattr(images, "read_image", None)  # and no image decoded
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
@@ -325,8 +325,8 @@ def test_impossible_flags_are_one_line(tmp_path, run, monkeypatch):
     torch.save({"settings": {"lr_decay": True}}, tmp_path / "old" / "checkpoint.pt")
     for words, said in REFUSED.items():
         words = f"--device cpu --out o {words}".split()
-        assert said in run("train.py", *words, cwd=tmp_path, code=1)
+        assert said in program("train.py", *words, cwd=tmp_path, code=1)
     for said, flags in MISREAD.items():
         for words in flags.split(","):
-            assert said in run("train.py", *f"--{words}".split(), cwd=tmp_path, code=2)
+            assert said in program("train.py", *f"--{words}".split(), cwd=tmp_path, code=2)
     assert {path.name for path in tmp_path.rglob("*")} == {"0.png", "old", "checkpoint.pt"}

@@ -39,15 +39,15 @@ def publish(folder, size=8, base=8, mults=(1, 2), attention=4, groups=1, channel
     ((32, 16, (1, 1, 2, 2, 4, 4), 2, 4), {"variance_type": "fixed_small"}),  # 256x256, but smaller
     ((8,), {"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2"}),
 ])  # fmt: skip
-def test_weights_become_a_run_and_a_run_becomes_weights(shape, schedule, tmp_path, run):
+def test_weights_become_a_run_and_a_run_becomes_weights(shape, schedule, tmp_path, program):
     """Their pipeline then draws the same images by Algorithm 2."""
     unet, scheduler = publish(tmp_path / "in", *shape, **schedule)
-    assert "train.py --data ./images --out run" in run(PROGRAM, "in", "run", cwd=tmp_path)
+    assert "train.py --data ./images --out run" in program(PROGRAM, "in", "run", cwd=tmp_path)
     network, diffusion, state = load(tmp_path / "run")
     assert (state["step"], state["names"], state["optimizer"]) == (0, (), None)
     if "beta_schedule" not in schedule:  # theirs are rounded to float32
         assert torch.equal(diffusion.betas, linear_betas(20, 1e-4, 0.3))
-    run(PROGRAM, "--to-diffusers", "run", "out", cwd=tmp_path)
+    program(PROGRAM, "--to-diffusers", "run", "out", cwd=tmp_path)
     pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "out")
     assert torch.equal(pipeline.scheduler.betas, scheduler.betas)
     assert all(pipeline.scheduler.config[k] == v for k, v in schedule.items() if k[0] != "b")
@@ -61,7 +61,7 @@ def test_weights_become_a_run_and_a_run_becomes_weights(shape, schedule, tmp_pat
     np.testing.assert_allclose(theirs, (ours.permute(0, 2, 3, 1) + 1) / 2, rtol=0, atol=1e-4)
 
 
-def test_weights_are_trained_further(image_folder, tmp_path, run):
+def test_weights_are_trained_further(image_folder, tmp_path, program):
     """Their norm groups and betas stay for good."""
     weights = publish(tmp_path / "in")[0].state_dict()
     (file,) = (tmp_path / "in").glob("*.safetensors")
@@ -70,22 +70,22 @@ def test_weights_are_trained_further(image_folder, tmp_path, run):
         new, old = pair.split()
         weights = {k.replace(f".{new}.", f".{old}."): v for k, v in weights.items()}
     torch.save(weights, file.with_suffix(".bin"))
-    run(PROGRAM, "in", "run", cwd=tmp_path)
+    program(PROGRAM, "in", "run", cwd=tmp_path)
     words = "--steps", 2, "--lr", 1e-3, "--batch", 4, "--device", "cpu"
-    run("train.py", "--data", image_folder, "--out", "run", *words, cwd=tmp_path)
+    program("train.py", "--data", image_folder, "--out", "run", *words, cwd=tmp_path)
     network, diffusion, state = load(tmp_path / "run")
     assert state["step"] == 2 and state["settings"]["lr"] == 1e-3
     assert network.norm_out.num_groups == 1 and len(diffusion.betas) == 20
 
 
-def test_new_run_has_the_averaged_weights_and_the_classes(class_folder, tmp_path, run):
+def test_new_run_has_the_averaged_weights_and_the_classes(class_folder, tmp_path, program):
     save_run(tmp_path / "old", (3, 8, 8), (*COLOURS,), parts=("v",))
     words = ["--data", class_folder, "--device", "cpu"]
     words += "--classes --out new --init old --lr 0 --steps 1".split()
-    run("train.py", *words, cwd=tmp_path)
-    said = run("train.py", *words, cwd=tmp_path)
+    program("train.py", *words, cwd=tmp_path)
+    said = program("train.py", *words, cwd=tmp_path)
     assert "new already holds a run, which continues; --init is ignored" in said
-    run(PROGRAM, "--to-diffusers", "new", "out", cwd=tmp_path)
+    program(PROGRAM, "--to-diffusers", "new", "out", cwd=tmp_path)
     (network, _, old), state = load(tmp_path / "old"), read(tmp_path / "new")
     assert (state["step"], state["names"]) == (1, old["names"])
     for part in "model", "ema":
@@ -97,11 +97,11 @@ def test_new_run_has_the_averaged_weights_and_the_classes(class_folder, tmp_path
         torch.testing.assert_close(theirs(x, t, class_labels=y).sample, v, rtol=0, atol=1e-5)
 
 
-def test_what_is_no_ddpm_is_one_line(tmp_path, run, monkeypatch):
+def test_what_is_no_ddpm_is_one_line(tmp_path, program, monkeypatch):
     """So are weights that are damaged or incomplete, folders in use, and a missing diffusers."""
 
     def refused(said, source="in"):
-        line = run(PROGRAM, source, "run", cwd=tmp_path, code=1)
+        line = program(PROGRAM, source, "run", cwd=tmp_path, code=1)
         assert f"{source} is not a DDPM that ddpm.py can express: " in line and said in line
 
     weights = publish(tmp_path / "in")[0].state_dict()
@@ -123,8 +123,8 @@ def test_what_is_no_ddpm_is_one_line(tmp_path, run, monkeypatch):
     refused("its files lack conv_in.bias")
     file.write_bytes(file.read_bytes()[:999])
     refused("")
-    assert "no readable config.json" in run(PROGRAM, "no/where", "run", cwd=tmp_path, code=1)
-    assert "new or empty folder" in run(PROGRAM, "in", ".", cwd=tmp_path, code=2)
+    assert "no readable config.json" in program(PROGRAM, "no/where", "run", cwd=tmp_path, code=1)
+    assert "new or empty folder" in program(PROGRAM, "in", ".", cwd=tmp_path, code=2)
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    assert "pip install diffusers" in run(PROGRAM, "in", "run", cwd=tmp_path, code=1)
+    assert "pip install diffusers" in program(PROGRAM, "in", "run", cwd=tmp_path, code=1)
     assert not (tmp_path / "run").exists()
