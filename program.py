@@ -100,6 +100,8 @@ def stop_requests():
         received.append(number)
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
+            with contextlib.suppress(OSError):  # print can't be called in the middle of a print
+                os.write(2, b"\nstopping after this step; Ctrl-C again ends without saving\n")
 
     is_main = threading.current_thread() is threading.main_thread()  # only it gets signals
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGPIPE") if is_main else ():

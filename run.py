@@ -160,7 +160,7 @@ def check_flags(given, state, source):
     for name in given.keys() & fixed:
         if given[name] != saved[name]:
             sys.exit(f"train.py: {source} has {name} = {saved[name]}, not {given[name]}; "
-                     "omit this flag, or begin another run")  # fmt: skip
+                     "omit the flag that sets it, or begin another run")  # fmt: skip
     if given.get("steps", math.inf) < state["step"]:
         sys.exit(f"train.py: {source} is at step {state['step']:,}; --steps can't be smaller")
 
@@ -385,13 +385,13 @@ class Folder:
                      "another --out")  # fmt: skip
         self.held = self.lock_file.stat().st_ino
 
+    def still_hold(self):
+        """Exit if the folder was moved or removed, or if another process has begun a run in it."""
+        if not self.lock_file.exists() or self.lock_file.stat().st_ino != self.held:
+            sys.exit(f"train.py: {self.path} or its .lock has gone; the last steps aren't saved")
+
     def save(self, run):
-        """Replace the checkpoint. Exits if that fails, or if another process holds the folder."""
-        if self.path.exists() and not self.lock_file.exists():  # somebody has removed it
-            self.lock.release()
-            self.hold()
-        if not self.path.exists() or self.lock_file.stat().st_ino != self.held:
-            sys.exit(f"train.py: {self.path} was moved, or holds another run; this one isn't saved")
+        """Replace the checkpoint. Exits if the disk is full."""
         with replacing(self.checkpoint) as file:
             torch.save(run.state(), file)
 
@@ -411,7 +411,7 @@ class Folder:
             file.write((LOG + "".join(filter(is_earlier, rows))).encode())
 
     def log(self, rows):
-        """Append rows (step, loss, norm, rate). Exits if the disk is full, or the folder gone."""
+        """Append rows (step, loss, norm, rate). Exits if the disk is full."""
         path = self.path / "log.csv"
         with writing(path), open(path, "a") as file:
             file.writelines("{},{:.6g},{:.6g},{:.6g}\n".format(*row) for row in rows)

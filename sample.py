@@ -337,10 +337,12 @@ def complete(args, network):
         if Path(f"/{name}").name != name or name == "..":
             raise ValueError(f"the class {name!r} can't be the name of a folder")
     if not args.first and args.dir.exists() and any(args.dir.iterdir()):
-        raise ValueError(f"{args.dir} must be new or empty, or --first given")
-    for k in range(args.first, args.first + args.n):
-        if image_path(args, k).exists():
-            raise ValueError(f"{image_path(args, k)} is already there; choose another --first")
+        raise ValueError(f"{args.dir} must be new or empty, unless --first is above 0")
+    numbers = [int(path.stem) for path in args.dir.rglob("*.png") if path.stem.isdecimal()]
+    if any(args.first <= k < args.first + args.n for k in numbers):
+        raise ValueError(
+            f"{args.dir} has such images; to add others, use --first {max(numbers) + 1}"
+        )
 
 
 def batches(network, args, stop):
@@ -401,6 +403,8 @@ def main(parser=None, open_network=open_onnx):
     parser: of another program, from `flags`. open_network(args) returns its network, and raises
     OSError or ValueError for a mistake in args.
     """
+    from PIL import Image  # noqa: F401, before the work, because it may be missing
+
     parser = parser or flags(__doc__)
     args = parser.parse_args()
     try:
@@ -413,7 +417,9 @@ def main(parser=None, open_network=open_onnx):
     try:
         for first, pixels in batches(network, args, stop):
             for k, image in enumerate(pixels if args.dir else (), first):
-                save(to_image(image), image_path(args, k))
+                if (path := image_path(args, k)).exists():
+                    sys.exit(f"{parser.prog}: another process has written {path}")
+                save(to_image(image), path)
             shown.extend(pixels[: 256 - len(shown)])
             done += len(pixels)
     finally:  # whatever ended the loop

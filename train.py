@@ -176,6 +176,7 @@ def train(steps, run, folder, stop):
             rows = [*zip(range(run.step + 1, k + 1), losses, norms, rates, strict=True)]
             run.step, pending = k, []
             if RANK == 0:
+                folder.still_hold()
                 folder.log(rows)
                 if draws:
                     folder.save_preview(run)
@@ -250,7 +251,7 @@ def load_images(s, state, source, folder, device):
     digest, shape = digest.hexdigest(), images.shape[1:]
     if state and (shape, names) != (state["shape"], state["names"]):
         sys.exit(f"train.py: {source} is for images of {state['shape']} and the classes "
-                 f"{state['names']}")  # fmt: skip
+                 f"{state['names']}, not {shape} and {names}")  # fmt: skip
     if state and state["images"] not in (None, digest):
         if s.data != state["settings"]["data"]:
             sys.exit(f"train.py: {source} was trained on other images; use another --out")

@@ -8,7 +8,6 @@ rate-distortion.csv in the folder of the run. Each image takes T evaluations of 
 
 import argparse
 import math
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -72,7 +71,7 @@ def main():
     check_output(out / "rate-distortion.csv")
     seen, (channels, size, _) = state["settings"]["data"], state["shape"]
     if args.data:
-        if seen and os.path.realpath(args.data) == os.path.realpath(seen):
+        if seen and Path(args.data).resolve().is_relative_to(Path(seen).resolve()):
             print("--data has the training images, whose bound says little about new images")
         images, labels, _ = read_folder(args.data, size, channels, state["names"])
     elif state["images"] and not seen:
@@ -87,10 +86,6 @@ def main():
     noise = torch.Generator(device).manual_seed(args.seed)
     bound = measure(network.to(device), diffusion, images, labels, args.batch, noise)
     n, (L_t, rate, rmse) = len(bound.total), rate_distortion(bound)
-    path = out / "rate-distortion.csv"
-    table = torch.stack([torch.arange(len(rate)), L_t, rate, rmse], 1).numpy()
-    with replacing(path) as file:
-        np.savetxt(file, table, "%.9g", ",", header="t,L_t,rate,rmse", comments="")
     error = f" +- {bound.total.std() / math.sqrt(n):.4f} (standard error)" if n > 1 else ""
     print(f"{args.checkpoint}, step {state['step']:,}, on {n:,} images, bits per dimension")
     print(f"  L_T                  {bound.L_T.mean():8.6f}")
@@ -98,6 +93,10 @@ def main():
     print(f"  L_0                  {L_t[0]:8.4f}    the distortion")
     print(f"  total                {bound.total.mean():8.4f}{error}")
     print(f"  RMSE                 {rmse[0]:8.4f}    of x0_hat at t = 0, on the scale 0..255")
+    path = out / "rate-distortion.csv"
+    table = torch.stack([torch.arange(len(rate)), L_t, rate, rmse], 1).numpy()
+    with replacing(path) as file:
+        np.savetxt(file, table, "%.9g", ",", header="t,L_t,rate,rmse", comments="")
     print(f"the curve: {path}")
 
 

@@ -52,6 +52,8 @@ def main():
     flag("--seed", type=int, default=0, help="seed of the noise [%(default)s]")
     args = parser.parse_args()
     check_output(args.out, args.onnx, *args.images)
+    if not args.out.lower().endswith(".png"):
+        parser.error("--out must be a PNG file")
     try:
         network = Network(args.onnx)
         channels, size, _ = network.shape

@@ -90,7 +90,10 @@ def test_program_alone(begin, folder):
     assert {p.name for p in folder.iterdir()} == {"sample.py", "model.onnx", "new"}
     assert Image.open("new/s.png").size == (8 * 6 * 11, 3 * 6 * 11)  # about 512 pixels
     assert {p.name for p in Path("new/all").iterdir()} == {*COLOURS}
-    assert "import of onnxruntime" in said_by(begin("onnxruntime", code=code), 1)
+    for package in "onnxruntime", "PIL":  # before the work
+        process = begin("--out", "none.png", package, code=code)
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == 1 and f"import of {package}" in said and "step/s" not in said
 
 
 # --------------------------------------------------------------------------------------- the images
@@ -109,11 +112,23 @@ def test_image_k_depends_on_seed_and_k_alone(program, folder):
     program(*words, "b", "-n", 3, "--first", 4)  # in the same folder
     assert [*images_in(folder / "b")] == [*range(7)]
     said = program(*words, "b", "-n", 2, "--first", 6, code=1)
-    assert "sample.py: b/blue/000006.png is already there; choose another --first" in said
+    assert "sample.py: b has such images; to add others, use --first 7" in said
     assert all(np.abs(a[k] - image).max() <= 1 for k, image in (b | c).items())  # rounding
     expected = np.random.default_rng((1, 2)).standard_normal(SHAPE, np.float32)
     assert (sample.noise_of(1, 2, 1, SHAPE)()[0] == expected).all()
     assert all(np.abs(x - y).max() > 3 for x, y in [(a[0], a[3]), (a[0], d[0]), (a[1], d[1])])
+
+
+def test_image_of_another_process_is_not_replaced(program, folder, monkeypatch):
+    def late(network, args, stop):
+        (folder / "all" / "red").mkdir(parents=True)
+        (folder / "all" / "red" / "000002.png").write_text("mine")
+        yield 0, np.zeros((3, *SHAPE), np.uint8)
+
+    monkeypatch.setattr(sample, "batches", late)
+    said = program("--dir", "all", code=1)
+    assert "sample.py: another process has written all/red/000002.png" in said
+    assert (folder / "all" / "red" / "000002.png").read_text() == "mine"
 
 
 @pytest.mark.parametrize("guidance", [0, 2])
@@ -164,7 +179,7 @@ def test_grid_shows_every_image_in_its_place(channels):
          ["-n 0", "--batch 0", "--first -1", "--seed -1"]),
         (1, "-n 257 needs --dir, because --out shows at most 256", ["-n 257"]),
         (1, "--out o.jpg must be a PNG file", ["--out o.jpg"]),
-        (1, "sample.py: mine must be new or empty, or --first given", ["--dir mine"]),
+        (1, "sample.py: mine must be new or empty, unless --first is above 0", ["--dir mine"]),
         (1, "can't be written", ["--out mine/a.png/b.png", "--dir mine/a.png", "--out mine.png"]),
         (1, "--steps must be 1..1000", ["--steps 1001", "--steps 0"]),
         (1, "has the classes ['blue', 'green', 'red'], not 'pink'", ["--class red pink"]),
