@@ -113,7 +113,7 @@ def noise_of(seed, first, n, shape):
     return lambda: np.stack([stream.standard_normal(shape, np.float32) for stream in streams])
 
 
-def choose_classes(network, classes=None, guidance=0.0):
+def choose_classes(network, classes, guidance):
     """Return the names of the classes to generate. Raises ValueError like sample_progressive."""
     names = classes or network.classes
     if unknown := {*names} - {*network.classes}:
@@ -405,6 +405,8 @@ def main(parser=None, open_network=open_onnx):
     """
     from PIL import Image  # noqa: F401, before the work, because it may be missing
 
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback until there are images
     parser = parser or flags(__doc__)
     args = parser.parse_args()
     try:

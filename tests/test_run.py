@@ -253,7 +253,9 @@ def test_loss_or_gradient_that_is_not_finite_reaches_no_checkpoint(bad, tiny, tm
 
 @posix
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_signal_ends_training_after_a_saved_step(name, tiny, tmp_path, wrap_step, monkeypatch):
+def test_signal_ends_training_after_a_saved_step(
+    name, tiny, tmp_path, wrap_step, monkeypatch, capfd
+):
     """A second Ctrl-C ends it at once; an ignored signal, as SIGHUP under nohup, stops nothing."""
     number, ended = getattr(signal, name), []
     ignored = signal.SIGTERM if name == "SIGHUP" else signal.SIGHUP
@@ -273,6 +275,7 @@ def test_signal_ends_training_after_a_saved_step(name, tiny, tmp_path, wrap_step
         said = tiny("--steps", 13)
     assert "stopped at step 6; to go on, repeat the command\n" in said
     assert ended == [(number, signal.SIG_DFL)]
+    assert ("Ctrl-C again ends without saving\n" in capfd.readouterr().err) == (name == "SIGINT")
     assert read(tmp_path / "run")["step"] == 6 and logged(tmp_path / "run") == [*range(1, 7)]
 
 

@@ -6,6 +6,7 @@ import signal
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -117,6 +118,40 @@ def test_image_k_depends_on_seed_and_k_alone(program, folder):
     expected = np.random.default_rng((1, 2)).standard_normal(SHAPE, np.float32)
     assert (sample.noise_of(1, 2, 1, SHAPE)()[0] == expected).all()
     assert all(np.abs(x - y).max() > 3 for x, y in [(a[0], a[3]), (a[0], d[0]), (a[1], d[1])])
+
+
+def test_program_draws_what_the_library_does(program, folder):
+    """An empty folder is as good as a new one. The grid shows at most 256 images."""
+    (folder / "all").mkdir()
+    words = "--steps", 5, "--sampler", "ddim", "--guidance", 0.5, "--seed", 2, "--batch", 200
+    said = program(*words, "-n", 300, "--dir", "all")
+    assert said.endswith("samples.png: 256 images of blue, green, red\n") and "10/10" in said
+    images, network = images_in(folder / "all"), sample.Network("model.onnx")
+    x0 = sample.sample(network, 300, None, 0.5, 2, steps=5, sampler="ddim")
+    for image, expected in zip(images.values(), sample.to_pixels(x0), strict=True):
+        assert np.abs(image - expected).max() <= 1
+    program("-n", 9, "--steps", 1, "--class", "red")
+    assert Image.open("samples.png").size == (28 * 18, 28 * 18)  # not one row
+
+
+@pytest.mark.parametrize("classes, n", [(0, 64), (1, 64), (2, 16), (99, 256)])
+def test_number_of_images_is_that_of_the_classes(classes, n):
+    args = sample.flags("").parse_args([])
+    sample.complete(args, SimpleNamespace(betas=range(9), classes=[f"{k}" for k in range(classes)]))
+    assert (args.n, args.steps) == (n, 9)
+
+
+def test_full_disk_is_one_line(program, folder, monkeypatch):
+    """It leaves no part of an image."""
+
+    def fill(self, path, *args):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fill)
+    said = program("-n", 2, "--steps", 1, "--out", "s.png", code=1)
+    assert said.endswith("s.png can't be written: [Errno 28] No space left on device")
+    assert {path.name for path in folder.iterdir()} == {"sample.py", "model.onnx"}
 
 
 def test_image_of_another_process_is_not_replaced(program, folder, monkeypatch):
@@ -257,13 +292,13 @@ def test_cuda_must_agree_with_the_eps_of_the_file(factor, fault, program, folder
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", Cuda)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [cuda])
-    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: loaded.append(1))
+    loaded = []
     for device in "cuda", "auto":
         monkeypatch.setattr(shutil, "which", lambda name, device=device: device == "auto")
         said = program("-n", 3, "--steps", 2, "--device", device, code=int(bool(fault)))
-        assert (
-            "eps on CUDA is wrong; use --device cpu" if fault else f"2 steps on {cuda}\n"
-        ) in said
+        assert ("eps on CUDA is wrong; use --dev" if fault else f"2 steps on {cuda}\n") in said
+        assert loaded.pop()
     (folder / "model.onnx").write_bytes(onnx_file(eps_of_example=None))
     assert "is wrong" not in program("-n", 3, "--steps", 2, code=int(factor != factor))
 
