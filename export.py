@@ -23,7 +23,7 @@ import onnx
 import torch
 from onnxscript import opset20 as op
 
-from program import check_output, guard_output, replacing
+from program import check_writable, guard_output, replacing
 from run import default_run, load
 from sample import Network, example, thinned
 
@@ -61,8 +61,9 @@ def attention(q, k, v, attn_mask=None, dropout_p: float = 0.0, is_causal: bool =
 def to_onnx(network, diffusion, shape, names=()):
     """Return eps_theta as an onnx.ModelProto with a dynamic batch and the schedule as metadata.
 
-    network: returns eps. shape: (C, H, W) of an image. names: the class names, if any. The
-    nodes are named after their modules, as in "down.0.0.conv1/Conv_20".
+    network: returns eps. shape: (C, H, W) of an image. names: the class names, if any. The nodes
+    are named after their modules, as in "down.0.0.conv1/Conv_20", by which extras/half.py finds
+    them.
     """
     # The example has a batch of two: the exporter would treat a batch of 1 as a constant.
     inputs = {"x_t": torch.zeros(2, *shape), "t": torch.zeros(2, dtype=torch.int64)}
@@ -148,7 +149,7 @@ def main():
     args = parser.parse_args()
     if args.onnx.suffix.lower() != ".onnx":
         parser.error("--onnx must be a file such as model.onnx")
-    check_output(args.onnx, args.checkpoint)
+    check_writable(args.onnx)
     network, diffusion, state = load(args.checkpoint)
     print(f"{args.checkpoint}: step {state['step']:,}")
     write_onnx(network, diffusion, state["shape"], state["names"], args.onnx)

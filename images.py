@@ -69,19 +69,16 @@ def from_pixels(pixels):
 def image_files(folder):
     """Return the paths of the image files in a folder and its sub-folders, sorted.
 
-    An image file has a suffix that Pillow can read; a folder that can't be listed counts as one.
-    Links are followed. Hidden files are left out; other files, folders that hold a run of train.py,
-    and further links to the same folder are reported. Exits if there is no image file.
+    An image file has a suffix that Pillow can read. Links are followed. Hidden files are left out;
+    other files, folders that can't be listed or hold a run of train.py, and further links to the
+    same folder are reported. Exits if there is no image file.
     """
     if not os.path.isdir(folder):
         sys.exit(f"{folder} is not a folder")
     suffixes = {s for s, kind in Image.registered_extensions().items() if kind in FORMATS}
-    images, others, skipped, seen = [], [], [], set()
-
-    def closed(error):  # "folder/*" stands for its images, of which none can be read
-        images.append(os.path.join(error.filename, "*"))
-
-    for root, folders, names in os.walk(folder, onerror=closed, followlinks=True):
+    images, others, skipped, closed, seen = [], [], [], [], set()
+    walk = os.walk(folder, onerror=lambda e: closed.append(e.filename), followlinks=True)
+    for root, folders, names in walk:
         real = os.path.realpath(root)
         if real in seen or "checkpoint.pt" in names or {"log.csv", ".lock"} <= {*names}:
             skipped.append(root)
@@ -92,6 +89,7 @@ def image_files(folder):
         for name in (name for name in names if not name.startswith(".")):
             is_image = os.path.splitext(name)[1].lower() in suffixes
             (images if is_image else others).append(os.path.join(root, name))
+    report("left out", "folder", closed, "that can't be listed")
     report("ignored", "file", others, "without a suffix that Pillow reads")
     report("ignored", "folder", skipped, "with a run of train.py, or linked a second time")
     if not images:

@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 
 
-def check_output(path, *inputs):
+def check_writable(path, *inputs):
     """Exit with one line if no file can be written at `path`, or if it is one of the inputs."""
     folder = next(folder for folder in Path(path).absolute().parents if os.path.exists(folder))
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):

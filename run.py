@@ -20,7 +20,7 @@ import filelock
 import torch
 
 from ddpm import Diffusion, UNet, linear_betas
-from program import check_output, replacing, writing
+from program import check_writable, replacing, writing
 from sample import grid, last_x0, reverse, to_pixels
 
 # ---------------------------------------------------------------------------------------- settings
@@ -136,17 +136,17 @@ def command_line(doc, given=None):
     for setting in fields(Settings):
         if setting.metadata:
             add(*as_flag(setting.name), **setting.metadata)
+    words = None
     if given is not None:
-        given = {name: value for name, value in given.items() if value is not None}
-        given = [*chain(*(as_flag(*item) for item in given.items()))]
-    given = vars(parser.parse_args(given))
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+        words = [*chain(*(as_flag(*item) for item in given.items() if item[1] is not None))]
+    flags = vars(parser.parse_args(words))
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in flags.items()}
 
 
 def check_flags(given, state, source):
     """Exit if the given flags lack --data, or contradict the checkpoint `state` of a run."""
     saved = state["settings"] if state else {}
-    needs = given.keys() & {"quick", "classes", "image_size", "in_channels", "init"}
+    needs = {n for n in ("quick", "classes", "image_size", "in_channels", "init") if given.get(n)}
     if needs and not given.get("data", saved.get("data")):
         sys.exit(f"train.py: {as_flag(min(needs))[0]} needs --data")
     if state is None:
@@ -337,16 +337,18 @@ class Folder:
 
     def __init__(self, path):
         self.path, self.checkpoint, self.lock_file = path, path / "checkpoint.pt", path / ".lock"
-        self.lock, self.held, self.is_new = filelock.FileLock(self.lock_file), None, False
+        self.lock, self.held, self.made = filelock.FileLock(self.lock_file), None, None
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self.lock.release()
-        if self.is_new and [*self.path.glob("*")] == [self.lock_file]:  # the images were refused
-            self.lock_file.unlink()
-            self.path.rmdir()
+        if self.made is not None:  # a new run was refused, and leaves no trace
+            for path in self.lock_file, *self.path.glob(f".images-{HEX}"):
+                path.unlink()
+            for folder in self.made:
+                folder.rmdir()
 
     def open(self, data=None, init=None):
         """Return (state, source): a checkpoint, or None for a new run, and the run that it is from.
@@ -356,23 +358,26 @@ class Folder:
         """
         if data and Path(data).resolve().is_relative_to(self.path.resolve()):
             sys.exit(f"train.py: --out {self.path} must not be or contain the folder of the images")
-        check_output(self.checkpoint)
+        check_writable(self.checkpoint)
         if self.lock_file.exists():
             self.hold()
         if self.checkpoint.exists():
             if init is not None:
                 print(f"{self.path} already holds a run, which continues; --init is ignored")
             return read_checkpoint(self.path), self.path
-        if init is not None:
-            return begin_anew(read_checkpoint(init)), init
-        return None, self.path
+        if init is None:
+            return None, self.path
+        print(f"a new run begins with the averaged weights of {init}")
+        return begin_anew(read_checkpoint(init)), init
 
     def begin(self):
         """Make the folder, hold it, and remove what a killed process did not finish."""
-        self.is_new = not self.path.exists()
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         if not self.lock.is_locked:
             self.hold()
+        if not self.checkpoint.exists():
+            self.made = made  # until the run begins, because the images may be refused
         for path in self.path.glob(f".*.{HEX}.tmp"):
             path.unlink()
 
@@ -407,6 +412,7 @@ class Folder:
             number = row.partition(",")[0]
             return row.endswith("\n") and number.isdecimal() and int(number) <= step
 
+        self.made = None
         with replacing(path) as file:
             file.write((LOG + "".join(filter(is_earlier, rows))).encode())
 

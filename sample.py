@@ -295,7 +295,7 @@ def flags(doc, onnx=True):
     flag("--seed", type=int, default=0, help="image k depends only on (seed, k) [%(default)s]")
     flag("--class", dest="classes", nargs="+", metavar="NAME", help="classes to generate [all]")
     flag("--guidance", type=float, default=0.0, help="w: makes images more typical of a class [0]")
-    flag("--device", default="auto", help="auto, cuda or cpu [%(default)s]")
+    flag("--device", default="auto", help="auto, cuda, cpu; in torch also cuda:1, mps, xpu [auto]")
     return parser
 
 
@@ -346,7 +346,10 @@ def complete(args, network):
 
 
 def batches(network, args, stop):
-    """Yield (first number, pixels) of each batch, until a signal or a value that is not finite."""
+    """Yield (first number, pixels) of each batch, until `stop` has a signal.
+
+    Exits if a value is not finite.
+    """
     from tqdm import tqdm
 
     end = args.first + args.n
@@ -363,7 +366,8 @@ def batches(network, args, stop):
                 x0 = x0_hat
             x0 = x0 if isinstance(x0, np.ndarray) else x0.cpu().numpy()  # a tensor
             if not np.isfinite(x0).all():
-                return
+                done = first - args.first
+                sys.exit(f"after {done:,} images, the network's output is not finite")
             yield first, to_pixels(x0)
 
 
@@ -414,7 +418,7 @@ def main(parser=None, open_network=open_onnx):
         complete(args, network)
     except (OSError, ValueError) as error:
         sys.exit(f"{parser.prog}: {error}")
-    print(f"{args.n} images in {args.steps} steps on {network.provider}")
+    print(f"{args.n} images in {args.steps} steps on {network.provider}", file=sys.stderr)
     stop, shown, done = receive_signals(), [], 0
     try:
         for first, pixels in batches(network, args, stop):
@@ -426,15 +430,11 @@ def main(parser=None, open_network=open_onnx):
             done += len(pixels)
     finally:  # whatever ended the loop
         if shown:
-            rows = len(args.classes) if len(args.classes) > 1 else None
-            save(grid(np.stack(shown), rows), args.out)
-    if shown:
-        names, last = args.classes, args.first + min(len(args.classes), done)
-        rows = [names[k % len(names)] for k in range(args.first, last)]
-        of = f" of {', '.join(rows[:10])}" if rows else ""
-        print(f"{args.out}: {len(shown)} images{of}{', ...' if len(rows) > 10 else ''}")
-    if done < args.n and not stop:
-        sys.exit(f"{parser.prog}: after {done:,} images, the network's output is not finite")
+            names, last = args.classes, args.first + min(len(args.classes), done)
+            save(grid(np.stack(shown), len(names) if len(names) > 1 else None), args.out)
+            rows = [names[k % len(names)] for k in range(args.first, last)]
+            of = f" of {', '.join(rows[:10])}" if rows else ""
+            print(f"{args.out}: {len(shown)} images{of}{', ...' if len(rows) > 10 else ''}")
     if done < args.n:
         print(f"stopped after {done:,} of {args.n:,} images; for the rest, add --first "
               f"{args.first + done} -n {args.n - done}", file=sys.stderr)  # fmt: skip

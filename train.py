@@ -57,15 +57,6 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 # -------------------------------------------------------------------------------------- Algorithm 1
 
 
-class Data(NamedTuple):
-    """The training set, on the device if it has less than 2 GB."""
-
-    images: Tensor  # uint8 (N, C, H, W)
-    labels: Tensor | None  # int64 (N,), on the same device
-    names: tuple  # the names of the classes
-    digest: str  # a hash of images, labels and names
-
-
 def algorithm_1(network, ema, optimizer, diffusion, data, s, start=0):
     """Yield the loss and its gradient norm after each step of Algorithm 1, indefinitely.
 
@@ -73,8 +64,8 @@ def algorithm_1(network, ema, optimizer, diffusion, data, s, start=0):
     prepares the next step while a GPU computes. With several processes, DistributedDataParallel
     averages the gradients, and the loss of the step is the mean of what the processes yield.
 
-    network: what is trained. ema: the average of its weights. s: the Settings. start: the number of
-    steps already taken, which determines the next batch.
+    network: what is trained. ema: the average of its weights. data: a Data. s: the Settings. start:
+    the number of steps already taken, which determines the next batch.
     """
     device = next(network.parameters()).device
     for k in count(start):
@@ -150,10 +141,10 @@ def update_ema(ema, network, k, decay):
 # ----------------------------------------------------------------------------------------- the loop
 
 
-def train(steps, run, folder, stop):
+def train(updates, run, folder, stop):
     """Take the steps that remain, until `stop` has a signal; log, draw and save.
 
-    steps: the generator algorithm_1. Reading a loss waits for the GPU, so the losses of ten steps
+    updates: the generator algorithm_1. Reading a loss waits for the GPU, so the losses of ten steps
     are read together.
     """
     s, stopping, last_save = run.settings, False, time.monotonic()
@@ -161,11 +152,11 @@ def train(steps, run, folder, stop):
     options = {"initial": run.step, "unit": "step", "mininterval": 1, "disable": RANK > 0}
     with tqdm(total=s.steps, **options) as bar:
         while run.step < s.steps and not stopping:
-            pending.append(next(steps))
+            pending.append(next(updates))
             k = run.step + len(pending)
-            draws = k % s.preview_every == 0 or k == s.steps
+            has_preview = k % s.preview_every == 0 or k == s.steps
             at_once = pending[0][0].device.type == "cpu" or (stop and WORLD == 1)
-            is_read = at_once or draws or k % 10 == 0  # in the same step by all processes
+            is_read = at_once or has_preview or k % 10 == 0  # in the same step by all processes
             if not is_read:
                 continue
             losses, norms, stopping = read(pending, stop)
@@ -178,7 +169,7 @@ def train(steps, run, folder, stop):
             if RANK == 0:
                 folder.still_hold()
                 folder.log(rows)
-                if draws:
+                if has_preview:
                     folder.save_preview(run)
                 due = time.monotonic() - last_save > 60 * s.save_minutes
                 if due or stopping or k == s.steps:
@@ -219,11 +210,16 @@ def join(device):
 
 
 def from_all(value):
-    """Return a list of the values of all processes; wait until each has called this."""
+    """Return a list of the values of all processes."""
     values = [value] * WORLD
     if WORLD > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def wait():
+    """Wait until each process has called this."""
+    from_all(None)
 
 
 def from_first(function, *args):
@@ -235,6 +231,15 @@ def from_first(function, *args):
 
 
 # -------------------------------------------------------------------------------------- the program
+
+
+class Data(NamedTuple):
+    """The training set, on the device if it has less than 2 GB."""
+
+    images: Tensor  # uint8 (N, C, H, W)
+    labels: Tensor | None  # int64 (N,), on the same device
+    names: tuple  # the names of the classes
+    digest: str  # a hash of images, labels and names
 
 
 def load_images(s, state, source, folder, device):
@@ -273,8 +278,8 @@ def check_processes(s, data):
         sys.exit(f"train.py: the processes have different {' and '.join(wrong)}")
 
 
-def prepare(folder, given, device, build):
-    """Return (run, data, diffusion): the run of the folder, or a new one, and its training set.
+def prepare(folder, given, device):
+    """Return (state, s, data): a checkpoint to begin with, or None, the Settings and the Data.
 
     The first process of each machine decodes the images, while the others wait.
     """
@@ -282,25 +287,26 @@ def prepare(folder, given, device, build):
     s = choose_settings(given, state, source, device, WORLD)
     from_first(folder.begin)
     if LOCAL_RANK > 0:
-        from_all("wait")
+        wait()
     data = load_images(s, state, source, folder, device)
     if LOCAL_RANK == 0:
-        from_all("the images are decoded")
+        wait()
     check_processes(s, data)
+    s.in_channels = data.images.shape[1]  # what was detected is saved
+    return state, s, data
+
+
+def make_run(state, s, data, device, build):
+    """Return (run, diffusion): a Run with new weights, or with those of a checkpoint `state`."""
     torch.manual_seed(s.seed)
     shape = tuple(data.images.shape[1:])
-    s.in_channels = shape[0]  # what was detected is saved
     network, diffusion = build(s, shape, data.names)
     ema = copy.deepcopy(network.to(device)).requires_grad_(False).eval()
     optimizer = make_optimizer(network, s)
     run = Run(s, shape, data.names, data.digest, 0, network, ema, optimizer)
     if state:
         run.load(state)
-    if RANK == 0:
-        folder.begin_log(run.step)
-    if source != folder.path:
-        print(f"begins with the averaged weights of {source}")
-    return run, data, diffusion
+    return run, diffusion
 
 
 def describe(run, data, device):
@@ -349,18 +355,21 @@ def main(given=None, build=build):
     join(device)
     out = Path(given.get("out") or ("run" if "data" in given else "demo"))
     with Folder(out) as folder:  # which the first process holds
-        run, data, diffusion = prepare(folder, given, device, build)
+        state, s, data = prepare(folder, given, device)
+        run, diffusion = make_run(state, s, data, device, build)
         describe(run, data, device)
-        s, network = run.settings, run.model
+        if RANK == 0:
+            folder.begin_log(run.step)
+        network = run.model
         if WORLD > 1:
             network = DistributedDataParallel(network, gradient_as_bucket_view=True)
         if given.get("compile"):
             network = compiled(network)
-        steps = algorithm_1(network, run.ema, run.optimizer, diffusion, data, s, run.step)
+        updates = algorithm_1(network, run.ema, run.optimizer, diffusion, data, s, run.step)
         with stop_requests() as stop:
-            train(steps, run, folder, stop)
+            train(updates, run, folder, stop)
     if WORLD > 1:
-        from_all("wait")  # a process that ends first can abort the others
+        wait()  # a process that ends first can abort the others
         time.sleep(1)  # gloo's threads and the end of Python can otherwise wait for each other
         dist.destroy_process_group()
     if RANK == 0:

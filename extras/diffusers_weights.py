@@ -20,7 +20,7 @@ import torch
 
 from ddpm import UNet, linear_betas
 from export import TOLERANCE, largest_difference
-from program import check_output, replacing
+from program import check_writable, guard_output, replacing
 from run import Settings, begin_anew, build, load
 
 RENAMES = (  # regular expressions that turn our names into diffusers', in this order
@@ -36,10 +36,8 @@ RENAMES = (  # regular expressions that turn our names into diffusers', in this 
     (r"time_mlp\.2", r"time_embedding.linear_2"),
     (r"norm_out", r"conv_norm_out"),
 )
-PREDICTS = {
-    "epsilon": (),
-    "v_prediction": ("v",),
-}  # what a scheduler predicts, and the parts of a run
+# What a scheduler predicts, and the parts of a run
+PREDICTS = {"epsilon": (), "v_prediction": ("v",)}
 SCHEDULER = {  # the settings of a scheduler that ddpm.py can express
     "prediction_type": [*PREDICTS],
     "variance_type": ["fixed_large", "fixed_small"],
@@ -176,6 +174,7 @@ def to_diffusers(run, folder):
 
 
 def main():
+    guard_output()
     parser = argparse.ArgumentParser(
         usage="python -m extras.diffusers_weights [--to-diffusers] SOURCE NEW_FOLDER",
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -186,7 +185,7 @@ def main():
     args = parser.parse_args()
     if not find_spec("diffusers"):
         sys.exit("published weights need the package diffusers: pip install diffusers")
-    check_output(args.new / "checkpoint.pt")
+    check_writable(args.new / "checkpoint.pt")
     if args.new.exists() and any(args.new.iterdir()):
         parser.error(f"{args.new} must be a new or empty folder")
     if args.to_diffusers:

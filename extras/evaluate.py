@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ddpm import Bound, Diffusion
 from images import demo_images, from_pixels, read_folder
-from program import check_output, guard_output, replacing
+from program import check_writable, guard_output, replacing
 from run import choose_device, default_run, load, positive
 
 
@@ -68,7 +68,7 @@ def main():
     torch.backends.cudnn.allow_tf32 = False  # float32 as float32
     network, diffusion, state = load(args.checkpoint)
     out = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
-    check_output(out / "rate-distortion.csv")
+    check_writable(out / "rate-distortion.csv")
     seen, (channels, size, _) = state["settings"]["data"], state["shape"]
     if args.data:
         if seen and Path(args.data).resolve().is_relative_to(Path(seen).resolve()):

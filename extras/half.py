@@ -16,7 +16,7 @@ import onnx
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 
-from program import check_output, replacing
+from program import check_writable, guard_output, replacing
 from sample import Network, noise_of, sample
 
 
@@ -27,8 +27,8 @@ def to_half(model):
     last = [k for k, name in enumerate(names) if name.startswith("norm_out")]
     if not first or not last:
         raise ValueError("half.py needs a UNet that export.py wrote")
-    exact = names[: first[-1] + 1] + names[last[0] :]
-    half = convert_float_to_float16(model, keep_io_types=True, node_block_list=exact)
+    keep = names[: first[-1] + 1] + names[last[0] :]
+    half = convert_float_to_float16(model, keep_io_types=True, node_block_list=keep)
     # The converter casts a value once for each node that reads it, under the same name, and rounds
     # values between two nodes in float32 to float16 and back.
     nodes = {node.output[0]: node for node in half.graph.node}
@@ -53,11 +53,12 @@ def relative_errors(half, exact):
 
 
 def main():
+    guard_output()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", help="a file from export.py")
     parser.add_argument("half", help="the file to write")
     args = parser.parse_args()
-    check_output(args.half, args.model)
+    check_writable(args.half, args.model)
     try:
         exact = Network(args.model)
         half = to_half(onnx.load(args.model))

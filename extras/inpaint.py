@@ -9,7 +9,7 @@ import numpy as np
 
 import sample
 from images import from_pixels, read_image
-from program import check_output
+from program import check_writable
 
 
 class Inpainting(sample.Network):
@@ -44,7 +44,7 @@ def main():
     parser.add_argument("mask")
 
     def open_network(args):
-        check_output(args.out, args.image, args.mask)
+        check_writable(args.out, args.image, args.mask)
         return Inpainting(args.onnx, args.image, args.mask, args.device)
 
     sample.main(parser, open_network)

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from images import from_pixels, read_image
-from program import check_output
+from program import check_writable, guard_output
 from sample import Network, grid, last_x0, noise_of, reverse, save, to_pixels
 
 LAMBDAS = np.linspace(0, 1, 11, dtype=np.float32)  # the shares of the second image
@@ -42,6 +42,7 @@ def interpolate(network, a, b, t, steps=None, seed=0):
 
 
 def main():
+    guard_output()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
     flag("images", nargs=2, metavar="IMAGE")
@@ -51,7 +52,7 @@ def main():
     flag("--steps", type=int, help="steps of the reverse process, 1..t+1 [all]")
     flag("--seed", type=int, default=0, help="seed of the noise [%(default)s]")
     args = parser.parse_args()
-    check_output(args.out, args.onnx, *args.images)
+    check_writable(args.out, args.onnx, *args.images)
     if not args.out.lower().endswith(".png"):
         parser.error("--out must be a PNG file")
     try:

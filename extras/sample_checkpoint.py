@@ -52,7 +52,7 @@ class TorchNetwork:
         eps: the network, `guided` or not. draw_noise() returns arrays.
         """
         options["draw_noise"] = lambda: to_device(torch.from_numpy(draw_noise()), self.device)
-        return sample_progressive(self.diffusion, eps, shape=None, **options)
+        return sample_progressive(self.diffusion, eps, **options)
 
 
 def main():

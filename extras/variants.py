@@ -85,13 +85,13 @@ def weighted_loss(diffusion, model, x0, t, noise, weights):
 
 @torch.no_grad()
 def sample_progressive(
-    diffusion, eps, shape, steps=None, sampler=None, generator=None, device=None, draw_noise=None,
-    clip=True,
+    diffusion, eps, shape=None, steps=None, sampler=None, generator=None, device=None,
+    draw_noise=None, clip=True,
 ):  # fmt: skip
     """Yield (t, x_t, x0_hat) of sample.reverse in torch, each (B, C, H, W) on the noise's device.
 
-    Algorithm 2 with all T steps is the loop of ddpm.py itself. generator, device, draw_noise: as
-    for Diffusion.sample_progressive. Raises ValueError where sample.reverse does.
+    Algorithm 2 with all T steps is the loop of ddpm.py itself. shape, generator, device: of the
+    noise, unless draw_noise() returns it. Raises ValueError where sample.reverse does.
     """
     if draw_noise is None:
         draw_noise = partial(torch.randn, shape, generator=generator, device=device)

@@ -158,7 +158,7 @@ def test_other_images_of_another_folder_are_refused(class_folder, image_folder, 
     assert "c is for images of (3, 8, 8) and the classes ('blue', 'green', 'red')" in (
         train_on("moved", 4, *again, code=1))  # fmt: skip
     said = train_on("moved", 1, "--init", "run", "--classes", "--out", "new", code=1)
-    assert said.startswith("train.py: run has classes = False, not True; omit the flag")
+    assert "train.py: run has classes = False, not True; omit the flag" in said
     assert not (tmp_path / "new").exists()
     said = train_on("moved", 1, "--init", "c", "--out", "new", code=1)
     assert said.endswith("'red'), not (3, 8, 8) and ('blue', 'green', 'red', 'yellow')")

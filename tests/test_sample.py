@@ -265,7 +265,7 @@ def test_values_that_are_not_finite_are_not_saved(wrong, program, folder, monkey
     monkeypatch.setattr(onnxruntime.InferenceSession, "run", fail_late)
     words = "-n", 6, "--batch", 3, "--steps", 5
     said = program(*words, "--dir", "out", code=1)
-    assert said.endswith("sample.py: after 3 images, the network's output is not finite")
+    assert said.endswith("after 3 images, the network's output is not finite")
     assert "samples.png: 3 images of" in said and [*images_in(folder / "out")] == [0, 1, 2]
     Path("samples.png").unlink()
     calls[:] = [None] * 5

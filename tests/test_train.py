@@ -1,5 +1,6 @@
 """The promises of train.py: the step, the settings and flags, and what one command does."""
 
+import contextlib
 import copy
 import re
 import shlex
@@ -261,6 +262,20 @@ def test_quick_is_a_set_of_settings(image_folder, tmp_path, program, monkeypatch
     assert vars(again) == state["settings"] | {"steps": 2}
 
 
+def test_defaults_depend_on_the_run():
+    """Warm-up and previews take a share of the steps; processes share the batch evenly."""
+    for steps, batch, warmup, every in (
+        (800_000, 128, 5000, 8000), (2000, 64, 100, 93), (9, 10_000, 0, 1), (100, 240, 5, 25),
+    ):  # fmt: skip
+        given = {"data": ".", "steps": steps, "batch": batch}
+        s = run.choose_settings(given, None, Path("out"), CPU)
+        assert (s.warmup, s.preview_every) == (warmup, every)
+    for processes, refused in (1, False), (2, False), (4, True):
+        given = {"data": ".", "batch": 12, "accumulate": 2}
+        with pytest.raises(SystemExit) if refused else contextlib.nullcontext():
+            run.choose_settings(given, None, Path("out"), CPU, processes)
+
+
 def test_previews_have_the_same_noise_and_a_row_for_each_class():
     grids, model = [], torch.nn.Linear(1, 1)
     model.forward = networks.eps  # in closed form
@@ -315,6 +330,21 @@ MISREAD = {  # by argparse, which prints its usage, too
     "invalid": "steps many,variance mean,parts x,in-channels 2",
     "unrecognized": "predicts v",
 }
+
+
+@pytest.mark.parametrize("out", ["new/deep/run", "old"])
+def test_refused_images_leave_no_trace(out, program, class_folder, tmp_path):
+    """Whether images are classes is known only when they are decoded."""
+    (tmp_path / "old").mkdir()
+    for name in "red", "blue":
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "0.png").write_bytes(b"broken")
+    Image.new("RGB", (8, 8)).save(tmp_path / "data" / "red" / "1.png")
+    before = sorted(tmp_path.rglob("*"))
+    words = "--data", "data", "--classes", "--out", out, *TINY
+    said = program("train.py", *words, cwd=tmp_path, code=1)
+    assert "needs images in two sub-folders or more" in said and "left out 2 files" in said
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_impossible_flags_are_one_line(tmp_path, program, monkeypatch):
