@@ -293,21 +293,6 @@ def test_dots_go_to_noise_and_back(page):
     assert np.abs(at(0, 2) - data.mean(0)).max() < 0.05
 
 
-def test_no_other_value_is_written_to_a_slider_that_is_dragged(page):
-    """Otherwise, WebKit does not fire `change` at the end of the drag, and nothing comes back."""
-    value_of(page, "arrows", "gesture.moveTo(0.2)")
-    written = page.evaluate("""() => {
-        const slider = document.getElementById("arrows-place"), values = [];
-        slider.value = 500;
-        Object.defineProperty(slider, "value", {get: () => "500", configurable: true,
-            set: (value) => values.push(value)});
-        slider.dispatchEvent(new Event("input"));
-        delete slider.value;
-        return values;
-    }""")
-    assert len(written) > 1 and set(written) == {500}
-
-
 def test_random_steps(page):
     """Fresh noise in each step, from the same start: other ends, and similar shares of misses."""
     value_of(page, "arrows", "gesture.moveTo(1)")
@@ -504,18 +489,6 @@ def test_opening_without_a_connection(opened):
     for name, section in (("Images", "images"), ("Your drawing", "drawing")):
         page.get_by_role("link", name=name, exact=True).click()
         until(page, f"#{section}-words .shown", "^No pictures yet.*Connect to the internet")
-
-
-def test_without_the_recording(opened):
-    """The other sections work, and the network draws the first pictures of the opening."""
-    page = opened({"recorded.webp": lambda r: r.abort()})
-    page.get_by_role("button", name="Remove the noise").click()
-    until(page, "#scene-words .shown", "^New pictures")
-
-
-def test_a_worker_that_does_not_load_is_said(opened):
-    page = opened({"worker.js": lambda r: r.abort()})
-    until(page, "#drawing-words .shown", "^No pictures yet.*could not be loaded")
 
 
 def test_what_is_set_while_a_network_loads_is_kept(opened):
