@@ -15,6 +15,7 @@ import torch
 from conftest import TINY, assert_same_run, posix, python, read, restoring_signals
 
 import train
+from program import replacing
 from run import FREE, NAMES, NETWORK, choose_settings
 
 CPU = torch.device("cpu")
@@ -222,12 +223,13 @@ def test_moved_run_ends(other, tiny, tmp_path, wrap_step):
 
 
 @posix
-@pytest.mark.parametrize("name, size", [("log.csv", 60), ("checkpoint.pt", 20_000)])
+@pytest.mark.parametrize("name, size", [("log.csv", None), ("checkpoint.pt", 20_000)])
 def test_full_disk_ends_the_run_in_a_line(name, size, tiny, tmp_path):
     """The last checkpoint is whole, and the run resumes when there is space again."""
     import resource  # of POSIX
 
     tiny("--steps", 2)
+    size = size or (tmp_path / "run" / "log.csv").stat().st_size + 9  # in the middle of a row
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))  # of a file
     try:
@@ -277,6 +279,26 @@ def test_signal_ends_training_after_a_saved_step(
     assert ended == [(number, signal.SIG_DFL)]
     assert ("Ctrl-C again ends without saving\n" in capfd.readouterr().err) == (name == "SIGINT")
     assert read(tmp_path / "run")["step"] == 6 and logged(tmp_path / "run") == [*range(1, 7)]
+
+
+GUARD = """
+import os, signal, sys; signal.signal(signal.SIGINT, getattr(signal, sys.argv[1]))
+from program import guard_output; guard_output()
+print("\u2026", signal.getsignal(signal.SIGINT).name); os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("now, then", [("default_int_handler", "SIG_DFL"), ("SIG_IGN", "SIG_IGN")])
+def test_each_line_is_printed_at_once_in_any_encoding(now, then, tmp_path, monkeypatch):
+    """Ctrl-C leaves no traceback; where it is ignored, as behind `&`, it stays so."""
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    assert python("-c", GUARD, now, cwd=tmp_path) == f"\\u2026 {then}\n"
+
+
+def test_bug_while_a_file_is_replaced_keeps_its_traceback(tmp_path):
+    with pytest.raises(RuntimeError, match="a bug"), replacing(tmp_path / "new" / "file"):
+        raise RuntimeError("a bug")
+    assert not [*(tmp_path / "new").iterdir()]
 
 
 @posix
