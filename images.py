@@ -30,6 +30,7 @@ with contextlib.suppress(ImportError):  # HEIC, the format of iPhone photos
 
 Image.init()
 FORMATS = [kind for kind in Image.OPEN if kind != "EPS"]  # EPS would start Ghostscript
+DECODED = ".decoded-images"  # the file that keeps them, in the folder of a run
 
 
 def read_image(path, size, channels, background=255):
@@ -116,12 +117,14 @@ def find_classes(class_of, folder):
 
 def has_colour(path):
     """Return whether an image file is in colour. It reads little more than the header."""
-    with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:
-        if image.mode in ("P", "PA"):
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.mode not in ("P", "PA"):
+                return Image.getmodebase(image.mode) != "L"
             palette = np.reshape(image.getpalette("RGB"), (-1, 3))
             return bool((palette != palette[:, :1]).any())
-        return Image.getmodebase(image.mode) != "L"
-    return False  # after an error of any kind, `decode` leaves the file out
+    except Exception:  # Pillow raises many kinds of errors; `decode` leaves the file out
+        return False
 
 
 def stamp(path):
@@ -130,8 +133,8 @@ def stamp(path):
     return (state.st_size, state.st_mtime_ns, state.st_ctime_ns) if state else ()
 
 
-def decode(paths, size, channels, file):
-    """Write which of the paths can be read (N bytes), and then the pixels of these, to a file."""
+def decode(paths, size, channels, key, file):
+    """Write to a file: the key, which of the paths can be read (N bytes), and their pixels."""
 
     def read(path):
         with contextlib.suppress(Exception):  # Pillow raises many kinds of errors; return None
@@ -139,13 +142,13 @@ def decode(paths, size, channels, file):
 
     is_read = np.zeros(len(paths), bool)
     with replacing(file) as out, ThreadPool(min(8, os.cpu_count() or 1)) as pool:
-        out.write(is_read.tobytes())
+        out.write(key + is_read.tobytes())
         bar = tqdm(pool.imap(read, paths), "decoding", len(paths), unit=" images", leave=False)
         for index, pixels in enumerate(bar):
             if pixels is not None:
                 is_read[index] = True
                 out.write(pixels.tobytes())
-        out.seek(0)
+        out.seek(len(key))
         out.write(is_read.tobytes())
 
 
@@ -155,26 +158,28 @@ def decode_once(paths, size, channels, folder, cache):
     cache: the folder of the file that `decode` writes, which is memory-mapped; None to keep none.
     """
     found = [(os.path.relpath(path, folder), *stamp(path)) for path in paths]
-    key = ascii((size, channels, found, inspect.getsource(read_image)))
-    name = f".images-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    source = inspect.getsource(read_image)  # users edit it
+    key = hashlib.sha256(ascii((size, channels, found, source)).encode()).digest()
     with tempfile.TemporaryDirectory() as temporary:
-        file = Path(cache or temporary) / name
-        if not file.exists():
-            decode(paths, size, channels, file)
+        file = Path(cache or temporary) / DECODED
+        if not file.exists() or key != np.fromfile(file, np.uint8, len(key)).tobytes():
+            decode(paths, size, channels, key, file)
         data = np.memmap(file, np.uint8, "c") if cache else np.fromfile(file, np.uint8)
-    return data[len(paths) :].reshape(-1, channels, size, size), data[: len(paths)].astype(bool)
+    is_read, pixels = np.split(data[len(key) :], [len(paths)])
+    return pixels.reshape(-1, channels, size, size), is_read.astype(bool)
 
 
-def read_folder(folder, size, channels=None, classes=None, cache=None):
+def read_folder(folder, size, channels=None, classes=False, cache=None, names=None):
     """Return the images in a folder and its sub-folders, their labels and the names of the classes.
 
     The images are uint8 (N, C, size, size). The labels, int64 (N,), are indices into the tuple of
     names; without classes, the labels are None and the tuple is empty.
 
     channels: C, 1 or 3, or None for 3 if any image is in colour.
-    classes: True if each sub-folder with an image that can be read is a class, in the order of
-        their names; or the names of the classes.
-    cache: a folder for the decoded images, memory-mapped, and valid until a file changes.
+    classes: whether each sub-folder with an image that can be read is a class, in the order of
+        their names.
+    cache: a folder for the decoded images, which are memory-mapped, and valid until a file changes.
+    names: the names of the classes, if they are known; images may then lack some of them.
 
     Counts and names what is left out. Exits if no image is left, if an image is in none of the
     classes, or if there are fewer than two classes.
@@ -182,20 +187,20 @@ def read_folder(folder, size, channels=None, classes=None, cache=None):
     warnings.filterwarnings("ignore", module="PIL")  # what can't be read is reported
     paths = image_files(folder)
     class_of = [os.path.dirname(os.path.relpath(path, folder)).split(os.sep)[0] for path in paths]
-    if classes is True:
+    if classes:
         find_classes(class_of, folder)  # a first look, because decoding takes longer
     channels = channels or (3 if any(map(has_colour, paths)) else 1)
     images, is_read = decode_once(paths, size, channels, folder, cache)
     report("left out", "file", [*compress(paths, ~is_read)], "that can't be read")
     if not is_read.any():
         sys.exit(f"{folder}: there is no image that can be read")
-    if not classes:
+    if not classes and not names:
         return images, None, ()
     class_of = [*compress(class_of, is_read)]
-    names = find_classes(class_of, folder) if classes is True else [*classes]
+    names = tuple(names or find_classes(class_of, folder))
     if unknown := {*class_of} - {*names}:
         sys.exit(f"{folder} has images in {min(unknown)!r}, but the classes are {names}")
-    return images, np.array([names.index(name) for name in class_of]), tuple(names)
+    return images, np.array([names.index(name) for name in class_of]), names
 
 
 # ---------------------------------------------------------------------------------------- the demo

@@ -29,11 +29,8 @@ def writing(path):
     """Exit with one line if the block can't write the file `path`, as on a full disk."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch.save may raise the latter after the former
-        reason = error.__context__ if isinstance(error, RuntimeError) else error
-        if not isinstance(reason, OSError):
-            raise
-        sys.exit(f"{path} can't be written: {reason}")
+    except OSError as error:
+        sys.exit(f"{path} can't be written: {error}")
 
 
 @contextlib.contextmanager
@@ -106,6 +103,7 @@ def stop_requests():
     is_main = threading.current_thread() is threading.main_thread()  # only it gets signals
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGPIPE") if is_main else ():
         number = getattr(signal, name, None)  # Windows lacks two of them
+        # SIGPIPE is always received, because Python itself ignores it.
         if number and (name == "SIGPIPE" or signal.getsignal(number) != signal.SIG_IGN):
             before[number] = signal.signal(number, receive)
     try:

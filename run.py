@@ -1,4 +1,4 @@
-"""What a run is: its settings, flags, network, checkpoint, folder and device, in this order.
+"""What a run is: its settings, network, flags, checkpoint and device, in this order.
 
     settings = Settings(base_channels=64)         # the other fields have the paper's values
     network, diffusion = build(settings, (3, 32, 32))
@@ -12,16 +12,13 @@ import math
 import os
 import sys
 from dataclasses import dataclass, field, fields
-from functools import partial
 from itertools import chain
 from pathlib import Path
 
-import filelock
 import torch
 
 from ddpm import Diffusion, UNet, linear_betas
-from program import check_writable, replacing, writing
-from sample import grid, last_x0, reverse, to_pixels
+from program import replacing
 
 # ---------------------------------------------------------------------------------------- settings
 
@@ -56,7 +53,7 @@ def flag(default, meaning, **options):
 class Settings:
     """The settings of a run, as in its checkpoint. The defaults are the paper's CIFAR-10 run."""
 
-    # NETWORK: stays for good. Only published weights set norm_groups
+    # The network. Only published weights set norm_groups
     image_size: int = flag(32, "pixels; images are cropped to a square", type=positive)
     in_channels: int = flag(None, "1 is grey, 3 is colour [detected]", type=int, choices=(1, 3))
     base_channels: int = flag(128, "width of the first level", type=positive)
@@ -65,7 +62,7 @@ class Settings:
     attention_resolutions: tuple = flag((16,), "level sizes with attention", type=int, nargs="*")
     patch_size: int = flag(1, "width of a patch that the network sees as one pixel", type=positive)
     norm_groups: int = None
-    # The method: stays when a run is resumed. Only published weights set betas
+    # The method. Only published weights set betas
     data: str = flag(None, "folder of images [the built-in demo]")
     classes: bool = flag(False, "the sub-folders of --data are classes", action=switch)
     betas: tuple = tuple(linear_betas().tolist())
@@ -78,7 +75,7 @@ class Settings:
     ema: float = flag(0.9999, "decay of the averaged weights", type=share)
     flip: bool = flag(True, "flip images left to right at random", action=switch)
     seed: int = flag(0, "seed of all random numbers", type=whole)
-    # FREE: may change when a run is resumed
+    # What may change when a run is resumed
     steps: int = flag(800_000, "number of training steps", type=positive)
     dropout: float = flag(0.1, "share of the activations to drop", type=share)
     accumulate: int = flag(1, "parts to split each batch into, to save memory", type=positive)
@@ -92,7 +89,11 @@ class Settings:
 
 
 NAMES = [entry.name for entry in fields(Settings)]
-NETWORK, FREE = NAMES[: NAMES.index("data")], NAMES[NAMES.index("steps") :]
+NETWORK = (  # these stay for good
+    "image_size", "in_channels", "base_channels", "channel_mults", "num_res_blocks",
+    "attention_resolutions", "patch_size", "norm_groups",
+)  # fmt: skip
+FREE = "steps", "dropout", "accumulate", "amp", "preview_every", "save_minutes"  # these may change
 
 # --quick: a run of minutes on a CPU, for small images. benchmarks/ladder.md has measurements.
 QUICK = dict(
@@ -105,6 +106,38 @@ DEMO = dict(
     image_size=8, base_channels=32, channel_mults=(1, 2), num_res_blocks=1,
     attention_resolutions=(), dropout=0.0, batch=64, lr=3e-3, steps=2400,
 )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------- the network
+
+
+def build(settings, shape, names=()):
+    """Return (network, diffusion): eps_theta(x_t, t, y=None), with new weights, and its Diffusion.
+
+    shape: (C, H, W) of an image. names: the class names. To train another network, return it here.
+    Raises ValueError for settings that do not fit.
+    """
+    options = {name: getattr(settings, name) for name in (*NETWORK, "dropout")}
+    options |= {"in_channels": shape[0], "image_size": shape[-1], "num_classes": len(names)}
+    diffusion = Diffusion(settings.betas, settings.variance)
+    if not settings.parts and settings.patch_size == 1:  # the paper's
+        del options["patch_size"]
+        return UNet(**options), diffusion
+    from quick import PatchUNet, VUNet, WeightedDiffusion
+
+    if "weights" in settings.parts:
+        diffusion = WeightedDiffusion(settings.betas, settings.variance)
+    network = VUNet(diffusion, **options) if "v" in settings.parts else PatchUNet(**options)
+    return network, diffusion
+
+
+def make_optimizer(network, settings):
+    """Return Adam, or what --parts puts in its place."""
+    if "muon" in settings.parts:
+        from quick import Muon
+
+        return Muon(network, settings.lr)
+    return torch.optim.Adam(network.parameters(), settings.lr, fused=True)
 
 
 # ------------------------------------------------------------------------------------------- flags
@@ -143,7 +176,7 @@ def command_line(doc, given=None):
     return {name: tuple(v) if isinstance(v, list) else v for name, v in flags.items()}
 
 
-def check_flags(given, state, source):
+def check_flags(given, state):
     """Exit if the given flags lack --data, or contradict the checkpoint `state` of a run."""
     saved = state["settings"] if state else {}
     needs = {n for n in ("quick", "classes", "image_size", "in_channels", "init") if given.get(n)}
@@ -151,7 +184,8 @@ def check_flags(given, state, source):
         sys.exit(f"train.py: {as_flag(min(needs))[0]} needs --data")
     if state is None:
         if "out" in given and "data" not in given:
-            sys.exit(f"train.py: {source} has no checkpoint; give --data, or for the demo no --out")
+            sys.exit(f"train.py: {given['out']} has no checkpoint; give --data, or for the demo "
+                     "no --out")  # fmt: skip
         return
     if given.get("quick"):
         given = {"parts": QUICK["parts"]} | given
@@ -159,19 +193,20 @@ def check_flags(given, state, source):
     fixed = {*NAMES} - {*FREE, "data"} if has_begun else {*NETWORK, "classes", "parts"}
     for name in given.keys() & fixed:
         if given[name] != saved[name]:
-            sys.exit(f"train.py: {source} has {name} = {saved[name]}, not {given[name]}; "
+            sys.exit(f"train.py: {state['source']} has {name} = {saved[name]}, not {given[name]}; "
                      "omit the flag that sets it, or begin another run")  # fmt: skip
     if given.get("steps", math.inf) < state["step"]:
-        sys.exit(f"train.py: {source} is at step {state['step']:,}; --steps can't be smaller")
+        sys.exit(f"train.py: {state['source']} is at step {state['step']:,}; --steps can't be "
+                 "smaller")  # fmt: skip
 
 
-def choose_settings(given, state, source, device, processes=1):
+def choose_settings(given, state, device, processes=1, build=build):
     """Return the Settings of a run: the defaults, then what is saved, then the given flags.
 
-    given: {name: value} of the flags. state: the checkpoint of the run `source`, or None. Exits if
-    the flags do not fit together, or contradict what is saved.
+    given: {name: value} of the flags. state: the checkpoint that the run begins with, or None.
+    build: makes the network. Exits if the flags do not fit together, or contradict what is saved.
     """
-    check_flags(given, state, source)
+    check_flags(given, state)
     if state:
         defaults = state["settings"]
     elif given.get("quick"):
@@ -195,38 +230,6 @@ def choose_settings(given, state, source, device, processes=1):
     return s
 
 
-# -------------------------------------------------------------------------------------- the network
-
-
-def build(settings, shape, names=()):
-    """Return (network, diffusion): eps_theta(x_t, t, y=None), with new weights, and its Diffusion.
-
-    shape: (C, H, W) of an image. names: the class names. To train another network, return it here.
-    Raises ValueError for settings that do not fit.
-    """
-    options = {name: getattr(settings, name) for name in (*NETWORK, "dropout")}
-    options |= {"in_channels": shape[0], "image_size": shape[-1], "num_classes": len(names)}
-    diffusion = Diffusion(settings.betas, settings.variance)
-    if not settings.parts and settings.patch_size == 1:  # the paper's
-        del options["patch_size"]
-        return UNet(**options), diffusion
-    from quick import PatchUNet, VUNet, WeightedDiffusion
-
-    if "weights" in settings.parts:
-        diffusion = WeightedDiffusion(settings.betas, settings.variance)
-    network = VUNet(diffusion, **options) if "v" in settings.parts else PatchUNet(**options)
-    return network, diffusion
-
-
-def make_optimizer(network, settings):
-    """Return Adam, or what --parts puts in its place."""
-    if "muon" in settings.parts:
-        from quick import Muon
-
-        return Muon(network, settings.lr)
-    return torch.optim.Adam(network.parameters(), settings.lr, fused=True)
-
-
 # ---------------------------------------------------------------------------------- the checkpoint
 
 
@@ -239,21 +242,30 @@ def read_checkpoint(path):
     """Return the checkpoint of a run folder, or the file checkpoint.pt, as a dict.
 
     It has "settings", a dict for Settings, "shape", (C, H, W), "names" of the classes, "images", a
-    digest, "step", "model", "ema" and "optimizer". No code in the file is executed. Exits with one
-    line if it can't be read.
+    digest, "step", "model", "ema" and "optimizer"; and "source", the given path, for messages. No
+    code in the file is executed. Exits with one line if it can't be read.
     """
-    path = Path(path, "checkpoint.pt") if os.path.isdir(path) else Path(path)
+    source, path = path, Path(path, "checkpoint.pt") if os.path.isdir(path) else Path(path)
     if not path.exists():
         sys.exit(f"{path} is not there; run train.py first")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if {entry.name for entry in fields(Run)} <= {*state} and {*state["settings"]} == {*NAMES}:
-            return state
+            return state | {"source": source}
     except OSError as error:
         sys.exit(f"{path} can't be read: {error.strerror}")
     except Exception:  # torch raises many kinds of errors
         pass
     sys.exit(f"{path} is damaged, or is not a checkpoint of this version of train.py")
+
+
+def write_checkpoint(state, path):
+    """Replace the file `path` by a checkpoint. Exits if the disk is full."""
+    with replacing(path) as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch raises it after the OSError of a full disk
+            raise error.__context__ or error from None
 
 
 def load(path, build=build):
@@ -302,137 +314,6 @@ class Run:
         """Return the checkpoint of this step."""
         state = vars(self) | {"settings": vars(self.settings)}
         return state | {n: state[n].state_dict() for n in ("model", "ema", "optimizer")}
-
-
-# --------------------------------------------------------------------------------------- the folder
-
-
-def preview(network, shape, names, settings):
-    """Return a grid of 36 images of this shape (C, H, W), always from the same noise.
-
-    With up to 32 classes, each row shows one of them. The sampler is Algorithm 2 in 20 steps with
-    the small variance, which is better than DPM-Solver++ after a short run of the paper's recipe
-    (docs/beyond.md).
-    """
-    device = next(network.parameters()).device
-    random = torch.Generator(device).manual_seed(settings.seed)
-    y = torch.arange(36, device=device) % len(names) if names else None
-
-    def eps(x_t, t):
-        return network(x_t, torch.full((36,), t, device=device), y)
-
-    draw_noise = partial(torch.randn, 36, *shape, generator=random, device=device)
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=settings.amp):
-        how = {"variance": "small", "steps": min(20, len(settings.betas)), "sampler": "ddpm"}
-        x0 = last_x0(reverse(eps, draw_noise, settings.betas, **how))
-    return grid(to_pixels(x0.cpu().numpy()), len(names))
-
-
-LOG = "step,loss,grad_norm,lr\n"  # the first line of log.csv
-HEX = 16 * "[0-9a-f]"  # a part of the names of unfinished files and decoded images
-
-
-class Folder:
-    """The folder of a run, which one process holds: the checkpoint, log.csv, the previews."""
-
-    def __init__(self, path):
-        self.path, self.checkpoint, self.lock_file = path, path / "checkpoint.pt", path / ".lock"
-        self.lock, self.held, self.made = filelock.FileLock(self.lock_file), None, None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.lock.release()
-        if self.made is not None:  # a new run was refused, and leaves no trace
-            for path in self.lock_file, *self.path.glob(f".images-{HEX}"):
-                path.unlink()
-            for folder in self.made:
-                folder.rmdir()
-
-    def open(self, data=None, init=None):
-        """Return (state, source): a checkpoint, or None for a new run, and the run that it is from.
-
-        That is this folder or the run `init`. It writes nothing. Exits if another process holds the
-        folder, or if it is the folder of the images or a parent of it.
-        """
-        if data and Path(data).resolve().is_relative_to(self.path.resolve()):
-            sys.exit(f"train.py: --out {self.path} must not be or contain the folder of the images")
-        check_writable(self.checkpoint)
-        if self.lock_file.exists():
-            self.hold()
-        if self.checkpoint.exists():
-            if init is not None:
-                print(f"{self.path} already holds a run, which continues; --init is ignored")
-            return read_checkpoint(self.path), self.path
-        if init is None:
-            return None, self.path
-        print(f"a new run begins with the averaged weights of {init}")
-        return begin_anew(read_checkpoint(init)), init
-
-    def begin(self):
-        """Make the folder, hold it, and remove what a killed process did not finish."""
-        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        self.path.mkdir(parents=True, exist_ok=True)
-        if not self.lock.is_locked:
-            self.hold()
-        if not self.checkpoint.exists():
-            self.made = made  # until the run begins, because the images may be refused
-        for path in self.path.glob(f".*.{HEX}.tmp"):
-            path.unlink()
-
-    def hold(self):
-        """Acquire the lock, which a killed process loses. Exits if another process has it."""
-        try:
-            self.lock.acquire(timeout=0)
-        except filelock.Timeout:
-            sys.exit(f"train.py: another process is training in {self.path}; wait, or use "
-                     "another --out")  # fmt: skip
-        self.held = self.lock_file.stat().st_ino
-
-    def still_hold(self):
-        """Exit if the folder was moved or removed, or if another process has begun a run in it."""
-        if not self.lock_file.exists() or self.lock_file.stat().st_ino != self.held:
-            sys.exit(f"train.py: {self.path} or its .lock has gone; the last steps aren't saved")
-
-    def save(self, run):
-        """Replace the checkpoint. Exits if the disk is full."""
-        with replacing(self.checkpoint) as file:
-            torch.save(run.state(), file)
-
-    def begin_log(self, step):
-        """Begin log.csv, or cut it back to the rows of the first `step` steps."""
-        path = self.path / "log.csv"
-        text = path.read_text(errors="replace") if path.exists() else ""
-        head, *rows = text.splitlines(keepends=True) or [LOG]
-        if head != LOG:
-            sys.exit(f"train.py: {path} is not a log of train.py; rename or remove it")
-
-        def is_earlier(row):  # a killed process leaves rows of later steps, and half a row
-            number = row.partition(",")[0]
-            return row.endswith("\n") and number.isdecimal() and int(number) <= step
-
-        self.made = None
-        with replacing(path) as file:
-            file.write((LOG + "".join(filter(is_earlier, rows))).encode())
-
-    def log(self, rows):
-        """Append rows (step, loss, norm, rate). Exits if the disk is full."""
-        path = self.path / "log.csv"
-        with writing(path), open(path, "a") as file:
-            file.writelines("{},{:.6g},{:.6g},{:.6g}\n".format(*row) for row in rows)
-
-    def save_preview(self, run):
-        """Save samples of the averaged network."""
-        image = preview(run.ema, run.shape, run.names, run.settings)
-        with replacing(self.path / f"preview-{run.step:07d}.png") as file:
-            image.save(file, "PNG")
-
-    def forget_images(self, current):
-        """Remove all decoded images except the current file."""
-        for path in self.path.glob(f".images-{HEX}"):
-            if path.name != Path(current).name:
-                path.unlink(missing_ok=True)  # another machine may do the same
 
 
 # --------------------------------------------------------------------------------------- the device

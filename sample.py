@@ -78,15 +78,15 @@ def reverse(eps, draw_noise, betas, variance="large", steps=None, sampler=None, 
             mean = mean + math.sqrt(abar / abar_s) * (1 - abar_s) / (1 - abar) * x
             sigma2 = beta if variance == "large" else (1 - abar_s) / (1 - abar) * beta
             x = mean + math.sqrt(sigma2) * draw_noise()
-            continue
-        target = x0
-        if sampler == "dpm-solver++":  # extrapolate x0_hat in log SNR to the middle of the step
-            log_snr, log_snr_s = (math.log(a / (1 - a)) for a in (abar, abar_s))
-            if earlier:
-                rate = (log_snr_s - log_snr) / 2 / (log_snr - earlier[0])
-                target = x0 + rate * (x0 - earlier[1])
-            earlier = log_snr, x0
-        x = math.sqrt(abar_s) * target + math.sqrt(1 - abar_s) * ((x - signal * target) / spread)
+        else:  # DDIM, to level s with the same noise
+            if sampler == "dpm-solver++":  # extrapolate x0_hat in log SNR to the middle of the step
+                log_snr, log_snr_s = (math.log(a / (1 - a)) for a in (abar, abar_s))
+                estimate = log_snr, x0
+                if earlier:
+                    rate = (log_snr_s - log_snr) / 2 / (log_snr - earlier[0])
+                    x0 = x0 + rate * (x0 - earlier[1])
+                earlier = estimate
+            x = math.sqrt(abar_s) * x0 + math.sqrt(1 - abar_s) * ((x - signal * x0) / spread)
 
 
 def guided(network, y, w):
@@ -165,19 +165,31 @@ def thinned(eps):
 
 
 def open_session(path, device, options=None):
-    """Return an InferenceSession, and whether CUDA was wanted, but can't be used.
+    """Return an InferenceSession. path, device and options are those of Network, or path is bytes.
 
-    In that case, the session is on the CPU, and ONNX Runtime has printed why.
+    If CUDA is wanted, but can't be used, ONNX Runtime prints why. Then "auto" takes the CPU, and
+    says so in a line. Raises ValueError if the file can't be opened, or "cuda" can't be used.
     """
     import onnxruntime as ort
 
+    if device not in ("auto", "cuda", "cpu"):
+        raise ValueError(f'device must be "auto", "cuda" or "cpu", not {device!r}')
     cuda, providers = "CUDAExecutionProvider", ["CPUExecutionProvider"]
     wanted = device == "cuda" or (device == "auto" and shutil.which("nvidia-smi") is not None)
     if wanted and cuda in ort.get_available_providers():  # which onnxruntime-gpu has
         ort.preload_dlls()  # the libraries that pip installed
         providers.insert(0, (cuda, {"cudnn_conv_algo_search": "HEURISTIC"}))
-    session = ort.InferenceSession(path, options, providers)
-    return session, wanted and session.get_providers()[0] != cuda
+    try:
+        session = ort.InferenceSession(path, options, providers)
+    except Exception as error:  # ONNX Runtime raises many kinds of errors
+        raise ValueError(f"{path!s:.99} can't be opened: {error!s:.200}") from None
+    if wanted and session.get_providers()[0] != cuda:
+        why = "ONNX Runtime can't use CUDA. It needs driver 580 or newer and, in place of the "
+        why += 'package onnxruntime: pip install "onnxruntime-gpu[cuda,cudnn]"'
+        if device == "cuda":
+            raise ValueError(why)
+        print(why, file=sys.stderr)
+    return session
 
 
 class Network:
@@ -200,18 +212,7 @@ class Network:
     """
 
     def __init__(self, path, device="auto", options=None):
-        if device not in ("auto", "cuda", "cpu"):
-            raise ValueError(f'device must be "auto", "cuda" or "cpu", not {device!r}')
-        try:
-            self.session, failed = open_session(path, device, options)
-        except Exception as error:  # ONNX Runtime raises many kinds of errors
-            raise ValueError(f"{path!s:.99} can't be opened: {error!s:.200}") from None
-        if failed:
-            why = "ONNX Runtime can't use CUDA. It needs driver 580 or newer and, in place of the "
-            why += 'package onnxruntime: pip install "onnxruntime-gpu[cuda,cudnn]"'
-            if device == "cuda":
-                raise ValueError(why)
-            print(why, file=sys.stderr)
+        self.session = open_session(path, device, options)
         self.provider = self.session.get_providers()[0]
         metadata = self.session.get_modelmeta().custom_metadata_map
         if missing := {"ddpm.betas", "ddpm.variance", "ddpm.image_shape"} - metadata.keys():
@@ -220,10 +221,10 @@ class Network:
         self.variance = metadata["ddpm.variance"]
         self.shape = tuple(json.loads(metadata["ddpm.image_shape"]))
         self.classes = json.loads(metadata.get("ddpm.classes", "[]"))
-        if self.provider == "CUDAExecutionProvider":
+        answer = json.loads(metadata.get("ddpm.eps_of_example", "null"))  # minimal.py has none
+        if answer and self.provider == "CUDAExecutionProvider":
             eps = thinned(self(*example(self.shape, len(self.betas))))
-            answer = json.loads(metadata.get("ddpm.eps_of_example", "null"))  # minimal.py has none
-            if answer and not np.linalg.norm(eps - answer) < 0.05 * np.linalg.norm(answer):
+            if not np.linalg.norm(eps - answer) < 0.05 * np.linalg.norm(answer):
                 raise ValueError(f"{path}: eps on CUDA is wrong; use --device cpu")
 
     def __call__(self, x_t, t, y=None):
@@ -325,6 +326,10 @@ def complete(args, network):
         raise ValueError("-n and --batch must be at least 1, --first and --seed at least 0")
     if args.n > 256 and not args.dir:
         raise ValueError(f"-n {args.n} needs --dir, because --out shows at most 256 images")
+
+
+def check_output(args):
+    """Raise ValueError if --out or --dir can't be written, or if --dir has some of the images."""
     if args.out.suffix.lower() != ".png":
         raise ValueError(f"--out {args.out} must be a PNG file")
     for path in filter(None, [args.out, args.dir and args.dir / "0.png"]):
@@ -416,6 +421,7 @@ def main(parser=None, open_network=open_onnx):
     try:
         network = open_network(args)
         complete(args, network)
+        check_output(args)
     except (OSError, ValueError) as error:
         sys.exit(f"{parser.prog}: {error}")
     print(f"{args.n} images in {args.steps} steps on {network.provider}", file=sys.stderr)
@@ -433,8 +439,8 @@ def main(parser=None, open_network=open_onnx):
             names, last = args.classes, args.first + min(len(args.classes), done)
             save(grid(np.stack(shown), len(names) if len(names) > 1 else None), args.out)
             rows = [names[k % len(names)] for k in range(args.first, last)]
-            of = f" of {', '.join(rows[:10])}" if rows else ""
-            print(f"{args.out}: {len(shown)} images{of}{', ...' if len(rows) > 10 else ''}")
+            of = f" of {', '.join(rows[:10])}{', ...' if len(rows) > 10 else ''}" if rows else ""
+            print(f"{args.out}: {len(shown)} images{of}", file=sys.stderr)
     if done < args.n:
         print(f"stopped after {done:,} of {args.n:,} images; for the rest, add --first "
               f"{args.first + done} -n {args.n - done}", file=sys.stderr)  # fmt: skip

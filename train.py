@@ -10,7 +10,7 @@
 
 Besides the checkpoint, the run folder holds the decoded images, log.csv (one row per step) and
 preview-STEP.png: samples of the averaged network (EMA), always from the same noise. run.py defines
-the settings and writes these files.
+the settings, and folder.py writes these files.
 """
 
 import copy
@@ -36,10 +36,10 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from folder import Folder
 from images import demo_images, from_pixels, read_folder
 from program import guard_output, stop_requests
 from run import (
-    Folder,
     Run,
     build,
     choose_device,
@@ -144,53 +144,67 @@ def update_ema(ema, network, k, decay):
 def train(updates, run, folder, stop):
     """Take the steps that remain, until `stop` has a signal; log, draw and save.
 
-    updates: the generator algorithm_1. Reading a loss waits for the GPU, so the losses of ten steps
-    are read together.
+    updates: the generator algorithm_1.
     """
-    s, stopping, last_save = run.settings, False, time.monotonic()
-    pending, recent = [], deque(maxlen=100)
+    s, last_save, recent = run.settings, time.monotonic(), deque(maxlen=100)
     options = {"initial": run.step, "unit": "step", "mininterval": 1, "disable": RANK > 0}
     with tqdm(total=s.steps, **options) as bar:
-        while run.step < s.steps and not stopping:
-            pending.append(next(updates))
-            k = run.step + len(pending)
-            has_preview = k % s.preview_every == 0 or k == s.steps
-            at_once = pending[0][0].device.type == "cpu" or (stop and WORLD == 1)
-            is_read = at_once or has_preview or k % 10 == 0  # in the same step by all processes
-            if not is_read:
-                continue
-            losses, norms, stopping = read(pending, stop)
+        for block in blocks(updates, run.step, s, stop):
+            losses, norms, stopping = read(block, stop)
+            begun, run.step = run.step, run.step + len(block)
             if not np.isfinite([*losses, *norms]).all():
-                sys.exit(f"train.py: the loss or its gradient is infinite or NaN at step {k:,} or "
-                         "before, which is not saved; lower --lr, or add --no-amp")  # fmt: skip
-            rates = [learning_rate(i, s) for i in range(run.step, k)]
-            rows = [*zip(range(run.step + 1, k + 1), losses, norms, rates, strict=True)]
-            run.step, pending = k, []
+                sys.exit(f"train.py: the loss or its gradient is infinite or NaN at step "
+                         f"{run.step:,} or before, which is not saved; lower --lr, or add "
+                         "--no-amp")  # fmt: skip
             if RANK == 0:
                 folder.still_hold()
-                folder.log(rows)
-                if has_preview:
+                rates = [learning_rate(k, s) for k in range(begun, run.step)]
+                steps = range(begun + 1, run.step + 1)
+                folder.log(zip(steps, losses, norms, rates, strict=True))
+                if has_preview(run.step, s):
                     folder.save_preview(run)
-                due = time.monotonic() - last_save > 60 * s.save_minutes
-                if due or stopping or k == s.steps:
+                is_due = time.monotonic() - last_save > 60 * s.save_minutes
+                if is_due or stopping or run.step == s.steps:
                     folder.save(run)
                     last_save = time.monotonic()
             recent.extend(losses)
             bar.set_postfix_str(f"loss {np.mean(recent):.4f}", refresh=False)
-            bar.update(len(losses))
+            bar.update(len(block))
+            if stopping:
+                return
 
 
-def read(pending, stop):
-    """Return the losses and norms of the pending steps, and whether a process was asked to stop.
+def blocks(updates, step, s, stop):
+    """Yield lists of the next steps' (loss, norm), from `step` on, to be read together.
+
+    Reading a loss waits for a GPU, so a list has up to ten of them. All processes end it at the
+    same step.
+    """
+    block = []
+    for k in range(step + 1, s.steps + 1):
+        block.append(next(updates))
+        at_once = block[0][0].device.type == "cpu" or (stop and WORLD == 1)
+        if at_once or k % 10 == 0 or has_preview(k, s):
+            yield block
+            block = []
+
+
+def has_preview(k, s):
+    """Return whether a preview is drawn after step k: at regular intervals, and at the end."""
+    return k % s.preview_every == 0 or k == s.steps
+
+
+def read(block, stop):
+    """Return the losses and norms of a block of steps, and whether a process was asked to stop.
 
     With several processes, they are means over the processes, in one reduction.
     """
-    losses, norms = map(torch.stack, zip(*pending, strict=True))
+    losses, norms = map(torch.stack, zip(*block, strict=True))
     values = torch.cat([losses, norms, losses.new_tensor([len(stop)])])
     if WORLD > 1:
         dist.all_reduce(values)
     *values, signals = (values / WORLD).tolist()
-    return values[: len(pending)], values[len(pending) :], signals > 0
+    return values[: len(block)], values[len(block) :], signals > 0
 
 
 # ------------------------------------------------------------------------------------ the processes
@@ -207,6 +221,17 @@ def join(device):
         gpu = {"cuda": ",cuda:nccl", "xpu": ",xpu:xccl"}.get(device.type, "")
         # The timeout is long because the others wait while one process decodes the images.
         dist.init_process_group(f"cpu:gloo{gpu}", timeout=timedelta(hours=4))
+
+
+def leave():
+    """Disconnect the processes, once each of them has called this.
+
+    A process that ends first can abort the others.
+    """
+    if WORLD > 1:
+        wait()
+        time.sleep(1)  # gloo's threads and the end of Python can otherwise wait for each other
+        dist.destroy_process_group()
 
 
 def from_all(value):
@@ -242,32 +267,33 @@ class Data(NamedTuple):
     digest: str  # a hash of images, labels and names
 
 
-def load_images(s, state, source, folder, device):
+def load_images(s, channels, folder, device):
     """Return the Data, decoding the images into the folder of the run unless they are there.
 
-    Exits if they are not the images of the checkpoint `state` of the run `source`.
+    channels: 1, 3, or None to detect them.
     """
     images, labels, names = demo_images(), None, ()
     if s.data is not None:
-        channels = state["shape"][0] if state else s.in_channels
         images, labels, names = read_folder(s.data, s.image_size, channels, s.classes, folder.path)
     digest = hashlib.blake2b(np.ascontiguousarray(images), digest_size=8)
     digest.update(repr((images.shape, names, labels is not None and labels.tolist())).encode())
-    digest, shape = digest.hexdigest(), images.shape[1:]
-    if state and (shape, names) != (state["shape"], state["names"]):
-        sys.exit(f"train.py: {source} is for images of {state['shape']} and the classes "
-                 f"{state['names']}, not {shape} and {names}")  # fmt: skip
-    if state and state["images"] not in (None, digest):
-        if s.data != state["settings"]["data"]:
-            sys.exit(f"train.py: {source} was trained on other images; use another --out")
-        print(f"the images have changed since step {state['step']:,}; training continues with them")
-    if s.data is not None and LOCAL_RANK == 0:  # then the array is that of a file
-        folder.forget_images(images.filename)
     images = torch.from_numpy(images)
     if images.nbytes < 2e9:  # larger sets move to the device batch by batch
         images = images.to(device)
     labels = None if labels is None else torch.from_numpy(labels).to(images.device)
-    return Data(images, labels, names, digest)
+    return Data(images, labels, names, digest.hexdigest())
+
+
+def check_images(data, s, state):
+    """Exit if the images are not those of the checkpoint that the run begins with."""
+    source, shape = state["source"], tuple(data.images.shape[1:])
+    if (shape, data.names) != (state["shape"], state["names"]):
+        sys.exit(f"train.py: {source} is for images of {state['shape']} and the classes "
+                 f"{state['names']}, not {shape} and {data.names}")  # fmt: skip
+    if state["images"] not in (None, data.digest):
+        if s.data != state["settings"]["data"]:
+            sys.exit(f"train.py: {source} was trained on other images; use another --out")
+        print(f"the images have changed since step {state['step']:,}; training continues with them")
 
 
 def check_processes(s, data):
@@ -278,20 +304,26 @@ def check_processes(s, data):
         sys.exit(f"train.py: the processes have different {' and '.join(wrong)}")
 
 
-def prepare(folder, given, device):
+def prepare(folder, given, device, build):
     """Return (state, s, data): a checkpoint to begin with, or None, the Settings and the Data.
 
     The first process of each machine decodes the images, while the others wait.
     """
-    state, source = from_first(folder.open, given.get("data"), given.get("init"))
-    s = choose_settings(given, state, source, device, WORLD)
-    from_first(folder.begin)
+    state = from_first(folder.open, given.get("data"), given.get("init"))
+    s = choose_settings(given, state, device, WORLD, build)
+    if RANK == 0:
+        folder.begin()
+    elif LOCAL_RANK == 0:  # on another machine
+        folder.make()
     if LOCAL_RANK > 0:
         wait()
-    data = load_images(s, state, source, folder, device)
+    data = load_images(s, state["shape"][0] if state else s.in_channels, folder, device)
     if LOCAL_RANK == 0:
         wait()
+    if state:
+        check_images(data, s, state)
     check_processes(s, data)
+    folder.keep()
     s.in_channels = data.images.shape[1]  # what was detected is saved
     return state, s, data
 
@@ -302,8 +334,10 @@ def make_run(state, s, data, device, build):
     shape = tuple(data.images.shape[1:])
     network, diffusion = build(s, shape, data.names)
     ema = copy.deepcopy(network.to(device)).requires_grad_(False).eval()
-    optimizer = make_optimizer(network, s)
-    run = Run(s, shape, data.names, data.digest, 0, network, ema, optimizer)
+    run = Run(
+        settings=s, shape=shape, names=data.names, images=data.digest, step=0,
+        model=network, ema=ema, optimizer=make_optimizer(network, s),
+    )  # fmt: skip
     if state:
         run.load(state)
     return run, diffusion
@@ -355,7 +389,7 @@ def main(given=None, build=build):
     join(device)
     out = Path(given.get("out") or ("run" if "data" in given else "demo"))
     with Folder(out) as folder:  # which the first process holds
-        state, s, data = prepare(folder, given, device)
+        state, s, data = prepare(folder, given, device, build)
         run, diffusion = make_run(state, s, data, device, build)
         describe(run, data, device)
         if RANK == 0:
@@ -368,10 +402,7 @@ def main(given=None, build=build):
         updates = algorithm_1(network, run.ema, run.optimizer, diffusion, data, s, run.step)
         with stop_requests() as stop:
             train(updates, run, folder, stop)
-    if WORLD > 1:
-        wait()  # a process that ends first can abort the others
-        time.sleep(1)  # gloo's threads and the end of Python can otherwise wait for each other
-        dist.destroy_process_group()
+    leave()
     if RANK == 0:
         say_next(run, out)
     if run.step < s.steps and is_program:

@@ -118,12 +118,13 @@ def share_recognised(model, images, labels):
     return (found == labels).float().mean().item()
 
 
-def read(folder, classes=None):
+def read(folder, **classes):
     """Return images in greyscale, uint8 (N, 1, 32, 32), and labels and names as read_folder does.
 
-    The labels are a tensor, int64 (N,). Exits if there are fewer than two images.
+    classes: the arguments classes and names of read_folder. The labels are a tensor, int64 (N,).
+    Exits if there are fewer than two images.
     """
-    images, labels, names = read_folder(folder, SIZE, 1, classes)
+    images, labels, names = read_folder(folder, SIZE, 1, **classes)
     if len(images) < 2:
         sys.exit(f"{folder} needs two images or more, because one has no covariance")
     return torch.from_numpy(images), None if labels is None else torch.from_numpy(labels), names
@@ -131,10 +132,10 @@ def read(folder, classes=None):
 
 def make_ruler(data, path):
     """Train a classifier on data / "train", and save it with the statistics of data / "test"."""
-    images, labels, names = read(data / "train", True)
+    images, labels, names = read(data / "train", classes=True)
     if len(names) > 10 or labels.bincount().min() < SETS:
         sys.exit(f"{data}/train must have at most ten classes, and {SETS} images or more of each")
-    test, test_labels, _ = read(data / "test", names)
+    test, test_labels, _ = read(data / "test", names=names)
     model = train_classifier(images, labels)
     of_test, features = statistics(features_of(model, test)), features_of(model, images)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
@@ -171,7 +172,7 @@ def main():
         print(f"training images, {name}: {values.mean():.2f} +- {values.std(ddof=1):.2f}")
     for folder in args.samples:
         has_classes = any((folder / name).is_dir() for name in ruler.names)
-        images, labels, _ = read(folder, ruler.names if has_classes else None)
+        images, labels, _ = read(folder, names=ruler.names if has_classes else None)
         print(f"{folder}, {len(images):,} samples: {ruler.distance(images):.2f}", flush=True)
         if has_classes:
             share = share_recognised(ruler.model, images, labels)

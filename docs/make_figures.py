@@ -553,7 +553,7 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     network, paper = Network(args.onnx, "cpu"), Network(args.paper, "cpu")
     channels, size, _ = network.shape
-    images, labels, _ = read_folder(args.data, size, channels, network.classes)
+    images, labels, _ = read_folder(args.data, size, channels, names=network.classes)
     n = min(len(images), 4 * BATCH)
     some = np.arange(n) * len(images) // n  # evenly spread over the folder
     x0, labels = (

@@ -20,8 +20,8 @@ import torch
 
 from ddpm import UNet, linear_betas
 from export import TOLERANCE, largest_difference
-from program import check_writable, guard_output, replacing
-from run import Settings, begin_anew, build, load
+from program import check_writable, guard_output
+from run import Settings, begin_anew, build, load, write_checkpoint
 
 RENAMES = (  # regular expressions that turn our names into diffusers', in this order
     (r"^(down|up)\.(\d+)\.\d+\.conv\.", r"\1_blocks.\2.\1samplers.0.conv."),
@@ -193,8 +193,7 @@ def main():
         print(f"{args.new}: DDPMPipeline.from_pretrained (with classes, UNet2DModel's) opens it")
         return
     state = begin_anew(from_diffusers(args.source))
-    with replacing(args.new / "checkpoint.pt") as file:
-        torch.save(state, file)
+    write_checkpoint(state, args.new / "checkpoint.pt")
     print(f"{args.new}: python train.py --data ./images --out {args.new} trains it further")
 
 

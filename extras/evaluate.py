@@ -73,7 +73,7 @@ def main():
     if args.data:
         if seen and Path(args.data).resolve().is_relative_to(Path(seen).resolve()):
             print("--data has the training images, whose bound says little about new images")
-        images, labels, _ = read_folder(args.data, size, channels, state["names"])
+        images, labels, _ = read_folder(args.data, size, channels, names=state["names"])
     elif state["images"] and not seen:
         images, labels = demo_images(), None
     else:

@@ -124,7 +124,7 @@ def test_bound_is_that_of_ddpm_py(names, variance, image_folder, class_folder, p
     said = program("evaluate", *words, "--images", 5, "--batch", 3)
     assert "on 5 images" in said and not torch.backends.cudnn.allow_tf32
     (network, _, state), noise, bounds = load(out), seeded(2), []
-    images, labels, _ = read_folder(folder, 8, 3, state["names"])
+    images, labels, _ = read_folder(folder, 8, 3, names=state["names"])
     for index in torch.randperm(len(images), generator=seeded(2))[:5].split(3):
         eps = network if labels is None else partial(network, y=torch.from_numpy(labels)[index])
         x0 = from_pixels(torch.from_numpy(images)[index])

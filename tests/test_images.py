@@ -165,13 +165,13 @@ def test_classes_are_the_sub_folders_with_an_image(class_folder, tmp_path, monke
     (folder / "black" / "0.png").write_text("broken")
     scandir, closed = os.scandir, str(folder / "lost+found")  # root may list every folder
     monkeypatch.setattr(os, "scandir", lambda path: scandir("/no" if path == closed else path))
-    for cache, classes in (None, True), (tmp_path, True), (tmp_path, listed):  # then cached
-        array, labels, names = read_folder(str(folder), 8, classes=classes, cache=cache)
+    for cache, given in (None, []), (tmp_path, []), (tmp_path, listed):  # then cached
+        array, labels, names = read_folder(str(folder), 8, None, not given, cache, given)
         assert names == (*COLOURS,) and labels.tolist() == [0] * 20 + [1] * 20 + [2] * 20
         expected = np.array([COLOURS[names[label]] for label in labels])
         assert np.abs(array.mean((2, 3)) - expected).max() < 20
     with pytest.raises(SystemExit, match="images in 'blue', but the classes are"):
-        read_folder(str(folder), 8, classes=listed[1:])
+        read_folder(str(folder), 8, names=listed[1:])
 
 
 @posix
@@ -201,7 +201,7 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
     def cached(channels=None, folder=folder):
         """Return the first value of each image, and how often the folder has been decoded."""
         array = read_folder(folder, 4, channels, cache=tmp_path)[0]
-        assert isinstance(array, np.memmap) and len([*tmp_path.iterdir()]) == 1 + len(decoded)
+        assert isinstance(array, np.memmap) and len([*tmp_path.iterdir()]) == 2
         found = array[:, 0, 0, 0].tolist()
         array[:] = 9  # the file stays as it is
         return found, len(decoded)

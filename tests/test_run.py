@@ -6,17 +6,16 @@ import os
 import re
 import shutil
 import signal
-from pathlib import Path
 
-import filelock
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, assert_same_run, posix, python, read, restoring_signals
 
 import train
+from folder import Folder
 from program import replacing
-from run import FREE, NAMES, NETWORK, choose_settings
+from run import FREE, NAMES, NETWORK, choose_settings, read_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -113,22 +112,22 @@ def test_settings_that_contradict_the_run_are_refused(tiny, tmp_path, monkeypatc
     monkeypatch.setattr("run.has_bfloat16", lambda _: True)
     tiny("--steps", 4, "--in-channels", 3)  # as detected
     content = (tmp_path / "run" / "checkpoint.pt").read_bytes()
-    state, out = read(tmp_path / "run"), Path("run")
+    state = read_checkpoint("run")
     state["settings"]["parts"], published = ("v", "muon"), state | {"images": None}
     for name, value in OTHER.items():
         line = re.escape(f"run has {name} = {state['settings'][name]}, not {value}; omit the flag")
         refused = pytest.raises(SystemExit, match=line)
         with refused:
-            choose_settings({name: value}, state, out, CPU)
+            choose_settings({name: value}, state, CPU)
         with refused if name in {*NETWORK, "classes", "parts"} else contextlib.nullcontext():
-            choose_settings({name: value}, published, out, CPU)
+            choose_settings({name: value}, published, CPU)
         same = {name: state["settings"][name]}
-        assert vars(choose_settings(same, state, out, CPU)) == state["settings"]
+        assert vars(choose_settings(same, state, CPU)) == state["settings"]
     free = dict(steps=9, dropout=0.3, accumulate=2, amp=True, preview_every=3, save_minutes=1.0)
     assert free.keys() == {*FREE}
-    assert vars(choose_settings(free, state, out, CPU)) == state["settings"] | free
+    assert vars(choose_settings(free, state, CPU)) == state["settings"] | free
     assert "run has parts = (), not ('v', 'weights', 'muon'); omit" in tiny("--quick", code=1)
-    choose_settings({"quick": True, "parts": (), "data": "."}, read("run"), out, CPU)
+    choose_settings({"quick": True, "parts": (), "data": "."}, read_checkpoint("run"), CPU)
     assert "at step 4; --steps can't be smaller" in tiny("--steps", 3, code=1)
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == content
 
@@ -143,15 +142,13 @@ def test_other_images_of_another_folder_are_refused(class_folder, image_folder, 
     images, again = tmp_path / "moved", ("--classes", "--out", "c")
     shutil.copytree(class_folder, tmp_path / "a")
     train_on("a", 2)
-    (cache,) = (tmp_path / "run").glob(".images-*")
     assert "run was trained on other images; use another --out" in train_on(image_folder, 3, code=1)
     (tmp_path / "a").rename(images)
-    assert cache.exists() and "changed" not in train_on("moved", 3)
+    assert "changed" not in train_on("moved", 3)
     (images / "red" / "0.png").unlink()
     said = train_on("moved", 4)
     assert "the images have changed since step 3; training continues with them" in said
     assert "images   59 of" in said
-    assert len([*(tmp_path / "run").glob(".images-*")]) == 1 and not cache.exists()
     train_on("moved", 2, *again)
     (images / "blue" / "deeper" / "9.png").rename(images / "green" / "-.png")
     assert "changed since step 2" in train_on("moved", 3, *again)  # the labels
@@ -169,7 +166,7 @@ def test_folder_of_a_run_may_hold_other_files_and_be_among_the_images(
     image_folder, program, tmp_path
 ):
     """But log.csv must be a log, and the images are not the folder of the run, or below it."""
-    data, mine = tmp_path / "data", ("train.log", ".notes.tmp", ".images-list", "log.csv")
+    data, mine = tmp_path / "data", ("train.log", ".notes.tmp", ".decoded", "log.csv")
     shutil.copytree(image_folder, data)
     (data / "run" / "logs").mkdir(parents=True)
     for name in mine:
@@ -191,9 +188,15 @@ def test_folder_of_a_run_may_hold_other_files_and_be_among_the_images(
 
 def test_second_process_in_a_folder_is_one_line(tiny, tmp_path):
     """test_killed_repeatedly shows that a killed process frees the folder."""
-    (tmp_path / "run").mkdir()
-    with filelock.FileLock(tmp_path / "run" / ".lock"):
+    folder = Folder(tmp_path / "run")
+    with folder, Folder(tmp_path / "run") as other:
+        other.open()  # at the same moment
+        folder.open()
+        folder.begin()
+        with other, pytest.raises(SystemExit, match="another process is training in "):
+            other.begin()
         assert "another process is training in run; wait, or" in tiny("--steps", 1, code=1)
+        folder.still_hold()
     tiny("--steps", 1)
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import re
 import shlex
 import signal
 from functools import partial
@@ -17,6 +16,7 @@ import torch
 from conftest import HERE, TINY, read
 from PIL import Image
 
+import folder
 import images
 import run
 import train
@@ -211,13 +211,13 @@ def test_commands_from_folder_to_images(program, exported, image_folder, tmp_pat
         assert Path("samples.png").exists()
         Path("samples.png").unlink()
         assert run.default_run() == out
-    names = {re.sub(r"images-\w+", "images-", path.name) for path in Path("run").iterdir()}
-    assert names == {"checkpoint.pt", "log.csv", "preview-0000009.png", ".lock", ".images-"}
+    names = {path.name for path in Path("run").iterdir()}
+    assert names == {"checkpoint.pt", "log.csv", "preview-0000009.png", ".lock", images.DECODED}
     rows = Path("run/log.csv").read_text().splitlines()
     assert rows[0] == "step,loss,grad_norm,lr" and len(rows) == 10
     network, diffusion, state = run.load("run")
     keys = {"settings", "shape", "names", "images", "step", "model", "ema", "optimizer"}
-    assert {*state} == keys and state["settings"].keys() == {*run.NAMES}
+    assert {*state} == keys | {"source"} and state["settings"].keys() == {*run.NAMES}
     assert (state["step"], state["shape"], state["names"]) == (9, (3, 8, 8), ())
     assert torch.equal(diffusion.betas, PAPER.betas) and not network.training
     assert same_weights(network.state_dict(), state["ema"]) and state["optimizer"]["state"]
@@ -230,11 +230,13 @@ def test_run_is_trained_from_python(image_folder, tmp_path, monkeypatch, capsys)
     before = signal.getsignal(signal.SIGTERM)
 
     def build(settings, shape, names=()):
+        if settings.base_channels > 8:
+            raise ValueError("base_channels must be 8")
         network, diffusion = run.build(settings, shape, names)
         return torch.nn.ModuleDict({"unet": network, "eps": network}), diffusion
 
     monkeypatch.setattr(torch.nn.ModuleDict, "forward", lambda self, *a, y: self["eps"](*a, y))
-    monkeypatch.setattr(run, "preview", lambda *_: Image.new("L", (1, 1)))
+    monkeypatch.setattr(folder, "preview", lambda *_: Image.new("L", (1, 1)))
     small = {"image_size": 8, "base_channels": 8, "channel_mults": (1,), "batch": 2, "steps": 2}
     given = small | {"data": str(image_folder), "device": "cpu", "attention_resolutions": ()}
     train.main(given, build)
@@ -242,6 +244,8 @@ def test_run_is_trained_from_python(image_folder, tmp_path, monkeypatch, capsys)
     state = run.load("run", build)[2]
     assert state["step"] == 3 and "eps.conv_in.weight" in state["ema"]
     assert signal.getsignal(signal.SIGTERM) == before
+    with pytest.raises(SystemExit, match="base_channels must be 8"):
+        train.main(given | {"base_channels": 12, "out": "new"}, build)
     for name, value in ("learning_rate", 1), ("parts", ("nope",)), ("batch", 0):
         with pytest.raises(SystemExit):
             train.main(given | {name: value}, build)
@@ -254,11 +258,11 @@ def test_quick_is_a_set_of_settings(image_folder, tmp_path, program, monkeypatch
     assert program("train.py", *words, "--quick", cwd=tmp_path).endswith("model.onnx --steps 10\n")
     spelt = [as_flag(*item) for item in run.QUICK.items() if item[0] not in ("batch", "steps")]
     monkeypatch.setattr("sys.argv", ["train.py", *words, *chain(*spelt)])
-    state, out = read("run"), Path("run")
-    s = run.choose_settings(run.command_line(""), None, out, CPU)
+    state = run.read_checkpoint("run")
+    s = run.choose_settings(run.command_line(""), None, CPU)
     assert vars(s) | {"in_channels": 3} == state["settings"]
     monkeypatch.setattr("sys.argv", ["train.py", *words[:-1], "2", "--quick"])
-    again = run.choose_settings(run.command_line(""), state, out, CPU)
+    again = run.choose_settings(run.command_line(""), state, CPU)
     assert vars(again) == state["settings"] | {"steps": 2}
 
 
@@ -268,12 +272,12 @@ def test_defaults_depend_on_the_run():
         (800_000, 128, 5000, 8000), (2000, 64, 100, 93), (9, 10_000, 0, 1), (100, 240, 5, 25),
     ):  # fmt: skip
         given = {"data": ".", "steps": steps, "batch": batch}
-        s = run.choose_settings(given, None, Path("out"), CPU)
+        s = run.choose_settings(given, None, CPU)
         assert (s.warmup, s.preview_every) == (warmup, every)
     for processes, refused in (1, False), (2, False), (4, True):
         given = {"data": ".", "batch": 12, "accumulate": 2}
         with pytest.raises(SystemExit) if refused else contextlib.nullcontext():
-            run.choose_settings(given, None, Path("out"), CPU, processes)
+            run.choose_settings(given, None, CPU, processes)
 
 
 def test_previews_have_the_same_noise_and_a_row_for_each_class():
@@ -281,7 +285,7 @@ def test_previews_have_the_same_noise_and_a_row_for_each_class():
     model.forward = networks.eps  # in closed form
     for seed in 0, 0, 1:
         torch.manual_seed(len(grids))
-        image = run.preview(model, (3, 4, 4), [*networks.COLOURS], settings(seed=seed))
+        image = folder.preview(model, (3, 4, 4), [*networks.COLOURS], settings(seed=seed))
         grids.append(np.asarray(image))
     assert np.array_equal(grids[0], grids[1]) and not np.array_equal(grids[0], grids[2])
     rows = np.array_split(grids[0], 3)

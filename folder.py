@@ -1,0 +1,154 @@
+"""The folder of a run, in which one process trains: the checkpoint, log.csv, previews, a lock.
+
+with Folder(Path("run")) as folder:
+    state = folder.open()  # its checkpoint, or None
+    folder.begin()         # no other process can train in it until the end of the block
+    folder.keep()          # without this, a new run would leave no trace
+    folder.save(run)       # a Run of run.py
+"""
+
+import contextlib
+import sys
+from functools import partial
+from pathlib import Path
+
+import filelock
+import torch
+
+from images import DECODED
+from program import check_writable, replacing, writing
+from run import begin_anew, read_checkpoint, write_checkpoint
+from sample import grid, last_x0, reverse, to_pixels
+
+LOG = "step,loss,grad_norm,lr\n"  # the first line of log.csv
+
+
+class Folder:
+    """The folder of a run. Its methods write all files but the decoded images."""
+
+    def __init__(self, path):
+        self.path, self.checkpoint, self.log_file = path, path / "checkpoint.pt", path / "log.csv"
+        self.lock_file = path / ".lock"
+        self.lock, self.held = filelock.FileLock(self.lock_file), None
+        self.made = None  # the folders that a new run has made, which go if it is refused
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.suppress(OSError):  # another machine may have a file in the folder
+            if self.made is not None:
+                for file in self.path / DECODED, self.lock_file:
+                    file.unlink(missing_ok=True)
+                for folder in self.made:
+                    folder.rmdir()
+        self.lock.release(force=True)
+
+    def open(self, data=None, init=None):
+        """Return the checkpoint in the folder; or else one at step 0 from the run `init`, or None.
+
+        It writes nothing. Exits if another process holds the folder, if its log.csv is not a log,
+        or if it is the folder `data` of the images or a parent of it.
+        """
+        if data and Path(data).resolve().is_relative_to(self.path.resolve()):
+            sys.exit(f"train.py: --out {self.path} must not be or contain the folder of the images")
+        check_writable(self.checkpoint)
+        if self.lock_file.exists():
+            self.hold()
+        self.read_log()
+        if self.checkpoint.exists():
+            if init is not None:
+                print(f"{self.path} already holds a run, which continues; --init is ignored")
+            return read_checkpoint(self.path)
+        if init is None:
+            return None
+        print(f"a new run begins with the averaged weights of {init}")
+        return begin_anew(read_checkpoint(init))
+
+    def make(self):
+        """Make the folder, which __exit__ removes if a new run is refused before `keep`."""
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not self.checkpoint.exists():
+            self.made = made
+
+    def keep(self):
+        """Keep what `make` has made, because the run begins."""
+        self.made = None
+
+    def begin(self):
+        """Make the folder, hold it, and remove what a killed process did not finish."""
+        self.make()
+        self.hold()
+        for path in self.path.glob(f".*.{16 * '[0-9a-f]'}.tmp"):
+            path.unlink()
+
+    def hold(self):
+        """Acquire the lock, which a killed process loses. Exits if another process has it."""
+        try:
+            self.lock.acquire(timeout=0)
+        except filelock.Timeout:
+            self.made = None  # they are the other process's
+            sys.exit(f"train.py: another process is training in {self.path}; wait, or use "
+                     "another --out")  # fmt: skip
+        self.held = self.lock_file.stat().st_ino
+
+    def still_hold(self):
+        """Exit if the folder was moved or removed, or if another process has begun a run in it."""
+        if not self.lock_file.exists() or self.lock_file.stat().st_ino != self.held:
+            sys.exit(f"train.py: {self.path} or its .lock has gone; the last steps aren't saved")
+
+    def save(self, run):
+        """Replace the checkpoint. Exits if the disk is full."""
+        write_checkpoint(run.state(), self.checkpoint)
+
+    def read_log(self):
+        """Return the rows of log.csv, if there is one. Exits if it is not a log."""
+        text = self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
+        head, *rows = text.splitlines(keepends=True) or [LOG]
+        if head != LOG:
+            sys.exit(f"train.py: {self.log_file} is not a log of train.py; rename or remove it")
+        return rows
+
+    def begin_log(self, step):
+        """Begin log.csv, or cut it back to the rows of the first `step` steps."""
+
+        def is_earlier(row):  # a killed process leaves rows of later steps, and half a row
+            number = row.partition(",")[0]
+            return row.endswith("\n") and number.isdecimal() and int(number) <= step
+
+        rows = filter(is_earlier, self.read_log())
+        with replacing(self.log_file) as file:
+            file.write((LOG + "".join(rows)).encode())
+
+    def log(self, rows):
+        """Append rows (step, loss, norm, rate). Exits if the disk is full."""
+        with writing(self.log_file), open(self.log_file, "a") as file:
+            file.writelines("{},{:.6g},{:.6g},{:.6g}\n".format(*row) for row in rows)
+
+    def save_preview(self, run):
+        """Save samples of the averaged network."""
+        image = preview(run.ema, run.shape, run.names, run.settings)
+        with replacing(self.path / f"preview-{run.step:07d}.png") as file:
+            image.save(file, "PNG")
+
+
+def preview(network, shape, names, settings):
+    """Return a grid of 36 images of this shape (C, H, W), always from the same noise.
+
+    With up to 32 classes, each row shows one of them. The sampler is Algorithm 2 in 20 steps with
+    the small variance, which is better than DPM-Solver++ after a short run of the paper's recipe
+    (docs/beyond.md).
+    """
+    device = next(network.parameters()).device
+    random = torch.Generator(device).manual_seed(settings.seed)
+    y = torch.arange(36, device=device) % len(names) if names else None
+
+    def eps(x_t, t):
+        return network(x_t, torch.full((36,), t, device=device), y)
+
+    draw_noise = partial(torch.randn, 36, *shape, generator=random, device=device)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=settings.amp):
+        how = {"variance": "small", "steps": min(20, len(settings.betas)), "sampler": "ddpm"}
+        x0 = last_x0(reverse(eps, draw_noise, settings.betas, **how))
+    return grid(to_pixels(x0.cpu().numpy()), len(names))
