@@ -30,18 +30,17 @@ class Folder:
         self.path, self.checkpoint, self.log_file = path, path / "checkpoint.pt", path / "log.csv"
         self.lock_file = path / ".lock"
         self.lock, self.held = filelock.FileLock(self.lock_file), None
-        self.made = None  # the folders that a new run has made, which go if it is refused
+        self.before = None  # what was there; the rest goes if the run is refused
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        with contextlib.suppress(OSError):  # another machine may have a file in the folder
-            if self.made is not None:
-                for file in self.path / DECODED, self.lock_file:
-                    file.unlink(missing_ok=True)
-                for folder in self.made:
-                    folder.rmdir()
+        if self.before is not None:
+            for path in self.traces():
+                if path not in self.before:
+                    with contextlib.suppress(OSError):  # another machine may use the folder, too
+                        path.rmdir() if path.is_dir() else path.unlink()
         self.lock.release(force=True)
 
     def open(self, data=None, init=None):
@@ -65,16 +64,23 @@ class Folder:
         print(f"a new run begins with the averaged weights of {init}")
         return begin_anew(read_checkpoint(init))
 
+    def traces(self):
+        """Return which of the paths exist that a run makes before it begins."""
+        paths = [*self.path.glob(DECODED), self.lock_file, self.path, *self.path.parents]
+        return [path for path in paths if path.exists()]
+
     def make(self):
-        """Make the folder, which __exit__ removes if a new run is refused before `keep`."""
-        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        """Make the folder. If the run is refused before `keep`, __exit__ removes what is new."""
+        self.before = self.traces()
         self.path.mkdir(parents=True, exist_ok=True)
-        if not self.checkpoint.exists():
-            self.made = made
 
     def keep(self):
-        """Keep what `make` has made, because the run begins."""
-        self.made = None
+        """Keep what is new, because the run begins, and remove former decoded images."""
+        images = {*self.path.glob(DECODED)}
+        if self.before is not None and images - {*self.before}:
+            for path in images & {*self.before}:
+                path.unlink(missing_ok=True)
+        self.before = None
 
     def begin(self):
         """Make the folder, hold it, and remove what a killed process did not finish."""
@@ -88,7 +94,7 @@ class Folder:
         try:
             self.lock.acquire(timeout=0)
         except filelock.Timeout:
-            self.made = None  # they are the other process's
+            self.before = None  # what is new is the other process's
             sys.exit(f"train.py: another process is training in {self.path}; wait, or use "
                      "another --out")  # fmt: skip
         self.held = self.lock_file.stat().st_ino

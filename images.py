@@ -30,7 +30,7 @@ with contextlib.suppress(ImportError):  # HEIC, the format of iPhone photos
 
 Image.init()
 FORMATS = [kind for kind in Image.OPEN if kind != "EPS"]  # EPS would start Ghostscript
-DECODED = ".decoded-images"  # the file that keeps them, in the folder of a run
+DECODED = f".images-{16 * '[0-9a-f]'}"  # the files that keep decoded images, in a run's folder
 
 
 def read_image(path, size, channels, background=255):
@@ -133,8 +133,8 @@ def stamp(path):
     return (state.st_size, state.st_mtime_ns, state.st_ctime_ns) if state else ()
 
 
-def decode(paths, size, channels, key, file):
-    """Write to a file: the key, which of the paths can be read (N bytes), and their pixels."""
+def decode(paths, size, channels, file):
+    """Write which of the paths can be read (N bytes), and then the pixels of these, to a file."""
 
     def read(path):
         with contextlib.suppress(Exception):  # Pillow raises many kinds of errors; return None
@@ -142,13 +142,13 @@ def decode(paths, size, channels, key, file):
 
     is_read = np.zeros(len(paths), bool)
     with replacing(file) as out, ThreadPool(min(8, os.cpu_count() or 1)) as pool:
-        out.write(key + is_read.tobytes())
+        out.write(is_read.tobytes())
         bar = tqdm(pool.imap(read, paths), "decoding", len(paths), unit=" images", leave=False)
         for index, pixels in enumerate(bar):
             if pixels is not None:
                 is_read[index] = True
                 out.write(pixels.tobytes())
-        out.seek(len(key))
+        out.seek(0)
         out.write(is_read.tobytes())
 
 
@@ -159,13 +159,13 @@ def decode_once(paths, size, channels, folder, cache):
     """
     found = [(os.path.relpath(path, folder), *stamp(path)) for path in paths]
     source = inspect.getsource(read_image)  # users edit it
-    key = hashlib.sha256(ascii((size, channels, found, source)).encode()).digest()
+    key = hashlib.sha256(ascii((size, channels, found, source)).encode()).hexdigest()[:16]
     with tempfile.TemporaryDirectory() as temporary:
-        file = Path(cache or temporary) / DECODED
-        if not file.exists() or key != np.fromfile(file, np.uint8, len(key)).tobytes():
-            decode(paths, size, channels, key, file)
+        file = Path(cache or temporary) / f".images-{key}"
+        if not file.exists():
+            decode(paths, size, channels, file)
         data = np.memmap(file, np.uint8, "c") if cache else np.fromfile(file, np.uint8)
-    is_read, pixels = np.split(data[len(key) :], [len(paths)])
+    is_read, pixels = np.split(data, [len(paths)])
     return pixels.reshape(-1, channels, size, size), is_read.astype(bool)
 
 
@@ -178,7 +178,7 @@ def read_folder(folder, size, channels=None, classes=False, cache=None, names=No
     channels: C, 1 or 3, or None for 3 if any image is in colour.
     classes: whether each sub-folder with an image that can be read is a class, in the order of
         their names.
-    cache: a folder for the decoded images, which are memory-mapped, and valid until a file changes.
+    cache: a folder for a file of decoded images, memory-mapped, and valid until an image changes.
     names: the names of the classes, if they are known; images may then lack some of them.
 
     Counts and names what is left out. Exits if no image is left, if an image is in none of the

@@ -15,7 +15,7 @@ from pathlib import Path
 
 def check_writable(path, *inputs):
     """Exit with one line if no file can be written at `path`, or if it is one of the inputs."""
-    folder = next(folder for folder in Path(path).absolute().parents if os.path.exists(folder))
+    folder = next(folder for folder in Path(path).absolute().parents if os.path.lexists(folder))
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         sys.exit(f"{path} can't be written: {folder} is not a folder, or is write-protected")
     if os.path.isdir(path) or (os.path.exists(path) and not os.access(path, os.W_OK)):

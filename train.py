@@ -311,9 +311,8 @@ def prepare(folder, given, device, build):
     """
     state = from_first(folder.open, given.get("data"), given.get("init"))
     s = choose_settings(given, state, device, WORLD, build)
-    if RANK == 0:
-        folder.begin()
-    elif LOCAL_RANK == 0:  # on another machine
+    from_first(folder.begin)
+    if LOCAL_RANK == 0 < RANK:  # on another machine
         folder.make()
     if LOCAL_RANK > 0:
         wait()

@@ -14,6 +14,7 @@ from conftest import TINY, assert_same_run, posix, python, read, restoring_signa
 
 import train
 from folder import Folder
+from images import DECODED
 from program import replacing
 from run import FREE, NAMES, NETWORK, choose_settings, read_checkpoint
 
@@ -142,13 +143,16 @@ def test_other_images_of_another_folder_are_refused(class_folder, image_folder, 
     images, again = tmp_path / "moved", ("--classes", "--out", "c")
     shutil.copytree(class_folder, tmp_path / "a")
     train_on("a", 2)
+    before = {*(tmp_path / "run").iterdir()}
     assert "run was trained on other images; use another --out" in train_on(image_folder, 3, code=1)
+    assert {*(tmp_path / "run").iterdir()} == before
     (tmp_path / "a").rename(images)
     assert "changed" not in train_on("moved", 3)
     (images / "red" / "0.png").unlink()
     said = train_on("moved", 4)
     assert "the images have changed since step 3; training continues with them" in said
     assert "images   59 of" in said
+    assert len([*(tmp_path / "run").glob(DECODED)]) == 1
     train_on("moved", 2, *again)
     (images / "blue" / "deeper" / "9.png").rename(images / "green" / "-.png")
     assert "changed since step 2" in train_on("moved", 3, *again)  # the labels
@@ -166,7 +170,7 @@ def test_folder_of_a_run_may_hold_other_files_and_be_among_the_images(
     image_folder, program, tmp_path
 ):
     """But log.csv must be a log, and the images are not the folder of the run, or below it."""
-    data, mine = tmp_path / "data", ("train.log", ".notes.tmp", ".decoded", "log.csv")
+    data, mine = tmp_path / "data", ("train.log", ".notes.tmp", ".images-list", "log.csv")
     shutil.copytree(image_folder, data)
     (data / "run" / "logs").mkdir(parents=True)
     for name in mine:
