@@ -135,10 +135,13 @@ def stamp(path):
 
 def decode(paths, size, channels, file):
     """Write which of the paths can be read (N bytes), and then the pixels of these, to a file."""
+    errors = {}
 
     def read(path):
-        with contextlib.suppress(Exception):  # Pillow raises many kinds of errors; return None
+        try:
             return read_image(path, size, channels)
+        except Exception as error:  # Pillow raises many kinds of errors
+            errors[path] = error
 
     is_read = np.zeros(len(paths), bool)
     with replacing(file) as out, ThreadPool(min(8, os.cpu_count() or 1)) as pool:
@@ -150,6 +153,8 @@ def decode(paths, size, channels, file):
                 out.write(pixels.tobytes())
         out.seek(0)
         out.write(is_read.tobytes())
+    for path in sorted(errors)[:1]:
+        print(f"{path!a} can't be read: {errors[path]!r}")
 
 
 def decode_once(paths, size, channels, folder, cache):

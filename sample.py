@@ -332,6 +332,8 @@ def check_output(args):
     """Raise ValueError if --out or --dir can't be written, or if --dir has some of the images."""
     if args.out.suffix.lower() != ".png":
         raise ValueError(f"--out {args.out} must be a PNG file")
+    if args.dir and args.out.resolve().is_relative_to(args.dir.resolve()):
+        raise ValueError(f"--out {args.out} must not be in --dir")
     for path in filter(None, [args.out, args.dir and args.dir / "0.png"]):
         folder = next(folder for folder in path.absolute().parents if folder.exists())
         if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
@@ -379,7 +381,7 @@ def batches(network, args, stop):
 def save(image, path):
     """Save a Pillow image as a PNG file, which is put in place when it is whole."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(temporary, "PNG")
@@ -387,6 +389,16 @@ def save(image, path):
     except OSError as error:
         temporary.unlink(missing_ok=True)
         sys.exit(f"{path} can't be written: {error}")
+
+
+def save_grid(shown, args):
+    """Save a grid of the images, uint8 (C, H, W) each, in --out."""
+    names = args.classes
+    save(grid(np.stack(shown), len(names) if len(names) > 1 else None), args.out)
+    last = args.first + min(len(names), len(shown))
+    rows = [names[k % len(names)] for k in range(args.first, last)]
+    of = f" of {', '.join(rows[:10])}{', ...' if len(rows) > 10 else ''}" if rows else ""
+    print(f"{args.out}: {len(shown)} images{of}", file=sys.stderr)
 
 
 def receive_signals():
@@ -436,11 +448,7 @@ def main(parser=None, open_network=open_onnx):
             done += len(pixels)
     finally:  # whatever ended the loop
         if shown:
-            names, last = args.classes, args.first + min(len(args.classes), done)
-            save(grid(np.stack(shown), len(names) if len(names) > 1 else None), args.out)
-            rows = [names[k % len(names)] for k in range(args.first, last)]
-            of = f" of {', '.join(rows[:10])}{', ...' if len(rows) > 10 else ''}" if rows else ""
-            print(f"{args.out}: {len(shown)} images{of}", file=sys.stderr)
+            save_grid(shown, args)
     if done < args.n:
         print(f"stopped after {done:,} of {args.n:,} images; for the rest, add --first "
               f"{args.first + done} -n {args.n - done}", file=sys.stderr)  # fmt: skip

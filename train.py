@@ -10,18 +10,16 @@
 
 Besides the checkpoint, the run folder holds the decoded images, log.csv (one row per step) and
 preview-STEP.png: samples of the averaged network (EMA), always from the same noise. run.py defines
-the settings, and folder.py writes these files.
+the settings, folder.py writes these files, and processes.py connects what torchrun starts.
 """
 
 import copy
 import hashlib
-import os
 import shlex
 import signal
 import sys
 import time
 from collections import deque
-from datetime import timedelta
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -29,13 +27,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
+import processes
+from arguments import choose_settings, command_line
 from folder import Folder
 from images import demo_images, from_pixels, read_folder
 from program import guard_output, stop_requests
@@ -43,16 +42,10 @@ from run import (
     Run,
     build,
     choose_device,
-    choose_settings,
-    command_line,
     compiled,
     make_optimizer,
     to_device,
 )
-
-# torchrun sets these: the rank of this process, the number of processes, the rank on its machine.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 # -------------------------------------------------------------------------------------- Algorithm 1
 
@@ -104,8 +97,8 @@ def draw_batch(data, diffusion, k, s, device):
     if data.names:  # drop a tenth of the labels, because guidance also needs eps without a class
         drop = torch.rand(s.batch, device=home) < 0.1
         y = to_device(data.labels[index].masked_fill(drop, len(data.names)), device)
-    size = s.batch // (WORLD * s.accumulate)
-    for share in range(RANK * s.accumulate, (RANK + 1) * s.accumulate):
+    size = s.batch // (processes.WORLD * s.accumulate)
+    for share in range(processes.RANK * s.accumulate, (processes.RANK + 1) * s.accumulate):
         mine = slice(share * size, (share + 1) * size)
         x0 = from_pixels(to_device(data.images[index[mine]], device))
         x0 = torch.where(flip[mine], x0.flip(3), x0)
@@ -147,16 +140,16 @@ def train(updates, run, folder, stop):
     updates: the generator algorithm_1.
     """
     s, last_save, recent = run.settings, time.monotonic(), deque(maxlen=100)
-    options = {"initial": run.step, "unit": "step", "mininterval": 1, "disable": RANK > 0}
+    options = {"initial": run.step, "unit": "step", "mininterval": 1, "disable": processes.RANK > 0}
     with tqdm(total=s.steps, **options) as bar:
         for block in blocks(updates, run.step, s, stop):
             losses, norms, stopping = read(block, stop)
             begun, run.step = run.step, run.step + len(block)
             if not np.isfinite([*losses, *norms]).all():
                 sys.exit(f"train.py: the loss or its gradient is infinite or NaN at step "
-                         f"{run.step:,} or before, which is not saved; lower --lr, or add "
-                         "--no-amp")  # fmt: skip
-            if RANK == 0:
+                         f"{run.step:,} or before, which is not saved; lower --lr"
+                         f"{', or add --no-amp' if s.amp else ''}")  # fmt: skip
+            if processes.RANK == 0:
                 folder.still_hold()
                 rates = [learning_rate(k, s) for k in range(begun, run.step)]
                 steps = range(begun + 1, run.step + 1)
@@ -183,7 +176,7 @@ def blocks(updates, step, s, stop):
     block = []
     for k in range(step + 1, s.steps + 1):
         block.append(next(updates))
-        at_once = block[0][0].device.type == "cpu" or (stop and WORLD == 1)
+        at_once = block[0][0].device.type == "cpu" or (stop and processes.WORLD == 1)
         if at_once or k % 10 == 0 or has_preview(k, s):
             yield block
             block = []
@@ -201,58 +194,8 @@ def read(block, stop):
     """
     losses, norms = map(torch.stack, zip(*block, strict=True))
     values = torch.cat([losses, norms, losses.new_tensor([len(stop)])])
-    if WORLD > 1:
-        dist.all_reduce(values)
-    *values, signals = (values / WORLD).tolist()
+    *values, signals = processes.mean(values).tolist()
     return values[: len(block)], values[len(block) :], signals > 0
-
-
-# ------------------------------------------------------------------------------------ the processes
-
-
-def join(device):
-    """Connect the processes through gloo and, for gradients on a GPU, NCCL or XCCL.
-
-    If one of them fails, torchrun ends the others, which save nothing.
-    """
-    if WORLD > 1:
-        if RANK > 0:  # only the first process prints
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        gpu = {"cuda": ",cuda:nccl", "xpu": ",xpu:xccl"}.get(device.type, "")
-        # The timeout is long because the others wait while one process decodes the images.
-        dist.init_process_group(f"cpu:gloo{gpu}", timeout=timedelta(hours=4))
-
-
-def leave():
-    """Disconnect the processes, once each of them has called this.
-
-    A process that ends first can abort the others.
-    """
-    if WORLD > 1:
-        wait()
-        time.sleep(1)  # gloo's threads and the end of Python can otherwise wait for each other
-        dist.destroy_process_group()
-
-
-def from_all(value):
-    """Return a list of the values of all processes."""
-    values = [value] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-def wait():
-    """Wait until each process has called this."""
-    from_all(None)
-
-
-def from_first(function, *args):
-    """Return the first process's function(*args) in every process."""
-    values = [function(*args) if RANK == 0 else None]
-    if WORLD > 1:
-        dist.broadcast_object_list(values)
-    return values[0]
 
 
 # -------------------------------------------------------------------------------------- the program
@@ -299,7 +242,7 @@ def check_images(data, s, state):
 def check_processes(s, data):
     """Exit if the settings or the images of the processes differ."""
     mine = vars(s) | {"data": None, "images": data.digest}
-    if others := [other for other in from_all(mine) if other != mine]:
+    if others := [other for other in processes.from_all(mine) if other != mine]:
         wrong = [name for name in mine if others[0][name] != mine[name]]
         sys.exit(f"train.py: the processes have different {' and '.join(wrong)}")
 
@@ -309,16 +252,13 @@ def prepare(folder, given, device, build):
 
     The first process of each machine decodes the images, while the others wait.
     """
-    state = from_first(folder.open, given.get("data"), given.get("init"))
-    s = choose_settings(given, state, device, WORLD, build)
-    from_first(folder.begin)
-    if LOCAL_RANK == 0 < RANK:  # on another machine
+    state = processes.from_first(folder.open, given.get("data"), given.get("init"))
+    s = choose_settings(given, state, device, processes.WORLD, build)
+    processes.from_first(folder.begin)
+    if processes.LOCAL_RANK == 0 < processes.RANK:  # on another machine
         folder.make()
-    if LOCAL_RANK > 0:
-        wait()
-    data = load_images(s, state["shape"][0] if state else s.in_channels, folder, device)
-    if LOCAL_RANK == 0:
-        wait()
+    with processes.first_on_each_machine():
+        data = load_images(s, state["shape"][0] if state else s.in_channels, folder, device)
     if state:
         check_images(data, s, state)
     check_processes(s, data)
@@ -345,9 +285,10 @@ def make_run(state, s, data, device, build):
 def describe(run, data, device):
     """Print what is trained, on what and how."""
     n, names, s = sum(p.numel() for p in run.ema.parameters()), data.names, run.settings
+    kind = "bfloat16" if s.amp else "float32"
     of = f", in {len(names):,} classes: {', '.join(names[:10])}" if names else ""
     print(f"images   {len(data.images):,} of {'x'.join(map(str, run.shape))}{of}")
-    print(f"network  {n:,} parameters on {WORLD} x {device}, {'bfloat16' if s.amp else 'float32'}")
+    print(f"network  {n:,} parameters on {processes.WORLD} x {device}, {kind}")
     print(f"steps    {run.step:,} to {s.steps:,}; a preview every {s.preview_every:,}")
     if run.step == s.steps:
         print("the run is finished; a larger --steps continues it, another --out begins a new run")
@@ -384,25 +325,26 @@ def main(given=None, build=build):
     given = command_line(__doc__, given)
     torch.set_float32_matmul_precision("high")  # TF32 for the remaining float32 products
     torch.backends.cudnn.benchmark = True  # all batches are of one size
-    device = choose_device(given.get("device", "auto"), LOCAL_RANK if WORLD > 1 else None)
-    join(device)
+    index = processes.LOCAL_RANK if processes.WORLD > 1 else None
+    device = choose_device(given.get("device", "auto"), index)
+    processes.join(device)
     out = Path(given.get("out") or ("run" if "data" in given else "demo"))
     with Folder(out) as folder:  # which the first process holds
         state, s, data = prepare(folder, given, device, build)
         run, diffusion = make_run(state, s, data, device, build)
         describe(run, data, device)
-        if RANK == 0:
+        if processes.RANK == 0:
             folder.begin_log(run.step)
         network = run.model
-        if WORLD > 1:
+        if processes.WORLD > 1:
             network = DistributedDataParallel(network, gradient_as_bucket_view=True)
         if given.get("compile"):
             network = compiled(network)
         updates = algorithm_1(network, run.ema, run.optimizer, diffusion, data, s, run.step)
         with stop_requests() as stop:
             train(updates, run, folder, stop)
-    leave()
-    if RANK == 0:
+    processes.leave()
+    if processes.RANK == 0:
         say_next(run, out)
     if run.step < s.steps and is_program:
         if not stop:  # another process had the signal

@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
+import arguments  # noqa: E402
 import run  # noqa: E402
 import train  # noqa: E402
 from images import demo_images, from_pixels  # noqa: E402
@@ -245,7 +246,7 @@ def programs(report):
     folder.mkdir()
     for k, pixels in enumerate(demo_images()):
         to_image(pixels).save(folder / f"{k}.png")
-    tiny = [word for item in report.given.items() for word in run.as_flag(*item)]
+    tiny = [word for item in report.given.items() for word in arguments.as_flag(*item)]
     words = ["train.py", "--data", folder, *device, *tiny]
     short = [*words, "--steps", 20 if report.is_tiny else 100, "--out"]
     resumed, whole, log = WORK / "resumed", WORK / "whole", WORK / "compiled" / "log.csv"

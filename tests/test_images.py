@@ -82,13 +82,14 @@ def test_pixels_survive_the_round_trip():
 
 def test_folder_is_read_with_its_sub_folders(image_folder, tmp_path, capsys):
     """Files that are left out are counted, and the first three named, also if the cache is read."""
-    for _ in range(2):
+    for is_cached in False, True:
         array, labels, names = read_folder(image_folder, 8, cache=tmp_path)
         assert array.shape == (12, 3, 8, 8) and array.dtype == np.uint8
         assert labels is None and names == ()
         said = capsys.readouterr().out
         assert f"ignored 1 file without a suffix that Pillow reads: '{image_folder}" in said
         assert "left out 1 file that can't be read" in said and "broken.png" in said
+        assert ("broken.png' can't be read: OSError" in said) != is_cached
     save(tmp_path / "0.png", 9)
     for name in *(f"bad-{k}.png" for k in range(5)), "\x1b[31m.txt":
         (tmp_path / name).write_text("not an image")

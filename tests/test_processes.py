@@ -17,7 +17,7 @@ from images import DECODED
 
 # Does what torchrun does, but imports torch only once: forks a process for each rank.
 SERVER = """
-import json, os, signal, sys, torch._dynamo, train
+import json, os, signal, sys, torch._dynamo, processes, train
 for line in sys.stdin:
     port, ranks = json.loads(line)
     for rank, (folder, local, words) in enumerate(ranks):
@@ -25,7 +25,7 @@ for line in sys.stdin:
             signal.alarm(150)
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(len(ranks))}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            train.RANK, train.LOCAL_RANK, train.WORLD = rank, local, len(ranks)
+            processes.RANK, processes.LOCAL_RANK, processes.WORLD = rank, local, len(ranks)
             os.chdir(folder)
             sys.argv[1:] = words
             os.dup2(os.open(f"said{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)

@@ -17,9 +17,9 @@ from conftest import HERE, in_process, python, save_run
 from nbclient import NotebookClient
 from PIL import Image
 
+from arguments import command_line
 from ddpm import Diffusion, linear_betas
 from docs import make_figures, points
-from run import command_line
 
 NAMES = ["docs/lesson.md", "docs/beyond.md", "docs/notes.md", "docs/guide.md", "README.md"]
 NAMES += ["docs/formulas.md", "benchmarks/ladder.md", "CONTRIBUTING.md"]

@@ -214,6 +214,7 @@ def test_grid_shows_every_image_in_its_place(channels):
          ["-n 0", "--batch 0", "--first -1", "--seed -1"]),
         (1, "-n 257 needs --dir, because --out shows at most 256", ["-n 257"]),
         (1, "--out o.jpg must be a PNG file", ["--out o.jpg"]),
+        (1, "must not be in --dir", ["--dir new --out new/a/0.png", "--dir . --first 9"]),
         (1, "sample.py: mine must be new or empty, unless --first is above 0", ["--dir mine"]),
         (1, "can't be written", ["--out mine/a.png/b.png", "--dir mine/a.png", "--out mine.png"]),
         (1, "--steps must be 1..1000", ["--steps 1001", "--steps 0"]),

@@ -16,13 +16,14 @@ import torch
 from conftest import HERE, TINY, read
 from PIL import Image
 
+import arguments
 import folder
 import images
 import run
 import train
+from arguments import as_flag
 from ddpm import UNet
 from images import demo_images
-from run import as_flag
 from test_ddpm import PAPER, at, close, small_unet
 
 
@@ -118,9 +119,9 @@ def test_a_tenth_of_the_labels_is_dropped(monkeypatch):
     def drawn(processes, parts):
         """Return the true and the given labels of ten batches, (2, 21000)."""
         s, found = settings(batch=2100, flip=False, accumulate=parts), []
-        monkeypatch.setattr(train, "WORLD", processes)
+        monkeypatch.setattr("processes.WORLD", processes)
         for k, rank in product(range(10), range(processes)):
-            monkeypatch.setattr(train, "RANK", rank)
+            monkeypatch.setattr("processes.RANK", rank)
             for x0, _, _, y in train.draw_batch(data, PAPER, k, s, CPU):
                 assert len(x0) == 2100 / processes / parts
                 number = ((x0.flatten() + 1) * 127.5).round().long()
@@ -259,10 +260,10 @@ def test_quick_is_a_set_of_settings(image_folder, tmp_path, program, monkeypatch
     spelt = [as_flag(*item) for item in run.QUICK.items() if item[0] not in ("batch", "steps")]
     monkeypatch.setattr("sys.argv", ["train.py", *words, *chain(*spelt)])
     state = run.read_checkpoint("run")
-    s = run.choose_settings(run.command_line(""), None, CPU)
+    s = arguments.choose_settings(arguments.command_line(""), None, CPU)
     assert vars(s) | {"in_channels": 3} == state["settings"]
     monkeypatch.setattr("sys.argv", ["train.py", *words[:-1], "2", "--quick"])
-    again = run.choose_settings(run.command_line(""), state, CPU)
+    again = arguments.choose_settings(arguments.command_line(""), state, CPU)
     assert vars(again) == state["settings"] | {"steps": 2}
 
 
@@ -272,12 +273,12 @@ def test_defaults_depend_on_the_run():
         (800_000, 128, 5000, 8000), (2000, 64, 100, 93), (9, 10_000, 0, 1), (100, 240, 5, 25),
     ):  # fmt: skip
         given = {"data": ".", "steps": steps, "batch": batch}
-        s = run.choose_settings(given, None, CPU)
+        s = arguments.choose_settings(given, None, CPU)
         assert (s.warmup, s.preview_every) == (warmup, every)
     for processes, refused in (1, False), (2, False), (4, True):
         given = {"data": ".", "batch": 12, "accumulate": 2}
         with pytest.raises(SystemExit) if refused else contextlib.nullcontext():
-            run.choose_settings(given, None, CPU, processes)
+            arguments.choose_settings(given, None, CPU, processes)
 
 
 def test_previews_have_the_same_noise_and_a_row_for_each_class():

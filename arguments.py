@@ -1,0 +1,99 @@
+"""The command line of train.py: from flags, and what is saved, to the Settings of a run."""
+
+import argparse
+import math
+import sys
+from dataclasses import fields
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+from run import DEMO, FREE, NAMES, NETWORK, QUICK, Settings, build, has_bfloat16, switch
+
+
+def as_flag(name, value=True):
+    """Return the words of the command line that give a setting this value."""
+    values = () if isinstance(value, bool) else value
+    values = values if isinstance(values, tuple | list) else [values]
+    return [f"--{'no-' if value is False else ''}{name.replace('_', '-')}", *map(str, values)]
+
+
+def command_line(doc, given=None):
+    """Return the flags of train.py that are given, {name: value}. doc: its documentation.
+
+    given: flags from Python, to check like typed ones; None reads the command line.
+    """
+    parser = argparse.ArgumentParser(
+        prog="train.py", usage="python train.py --data ./images [options]", description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--out", type=Path, help="folder of the run [run, or demo without --data]")
+    add("--init", help="a run whose averaged weights a new run begins with")
+    add("--device", help="auto, cpu, cuda, cuda:1, mps or xpu [auto]")
+    add("--compile", action=switch, help="torch.compile, for long runs on a GPU [no]")
+    add("--quick", action=switch, help="a small network and a short run; see the manual [no]")
+    for setting in fields(Settings):
+        if setting.metadata:
+            add(*as_flag(setting.name), **setting.metadata)
+    words = None
+    if given is not None:
+        words = [*chain(*(as_flag(*item) for item in given.items() if item[1] is not None))]
+    flags = vars(parser.parse_args(words))
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in flags.items()}
+
+
+def check_flags(given, state):
+    """Exit if the given flags lack --data, or contradict the checkpoint `state` of a run."""
+    saved = state["settings"] if state else {}
+    needs = {n for n in ("quick", "classes", "image_size", "in_channels", "init") if given.get(n)}
+    if needs and not given.get("data", saved.get("data")):
+        sys.exit(f"train.py: {as_flag(min(needs))[0]} needs --data")
+    if state is None:
+        if "out" in given and "data" not in given:
+            sys.exit(f"train.py: {given['out']} has no checkpoint; give --data, or for the demo "
+                     "no --out")  # fmt: skip
+        return
+    if given.get("quick"):
+        given = {"parts": QUICK["parts"]} | given
+    has_begun = state["images"] is not None
+    fixed = {*NAMES} - {*FREE, "data"} if has_begun else {*NETWORK, "classes", "parts"}
+    for name in given.keys() & fixed:
+        if given[name] != saved[name]:
+            sys.exit(f"train.py: {state['source']} has {name} = {saved[name]}, not {given[name]}; "
+                     "omit the flag that sets it, or begin another run")  # fmt: skip
+    if given.get("steps", math.inf) < state["step"]:
+        sys.exit(f"train.py: {state['source']} is at step {state['step']:,}; --steps can't be "
+                 "smaller")  # fmt: skip
+
+
+def choose_settings(given, state, device, processes=1, build=build):
+    """Return the Settings of a run: the defaults, then what is saved, then the given flags.
+
+    given: {name: value} of the flags. state: the checkpoint that the run begins with, or None.
+    build: makes the network. Exits if the flags do not fit together, or contradict what is saved.
+    """
+    check_flags(given, state)
+    if state:
+        defaults = state["settings"]
+    elif given.get("quick"):
+        defaults = QUICK
+    else:
+        defaults = {} if "data" in given else DEMO
+    s = Settings(**defaults | {name: given[name] for name in NAMES if name in given})
+    if s.batch % (processes * s.accumulate):
+        sys.exit("train.py: --batch must be a multiple of the number of GPUs times --accumulate")
+    try:
+        with torch.device("meta"):  # before the images are decoded
+            build(s, (s.in_channels or 3, s.image_size, s.image_size))
+    except ValueError as error:
+        sys.exit(f"train.py: {error}")
+    if s.warmup is None:
+        s.warmup = min(5000, s.steps // 20)
+    if s.amp is None:
+        s.amp = has_bfloat16(device)
+    if s.preview_every is None:  # 36 images x 20 passes take as long as training on 240 images
+        s.preview_every = max(25 * 240 // s.batch, s.steps // 100, 1)
+    return s
