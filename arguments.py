@@ -49,6 +49,9 @@ def check_flags(given, state):
     """Exit if the given flags lack --data, or contradict the checkpoint `state` of a run."""
     saved = state["settings"] if state else {}
     needs = {n for n in ("quick", "classes", "image_size", "in_channels", "init") if given.get(n)}
+    has_begun = state is not None and state["images"] is not None
+    if state and not has_begun:  # with the weights of --init or of diffusers
+        needs.add("out")
     if needs and not given.get("data", saved.get("data")):
         sys.exit(f"train.py: {as_flag(min(needs))[0]} needs --data")
     if state is None:
@@ -58,7 +61,6 @@ def check_flags(given, state):
         return
     if given.get("quick"):
         given = {"parts": QUICK["parts"]} | given
-    has_begun = state["images"] is not None
     fixed = {*NAMES} - {*FREE, "data"} if has_begun else {*NETWORK, "classes", "parts"}
     for name in given.keys() & fixed:
         if given[name] != saved[name]:
@@ -69,11 +71,12 @@ def check_flags(given, state):
                  "smaller")  # fmt: skip
 
 
-def choose_settings(given, state, device, processes=1, build=build):
+def choose_settings(given, state, device, world=1, build=build):
     """Return the Settings of a run: the defaults, then what is saved, then the given flags.
 
     given: {name: value} of the flags. state: the checkpoint that the run begins with, or None.
-    build: makes the network. Exits if the flags do not fit together, or contradict what is saved.
+    world: the number of processes. build: makes the network. Exits if the flags do not fit
+    together, or contradict what is saved.
     """
     check_flags(given, state)
     if state:
@@ -83,7 +86,7 @@ def choose_settings(given, state, device, processes=1, build=build):
     else:
         defaults = {} if "data" in given else DEMO
     s = Settings(**defaults | {name: given[name] for name in NAMES if name in given})
-    if s.batch % (processes * s.accumulate):
+    if s.batch % (world * s.accumulate):
         sys.exit("train.py: --batch must be a multiple of the number of GPUs times --accumulate")
     try:
         with torch.device("meta"):  # before the images are decoded
@@ -94,6 +97,6 @@ def choose_settings(given, state, device, processes=1, build=build):
         s.warmup = min(5000, s.steps // 20)
     if s.amp is None:
         s.amp = has_bfloat16(device)
-    if s.preview_every is None:  # 36 images x 20 passes take as long as training on 240 images
+    if s.preview_every is None:  # a preview takes as long as training on 240 images: 4% of 25 times
         s.preview_every = max(25 * 240 // s.batch, s.steps // 100, 1)
     return s

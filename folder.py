@@ -9,38 +9,63 @@ with Folder(Path("run")) as folder:
 
 import contextlib
 import sys
-from functools import partial
 from pathlib import Path
 
 import filelock
-import torch
 
 from images import DECODED
 from program import check_writable, replacing, writing
-from run import begin_anew, read_checkpoint, write_checkpoint
-from sample import grid, last_x0, reverse, to_pixels
+from run import begin_anew, preview, read_checkpoint, write_checkpoint
 
 LOG = "step,loss,grad_norm,lr\n"  # the first line of log.csv
+LOCK = ".lock"
+
+
+class Trial:
+    """What a run makes before it begins: it is removed if the run is refused.
+
+    path: the folder of the run.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.before = self.traces()
+
+    def traces(self):
+        """Return which of the paths exist that a run makes before it begins."""
+        paths = [*self.path.glob(DECODED), self.path / LOCK, self.path, *self.path.parents]
+        return [path for path in paths if path.exists()]
+
+    def undo(self):
+        """Remove what is new."""
+        for path in self.traces():
+            if path not in self.before:
+                with contextlib.suppress(OSError):  # another machine may use the folder, too
+                    path.rmdir() if path.is_dir() else path.unlink()
+
+    def keep(self):
+        """Remove the decoded images that new ones replace."""
+        images = {*self.path.glob(DECODED)}
+        if images - {*self.before}:
+            for path in images & {*self.before}:
+                path.unlink(missing_ok=True)
 
 
 class Folder:
-    """The folder of a run. Its methods write all files but the decoded images."""
+    """The folder of a run: open, begin and keep it, and then save and log in it."""
 
     def __init__(self, path):
         self.path, self.checkpoint, self.log_file = path, path / "checkpoint.pt", path / "log.csv"
-        self.lock_file = path / ".lock"
+        self.lock_file = path / LOCK
         self.lock, self.held = filelock.FileLock(self.lock_file), None
-        self.before = None  # what was there; the rest goes if the run is refused
+        self.trial = None  # until the run begins
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        if self.before is not None:
-            for path in self.traces():
-                if path not in self.before:
-                    with contextlib.suppress(OSError):  # another machine may use the folder, too
-                        path.rmdir() if path.is_dir() else path.unlink()
+        if self.trial:
+            self.trial.undo()
         self.lock.release(force=True)
 
     def open(self, data=None, init=None):
@@ -64,23 +89,10 @@ class Folder:
         print(f"a new run begins with the averaged weights of {init}")
         return begin_anew(read_checkpoint(init))
 
-    def traces(self):
-        """Return which of the paths exist that a run makes before it begins."""
-        paths = [*self.path.glob(DECODED), self.lock_file, self.path, *self.path.parents]
-        return [path for path in paths if path.exists()]
-
     def make(self):
         """Make the folder. If the run is refused before `keep`, __exit__ removes what is new."""
-        self.before = self.traces()
+        self.trial = Trial(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-
-    def keep(self):
-        """Keep what is new, because the run begins, and remove former decoded images."""
-        images = {*self.path.glob(DECODED)}
-        if self.before is not None and images - {*self.before}:
-            for path in images & {*self.before}:
-                path.unlink(missing_ok=True)
-        self.before = None
 
     def begin(self):
         """Make the folder, hold it, and remove what a killed process did not finish."""
@@ -94,10 +106,16 @@ class Folder:
         try:
             self.lock.acquire(timeout=0)
         except filelock.Timeout:
-            self.before = None  # what is new is the other process's
+            self.trial = None  # the new files are the other process's
             sys.exit(f"train.py: another process is training in {self.path}; wait, or use "
                      "another --out")  # fmt: skip
         self.held = self.lock_file.stat().st_ino
+
+    def keep(self):
+        """Keep what `make` and the decoding have made, because the run begins."""
+        if self.trial:
+            self.trial.keep()
+        self.trial = None
 
     def still_hold(self):
         """Exit if the folder was moved or removed, or if another process has begun a run in it."""
@@ -137,24 +155,3 @@ class Folder:
         image = preview(run.ema, run.shape, run.names, run.settings)
         with replacing(self.path / f"preview-{run.step:07d}.png") as file:
             image.save(file, "PNG")
-
-
-def preview(network, shape, names, settings):
-    """Return a grid of 36 images of this shape (C, H, W), always from the same noise.
-
-    With up to 32 classes, each row shows one of them. The sampler is Algorithm 2 in 20 steps with
-    the small variance, which is better than DPM-Solver++ after a short run of the paper's recipe
-    (docs/beyond.md).
-    """
-    device = next(network.parameters()).device
-    random = torch.Generator(device).manual_seed(settings.seed)
-    y = torch.arange(36, device=device) % len(names) if names else None
-
-    def eps(x_t, t):
-        return network(x_t, torch.full((36,), t, device=device), y)
-
-    draw_noise = partial(torch.randn, 36, *shape, generator=random, device=device)
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=settings.amp):
-        how = {"variance": "small", "steps": min(20, len(settings.betas)), "sampler": "ddpm"}
-        x0 = last_x0(reverse(eps, draw_noise, settings.betas, **how))
-    return grid(to_pixels(x0.cpu().numpy()), len(names))

@@ -141,7 +141,7 @@ def decode(paths, size, channels, file):
         try:
             return read_image(path, size, channels)
         except Exception as error:  # Pillow raises many kinds of errors
-            errors[path] = error
+            errors[path] = repr(error)  # without its traceback, which would keep the image
 
     is_read = np.zeros(len(paths), bool)
     with replacing(file) as out, ThreadPool(min(8, os.cpu_count() or 1)) as pool:
@@ -154,7 +154,7 @@ def decode(paths, size, channels, file):
         out.seek(0)
         out.write(is_read.tobytes())
     for path in sorted(errors)[:1]:
-        print(f"{path!a} can't be read: {errors[path]!r}")
+        print(f"{path!a} can't be read: {errors[path]}")
 
 
 def decode_once(paths, size, channels, folder, cache):

@@ -38,7 +38,7 @@ def leave():
 
 
 def mean(values):
-    """Return the mean of the processes' tensors."""
+    """Return the mean of the processes' tensors, which change in place."""
     if WORLD > 1:
         dist.all_reduce(values)
     return values / WORLD
@@ -63,7 +63,7 @@ def from_all(value):
 
 
 def wait():
-    """Wait until each process has called this."""
+    """Wait until each process has called this, on the CPU, unlike dist.barrier with NCCL."""
     from_all(None)
 
 

@@ -72,10 +72,22 @@ class Output:
             self.stream.flush()
 
 
+def end_by_signal(number):
+    """End this process by a signal, so that a shell loop ends, too."""
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
+
+
 def guard_output():
     """Let print survive the end of a pipe and any encoding, and Ctrl-C leave no traceback."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    hook = sys.excepthook
+
+    def show(kind, *error):  # after every `finally`
+        if issubclass(kind, KeyboardInterrupt):
+            end_by_signal(signal.SIGINT)
+        hook(kind, *error)
+
+    sys.excepthook = show
     for name in "stdout", "stderr":
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):  # neither closed nor Jupyter's

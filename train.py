@@ -16,7 +16,6 @@ the settings, folder.py writes these files, and processes.py connects what torch
 import copy
 import hashlib
 import shlex
-import signal
 import sys
 import time
 from collections import deque
@@ -37,7 +36,7 @@ import processes
 from arguments import choose_settings, command_line
 from folder import Folder
 from images import demo_images, from_pixels, read_folder
-from program import guard_output, stop_requests
+from program import end_by_signal, guard_output, stop_requests
 from run import (
     Run,
     build,
@@ -263,6 +262,8 @@ def prepare(folder, given, device, build):
         check_images(data, s, state)
     check_processes(s, data)
     folder.keep()
+    if processes.RANK == 0:
+        folder.begin_log(state["step"] if state else 0)
     s.in_channels = data.images.shape[1]  # what was detected is saved
     return state, s, data
 
@@ -333,8 +334,6 @@ def main(given=None, build=build):
         state, s, data = prepare(folder, given, device, build)
         run, diffusion = make_run(state, s, data, device, build)
         describe(run, data, device)
-        if processes.RANK == 0:
-            folder.begin_log(run.step)
         network = run.model
         if processes.WORLD > 1:
             network = DistributedDataParallel(network, gradient_as_bucket_view=True)
@@ -349,8 +348,7 @@ def main(given=None, build=build):
     if run.step < s.steps and is_program:
         if not stop:  # another process had the signal
             sys.exit(1)
-        signal.signal(stop[0], signal.SIG_DFL)  # so that a shell loop ends, too
-        signal.raise_signal(stop[0])
+        end_by_signal(stop[0])
     return run
 
 

@@ -183,6 +183,7 @@ def in_process(program, *args, code=0):
     with (
         restoring_signals(),
         mock.patch.object(sys, "argv", argv),
+        mock.patch.object(sys, "excepthook"),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(errors),
     ):

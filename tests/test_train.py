@@ -353,6 +353,17 @@ def test_refused_images_leave_no_trace(out, program, class_folder, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_ctrl_c_while_images_are_decoded_leaves_no_trace(image_folder, tmp_path, monkeypatch):
+    def interrupted(paths, size, channels, file):
+        file.write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(images, "decode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.main({"data": str(image_folder), "out": str(tmp_path / "new" / "run")})
+    assert not [*tmp_path.iterdir()]
+
+
 def test_impossible_flags_are_one_line(tmp_path, program, monkeypatch):
     monkeypatch.setattr(train, "algorithm_1", None)  # no step may be taken
     monkeypatch.setattr(images, "read_image", None)  # and no image decoded
