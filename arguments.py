@@ -45,30 +45,32 @@ def command_line(doc, given=None):
     return {name: tuple(v) if isinstance(v, list) else v for name, v in flags.items()}
 
 
-def check_flags(given, state):
-    """Exit if the given flags lack --data, or contradict the checkpoint `state` of a run."""
-    saved = state["settings"] if state else {}
-    needs = {n for n in ("quick", "classes", "image_size", "in_channels", "init") if given.get(n)}
-    has_begun = state is not None and state["images"] is not None
-    if state and not has_begun:  # with the weights of --init or of diffusers
-        needs.add("out")
-    if needs and not given.get("data", saved.get("data")):
-        sys.exit(f"train.py: {as_flag(min(needs))[0]} needs --data")
-    if state is None:
-        if "out" in given and "data" not in given:
-            sys.exit(f"train.py: {given['out']} has no checkpoint; give --data, or for the demo "
-                     "no --out")  # fmt: skip
+def check_data(given, state):
+    """Exit if --data is missing. state: as for choose_settings."""
+    if given.get("data", state and state["settings"]["data"]):
         return
+    for name in "init", "quick", "classes", "image_size", "in_channels":
+        if given.get(name):
+            sys.exit(f"train.py: {as_flag(name)[0]} needs --data")
+    if state and state["images"] is None:  # published weights
+        sys.exit(f"train.py: {state['source']} has been trained on no images yet; give --data")
+    if state is None and "out" in given:
+        sys.exit(f"train.py: {given['out']} has no checkpoint; give --data, or for the demo "
+                 "no --out")  # fmt: skip
+
+
+def check_saved(given, state):
+    """Exit if the given flags contradict the checkpoint."""
+    saved, source, has_begun = state["settings"], state["source"], state["images"] is not None
+    fixed = {*NAMES} - {*FREE, "data"} if has_begun else {*NETWORK, "classes", "parts"}
     if given.get("quick"):
         given = {"parts": QUICK["parts"]} | given
-    fixed = {*NAMES} - {*FREE, "data"} if has_begun else {*NETWORK, "classes", "parts"}
     for name in given.keys() & fixed:
         if given[name] != saved[name]:
-            sys.exit(f"train.py: {state['source']} has {name} = {saved[name]}, not {given[name]}; "
+            sys.exit(f"train.py: {source} has {name} = {saved[name]}, not {given[name]}; "
                      "omit the flag that sets it, or begin another run")  # fmt: skip
     if given.get("steps", math.inf) < state["step"]:
-        sys.exit(f"train.py: {state['source']} is at step {state['step']:,}; --steps can't be "
-                 "smaller")  # fmt: skip
+        sys.exit(f"train.py: {source} is at step {state['step']:,}; --steps can't be smaller")
 
 
 def choose_settings(given, state, device, world=1, build=build):
@@ -78,8 +80,9 @@ def choose_settings(given, state, device, world=1, build=build):
     world: the number of processes. build: makes the network. Exits if the flags do not fit
     together, or contradict what is saved.
     """
-    check_flags(given, state)
+    check_data(given, state)
     if state:
+        check_saved(given, state)
         defaults = state["settings"]
     elif given.get("quick"):
         defaults = QUICK
@@ -97,6 +100,6 @@ def choose_settings(given, state, device, world=1, build=build):
         s.warmup = min(5000, s.steps // 20)
     if s.amp is None:
         s.amp = has_bfloat16(device)
-    if s.preview_every is None:  # a preview takes as long as training on 240 images: 4% of 25 times
+    if s.preview_every is None:  # one takes as long as training on 240 images, so at most 4%
         s.preview_every = max(25 * 240 // s.batch, s.steps // 100, 1)
     return s

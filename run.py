@@ -215,7 +215,8 @@ def load(path, build=build):
 def begin_anew(state):
     """Return a checkpoint at step 0 with the averaged weights of the checkpoint `state`.
 
-    Its settings are the defaults of the new run; all but those of the network may change.
+    Its settings are the defaults of the new run. All but the network's, classes and parts may
+    change.
     """
     settings = state["settings"] | dict.fromkeys(["data", "warmup", "amp", "preview_every"])
     new = {"settings": settings, "images": None, "step": 0, "model": state["ema"]}

@@ -261,9 +261,6 @@ def prepare(folder, given, device, build):
     if state:
         check_images(data, s, state)
     check_processes(s, data)
-    folder.keep()
-    if processes.RANK == 0:
-        folder.begin_log(state["step"] if state else 0)
     s.in_channels = data.images.shape[1]  # what was detected is saved
     return state, s, data
 
@@ -333,7 +330,10 @@ def main(given=None, build=build):
     with Folder(out) as folder:  # which the first process holds
         state, s, data = prepare(folder, given, device, build)
         run, diffusion = make_run(state, s, data, device, build)
+        folder.keep()
         describe(run, data, device)
+        if processes.RANK == 0:
+            folder.begin_log(run.step)
         network = run.model
         if processes.WORLD > 1:
             network = DistributedDataParallel(network, gradient_as_bucket_view=True)

@@ -129,7 +129,7 @@ def test_settings_that_contradict_the_run_are_refused(tiny, tmp_path, monkeypatc
     assert free.keys() == {*FREE}
     assert vars(choose_settings(free, state, CPU)) == state["settings"] | free
     published["settings"] = state["settings"] | {"data": None}
-    with pytest.raises(SystemExit, match="--out needs --data"):
+    with pytest.raises(SystemExit, match="run has been trained on no images yet; give --data"):
         choose_settings({}, published, CPU)
     assert "run has parts = (), not ('v', 'weights', 'muon'); omit" in tiny("--quick", code=1)
     choose_settings({"quick": True, "parts": (), "data": "."}, read_checkpoint("run"), CPU)
