@@ -10,7 +10,7 @@
 
 Besides the checkpoint, the run folder holds the decoded images, log.csv (one row per step) and
 preview-STEP.png: samples of the averaged network (EMA), always from the same noise. run.py defines
-the settings, folder.py writes these files, and processes.py connects what torchrun starts.
+the settings, folder.py manages the folder, and processes.py connects what torchrun starts.
 """
 
 import copy
@@ -145,9 +145,10 @@ def train(updates, run, folder, stop):
             losses, norms, stopping = read(block, stop)
             begun, run.step = run.step, run.step + len(block)
             if not np.isfinite([*losses, *norms]).all():
-                sys.exit(f"train.py: the loss or its gradient is infinite or NaN at step "
-                         f"{run.step:,} or before, which is not saved; lower --lr"
-                         f"{', or add --no-amp' if s.amp else ''}")  # fmt: skip
+                also = ", or add --no-amp" if s.amp else ""
+                sys.exit("train.py: the loss or its gradient is infinite or NaN at step "
+                         f"{run.step:,} or before, which is not saved; lower --lr{also}"
+                )  # fmt: skip
             if processes.RANK == 0:
                 folder.still_hold()
                 rates = [learning_rate(k, s) for k in range(begun, run.step)]

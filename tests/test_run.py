@@ -148,15 +148,16 @@ def test_other_images_of_another_folder_are_refused(class_folder, image_folder, 
     shutil.copytree(class_folder, tmp_path / "a")
     train_on("a", 2)
     before = {*(tmp_path / "run").iterdir()}
+    (cache,) = (tmp_path / "run").glob(DECODED)
     assert "run was trained on other images; use another --out" in train_on(image_folder, 3, code=1)
     assert {*(tmp_path / "run").iterdir()} == before
     (tmp_path / "a").rename(images)
-    assert "changed" not in train_on("moved", 3)
+    assert cache.exists() and "changed" not in train_on("moved", 3)
     (images / "red" / "0.png").unlink()
     said = train_on("moved", 4)
     assert "the images have changed since step 3; training continues with them" in said
     assert "images   59 of" in said
-    assert len([*(tmp_path / "run").glob(DECODED)]) == 1
+    assert len([*(tmp_path / "run").glob(DECODED)]) == 1 and not cache.exists()
     train_on("moved", 2, *again)
     (images / "blue" / "deeper" / "9.png").rename(images / "green" / "-.png")
     assert "changed since step 2" in train_on("moved", 3, *again)  # the labels
@@ -253,11 +254,14 @@ def test_full_disk_ends_the_run_in_a_line(name, size, tiny, tmp_path):
     assert read(tmp_path / "run")["step"] == 4 and logged(tmp_path / "run") == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("bad", [[math.nan, 1], [1, math.inf]])
-def test_loss_or_gradient_that_is_not_finite_reaches_no_checkpoint(bad, tiny, tmp_path, wrap_step):
+@pytest.mark.parametrize("bad, amp", [([math.nan, 1], True), ([1, math.inf], False)])
+def test_loss_or_gradient_that_is_not_finite_reaches_no_checkpoint(
+    bad, amp, tiny, tmp_path, wrap_step
+):
     wrap_step(lambda loss, norm, k: (loss * bad[0], norm * bad[1]) if k == 5 else None)
-    said = tiny("--save-minutes", 0, "--steps", 9, "--no-amp", code=1)
-    assert said.endswith("infinite or NaN at step 6 or before, which is not saved; lower --lr")
+    said = tiny("--save-minutes", 0, "--steps", 9, "--amp" if amp else "--no-amp", code=1)
+    assert "infinite or NaN at step 6 or before, which is not saved; lower --lr" in said
+    assert said.endswith("; lower --lr, or add --no-amp" if amp else "; lower --lr")
     assert read(tmp_path / "run")["step"] == 5 and logged(tmp_path / "run") == [*range(1, 6)]
 
 
