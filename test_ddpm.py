@@ -68,7 +68,9 @@ def mean_and_deviation(variance, steps=1000):
     The step is Algorithm 2 as printed, x <- p x + q eps + sigma z. The recursion shares no code
     with the sampler.
     """
-    abars = [PAPER.alphas_bar[k * 1000 // steps - 1].item() for k in range(steps, 0, -1)]
+    last = 1000 / max(50, steps) - 1
+    levels = [math.ceil(level - 1e-6) for level in np.linspace(999, last, steps)]
+    abars = PAPER.alphas_bar[levels].tolist()
     mean, deviation2 = 0.0, 1.0
     for abar, abar_prev in pairwise([*abars, 1.0]):
         alpha = abar / abar_prev

@@ -20,9 +20,11 @@ export function partsAt(level, abars = ABAR) {
   return [Math.sqrt(abar), Math.sqrt(1 - abar)];
 }
 
-/** The `steps` of T levels that the reverse process visits, from T - 1 to T / steps - 1. */
-export const levelsOf = (T, steps) =>
-  Array.from({ length: steps }, (_, k) => Math.floor((T * (steps - k)) / steps) - 1);
+/** The `steps` of T levels that the reverse process visits, from T - 1 to about T / 50. */
+export function levelsOf(T, steps) {
+  const last = Math.max(0, Math.floor(T / Math.max(50, steps)) - 1), gaps = Math.max(1, steps - 1);
+  return Array.from({ length: steps }, (_, k) => T - 1 - Math.floor((k * (T - 1 - last)) / gaps));
+}
 
 /** The estimate of x_0 by (15), clipped to [-limit, limit]. */
 export const predictX0 = (x, eps, abar, limit = Infinity) => x.map((value, k) =>
