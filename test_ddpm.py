@@ -62,15 +62,13 @@ def wobbly(x_t, t):
     return x_t / (0.5 + abs(x_t)) + float(t[0]) / 1000
 
 
-def mean_and_deviation(variance, steps=1000):
+def mean_and_deviation(variance, levels=range(999, -1, -1)):
     """Return mean and standard deviation of the samples of best_network(), by a recursion over t.
 
     The step is Algorithm 2 as printed, x <- p x + q eps + sigma z. The recursion shares no code
     with the sampler.
     """
-    last = 1000 / max(50, steps) - 1
-    levels = [math.ceil(level - 1e-6) for level in np.linspace(999, last, steps)]
-    abars = PAPER.alphas_bar[levels].tolist()
+    abars = PAPER.alphas_bar[[*levels]].tolist()
     mean, deviation2 = 0.0, 1.0
     for abar, abar_prev in pairwise([*abars, 1.0]):
         alpha = abar / abar_prev

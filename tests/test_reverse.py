@@ -15,6 +15,11 @@ BETAS = linear_betas().tolist()
 SHAPE = 2, 3, 4, 4
 
 
+def evenly_spaced(steps):
+    """Return the visited t, from 999 to 19, or to a lower t with more than 50 steps."""
+    return [math.ceil(t) for t in np.linspace(999, 1000 // max(50, steps) - 1, steps).round(6)]
+
+
 def nonlinear(x_t, t):
     return wobbly(x_t, [t])
 
@@ -62,32 +67,25 @@ def test_fewer_steps_in_torch_and_numpy(sampler):
 
 
 @pytest.mark.filterwarnings("ignore:__array__")
+@pytest.mark.parametrize("sampler, order", [("ddim", 1), (None, 2)])  # None: DPM-Solver++
 @pytest.mark.parametrize("steps", [1, 2, 10, 50, 200])
 @pytest.mark.parametrize("clip", [True, False])
-def test_ddim_and_dpm_solver_equal_diffusers(steps, clip):
-    """Compare each x_t. With fewer than all steps, DPM-Solver++ is the default."""
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+def test_ddim_and_dpm_solver_equal_diffusers(sampler, order, steps, clip):
+    """Compare each x_t. DDIM is the solver of first order."""
+    from diffusers import DPMSolverMultistepScheduler
 
-    schedule = {"beta_start": 1e-4, "beta_end": 0.02, "timestep_spacing": "trailing"}
-    solver = DPMSolverMultistepScheduler(
-        **schedule, solver_order=2, algorithm_type="dpmsolver++", thresholding=clip,
-        sample_max_value=1.0, lower_order_final=False,
+    scheduler = DPMSolverMultistepScheduler(
+        beta_start=1e-4, beta_end=0.02, solver_order=order, algorithm_type="dpmsolver++",
+        thresholding=clip, sample_max_value=1.0, lower_order_final=False,
     )  # fmt: skip
-    ddim = DDIMScheduler(**schedule, clip_sample=clip)
-    last = 1000 // max(50, steps) - 1
-    levels = [math.ceil(level) for level in np.linspace(999, last, steps).round(6)]
-    solver.set_timesteps(timesteps=levels)
-    ddim.set_timesteps(steps)  # it takes no other t than "trailing", which ours are from 50 steps on
-    cases = [(None, solver, {})]
-    if steps >= 50:
-        cases += [("ddim", ddim, {"use_clipped_model_output": True})]
-    for sampler, scheduler, options in cases:
-        x = randn(*SHAPE)
-        ours = chain(nonlinear, [x], BETAS, steps=steps, sampler=sampler, clip=clip)
-        for t, (t_, x_t, _) in zip(scheduler.timesteps.tolist(), ours, strict=True):
-            assert t == t_
-            torch.testing.assert_close(x_t, x, rtol=1e-5, atol=1e-4)
-            x = scheduler.step(nonlinear(x, t), t, x, **options).prev_sample
+    levels = evenly_spaced(steps)
+    scheduler.set_timesteps(timesteps=levels)
+    x = randn(*SHAPE)
+    ours = chain(nonlinear, [x], BETAS, steps=steps, sampler=sampler, clip=clip)
+    for t, (t_, x_t, _) in zip(levels, ours, strict=True):
+        assert t == t_
+        torch.testing.assert_close(x_t, x, rtol=1e-5, atol=1e-4)
+        x = scheduler.step(nonlinear(x, t), t, x).prev_sample
 
 
 @pytest.mark.parametrize("variance", ["large", "small"])
@@ -97,7 +95,7 @@ def test_algorithm_2_with_fewer_steps_equals_the_recursion(variance, steps):
         *_, (_, _, x0) = reverse(eps, draw_noise, BETAS, variance, steps, "ddpm", clip)
         return x0
 
-    expected = pytest.approx(mean_and_deviation(variance, steps), rel=1e-4)
+    expected = pytest.approx(mean_and_deviation(variance, evenly_spaced(steps)), rel=1e-4)
     assert sample_moments(sample, steps) == expected
 
 
@@ -132,14 +130,14 @@ def test_order_of_convergence(sampler, order):
 @pytest.mark.parametrize("steps", [10, 100])
 def test_ddim_is_euler_in_the_coordinates_of_flow_matching(steps):
     """The coordinate z = (1 - tau) x_0 + tau eps is a multiple of x_t; dz/dtau = eps - x_0."""
-    abar, x_T = PAPER.alphas_bar[1000 // steps - 1 :: 1000 // steps], randn(4, 1, 4, 4).double()
-    signal, spread = abar.sqrt(), (1 - abar).sqrt()
-    scale, tau = signal + spread, spread / (signal + spread)
-    z = x_T / scale[-1]
-    for i in reversed(range(steps)):
-        noise = nonlinear(scale[i] * z, (i + 1) * 1000 // steps - 1)
+    levels, x_T = evenly_spaced(steps), randn(4, 1, 4, 4).double()
+    signal, spread = PAPER.alphas_bar[levels].sqrt(), (1 - PAPER.alphas_bar[levels]).sqrt()
+    scale, tau = signal + spread, (spread / (signal + spread)).tolist()
+    z = x_T / scale[0]
+    for i, t in enumerate(levels):
+        noise = nonlinear(scale[i] * z, t)
         x0 = (z - tau[i] * noise) / (1 - tau[i])
-        z = z + (tau[i - 1] - tau[i]) * (noise - x0)
+        z = z + ([*tau, 0][i + 1] - tau[i]) * (noise - x0)
     close(last(nonlinear, x_T, BETAS, "large", steps, "ddim")[1], x0)
 
 
