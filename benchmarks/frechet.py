@@ -8,7 +8,8 @@ images have the same distance on every machine. Compare only sets of equal size.
 same distance in the features of the Inception network, which was trained on photographs.
 
 If the samples are in sub-folders named after the classes, as sample.py --dir writes them, the
-program also prints what share of them, and of the test images, the classifier recognises.
+program also prints, for them and for the test images, what share the classifier recognises, and
+their variety: the variance of the features within a class, summed over the features.
 
     python benchmarks/frechet.py samples --data mine
 
@@ -90,12 +91,20 @@ def frechet_distance(first, second):
     return ((m1 - m2) ** 2).sum() + np.trace(S1) + np.trace(S2) - 2 * roots.sum()
 
 
+def variety(features, labels):
+    """Return the variance within a class of features, (N, 128), summed over the features.
+
+    It is the mean over the classes with two images or more. labels: int64 (N,).
+    """
+    classes = [features[labels == k] for k in np.unique(labels)]
+    return np.mean([x.var(0, ddof=1).sum() for x in classes if len(x) > 1]).item()
+
+
 class Ruler:
     """The classifier and the statistics of the test set in a ruler.npz.
 
-    Attributes: names, the names of the classes; recognised, the share of the test images that the
-    classifier recognises; real, {a kind of set of training images: the distances of SETS such
-    sets}.
+    Attributes: names, the names of the classes; recognised and variety, of the test images; real,
+    {a kind of set of training images: the distances of SETS such sets}.
     """
 
     def __init__(self, path=RULER):
@@ -104,6 +113,7 @@ class Ruler:
         self.model.load_state_dict(weights)  # float16, copied to float32
         self.test = file.pop("mean").astype(float), file.pop("covariance").astype(float)
         self.names, self.recognised = file.pop("names").tolist(), file.pop("recognised").item()
+        self.variety = file.pop("variety").item()
         self.real = file
 
     def distance(self, images):
@@ -137,12 +147,13 @@ def make_ruler(data, path):
         sys.exit(f"{data}/train must have at most ten classes, and {SETS} images or more of each")
     test, test_labels, _ = read(data / "test", names=names)
     model = train_classifier(images, labels)
-    of_test, features = statistics(features_of(model, test)), features_of(model, images)
+    of_test, features = features_of(model, test), features_of(model, images)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     ranks = torch.stack([(labels[order] == k).cumsum(0) for k in range(len(names))], 1)
     ranks = ranks.gather(1, labels[order, None])[:, 0] - 1  # earlier images of the class
     file = {name: weight.half().numpy() for name, weight in model.state_dict().items()}
     file |= {"names": names, "recognised": share_recognised(model, test, test_labels)}
+    file["variety"], of_test = variety(of_test, test_labels), statistics(of_test)
     file |= {"mean": np.float32(of_test[0]), "covariance": np.float32(of_test[1])}
     for count in [n for n in (1000, 5000) if SETS * n <= len(images)] or [len(images) // SETS]:
         each = max(1, min(count // len(names), labels.bincount().min().item() // SETS))
@@ -177,6 +188,8 @@ def main():
         if has_classes:
             share = share_recognised(ruler.model, images, labels)
             print(f"  {share:.1%} recognised, and {ruler.recognised:.1%} of the test images")
+            found = variety(features_of(ruler.model, images), labels)
+            print(f"  variety {found:.0f}, and {ruler.variety:.0f} of the test images")
 
 
 if __name__ == "__main__":

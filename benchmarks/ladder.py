@@ -42,19 +42,27 @@ from train import main as train  # noqa: E402
 
 # The network of nearly as many parameters without patches, and the steps it takes in the same time
 PIXELS = {"patch_size": 1, "base_channels": 16, "channel_mults": (1, 2, 4, 4), "steps": 1500}
-ADAM, CONSTANT = {"lr": 1e-3}, {"cooldown": 0.0}
-ARMS = {  # their names in the table, and the flags that replace some of --quick
-    "paper": ("the paper's recipe", PIXELS | CONSTANT | ADAM | {"parts": ()}),
+PAPER = PIXELS | {"parts": (), "lr": 1e-3, "cooldown": 0.0}
+ADAM = {"parts": ("v", "weights")}
+ARMS = {  # their names in the tables, and the flags that replace some of --quick
+    "paper": ("the paper's recipe", PAPER),
     "quick": ("`--quick`", {}),
     "without-v": ("`--quick` without v", {"parts": ("weights", "muon")}),
     "without-weights": ("`--quick` without the loss weights", {"parts": ("v", "muon")}),
-    "without-muon": ("`--quick` without Muon", ADAM | {"parts": ("v", "weights")}),
+    "without-muon-5e-4": ("`--quick` with Adam at 5e-4", ADAM | {"lr": 5e-4}),
+    "without-muon": ("`--quick` with Adam at 1e-3", ADAM | {"lr": 1e-3}),
+    "without-muon-2e-3": ("`--quick` with Adam at 2e-3", ADAM | {"lr": 2e-3}),
+    "without-muon-4e-3": ("`--quick` with Adam at 4e-3", ADAM | {"lr": 4e-3}),
     "without-patches": ("`--quick` without patches", PIXELS),
-    "without-cooldown": ("`--quick` without a cooldown", CONSTANT),
+    "without-cooldown": ("`--quick` without a cooldown", {"cooldown": 0.0}),
+    "paper-v": ("the paper's recipe, and v", PAPER | {"parts": ("v",)}),
+    "paper-weights": ("the paper's recipe, and the loss weights", PAPER | {"parts": ("weights",)}),
+    "paper-muon": ("the paper's recipe, and Muon", PAPER | {"parts": ("muon",), "lr": 6e-3}),
+    "paper-cooldown": ("the paper's recipe, and a cooldown", PAPER | {"cooldown": 0.25}),
 }
 INCLUDED = "fashion-mnist.onnx"
 WAY = "sampler", "sampling_steps", "variance", "guidance", "samples"
-COLUMNS = "rung", "data", "seed", "steps", *WAY, "set", "distance", "recognised"
+COLUMNS = "rung", "data", "seed", "steps", *WAY, "set", "distance", "recognised", "variety"
 
 
 def open_network(args):
@@ -76,7 +84,7 @@ def open_network(args):
 
 
 def judge(network, ruler, row):
-    """Generate the set of samples of a row; return its distance and the share recognised."""
+    """Generate the set of samples of a row, and measure them: the last three columns."""
     n, first, pixels = int(row["samples"]), int(row["set"]) * int(row["samples"]), []
     how = {"sampler": row["sampler"], "steps": int(row["sampling_steps"])}
     network.variance = row["variance"]
@@ -84,15 +92,16 @@ def judge(network, ruler, row):
         count = min(50, first + n - k)
         x0 = sample(network, count, guidance=float(row["guidance"]), first=k, **how)
         pixels.append(torch.from_numpy(to_pixels(x0)))
-    pixels, recognised = torch.cat(pixels), ""
+    pixels, row = torch.cat(pixels), {}
     if pixels.shape[1] == 3:  # to greyscale, with Pillow's weights
         pixels = (pixels * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
         pixels = pixels.round().byte()
     if names := network.classes:
         labels = [ruler.names.index(names[k % len(names)]) for k in range(first, first + n)]
-        share = frechet.share_recognised(ruler.model, pixels, torch.tensor(labels))
-        recognised = f"{share:.3f}"
-    return {"distance": f"{ruler.distance(pixels):.2f}", "recognised": recognised}
+        share = frechet.share_recognised(ruler.model, pixels, labels := torch.tensor(labels))
+        variety = frechet.variety(frechet.features_of(ruler.model, pixels), labels)
+        row = {"recognised": f"{share:.3f}", "variety": f"{variety:.1f}"}
+    return row | {"distance": f"{ruler.distance(pixels):.2f}"}
 
 
 def read_rows(path):
@@ -115,7 +124,7 @@ def measure(args):
         ruler = frechet.Ruler(own if own.exists() else frechet.RULER)
         for row in missing:
             row |= judge(network, ruler, row)
-            print(*(row[name] for name in COLUMNS), flush=True)
+            print(*row.values(), flush=True)
             with open(args.table, "a", newline="") as file:
                 csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
 

@@ -25,6 +25,14 @@ def test_distance_is_that_of_gaussians():
     assert abs(frechet.frechet_distance((m1, S1), (m1, S1))) < 1e-9
 
 
+def test_variety_is_the_variance_within_a_class():
+    """Classes far apart, of variances 1 and 9 in each of four features; one image has none."""
+    z = np.random.default_rng(2).standard_normal((40_000, 4))
+    labels = np.arange(40_000) % 2
+    features = np.concatenate([z * (1 + 2 * labels)[:, None] + 100 * labels[:, None], z[:1]])
+    assert frechet.variety(features, np.append(labels, 2)) == pytest.approx(4 * 5, rel=0.02)
+
+
 def stripes(count, seed=0):
     """Yield (class, pixels) of images of ten classes of stripes, uint8 (28, 28)."""
     random = np.random.default_rng(seed)
@@ -77,6 +85,8 @@ def test_program_ranks_noise_behind_images(data, program):
     assert len(real) == 2 and max(*real, same) < other / 10 and "classifier" in said
     same, noise = map(float, re.findall(r"^  ([\d.]+)% recognised", said, re.M))
     assert same > 2 * noise
+    same, noise = re.findall(r"^  variety (\d+), and (\d+) of the test images", said, re.M)
+    assert float(same[0]) == pytest.approx(float(same[1]), rel=0.3)
     again = program(*command, cwd=data)
     assert "classifier" not in again and again.splitlines()[-6:] == said.splitlines()[-6:]
 
