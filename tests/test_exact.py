@@ -86,7 +86,7 @@ def test_without_z_the_samples_are_right_but_two():
 
 
 def test_jump_to_the_estimate_costs_width():
-    """Check the table in docs/notes.md: two spacings, of which one is all steps of a short chain."""
+    """Check the table in docs/notes.md. The other spacing is all steps of a short chain."""
     page = (copies.HERE / "notes.md").read_text("utf-8")
     rows = re.findall(r"^\| s = (\S+), (\S+) \|(.*)\|$", page, re.M)
     assert len(rows) == 4
