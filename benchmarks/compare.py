@@ -1,10 +1,10 @@
-"""Compare the speed of a training step in this project and in diffusers, on the paper's network.
+"""Measure the speed of a training step: the paper's network, also in diffusers, and --quick.
 
     pip install -r requirements-dev.txt
-    python benchmarks/compare.py            # prints a table, and writes benchmarks/RESULTS.md
+    python benchmarks/compare.py            # prints two tables, and writes benchmarks/RESULTS.md
 
-The networks have 35.7 M random weights each. They take turns in one process. Each figure is the
-median over the rounds except the first few. Run nothing else meanwhile.
+The paper's networks have 35.7 M random weights each. All take turns in one process. Each figure is
+the median over the rounds except the first two. Run nothing else meanwhile.
 """
 
 import argparse
@@ -20,6 +20,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from benchmarks.gpu import DEVICE, IS_CUDA, clock, compiled, machine, train_step, unchanged  # noqa: E402
 from images import from_pixels  # noqa: E402
+from run import QUICK  # noqa: E402
 
 CIFAR = {
     "sample_size": 32,
@@ -74,9 +75,9 @@ def diffusers_loop(images, batch, dtype=None):
     return step
 
 
-def ours(batch, amp):
+def ours(**given):
     """Return a function that runs a training step as train.py configures it."""
-    take = train_step(compiled if IS_CUDA else unchanged, batch=batch, amp=amp)
+    take = train_step(compiled if IS_CUDA else unchanged, **given)
 
     def step():
         torch.set_float32_matmul_precision("high")  # as train.py does
@@ -88,32 +89,51 @@ def ours(batch, amp):
     return step
 
 
+def medians(steps, rounds):
+    """Return the median time of each step, in seconds. The steps take turns.
+
+    steps: {(name, ..., number of threads): step}.
+    """
+    seconds = {key: [] for key in steps}
+    for _ in range(2 + rounds):
+        for key, step in steps.items():
+            torch.set_num_threads(key[-1])
+            seconds[key].append(clock(step))
+    return {key: statistics.median(values[2:]) for key, values in seconds.items()}
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batch", type=int, default=16, help="batch size [%(default)s]")
+    parser.add_argument("--batch", type=int, default=16, help="of the first table [%(default)s]")
     parser.add_argument("--rounds", type=int, default=7, help="number of rounds [%(default)s]")
     args = parser.parse_args()
     images = from_pixels(torch.randint(256, (256, 3, 32, 32), dtype=torch.uint8))
-    steps, ours_name = {}, "train.py, compiled" if IS_CUDA else "train.py"  # diffusers is eager
-    for kind, dtype in {"bfloat16": torch.bfloat16, "float32": None}.items():
-        steps[ours_name, kind] = ours(args.batch, amp=dtype is not None)
-        steps["diffusers", kind] = diffusers_loop(images, args.batch, dtype)
-    seconds = {name: [] for name in steps}
-    for _ in range(2 + args.rounds):
-        for name, step in steps.items():
-            seconds[name].append(clock(step))
-    medians = {name: statistics.median(s[2:]) for name, s in seconds.items()}
+    threads, kinds = torch.get_num_threads(), {"bfloat16": torch.bfloat16, "float32": None}
+    name, paper = "train.py, compiled" if IS_CUDA else "train.py", {}  # diffusers is eager
+    for kind, dtype in kinds.items():
+        paper[name, kind, threads] = ours(batch=args.batch, amp=dtype is not None)
+        paper["diffusers", kind, threads] = diffusers_loop(images, args.batch, dtype)
     lines = [
         "# Side by side",
         f"\n`python benchmarks/compare.py`, {time.strftime('%Y-%m-%d')}: {machine()}.",
         f"\n| a step of {args.batch} images | ms per image | ratio to diffusers |",
         "| --- | --- | --- |",
     ]
-    for (program, kind), s in medians.items():
-        ratio = s / medians["diffusers", kind]
+    found = medians(paper, args.rounds)
+    for (program, kind, _), s in found.items():
+        ratio = s / found["diffusers", kind, threads]
         lines.append(f"| {program}, {kind} | {1000 * s / args.batch:.1f} | {ratio:.2f} |")
+    paper.clear()
+    steps = {kind: ours(**QUICK, amp=dtype is not None) for kind, dtype in kinds.items()}
+    counts = sorted({1, threads})
+    quick = {(kind, n): step for n in counts for kind, step in steps.items()}
+    found = medians(quick, 3 * args.rounds)
+    lines += ["\n| `--quick`, 64 images per step | bfloat16 | float32 |", "| --- | --- | --- |"]
+    for n in counts:
+        rates = (f"{1 / found[kind, n]:.1f} steps/s" for kind in kinds)
+        lines.append(f"| {n} thread{'s' if n > 1 else ''} | {' | '.join(rates)} |")
     text = "\n".join(lines)
     (HERE / "RESULTS.md").write_text(text + "\n")
     print(text)
