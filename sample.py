@@ -439,7 +439,9 @@ def main(parser=None, open_network=open_onnx):
         check_output(args)
     except (OSError, ValueError) as error:
         sys.exit(f"{parser.prog}: {error}")
-    print(f"{args.n} images in {args.steps} steps on {network.provider}", file=sys.stderr)
+    hint = "; --guidance 1 makes them clearer, but less varied"
+    hint = hint if args.classes and not args.guidance else ""
+    print(f"{args.n} images in {args.steps} steps on {network.provider}{hint}", file=sys.stderr)
     stop, shown, done = receive_signals(), [], 0
     try:
         for first, pixels in batches(network, args, stop):

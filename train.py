@@ -291,6 +291,8 @@ def describe(run, data, device):
     print(f"steps    {run.step:,} to {s.steps:,}; a preview every {s.preview_every:,}")
     if run.step == s.steps:
         print("the run is finished; a larger --steps continues it, another --out begins a new run")
+    if s.data and len(data.images) < 1000:
+        print("with fewer than 1,000 images, long training yields copies of them (docs/beyond.md)")
     if device.type == "cpu" and n > 5e6:
         print("on a CPU, a network of this size takes very long; --quick takes minutes")
 
@@ -302,7 +304,7 @@ def say_next(run, out):
         return
     here = Path(__file__).parent
     here = "" if here == Path.cwd() else f"{here}/"
-    # With a network that predicts eps, sampling in few steps needs long training.
+    # After a short run of the paper's recipe, few steps fail (benchmarks/ladder.md).
     few = " --steps 10" if "v" in run.settings.parts else ""
     guidance = " --guidance 1" if run.names else ""
     print(f"done: {out} is at step {run.step:,}; next:")

@@ -136,6 +136,8 @@ def test_fixed_variance_alone_makes_long_steps_fail(variance, ratio):
     *_, (t, x_t, _) = variants.sample_progressive(d, network, (10, 1, 1, 1), 10, "ddpm", **options)
     abar = d.alphas_bar[t].item()
     assert x_t.norm().item() / math.sqrt(abar / 4 + 1 - abar) == pytest.approx(ratio, abs=0.005)
+    added = 1 - d.alphas_bar[128].item() / abar  # by the last step, with the large variance
+    assert (t, added, 1 - abar) == pytest.approx((19, 0.158, 0.006), abs=5e-4)
 
 
 @pytest.mark.parametrize("variance", VARIANCES)

@@ -295,11 +295,14 @@ def test_previews_have_the_same_noise_and_a_row_for_each_class():
         np.testing.assert_allclose(shown, colour, atol=0.1)
 
 
-def test_large_network_on_a_cpu_is_told_of_quick(tiny, monkeypatch):
-    hint = "on a CPU, a network of this size takes very long; --quick takes minutes"
+def test_what_to_expect_is_said_before_the_training(tiny, program, tmp_path, monkeypatch):
+    """It is about a large network on a CPU, and few images, but not about the demo."""
+    slow = "on a CPU, a network of this size takes very long; --quick takes minutes"
+    copies = "with fewer than 1,000 images, long training yields copies of them (docs/beyond.md)"
     monkeypatch.setattr(train, "train", lambda *_: print("begins"))
-    assert f"{hint}\nbegins" in tiny("--base-channels", 96, code=1)
-    assert hint not in tiny("--out", "small", code=1)
+    assert f"{copies}\n{slow}\nbegins" in tiny("--base-channels", 96, code=1)
+    assert slow not in (said := tiny("--out", "small", code=1)) and copies in said
+    assert copies not in program("train.py", cwd=tmp_path, code=1)
 
 
 @pytest.mark.parametrize("module, name, error", [
