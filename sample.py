@@ -46,8 +46,8 @@ def reverse(eps, draw_noise, betas, variance="large", steps=None, sampler=None, 
         function that returns x_t first.
     betas, variance: as for Diffusion in ddpm.py.
     steps: how many of the T steps to take; all if None. The visited t are evenly spaced, from T-1
-        to T/50 - 1, or to T/steps - 1 with more than 50 steps: the last x0_hat removes all noise
-        that is left, and details with it (docs/beyond.md).
+        to T/steps - 1. With fewer than 50 steps, all samplers but "ddpm" go on to T/50 - 1, because
+        the last x0_hat, a mean, lacks the details that depend on the remaining noise.
     sampler: "ddpm" is the paper's Algorithm 2, the default with all T steps. "dpm-solver++" is the
         second-order multistep solver of Lu et al. 2022 (arXiv:2211.01095), the default with fewer.
         "ddim" is DDIM without noise (Song et al. 2021, arXiv:2010.02502).
@@ -63,7 +63,7 @@ def reverse(eps, draw_noise, betas, variance="large", steps=None, sampler=None, 
     if sampler not in SAMPLERS or variance not in ("large", "small"):
         raise ValueError(f"unknown sampler {sampler!r} or variance {variance!r}")
     alphas_bar = [*accumulate((1 - float(beta) for beta in betas), mul)]
-    last = max(0, T // max(50, steps) - 1)
+    last = max(1, T // (steps if sampler == "ddpm" else max(50, steps))) - 1
     levels = [T - 1 - k * (T - 1 - last) // max(1, steps - 1) for k in range(steps)]
     x, earlier = draw_noise(), None
     for t, s in zip(levels, [*levels[1:], None], strict=True):  # a step leads from t to s

@@ -10,6 +10,7 @@ one less.
 """
 
 import argparse
+import copy
 import sys
 from functools import partial
 from pathlib import Path
@@ -406,6 +407,8 @@ def draw_ends(path, network):
 
 def draw_steps(path, network):
     """Draw sixteen samples from the same first noise, by each sampler and number of steps."""
+    network = copy.copy(network)
+    network.variance = "small"  # of Algorithm 2
     counts, figure = (5, 10, 20, 50, network.betas.size), Figure(figsize=(9.6, 6.2))
     figure.set_layout_engine("constrained")
     names = {"ddpm": "Algorithm 2", "ddim": "DDIM", "dpm-solver++": "DPM-Solver++"}
@@ -427,6 +430,19 @@ def draw_classes(path, network):
         show(axes, images, rows=network.classes if w == 0 else ())
         axes.set_title(f"w = {w}", fontsize=10)
     figure.savefig(path, dpi=DPI)
+
+
+def draw_emoji(path, network):
+    """Draw four samples of each of its many classes, with guidance 1, in four columns of names."""
+    names, each = np.array(network.classes), 4
+    images = sample(network, each * len(names), guidance=1, steps=10)
+    images = images.reshape(each, len(names), *network.shape).swapaxes(0, 1)
+    columns = np.array_split(np.arange(len(names)), 4)
+    figure = Figure(figsize=(10, 0.345 * len(columns[0])), layout="constrained")
+    for axes, column in zip(figure.subplots(1, 4), columns, strict=True):
+        show(axes, images[column], rows=names[column])
+        axes.tick_params(labelsize=7)
+    figure.savefig(path, dpi=DPI, bbox_inches="tight")
 
 
 def draw_interpolation(path, network, a, b):
@@ -570,7 +586,9 @@ def main():
     ImageOps.scale(samples, 2, Image.Resampling.NEAREST).save(args.out / "paper.png")
     draw_strip(args.out, paper)
     if args.out.resolve() == FIGURES:
-        draw_recorded(PAGE, Network(PAGE / "emoji.onnx", "cpu"))
+        emoji = Network(PAGE / "emoji.onnx", "cpu")
+        draw_recorded(PAGE, emoji)
+        draw_emoji(args.out / "emoji-classes.png", emoji)
     draw_ends(args.out / "ends.png", paper)
     draw_steps(args.out / "steps.png", network)
     if network.classes:

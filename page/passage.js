@@ -75,7 +75,7 @@ export class Passage {
   sendBack(begin) {
     const place = this.x0 ? begin : 1;
     const { options } = this, t = Math.max(0, Math.round(this.levelAt(place)));
-    const levels = levelsOf(t + 1, Math.min(options.steps, t + 1));
+    const levels = levelsOf(t + 1, Math.min(options.steps, t + 1), options.isRandom);
     const xT = this.at(place).x, steps = [];
     Object.assign(this, { xT, from: place, levels, steps });
     const eps = options.recorded?.(place) ?? this.eps;

@@ -20,9 +20,11 @@ export function partsAt(level, abars = ABAR) {
   return [Math.sqrt(abar), Math.sqrt(1 - abar)];
 }
 
-/** The `steps` of T levels that the reverse process visits, from T - 1 to about T / 50. */
-export function levelsOf(T, steps) {
-  const last = Math.max(0, Math.floor(T / Math.max(50, steps)) - 1), gaps = Math.max(1, steps - 1);
+/** The `steps` of T levels that the reverse process visits, from T - 1 to about T / 50, or to
+ * T / steps by Algorithm 2. */
+export function levelsOf(T, steps, isRandom = false) {
+  const parts = isRandom ? steps : Math.max(50, steps), gaps = Math.max(1, steps - 1);
+  const last = Math.max(1, Math.floor(T / parts)) - 1;
   return Array.from({ length: steps }, (_, k) => T - 1 - Math.floor((k * (T - 1 - last)) / gaps));
 }
 
@@ -46,7 +48,7 @@ function after(x, x0, t, s, abars, z) {
  * or a promise of it. To start at an x_t, pass it as xT, with betas.slice(0, t + 1).
  * noise(n): n fresh normal numbers for each step of Algorithm 2; without it, it is DDIM. */
 export async function* reverse(eps, xT, betas, steps, { clip = true, noise } = {}) {
-  const abars = alphasBar(betas), levels = levelsOf(betas.length, steps);
+  const abars = alphasBar(betas), levels = levelsOf(betas.length, steps, !!noise);
   let x = xT;
   for (const [k, t] of levels.entries()) {
     const s = levels[k + 1] ?? -1;

@@ -124,20 +124,26 @@ def test_best_variance_makes_the_bound_of_gaussian_data_independent_of_the_steps
         assert bits > 6.6437
 
 
-@pytest.mark.parametrize("variance, ratio", [("large", 1.20), ("small", 0.65)])
-def test_fixed_variance_alone_makes_long_steps_fail(variance, ratio):
-    """For data from N(0, 1/4), compare the deviation of Algorithm 2's last x_t with the true one.
+@pytest.mark.parametrize("s, variance, steps, ratios", [
+    (0.5, "large", [10], [1.19]), (0.5, "small", [10], [0.81]),
+    (0.15, "large", [5, 10, 20, 50], [1.46, 1.60, 1.46, 1.19]),
+])  # fmt: skip
+def test_fixed_variance_alone_makes_long_steps_fail(s, variance, steps, ratios):
+    """For data from N(0, s^2), compare the deviation of Algorithm 2's last x_t with the true one.
 
     Every step is linear, and image k receives one unit of noise, at draw k.
     """
-    d, noise = Diffusion(linear_betas(), variance), iter(torch.eye(10).view(10, 10, 1, 1, 1))
-    network = exact_network(d, torch.zeros(1, 1, 1, 1), std=0.5)
-    options = dict(draw_noise=partial(next, noise), clip=False)
-    *_, (t, x_t, _) = variants.sample_progressive(d, network, (10, 1, 1, 1), 10, "ddpm", **options)
-    abar = d.alphas_bar[t].item()
-    assert x_t.norm().item() / math.sqrt(abar / 4 + 1 - abar) == pytest.approx(ratio, abs=0.005)
-    added = 1 - d.alphas_bar[128].item() / abar  # by the last step, with the large variance
-    assert (t, added, 1 - abar) == pytest.approx((19, 0.158, 0.006), abs=5e-4)
+    d = Diffusion(linear_betas(), variance)
+    network = exact_network(d, torch.zeros(1, 1, 1, 1), std=s)
+    for n, ratio in zip(steps, ratios, strict=True):
+        noise = iter(torch.eye(n).view(n, n, 1, 1, 1))
+        options = dict(draw_noise=partial(next, noise), clip=False)
+        *_, (t, x_t, _) = variants.sample_progressive(d, network, None, n, "ddpm", **options)
+        abar = d.alphas_bar[t].item()
+        found = x_t.norm().item() / math.sqrt(abar * s**2 + 1 - abar)
+        assert found == pytest.approx(ratio, abs=0.0051)
+    added = 1 - d.alphas_bar[199].item() / d.alphas_bar[99].item()  # in 10 steps, by the last
+    assert (added, 1 - d.alphas_bar[99].item()) == pytest.approx((0.27, 0.10), abs=0.006)
 
 
 @pytest.mark.parametrize("variance", VARIANCES)
