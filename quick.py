@@ -20,8 +20,8 @@ from ddpm import Diffusion, UNet, look_up
 class PatchUNet(UNet):
     """A UNet that sees each patch of patch_size x patch_size pixels as one pixel.
 
-    The other arguments are UNet's; sizes are in pixels, not in patches. Raises ValueError for sizes
-    that do not fit together.
+    The idea is from Luhman and Luhman 2022 (arXiv:2207.04316). The other arguments are UNet's; sizes
+    are in pixels, not in patches. Raises ValueError for sizes that do not fit together.
     """
 
     def __init__(
@@ -73,12 +73,16 @@ class WeightedDiffusion(Diffusion):
 
     The density is proportional to sqrt(abar_t) min(1, 5 / SNR_t), where SNR_t = abar_t /
     (1 - abar_t). So the loss has, on average, the weights min(1, 5 / SNR_t) / sqrt(abar_t) on the
-    squared error of eps, up to a factor. It suits a network that predicts v; with one that
-    predicts eps, the loss at large t has rare, huge values.
+    squared error of eps, up to a factor; the minimum is the weight "min-SNR" of Hang et al. 2023
+    (arXiv:2303.09556). It suits a network that predicts v; with one that predicts eps, the loss at
+    large t has rare, huge values.
     """
 
     def draw_t(self, n, device=None):
-        """Draw n values of t in ascending order, one from each n-th of the density. Int64 (n,)."""
+        """Draw n values of t in ascending order, one from each n-th of the density. Int64 (n,).
+
+        Kingma et al. 2021 (arXiv:2107.00630) draw such values for a uniform density.
+        """
         snr = self.alphas_bar / (1 - self.alphas_bar)
         shares = (self.sqrt_alphas_bar * (5 / snr).clamp(max=1)).cumsum(0)
         shares = (shares / shares[-1]).float()  # the distribution function, whose last value is 1

@@ -163,7 +163,7 @@ def student(degrees):
 def gains(rows):
     """Return the distances of the arms, and their differences from --quick, in Markdown."""
     way, runs = FEW | {"samples": "5000", "data": "fashion-mnist"}, {}
-    for arm in ARMS:
+    for arm in [arm for arm in ARMS if not arm.startswith("paper-")]:
         for row in select(rows, arm, steps=str(steps_of(arm)), **way):
             sets = runs.setdefault(arm, {}).setdefault(row["seed"], [])
             sets.append(math.log(float(row["distance"])))
@@ -181,6 +181,21 @@ def gains(rows):
         lines.append([ARMS[arm][0], str(len(values)), f"{math.exp(means[arm]):.1f}", change])
     head = ["recipe", "runs", "distance", "compared with `--quick` (95% interval)"]
     return in_markdown(head, lines)
+
+
+def few_steps(rows):
+    """Return the distances of the paper's recipe with one part of --quick, in Markdown."""
+    ways = {
+        "Algorithm 2, small variance, 20 steps": {"sampler": "ddpm", "variance": "small"},
+        "DPM-Solver++, 10 steps": FEW,
+    }
+    arms = [arm for arm in ARMS if arm.startswith("paper")] + ["quick"]
+    found = [[select(rows, arm, **way) for way in ways.values()] for arm in arms]
+    lines = [
+        [ARMS[arm][0], str(len(of_arm[-1])), *map(cell, of_arm)]
+        for arm, of_arm in zip(arms, found, strict=True)
+    ]
+    return in_markdown(["recipe", "runs", *ways], lines)
 
 
 def cell(rows, column="distance", scale=1):
@@ -208,12 +223,13 @@ def samplers(rows, name):
 
 
 def guidance(rows, name):
-    """Return the distances and the shares recognised of a model.onnx for each w, in Markdown."""
+    """Return distances, shares recognised and variety of a model.onnx for each w, in Markdown."""
     lines = []
     for w in 0, 1, 2, 4, 6:
         found = select(rows, name, **FEW, guidance=f"{w}.0")
-        lines.append([str(w), cell(found), cell(found, "recognised", 100)])
-    return in_markdown(["w", "Fréchet distance", "recognised, %"], lines)
+        cells = cell(found), cell(found, "recognised", 100), cell(found, "variety")
+        lines.append([str(w), *cells])
+    return in_markdown(["w", "Fréchet distance", "recognised, %", "variety"], lines)
 
 
 def steps_of(arm):
@@ -240,7 +256,7 @@ def main():
     if not args.rung:
         rows = read_rows(args.table)
         of_files = samplers(rows, "paper.onnx"), samplers(rows, INCLUDED), guidance(rows, INCLUDED)
-        return print(gains(rows), *of_files, sep="\n\n")
+        return print(gains(rows), few_steps(rows), *of_files, sep="\n\n")
     if args.rung.endswith(".onnx"):
         args.seed = args.steps = ""
     elif args.rung not in ARMS or not args.data:

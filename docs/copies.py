@@ -36,7 +36,7 @@ from run import load  # noqa: E402
 from sample import Network  # noqa: E402
 
 SIZES, STEPS = (100, 300, 1_000, 10_000, 30_000), 4_000
-TIMES = (0, 5, 20, 50, 100, 200, 250, 300, 350, 400, 450, 500, 550, 600, 700, 850, 999)
+TIMES = (0, 5, 20, 50, 100, 200, 250, 300, *range(350, 651, 25), 700, 850, 999)
 EXACT = (100, 1_000, 10_000, 60_000)  # numbers of images of the exact networks
 TRAIN = "--quick --image-size 16 --no-flip --preview-every 1000000".split()
 
@@ -92,7 +92,10 @@ def nearest(x, images):
 
 
 def print_nearest(folder, data):
-    """Print how far each image of a folder is from its nearest image of the data, nearest first."""
+    """Print how far each image of a folder is from its nearest image of the data, nearest first.
+
+    Then print the median and the 5% quantile of these distances, and of those between the data.
+    """
     paths, images = sorted(folder.rglob("*.png")), read_folder(data, 32)[0]
     samples = np.stack([read_image(path, 32, images.shape[1]) for path in paths])
     samples, images = (from_pixels(torch.from_numpy(x)) for x in (samples, images))
@@ -100,8 +103,9 @@ def print_nearest(folder, data):
     for value, path in sorted(zip(distance.tolist(), paths, strict=True)):
         print(f"{value:5.1f}  {path}")
     apart = torch.cdist(images.flatten(1), images.flatten(1)).fill_diagonal_(torch.inf).amin(1)
-    apart = 127.5 * apart.median() / images[0].numel() ** 0.5
-    print(f"median {distance.median():.1f}; from an image of the data to another {apart:.1f}")
+    apart = 127.5 * apart / images[0].numel() ** 0.5
+    for name, values in ("samples to images", distance), ("images to other images", apart):
+        print(f"{name}: median {values.median():.1f}, 5% below {values.quantile(0.05):.1f}")
 
 
 def bits_known(diffusion, error, size):
@@ -157,10 +161,11 @@ def draw_transition(path, data):
         axes.plot(times, seen, colour, label=f"exact, its {n:,} images")
         axes.plot(times, other, colour, linestyle="--")
         known = 1 + (bits > math.log2(n)).nonzero().max().item()
-        half = 1 + (at_every_t(seen) < at_every_t(of_included) / 2).nonzero().max().item()
+        ratio = at_every_t(seen) / at_every_t(of_included)
+        falls = [1 + (ratio < share).nonzero().max().item() for share in (0.25, 0.5, 0.75)]
         axes.axvline(known, color=colour, linestyle=":")
         print(f"  log2 {n} = {math.log2(n):.1f} bits are known at t = {known}; the error on its "
-              f"images is half that of the included network at t = {half}")  # fmt: skip
+              f"images is 1/4, 1/2 and 3/4 of the included network's at t = {falls}")  # fmt: skip
     print("bits known:", *(f"{bits[t - 1]:.1f} at t = {t}," for t in range(300, 601, 50)))
     axes.plot([], [], "0.5", linestyle="--", label="the same, test images")
     axes.plot([], [], "0.5", linestyle=":", label="$x_t$ tells $\\log_2 N$ bits")
