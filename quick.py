@@ -20,8 +20,8 @@ from ddpm import Diffusion, UNet, look_up
 class PatchUNet(UNet):
     """A UNet that sees each patch of patch_size x patch_size pixels as one pixel.
 
-    The idea is from Luhman and Luhman 2022 (arXiv:2207.04316). The other arguments are UNet's; sizes
-    are in pixels, not in patches. Raises ValueError for sizes that do not fit together.
+    The idea is from Luhman and Luhman 2022 (arXiv:2207.04316). The other arguments are UNet's;
+    sizes are in pixels, not in patches. Raises ValueError for sizes that do not fit together.
     """
 
     def __init__(
