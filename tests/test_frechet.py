@@ -110,7 +110,9 @@ def test_tables_of_the_ladder_are_those_of_its_rows():
     rows, included = ladder.read_rows(ladder.HERE / "ladder.csv"), ladder.INCLUDED
     tables = {
         "benchmarks/ladder.md": [
-            ladder.gains(rows), ladder.few_steps(rows), ladder.samplers(rows, "paper.onnx"),
+            ladder.gains(rows),
+            ladder.few_steps(rows),
+            ladder.samplers(rows, "paper.onnx"),
         ],
         "docs/beyond.md": [ladder.samplers(rows, included), ladder.guidance(rows, included)],
     }
