@@ -11,6 +11,7 @@ from conftest import COLOURS, HERE, posix, save_run
 from PIL import Image
 
 from ddpm import Diffusion, linear_betas
+from docs import copies
 from extras.interpolate import interpolate
 from images import from_pixels, read_folder
 from run import load
@@ -163,3 +164,20 @@ def test_mistakes_of_evaluate_are_one_line(image_folder, program, tmp_path):
         (["--device", "quantum"], "--device quantum: "),
     ):  # fmt: skip
         assert said in program("evaluate", *words, code=1)
+
+
+def test_distances_to_the_nearest_images(tmp_path, monkeypatch, capsys):
+    """Grey images at 0, 10 and 40, and samples at 11 and 100; copies.py lists the nearest first."""
+    for folder, levels in {"data": (0, 10, 40), "samples": (11, 100)}.items():
+        (tmp_path / folder).mkdir()
+        for level in levels:
+            Image.new("L", (32, 32), level).save(tmp_path / folder / f"{level}.png")
+    words = "--data", tmp_path / "data", "--samples", tmp_path / "samples"
+    monkeypatch.setattr("sys.argv", ["copies.py", *map(str, words)])
+    copies.main()
+    first, second, *lines = capsys.readouterr().out.splitlines()
+    assert re.match(r" *1\.0 .*11\.png", first) and re.match(r" *60\.0 .*100\.png", second)
+    assert lines == [
+        "samples to images: median 1.0, 5% below 3.9",  # torch's median of two is the lower one
+        "images to other images: median 10.0, 5% below 10.0",
+    ]
