@@ -49,12 +49,24 @@ class Scene extends Passage {
 
   /** Draw the ways back of some points until a place. */
   drawWays(place, follows) {
-    const { from, view, small } = this;
-    const states = numbers.slice(0, 81).map((k) => this.at(from + ((place - from) * k) / 80).x);
-    const drawWay = (k, colour, width, alpha) =>
-      plane.drawLine(view, states.map((x) => pointOf(x, k)), colour, width * small, alpha);
-    for (let k = 0; k < N; k += 9) drawWay(k, colourOf(k), 1.2, 0.55);
-    if (follows) drawWay(chosen, colours.ink, 2.2);
+    const { view, small } = this, known = this.knownWays();
+    const states = [...known.filter((state) => state.place > place), this.at(place)];
+    const wayOf = (k) => states.map(({ x }) => pointOf(x, k));
+    for (const colour of [colours.other, colours.data]) {
+      const own = numbers.filter((k) => k % 9 === 0 && colourOf(k) === colour);
+      plane.drawLines(view, own.map(wayOf), colour, 1.2 * small, 0.55);
+    }
+    if (follows) plane.drawLine(view, wayOf(chosen), colours.ink, 2.2 * small);
+  }
+
+  /** What the way back is at 80 places, computed only once when it is complete. */
+  knownWays() {
+    const { steps, from, result } = this;
+    if (this.known?.steps === steps) return this.known.states;
+    const places = numbers.slice(0, 80).map((k) => from * (1 - k / 80));
+    const states = places.map((place) => ({ place, x: this.at(place).x }));
+    this.known = result && { steps, states };
+    return states;
   }
 
   /** Draw the points in the colours of their arcs. Each one glows. */
@@ -68,7 +80,7 @@ class Scene extends Passage {
 
   /** Draw lines from a point to the data it may have come from, and a ring at their mean. */
   drawOrigins(point, signal, shrunk) {
-    const { view, small } = this, weights = posterior(...point, signal ** 2, DATA);
+    const { view, small } = this, weights = posterior(point, signal ** 2, DATA);
     const largest = Math.max(...weights), mean = meanOf(weights, shrunk);
     weights.forEach((weight, m) => {
       const origin = pointOf(shrunk, m), size = Math.sqrt(weight) * small;

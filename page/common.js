@@ -4,24 +4,45 @@ export const $ = (id) => document.getElementById(id);
 export const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
 export const LOADING = "The network is loading.";
 
-/** Call call(share) whenever the share of an element that is in sight, from 0 to 1, has changed.
- * What the captions of a narrow screen cover is not in sight. */
+/** Call call(share) whenever the share of an element that is in sight has changed, from 0 to 1, which
+ * is as much as the window can show. What the captions of a narrow screen cover is not in sight. */
 export function follow(element, call, rootMargin = innerWidth < 960 ? "0px 0px -28%" : "0px") {
-  const watch = (entries) => call(entries.at(-1).intersectionRatio);
-  new IntersectionObserver(watch, { threshold: [0, 0.01, 0.4, 0.7], rootMargin }).observe(element);
+  const threshold = Array.from({ length: 51 }, (_, k) => k / 50);
+  const watch = (entries) => {
+    const { intersectionRect: { height }, boundingClientRect: all, rootBounds } = entries.at(-1);
+    call(height / Math.max(1, Math.min(all.height, rootBounds?.height ?? Infinity)));
+  };
+  new IntersectionObserver(watch, { threshold, rootMargin }).observe(element);
 }
 
-/** Let a pointer act on an element, but no second finger. */
+/** Let a pointer act on an element, but no second finger. A finger that goes down may mean to scroll
+ * the page, so it presses when it moves or is lifted. */
 export function onPointer(element, { press, drag, release }) {
+  let down = null; // the event with which a finger went down
+  const begin = () => {
+    if (down) press(down);
+    down = null;
+  };
   element.onpointerdown = (event) => {
     if (!event.isPrimary) return;
     element.setPointerCapture(event.pointerId);
-    press(event);
+    down = event;
+    if (event.pointerType !== "touch") begin();
   };
-  const holds = ({ isPrimary, pointerId }) => isPrimary && element.hasPointerCapture(pointerId);
-  element.onpointermove = (event) => holds(event) && drag(event);
-  element.onpointerup = (event) => event.isPrimary && release(event);
-  element.onpointercancel = release; // the finger scrolls the page
+  element.onpointermove = (event) => {
+    if (!event.isPrimary || !element.hasPointerCapture(event.pointerId)) return;
+    begin();
+    drag(event);
+  };
+  element.onpointerup = (event) => {
+    if (!event.isPrimary) return;
+    begin();
+    release(event);
+  };
+  element.onpointercancel = (event) => { // the finger scrolls the page
+    if (!down) release(event);
+    down = null;
+  };
 }
 
 /** Returns show(key, values), which shows a caption of a section and returns its text, with values

@@ -3,14 +3,15 @@
 import { $, LOADING, captions, follow, onChoice } from "./common.js";
 import { included, open } from "./network.js";
 import { Passage } from "./passage.js";
-import { drawImages } from "./plane.js";
-import { guided, noiseOf, predictX0 } from "./sampler.js";
+import { drawImages, readImage } from "./plane.js";
+import { exactEps } from "./points.js";
+import { ABAR, BETAS, guided, noiseOf, predictX0 } from "./sampler.js";
 import { Gesture } from "./timeline.js";
 
 const COLUMNS = 5, COUNT = 15; // of the pictures
 const WORDS = { none: null, weak: 0, strong: 3 }; // the guidance of each choice; null: no word
 const curtain = $("images-curtain"), show = captions("images");
-let gesture, network = null, word = "strong";
+let gesture, network = null, word = "weak";
 let own = null; // the reader's network
 let wanted = null; // the key of the network that is to draw: "clothes", "emoji" or "own"
 let guess = {}; // of the network at a place of the slider: {x0, place, isAsked}
@@ -20,13 +21,29 @@ const pictures = new Passage(null, { steps: 10 });
 async function select(key) {
   wanted = key;
   $("images-pills").hidden = key !== "emoji";
+  $("images-real").hidden = key !== "exact";
   wait();
   try {
-    const opened = key === "own" ? own : await included(key);
+    const opened = key === "own" ? own : await (key === "exact" ? exact() : included(key));
     if (key === wanted) useNetwork(opened);
   } catch (error) {
     if (key === wanted) gesture.fail(error);
   }
+}
+
+/** The exact arrows of the photographs in real.webp, as a network. */
+async function exact() {
+  const shown = $("real"), shape = [1, 32, 32], count = 12;
+  await shown.decode();
+  const context = new OffscreenCanvas(32 * count, 32).getContext("2d", { willReadFrequently: true });
+  context.drawImage(shown, 0, 0);
+  const photographs = new Float32Array(count * 1024);
+  for (let k = 0; k < count; k++) {
+    photographs.set(readImage(context, 32 * k).subarray(0, 1024), k * 1024);
+  }
+  drawImages($("images-real"), photographs, shape, count, 1);
+  const eps = async (x, t) => exactEps(x, ABAR[t], photographs, 1024, 0);
+  return { shape, betas: BETAS, eps, isExact: true };
 }
 
 /** Open the reader's network. One that cannot be opened changes nothing. */
@@ -72,7 +89,7 @@ function useNetwork(opened) {
 /** Ask what the network guesses at the place of the slider, one question at a time. */
 async function ask() {
   const { place, isBack } = gesture, own = guess;
-  if (isBack || !place || !pictures.x0 || own.isAsked || own.place === place) return;
+  if (isBack || !place || !pictures.eps || own.isAsked || own.place === place) return;
   own.isAsked = true;
   const { x, level } = pictures.at(place), t = Math.max(0, Math.round(level));
   const eps = await pictures.eps(x, t).catch((error) => gesture.fail(error));
@@ -84,7 +101,8 @@ async function ask() {
 function say() {
   const { place, isBack, hasCome, fault } = gesture;
   if (fault || !network) return show("missing", { text: fault || LOADING });
-  if (hasCome || (!place && !isBack)) return show(network.kinds ? word : "done");
+  const last = network.kinds ? word : network.isExact ? "exact" : "done";
+  if (hasCome || (!place && !isBack)) return show(last);
   const { length } = isBack ? pictures.levels : [];
   if (isBack) return show("back", { steps: length > 1 ? `${length} steps` : "one step" });
   return show(place < 1 ? "noising" : "noise");

@@ -11,9 +11,9 @@ const { colours } = plane;
 const STEPS = 3000; // of the training on the same dots
 const EVERY = 150; // steps, samples are drawn, which takes less than a tenth of the time
 const SLICE = 30; // milliseconds of training in a frame, so that nothing stalls
-const NOISE = noiseOf(0, 48, 2); // where the samples begin
+const NOISE = noiseOf(0, 80, 2); // where the samples begin
 const LOWEST = 80; // level of the arrows: with less noise, most point at the nearest dot
-const PHASE = 2500; // milliseconds of each phase of a step in slow motion
+const PHASE = 2500, TRAVEL = 5000; // milliseconds of a phase in slow motion, and of a way back
 const SPACING = 0.05, MOST = 500; // of the dots that the reader draws
 const random = uniform(1, 0), show = captions("learn");
 let data = SHAPES.arcs, trainer = new Trainer();
@@ -39,7 +39,20 @@ function training() {
   while (trainer.steps % EVERY && performance.now() < end);
   if (trainer.steps % EVERY) return;
   if (trainer.steps >= STEPS) timeline.stop();
-  sample();
+  const sampled = sample();
+  if (trainer.steps >= STEPS && !still) sampled.then(showWay);
+}
+
+/** Show the way of the samples from the noise, unless the reader has begun something else. */
+function showWay() {
+  if (timeline.move || timeline.place) return;
+  timeline.place = 1;
+  timeline.go(travel);
+}
+
+function travel(passed) {
+  timeline.place = Math.max(0, timeline.place - passed / TRAVEL);
+  if (!timeline.place) timeline.stop();
 }
 
 function play() {
@@ -114,7 +127,8 @@ function say() {
   const markStep = (item, k) => { item.ariaCurrent = slow?.phase === k ? "step" : null; };
   [...$("learn-steps").children].forEach(markStep);
   const stage = isNew ? "none" : steps < STEPS ? "some" : "done";
-  const key = slow ? "slow" : !data.length ? "empty" : level ? "level" : stage;
+  const isOnItsWay = timeline.move === travel && level;
+  const key = isOnItsWay ? "travel" : slow ? `slow${slow.phase}` : !data.length ? "empty" : level ? "level" : stage;
   return `${show(key, { steps, level })} ${misses} of the dots miss the data.`;
 }
 
@@ -129,7 +143,7 @@ function drawStage() {
   if (slow) return drawStep(slow, signal);
   if (pen || !samples.eps) return;
   if (data.length) drawArrows(Math.max(LOWEST, Math.round(level)), shrunk);
-  plane.drawDots(view, stateAt(samples.way, level).x, 2.8, colours.other, 0.9);
+  plane.drawDots(view, stateAt(samples.way, level).x, 4, colours.other, 0.9);
 }
 
 /** The phases of a step in slow motion until now. signal: by which the level shrinks the data. */
@@ -163,7 +177,7 @@ export function startLearning() {
   onPointer($("learn-plane"), {
     press(event) {
       stop(0); // where the dots are drawn
-      choose(null);
+      choose("none");
       addDots(event);
     },
     drag: addDots,

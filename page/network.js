@@ -23,40 +23,57 @@ function metadataOf(bytes) {
       digit = bytes[at];
       length += (digit % 128) * scale;
     }
-    return JSON.parse(text.slice(at, at + length));
+    try {
+      return JSON.parse(text.slice(at, at + length));
+    } catch {
+      throw new Error(`its ddpm.${name} cannot be read`);
+    }
   };
 }
 
-/** Open a model.onnx, and compute it in a worker. Fails with a sentence for the reader.
- * The network has betas, shape ([C, H, W]) and classes (their names, [] if there are none) of the
- * file. eps(x, t, y), for any whole number of images, is a promise; by default, y is "no class" for
- * each image. close() frees the memory; what was asked before is not answered any more. */
-export async function open(name, bytes) {
-  const worker = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
-  const waiting = []; // [resolve, reject] of each question, in order
-  worker.onmessage = ({ data }) => {
+const waiting = []; // [resolve, reject] of each question to the worker, in order
+let worker = null, count = 0; // one worker has all models, by their numbers
+
+/** Ask the worker, which is started if there is none. */
+function ask(question) {
+  worker ??= begin();
+  return new Promise((...callbacks) => {
+    waiting.push(callbacks);
+    worker.postMessage(question);
+  });
+}
+
+function begin() {
+  const its = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
+  its.onmessage = ({ data }) => {
     const [resolve, reject] = waiting.shift();
     if (data.error === undefined) resolve(data);
     else reject(new Error(data.error || LOST));
   };
-  worker.onerror = () => { // it could not be loaded
+  its.onerror = () => { // it could not be loaded
+    worker = null;
     for (const [, reject] of waiting.splice(0)) reject(new Error(LOST));
   };
-  const ask = (question) => new Promise((...callbacks) => {
-    waiting.push(callbacks);
-    worker.postMessage(question);
-  });
-  const close = () => worker.terminate();
+  return its;
+}
+
+/** Open a model.onnx, which is computed in a worker. Fails with a sentence for the reader.
+ * The network has betas, shape ([C, H, W]) and classes (their names, [] if there are none) of the
+ * file. eps(x, t, y), for any whole number of images, is a promise; by default, y is "no class" for
+ * each image. close() frees the memory. */
+export async function open(name, bytes) {
+  const number = count++, close = () => ask({ number });
   try {
     const read = metadataOf(bytes), betas = read("betas"), shape = read("image_shape");
     const classes = read("classes", []), values = read("eps_of_example", []);
-    await ask({ bytes, folders: FOLDERS, shape, classes, T: betas.length, values });
-    return { betas, shape, classes, close, eps: async (x, t, y) => (await ask({ x, t, y })).eps };
-  } catch (error) {
+    const T = betas.length;
+    await ask({ number, bytes, folders: FOLDERS, shape, classes, T, values });
+    const eps = async (x, t, y) => (await ask({ number, x, t, y })).eps;
+    return { betas, shape, classes, close, eps };
+  } catch ({ message }) {
+    if (message === LOST) throw new Error(LOST);
     close();
-    const [message] = error.message.split("\n"), what = "is not a model from export.py";
-    if (message === LOST) throw error;
-    throw new Error(`${name} ${what} that this browser can run: ${message}.`);
+    throw new Error(`${name} is not a model from export.py that this browser can run: ${message}.`);
   }
 }
 
@@ -68,5 +85,9 @@ async function download(name) {
   return { ...network, kinds: KINDS[name]?.map((kind) => network.classes.indexOf(kind)) };
 }
 
-/** The network "clothes" or "emoji", opened when it is first needed. kinds: of classes to draw. */
-export const included = (name) => (opened[name] ??= download(name));
+/** The network "clothes" or "emoji", opened when it is first needed, or again after a failure.
+ * kinds: of classes to draw. */
+export const included = (name) => (opened[name] ??= download(name).catch((error) => {
+  delete opened[name];
+  throw error;
+}));

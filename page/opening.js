@@ -26,7 +26,7 @@ function rowsOf(recording) {
 
 /** What takes the place of the network on the recorded way back, which begins at the noise. */
 function recorded(place) {
-  if (!rows.length || place < 1 || (gesture.round > 1 && pictures.eps)) return null;
+  if (!rows.length || place < 1 || (gesture.round > 1 && !gesture.fault)) return null;
   return (x, t) => { // the eps of the recorded estimate (15)
     const x0 = rows[STEPS - Math.floor(t / 100)], [signal, spread] = partsAt(t);
     return x.map((value, k) => (value - signal * x0[k]) / spread);
@@ -36,14 +36,17 @@ function recorded(place) {
 /** Let the network draw, in each place what the recording has there. */
 function useNetwork(network) {
   const kindOf = (_, k) => network.kinds[(k + Math.floor(k / 6) + 1) % 3];
+  gesture.fault = "";
   pictures.use(guided(network, Array.from({ length: COUNT }, kindOf), GUIDANCE));
   gesture.render();
 }
 
-/** Go on without the network: a way back that has begun is the recorded one. */
+/** Go on without the network: a way back from the noise is the recorded one. */
 function fail({ message }) {
   gesture.fault = message;
-  gesture.render();
+  if (!pictures.isWaiting || pictures.from < 1) return gesture.render();
+  pictures.steps = null;
+  gesture.sendBack();
 }
 
 function say() {
@@ -51,7 +54,7 @@ function say() {
   $("scene-play").textContent = move ? "Stop" : place ? "Remove the noise" : "Play";
   if (pictures.isWaiting) return show("missing", { text: fault || LOADING });
   if (!isBack) return show(!place ? "clean" : place < 1 ? "noising" : "noise");
-  return show(place ? "back" : "new");
+  return show(place ? "back" : fault && gesture.round > 1 ? "again" : "new");
 }
 
 function draw() {

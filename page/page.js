@@ -8,6 +8,12 @@ import { startLearning } from "./learn.js";
 import { included } from "./network.js";
 import { startOpening } from "./opening.js";
 
+/** The reader has done something. */
+const used = new Promise((resolve) => {
+  const once = { once: true, passive: true };
+  for (const event of ["scroll", "pointerdown", "keydown"]) addEventListener(event, resolve, once);
+});
+
 async function begin() {
   const sections = window.sections = {}; // the timeline of each, for the tests
   sections.arrows = startArrows();
@@ -17,10 +23,18 @@ async function begin() {
   const both = [startOpening(recording), startDrawing(recording)];
   [sections.opening, sections.drawing] = both;
   const start = (its) => included("emoji").then(its.useNetwork, (error) => its.fail(error));
+  addEventListener("online", () => both.map(start));
+  await used; // before, the recording is enough
   await Promise.all(both.map(start));
 }
 
 const [, owner] = location.hostname.match(/^(.+)\.github\.io$/) ?? [];
-if (owner) $("code").href = `https://github.com/${owner}/${location.pathname.split("/")[1]}`;
+if (owner) {
+  const code = `https://github.com/${owner}/${location.pathname.split("/")[1]}`;
+  $("code").href = code;
+  for (const link of document.querySelectorAll("[href^='../docs']")) {
+    link.href = link.getAttribute("href").replace("..", `${code}/blob/HEAD`);
+  }
+}
 $("unloaded").hidden = true;
 window.ready = begin();

@@ -44,7 +44,7 @@ export class Passage {
 
   /** Begin a round with what the network has brought back whole, or with the same data. */
   renew(seed) {
-    const x0 = (this.eps && !this.options.keepsData && this.result) || this.x0;
+    const x0 = (!this.options.keepsData && this.result) || this.x0;
     this.begin(x0, noiseOf(seed, 1, this.noise.length));
   }
 

@@ -37,10 +37,18 @@ export function drawDots({ context, at }, points, radius, colour, alpha = 1) {
 }
 
 /** Draw a line through places of the plane. */
-export function drawLine({ context, at }, places, colour, width = 2, alpha = 1) {
+export const drawLine = (view, places, ...style) => drawLines(view, [places], ...style);
+
+/** Draw lines at once, each of which goes through places of the plane. */
+export function drawLines({ context, at }, lines, colour, width = 2, alpha = 1) {
   [context.strokeStyle, context.lineWidth, context.globalAlpha] = [colour, width, alpha];
   context.beginPath();
-  for (const place of places) context.lineTo(...at(...place));
+  for (const places of lines) {
+    for (const [k, place] of places.entries()) {
+      if (k) context.lineTo(...at(...place));
+      else context.moveTo(...at(...place));
+    }
+  }
   context.stroke();
   context.globalAlpha = 1;
 }
@@ -61,30 +69,36 @@ export function grid({ width, height, unit }, rows) {
   });
 }
 
-/** Draw an arrow between two places of the plane, which ends `gap` pixels before the second one.
- * head: its length in pixels. */
-export function drawArrow(view, from, to, colour, width, options = {}) {
-  const { gap = 0, head = 4 * width, alpha } = options;
+/** Draw an arrow between two places of the plane, which ends `gap` pixels before the second one. */
+export function drawArrow(view, from, to, colour, width, { gap } = {}) {
+  drawLine(view, arrow(view, from, to, 4 * width, gap), colour, width);
+}
+
+/** The line of an arrow. head: its length, and gap: that at the end, in pixels. */
+function arrow(view, from, to, head, gap = 0) {
   const [right, up] = [0, 1].map((i) => to[i] - from[i]), angle = Math.atan2(up, right);
   const go = ([x, y], far, turn = 0) =>
     [x + far * Math.cos(angle + turn), y + far * Math.sin(angle + turn)];
   const length = Math.hypot(right, up) - gap / view.unit, end = go(from, length);
-  if (length <= 0) return;
+  if (length <= 0) return [];
   const [left, other] = [2.6, -2.6].map((turn) => go(end, head / view.unit, turn));
-  drawLine(view, [from, end, left, end, other], colour, width, alpha);
+  return [from, end, left, end, other];
 }
 
-/** Draw the arrows -eps at places of `grid`, at most one cell long and as opaque as `alphas` say. A
- * short way has a longer arrow than its share, so that its head can be seen. */
+/** Draw the arrows -eps at places of `grid`, at most one cell long and as opaque as `alphas` say, in
+ * tenths. A short way has a longer arrow than its share, so that its head can be seen. */
 export function drawField(view, places, eps, colour, width, alphas) {
   const cell = places[2] - places[0]; // in the plane, as all lengths here
+  const lines = Array.from({ length: 11 }, () => []); // of each tenth
   for (let k = 0; k < places.length; k += 2) {
-    const size = Math.hypot(eps[k], eps[k + 1]), alpha = Math.min(1, alphas?.[k / 2] ?? 1);
-    const length = cell * Math.sqrt(Math.min(1, size / 2.5)), from = [places[k], places[k + 1]];
-    if (!size || alpha < 0.03) continue;
+    const size = Math.hypot(eps[k], eps[k + 1]), from = [places[k], places[k + 1]];
+    const length = cell * Math.sqrt(Math.min(1, size / 2.5));
+    const tenth = Math.round(10 * Math.max(0, Math.min(1, alphas?.[k / 2] ?? 1)));
+    if (!size || !tenth) continue;
     const end = from.map((value, i) => value - (eps[k + i] / size) * length);
-    drawArrow(view, from, end, colour, width, { head: 0.3 * length * view.unit, alpha });
+    lines[tenth].push(arrow(view, from, end, 0.3 * length * view.unit));
   }
+  lines.forEach((its, tenth) => drawLines(view, its, colour, width, tenth / 10));
 }
 
 /** The image (3, 32, 32) in [-1, 1] that a context has at a place. */

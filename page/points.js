@@ -3,29 +3,38 @@
 export const STD = 0.02; // of the Gaussian around each point of the data
 export const MISS = 3 * STD; // farther from all of them, a point misses the data
 
-/** The probabilities of the centres that x_t = (x, y) may have come from. */
-export function posterior(x, y, abar, centres) {
-  const signal = Math.sqrt(abar), variance = abar * STD ** 2 + 1 - abar; // of each Gaussian at t
-  const square = (m) => (x - signal * centres[2 * m]) ** 2 + (y - signal * centres[2 * m + 1]) ** 2;
-  const logOf = (_, m) => square(m) / (-2 * variance);
-  const logs = Float64Array.from({ length: centres.length / 2 }, logOf);
+/** The probabilities of the centres that x, a point or an image at a level, may have come from. */
+export function posterior(x, abar, centres, std = STD) {
+  const size = x.length, signal = Math.sqrt(abar), variance = abar * std ** 2 + 1 - abar;
+  const logs = new Float64Array(centres.length / size);
+  for (let m = 0; m < logs.length; m++) {
+    let square = 0;
+    for (let i = 0; i < size; i++) square += (x[i] - signal * centres[m * size + i]) ** 2;
+    logs[m] = square / (-2 * variance);
+  }
   const largest = Math.max(...logs); // without it, all might round to 0
   const weights = logs.map((log) => Math.exp(log - largest));
   const total = weights.reduce((sum, weight) => sum + weight);
   return weights.map((weight) => weight / total);
 }
 
-/** The mean (x, y) of centres with these probabilities. */
-export const meanOf = (weights, centres) => [0, 1].map((i) =>
-  weights.reduce((sum, weight, m) => sum + weight * centres[2 * m + i], 0));
+/** The mean of centres with these probabilities. */
+export function meanOf(weights, centres) {
+  const mean = new Float64Array(centres.length / weights.length);
+  for (let k = 0; k < centres.length; k++) {
+    mean[k % mean.length] += weights[Math.floor(k / mean.length)] * centres[k];
+  }
+  return mean;
+}
 
-/** E[eps | x_t] for a mixture of Gaussians with these centres. */
-export function exactEps(x, abar, centres) {
-  const signal = Math.sqrt(abar), scale = Math.sqrt(1 - abar) / (abar * STD ** 2 + 1 - abar);
+/** E[eps | x_t] for a mixture of Gaussians with these centres. x has points of `size` numbers. */
+export function exactEps(x, abar, centres, size = 2, std = STD) {
+  const signal = Math.sqrt(abar), scale = Math.sqrt(1 - abar) / (abar * std ** 2 + 1 - abar);
   const eps = new Float32Array(x.length);
-  for (let k = 0; k < x.length; k += 2) {
-    const mean = meanOf(posterior(x[k], x[k + 1], abar, centres), centres);
-    for (const i of [0, 1]) eps[k + i] = scale * (x[k + i] - signal * mean[i]);
+  for (let k = 0; k < x.length; k += size) {
+    const point = x.subarray(k, k + size);
+    const mean = meanOf(posterior(point, abar, centres, std), centres);
+    for (let i = 0; i < size; i++) eps[k + i] = scale * (point[i] - signal * mean[i]);
   }
   return eps;
 }

@@ -28,18 +28,39 @@ export class Timeline {
       this.#ask();
     });
     new ResizeObserver(() => this.#ask(this.#isOld = true)).observe(stage); // draws at first, too
-    let before = 0, byKey = false; // before: where it was when the pointer went down
-    slider.onpointerdown = () => { [before, byKey] = [this.place, false]; };
-    slider.onpointercancel = () => this.moveTo(before); // a finger that scrolls the page
+    // A finger may mean to scroll the page. Until it moves along the slider, or is lifted, nothing
+    // happens. What moves the slider without a pointer, such as a key, does not let go of it.
+    let isHeld = false, touched = null; // where a finger went down
+    const byKey = (value) => slider.parentElement.classList.toggle("by-key", value);
+    slider.onpointerdown = ({ pointerType, clientX }) => {
+      [isHeld, touched] = [true, pointerType === "touch" ? clientX : null];
+      byKey(false);
+    };
+    slider.onpointermove = ({ clientX }) => {
+      if (touched === null || Math.abs(clientX - touched) < 8) return;
+      touched = null;
+      slider.oninput();
+    };
+    slider.onpointercancel = () => {
+      [isHeld, touched] = [false, null];
+      this.render(); // the thumb returns
+    };
     slider.oninput = () => {
+      if (touched !== null) return;
       // The browser has moved the thumb. If another value is written to the slider before the drag
       // ends, WebKit does not fire `change` at its end, so moveTo comes before stop, which renders.
       this.moveTo(slider.value / 1000);
       if (!this.goesOn) this.stop();
     };
-    slider.onchange = () => (byKey ? announce(this.say()) : this.place && this.letGo?.());
+    slider.onchange = () => {
+      if (!isHeld) return announce(this.say());
+      [isHeld, touched] = [false, null];
+      slider.oninput();
+      if (this.place) this.letGo?.();
+    };
     slider.onkeydown = (event) => {
-      byKey = true;
+      isHeld = false;
+      byKey(true);
       if (event.key !== "Enter" && event.key !== " ") return;
       event.preventDefault();
       this.letGo?.();

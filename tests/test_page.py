@@ -65,6 +65,7 @@ def opened():
         page.add_init_script(FASTER)
         page.goto(address)
         page.wait_for_function("window.sections?.drawing")
+        page.evaluate("dispatchEvent(new Event('scroll'))")  # from then on, networks are loaded
         return page
 
     with browser_and_address() as (browser, address):
@@ -305,7 +306,7 @@ def test_random_steps(page):
         ends.append(value_of(page, "arrows", "Array.from(passage.result)"))
         texts = page.locator("[id^=arrows][id$=miss]").all_text_contents()
         many, few, one = (int(text.split("%")[0]) for text in texts)
-        assert many < 15 and few > 60 and one > 90
+        assert many < 15 and one > 90 and (few > 60 if kind == "random" else few < 30)
     assert starts[0] == starts[1] == starts[2]
     assert np.abs(np.subtract(ends[0], ends[1])).mean() > 0.1
 
@@ -481,11 +482,14 @@ def test_opening_without_a_connection(opened):
     """And without ONNX Runtime: it comes back as recorded, but only from noise."""
     page = opened(dict.fromkeys([OUTSIDE, COPY], lambda r: r.abort()), motion="no-preference")
     until(page, "#scene-words .shown", "^New pictures")
+    shown = value_of(page, "opening", "Array.from(passage.result)")
     value_of(page, "opening", "(gesture.moveTo(0.5), gesture.letGo())")
     until(page, "#scene-words .shown", "^No pictures yet.*Connect to the internet")
     until(page, "#scene-play", "^Remove the noise$")  # from the next frame on
     value_of(page, "opening", "(gesture.moveTo(1), gesture.letGo())")
-    until(page, "#scene-words .shown", "^New pictures")
+    until(page, "#scene-words .shown", "^The same pictures")
+    again = value_of(page, "opening", "Array.from(passage.result)")
+    np.testing.assert_allclose(again, shown, atol=1e-5)
     for name, section in (("Images", "images"), ("Your drawing", "drawing")):
         page.get_by_role("link", name=name, exact=True).click()
         until(page, f"#{section}-words .shown", "^No pictures yet.*Connect to the internet")
