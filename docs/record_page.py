@@ -22,8 +22,15 @@ from playwright.sync_api import sync_playwright
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "page"
-BROWSERS = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
-CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
+CHROMIUM = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
+BROWSERS = {  # which are installed, or None
+    engine: next(filter(None, map(shutil.which, names)), None)
+    for engine, names in {"chromium": CHROMIUM, "firefox": ("firefox-esr", "firefox")}.items()
+}
+LAUNCH = {  # Firefox is driven as it is; no page of it can prefer less motion on its own
+    "chromium": {"args": ["--no-sandbox", "--disable-gpu"]},
+    "firefox": {"channel": "moz-firefox", "firefox_user_prefs": {"ui.prefersReducedMotion": 1}},
+}
 SIZE, GAP = 264, 8  # height of the plane, and its distance from the pictures, in pixels
 FORWARD, BACK, RATE = 30, 75, 20  # frames to the noise and back, and how many are shown a second
 DATA, NOISE, RESULT = 900, 500, 2200  # how long these frames stay, in milliseconds
@@ -45,19 +52,23 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 @contextmanager
-def browser_and_address():
-    """Serve the page as `python -m http.server -d page` does; yield a Chromium and the address."""
+def served():
+    """Serve the page as `python -m http.server -d page` does; yield the address."""
     handler = functools.partial(Quiet, directory=PAGE)
-    with (
-        http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server,
-        sync_playwright() as playwright,
-    ):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        flags = ["--no-sandbox", "--disable-gpu"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield browser, f"http://127.0.0.1:{server.server_port}/"
-        browser.close()
+        yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
+
+
+@contextmanager
+def browser_and_address(engine="chromium"):
+    """Start a browser, serve the page, and yield both. engine: of BROWSERS."""
+    with served() as address, sync_playwright() as playwright:
+        options = LAUNCH[engine] | {"executable_path": BROWSERS[engine]}
+        browser = getattr(playwright, engine).launch(**options)
+        yield browser, address
+        browser.close()
 
 
 def shown_at(page, place):
