@@ -41,7 +41,7 @@ class Scene extends Passage {
       plane.drawField(this.view, places, eps, colours.arrow, 1.4);
     }
     if (this.steps) this.drawWays(place, follows);
-    this.drawPoints(x, alpha);
+    this.drawPoints(x, alpha, follows);
     if (follows && place) this.drawOrigins(point, signal, shrunk);
     if (follows) plane.drawDots(this.view, point, 6 * this.small, colours.page);
     if (follows) plane.drawDots(this.view, point, 4.8 * this.small, colours.ink);
@@ -59,21 +59,21 @@ class Scene extends Passage {
     if (follows) plane.drawLine(view, wayOf(chosen), colours.ink, 2.2 * small);
   }
 
-  /** What the way back is at 80 places, computed only once when it is complete. */
+  /** What the way back is at 40 places, computed only once when it is complete. */
   knownWays() {
     const { steps, from, result } = this;
     if (this.known?.steps === steps) return this.known.states;
-    const places = numbers.slice(0, 80).map((k) => from * (1 - k / 80));
+    const places = numbers.slice(0, 40).map((k) => from * (1 - k / 40));
     const states = places.map((place) => ({ place, x: this.at(place).x }));
     this.known = result && { steps, states };
     return states;
   }
 
-  /** Draw the points in the colours of their arcs. Each one glows. */
-  drawPoints(x, alpha) {
+  /** Draw the points in the colours of their arcs. In the large panel, each one glows. */
+  drawPoints(x, alpha, glows) {
     for (const colour of [colours.other, colours.data]) {
       const own = numbers.filter((k) => colourOf(k) === colour).flatMap((k) => [...pointOf(x, k)]);
-      plane.drawDots(this.view, own, 10 * this.small, colour, 0.12 * alpha);
+      if (glows) plane.drawDots(this.view, own, 10 * this.small, colour, 0.12 * alpha);
       plane.drawDots(this.view, own, 3.2 * this.small, colour, alpha);
     }
   }

@@ -16,7 +16,7 @@ export function follow(element, call, rootMargin = innerWidth < 960 ? "0px 0px -
 }
 
 /** Let a pointer act on an element, but no second finger. A finger that goes down may mean to scroll
- * the page, so it presses when it moves or is lifted. */
+ * the page, so it presses when it is lifted, or moves more to the side than up or down. */
 export function onPointer(element, { press, drag, release }) {
   let down = null; // the event with which a finger went down
   const begin = () => {
@@ -29,8 +29,11 @@ export function onPointer(element, { press, drag, release }) {
     down = event;
     if (event.pointerType !== "touch") begin();
   };
+  const mayScroll = ({ clientX, clientY }) => getComputedStyle(element).touchAction !== "none"
+    && Math.abs(clientY - down.clientY) >= Math.abs(clientX - down.clientX);
   element.onpointermove = (event) => {
     if (!event.isPrimary || !element.hasPointerCapture(event.pointerId)) return;
+    if (down && mayScroll(event)) return;
     begin();
     drag(event);
   };

@@ -1,11 +1,14 @@
 """The page page/index.html, in a real browser: its numbers, its gestures and its faults."""
 
 import base64
+import glob
 import io
 import itertools
 import json
 import os
 import re
+import shutil
+import subprocess
 
 import numpy as np
 import onnx
@@ -21,7 +24,12 @@ from docs.make_figures import page_noise
 from extras.exact import exact_network
 
 pytest.importorskip("playwright", reason="the page's tests need playwright")
-from docs.record_page import BROWSERS, browser_and_address
+pytest.importorskip("selenium", reason="the page's tests need selenium")
+from selenium import webdriver
+from selenium.webdriver.webkitgtk.options import Options
+from selenium.webdriver.webkitgtk.service import Service
+
+from docs.record_page import BROWSERS, browser_and_address, served
 
 PAGE = HERE / "page"
 SHIPPED = PAGE / "fashion-mnist.onnx"
@@ -66,7 +74,7 @@ def opened(engine):
         said.append(route.request.url)
         route.abort()
 
-    def call(routes=None, **options):
+    def call(routes=None, used=True, **options):
         for context in browser.contexts:
             context.close()
         usual = {"viewport": {"width": 1280, "height": 900}}
@@ -79,12 +87,15 @@ def opened(engine):
         page.add_init_script(FASTER)
         page.goto(address)
         page.wait_for_function("window.sections?.drawing")
-        page.evaluate("dispatchEvent(new Event('scroll'))")  # from then on, networks are loaded
+        if used:
+            page.evaluate("dispatchEvent(new Event('scroll'))")  # networks are loaded
         return page
 
     with browser_and_address(engine) as (browser, address):
         yield call
-    assert not [text for text in said if "CORS" not in text]  # which Firefox says of what is blocked
+    assert not [
+        text for text in said if "CORS" not in text
+    ]  # which Firefox says of what is blocked
 
 
 @pytest.fixture(scope="module")
@@ -343,7 +354,8 @@ def test_network_learns_the_arcs(page):
     page.locator("#learn-stage").scroll_into_view_if_needed()
     until(page, "#learn-words .shown", "^Not trained")
     page.click("#learn-step")
-    page.locator("#learn-steps li:nth-child(5)[aria-current]").wait_for()
+    for phase in "dot", "level", "noise", "guess", "correction":
+        until(page, "#learn-words .shown", f"^One step of the training: (a )?{phase}")
     until(page, "#learn-words .shown", "^Training step 1T")
     page.click("#learn-play")
     page.click("#learn-step")  # after which the training goes on
@@ -390,6 +402,13 @@ def test_it_is_accessible(page):
     page.emulate_media(forced_colors="none")
     page.set_viewport_size({"width": 900, "height": 800})
     page.evaluate("scrollTo(0, document.getElementById('arrows').offsetTop)")
+    drag(page, "arrows-place", (0.5, 0.5), (0.4, 0.5))
+    page.press("#arrows-place", "ArrowRight")
+    assert value_of(page, "arrows", "gesture.isBack")
+    change = "(its) => ['input', 'change'].map((kind) => its.dispatchEvent(new Event(kind)))"
+    page.eval_on_selector("#arrows-place", "(its) => { its.value = 900; }")
+    page.eval_on_selector("#arrows-place", change)  # as a screen reader may do: it is not let go
+    assert not value_of(page, "arrows", "gesture.isBack")
     page.press("#arrows-place", "ArrowRight")
     hint = """(box) => ["top", "height"].reduce((end, key) =>
         end + parseFloat(getComputedStyle(box, "::after")[key]), box.getBoundingClientRect().top)"""
@@ -526,3 +545,127 @@ def test_what_is_set_while_a_network_loads_is_kept(opened):
         page.locator(f"#{name}-stage").scroll_into_view_if_needed()
         until(page, f"#{name}-words .shown", "^(New|Four|Back from)")
         assert value_of(page, section, "passage.from") == (1 if name == "images" else 0.4)
+
+
+TOUCH = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+
+
+def swipe(page, name, start, end, lifts=True):
+    """Move a finger between two places of an element, which are relative to its size."""
+    box, send = page.locator(f"#{name}").bounding_box(), page.context.new_cdp_session(page).send
+    for k in range(9):
+        u, v = (a + (b - a) * k / 8 for a, b in zip(start, end, strict=True))
+        point = {"x": box["x"] + u * box["width"], "y": box["y"] + v * box["height"]}
+        kind = "touchMove" if k else "touchStart"
+        send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [point]})
+        page.wait_for_timeout(20)
+    send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+
+
+@pytest.mark.parametrize("engine", ["chromium"], indirect=True)
+def test_finger_that_scrolls_changes_nothing(opened):
+    """Neither the plane of section 2, nor a slider; a finger along the slider moves it."""
+    page = opened(**TOUCH)
+    js(page, "() => window.ready")
+    page.locator("#learn-plane").scroll_into_view_if_needed()
+    before = page.evaluate("scrollY")
+    swipe(page, "learn-plane", (0.5, 0.9), (0.5, 0.2))
+    page.wait_for_function(f"scrollY > {before + 50}")
+    assert page.get_attribute("#learn-shapes [value=arcs]", "aria-pressed") == "true"
+    page.locator("#drawing-stage").scroll_into_view_if_needed()
+    value_of(page, "drawing", "(gesture.moveTo(0.5), gesture.comeBack())")
+    until(page, "#drawing-words .shown", "^Four results")
+    for end, place in ((0.5, -3.0), 0), ((0.8, 0.5), 0.8):
+        swipe(page, "drawing-place", (0.5, 0.5), end)
+        page.wait_for_timeout(300)
+        assert abs(value_of(page, "drawing", "passage.from") - (place or 0.5)) < 0.1
+        until(page, "#drawing-words .shown", "^Four results")
+
+
+@pytest.mark.parametrize("engine", ["chromium"], indirect=True)
+@pytest.mark.parametrize("width, height", [(683, 650), (950, 560), (1024, 500)])
+def test_sections_begin_by_themselves_in_any_window(width, height, opened):
+    size = {"width": width, "height": height}
+    page = opened(viewport=size, reduced_motion="no-preference")
+    for name, section in ("arrows", "arrows"), ("learn", "learning"), ("images", "images"):
+        page.locator(f"#{name}-stage").evaluate("(its) => its.scrollIntoView({block: 'center'})")
+        page.wait_for_function(f"window.sections.{section}.seen >= 0.7")
+
+
+def test_only_the_opening_is_loaded_at_first(opened):
+    """The networks wait for the reader, who then has one runtime for both of them."""
+    asked = []
+    pattern = r"[.]onnx$|[.]wasm$"
+    page = opened(
+        {pattern: lambda r: (asked.append(r.request.url[-9:]), r.continue_())}, used=False
+    )
+    page.wait_for_timeout(1000)
+    assert not asked
+    page.mouse.wheel(0, 10)
+    js(page, "() => Promise.all([window.ready, network.included('clothes')])")
+    assert sorted(name.rpartition(".")[2] for name in asked) == ["onnx", "onnx", "wasm"]
+
+
+def test_exact_arrows_lead_to_copies(page):
+    """Of the twelve photographs, from the noise from which the network draws."""
+    page.locator("#images-stage").scroll_into_view_if_needed()
+    x_T = images_at(page, 1)
+    page.click("#images-networks [value=exact]")
+    value_of(page, "images", "gesture.comeBack()")
+    until(page, "#images-words .shown", "^Only copies")
+    assert np.array_equal(images_at(page, 1), x_T)
+    photographs = pixels(page, "images-real")[0, :, :].T.reshape(-1, 32)
+    columns = [photographs[33 * k : 33 * k + 32].T for k in range(12)]
+    for x0 in sample.to_pixels(images_at(page, 0)[:, 0]):
+        assert min(np.abs(x0 - real.astype(int)).max() for real in columns) <= 2
+    page.click("#images-networks [value=clothes]")
+
+
+def test_main_path_in_webkit():
+    """Each section in WebKitGTK, which a second driver starts, with a screen of its own."""
+    names = "WebKitWebDriver", "Xvfb"
+    drivers = [shutil.which(name) for name in names]
+    found = glob.glob("/usr/lib/*/webkit2gtk-4.*/MiniBrowser")
+    if not all(drivers) or not found:
+        missing("WebKitGTK")
+    options = Options()
+    options.binary_location = found[0]
+    options.add_argument("--automation")
+    screen = subprocess.Popen(
+        [drivers[1], "-displayfd", "1", "-screen", "0", "1300x1000x24"], stdout=subprocess.PIPE
+    )
+    display = {"DISPLAY": f":{int(screen.stdout.readline())}"}
+    with served() as address:
+        service = Service(drivers[0], env=os.environ | display)
+        driver = webdriver.WebKitGTK(options=options, service=service)
+        try:
+            driver.set_script_timeout(90)
+            driver.get(address)
+            until = """const done = arguments[0], began = performance.now(), check = () => {
+                let value = null;
+                try { value = %s; } catch {}
+                if (value) done(true); else setTimeout(check, 100);
+            }; check();"""
+            for action, condition in MAIN_PATH:
+                driver.execute_script(action)
+                assert driver.execute_async_script(until % condition)
+        finally:
+            driver.quit()
+            screen.terminate()
+
+
+SHOWN = "/%s/.test(document.querySelector('#%s-words .shown').textContent)"
+MAIN_PATH = [  # what is done in each section, and what is then true
+    ("", "window.sections.drawing"),
+    ("dispatchEvent(new Event('scroll'))", SHOWN % ("^Clean|^New|^On|^Noise", "scene")),
+    ("window.sections.opening.moveTo(1); window.sections.opening.letGo()",
+     SHOWN % ("^New pictures", "scene")),
+    ("arrows.scrollIntoView(); window.sections.arrows.moveTo(1); window.sections.arrows.letGo()",
+     SHOWN % ("^Back from", "arrows")),
+    ("learning.scrollIntoView(); document.querySelector('[value=spiral]').click()",
+     SHOWN % ("^Training step", "learn")),
+    ("images.scrollIntoView(); window.sections.images.moveTo(1)", "window.sections.images.hasCome"),
+    ("document.querySelector('[value=emoji]').click()", "window.sections.images.hasCome"),
+    ("drawing.scrollIntoView(); const its = window.sections.drawing; its.moveTo(0.6); its.letGo()",
+     SHOWN % ("^Four results", "drawing")),
+]  # fmt: skip
