@@ -562,7 +562,7 @@ def swipe(page, name, start, end, lifts=True):
     send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
 
 
-@pytest.mark.parametrize("engine", ["chromium"], indirect=True)
+@pytest.mark.parametrize("engine", ENGINES[:1], indirect=True)
 def test_finger_that_scrolls_changes_nothing(opened):
     """Neither the plane of section 2, nor a slider; a finger along the slider moves it."""
     page = opened(**TOUCH)
@@ -582,7 +582,7 @@ def test_finger_that_scrolls_changes_nothing(opened):
         until(page, "#drawing-words .shown", "^Four results")
 
 
-@pytest.mark.parametrize("engine", ["chromium"], indirect=True)
+@pytest.mark.parametrize("engine", ENGINES[:1], indirect=True)
 @pytest.mark.parametrize("width, height", [(683, 650), (950, 560), (1024, 500)])
 def test_sections_begin_by_themselves_in_any_window(width, height, opened):
     size = {"width": width, "height": height}
@@ -621,6 +621,7 @@ def test_exact_arrows_lead_to_copies(page):
     page.click("#images-networks [value=clothes]")
 
 
+@pytest.mark.xdist_group("webkit")
 def test_main_path_in_webkit():
     """Each section in WebKitGTK, which a second driver starts, with a screen of its own."""
     names = "WebKitWebDriver", "Xvfb"
