@@ -49,7 +49,6 @@ ARMS = {  # their names in the tables, and the flags that replace some of --quic
     "quick": ("`--quick`", {}),
     "without-v": ("`--quick` without v", {"parts": ("weights", "muon")}),
     "without-weights": ("`--quick` without the loss weights", {"parts": ("v", "muon")}),
-    "without-muon-5e-4": ("`--quick` with Adam at 5e-4", ADAM | {"lr": 5e-4}),
     "without-muon": ("`--quick` with Adam at 1e-3", ADAM | {"lr": 1e-3}),
     "without-muon-2e-3": ("`--quick` with Adam at 2e-3", ADAM | {"lr": 2e-3}),
     "without-muon-4e-3": ("`--quick` with Adam at 4e-3", ADAM | {"lr": 4e-3}),
