@@ -52,6 +52,8 @@ ARMS = {  # their names in the tables, and the flags that replace some of --quic
     "without-muon": ("`--quick` with Adam at 1e-3", ADAM | {"lr": 1e-3}),
     "without-muon-2e-3": ("`--quick` with Adam at 2e-3", ADAM | {"lr": 2e-3}),
     "without-muon-4e-3": ("`--quick` with Adam at 4e-3", ADAM | {"lr": 4e-3}),
+    "without-muon-6e-3": ("`--quick` with Adam at 6e-3", ADAM | {"lr": 6e-3}),
+    "without-muon-1e-2": ("`--quick` with Adam at 1e-2", ADAM | {"lr": 1e-2}),
     "without-patches": ("`--quick` without patches", PIXELS),
     "without-cooldown": ("`--quick` without a cooldown", {"cooldown": 0.0}),
     "paper-v": ("the paper's recipe, and v", PAPER | {"parts": ("v",)}),
