@@ -495,7 +495,7 @@ def test_other_files_and_then_another_model(opened, tmp_path):
 
 
 def test_onnxruntime_comes_from_jsdelivr_where_there_is_no_copy(opened):
-    """Without WebGPU, it is plain WebAssembly. The network of section 3 is loaded near it."""
+    """The network of section 3 is loaded near it."""
     asked = set()
 
     def outside(route):
