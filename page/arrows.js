@@ -1,6 +1,6 @@
 // Section 1: dots dissolve into noise and come back along the exact arrows, in 50, 5 and 1 steps.
 
-import { $, announce, captions, onChoice, onPointer, still } from "./common.js";
+import { $, announce, captions, onPointer, still } from "./common.js";
 import { Passage } from "./passage.js";
 import * as plane from "./plane.js";
 import { DATA, exactEps, meanOf, missed, nearest, posterior } from "./points.js";
@@ -106,7 +106,7 @@ function say() {
   for (const { canvas, result } of scenes) {
     $(`${canvas.id}-miss`).textContent = hasCome ? `${missed(result, DATA)}% miss` : "";
   }
-  if (hasCome) return show(large.options.isRandom ? "random" : "done");
+  if (hasCome) return show("done");
   return show(place ? "noising" : "clean");
 }
 
@@ -133,10 +133,6 @@ export function startArrows() {
     announce(`The white dot: pixels ${pixels.map(Math.round).join(" and ")} % bright`);
     goOn();
   };
-  onChoice("arrows-steps", (value) => {
-    for (const scene of scenes) scene.use(scene.eps, { isRandom: value === "random" });
-    gesture.repeat();
-  });
   gesture.moveTo(FIRST);
   if (!still) gesture.hold(HOLD.first, () => gesture.sendBack(), 0.7);
   return gesture;

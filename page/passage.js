@@ -8,9 +8,8 @@ export class Passage {
   noise = null;
   steps = null; // those of the way back that are done; a last one with t = -1 has the result
 
-  /** eps(x, t): the network, or null while there is none. options: steps, of a way back; isRandom,
-   * whether they are those of Algorithm 2; betas; clip; keepsData, whether each round begins with
-   * the same data; recorded(place), which gives what replaces eps on a way back from this place, if
+  /** eps(x, t): the network, or null while there is none. options: steps, of a way back; betas;
+   * clip; keepsData, whether each round begins with the same data; recorded(place), which gives what replaces eps on a way back from this place, if
    * anything does. The gesture sets changed(error), which is called after each step, or when eps
    * has failed. */
   constructor(eps, options) {
@@ -75,7 +74,7 @@ export class Passage {
   sendBack(begin) {
     const place = this.x0 ? begin : 1;
     const { options } = this, t = Math.max(0, Math.round(this.levelAt(place)));
-    const levels = levelsOf(t + 1, Math.min(options.steps, t + 1), options.isRandom);
+    const levels = levelsOf(t + 1, Math.min(options.steps, t + 1));
     const xT = this.at(place).x, steps = [];
     Object.assign(this, { xT, from: place, levels, steps });
     const eps = options.recorded?.(place) ?? this.eps;
@@ -84,9 +83,8 @@ export class Passage {
 
   async #sample(eps, betas) {
     const { xT, options, steps, levels } = this, { clip } = options;
-    const noise = options.isRandom ? (n) => noiseOf(2 ** 32 * Math.random(), 1, n) : null;
     try {
-      for await (const step of reverse(eps, xT, betas, levels.length, { clip, noise })) {
+      for await (const step of reverse(eps, xT, betas, levels.length, clip)) {
         if (steps !== this.steps) return; // another way back has begun
         steps.push(step);
         this.changed();

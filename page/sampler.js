@@ -1,4 +1,4 @@
-// The forward process of ddpm.py; Algorithm 2, DDIM and the guidance of sample.py. Numbers in
+// The forward process of ddpm.py; DDIM and the guidance of sample.py. Numbers in
 // brackets are equations of the paper, arXiv:2006.11239. t counts 0..T-1, and the paper from 1.
 // Images are Float32Array in [-1, 1], in the order (B, C, H, W).
 
@@ -20,11 +20,9 @@ export function partsAt(level, abars = ABAR) {
   return [Math.sqrt(abar), Math.sqrt(1 - abar)];
 }
 
-/** The `steps` of T levels that the reverse process visits, from T - 1 to about T / 50, or to
- * T / steps by Algorithm 2. */
-export function levelsOf(T, steps, isRandom = false) {
-  const parts = isRandom ? steps : Math.max(50, steps), gaps = Math.max(1, steps - 1);
-  const last = Math.max(1, Math.floor(T / parts)) - 1;
+/** The `steps` of T levels that the reverse process visits, from T - 1 to about T / 50. */
+export function levelsOf(T, steps) {
+  const last = Math.max(1, Math.floor(T / Math.max(50, steps))) - 1, gaps = Math.max(1, steps - 1);
   return Array.from({ length: steps }, (_, k) => T - 1 - Math.floor((k * (T - 1 - last)) / gaps));
 }
 
@@ -32,28 +30,23 @@ export function levelsOf(T, steps, isRandom = false) {
 export const predictX0 = (x, eps, abar, limit = Infinity) => x.map((value, k) =>
   Math.min(limit, Math.max(-limit, (value - Math.sqrt(1 - abar) * eps[k]) / Math.sqrt(abar))));
 
-/** x_s after a step from x_t with the estimate x0: by DDIM, or with fresh noise z by Algorithm 2
- * with the small variance. abars: those of the betas, for s = -1 too. */
-function after(x, x0, t, s, abars, z) {
+/** x_s after a step from x_t with the estimate x0. abars: those of the betas, for s = -1 too. */
+function after(x, x0, t, s, abars) {
   const [signal, spread] = partsAt(t, abars), [signalOfS, spreadOfS] = partsAt(s, abars);
-  const variance = z ? (spreadOfS / spread) ** 2 * (1 - (signal / signalOfS) ** 2) : 0; // (7)
-  const kept = Math.sqrt(spreadOfS ** 2 - variance) / spread, added = Math.sqrt(variance);
-  return x.map((value, k) =>
-    signalOfS * x0[k] + kept * (value - signal * x0[k]) + (z ? added * z[k] : 0));
+  return x.map((value, k) => signalOfS * x0[k] + (spreadOfS / spread) * (value - signal * x0[k]));
 }
 
 /** The loop of sample.py, as an async generator: yields {t, s, x, x0, end} of each of `steps` steps
  * from t = T-1 down to s. x is x_t, at first xT, and end x_s; x0 is the estimate of the images,
  * clipped to [-1, 1] if `clip`, and the last one is the sample. eps(x, t) returns the noise in x,
- * or a promise of it. To start at an x_t, pass it as xT, with betas.slice(0, t + 1).
- * noise(n): n fresh normal numbers for each step of Algorithm 2; without it, it is DDIM. */
-export async function* reverse(eps, xT, betas, steps, { clip = true, noise } = {}) {
-  const abars = alphasBar(betas), levels = levelsOf(betas.length, steps, !!noise);
+ * or a promise of it. To start at an x_t, pass it as xT, with betas.slice(0, t + 1). */
+export async function* reverse(eps, xT, betas, steps, clip = true) {
+  const abars = alphasBar(betas), levels = levelsOf(betas.length, steps);
   let x = xT;
   for (const [k, t] of levels.entries()) {
     const s = levels[k + 1] ?? -1;
     const x0 = predictX0(x, await eps(x, t), abars[t], clip ? 1 : Infinity);
-    const end = after(x, x0, t, s, abars, noise?.(x.length));
+    const end = after(x, x0, t, s, abars);
     yield { t, s, x, x0, end };
     x = end;
   }

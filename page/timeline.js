@@ -184,13 +184,6 @@ export class Gesture extends Timeline {
     if (still) this.place = 0;
   }
 
-  /** Repeat a way back from the same noise, or begin one, if there is noise. */
-  repeat() {
-    if (this.isBack) this.place = this.passages[0].from;
-    for (const passage of this.passages) passage.begin(passage.x0, passage.noise);
-    if (this.place) this.comeBack();
-  }
-
   #begin() {
     for (const passage of this.passages) passage.sendBack(this.place);
   }
