@@ -79,7 +79,7 @@ def opened(engine):
         usual = {"viewport": {"width": 1280, "height": 900}}
         usual |= {"reduced_motion": "reduce"} if engine == "chromium" else {}
         page = browser.new_page(**usual | options)
-        page.set_default_timeout(300_000)
+        page.set_default_timeout(90_000)
         for pattern, handle in (routes or {OUTSIDE: refuse}).items():
             page.route(re.compile(pattern), handle)
         page.on("pageerror", lambda error: said.append(str(error)))
@@ -386,8 +386,10 @@ def test_it_is_accessible(page):
     page.evaluate("scrollTo(0, document.getElementById('arrows').offsetTop)")
     drag(page, "arrows-place", (0.5, 0.5), (0.4, 0.5))
     assert value_of(page, "arrows", "gesture.isBack")  # it was let go
-    change = "(its) => ['input', 'change'].map((kind) => its.dispatchEvent(new Event(kind)))"
-    page.eval_on_selector("#arrows-place", "(its) => { its.value = 900; }")
+    change = """(its) => {
+        its.value = 900;
+        for (const kind of ["input", "change"]) its.dispatchEvent(new Event(kind));
+    }"""
     page.eval_on_selector("#arrows-place", change)  # as a screen reader may do
     assert not value_of(page, "arrows", "gesture.isBack")
     page.press("#arrows-place", "ArrowRight")
@@ -448,6 +450,22 @@ def test_drawing_comes_back(page):
     drag(page, "drawing-place", (0.5, 0.5), (0.1, 0.5))
     until(page, "#drawing-words .shown", "^Four results")
     assert value_of(page, "drawing", "passage.from") < 0.2
+
+
+def test_exact_arrows_lead_to_copies(page):
+    """Of the twelve photographs, from the noise from which the network draws."""
+    page.locator("#images-stage").scroll_into_view_if_needed()
+    page.click("#images-networks [value=clothes]")
+    x_T = images_at(page, 1)
+    page.click("#images-networks [value=exact]")
+    value_of(page, "images", "gesture.comeBack()")
+    until(page, "#images-words .shown", "^Only copies")
+    assert np.array_equal(images_at(page, 1), x_T)
+    photographs = pixels(page, "images-real")[0, :, :].T.reshape(-1, 32)
+    columns = [photographs[33 * k : 33 * k + 32].T for k in range(12)]
+    for x0 in sample.to_pixels(images_at(page, 0)[:, 0]):
+        assert min(np.abs(x0 - real.astype(int)).max() for real in columns) <= 2
+    page.click("#images-networks [value=clothes]")
 
 
 def test_other_files_and_then_another_model(opened, tmp_path):
@@ -515,12 +533,14 @@ def test_opening_without_a_connection(opened, engine):
 def test_what_is_set_while_a_network_loads_is_kept(opened):
     """The way back waits for the network, in the opening and in sections 3 and 4."""
     held, names = [], {"scene": "opening", "drawing": "drawing", "images": "images"}
-    page = opened({r"[.]onnx$": lambda r: held.append(r)})
+    hold = lambda route: route.continue_() if held is None else held.append(route)  # noqa: E731
+    page = opened({r"[.]onnx$": hold})
     for name in names:
         page.fill(f"#{name}-place", "400")
         page.press(f"#{name}-place", "Enter")
         until(page, f"#{name}-words .shown", "^No pictures yet.*loading")
-    for route in held:
+    held, routes = None, held  # later requests are not held
+    for route in routes:
         route.continue_()
     for name, section in names.items():
         page.locator(f"#{name}-stage").scroll_into_view_if_needed()
@@ -585,21 +605,6 @@ def test_only_the_opening_is_loaded_at_first(opened):
     page.mouse.wheel(0, 10)
     js(page, "() => Promise.all([window.ready, network.included('clothes')])")
     assert sorted(name.rpartition(".")[2] for name in asked) == ["onnx", "onnx", "wasm"]
-
-
-def test_exact_arrows_lead_to_copies(page):
-    """Of the twelve photographs, from the noise from which the network draws."""
-    page.locator("#images-stage").scroll_into_view_if_needed()
-    x_T = images_at(page, 1)
-    page.click("#images-networks [value=exact]")
-    value_of(page, "images", "gesture.comeBack()")
-    until(page, "#images-words .shown", "^Only copies")
-    assert np.array_equal(images_at(page, 1), x_T)
-    photographs = pixels(page, "images-real")[0, :, :].T.reshape(-1, 32)
-    columns = [photographs[33 * k : 33 * k + 32].T for k in range(12)]
-    for x0 in sample.to_pixels(images_at(page, 0)[:, 0]):
-        assert min(np.abs(x0 - real.astype(int)).max() for real in columns) <= 2
-    page.click("#images-networks [value=clothes]")
 
 
 @pytest.mark.xdist_group("webkit")
