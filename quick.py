@@ -79,7 +79,7 @@ class WeightedDiffusion(Diffusion):
     """
 
     def draw_t(self, n, device=None):
-        """Draw n values of t in ascending order, one from each n-th of the density. Int64 (n,).
+        """Draw n values of t, int64 (n,): one from each of n intervals of equal probability.
 
         Kingma et al. 2021 (arXiv:2107.00630) draw such values for a uniform density.
         """

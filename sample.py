@@ -46,8 +46,8 @@ def reverse(eps, draw_noise, betas, variance="large", steps=None, sampler=None, 
         function that returns x_t first.
     betas, variance: as for Diffusion in ddpm.py.
     steps: how many of the T steps to take; all if None. The visited t are evenly spaced, from T-1
-        to T/steps - 1. With fewer than 50 steps, all samplers but "ddpm" go on to T/50 - 1, because
-        the last x0_hat, a mean, lacks the details that depend on the remaining noise.
+        to T/steps - 1. With 2 to 49 steps, all samplers but "ddpm" go on to T/50 - 1, because the
+        last x0_hat, a mean, lacks the details that depend on the remaining noise.
     sampler: "ddpm" is the paper's Algorithm 2, the default with all T steps. "dpm-solver++" is the
         second-order multistep solver of Lu et al. 2022 (arXiv:2211.01095), the default with fewer.
         "ddim" is DDIM without noise (Song et al. 2021, arXiv:2010.02502).
