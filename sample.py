@@ -439,8 +439,8 @@ def main(parser=None, open_network=open_onnx):
         check_output(args)
     except (OSError, ValueError) as error:
         sys.exit(f"{parser.prog}: {error}")
-    hint = "; --guidance 1 makes them clearer, but less varied"
-    hint = hint if args.classes and not args.guidance else ""
+    unguided = args.classes and not args.guidance
+    hint = "; --guidance 1 makes them clearer, but less varied" if unguided else ""
     print(f"{args.n} images in {args.steps} steps on {network.provider}{hint}", file=sys.stderr)
     stop, shown, done = receive_signals(), [], 0
     try:

@@ -90,16 +90,12 @@ def ours(**given):
 
 
 def medians(steps, rounds):
-    """Return the median time of each step, in seconds. The steps take turns.
-
-    steps: {(name, ..., number of threads): step}.
-    """
-    seconds = {key: [] for key in steps}
+    """Return the median time of each step, in seconds. steps: {name: step}, which take turns."""
+    seconds = {name: [] for name in steps}
     for _ in range(2 + rounds):
-        for key, step in steps.items():
-            torch.set_num_threads(key[-1])
-            seconds[key].append(clock(step))
-    return {key: statistics.median(values[2:]) for key, values in seconds.items()}
+        for name, step in steps.items():
+            seconds[name].append(clock(step))
+    return {name: statistics.median(values[2:]) for name, values in seconds.items()}
 
 
 def main():
@@ -110,30 +106,27 @@ def main():
     parser.add_argument("--rounds", type=int, default=7, help="number of rounds [%(default)s]")
     args = parser.parse_args()
     images = from_pixels(torch.randint(256, (256, 3, 32, 32), dtype=torch.uint8))
-    threads, kinds = torch.get_num_threads(), {"bfloat16": torch.bfloat16, "float32": None}
-    name, paper = "train.py, compiled" if IS_CUDA else "train.py", {}  # diffusers is eager
+    kinds = {"bfloat16": torch.bfloat16, "float32": None}
+    name, steps = "train.py, compiled" if IS_CUDA else "train.py", {}  # diffusers is eager
     for kind, dtype in kinds.items():
-        paper[name, kind, threads] = ours(batch=args.batch, amp=dtype is not None)
-        paper["diffusers", kind, threads] = diffusers_loop(images, args.batch, dtype)
+        steps[name, kind] = ours(batch=args.batch, amp=dtype is not None)
+        steps["diffusers", kind] = diffusers_loop(images, args.batch, dtype)
     lines = [
         "# Side by side",
         f"\n`python benchmarks/compare.py`, {time.strftime('%Y-%m-%d')}: {machine()}.",
         f"\n| a step of {args.batch} images | ms per image | ratio to diffusers |",
         "| --- | --- | --- |",
     ]
-    found = medians(paper, args.rounds)
-    for (program, kind, _), s in found.items():
-        ratio = s / found["diffusers", kind, threads]
+    found = medians(steps, args.rounds)
+    for (program, kind), s in found.items():
+        ratio = s / found["diffusers", kind]
         lines.append(f"| {program}, {kind} | {1000 * s / args.batch:.1f} | {ratio:.2f} |")
-    paper.clear()
-    steps = {kind: ours(**QUICK, amp=dtype is not None) for kind, dtype in kinds.items()}
-    counts = sorted({1, threads})
-    quick = {(kind, n): step for n in counts for kind, step in steps.items()}
-    found = medians(quick, 3 * args.rounds)
     lines += ["\n| `--quick`, 64 images per step | bfloat16 | float32 |", "| --- | --- | --- |"]
-    for n in counts:
-        rates = (f"{1 / found[kind, n]:.1f} steps/s" for kind in kinds)
-        lines.append(f"| {n} thread{'s' if n > 1 else ''} | {' | '.join(rates)} |")
+    steps = {kind: ours(**QUICK, amp=dtype is not None) for kind, dtype in kinds.items()}
+    for threads in sorted({1, torch.get_num_threads()}):
+        torch.set_num_threads(threads)
+        rates = (f"{1 / s:.1f} steps/s" for s in medians(steps, 3 * args.rounds).values())
+        lines.append(f"| {threads} thread{'s' if threads > 1 else ''} | {' | '.join(rates)} |")
     text = "\n".join(lines)
     (HERE / "RESULTS.md").write_text(text + "\n")
     print(text)

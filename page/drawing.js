@@ -48,7 +48,6 @@ function clear() {
 }
 
 function useNetwork(network) {
-  gesture.fault = "";
   drawing.use((x, t) => network.eps(x, t), { betas: network.betas });
   gesture.render();
 }

@@ -13,7 +13,7 @@ const WORDS = { none: null, weak: 0, strong: 3 }; // the guidance of each choice
 const curtain = $("images-curtain"), show = captions("images");
 let gesture, network = null, word = "weak";
 let own = null; // the reader's network
-let wanted = null; // the key of the network that is to draw: "clothes", "emoji" or "own"
+let wanted = null; // the key of what is to draw: "clothes", "emoji", "exact" or "own"
 let guess = {}; // of the network at a place of the slider: {x0, place, isAsked}
 const pictures = new Passage(null, { steps: 10 });
 
@@ -24,7 +24,7 @@ async function select(key) {
   $("images-real").hidden = key !== "exact";
   wait();
   try {
-    const opened = key === "own" ? own : await (key === "exact" ? exact() : included(key));
+    const opened = await (key === "own" ? own : key === "exact" ? exact() : included(key));
     if (key === wanted) useNetwork(opened);
   } catch (error) {
     if (key === wanted) gesture.fail(error);

@@ -127,8 +127,8 @@ function say() {
   const markStep = (item, k) => { item.ariaCurrent = slow?.phase === k ? "step" : null; };
   [...$("learn-steps").children].forEach(markStep);
   const stage = isNew ? "none" : steps < STEPS ? "some" : "done";
-  const isOnItsWay = timeline.move === travel && level;
-  const key = isOnItsWay ? "travel" : slow ? `slow${slow.phase}` : !data.length ? "empty" : level ? "level" : stage;
+  const atLevel = timeline.move === travel ? "travel" : "level";
+  const key = slow ? `slow${slow.phase}` : !data.length ? "empty" : level ? atLevel : stage;
   return `${show(key, { steps, level })} ${misses} of the dots miss the data.`;
 }
 

@@ -23,11 +23,7 @@ function metadataOf(bytes) {
       digit = bytes[at];
       length += (digit % 128) * scale;
     }
-    try {
-      return JSON.parse(text.slice(at, at + length));
-    } catch {
-      throw new Error(`its ddpm.${name} cannot be read`);
-    }
+    return JSON.parse(text.slice(at, at + length));
   };
 }
 

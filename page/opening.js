@@ -28,7 +28,7 @@ function rowsOf(recording) {
 function recorded(place) {
   if (!rows.length || place < 1 || (gesture.round > 1 && !gesture.fault)) return null;
   return (x, t) => { // the eps of the recorded estimate (15)
-    const x0 = rows[STEPS - Math.floor(t / 100)], [signal, spread] = partsAt(t);
+    const x0 = rows[1 + pictures.levels.indexOf(t)], [signal, spread] = partsAt(t);
     return x.map((value, k) => (value - signal * x0[k]) / spread);
   };
 }
@@ -36,7 +36,6 @@ function recorded(place) {
 /** Let the network draw, in each place what the recording has there. */
 function useNetwork(network) {
   const kindOf = (_, k) => network.kinds[(k + Math.floor(k / 6) + 1) % 3];
-  gesture.fault = "";
   pictures.use(guided(network, Array.from({ length: COUNT }, kindOf), GUIDANCE));
   gesture.render();
 }

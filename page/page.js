@@ -23,7 +23,6 @@ async function begin() {
   const both = [startOpening(recording), startDrawing(recording)];
   [sections.opening, sections.drawing] = both;
   const start = (its) => included("emoji").then(its.useNetwork, (error) => its.fail(error));
-  addEventListener("online", () => both.map(start));
   await used; // before, the recording is enough
   await Promise.all(both.map(start));
 }

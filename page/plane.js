@@ -10,12 +10,9 @@ export const colours = Object.fromEntries(
  * pointer points, at most near the edge. */
 export function clear(canvas, limit) {
   const { clientWidth: width, clientHeight: height } = canvas, ratio = devicePixelRatio;
-  const size = [width, height].map((side) => Math.round(side * ratio));
-  if (canvas.width !== size[0] || canvas.height !== size[1]) { // setting them takes time
-    [canvas.width, canvas.height] = size;
-  }
+  [canvas.width, canvas.height] = [Math.round(width * ratio), Math.round(height * ratio)];
   const context = canvas.getContext("2d", { alpha: false }), unit = height / 2 / limit;
-  context.setTransform(ratio, 0, 0, ratio, 0, 0);
+  context.scale(ratio, ratio);
   context.fillStyle = colours.page;
   context.fillRect(0, 0, width, height);
   context.lineCap = context.lineJoin = "round";

@@ -142,8 +142,11 @@ def test_fixed_variance_alone_makes_long_steps_fail(s, variance, steps, ratios):
         abar = d.alphas_bar[t].item()
         found = x_t.norm().item() / math.sqrt(abar * s**2 + 1 - abar)
         assert found == pytest.approx(ratio, abs=0.0051)
+    abar_129, abar_20 = d.alphas_bar[[128, 19]].tolist()
     added = 1 - d.alphas_bar[199].item() / d.alphas_bar[99].item()  # in 10 steps, by the last
     assert (added, 1 - d.alphas_bar[99].item()) == pytest.approx((0.27, 0.10), abs=0.006)
+    assert (added := 1 - abar_129 / abar_20) == pytest.approx(0.158, abs=5e-4)  # to t = 20
+    assert added / (1 - abar_20) == pytest.approx(27, abs=0.5)
 
 
 @pytest.mark.parametrize("variance", VARIANCES)

@@ -65,6 +65,7 @@ def images_in(folder):
 # ---------------------------------------------------------------- the library and the program alone
 
 
+HINT = "; --guidance 1 makes them clearer, but less varied\n"
 LIBRARY = """
 import sys; sys.modules |= dict.fromkeys(['torch', 'PIL', 'tqdm', 'onnx'])
 import onnxruntime, sample
@@ -86,8 +87,7 @@ def test_program_alone(begin, folder):
     code += "runpy.run_path('sample.py', run_name='__main__')"
     words = "--steps", "60", "--out", "new/s.png", "--dir", "new/all"
     said = said_by(begin(*words, "torch", code=code))
-    hint = "; --guidance 1 makes them clearer, but less varied\n"
-    assert said.startswith(f"24 images in 60 steps on CPUExecutionProvider{hint}")
+    assert said.startswith(f"24 images in 60 steps on CPUExecutionProvider{HINT}")
     assert said.endswith("\nnew/s.png: 24 images of blue, green, red\n")
     assert {p.name for p in folder.iterdir()} == {"sample.py", "model.onnx", "new"}
     assert Image.open("new/s.png").size == (8 * 6 * 11, 3 * 6 * 11)  # about 512 pixels
@@ -299,7 +299,7 @@ def test_cuda_must_agree_with_the_eps_of_the_file(factor, fault, program, folder
     for device in "cuda", "auto":
         monkeypatch.setattr(shutil, "which", lambda name, device=device: device == "auto")
         said = program("-n", 3, "--steps", 2, "--device", device, code=int(bool(fault)))
-        assert ("eps on CUDA is wrong; use --dev" if fault else f"2 steps on {cuda}") in said
+        assert ("eps on CUDA is wrong; use --dev" if fault else f"2 steps on {cuda}{HINT}") in said
         assert loaded.pop()
     (folder / "model.onnx").write_bytes(onnx_file(eps_of_example=None))
     assert "is wrong" not in program("-n", 3, "--steps", 2, code=int(factor != factor))
@@ -314,7 +314,7 @@ def test_card_that_cannot_be_used_is_said_in_a_line(package, program, monkeypatc
     line = "ONNX Runtime can't use CUDA. It needs driver 580 or newer and, in place of the package "
     line += 'onnxruntime: pip install "onnxruntime-gpu[cuda,cudnn]"'
     said = program("-n", 1, "--steps", 1)
-    assert f"{line}\n" in said and "on CPUExecutionProvider" in said
+    assert f"{line}\n" in said and f"on CPUExecutionProvider{HINT}" in said
     assert program("--device", "cuda", code=1).endswith(f"sample.py: {line}")
 
 
