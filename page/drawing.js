@@ -48,7 +48,7 @@ function clear() {
 }
 
 function useNetwork(network) {
-  drawing.use((x, t) => network.eps(x, t), { betas: network.betas });
+  drawing.use((x, t) => network.eps(x, t));
   gesture.render();
 }
 

@@ -1,19 +1,18 @@
 // Section 3: images. The gesture of the opening with a grid of pictures, under a curtain.
 
 import { $, LOADING, captions, follow, onChoice } from "./common.js";
-import { included, open } from "./network.js";
+import { included } from "./network.js";
 import { Passage } from "./passage.js";
 import { drawImages, readImage } from "./plane.js";
 import { exactEps } from "./points.js";
-import { ABAR, BETAS, guided, noiseOf, predictX0 } from "./sampler.js";
+import { ABAR, guided, noiseOf, predictX0 } from "./sampler.js";
 import { Gesture } from "./timeline.js";
 
 const COLUMNS = 5, COUNT = 15; // of the pictures
 const WORDS = { none: null, weak: 0, strong: 3 }; // the guidance of each choice; null: no word
 const curtain = $("images-curtain"), show = captions("images");
 let gesture, network = null, word = "weak";
-let own = null; // the reader's network
-let wanted = null; // the key of what is to draw: "clothes", "emoji", "exact" or "own"
+let wanted = null; // the key of what is to draw: "clothes", "emoji" or "exact"
 let guess = {}; // of the network at a place of the slider: {x0, place, isAsked}
 const pictures = new Passage(null, { steps: 10 });
 
@@ -24,7 +23,7 @@ async function select(key) {
   $("images-real").hidden = key !== "exact";
   wait();
   try {
-    const opened = await (key === "own" ? own : key === "exact" ? exact() : included(key));
+    const opened = await (key === "exact" ? exact() : included(key));
     if (key === wanted) useNetwork(opened);
   } catch (error) {
     if (key === wanted) gesture.fail(error);
@@ -43,27 +42,7 @@ async function exact() {
   }
   drawImages($("images-real"), photographs, shape, count, 1);
   const eps = async (x, t) => exactEps(x, ABAR[t], photographs, 1024, 0);
-  return { shape, betas: BETAS, eps, isExact: true };
-}
-
-/** Open the reader's network. One that cannot be opened changes nothing. */
-async function openOwn({ target }) {
-  const [file] = target.files, tell = (text) => { $("own-status").textContent = text; };
-  if (!file) return;
-  tell(`Loading ${file.name} …`);
-  target.value = "";
-  try {
-    const opened = await open(file.name, new Uint8Array(await file.arrayBuffer()));
-    own?.close();
-    own = opened;
-  } catch (error) {
-    return tell(error.message);
-  }
-  const button = $("images-networks").lastElementChild;
-  button.textContent = file.name;
-  button.click();
-  tell(`${file.name} draws in section 3.`);
-  $("images").scrollIntoView();
+  return { shape, eps, isExact: true };
 }
 
 /** Begin with noise, which can be sent back before the network is there. */
@@ -79,10 +58,10 @@ function wait() {
 /** Let a network draw. Each row of the emoji has a class; other networks draw without one. */
 function useNetwork(opened) {
   network = opened;
-  const { shape, betas, kinds } = network, w = kinds ? WORDS[word] : null;
+  const { shape, kinds } = network, w = kinds ? WORDS[word] : null;
   const y = Array.from({ length: COUNT }, (_, k) => kinds?.[Math.floor(k / COLUMNS)]);
   pictures.noise = noiseOf(0, COUNT, shape[0] * shape[1] * shape[2]);
-  pictures.use(w === null ? (x, t) => opened.eps(x, t) : guided(opened, y, w), { betas });
+  pictures.use(w === null ? (x, t) => opened.eps(x, t) : guided(opened, y, w));
   gesture.render();
 }
 
@@ -93,7 +72,7 @@ async function ask() {
   own.isAsked = true;
   const { x, level } = pictures.at(place), t = Math.max(0, Math.round(level));
   const eps = await pictures.eps(x, t).catch((error) => gesture.fail(error));
-  const x0 = eps ? predictX0(x, eps, pictures.abars[t], 1) : null;
+  const x0 = eps ? predictX0(x, eps, ABAR[t], 1) : null;
   Object.assign(own, { x0, place, isAsked: false });
   gesture.render(); // and ask again, if the slider has moved
 }
@@ -123,7 +102,6 @@ export function startImages() {
   gesture = new Gesture("images", [pictures], { draw, say });
   wait();
   follow($("images"), (share) => share && !wanted && select("clothes"), "100%"); // it comes near
-  $("model").onchange = openOwn;
   onChoice("images-networks", select);
   curtain.oninput = () => gesture.render();
   onChoice("images-pills", (value) => {

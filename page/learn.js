@@ -3,7 +3,7 @@
 import { $, captions, onChoice, onPointer, still } from "./common.js";
 import * as plane from "./plane.js";
 import { MISS, SHAPES, STD, exactEps, missed, nearest } from "./points.js";
-import { ABAR, BETAS, T, noiseOf, normal, partsAt, reverse, stateAt, uniform } from "./sampler.js";
+import { ABAR, T, noiseOf, normal, partsAt, reverse, stateAt, uniform } from "./sampler.js";
 import { Timeline } from "./timeline.js";
 import { Trainer, draw, epsOf } from "./trainer.js";
 
@@ -26,7 +26,7 @@ let timeline, view;
 async function sample() {
   const { steps } = trainer, average = trainer.average.map((p) => p.slice()), way = [];
   const eps = (x, t) => epsOf(average, x, t);
-  for await (const step of reverse(eps, NOISE, BETAS, 50, false)) way.push(step);
+  for await (const step of reverse(eps, NOISE, T - 1, 50, false)) way.push(step);
   const misses = data.length ? `${missed(way.at(-1).x0, data)}%` : "–";
   samples = { eps, way, misses, steps, isNew: !average[4].some(Boolean) }; // see `untrained`
   timeline.render();

@@ -24,9 +24,9 @@ function rowsOf(recording) {
   });
 }
 
-/** What takes the place of the network on the recorded way back, which begins at the noise. */
+/** What takes the place of the network on the first way back, which begins at the noise. */
 function recorded(place) {
-  if (!rows.length || place < 1 || (gesture.round > 1 && !gesture.fault)) return null;
+  if (!rows.length || place < 1 || gesture.round > 1) return null;
   return (x, t) => { // the eps of the recorded estimate (15)
     const x0 = rows[1 + pictures.levels.indexOf(t)], [signal, spread] = partsAt(t);
     return x.map((value, k) => (value - signal * x0[k]) / spread);
@@ -40,20 +40,12 @@ function useNetwork(network) {
   gesture.render();
 }
 
-/** Go on without the network: a way back from the noise is the recorded one. */
-function fail({ message }) {
-  gesture.fault = message;
-  if (!pictures.isWaiting || pictures.from < 1) return gesture.render();
-  pictures.steps = null;
-  gesture.sendBack();
-}
-
 function say() {
   const { place, isBack, move, fault } = gesture;
   $("scene-play").textContent = move ? "Stop" : place ? "Remove the noise" : "Play";
   if (pictures.isWaiting) return show("missing", { text: fault || LOADING });
   if (!isBack) return show(!place ? "clean" : place < 1 ? "noising" : "noise");
-  return show(place ? "back" : fault && gesture.round > 1 ? "again" : "new");
+  return show(place ? "back" : "new");
 }
 
 function draw() {
@@ -65,7 +57,7 @@ function draw() {
 export function startOpening(recording) {
   if (recording) rows = rowsOf(recording);
   pictures.begin(rows[0] ?? null, noiseOf(0, COUNT, SIZE));
-  gesture = new Gesture("scene", [pictures], { draw, say, useNetwork, fail });
+  gesture = new Gesture("scene", [pictures], { draw, say, useNetwork });
   $("scene-play").onclick = () => {
     if (gesture.move) return gesture.stop();
     gesture.stage.scrollIntoView({ block: "nearest" }); // only what is in sight moves

@@ -30,8 +30,7 @@ async function begin() {
 const [, owner] = location.hostname.match(/^(.+)\.github\.io$/) ?? [];
 if (owner) {
   const code = `https://github.com/${owner}/${location.pathname.split("/")[1]}`;
-  $("code").href = code;
-  for (const link of document.querySelectorAll("[href^='../docs']")) {
+  for (const link of document.querySelectorAll("[href^='../']")) {
     link.href = link.getAttribute("href").replace("..", `${code}/blob/HEAD`);
   }
 }

@@ -1,26 +1,25 @@
 // What dissolves into noise and comes back: the points of a plane, or pictures. A place, from 0
 // (the data) to 1 (the noise), tells how far it is.
 
-import { BETAS, alphasBar, levelsOf, noiseOf, partsAt, reverse, stateAt } from "./sampler.js";
+import { T, levelsOf, noiseOf, partsAt, reverse, stateAt } from "./sampler.js";
 
 export class Passage {
   x0 = null; // the data, or null: then x_t is noise until something has come back
   noise = null;
   steps = null; // those of the way back that are done; a last one with t = -1 has the result
 
-  /** eps(x, t): the network, or null while there is none. options: steps, of a way back; betas;
-   * clip; keepsData, whether each round begins with the same data; recorded(place), which gives
+  /** eps(x, t): the network, or null while there is none. options: steps, of a way back; clip;
+   * keepsData, whether each round begins with the same data; recorded(place), which gives
    * what replaces eps on a way back from this place, if anything does. The gesture sets
    * changed(error), which is called after each step, or when eps has failed. */
   constructor(eps, options) {
-    this.use(eps, { betas: BETAS, ...options });
+    Object.assign(this, { eps, options });
   }
 
-  /** Use another network, or other options. A way back that has waited for the network begins. */
-  use(eps, options) {
+  /** Use another network. A way back that has waited for it begins. */
+  use(eps) {
     const { isWaiting } = this;
-    Object.assign(this, { eps, options: { ...this.options, ...options } });
-    this.abars = alphasBar(this.options.betas);
+    this.eps = eps;
     if (!isWaiting) return;
     this.steps = null;
     this.sendBack(this.from);
@@ -33,7 +32,7 @@ export class Passage {
 
   /** Half of the way belongs to the lowest quarter of the levels, where most is decided. */
   levelAt(place) {
-    return this.abars.length * place ** 2 - 1;
+    return T * place ** 2 - 1;
   }
 
   /** Begin with these data and this noise. */
@@ -57,14 +56,14 @@ export class Passage {
   get reached() {
     if (!this.steps || this.result) return 0;
     const level = this.steps.length ? this.levels[this.steps.length] ?? 0 : Infinity;
-    return Math.min(this.from, Math.sqrt((level + 1) / this.abars.length) + 1e-6);
+    return Math.min(this.from, Math.sqrt((level + 1) / T) + 1e-6);
   }
 
   /** {x, x0, level} at a place; x0 is the data, or the estimate on the way back. */
   at(place) {
-    const level = this.levelAt(place), { steps, abars, x0, noise, xT } = this;
+    const level = this.levelAt(place), { steps, x0, noise, xT } = this;
     if (!steps && !x0) return { x: noise, x0: noise, level };
-    const [signal, spread] = partsAt(level, abars);
+    const [signal, spread] = partsAt(level);
     if (!steps) return { x: x0.map((it, k) => signal * it + spread * noise[k]), x0, level }; // (4)
     if (!steps.length) return { x: xT, x0: xT, level: this.levelAt(this.from) };
     return stateAt(steps, level);
@@ -74,17 +73,17 @@ export class Passage {
   sendBack(begin) {
     const place = this.x0 ? begin : 1;
     const { options } = this, t = Math.max(0, Math.round(this.levelAt(place)));
-    const levels = levelsOf(t + 1, Math.min(options.steps, t + 1));
+    const levels = levelsOf(t, Math.min(options.steps, t + 1));
     const xT = this.at(place).x, steps = [];
     Object.assign(this, { xT, from: place, levels, steps });
     const eps = options.recorded?.(place) ?? this.eps;
-    if (eps) this.#sample(eps, options.betas.slice(0, t + 1));
+    if (eps) this.#sample(eps);
   }
 
-  async #sample(eps, betas) {
-    const { xT, options, steps, levels } = this, { clip } = options;
+  async #sample(eps) {
+    const { xT, options, steps, levels } = this;
     try {
-      for await (const step of reverse(eps, xT, betas, levels.length, clip)) {
+      for await (const step of reverse(eps, xT, levels[0], levels.length, options.clip)) {
         if (steps !== this.steps) return; // another way back has begun
         steps.push(step);
         this.changed();

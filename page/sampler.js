@@ -2,51 +2,47 @@
 // brackets are equations of the paper, arXiv:2006.11239. t counts 0..T-1, and the paper from 1.
 // Images are Float32Array in [-1, 1], in the order (B, C, H, W).
 
-/** The running products abar_t of alpha_t = 1 - beta_t. */
-export function alphasBar(betas) {
-  let product = 1;
-  return Array.from(betas, (beta) => (product *= 1 - beta));
-}
-
-/** The paper's schedule. */
+/** The paper's schedule: abar_t, the running products of alpha_t = 1 - beta_t. */
 export const T = 1000;
-export const BETAS = Array.from({ length: T }, (_, t) => 1e-4 + ((0.02 - 1e-4) * t) / (T - 1));
-export const ABAR = alphasBar(BETAS);
+let product = 1;
+export const ABAR = Array.from({ length: T }, (_, t) =>
+  (product *= 1 - 1e-4 - ((0.02 - 1e-4) * t) / (T - 1)));
 
 /** [sqrt(abar), sqrt(1 - abar)] at a level from -1 (x_0) to T - 1, also between two levels. */
-export function partsAt(level, abars = ABAR) {
-  const low = Math.floor(level), at = (t) => (t < 0 ? 1 : abars[Math.min(t, abars.length - 1)]);
+export function partsAt(level) {
+  const low = Math.floor(level), at = (t) => (t < 0 ? 1 : ABAR[Math.min(t, T - 1)]);
   const abar = at(low) + (level - low) * (at(low + 1) - at(low));
   return [Math.sqrt(abar), Math.sqrt(1 - abar)];
 }
 
-/** The `steps` of T levels that the reverse process visits, from T - 1 to about T / 50. */
-export function levelsOf(T, steps) {
-  const last = Math.max(1, Math.floor(T / Math.max(50, steps))) - 1, gaps = Math.max(1, steps - 1);
-  return Array.from({ length: steps }, (_, k) => T - 1 - Math.floor((k * (T - 1 - last)) / gaps));
+/** The `steps` of the levels up to `first` that the reverse process visits, from the first one to
+ * about a fiftieth of it. */
+export function levelsOf(first, steps) {
+  const last = Math.max(1, Math.floor((first + 1) / Math.max(50, steps))) - 1;
+  const gaps = Math.max(1, steps - 1);
+  return Array.from({ length: steps }, (_, k) => first - Math.floor((k * (first - last)) / gaps));
 }
 
 /** The estimate of x_0 by (15), clipped to [-limit, limit]. */
 export const predictX0 = (x, eps, abar, limit = Infinity) => x.map((value, k) =>
   Math.min(limit, Math.max(-limit, (value - Math.sqrt(1 - abar) * eps[k]) / Math.sqrt(abar))));
 
-/** x_s after a step from x_t with the estimate x0. abars: those of the betas, for s = -1 too. */
-function after(x, x0, t, s, abars) {
-  const [signal, spread] = partsAt(t, abars), [signalOfS, spreadOfS] = partsAt(s, abars);
+/** x_s after a step from x_t with the estimate x0, for s = -1 too. */
+function after(x, x0, t, s) {
+  const [signal, spread] = partsAt(t), [signalOfS, spreadOfS] = partsAt(s);
   return x.map((value, k) => signalOfS * x0[k] + (spreadOfS / spread) * (value - signal * x0[k]));
 }
 
 /** The loop of sample.py, as an async generator: yields {t, s, x, x0, end} of each of `steps` steps
- * from t = T-1 down to s. x is x_t, at first xT, and end x_s; x0 is the estimate of the images,
- * clipped to [-1, 1] if `clip`, and the last one is the sample. eps(x, t) returns the noise in x,
- * or a promise of it. To start at an x_t, pass it as xT, with betas.slice(0, t + 1). */
-export async function* reverse(eps, xT, betas, steps, clip = true) {
-  const abars = alphasBar(betas), levels = levelsOf(betas.length, steps);
-  let x = xT;
+ * from t = `first` down to s. x is x_t, and end x_s; x0 is the estimate of the images, clipped to
+ * [-1, 1] if `clip`, and the last one is the sample. eps(x, t) returns the noise in x, or a promise
+ * of it. */
+export async function* reverse(eps, x, first, steps, clip = true) {
+  const levels = levelsOf(first, steps);
   for (const [k, t] of levels.entries()) {
     const s = levels[k + 1] ?? -1;
-    const x0 = predictX0(x, await eps(x, t), abars[t], clip ? 1 : Infinity);
-    const end = after(x, x0, t, s, abars);
+    const x0 = predictX0(x, await eps(x, t), ABAR[t], clip ? 1 : Infinity);
+    const end = after(x, x0, t, s);
     yield { t, s, x, x0, end };
     x = end;
   }

@@ -132,7 +132,7 @@ export class Gesture extends Timeline {
 
   fail({ message }) {
     this.fault = message;
-    this.stop();
+    this.render();
   }
 
   get isBack() {
