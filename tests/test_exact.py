@@ -85,6 +85,49 @@ def test_without_z_the_samples_are_right_but_two():
     assert how_many_differ(draw_noise=only_first(randn(128, 3, 8, 8))) < 5
 
 
+def test_example_of_the_lesson():
+    """Sections 4, 7 and 13: the two points, at t = 200 and x_t = 0.15. Here, i is t - 1."""
+    small, two, i, x_t = Diffusion(linear_betas(), "small"), torch.tensor([1.0, -1.0]), 199, 0.15
+    abar, x = small.alphas_bar, torch.linspace(-6, 6, 1_200_001).double()
+    beta, alpha, noise = (v[i].item() for v in (small.betas, small.alphas, (1 - abar).sqrt()))
+    assert (abar[i].sqrt().item(), noise) == pytest.approx((0.812, 0.584), abs=5e-4)
+
+    def log_q(x, i):  # of the two points with noise, up to a constant
+        means = abar[i].sqrt() * two
+        return (-((x[:, None] - means) ** 2) / (2 * (1 - abar[i]))).logsumexp(1)
+
+    centre, width = x_t / alpha**0.5, (beta / alpha) ** 0.5  # of the bump q(x_t | x_{t-1})
+    assert (centre, width) == pytest.approx((0.1503, 0.0639), abs=5e-5)
+    places = torch.tensor([centre - width, centre, centre + width], dtype=torch.float64)
+    low, at, high = log_q(places, i - 1).tolist()
+    found = low - at, high - at, (high - low) / 2, (high + low) / 2 - at
+    assert found == pytest.approx((-0.020, 0.029, 0.024, 0.004), abs=5e-4)
+    weights = (log_q(x, i - 1) - (x - centre) ** 2 / (2 * width**2)).softmax(0)
+    mean = (weights * x).sum().item()
+    long = 1 - (abar[199] / abar[99]).item()  # the beta of one of ten steps
+    found = (long / (1 - long)) ** 0.5, (1 - abar[99]).sqrt().item()
+    assert found == pytest.approx((0.60, 0.32), abs=5e-3)
+
+    at = torch.tensor([[[[x_t]]]]), torch.tensor([i])
+    eps = exact_network(small, two.view(2, 1, 1, 1))(*at)
+    x0_hat = small.predict_x0(*at, eps)
+    step = small.q_posterior_mean(x0_hat, *at)
+    assert (eps.item(), x0_hat.item()) == pytest.approx((-0.220, 0.343), abs=5e-4)
+    assert (step.item(), mean) == pytest.approx((0.1518, 0.1518), abs=5e-5)
+    weights = small.posterior_x0[i].item(), small.posterior_x_t[i].item()
+    assert weights == pytest.approx((0.0097, 0.9901), abs=5e-5)
+    for x0, its_eps, its_mean in (1, -1.13, 0.158), (-1, 1.65, 0.139):
+        assert (x_t - abar[i].sqrt().item() * x0) / noise == pytest.approx(its_eps, abs=5e-3)
+        assert weights[0] * x0 + weights[1] * x_t == pytest.approx(its_mean, abs=5e-4)
+
+    z, snr = torch.linspace(-9, 9, 20_001).double(), abar / (1 - abar)
+    density = (-(z**2) / 2).softmax(0)  # given x_0 = 1, u is SNR + sqrt(SNR) z
+    mse = torch.stack([(density * (1 - (s + s.sqrt() * z).tanh())).sum() for s in snr])
+    assert mse[[543, 136]].tolist() == pytest.approx([0.95, 0.05], abs=1e-3)
+    rectangles = ((snr[:-1] - snr[1:]) * mse[1:]).sum().item() / 2 / math.log(2)
+    assert rectangles == pytest.approx(1.007, abs=5e-4)
+
+
 def test_jump_to_the_estimate_costs_width():
     """Check the table in docs/notes.md. The other spacing is all steps of a short chain."""
     page = (copies.HERE / "notes.md").read_text("utf-8")

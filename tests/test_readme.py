@@ -46,11 +46,16 @@ def anchors(page):
 
 
 def test_quotes_are_the_code():
-    """Every Python block of the README, the lesson, beyond.md and notes.md is in a program."""
-    names = "ddpm.py", "sample.py", "extras/exact.py"
+    """Every Python block of the README, the lesson, beyond.md and notes.md is in a program.
+
+    So are those in the notebook's text.
+    """
+    names = "ddpm.py", "sample.py", "extras/exact.py", "docs/points.py"
     texts = [(HERE / name).read_text("utf-8").splitlines() for name in names]
     programs = [[line.strip() for line in text] for text in texts]
-    quotes = blocks(README + LESSON + BEYOND + NOTES, "python")
+    cells = nbformat.read(HERE / "docs" / "ddpm.ipynb", 4).cells
+    texts = [cell.source + "\n" for cell in cells if cell.cell_type == "markdown"]
+    quotes = blocks(README + LESSON + BEYOND + NOTES + "".join(texts), "python")
     assert len(quotes) >= 15
     for quote in quotes:
         lines = [line.strip() for line in quote.splitlines()]
