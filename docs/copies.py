@@ -178,7 +178,7 @@ def draw_transition(path, data):
 def draw_copies(path, data, runs):
     """Train the ten networks, print how far their samples are from images, and draw samples."""
     sets = split(data, runs)
-    trained, test = train(sets, runs), read(data / "test", 16)[:512]
+    trained, test = train(sets, runs), read(data / "test", 16)
     x_T = torch.randn(128, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     rows, names = [], []
     for n in SIZES:
@@ -189,17 +189,15 @@ def draw_copies(path, data, runs):
             for model in (network, other_network)
         ]
         index, distance = nearest(samples[0], images)
-        _, of_test = nearest(test, images)
+        _, of_test = nearest(test, images)  # of all classes, as the samples are
         apart, other = (  # samples of both networks from one x_T, and of one network from two x_T
             127.5 * (samples[0] - x).square().flatten(1).mean(1).sqrt()
             for x in (samples[1], samples[0].roll(1, 0))
         )
-        seen, unseen = (errors(diffusion, network, x) for x in (images[:512], test))
         print(f"{n} images: samples are {distance.median():.1f} from the nearest training image, "
               f"test images {of_test.median():.1f}; samples of both networks are "
               f"{apart.median():.1f} apart, a tenth of them more than {apart.quantile(0.9):.1f}, "
               f"and from different x_T {other.median():.1f}")  # fmt: skip
-        print("  training", *(f"{e:.4f}" for e in seen), "\n  test", *(f"{e:.4f}" for e in unseen))
         rows += [samples[0][:10], images[index[:10]], samples[1][:10]]
         names += [f"{n:,} images", "the nearest of them", f"{n:,} others"]
 

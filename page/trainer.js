@@ -74,7 +74,7 @@ function forward([W1, b1, W2, b2, W3, b3], x, t) {
 
 /** eps_theta(x_t, t) of the network with these parameters, with the same t for all points. */
 export const epsOf = (parameters, x, t) =>
-  forward(parameters, x, new Array(x.length / 2).fill(t)).eps;
+  forward(parameters, x, Array(x.length / 2).fill(t)).eps;
 
 const zeros = (n) => new Float32Array(n);
 

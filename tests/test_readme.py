@@ -22,7 +22,7 @@ from ddpm import Diffusion, linear_betas
 from docs import make_figures, points
 
 NAMES = ["docs/lesson.md", "docs/beyond.md", "docs/notes.md", "docs/guide.md", "README.md"]
-NAMES += ["docs/formulas.md", "benchmarks/ladder.md", "CONTRIBUTING.md"]
+NAMES += ["docs/formulas.md", "benchmarks/ladder.md", "CONTRIBUTING.md", "page/index.html"]
 PAGES = {name: (HERE / name).read_text("utf-8") for name in NAMES}
 LESSON, BEYOND, NOTES, GUIDE, README, *_ = PAGES.values()
 TESTS = "".join(p.read_text("utf-8") for p in [HERE / "test_ddpm.py", *HERE.glob("tests/*.py")])
@@ -73,7 +73,7 @@ def test_tests_files_links_and_anchors_exist():
         folders = HERE, HERE / "docs", HERE / "tests", HERE / "benchmarks"
         assert any((folder / "".join(name)).is_file() for folder in folders), name
     for path, page in PAGES.items():
-        for link in re.findall(r"(?:\]\(|src=\")(?!https://)([^)\"]+)", page):
+        for link in re.findall(r"(?:\]\(|src=\"|href=\"(?=\.\.))(?!https://)([^)\"]+)", page):
             file, _, anchor = link.partition("#")
             target = ((HERE / path).parent / file).resolve() if file else (HERE / path).resolve()
             assert target.is_file() or target.is_dir(), link
