@@ -48,7 +48,7 @@ function clear() {
 }
 
 function useNetwork(network) {
-  drawing.use((x, t) => network.eps(x, t));
+  drawing.use(network.eps);
   gesture.render();
 }
 

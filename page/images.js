@@ -3,7 +3,7 @@
 import { $, LOADING, captions, follow, onChoice } from "./common.js";
 import { included } from "./network.js";
 import { Passage } from "./passage.js";
-import { drawImages, readImage } from "./plane.js";
+import { drawImages, readRow } from "./plane.js";
 import { exactEps } from "./points.js";
 import { ABAR, guided, noiseOf, predictX0 } from "./sampler.js";
 import { Gesture } from "./timeline.js";
@@ -34,12 +34,7 @@ async function select(key) {
 async function exact() {
   const shown = $("real"), shape = [1, 32, 32], count = 12;
   await shown.decode();
-  const context = new OffscreenCanvas(32 * count, 32).getContext("2d", { willReadFrequently: true });
-  context.drawImage(shown, 0, 0);
-  const photographs = new Float32Array(count * 1024);
-  for (let k = 0; k < count; k++) {
-    photographs.set(readImage(context, 32 * k).subarray(0, 1024), k * 1024);
-  }
+  const photographs = readRow(shown, count).filter((_, k) => k % 3072 < 1024); // grey
   drawImages($("images-real"), photographs, shape, count, 1);
   const eps = async (x, t) => exactEps(x, ABAR[t], photographs, 1024, 0);
   return { shape, eps, isExact: true };
@@ -61,7 +56,7 @@ function useNetwork(opened) {
   const { shape, kinds } = network, w = kinds ? WORDS[word] : null;
   const y = Array.from({ length: COUNT }, (_, k) => kinds?.[Math.floor(k / COLUMNS)]);
   pictures.noise = noiseOf(0, COUNT, shape[0] * shape[1] * shape[2]);
-  pictures.use(w === null ? (x, t) => opened.eps(x, t) : guided(opened, y, w));
+  pictures.use(w === null ? opened.eps : guided(opened, y, w));
   gesture.render();
 }
 

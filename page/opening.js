@@ -2,27 +2,16 @@
 
 import { $, LOADING, captions, still } from "./common.js";
 import { Passage } from "./passage.js";
-import { drawImages, readImage } from "./plane.js";
+import { drawImages, readRow } from "./plane.js";
 import { guided, noiseOf, partsAt } from "./sampler.js";
 import { Gesture } from "./timeline.js";
 
 const COUNT = 12, SHAPE = [3, 32, 32], SIZE = 3072, STEPS = 10, GUIDANCE = 1;
 const show = captions("scene");
-let gesture, rows = []; // of recorded.webp
+// The rows of recorded.webp, by docs/make_figures.py: first the twelve pictures at the beginning, and
+// then the estimates in each step of the first way back, which needs no network.
+let gesture, rows = [];
 const pictures = new Passage(null, { steps: STEPS, recorded });
-
-/** The rows of recorded.webp, by docs/make_figures.py: first the twelve pictures at the beginning,
- * and then the estimates in each step of the first way back, which needs no network. */
-function rowsOf(recording) {
-  const { width, height } = recording;
-  const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
-  context.drawImage(recording, 0, 0);
-  return Array.from({ length: height / 32 }, (_, row) => {
-    const x0 = new Float32Array(COUNT * SIZE);
-    for (let k = 0; k < COUNT; k++) x0.set(readImage(context, 32 * k, 32 * row), k * SIZE);
-    return x0;
-  });
-}
 
 /** What takes the place of the network on the first way back, which begins at the noise. */
 function recorded(place) {
@@ -55,7 +44,8 @@ function draw() {
 
 /** Make the opening work, with noise if there is no recording. Returns its timeline. */
 export function startOpening(recording) {
-  if (recording) rows = rowsOf(recording);
+  const readAll = (_, row) => readRow(recording, COUNT, row);
+  rows = Array.from({ length: (recording?.height ?? 0) / 32 }, readAll);
   pictures.begin(rows[0] ?? null, noiseOf(0, COUNT, SIZE));
   gesture = new Gesture("scene", [pictures], { draw, say, useNetwork });
   $("scene-play").onclick = () => {

@@ -102,10 +102,18 @@ export function drawField(view, places, eps, colour, width, alphas) {
 }
 
 /** The image (3, 32, 32) in [-1, 1] that a context has at a place. */
-export function readImage(context, left = 0, top = 0) {
-  const { data } = context.getImageData(left, top, 32, 32);
+export function readImage(context, left = 0) {
+  const { data } = context.getImageData(left, 0, 32, 32);
   const value = (_, k) => data[4 * (k % 1024) + Math.floor(k / 1024)] / 127.5 - 1;
   return Float32Array.from({ length: 3 * 1024 }, value);
+}
+
+/** The images that a picture has in a row, (count, 3, 32, 32) in [-1, 1]. */
+export function readRow(picture, count, row = 0) {
+  const context = new OffscreenCanvas(32 * count, 32).getContext("2d", { willReadFrequently: true });
+  context.drawImage(picture, 0, -32 * row);
+  const images = Array.from({ length: count }, (_, k) => [...readImage(context, 32 * k)]);
+  return Float32Array.from(images.flat());
 }
 
 /** Show images (B, C, H, W) in [-1, 1], pixel by pixel, in rows of `columns` with a gap. */
