@@ -7,7 +7,7 @@ It presents the method in this order:
     UNet           eps_theta(x_t, t), the paper's network
 
     diffusion, model = Diffusion(linear_betas()), UNet()
-    diffusion.loss(model, x0).backward()                 # Algorithm 1, one step
+    diffusion.loss(model, x0).backward()  # Algorithm 1, one step
     x0 = diffusion.sample(model.eval(), (16, 3, 32, 32))  # Algorithm 2
 
 Numbers in parentheses are the paper's equation numbers. Images are float32 (B, C, H, W) in [-1, 1].

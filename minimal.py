@@ -1,3 +1,8 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["numpy>=2.0", "Pillow>=11.3", "tqdm>=4.66", "onnxruntime>=1.31",
+#                 "torch>=2.11", "onnx>=1.20", "onnxscript>=0.6.2"]
+# ///
 """Train a DDPM on a folder of images, export it to ONNX, and sample 16 images without torch.
 
     python minimal.py ./images [STEPS]    # 10,000 steps, unless you give another number

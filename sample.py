@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["numpy>=2.0", "Pillow>=11.3", "tqdm>=4.66", "onnxruntime>=1.31"]
+# ///
 """Generate images with a model.onnx in numpy and ONNX Runtime: the loop, the network, the program.
 
     python sample.py --onnx model.onnx                           # 64 images in samples.png

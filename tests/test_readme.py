@@ -145,6 +145,33 @@ def test_every_imported_package_is_required():
         assert re.search(rf"^{name.replace('PIL', 'Pillow')}\b", required, re.M), name
 
 
+def test_script_blocks_are_the_requirements():
+    """The blocks by which uv runs sample.py and minimal.py name what they import (PEP 723)."""
+    required = "".join((HERE / f"requirements{of}.txt").read_text() for of in ("", "-sample"))
+    required = re.findall(r"^([\w-]+>=[\w.]+)", required, re.M)
+    project = (HERE / "pyproject.toml").read_text()
+    for name, unused in ("sample.py", {"torch", "filelock", "onnx", "onnxscript"}), (
+        "minimal.py", {"filelock"}
+    ):  # fmt: skip
+        block = re.match(r"# /// script\n(.*?)# ///\n", (HERE / name).read_text("utf-8"), re.S)[1]
+        names = {line for line in required if line.partition(">=")[0] not in unused}
+        names = {line for line in names if "-gpu" not in line}
+        assert {*re.findall(r'"([\w-]+>=[\w.]+)"', block.partition("dependencies")[2])} == names
+        assert re.search(r'requires-python = ".*"', block)[0] in project
+
+
+@pytest.mark.slow
+def test_uv_draws_without_an_installation(tmp_path):
+    """The README's first line; minimal.py's packages are resolved, but not installed."""
+    (line,) = re.findall(r"^uv (run .*)$", README, re.M)
+    (tmp_path / "page").mkdir()
+    for name in "sample.py", "minimal.py", "page/fashion-mnist.onnx":
+        shutil.copy(HERE / name, tmp_path / name)
+    for words in line.split(), ["export", "--script", "minimal.py"]:
+        python("-m", "uv", *words, cwd=tmp_path)
+    assert Image.open(tmp_path / "samples.png").size > (256, 256)
+
+
 @pytest.mark.slow
 def test_commands_of_the_readme_run_in_their_order(
     program, exported, image_folder, class_folder, tmp_path
@@ -155,13 +182,13 @@ def test_commands_of_the_readme_run_in_their_order(
     for name in "docs/paper.onnx", "page/fashion-mnist.onnx", "page/emoji.onnx":
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(HERE / name, tmp_path / name)
-    commands = re.findall(r"python (?:train|export|sample)\.py[^`\n#]*", README)
-    assert len(commands) == 11
+    commands = re.findall(r"python (?:train|export|sample)\.py[^`\n#&]*", README)
+    assert len(commands) == 12
     for _, name, *words in map(str.split, commands):
         program(name, *words, *FEW.get(name, "").split(), cwd=tmp_path)
     runs = {"demo", "run", "run-clothes", "run-paper"}
     assert {p.parent.name for p in tmp_path.glob("*/checkpoint.pt")} == runs
-    assert [shape for _, shape in exported] == 2 * [(3, 32, 32)]
+    assert [shape for _, shape in exported] == [(3, 8, 8), (3, 32, 32), (3, 32, 32)]
 
 
 def test_lines_of_build_on_it_run(tmp_path, monkeypatch):
