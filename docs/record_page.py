@@ -105,7 +105,7 @@ def main():
     with browser_and_address() as (browser, address):
         page = browser.new_page(reduced_motion="reduce", viewport={"width": 720, "height": 2400})
         page.goto(address)
-        page.evaluate("window.ready")
+        page.evaluate("dispatchEvent(new Event('scroll')), window.ready")  # networks are loaded
         page.add_style_tag(content=STYLE)
         there, back, still = record(page)
     each = 1000 // RATE
