@@ -67,7 +67,7 @@ class Settings:
     data: str = flag(None, "folder of images [the built-in demo]")
     classes: bool = flag(False, "the sub-folders of --data are classes", action=switch)
     betas: tuple = tuple(linear_betas().tolist())
-    variance: str = flag("large", "sigma_t^2", choices=("large", "small"))
+    variance: str = flag("large", "sigma_t^2 of the reverse process", choices=("large", "small"))
     parts: tuple = flag((), "parts of quick.py to use [none]", choices=PARTS, nargs="*")
     batch: int = flag(128, "images per step, over all GPUs", type=positive)
     lr: float = flag(2e-4, "learning rate", type=amount)

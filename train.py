@@ -294,7 +294,7 @@ def describe(run, data, device):
     if s.data and len(data.images) < 1000:
         print("with fewer than 1,000 images, long training yields copies of them (docs/beyond.md)")
     if device.type == "cpu" and n > 5e6:
-        print("on a CPU, a network of this size takes very long; --quick takes minutes")
+        print("on a CPU, training a network of this size takes very long; --quick takes minutes")
 
 
 def say_next(run, out):
