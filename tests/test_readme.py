@@ -163,7 +163,7 @@ def test_script_blocks_are_the_requirements():
 @pytest.mark.slow
 def test_uv_draws_without_an_installation(tmp_path):
     """The README's first line; minimal.py's packages are resolved, but not installed."""
-    (line,) = re.findall(r"^uv (run .*)$", README, re.M)
+    (line,) = re.findall(r"^uv (run [^#\n]*)", README, re.M)
     (tmp_path / "page").mkdir()
     for name in "sample.py", "minimal.py", "page/fashion-mnist.onnx":
         shutil.copy(HERE / name, tmp_path / name)
