@@ -141,8 +141,8 @@ function drawStage() {
     plane.drawDots(view, shrunk, share * MISS * signal * view.unit, colours.data, 0.14);
   }
   if (slow) return drawStep(slow, signal);
-  if (pen || !samples.eps) return;
-  if (data.length) drawArrows(Math.max(LOWEST, Math.round(level)), shrunk);
+  if (pen || !samples.eps || !data.length) return;
+  drawArrows(Math.max(LOWEST, Math.round(level)), shrunk);
   plane.drawDots(view, stateAt(samples.way, level).x, 4, colours.other, 0.9);
 }
 
@@ -172,7 +172,8 @@ function drawArrows(level, shrunk) {
 
 /** Make the section work. Returns its timeline. */
 export function startLearning() {
-  timeline = new Timeline("learn", { draw: drawStage, say, goesOn: true });
+  const takeOver = () => slow && stop(timeline.place); // the training goes on
+  timeline = new Timeline("learn", { draw: drawStage, say, takeOver });
   const choose = onChoice("learn-shapes", (shape) => learn(SHAPES[shape] ?? new Float32Array()));
   onPointer($("learn-plane"), {
     press(event) {

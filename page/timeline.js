@@ -11,14 +11,15 @@ const paceAt = (place) => 0.3 + 2.06 * place;
 export class Timeline {
   place = 0;
   move = null; // what moves it: a function of the milliseconds since the last frame
+  takeOver = () => this.stop(); // when the reader moves the slider
   seen = 0; // the share of the stage that is in sight
   #asked = 0; // the number of the frame that has been asked for, or 0
   #isOld = true; // whether what is drawn is not what there is now
   #before = null; // the time of the last frame, while something moves
 
   /** name: of its stage and slider. its: draw() draws what is seen, and say() says it and returns
-   * it. Some have letGo(), called when the reader lets go of the slider; goesOn, whether it moves
-   * on when the reader moves the slider; and methods for the page. */
+   * it. Some have letGo(), called when the reader lets go of the slider; takeOver(), when the reader
+   * moves it; and methods for the page. */
   constructor(name, its) {
     const slider = $(`${name}-place`), stage = $(`${name}-stage`);
     Object.assign(this, its, { slider, stage });
@@ -50,7 +51,7 @@ export class Timeline {
       // The browser has moved the thumb. If another value is written to the slider before the drag
       // ends, WebKit does not fire `change` at its end, so moveTo comes before stop, which renders.
       this.moveTo(slider.value / 1000);
-      if (!this.goesOn) this.stop();
+      this.takeOver();
     };
     slider.onchange = () => {
       if (!isHeld) return announce(this.say());
