@@ -19,7 +19,7 @@ const random = uniform(1, 0), show = captions("learn");
 let data = SHAPES.arcs, trainer = new Trainer();
 let samples = { eps: null, misses: "–" }; // {eps, way, misses, steps, isNew} of a network
 let slow = null; // a training step in slow motion
-let pen = null; // where the reader draws
+let pen = null, drawn = new Float32Array(); // where the reader draws, and what
 let timeline, view;
 
 /** Let dots follow the arrows of the network as it is now. */
@@ -174,7 +174,8 @@ function drawArrows(level, shrunk) {
 export function startLearning() {
   const takeOver = () => slow && stop(timeline.place); // the training goes on
   timeline = new Timeline("learn", { draw: drawStage, say, takeOver });
-  const choose = onChoice("learn-shapes", (shape) => learn(SHAPES[shape] ?? new Float32Array()));
+  const choose = onChoice("learn-shapes", (shape) => // pressed again, Draw clears the drawing
+    learn(SHAPES[shape] ?? (data === drawn ? new Float32Array() : drawn)));
   onPointer($("learn-plane"), {
     press(event) {
       stop(0); // where the dots are drawn
@@ -184,7 +185,7 @@ export function startLearning() {
     drag: addDots,
     release() {
       pen = null;
-      learn(data);
+      learn(drawn = data);
     },
   });
   $("learn-play").onclick = play;
