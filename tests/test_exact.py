@@ -4,6 +4,7 @@ The demo has 216 images of 192 values. With the exact network, its loss, samples
 without any training.
 """
 
+import itertools
 import math
 import re
 from functools import partial
@@ -190,6 +191,17 @@ def test_fixed_variance_alone_makes_long_steps_fail(s, variance, steps, ratios):
     assert (added, 1 - d.alphas_bar[99].item()) == pytest.approx((0.27, 0.10), abs=0.006)
     assert (added := 1 - abar_129 / abar_20) == pytest.approx(0.158, abs=5e-4)  # to t = 20
     assert added / (1 - abar_20) == pytest.approx(27, abs=0.5)
+
+
+def test_ddim_on_the_same_nine_steps():
+    """For data from N(0, 1/4), the deviation of x_100, relative to the right one."""
+    d, x_t = Diffusion(linear_betas()), torch.ones(1, 1, 1, 1)  # one unit of noise
+    network = exact_network(d, torch.zeros(1, 1, 1, 1), std=0.5)
+    for t, s in itertools.pairwise(torch.arange(999, 98, -100)[:, None]):
+        eps = network(x_t, t)
+        x_t = d.q_sample(d.predict_x0(x_t, t, eps), s, eps)
+    abar = d.alphas_bar[99].item()
+    assert x_t.item() / math.sqrt(abar / 4 + 1 - abar) == pytest.approx(0.89, abs=0.005)
 
 
 @pytest.mark.parametrize("variance", VARIANCES)

@@ -427,7 +427,8 @@ def test_what_is_set_while_a_network_loads_is_kept(opened):
         page.press(f"#{name}-place", "Enter")
         until(page, f"#{name}-words .shown", "^No pictures yet.*loading")
     held, routes = None, held  # later requests are not held
-    [route.continue_() for route in routes]
+    for route in routes:
+        route.continue_()
     for name, section in names.items():
         page.locator(f"#{name}-stage").scroll_into_view_if_needed()
         until(page, f"#{name}-words .shown", "^(New|Four|Back from)")

@@ -150,12 +150,11 @@ def test_script_blocks_are_the_requirements():
     required = "".join((HERE / f"requirements{of}.txt").read_text() for of in ("", "-sample"))
     required = re.findall(r"^([\w-]+>=[\w.]+)", required, re.M)
     project = (HERE / "pyproject.toml").read_text()
-    for name, unused in ("sample.py", {"torch", "filelock", "onnx", "onnxscript"}), (
-        "minimal.py", {"filelock"}
-    ):  # fmt: skip
+    others = {"sample.py": {"torch", "filelock", "onnx", "onnxscript"}, "minimal.py": {"filelock"}}
+    for name, unused in others.items():
         block = re.match(r"# /// script\n(.*?)# ///\n", (HERE / name).read_text("utf-8"), re.S)[1]
+        unused = unused | {"onnxruntime-gpu"}
         names = {line for line in required if line.partition(">=")[0] not in unused}
-        names = {line for line in names if "-gpu" not in line}
         assert {*re.findall(r'"([\w-]+>=[\w.]+)"', block.partition("dependencies")[2])} == names
         assert re.search(r'requires-python = ".*"', block)[0] in project
 
@@ -253,6 +252,9 @@ def test_small_reverse_steps_are_nearly_gaussian():
             for t in (2, 20, 50, 100, 200, 500)]  # fmt: skip
     assert bits[0] < 1e-16 and bits[1] < 1e-16
     assert bits[2:] == pytest.approx([6e-10, 1.5e-6, 2e-7, 2.1e-11], rel=0.05)
+    every_tenth = (make_figures.distance_to_gaussian(Diffusion(linear_betas()), t)
+                   for t in range(5, 1000, 10))  # fmt: skip
+    assert 10 * sum(every_tenth) == pytest.approx(1e-4, abs=5e-5)  # of all steps
     ten, _ = make_figures.short_chain(10)
     assert make_figures.distance_to_gaussian(ten, 1) == pytest.approx(0.22, abs=0.01)
 
