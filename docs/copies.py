@@ -199,7 +199,7 @@ def draw_copies(path, data, runs):
               f"{apart.median():.1f} apart, a tenth of them more than {apart.quantile(0.9):.1f}, "
               f"and from different x_T {other.median():.1f}")  # fmt: skip
         rows += [samples[0][:10], images[index[:10]], samples[1][:10]]
-        names += [f"{n:,} images", "the nearest of them", f"{n:,} others"]
+        names += [f"trained on {n:,}", "nearest image", f"on {n:,} others"]
 
     save_sheet(path, torch.stack(rows).clamp(-1, 1).numpy(), rows=names, inches=0.45)
 

@@ -80,7 +80,7 @@ def save_sheet(path, images, columns=(), rows=(), frames=(), inches=0.85):
     figure = Figure(figsize=(inches * C + 0.9 * bool(len(rows)), inches * R + 0.4))
     figure.set_layout_engine("constrained")
     show(figure.subplots(), images, columns, rows, frames)
-    figure.savefig(path, dpi=DPI)
+    figure.savefig(path, dpi=DPI, bbox_inches="tight")
 
 
 def plot(axes, curves, x_label, y_label, **scales):
