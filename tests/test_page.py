@@ -478,6 +478,9 @@ def test_sections_begin_by_themselves_in_any_window(width, height, opened):
     for name, section in ("arrows", "arrows"), ("learn", "learning"), ("images", "images"):
         page.locator(f"#{name}-stage").evaluate("(its) => its.scrollIntoView({block: 'center'})")
         page.wait_for_function(f"window.sections.{section}.seen >= 0.7")
+    page.evaluate("document.querySelector('#images-networks').scrollIntoView(false)")
+    page.click("#images-networks [value=exact]")  # which is far above the pictures
+    page.wait_for_function("window.sections.images.seen >= 0.7")
 
 
 SHOWN = "/^%s/.test(document.querySelector('#%s-words .shown').textContent)"
