@@ -7,8 +7,9 @@
 The folder fashion-mnist has the images in train/ and test/. The program compares the included
 network with the exact networks of 100 to 60,000 training images. With --runs, it trains ten small
 networks, on two disjoint sets for each of five sizes. It measures what beyond.md reports. With
---samples, it only prints the distance from each sample to its nearest image in --data. Printed and
-drawn values of t count from 1, as in the paper; the code's index is one less.
+--samples, it only prints the distance from each sample to its nearest image in --data, and draws
+twelve such pairs in nearest.png. Printed and drawn values of t count from 1, as in the paper; the
+code's index is one less.
 """
 
 import argparse
@@ -91,18 +92,23 @@ def nearest(x, images):
     return index, 127.5 * distance / x[0].numel() ** 0.5
 
 
-def print_nearest(folder, data):
+def compare_samples(folder, data, path):
     """Print how far each image of a folder is from its nearest image of the data, nearest first.
 
-    Then print the median and the 5% quantile of these distances, and of those between the data.
+    Then print the median and the 5% quantile of these distances, and of those between the data. The
+    sheet at `path` has up to twelve of the images above their nearest images.
     """
     paths, images = sorted(folder.rglob("*.png")), read_folder(data, 32)[0]
     samples = np.stack([read_image(path, 32, images.shape[1]) for path in paths])
     samples, images = (from_pixels(torch.from_numpy(x)) for x in (samples, images))
-    _, distance = nearest(samples, images)
-    for value, path in sorted(zip(distance.tolist(), paths, strict=True)):
-        print(f"{value:5.1f}  {path}")
-    apart = torch.cdist(images.flatten(1), images.flatten(1)).fill_diagonal_(torch.inf).amin(1)
+    index, distance = nearest(samples, images)
+    for value, file in sorted(zip(distance.tolist(), paths, strict=True)):
+        print(f"{value:5.1f}  {file}")
+    some = slice(None, None, -(-len(paths) // 12))  # of all classes
+    pairs = torch.stack([samples[some], images[index[some]]])
+    save_sheet(path, pairs.numpy(), rows=["samples", "nearest"], inches=0.7)
+    flat = images.flatten(1)  # each image is the first of those nearest to itself
+    apart = torch.cat([torch.cdist(x, flat).kthvalue(2, 1).values for x in flat.split(1000)])
     apart = 127.5 * apart / images[0].numel() ** 0.5
     for name, values in ("samples to images", distance), ("images to other images", apart):
         print(f"{name}: median {values.median():.1f}, 5% below {values.quantile(0.05):.1f}")
@@ -215,7 +221,7 @@ def main():
     args = parser.parse_args()
 
     if args.samples:
-        return print_nearest(args.samples, args.data)
+        return compare_samples(args.samples, args.data, args.out / "nearest.png")
     draw_transition(args.out / "transition.png", args.data)
     if args.runs:
         draw_copies(args.out / "copies.png", args.data, args.runs)

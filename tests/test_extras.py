@@ -172,7 +172,7 @@ def test_distances_to_the_nearest_images(tmp_path, monkeypatch, capsys):
         (tmp_path / folder).mkdir()
         for level in levels:
             Image.new("L", (32, 32), level).save(tmp_path / folder / f"{level}.png")
-    words = "--data", tmp_path / "data", "--samples", tmp_path / "samples"
+    words = "--data", tmp_path / "data", "--samples", tmp_path / "samples", "--out", tmp_path
     monkeypatch.setattr("sys.argv", ["copies.py", *map(str, words)])
     copies.main()
     first, second, *lines = capsys.readouterr().out.splitlines()
@@ -181,3 +181,5 @@ def test_distances_to_the_nearest_images(tmp_path, monkeypatch, capsys):
         "samples to images: median 1.0, 5% below 3.9",  # torch's median of two is the lower one
         "images to other images: median 10.0, 5% below 10.0",
     ]
+    drawn = np.asarray(Image.open(tmp_path / "nearest.png").convert("L"))
+    assert {11, 100, 40} <= {*drawn.ravel().tolist()}
