@@ -10,7 +10,7 @@ import { Gesture } from "./timeline.js";
 const { colours } = plane, N = DATA.length / 2, LIMIT = 1.5; // the end of the view, upwards
 const ROWS = 13; // of arrows
 const FIRST = 0.45; // where it begins
-const HOLD = { first: 6000, next: 1200 }; // the milliseconds for which a dot stays
+const HOLD = { first: 8000, next: 4000 }; // the milliseconds for which a dot stays
 const ALONG = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1 }; // an arc
 const show = captions("arrows");
 const pointOf = (x, k) => x.subarray(2 * k, 2 * k + 2);

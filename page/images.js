@@ -98,10 +98,10 @@ export function startImages() {
   wait();
   follow($("images"), (share) => share && !wanted && select("clothes"), "100%"); // it comes near
   $("images").addEventListener("click", ({ target }) => { // only what is in sight moves
-    if (target.ariaPressed) gesture.stage.scrollIntoView({ block: "nearest" });
+    if (target.matches("button")) gesture.stage.scrollIntoView({ block: "nearest" });
   });
   onChoice("images-networks", select);
   curtain.oninput = () => gesture.render();
-  onChoice("images-pills", (value) => select(wanted, (word = value))); // it begins again
+  onChoice("images-pills", (value) => { word = value; select(wanted); }); // it begins again
   return gesture;
 }

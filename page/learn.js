@@ -17,18 +17,23 @@ const PHASE = 2500, TRAVEL = 5000; // milliseconds of a phase in slow motion, an
 const SPACING = 0.05, MOST = 500; // of the dots that the reader draws
 const random = uniform(1, 0), show = captions("learn");
 let data = SHAPES.arcs, trainer = new Trainer();
-let samples = { eps: null, misses: "–" }; // {eps, way, misses, steps, isNew} of a network
+let samples = { eps: null, misses: "–" }; // {eps, way, exact, misses, steps, isNew} of a network
 let slow = null; // a training step in slow motion
 let pen = null, drawn = new Float32Array(); // where the reader draws, and what
 let timeline, view;
 
-/** Let dots follow the arrows of the network as it is now. */
+/** The way back of dots along these arrows, in so many steps. */
+const wayOf = (eps, steps) => Array.fromAsync(reverse(eps, NOISE, T - 1, steps, false));
+
+/** Let dots follow the arrows of the network as it is now; at the end, also the true arrows of
+ * separate dots, from the same noise. */
 async function sample() {
-  const { steps } = trainer, average = trainer.average.map((p) => p.slice()), way = [];
-  const eps = (x, t) => epsOf(average, x, t);
-  for await (const step of reverse(eps, NOISE, T - 1, 50, false)) way.push(step);
+  const { steps } = trainer, average = trainer.average.map((p) => p.slice());
+  const eps = (x, t) => epsOf(average, x, t), trueEps = (x, t) => exactEps(x, ABAR[t], data);
+  const count = steps < STEPS ? 50 : 200, way = await wayOf(eps, count);
+  const exact = data === SHAPES.dots && steps >= STEPS && await wayOf(trueEps, count);
   const misses = data.length ? `${missed(way.at(-1).x0, data)}%` : "–";
-  samples = { eps, way, misses, steps, isNew: !average[4].some(Boolean) }; // see `untrained`
+  samples = { eps, way, exact, misses, steps, isNew: !average[4].some(Boolean) }; // see `untrained`
   timeline.render();
 }
 
@@ -119,17 +124,18 @@ function addDots(event) {
 }
 
 function say() {
-  const { steps, misses, isNew = true } = samples, level = Math.round(T * timeline.place ** 2);
+  const { steps, misses, isNew = true } = samples, { place } = timeline;
   const isTrained = trainer.steps >= STEPS;
   $("learn-play").textContent = timeline.move ? "❚❚" : "►";
   $("learn-play").ariaLabel = timeline.move ? "Pause" : isTrained ? "Train again" : "Train";
-  $("learn-misses").textContent = misses;
+  $("learn-misses").textContent = slow ? "–" : misses;
+  $("learn-exact").hidden = !samples.exact || Boolean(slow);
   const markStep = (item, k) => { item.ariaCurrent = slow?.phase === k ? "step" : null; };
   [...$("learn-steps").children].forEach(markStep);
-  const stage = isNew ? "none" : steps < STEPS ? "some" : "done";
+  const stage = isNew ? "none" : steps < STEPS ? "some" : samples.exact ? "dots" : "done";
   const atLevel = timeline.move === travel ? "travel" : "level";
-  const key = slow ? `slow${slow.phase}` : !data.length ? "empty" : level ? atLevel : stage;
-  return `${show(key, { steps, level })} ${misses} of the dots miss the data.`;
+  const key = slow ? `slow${slow.phase}` : !data.length ? "empty" : place ? atLevel : stage;
+  return `${show(key, { steps })} ${misses} of the dots miss the data.`;
 }
 
 /** The data, with the arrows and the samples at the level of the slider. */
@@ -143,6 +149,7 @@ function drawStage() {
   if (slow) return drawStep(slow, signal);
   if (pen || !samples.eps || !data.length) return;
   drawArrows(Math.max(LOWEST, Math.round(level)), shrunk);
+  if (samples.exact) plane.drawDots(view, stateAt(samples.exact, level).x, 5, colours.ink);
   plane.drawDots(view, stateAt(samples.way, level).x, 4, colours.other, 0.9);
 }
 

@@ -55,8 +55,9 @@ export function missed(points, centres) {
   return Math.round((200 * points.filter(isFar).length) / points.length);
 }
 
-/** 240 points [x, y] = at(u) of a curve, for u from 0 to 1. */
-const curve = (at) => Float32Array.from(Array.from({ length: 240 }, (_, k) => at(k / 240)).flat());
+/** Points [x, y] = at(u) of a curve, for u from 0 to 1. */
+const curve = (at, n = 240) =>
+  Float32Array.from(Array.from({ length: n }, (_, k) => at(k / n)).flat());
 const circle = (angle, radius) => [radius * Math.cos(angle), radius * Math.sin(angle)];
 
 /** Points on two arcs, the first half of them on the upper one; on both, from left to right. */
@@ -67,9 +68,5 @@ export const DATA = curve((u) => {
 export const SHAPES = {
   arcs: DATA,
   spiral: curve((u) => circle(11 * Math.sqrt(u), 0.15 + 0.85 * Math.sqrt(u))),
-  face: curve((u) => { // its outline, mouth and eyes
-    if (u < 0.6) return circle((2 * Math.PI * u) / 0.6, 0.95);
-    if (u < 0.8) return circle(Math.PI * (1.15 + 3.5 * (u - 0.6)), 0.5);
-    return [u < 0.9 ? -0.35 : 0.35, 0.2 + 2 * (u % 0.1)];
-  }),
+  dots: curve((u) => circle(144 * u, 0.9 * Math.sqrt(u + 1 / 120)), 60), // separate ones, in a disc
 };

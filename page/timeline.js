@@ -196,10 +196,4 @@ export class Gesture extends Timeline {
     this.round++;
     for (const passage of this.passages) passage.renew(this.round);
   }
-
-  render() {
-    super.render();
-    const { slider, isBack } = this, [{ from }] = this.passages;
-    slider.style.setProperty("--from", isBack ? from : -1); // a mark
-  }
 }

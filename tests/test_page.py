@@ -287,7 +287,7 @@ def test_network_learns_the_arcs(page):
 
 def test_network_learns_what_is_drawn(page):
     """From what it has learnt before. A slider shows the arrows at its level."""
-    page.click("#learn-shapes [value=face]")
+    page.click("#learn-shapes [value=dots]")
     until(page, "#learn-words .shown", "^Training step 150")
     page.click("#learn-shapes [value=none]")
     until(page, "#learn-words .shown", "^Nothing to learn")
@@ -301,7 +301,7 @@ def test_network_learns_what_is_drawn(page):
     row = (drawn - empty)[2, empty.shape[1] // 2 - 2]  # blue: the glow of the dots
     assert row[int(0.35 * len(row)) : int(0.65 * len(row))].mean() > 30
     page.fill("#learn-place", "700")
-    until(page, "#learn-words .shown", "^Noise level 490")
+    until(page, "#learn-words .shown", "^At this noise level")
     assert np.abs(pixels(page, "learn-plane") - drawn).mean() > 1
     page.fill("#learn-place", "0")
 
