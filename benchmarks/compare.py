@@ -4,7 +4,8 @@
     python benchmarks/compare.py            # prints two tables, and writes benchmarks/RESULTS.md
 
 The paper's networks have 35.7 M random weights each. All take turns in one process. Each figure is
-the median over the rounds except the first two. Run nothing else meanwhile.
+the median over the rounds except the first two, with the lowest and the highest in brackets. Run
+nothing else meanwhile.
 """
 
 import argparse
@@ -89,13 +90,19 @@ def ours(**given):
     return step
 
 
-def medians(steps, rounds):
-    """Return the median time of each step, in seconds. steps: {name: step}, which take turns."""
+def times(steps, rounds):
+    """Return {name: seconds in each round} of {name: step}, which take turns."""
     seconds = {name: [] for name in steps}
     for _ in range(2 + rounds):
         for name, step in steps.items():
             seconds[name].append(clock(step))
-    return {name: statistics.median(values[2:]) for name, values in seconds.items()}
+    return {name: values[2:] for name, values in seconds.items()}
+
+
+def summary(values, digits):
+    """Return the median of values, and the lowest and the highest of them."""
+    low, middle, high = (f"{f(values):.{digits}f}" for f in (min, statistics.median, max))
+    return f"{middle} ({low} to {high})"
 
 
 def main():
@@ -103,7 +110,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--batch", type=int, default=16, help="of the first table [%(default)s]")
-    parser.add_argument("--rounds", type=int, default=7, help="number of rounds [%(default)s]")
+    parser.add_argument("--rounds", type=int, default=15, help="number of rounds [%(default)s]")
     args = parser.parse_args()
     images = from_pixels(torch.randint(256, (256, 3, 32, 32), dtype=torch.uint8))
     kinds = {"bfloat16": torch.bfloat16, "float32": None}
@@ -113,20 +120,27 @@ def main():
         steps["diffusers", kind] = diffusers_loop(images, args.batch, dtype)
     lines = [
         "# Side by side",
-        f"\n`python benchmarks/compare.py`, {time.strftime('%Y-%m-%d')}: {machine()}.",
+        f"\n`python benchmarks/compare.py`, {time.strftime('%Y-%m-%d')}: {machine()}. "
+        f"Medians of {args.rounds} rounds, and {3 * args.rounds} of `--quick`, in which all take "
+        "turns, with the lowest and the highest in brackets. A ratio is of two steps of a round.",
         f"\n| a step of {args.batch} images | ms per image | ratio to diffusers |",
         "| --- | --- | --- |",
     ]
-    found = medians(steps, args.rounds)
-    for (program, kind), s in found.items():
-        ratio = s / found["diffusers", kind]
-        lines.append(f"| {program}, {kind} | {1000 * s / args.batch:.1f} | {ratio:.2f} |")
-    lines += ["\n| `--quick`, 64 images per step | bfloat16 | float32 |", "| --- | --- | --- |"]
+    found = times(steps, args.rounds)
+    for (program, kind), seconds in found.items():
+        each = summary([1000 * s / args.batch for s in seconds], 1)
+        ratios = [s / s0 for s, s0 in zip(seconds, found["diffusers", kind], strict=True)]
+        lines.append(f"| {program}, {kind} | {each} | {summary(ratios, 2)} |")
+    lines += [
+        "\n| steps per second of `--quick`, 64 images each | bfloat16 | float32 |",
+        "| --- | --- | --- |",
+    ]
     steps = {kind: ours(**QUICK, amp=dtype is not None) for kind, dtype in kinds.items()}
     for threads in sorted({1, torch.get_num_threads()}):
         torch.set_num_threads(threads)
-        rates = (f"{1 / s:.1f} steps/s" for s in medians(steps, 3 * args.rounds).values())
-        lines.append(f"| {threads} thread{'s' if threads > 1 else ''} | {' | '.join(rates)} |")
+        measured = times(steps, 3 * args.rounds).values()
+        rates = " | ".join(summary([1 / s for s in seconds], 1) for seconds in measured)
+        lines.append(f"| {threads} thread{'s' if threads > 1 else ''} | {rates} |")
     text = "\n".join(lines)
     (HERE / "RESULTS.md").write_text(text + "\n")
     print(text)

@@ -106,7 +106,7 @@ def compare_samples(folder, data, path):
         print(f"{value:5.1f}  {file}")
     some = slice(None, None, -(-len(paths) // 12))  # of all classes
     pairs = torch.stack([samples[some], images[index[some]]])
-    save_sheet(path, pairs.numpy(), rows=["samples", "nearest"], inches=0.7)
+    save_sheet(path, pairs.numpy(), rows=["samples", "nearest\ntraining image"], inches=0.7)
     flat = images.flatten(1)  # each image is the first of those nearest to itself
     apart = torch.cat([torch.cdist(x, flat).kthvalue(2, 1).values for x in flat.split(1000)])
     apart = 127.5 * apart / images[0].numel() ** 0.5
@@ -204,10 +204,10 @@ def draw_copies(path, data, runs):
               f"test images {of_test.median():.1f}; samples of both networks are "
               f"{apart.median():.1f} apart, a tenth of them more than {apart.quantile(0.9):.1f}, "
               f"and from different x_T {other.median():.1f}")  # fmt: skip
-        rows += [samples[0][:10], images[index[:10]], samples[1][:10]]
-        names += [f"trained on {n:,}", "nearest image", f"on {n:,} others"]
+        rows += [samples[0][:10], images[index[:10]], samples[1][:10], torch.ones(10, 1, 16, 16)]
+        names += [f"trained on {n:,}", "nearest image", f"on {n:,} others", ""]  # and a gap
 
-    save_sheet(path, torch.stack(rows).clamp(-1, 1).numpy(), rows=names, inches=0.45)
+    save_sheet(path, torch.stack(rows[:-1]).clamp(-1, 1).numpy(), rows=names[:-1], inches=0.45)
 
 
 def main():
