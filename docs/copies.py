@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from ddpm import Diffusion, linear_betas  # noqa: E402
-from docs.make_figures import FIGURES, PAGE, save_sheet  # noqa: E402
+from docs.make_figures import FIGURES, PAGE, save_sheet, show  # noqa: E402
 from extras.exact import exact_network, mean_squared_error  # noqa: E402
 from extras.variants import sample  # noqa: E402
 from images import from_pixels, read_folder, read_image  # noqa: E402
@@ -186,8 +186,8 @@ def draw_copies(path, data, runs):
     sets = split(data, runs)
     trained, test = train(sets, runs), read(data / "test", 16)
     x_T = torch.randn(128, 1, 16, 16, generator=torch.Generator().manual_seed(0))
-    rows, names = [], []
-    for n in SIZES:
+    figure = Figure(figsize=(5.4, 7.6), layout="constrained")
+    for n, axes in zip(SIZES, figure.subplots(len(SIZES)), strict=True):
         images = read(sets[n, 0], 16)
         (network, diffusion, _), (other_network, _, _) = trained[n, 0], trained[n, 1]
         samples = [
@@ -204,10 +204,10 @@ def draw_copies(path, data, runs):
               f"test images {of_test.median():.1f}; samples of both networks are "
               f"{apart.median():.1f} apart, a tenth of them more than {apart.quantile(0.9):.1f}, "
               f"and from different x_T {other.median():.1f}")  # fmt: skip
-        rows += [samples[0][:10], images[index[:10]], samples[1][:10], torch.ones(10, 1, 16, 16)]
-        names += [f"trained on {n:,}", "nearest image", f"on {n:,} others", ""]  # and a gap
-
-    save_sheet(path, torch.stack(rows[:-1]).clamp(-1, 1).numpy(), rows=names[:-1], inches=0.45)
+        rows = torch.stack([samples[0][:10], images[index[:10]], samples[1][:10]])
+        names = f"trained on {n:,}", "nearest image", f"on {n:,} others"
+        show(axes, rows.clamp(-1, 1).numpy(), rows=names)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
 def main():
