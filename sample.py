@@ -367,8 +367,8 @@ def batches(network, args, stop):
     from tqdm import tqdm
 
     end, count = args.first + args.n, -(-args.n // args.batch)
-    name = f"batches: {count}" if count > 1 else None
-    with tqdm(total=count * args.steps, desc=name, unit="step", mininterval=1) as bar:
+    options = {"desc": f"batches: {count}", "unit": "step", "mininterval": 1}
+    with tqdm(total=count * args.steps, **options) as bar:
         for first in range(args.first, end, args.batch):
             process = sample_progressive(
                 network, min(args.batch, end - first), args.classes, args.guidance, args.seed,
