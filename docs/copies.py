@@ -1,15 +1,16 @@
 """Why samples are not copies of the training images: measurements on Fashion-MNIST.
 
-    python docs/copies.py --data fashion-mnist                # minutes: transition.png
-    python docs/copies.py --data fashion-mnist --runs runs    # also copies.png, 40 minutes more
-    python docs/copies.py --data images --samples samples     # how near each sample is to an image
+    python docs/copies.py --data fashion-mnist         # minutes: transition.png and nearest.png
+    python docs/copies.py --data fashion-mnist --runs runs     # also copies.png, 40 minutes more
+    python docs/copies.py --data images --samples samples      # how near each sample is to an image
 
 The folder fashion-mnist has the images in train/ and test/. The program compares the included
-network with the exact networks of 100 to 60,000 training images. With --runs, it trains ten small
-networks, on two disjoint sets for each of five sizes. It measures what beyond.md reports. With
---samples, it only prints the distance from each sample to its nearest image in --data, and draws
-twelve such pairs in nearest.png. Printed and drawn values of t count from 1, as in the paper; the
-code's index is one less.
+network with the exact networks of 100 to 60,000 training images, and draws the garments of the page
+above the training images nearest to them. With --runs, it trains ten small networks, on two
+disjoint sets for each of five sizes. It measures what beyond.md reports. With --samples, it only
+prints the distance from each sample to its nearest image in --data, and draws twelve such pairs in
+nearest.png. Printed and drawn values of t count from 1, as in the paper; the code's index is one
+less.
 """
 
 import argparse
@@ -29,12 +30,12 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from ddpm import Diffusion, linear_betas  # noqa: E402
-from docs.make_figures import FIGURES, PAGE, save_sheet, show  # noqa: E402
+from docs.make_figures import FIGURES, PAGE, page_noise, save_sheet, show  # noqa: E402
 from extras.exact import exact_network, mean_squared_error  # noqa: E402
 from extras.variants import sample  # noqa: E402
 from images import from_pixels, read_folder, read_image  # noqa: E402
 from run import load  # noqa: E402
-from sample import Network  # noqa: E402
+from sample import Network, last_x0  # noqa: E402
 
 SIZES, STEPS = (100, 300, 1_000, 10_000, 30_000), 4_000
 TIMES = (0, 5, 20, 50, 100, 200, 250, 300, *range(350, 651, 25), 700, 850, 999)
@@ -96,22 +97,36 @@ def compare_samples(folder, data, path):
     """Print how far each image of a folder is from its nearest image of the data, nearest first.
 
     Then print the median and the 5% quantile of these distances, and of those between the data. The
-    sheet at `path` has up to twelve of the images above their nearest images.
+    sheet at `path` has up to twelve of the images, evenly spaced in this order, above their nearest
+    images.
     """
     paths, images = sorted(folder.rglob("*.png")), read_folder(data, 32)[0]
     samples = np.stack([read_image(path, 32, images.shape[1]) for path in paths])
     samples, images = (from_pixels(torch.from_numpy(x)) for x in (samples, images))
-    index, distance = nearest(samples, images)
+    _, distance = nearest(samples, images)
     for value, file in sorted(zip(distance.tolist(), paths, strict=True)):
         print(f"{value:5.1f}  {file}")
-    some = slice(None, None, -(-len(paths) // 12))  # of all classes
-    pairs = torch.stack([samples[some], images[index[some]]])
-    save_sheet(path, pairs.numpy(), rows=["samples", "nearest\ntraining image"], inches=0.7)
+    draw_nearest(path, samples[distance.argsort()[:: -(-len(paths) // 12)]], images)
     flat = images.flatten(1)  # each image is the first of those nearest to itself
     apart = torch.cat([torch.cdist(x, flat).kthvalue(2, 1).values for x in flat.split(1000)])
     apart = 127.5 * apart / images[0].numel() ** 0.5
     for name, values in ("samples to images", distance), ("images to other images", apart):
         print(f"{name}: median {values.median():.1f}, 5% below {values.quantile(0.05):.1f}")
+
+
+def draw_nearest(path, samples, images):
+    """Draw samples above the images nearest to them, below the distances."""
+    index, distance = nearest(samples, images)
+    pairs, columns = torch.stack([samples, images[index]]), [f"{value:.0f}" for value in distance]
+    save_sheet(path, pairs.numpy(), columns, ("samples", "nearest\ntraining image"), inches=0.65)
+
+
+def page_garments():
+    """Return the garments that page/index.html draws at first, (15, 1, 32, 32)."""
+    network = Network(PAGE / "fashion-mnist.onnx", "cpu")
+    x_T = np.float32([page_noise(0, k, 1024) for k in range(15)]).reshape(15, 1, 32, 32)
+    process = network.reverse(network, lambda: x_T, steps=10, sampler="ddim")
+    return torch.from_numpy(last_x0(process))
 
 
 def bits_known(diffusion, error, size):
@@ -222,6 +237,7 @@ def main():
 
     if args.samples:
         return compare_samples(args.samples, args.data, args.out / "nearest.png")
+    draw_nearest(args.out / "nearest.png", page_garments(), read(args.data / "train", 32))
     draw_transition(args.out / "transition.png", args.data)
     if args.runs:
         draw_copies(args.out / "copies.png", args.data, args.runs)

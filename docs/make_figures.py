@@ -3,6 +3,7 @@
     python docs/make_figures.py --data fashion-mnist/test                  # the included network
     python docs/make_figures.py --data ./test --onnx model.onnx --out figures
     python docs/make_figures.py --data ./test --demo demo.onnx             # demo.png
+    python docs/make_figures.py --data ./test --samples ./out              # only beside.png
 
 It takes about ten minutes on two cores. Every figure has a white background, so that it can be read
 on a dark page. Figures and printed values count t from 1, as the paper does; the code's index is
@@ -30,7 +31,7 @@ from extras import variants  # noqa: E402
 from extras.evaluate import rate_distortion  # noqa: E402
 from extras.exact import exact_network  # noqa: E402
 from extras.interpolate import LAMBDAS, interpolate, starting_at  # noqa: E402
-from images import demo_images, from_pixels, read_folder  # noqa: E402
+from images import demo_images, from_pixels, read_folder, read_image  # noqa: E402
 from sample import (  # noqa: E402
     Network,
     grid,
@@ -460,8 +461,39 @@ def draw_interpolation(path, network, a, b):
     save_sheet(path, np.array(rows), columns, [f"t = {t}" for t in times], inches=1.0)
 
 
-def draw_loss_and_bound(folder, network, x0, labels):
-    """Save by-t.png, the loss and L_t against t, rate-distortion.png (figure 5), and snr.png.
+def draw_beside(path, samples, real):
+    """Draw sixteen samples of each class and six images of a data set, from sub-folders."""
+    names = sorted(folder.name for folder in samples.iterdir() if folder.is_dir())
+    figure = Figure(figsize=(8.6, 0.36 * len(names) + 0.2), layout="constrained")
+    panels = figure.subplots(1, 2, width_ratios=(16, 6))
+    for axes, folder, count in zip(panels, (samples, real), (16, 6), strict=True):
+        rows = []
+        for name in names:
+            files = sorted((folder / name).glob("*.png"))
+            some = [files[k * len(files) // count] for k in range(count)]
+            rows.append([read_image(file, 32, 3) for file in some])
+        images = from_pixels(torch.from_numpy(np.array(rows))).numpy()
+        show(axes, images, rows=names if folder == samples else ())
+        axes.set_title("samples" if folder == samples else "real images", fontsize=10)
+    figure.savefig(path, dpi=2 * DPI, bbox_inches="tight")
+
+
+def print_loss(network, x0):
+    """Print how much of the loss (14) comes from small t."""
+    diffusion, random, losses = Diffusion(network.betas), torch.Generator().manual_seed(0), []
+    times = range(0, diffusion.T, 5)
+    for t in times:
+        noise = torch.randn(x0.shape, generator=random)
+        x_t = diffusion.q_sample(x0, torch.tensor([t]), noise)
+        eps = torch.from_numpy(network(x_t.numpy(), t))
+        losses.append((noise - eps).square().mean().item())
+    for end in (100, 300):
+        share = sum(losses[: end // 5]) / sum(losses)
+        print(f"  {100 * share:.0f}% of the loss is from t <= {end}")
+
+
+def draw_bound(folder, network, x0, labels):
+    """Save rate-distortion.png (figure 5), and snr.png.
 
     With classes, the network is given the labels (N,) of the images.
     """
@@ -470,14 +502,7 @@ def draw_loss_and_bound(folder, network, x0, labels):
         return torch.from_numpy(network(x_t.numpy(), t.numpy(), y))
 
     diffusion = Diffusion(network.betas, network.variance)
-    times = sorted({int(t) for t in np.geomspace(1, diffusion.T, 40)} | {10, 100, 300})
-    random, losses = torch.Generator().manual_seed(0), []
-    for t in times:
-        index, noise = torch.full((len(x0),), t - 1), torch.randn(x0.shape, generator=random)
-        losses.append(diffusion.loss(eps, x0, index, noise).item())
-        if t in (1, 10, 100, 300, 1000):
-            print(f"  loss at t = {t}: {losses[-1]:.6f}")
-    bounds = []
+    random, bounds = torch.Generator().manual_seed(0), []
     for part in torch.arange(len(x0)).split(BATCH):
         y = None if labels is None else labels[part]
         bounds.append(diffusion.vlb(partial(eps, y=y), x0[part], random))
@@ -488,17 +513,6 @@ def draw_loss_and_bound(folder, network, x0, labels):
           f"RMSE {rmse[0]:.3f} on {len(x0)} images")  # fmt: skip
 
     draw_snr(folder / "snr.png", diffusion, bound)
-    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    ticks, terms = (1, 10, 100, 300, 1000), (range(1, diffusion.T + 1), L_t)
-    for axes, curve, label in (
-        (left, (times, losses), "squared error of the noise"),
-        (right, terms, "$L_{t-1}$, bits per dimension"),
-    ):
-        plot(axes, {"": curve}, "t", label, xscale="log", yscale="log")
-        axes.set_xticks(ticks, ticks)
-        axes.minorticks_off()
-    figure.savefig(folder / "by-t.png", dpi=DPI)
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     curve = {f"this network, {len(x0)} images": (rate, rmse)}
@@ -566,12 +580,15 @@ def main():
         "--paper", default=HERE / "paper.onnx", help="of the paper's recipe [docs/paper.onnx]"
     )
     parser.add_argument("--demo", help="the demo's network")
+    parser.add_argument("--samples", type=Path, help="from sample.py --dir, by class")
     parser.add_argument(
         "--out", type=Path, default=FIGURES, help="folder of the figures [docs/figures]"
     )
     args = parser.parse_args()
 
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.samples:
+        return draw_beside(args.out / "beside.png", args.samples, args.data)
     network, paper = Network(args.onnx, "cpu"), Network(args.paper, "cpu")
     channels, size, _ = network.shape
     images, labels, _ = read_folder(args.data, size, channels, names=network.classes)
@@ -601,7 +618,8 @@ def main():
         draw_classes(args.out / "classes.png", network)
     a, b = x0[[16 % len(x0), 24 % len(x0)]].numpy()
     draw_interpolation(args.out / "interpolation.png", network, a, b)
-    draw_loss_and_bound(args.out, network, x0, labels)
+    print_loss(paper, x0)
+    draw_bound(args.out, network, x0, labels)
     if args.demo:
         draw_demo(args.out / "demo.png", args.demo)
 

@@ -83,12 +83,13 @@ class MLP(nn.Module):
 
 
 def fit(
-    diffusion, data, weighting="simple", predicts="eps", steps=3000, batch=256, drop=0.1, lr=2e-3,
-    width=128,
+    diffusion, data, weighting="simple", predicts="eps", drawn=False, steps=3000, batch=256,
+    drop=0.1, lr=2e-3, width=128,
 ):  # fmt: skip
     """Run Algorithm 1 with Adam and a learning rate that falls to 0; return eps(x_t, t, y=None).
 
-    weighting, predicts: see extras/variants.py.
+    weighting, predicts: see extras/variants.py. drawn: draw t in proportion to the weights, and
+    weight all draws equally, which has the same expected loss, up to a factor.
     drop: the share of the labels of labelled_moons that is replaced by "no class", as in train.py.
     """
     torch.manual_seed(0)
@@ -104,7 +105,10 @@ def fit(
             eps = partial(model_eps, y=y.masked_fill(torch.rand(batch) < drop, 2))
         optimizer.zero_grad()
         t, noise = torch.randint(diffusion.T, (batch,)), torch.randn_like(x0)
-        weighted_loss(diffusion, eps, x0, t, noise, weights).backward()
+        if drawn:
+            t = weights.multinomial(batch, replacement=True)
+        used = torch.ones_like(weights) if drawn else weights
+        weighted_loss(diffusion, eps, x0, t, noise, used).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -182,12 +186,12 @@ def draw_guidance(path, diffusion, model):
 
 
 def main():
-    paper, short = Diffusion(linear_betas()), Diffusion(linear_betas(T=100))
+    paper = Diffusion(linear_betas())
 
-    def draw(diffusion, eps, **kwargs):
+    def draw(eps, **kwargs):
         """Draw N samples by Algorithm 2, or as the arguments of variants.sample say."""
         torch.manual_seed(1)
-        return sample(diffusion, eps, (N, 2, 1, 1), **kwargs)
+        return sample(paper, eps, (N, 2, 1, 1), **kwargs)
 
     draw_guidance(FIGURES / "guidance.png", paper, fit(paper, labelled_moons))
     angles, panels = torch.arange(8) * torch.pi / 4, []
@@ -203,14 +207,14 @@ def main():
         panels += [
             (f"{name}: data", data(N)),
             (f"{name}: paths of DDIM", torch.stack(paths)),
-            (f"{name}: Algorithm 2", draw(paper, model)),
-            (f"{name}: DDIM, 50 steps", draw(paper, model, steps=50, sampler="ddim")),
+            (f"{name}: Algorithm 2", draw(model)),
+            (f"{name}: DDIM, 50 steps", draw(model, steps=50, sampler="ddim")),
         ]
     panels += [
-        ("moons: without z", draw(paper, model, draw_noise=only_first(torch.randn(N, 2, 1, 1)))),
-        ("moons: T = 100, same range", draw(short, fit(short, moons))),
-        ("moons: the mean", draw(paper, fit(paper, moons, "native", "mean"))),
-        ("moons: weights of (12)", draw(paper, fit(paper, moons, "vlb"))),
+        ("moons: without z", draw(model, draw_noise=only_first(torch.randn(N, 2, 1, 1)))),
+        ("moons: the mean", draw(fit(paper, moons, "native", "mean"))),
+        ("moons: weights of (12)", draw(fit(paper, moons, "vlb"))),
+        ("moons: t drawn by these", draw(fit(paper, moons, "vlb", drawn=True))),
     ]
 
     figure = Figure(figsize=(10, 7.8), layout="constrained")

@@ -56,7 +56,7 @@ class Scene extends Passage {
       const own = numbers.filter((k) => k % 9 === 0 && colourOf(k) === colour);
       plane.drawLines(view, own.map(wayOf), colour, 1.2 * small, 0.55);
     }
-    if (follows) plane.drawLine(view, wayOf(chosen), colours.ink, 2.2 * small);
+    if (follows) plane.drawLines(view, [wayOf(chosen)], colours.ink, 2.2 * small);
   }
 
   /** What the way back is at 40 places, computed only once when it is complete. */
@@ -85,7 +85,8 @@ class Scene extends Passage {
     weights.forEach((weight, m) => {
       const origin = pointOf(shrunk, m), size = Math.sqrt(weight) * small;
       if (weight < 0.05 * largest) return;
-      plane.drawLine(view, [point, origin], colours.lit, small / 2 + 4 * size, 0.15 + 0.6 * weight);
+      const width = small / 2 + 4 * size;
+      plane.drawLines(view, [[point, origin]], colours.lit, width, 0.15 + 0.6 * weight);
       plane.drawDots(view, origin, 1.5 * small + 4 * size, colours.lit, 0.8);
     });
     plane.drawArrow(view, point, mean, colours.ink, 2.5 * small, { gap: 9 * small });

@@ -63,8 +63,6 @@ function draw() {
   const { place, isBack } = gesture, { x } = drawing.at(place);
   drawImages($("draw-ends"), x, SHAPE, 2, 1);
   $("draw-ends").classList.toggle("old", !isBack && !place);
-  $("draw-noised").hidden = isBack || !place;
-  if (!isBack && place) drawImages($("draw-noised"), x.subarray(0, x.length / ENDS), SHAPE);
 }
 
 /** Make the section work, with a smiley of recorded.webp if there is one. Returns its timeline. */

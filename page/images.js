@@ -1,6 +1,6 @@
-// Section 3: images. The gesture of the opening with a grid of pictures, under a curtain.
+// Section 3: images. A curtain divides the noisy pictures from the guess, or two ways back.
 
-import { $, LOADING, captions, follow, onChoice } from "./common.js";
+import { $, LOADING, captions, follow, onChoice, onPointer } from "./common.js";
 import { included } from "./network.js";
 import { Passage } from "./passage.js";
 import { drawImages, readRow } from "./plane.js";
@@ -14,7 +14,7 @@ const curtain = $("images-curtain"), show = captions("images");
 let gesture, network = null, word = "weak";
 let wanted = null; // the key of what is to draw: "clothes", "emoji" or "exact"
 let guess = {}; // of the network at a place of the slider: {x0, place, isAsked}
-const pictures = new Passage(null, { steps: 10 });
+const [pictures, compared] = [{ steps: 10 }, { steps: 10 }].map((its) => new Passage(null, its));
 
 /** Let a network draw as soon as it is open, unless another one is wanted by then. */
 async function select(key) {
@@ -30,21 +30,25 @@ async function select(key) {
   }
 }
 
-/** The exact arrows of the photographs in real.webp, as a network. */
+/** The exact arrows of the photographs in real.webp, as a network, to be compared with another. */
 async function exact() {
+  const { eps: compared } = await included("clothes");
   const shown = $("real"), shape = [1, 32, 32], count = 12;
   await shown.decode();
   const photographs = readRow(shown, count).filter((_, k) => k % 3072 < 1024); // grey
   drawImages($("images-real"), photographs, shape, count, 1);
   const eps = async (x, t) => exactEps(x, ABAR[t], photographs, 1024, 0);
-  return { shape, eps, isExact: true };
+  return { shape, eps, compared };
 }
 
 /** Begin with noise, which can be sent back before the network is there. */
 function wait() {
   [network, gesture.fault, guess] = [null, "", {}];
-  pictures.use(null);
-  pictures.begin(null, noiseOf(0, COUNT, 1024));
+  for (const passage of [pictures, compared]) {
+    passage.use(null);
+    passage.begin(null, noiseOf(0, COUNT, 1024));
+  }
+  gesture.passages = wanted === "exact" ? [pictures, compared] : [pictures];
   gesture.stop();
   gesture.moveTo(1);
   gesture.hold(3000, () => gesture.comeBack(), 0.7);
@@ -57,6 +61,7 @@ function useNetwork(opened) {
   const y = Array.from({ length: COUNT }, (_, k) => kinds?.[Math.floor(k / COLUMNS)]);
   pictures.noise = noiseOf(0, COUNT, shape[0] * shape[1] * shape[2]);
   pictures.use(w === null ? opened.eps : guided(opened, y, w));
+  if (opened.compared) compared.use(opened.compared);
   gesture.render();
 }
 
@@ -75,11 +80,12 @@ async function ask() {
 function say() {
   const { place, isBack, hasCome, fault } = gesture;
   if (fault || !network) return show("missing", { text: fault || LOADING });
-  const last = network.kinds ? word : network.isExact ? "exact" : "done";
+  if (network.compared) return show("exact");
+  const last = network.kinds ? word : "done";
   if (hasCome || (!place && !isBack)) return show(last);
   const { length } = isBack ? pictures.levels : [];
   if (isBack) return show("back", { steps: length > 1 ? `${length} steps` : "one step" });
-  return show(place < 1 ? "noising" : "noise");
+  return show("noising");
 }
 
 function draw() {
@@ -88,20 +94,26 @@ function draw() {
   if (isBack || !place) guess = {};
   curtain.parentElement.style.setProperty("--curtain", `${curtain.value}%`);
   drawImages($("images-noisy"), x, shape, COLUMNS, 1);
-  drawImages($("images-expected"), (!isBack && guess.x0) || x0, shape, COLUMNS, 1);
+  const right = wanted === "exact" ? compared.at(place).x : (!isBack && guess.x0) || x0;
+  drawImages($("images-expected"), right, shape, COLUMNS, 1);
   ask();
 }
 
 /** Make the section work. Returns its timeline. */
 export function startImages() {
-  gesture = new Gesture("images", [pictures], { draw, say });
+  gesture = new Gesture("images", [pictures, compared], { draw, say });
   wait();
   follow($("images"), (share) => share && !wanted && select("clothes"), "100%"); // it comes near
   $("images").addEventListener("click", ({ target }) => { // only what is in sight moves
     if (target.matches("button")) gesture.stage.scrollIntoView({ block: "nearest" });
   });
   onChoice("images-networks", select);
-  curtain.oninput = () => gesture.render();
+  const move = ({ offsetX }) => {
+    curtain.value = (100 * offsetX) / curtain.clientWidth;
+    gesture.render();
+  };
+  onPointer(curtain.parentElement, { press: move, drag: move, release: move });
+  curtain.oninput = () => gesture.render(); // by a key
   onChoice("images-pills", (value) => { word = value; select(wanted); }); // it begins again
   return gesture;
 }

@@ -14,7 +14,7 @@ const SLICE = 30; // milliseconds of training in a frame, so that nothing stalls
 const NOISE = noiseOf(0, 80, 2); // where the samples begin
 const LOWEST = 80; // level of the arrows: with less noise, most point at the nearest dot
 const PHASE = 2500, TRAVEL = 5000; // milliseconds of a phase in slow motion, and of a way back
-const SPACING = 0.05, MOST = 500; // of the dots that the reader draws
+const SPACING = 0.05, MOST = 500, FEW = 12; // of the dots that the reader draws
 const random = uniform(1, 0), show = captions("learn");
 let data = SHAPES.arcs, trainer = new Trainer();
 let samples = { eps: null, misses: "–" }; // {eps, way, exact, misses, steps, isNew} of a network
@@ -90,7 +90,7 @@ function slowDown(next) {
   stop();
   if (!data.length) return;
   const batch = draw(data), pairOf = (values, k) => values.slice(2 * k, 2 * k + 2);
-  const isSeen = (t, k) => t >= 100 && Math.hypot(...pairOf(batch.noise, k)) < 1.2; // in the view
+  const isSeen = (t, k) => t >= 100 && t < 500 && Math.hypot(...pairOf(batch.noise, k)) < 1.2;
   const k = batch.t.findIndex(isSeen), t = batch.t[k], [signal, spread] = partsAt(t);
   const x0 = pairOf(batch.x0, k), noise = pairOf(batch.noise, k);
   const xt = x0.map((value, i) => signal * value + spread * noise[i]); // (4)
@@ -128,13 +128,16 @@ function say() {
   const isTrained = trainer.steps >= STEPS;
   $("learn-play").textContent = timeline.move ? "❚❚" : "►";
   $("learn-play").ariaLabel = timeline.move ? "Pause" : isTrained ? "Train again" : "Train";
-  $("learn-misses").textContent = slow ? "–" : misses;
+  const what = samples.exact ? "are new" : "miss the glow of the data";
+  $("learn-misses").textContent = slow ? "–" : `${misses} ${what}`;
   $("learn-exact").hidden = !samples.exact || Boolean(slow);
   const markStep = (item, k) => { item.ariaCurrent = slow?.phase === k ? "step" : null; };
   [...$("learn-steps").children].forEach(markStep);
-  const stage = isNew ? "none" : steps < STEPS ? "some" : samples.exact ? "dots" : "done";
+  const last = samples.exact ? "dots" : data.length <= 2 * FEW ? "few" : "done";
+  const stage = isNew ? "none" : steps < STEPS ? "some" : last;
   const atLevel = timeline.move === travel ? "travel" : "level";
-  const key = slow ? `slow${slow.phase}` : !data.length ? "empty" : place ? atLevel : stage;
+  const atPlace = place && timeline.move !== training ? atLevel : stage;
+  const key = slow ? `slow${slow.phase}` : data.length ? atPlace : "empty";
   return `${show(key, { steps })} ${misses} of the dots miss the data.`;
 }
 
@@ -148,7 +151,7 @@ function drawStage() {
   }
   if (slow) return drawStep(slow, signal);
   if (pen || !samples.eps || !data.length) return;
-  drawArrows(Math.max(LOWEST, Math.round(level)), shrunk);
+  if (!samples.exact) drawArrows(Math.max(LOWEST, Math.round(level)), shrunk);
   if (samples.exact) plane.drawDots(view, stateAt(samples.exact, level).x, 5, colours.ink);
   plane.drawDots(view, stateAt(samples.way, level).x, 4, colours.other, 0.9);
 }
@@ -156,7 +159,7 @@ function drawStage() {
 /** The phases of a step in slow motion until now. signal: by which the level shrinks the data. */
 function drawStep({ phase, x0, xt, guess }, signal) {
   const clean = x0.map((value) => signal * value), small = Math.min(1, view.height / 400);
-  if (phase > 1) plane.drawLine(view, [clean, xt], colours.dim, 3 * small);
+  if (phase > 1) plane.drawLines(view, [[clean, xt]], colours.dim, 3 * small);
   if (phase > 1) plane.drawDots(view, xt, 7 * small, colours.ink);
   plane.drawDots(view, clean, 7 * small, colours.data);
   if (phase > 2) plane.drawArrow(view, xt, guess, colours.lit, 3 * small, { gap: 12 * small });

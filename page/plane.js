@@ -36,10 +36,7 @@ export function drawDots({ context, at }, points, radius, colour, alpha = 1) {
   context.globalAlpha = 1;
 }
 
-/** Draw a line through places of the plane. */
-export const drawLine = (view, places, ...style) => drawLines(view, [places], ...style);
-
-/** Draw lines at once, each of which goes through places of the plane. */
+/** Draw lines, each of which goes through places of the plane. */
 export function drawLines({ context, at }, lines, colour, width = 2, alpha = 1) {
   [context.strokeStyle, context.lineWidth, context.globalAlpha] = [colour, width, alpha];
   context.beginPath();
@@ -71,7 +68,7 @@ export function grid({ width, height, unit }, rows) {
 
 /** Draw an arrow between two places of the plane, which ends `gap` pixels before the second one. */
 export function drawArrow(view, from, to, colour, width, { gap } = {}) {
-  drawLine(view, arrow(view, from, to, 4 * width, gap), colour, width);
+  drawLines(view, [arrow(view, from, to, 4 * width, gap)], colour, width);
 }
 
 /** The line of an arrow. head: its length, and gap: that at the end, in pixels. */
