@@ -91,7 +91,7 @@ def to_onnx(network, diffusion, shape, names=()):
         scopes = ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "[]"))
         module = next((name for name in reversed(scopes[:-1]) if name), "")
         node.name = f"{module}/{node.op_type}_{k}"
-        del node.metadata_props[:]  # such as local paths
+        del node.metadata_props[:]  # for example, local paths
     metadata = {
         "ddpm.betas": json.dumps(diffusion.betas.tolist()),
         "ddpm.variance": diffusion.variance,
@@ -122,7 +122,7 @@ def largest_difference(network, eps, shape, T, classes=0):
 def write_onnx(network, diffusion, shape, names, path):
     """Write the network as one file, which is put in place after it has agreed with torch.
 
-    The metadata get the eps of sample.py's `example`, which other devices are compared with. Exits
+    The metadata store the eps of sample.py's `example`, for comparison on other devices. Exits
     if the file differs too much from torch.
     """
     proto = to_onnx(network, diffusion, shape, names)

@@ -137,8 +137,8 @@ def sample_progressive(network, n, classes=None, guidance=0.0, seed=0, first=0, 
     seed, first: the images have the numbers first, first + 1, ... of this seed. options: steps,
     sampler and clip of `reverse`.
 
-    Raises ValueError for a name that is not a class, and for guidance that is not finite or lacks
-    classes.
+    Raises ValueError for a name that is not a class, and for guidance that is not finite, or not
+    0 without classes.
     """
     eps = network
     if names := choose_classes(network, classes, guidance):
@@ -174,8 +174,8 @@ def thinned(eps):
 def open_session(path, device, options=None):
     """Return an InferenceSession. path, device and options are those of Network, or path is bytes.
 
-    If CUDA is wanted, but can't be used, ONNX Runtime prints why. Then "auto" takes the CPU, and
-    says so in a line. Raises ValueError if the file can't be opened, or "cuda" can't be used.
+    If CUDA is wanted, but can't be used, ONNX Runtime prints why. Then "auto" falls back to the CPU
+    and prints a line. Raises ValueError if the file can't be opened, or "cuda" can't be used.
     """
     import onnxruntime as ort
 
@@ -191,8 +191,8 @@ def open_session(path, device, options=None):
     except Exception as error:  # ONNX Runtime raises many kinds of errors
         raise ValueError(f"{path!s:.99} can't be opened: {error!s:.200}") from None
     if wanted and session.get_providers()[0] != cuda:
-        why = "ONNX Runtime can't use CUDA. It needs driver 580 or newer and, in place of the "
-        why += 'package onnxruntime: pip install "onnxruntime-gpu[cuda,cudnn]"'
+        why = "ONNX Runtime can't use CUDA. It needs driver 580 or newer and onnxruntime-gpu in "
+        why += 'place of onnxruntime: pip install "onnxruntime-gpu[cuda,cudnn]"'
         if device == "cuda":
             raise ValueError(why)
         print(why, file=sys.stderr)
@@ -205,17 +205,17 @@ class Network:
     A call takes t as an int or int64 (B,), and with classes y, int64 (B,); None stands for "no
     class". One Network may be used from several threads.
 
-    device: "auto" prefers CUDA, and says so in a line if there is a card that it can't use, "cuda"
-    requires it, "cpu" avoids it. On CUDA, eps of the `example` is compared with the answer in the
-    file.
+    device: "auto" uses CUDA if it can, and prints a line if there is a card that it can't use;
+    "cuda" requires CUDA, and "cpu" avoids it. On CUDA, eps of the `example` is compared with the
+    answer in the file.
     options: onnxruntime.SessionOptions, for example the number of threads.
 
-    Attributes: betas, float64 (T,), and variance come from the file, shape is (C, H, W) of an
-    image, classes has the names of the classes, if any, and provider is the part of ONNX Runtime
+    Attributes: betas, float64 (T,), and variance come from the file; shape is (C, H, W) of an
+    image; classes has the names of the classes, if any; and provider is the part of ONNX Runtime
     that computes.
 
     Raises ValueError if the file is missing or was not written by export.py, and if CUDA is
-    required but not available, or wrong.
+    required but not available, or if its eps is wrong.
     """
 
     def __init__(self, path, device="auto", options=None):
@@ -264,8 +264,8 @@ def to_image(pixels):
 def grid(pixels, rows=None):
     """Return uint8 pixels (N, C, H, W) as one Pillow image; small images are enlarged.
 
-    rows: at most 32; image k is in row k % rows. Without it, with more, or with fewer images, the
-        grid is about square, row by row.
+    rows: image k is in row k % rows. If rows is None, above 32 or above the number of images, the
+        grid is about square and filled row by row.
     """
     n, c, h, w = pixels.shape
     rows = rows if rows and rows <= min(n, 32) else None
@@ -354,9 +354,8 @@ def check_output(args):
         raise ValueError(f"{args.dir} must be new or empty, unless --first is above 0")
     numbers = [int(path.stem) for path in args.dir.rglob("*.png") if path.stem.isdecimal()]
     if any(args.first <= k < args.first + args.n for k in numbers):
-        raise ValueError(
-            f"{args.dir} has such images; to add others, use --first {max(numbers) + 1}"
-        )
+        raise ValueError(f"{args.dir} already has images with these numbers; to add others, use "
+                         f"--first {max(numbers) + 1}")  # fmt: skip
 
 
 def batches(network, args, stop):
@@ -410,9 +409,10 @@ def save_grid(shown, args):
 
 
 def receive_signals():
-    """Return a list, which gets the number of the first signal that asks the program to stop.
+    """Return a list that receives the number of the first signal that asks the program to stop.
 
-    A second Ctrl-C ends the program at once. A signal that is ignored, as under nohup, stays so.
+    A second Ctrl-C ends the program at once. A signal that is ignored, as under nohup,
+    remains ignored.
     """
     received = []
 

@@ -10,7 +10,7 @@
 
 Besides the checkpoint, the run folder holds the decoded images, log.csv (one row per step) and
 preview-STEP.png: samples of the averaged network (EMA), always from the same noise. run.py defines
-the settings, folder.py manages the folder, and processes.py connects what torchrun starts.
+the settings, folder.py manages the folder, and processes.py connects the processes of torchrun.
 """
 
 import copy
@@ -146,8 +146,8 @@ def train(updates, run, folder, stop):
             begun, run.step = run.step, run.step + len(block)
             if not np.isfinite([*losses, *norms]).all():
                 also = ", or add --no-amp" if s.amp else ""
-                sys.exit("train.py: the loss or its gradient is infinite or NaN at step "
-                         f"{run.step:,} or before, which is not saved; lower --lr{also}"
+                sys.exit("train.py: the loss or its gradient is infinite or NaN at or before step "
+                         f"{run.step:,}; these steps are not saved; lower --lr{also}"
                 )  # fmt: skip
             if processes.RANK == 0:
                 folder.still_hold()
@@ -349,7 +349,7 @@ def main(given=None, build=build):
     if processes.RANK == 0:
         say_next(run, out)
     if run.step < s.steps and is_program:
-        if not stop:  # another process had the signal
+        if not stop:  # another process received the signal
             sys.exit(1)
         end_by_signal(stop[0])
     return run

@@ -1,6 +1,6 @@
 // Section 1: dots dissolve into noise and come back along the exact arrows, in 50, 5 and 1 steps.
 
-import { $, announce, captions, onPointer, still } from "./common.js";
+import { $, captions, onPointer, still } from "./common.js";
 import { Passage } from "./passage.js";
 import * as plane from "./plane.js";
 import { DATA, exactEps, meanOf, missed, nearest, posterior } from "./points.js";
@@ -11,7 +11,6 @@ const { colours } = plane, N = DATA.length / 2, LIMIT = 1.5; // the end of the v
 const ROWS = 13; // of arrows
 const FIRST = 0.45; // where it begins
 const HOLD = { first: 8000, next: 4000 }; // the milliseconds for which a dot stays
-const ALONG = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1 }; // an arc
 const show = captions("arrows");
 const pointOf = (x, k) => x.subarray(2 * k, 2 * k + 2);
 const colourOf = (k) => (k < N / 2 ? colours.data : colours.other); // of its arc
@@ -111,29 +110,17 @@ function say() {
   return show(place ? "noising" : "clean");
 }
 
-function choose(k) {
-  gesture.stop();
-  chosen = k;
-  gesture.render();
-}
-
 /** Make the section work. Returns its timeline. */
 export function startArrows() {
   scenes = [50, 5, 1].map((steps) => new Scene($(`arrows-${steps}`), steps));
   [large] = scenes;
   gesture = new Gesture("arrows", scenes, { draw, say });
   const goOn = () => gesture.place && gesture.hold(HOLD.next, () => gesture.sendBack());
-  const point = (event) =>
-    choose(nearest(...large.view.place(event), large.at(gesture.place).x).index);
-  onPointer(large.canvas, { press: point, drag: point, release: goOn });
-  large.canvas.onkeydown = (event) => {
-    if (!ALONG[event.key]) return;
-    event.preventDefault();
-    choose((chosen + ALONG[event.key] + N) % N);
-    const pixels = Array.from(pointOf(large.at(gesture.place).x, chosen), (v) => 50 + 50 * v);
-    announce(`The white dot: pixels ${pixels.map(Math.round).join(" and ")} % bright`);
-    goOn();
+  const point = (event) => {
+    chosen = nearest(...large.view.place(event), large.at(gesture.place).x).index;
+    gesture.stop();
   };
+  onPointer(large.canvas, { press: point, drag: point, release: goOn });
   gesture.moveTo(FIRST);
   if (!still) gesture.hold(HOLD.first, () => gesture.sendBack(), 0.7);
   return gesture;

@@ -112,7 +112,7 @@ export function startImages() {
     curtain.value = (100 * offsetX) / curtain.clientWidth;
     gesture.render();
   };
-  onPointer(curtain.parentElement, { press: move, drag: move, release: move });
+  onPointer(curtain.parentElement, { press: move, drag: move, release() {} });
   curtain.oninput = () => gesture.render(); // by a key
   onChoice("images-pills", (value) => { word = value; select(wanted); }); // it begins again
   return gesture;

@@ -114,7 +114,9 @@ def test_image_k_depends_on_seed_and_k_alone(program, folder):
     program(*words, "b", "-n", 3, "--first", 4)  # in the same folder
     assert [*images_in(folder / "b")] == [*range(7)]
     said = program(*words, "b", "-n", 2, "--first", 6, code=1)
-    assert "sample.py: b has such images; to add others, use --first 7" in said
+    assert (
+        "sample.py: b already has images with these numbers; to add others, use --first 7" in said
+    )
     assert all(np.abs(a[k] - image).max() <= 1 for k, image in (b | c).items())  # rounding
     expected = np.random.default_rng((1, 2)).standard_normal(SHAPE, np.float32)
     assert (sample.noise_of(1, 2, 1, SHAPE)()[0] == expected).all()
@@ -311,7 +313,9 @@ def test_card_that_cannot_be_used_is_said_in_a_line(package, program, monkeypatc
     found = ["CPUExecutionProvider", "CUDAExecutionProvider"][: 1 + (package[-1] == "u")]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: found)
     monkeypatch.setattr(shutil, "which", lambda name: name)
-    line = "ONNX Runtime can't use CUDA. It needs driver 580 or newer and, in place of the package "
+    line = (
+        "ONNX Runtime can't use CUDA. It needs driver 580 or newer and onnxruntime-gpu in place of "
+    )
     line += 'onnxruntime: pip install "onnxruntime-gpu[cuda,cudnn]"'
     said = program("-n", 1, "--steps", 1)
     assert f"{line}\n" in said and f"on CPUExecutionProvider{HINT}" in said
