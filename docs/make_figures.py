@@ -3,7 +3,7 @@
     python docs/make_figures.py --data fashion-mnist/test                  # the included network
     python docs/make_figures.py --data ./test --onnx model.onnx --out figures
     python docs/make_figures.py --data ./test --demo demo.onnx             # demo.png
-    python docs/make_figures.py --data ./test --samples ./out              # only beside.png
+    python docs/make_figures.py --data ./test --samples ./samples          # only beside.png
 
 It takes about ten minutes on two cores. Every figure has a white background, so that it can be read
 on a dark page. Figures and printed values count t from 1, as the paper does; the code's index is
@@ -461,20 +461,24 @@ def draw_interpolation(path, network, a, b):
     save_sheet(path, np.array(rows), columns, [f"t = {t}" for t in times], inches=1.0)
 
 
-def draw_beside(path, samples, real):
-    """Draw sixteen samples of each class and six images of a data set, from sub-folders."""
-    names = sorted(folder.name for folder in samples.iterdir() if folder.is_dir())
+def draw_beside(path, folders):
+    """Draw images of several folders side by side, from their sub-folders: a row for each class.
+
+    The last folder has real images.
+    """
+    names = sorted(folder.name for folder in folders[0].iterdir() if folder.is_dir())
+    counts = [22 // len(folders)] * len(folders) if len(folders) > 2 else [16, 6]
     figure = Figure(figsize=(8.6, 0.36 * len(names) + 0.2), layout="constrained")
-    panels = figure.subplots(1, 2, width_ratios=(16, 6))
-    for axes, folder, count in zip(panels, (samples, real), (16, 6), strict=True):
+    panels = figure.subplots(1, len(folders), width_ratios=counts)
+    for axes, folder, count in zip(panels, folders, counts, strict=True):
         rows = []
         for name in names:
             files = sorted((folder / name).glob("*.png"))
             some = [files[k * len(files) // count] for k in range(count)]
             rows.append([read_image(file, 32, 3) for file in some])
         images = from_pixels(torch.from_numpy(np.array(rows))).numpy()
-        show(axes, images, rows=names if folder == samples else ())
-        axes.set_title("samples" if folder == samples else "real images", fontsize=10)
+        show(axes, images, rows=names if axes is panels[0] else ())
+        axes.set_title("real images" if folder == folders[-1] else folder.name, fontsize=10)
     figure.savefig(path, dpi=2 * DPI, bbox_inches="tight")
 
 
@@ -580,7 +584,7 @@ def main():
         "--paper", default=HERE / "paper.onnx", help="of the paper's recipe [docs/paper.onnx]"
     )
     parser.add_argument("--demo", help="the demo's network")
-    parser.add_argument("--samples", type=Path, help="from sample.py --dir, by class")
+    parser.add_argument("--samples", type=Path, nargs="+", help="folders of sample.py --dir")
     parser.add_argument(
         "--out", type=Path, default=FIGURES, help="folder of the figures [docs/figures]"
     )
@@ -588,7 +592,7 @@ def main():
 
     args.out.mkdir(parents=True, exist_ok=True)
     if args.samples:
-        return draw_beside(args.out / "beside.png", args.samples, args.data)
+        return draw_beside(args.out / "beside.png", [*args.samples, args.data])
     network, paper = Network(args.onnx, "cpu"), Network(args.paper, "cpu")
     channels, size, _ = network.shape
     images, labels, _ = read_folder(args.data, size, channels, names=network.classes)

@@ -3,8 +3,7 @@
     python docs/record_page.py    # needs playwright and an installed Chromium; a minute
 
 Chromium opens the page, and the program moves its opening and its first section from the data to
-the noise and back. It saves both in docs/figures: as moons.webp, which repeats, and as moons.png,
-one moment on the way back.
+the noise and back. It saves both in docs/figures/moons.webp, which repeats.
 """
 
 import argparse
@@ -34,7 +33,6 @@ LAUNCH = {  # Firefox is driven as it is; no page of it can prefer less motion o
 SIZE, GAP = 264, 8  # height of the plane, and its distance from the pictures, in pixels
 FORWARD, BACK, RATE = 30, 75, 20  # frames to the noise and back, and how many are shown a second
 DATA, NOISE, RESULT = 900, 500, 2200  # how long these frames stay, in milliseconds
-STILL = 0.11  # the place of moons.png, on the way back from 1 to 0
 STYLE = f"#arrows-50 {{ width: 420px !important; height: {SIZE}px !important; }}"
 
 GESTURES = """async () => {
@@ -89,13 +87,12 @@ def shown_at(page, place):
 
 
 def record(page):
-    """Return the frames to the noise, those of the way back, and the still."""
+    """Return the frames to the noise, and those of the way back."""
     there = [shown_at(page, k / FORWARD) for k in range(FORWARD + 1)]
     page.evaluate(GESTURES % "(gesture.sendBack(), gesture.stop())")
     while not all(page.evaluate(GESTURES % "gesture.passages.every((it) => it.result !== null)")):
         page.wait_for_timeout(200)
-    back = [shown_at(page, 1 - k / BACK) for k in range(1, BACK + 1)]
-    return there, back, back[round((1 - STILL) * BACK) - 1]
+    return there, [shown_at(page, 1 - k / BACK) for k in range(1, BACK + 1)]
 
 
 def main():
@@ -107,13 +104,12 @@ def main():
         page.goto(address)
         page.evaluate("dispatchEvent(new Event('scroll')), window.ready")  # networks are loaded
         page.add_style_tag(content=STYLE)
-        there, back, still = record(page)
+        there, back = record(page)
     each = 1000 // RATE
     durations = [DATA, *[each] * (FORWARD - 1), NOISE, *[each] * (BACK - 1), RESULT]
     # Because of the haze, a GIF would be three times as large, even with 64 colours.
     there[0].save(args.out / "moons.webp", save_all=True, append_images=there[1:] + back,
                   duration=durations, loop=0, quality=30, method=4)  # fmt: skip
-    still.save(args.out / "moons.png", optimize=True)
 
 
 if __name__ == "__main__":
