@@ -152,7 +152,7 @@ function drawStage() {
   if (slow) return drawStep(slow, signal);
   if (pen || !samples.eps || !data.length) return;
   if (!samples.exact) drawArrows(Math.max(LOWEST, Math.round(level)), shrunk);
-  if (samples.exact) plane.drawDots(view, stateAt(samples.exact, level).x, 5, colours.ink);
+  if (samples.exact) plane.drawDots(view, stateAt(samples.exact, level).x, 5, colours.dim);
   plane.drawDots(view, stateAt(samples.way, level).x, 4, colours.other, 0.9);
 }
 
