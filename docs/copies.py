@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from ddpm import Diffusion, linear_betas  # noqa: E402
-from docs.make_figures import FIGURES, PAGE, page_noise, save_sheet, show  # noqa: E402
+from docs.make_figures import FIGURES, PAGE, page_noise, show  # noqa: E402
 from extras.exact import exact_network, mean_squared_error  # noqa: E402
 from extras.variants import sample  # noqa: E402
 from images import from_pixels, read_folder, read_image  # noqa: E402
@@ -118,7 +118,11 @@ def draw_nearest(path, samples, images):
     """Draw samples above the images nearest to them, below the distances."""
     index, distance = nearest(samples, images)
     pairs, columns = torch.stack([samples, images[index]]), [f"{value:.0f}" for value in distance]
-    save_sheet(path, pairs.numpy(), columns, ("samples", "nearest\ntraining image"), inches=0.65)
+    figure = Figure(figsize=(0.65 * len(columns) + 0.9, 1.9), layout="constrained")
+    axes = figure.subplots()
+    show(axes, pairs.numpy(), columns, ("samples", "nearest\ntraining image"))
+    axes.set_title("root-mean-square difference in grey levels (of 255)", fontsize=9)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
 def page_garments():

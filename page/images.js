@@ -18,7 +18,7 @@ const [pictures, compared] = [{ steps: 10 }, { steps: 10 }].map((its) => new Pas
 
 /** Let a network draw as soon as it is open, unless another one is wanted by then. */
 async function select(key) {
-  wanted = key;
+  [wanted, curtain.value] = [key, 50];
   $("images-pills").hidden = key !== "emoji";
   $("images-real").hidden = key !== "exact";
   wait();
@@ -36,7 +36,7 @@ async function exact() {
   const shown = $("real"), shape = [1, 32, 32], count = 12;
   await shown.decode();
   const photographs = readRow(shown, count).filter((_, k) => k % 3072 < 1024); // grey
-  drawImages($("images-real"), photographs, shape, count, 1);
+  drawImages($("images-real"), photographs, shape, count / 2, 1);
   const eps = async (x, t) => exactEps(x, ABAR[t], photographs, 1024, 0);
   return { shape, eps, compared };
 }

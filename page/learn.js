@@ -12,7 +12,7 @@ const STEPS = 3000; // of the training on the same dots
 const EVERY = 150; // steps, samples are drawn, which takes less than a tenth of the time
 const SLICE = 30; // milliseconds of training in a frame, so that nothing stalls
 const NOISE = noiseOf(0, 80, 2); // where the samples begin
-const LOWEST = 80; // level of the arrows: with less noise, most point at the nearest dot
+const LOWEST = 80, LOW = 10; // levels of the arrows: at LOW, the true ones turn to single dots
 const PHASE = 2500, TRAVEL = 5000; // milliseconds of a phase in slow motion, and of a way back
 const SPACING = 0.05, MOST = 500, FEW = 12; // of the dots that the reader draws
 const random = uniform(1, 0), show = captions("learn");
@@ -128,7 +128,7 @@ function say() {
   const isTrained = trainer.steps >= STEPS;
   $("learn-play").textContent = timeline.move ? "❚❚" : "►";
   $("learn-play").ariaLabel = timeline.move ? "Pause" : isTrained ? "Train again" : "Train";
-  const what = samples.exact ? "are new" : "miss the glow of the data";
+  const what = data === SHAPES.dots ? "end beside the dots" : "miss the glow of the data";
   $("learn-misses").textContent = slow ? "–" : `${misses} ${what}`;
   $("learn-exact").hidden = !samples.exact || Boolean(slow);
   const markStep = (item, k) => { item.ariaCurrent = slow?.phase === k ? "step" : null; };
@@ -151,7 +151,7 @@ function drawStage() {
   }
   if (slow) return drawStep(slow, signal);
   if (pen || !samples.eps || !data.length) return;
-  if (!samples.exact) drawArrows(Math.max(LOWEST, Math.round(level)), shrunk);
+  drawArrows(Math.max(samples.exact ? LOW : LOWEST, Math.round(level)), shrunk);
   if (samples.exact) plane.drawDots(view, stateAt(samples.exact, level).x, 5, colours.dim);
   plane.drawDots(view, stateAt(samples.way, level).x, 4, colours.other, 0.9);
 }
