@@ -9,7 +9,7 @@ It presents the method in this order:
     from ddpm import Diffusion, UNet, linear_betas
 
     diffusion, model = Diffusion(linear_betas()), UNet()
-    diffusion.loss(model, x0).backward()  # Algorithm 1, one step; x0: (B, 3, 32, 32) in [-1, 1]
+    diffusion.loss(model, x0).backward()  # the gradient of Algorithm 1; x0: images, (B, 3, 32, 32)
     x0 = diffusion.sample(model.eval(), (16, 3, 32, 32))  # Algorithm 2
 
 Numbers in parentheses are the paper's equation numbers. Images are float32 (B, C, H, W) in [-1, 1].

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image, ImageOps
+from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 FIGURES, PAGE = HERE / "figures", HERE.parent / "page"
@@ -608,8 +608,7 @@ def main():
     draw_rectangles(args.out / "rectangles.png")
     draw_velocity(args.out / "velocity.png")
     draw_unet(args.out / "unet.png")
-    samples = sheet(sample(paper, 64).reshape(4, 16, *paper.shape))
-    ImageOps.scale(samples, 2, Image.Resampling.NEAREST).save(args.out / "paper.png")
+    grid(to_pixels(sample(paper, 64))).save(args.out / "paper.png")  # as sample.py does
     draw_strip(args.out, paper)
     if args.out.resolve() == FIGURES:
         emoji = Network(PAGE / "emoji.onnx", "cpu")

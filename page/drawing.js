@@ -56,7 +56,7 @@ function say() {
   const { place, isBack, hasCome, fault } = gesture;
   if (fault || drawing.isWaiting) return show("missing", { text: fault || LOADING });
   if (!isBack) return show(place ? "noising" : "draw");
-  return show(hasCome ? "done" : "back");
+  return show(hasCome ? "done" : "back", { from: Math.round(100 * drawing.from) });
 }
 
 function draw() {
