@@ -129,7 +129,7 @@ function say() {
   $("learn-play").textContent = timeline.move ? "❚❚" : "►";
   $("learn-play").ariaLabel = timeline.move ? "Pause" : isTrained ? "Train again" : "Train";
   const what = data === SHAPES.dots ? "end beside the dots" : "miss the glow of the data";
-  $("learn-misses").textContent = slow ? "–" : `${misses} ${what}`;
+  $("learn-misses").textContent = slow || !data.length ? "–" : `${misses} ${what}`;
   $("learn-exact").hidden = !samples.exact || Boolean(slow);
   const markStep = (item, k) => { item.ariaCurrent = slow?.phase === k ? "step" : null; };
   [...$("learn-steps").children].forEach(markStep);
@@ -152,6 +152,7 @@ function drawStage() {
   if (slow) return drawStep(slow, signal);
   if (pen || !samples.eps || !data.length) return;
   drawArrows(Math.max(samples.exact ? LOW : LOWEST, Math.round(level)), shrunk);
+  if (samples.exact) plane.drawRing(view, [0, 0], 0.95 * signal * view.unit, colours.arrow, 1);
   if (samples.exact) plane.drawDots(view, stateAt(samples.exact, level).x, 5, colours.dim);
   plane.drawDots(view, stateAt(samples.way, level).x, 4, colours.other, 0.9);
 }
