@@ -12,9 +12,10 @@ const STEPS = 3000; // of the training on the same dots
 const EVERY = 150; // steps, samples are drawn, which takes less than a tenth of the time
 const SLICE = 30; // milliseconds of training in a frame, so that nothing stalls
 const NOISE = noiseOf(0, 80, 2); // where the samples begin
-const LOWEST = 80, LOW = 10; // levels of the arrows: at LOW, the true ones turn to single dots
+const LOWEST = 80, LOW = 10; // levels of the arrows: at LOW, the exact ones turn to single dots
 const PHASE = 2500, TRAVEL = 5000; // milliseconds of a phase in slow motion, and of a way back
-const SPACING = 0.05, MOST = 500, FEW = 12; // of the dots that the reader draws
+const SPACING = 0.05, MOST = 500; // of the dots that the reader draws
+const FEW = 12; // dots are learnt by heart
 const random = uniform(1, 0), show = captions("learn");
 let data = SHAPES.arcs, trainer = new Trainer();
 let samples = { eps: null, misses: "–" }; // {eps, way, exact, misses, steps, isNew} of a network
@@ -25,13 +26,15 @@ let timeline, view;
 /** The way back of dots along these arrows, in so many steps. */
 const wayOf = (eps, steps) => Array.fromAsync(reverse(eps, NOISE, T - 1, steps, false));
 
-/** Let dots follow the arrows of the network as it is now; at the end, also the true arrows of
+const isSeparate = () => data.length <= SHAPES.many.length;
+
+/** Let dots follow the arrows of the network as it is now; at the end, also the exact arrows of
  * separate dots, from the same noise. */
 async function sample() {
   const { steps } = trainer, average = trainer.average.map((p) => p.slice());
-  const eps = (x, t) => epsOf(average, x, t), trueEps = (x, t) => exactEps(x, ABAR[t], data);
+  const eps = (x, t) => epsOf(average, x, t), itsEps = (x, t) => exactEps(x, ABAR[t], data);
   const count = steps < STEPS ? 50 : 200, way = await wayOf(eps, count);
-  const exact = data === SHAPES.dots && steps >= STEPS && await wayOf(trueEps, count);
+  const exact = isSeparate() && steps >= STEPS && await wayOf(itsEps, count);
   const misses = data.length ? `${missed(way.at(-1).x0, data)}%` : "–";
   samples = { eps, way, exact, misses, steps, isNew: !average[4].some(Boolean) }; // see `untrained`
   timeline.render();
@@ -128,12 +131,12 @@ function say() {
   const isTrained = trainer.steps >= STEPS;
   $("learn-play").textContent = timeline.move ? "❚❚" : "►";
   $("learn-play").ariaLabel = timeline.move ? "Pause" : isTrained ? "Train again" : "Train";
-  const what = data === SHAPES.dots ? "end beside the dots" : "miss the glow of the data";
+  const what = isSeparate() ? "end beside the dots" : "miss the glow of the data";
   $("learn-misses").textContent = slow || !data.length ? "–" : `${misses} ${what}`;
   $("learn-exact").hidden = !samples.exact || Boolean(slow);
   const markStep = (item, k) => { item.ariaCurrent = slow?.phase === k ? "step" : null; };
   [...$("learn-steps").children].forEach(markStep);
-  const last = samples.exact ? "dots" : data.length <= 2 * FEW ? "few" : "done";
+  const last = !isSeparate() ? "done" : data.length > 2 * FEW ? "many" : "few";
   const stage = isNew ? "none" : steps < STEPS ? "some" : last;
   const atLevel = timeline.move === travel ? "travel" : "level";
   const atPlace = place && timeline.move !== training ? atLevel : stage;
@@ -152,7 +155,7 @@ function drawStage() {
   if (slow) return drawStep(slow, signal);
   if (pen || !samples.eps || !data.length) return;
   drawArrows(Math.max(samples.exact ? LOW : LOWEST, Math.round(level)), shrunk);
-  if (samples.exact) plane.drawRing(view, [0, 0], 0.95 * signal * view.unit, colours.arrow, 1);
+  if (data === SHAPES.many) plane.drawRing(view, [0, 0], 0.95 * signal * view.unit, colours.dim, 1);
   if (samples.exact) plane.drawDots(view, stateAt(samples.exact, level).x, 5, colours.dim);
   plane.drawDots(view, stateAt(samples.way, level).x, 4, colours.other, 0.9);
 }
@@ -168,7 +171,7 @@ function drawStep({ phase, x0, xt, guess }, signal) {
   if (phase > 3) plane.drawArrow(view, guess, clean, colours.data, 3 * small, { gap: 12 * small });
 }
 
-/** The true arrows, and over them those of the network. They fade where noise of this level hardly
+/** The exact arrows, and over them those of the network. They fade where noise of this level hardly
  * ever moves a dot. shrunk: the data at this level. */
 function drawArrows(level, shrunk) {
   const places = plane.grid(view, view.height < 300 ? 9 : 11), [, spread] = partsAt(level);

@@ -65,8 +65,6 @@ export const DATA = curve((u) => {
   const isUpper = u < 0.5, [right, up] = circle(2 * Math.PI * (isUpper ? 0.5 - u : u), 0.6);
   return isUpper ? [right - 0.3, up - 0.15] : [right + 0.3, up + 0.15];
 });
-export const SHAPES = {
-  arcs: DATA,
-  spiral: curve((u) => circle(11 * Math.sqrt(u), 0.15 + 0.85 * Math.sqrt(u))),
-  dots: curve((u) => circle(144 * u, 0.9 * Math.sqrt(u + 1 / 120)), 60), // separate ones, in a disc
-};
+/** Separate points, evenly spread over a disc. */
+const dots = (n) => curve((u) => circle(2.4 * n * u, 0.9 * Math.sqrt(u + 0.5 / n)), n);
+export const SHAPES = { arcs: DATA, many: dots(60), few: dots(6) };

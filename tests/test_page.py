@@ -291,7 +291,7 @@ def test_network_learns_the_arcs(page):
 
 def test_network_learns_what_is_drawn(page):
     """From what it has learnt before. A slider shows the arrows at its level."""
-    page.click("#learn-shapes [value=dots]")
+    page.click("#learn-shapes [value=many]")
     until(page, "#learn-words .shown", "^Why the results are new")
     assert int(page.text_content("#learn-misses").split("%")[0]) > 40  # the network's dots
     assert page.is_visible("#learn-exact")  # those of the true arrows
@@ -483,7 +483,7 @@ MAIN_PATH = {  # what is done in each section, and what is then true
         SHOWN % ("New pictures", "scene"),
     "arrows.scrollIntoView(); sections.arrows.moveTo(1); sections.arrows.letGo()":
         SHOWN % ("Back from", "arrows"),
-    "learning.scrollIntoView(); document.querySelector('[value=spiral]').click()":
+    "learning.scrollIntoView(); document.querySelector('[value=few]').click()":
         SHOWN % ("Training step", "learn"),
     "images.scrollIntoView(); sections.images.moveTo(1)": "sections.images.hasCome",
     "document.querySelector('[value=emoji]').click()": "sections.images.hasCome",
