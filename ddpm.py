@@ -47,8 +47,8 @@ def look_up(table, t, x):
     """Return the entries of a table (T,) at t (B,), float32 (B, 1, ..., 1), to broadcast over x.
 
     The small table is sent to the device of t at each call, so that no copy becomes stale; on CUDA,
-    this may be asynchronous. The table becomes float32 before it is indexed, so that model.onnx
-    has no float64.
+    the transfer may be asynchronous. The table becomes float32 before it is indexed, so that
+    model.onnx has no float64.
     """
     table = table.to(t.device, torch.float32, non_blocking=t.is_cuda)
     return table[t].view(-1, *[1] * (x.ndim - 1))
@@ -372,7 +372,7 @@ class UNet(nn.Module):
 
         self.middle = nn.ModuleList([res_block(ch, ch, True), res_block(ch, ch, False)])
 
-        self.up = nn.ModuleList()  # each level ends in an Upsample, but the last in an Identity
+        self.up = nn.ModuleList()  # every level ends in an Upsample, except for the last one
         for width, attends in reversed(levels):
             layers = nn.ModuleList()
             for _ in range(num_res_blocks + 1):

@@ -69,7 +69,7 @@ class VUNet(PatchUNet):
 
 
 class WeightedDiffusion(Diffusion):
-    """A Diffusion whose loss is the squared error of v, with t from a density that is not uniform.
+    """A Diffusion whose loss is the squared error of v, with t drawn non-uniformly.
 
     The density is proportional to sqrt(abar_t) min(1, 5 / SNR_t), where SNR_t = abar_t /
     (1 - abar_t). So the loss has, on average, the weights min(1, 5 / SNR_t) / sqrt(abar_t) on the

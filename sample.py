@@ -411,8 +411,7 @@ def save_grid(shown, args):
 def receive_signals():
     """Return a list that receives the number of the first signal that asks the program to stop.
 
-    A second Ctrl-C ends the program at once. A signal that is ignored, as under nohup,
-    remains ignored.
+    A second Ctrl-C ends the program at once. An ignored signal, as under nohup, stays ignored.
     """
     received = []
 

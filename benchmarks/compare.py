@@ -122,7 +122,7 @@ def main():
         "# Side by side",
         f"\n`python benchmarks/compare.py`, {time.strftime('%Y-%m-%d')}: {machine()}. "
         f"Medians of {args.rounds} rounds, and {3 * args.rounds} of `--quick`, in which all take "
-        "turns, with the lowest and the highest in brackets. A ratio is of two steps of a round.",
+        "turns, with the lowest and the highest in brackets. Ratios are of steps in one round.",
         f"\n| a step of {args.batch} images | ms per image | ratio to diffusers |",
         "| --- | --- | --- |",
     ]

@@ -29,7 +29,7 @@ sys.path.insert(0, str(HERE.parent))
 from ddpm import Bound, Diffusion, linear_betas  # noqa: E402
 from extras import variants  # noqa: E402
 from extras.evaluate import rate_distortion  # noqa: E402
-from extras.exact import exact_network  # noqa: E402
+from extras.exact import exact_network, mean_squared_error  # noqa: E402
 from extras.interpolate import LAMBDAS, interpolate, starting_at  # noqa: E402
 from images import demo_images, from_pixels, read_folder, read_image  # noqa: E402
 from sample import (  # noqa: E402
@@ -461,16 +461,14 @@ def draw_interpolation(path, network, a, b):
     save_sheet(path, np.array(rows), columns, [f"t = {t}" for t in times], inches=1.0)
 
 
-def draw_beside(path, folders):
-    """Draw images of several folders side by side, from their sub-folders: a row for each class.
-
-    The last folder has real images.
-    """
-    names = sorted(folder.name for folder in folders[0].iterdir() if folder.is_dir())
-    counts = [22 // len(folders)] * len(folders) if len(folders) > 2 else [16, 6]
+def draw_beside(path, samples, real):
+    """Draw images of folders of samples, and of real images: a row for each sub-folder, a class."""
+    names = sorted(folder.name for folder in samples[0].iterdir() if folder.is_dir())
+    folders, titles = [*samples, real], [*(folder.name for folder in samples), "real images"]
+    counts = [16, 6] if len(samples) == 1 else [22 // len(folders)] * len(folders)
     figure = Figure(figsize=(8.6, 0.36 * len(names) + 0.2), layout="constrained")
     panels = figure.subplots(1, len(folders), width_ratios=counts)
-    for axes, folder, count in zip(panels, folders, counts, strict=True):
+    for axes, folder, title, count in zip(panels, folders, titles, counts, strict=True):
         rows = []
         for name in names:
             files = sorted((folder / name).glob("*.png"))
@@ -478,19 +476,19 @@ def draw_beside(path, folders):
             rows.append([read_image(file, 32, 3) for file in some])
         images = from_pixels(torch.from_numpy(np.array(rows))).numpy()
         show(axes, images, rows=names if axes is panels[0] else ())
-        axes.set_title("real images" if folder == folders[-1] else folder.name, fontsize=10)
+        axes.set_title(title, fontsize=10)
     figure.savefig(path, dpi=2 * DPI, bbox_inches="tight")
 
 
 def print_loss(network, x0):
     """Print how much of the loss (14) comes from small t."""
-    diffusion, random, losses = Diffusion(network.betas), torch.Generator().manual_seed(0), []
-    times = range(0, diffusion.T, 5)
-    for t in times:
-        noise = torch.randn(x0.shape, generator=random)
-        x_t = diffusion.q_sample(x0, torch.tensor([t]), noise)
-        eps = torch.from_numpy(network(x_t.numpy(), t))
-        losses.append((noise - eps).square().mean().item())
+    diffusion, times = Diffusion(network.betas), range(0, network.betas.size, 5)
+
+    def eps(x_t, t):
+        return torch.from_numpy(network(x_t.numpy(), t.numpy()))
+
+    same = [torch.full((len(x0),), t) for t in times]
+    losses = [mean_squared_error(diffusion, eps, x0, t, seed=k).sum() for k, t in enumerate(same)]
     for end in (100, 300):
         share = sum(losses[: end // 5]) / sum(losses)
         print(f"  {100 * share:.0f}% of the loss is from t <= {end}")
@@ -592,7 +590,7 @@ def main():
 
     args.out.mkdir(parents=True, exist_ok=True)
     if args.samples:
-        return draw_beside(args.out / "beside.png", [*args.samples, args.data])
+        return draw_beside(args.out / "beside.png", args.samples, args.data)
     network, paper = Network(args.onnx, "cpu"), Network(args.paper, "cpu")
     channels, size, _ = network.shape
     images, labels, _ = read_folder(args.data, size, channels, names=network.classes)

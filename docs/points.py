@@ -96,7 +96,9 @@ def fit(
     model = MLP(width, num_classes=2 if data is labelled_moons else 0)
     optimizer = torch.optim.Adam(model.parameters(), lr)
     model_eps = as_eps(model, diffusion, predicts)
-    weights = loss_weights(diffusion, weighting, predicts)
+    weights = density = loss_weights(diffusion, weighting, predicts)
+    if drawn:
+        weights = torch.ones_like(density)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
     for _ in range(steps):
         eps, x0 = model_eps, data(batch)
@@ -106,9 +108,8 @@ def fit(
         optimizer.zero_grad()
         t, noise = torch.randint(diffusion.T, (batch,)), torch.randn_like(x0)
         if drawn:
-            t = weights.multinomial(batch, replacement=True)
-        used = torch.ones_like(weights) if drawn else weights
-        weighted_loss(diffusion, eps, x0, t, noise, used).backward()
+            t = density.multinomial(batch, replacement=True)
+        weighted_loss(diffusion, eps, x0, t, noise, weights).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

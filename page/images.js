@@ -14,11 +14,13 @@ const curtain = $("images-curtain"), show = captions("images");
 let gesture, network = null, word = "weak";
 let wanted = null; // the key of what is to draw: "clothes", "emoji" or "exact"
 let guess = {}; // of the network at a place of the slider: {x0, place, isAsked}
-const [pictures, compared] = [{ steps: 10 }, { steps: 10 }].map((its) => new Passage(null, its));
+const pictures = new Passage(null, { steps: 10 });
+const compared = new Passage(null, { steps: 10 }); // right of the curtain, beside exact arrows
 
 /** Let a network draw as soon as it is open, unless another one is wanted by then. */
 async function select(key) {
-  [wanted, curtain.value] = [key, 50];
+  wanted = key;
+  curtain.value = 50;
   $("images-pills").hidden = key !== "emoji";
   $("images-real").hidden = key !== "exact";
   wait();
@@ -80,12 +82,10 @@ async function ask() {
 function say() {
   const { place, isBack, hasCome, fault } = gesture;
   if (fault || !network) return show("missing", { text: fault || LOADING });
-  if (network.compared) return show("exact");
-  const last = network.kinds ? word : "done";
-  if (hasCome || (!place && !isBack)) return show(last);
+  if (wanted === "exact") return show("exact");
+  if (hasCome || (!place && !isBack)) return show(network.kinds ? word : "done");
   const { length } = isBack ? pictures.levels : [];
-  if (isBack) return show("back", { steps: length > 1 ? `${length} steps` : "one step" });
-  return show("noising");
+  return show(isBack ? "back" : "noising", { steps: length > 1 ? `${length} steps` : "one step" });
 }
 
 function draw() {

@@ -15,7 +15,7 @@ const NOISE = noiseOf(0, 80, 2); // where the samples begin
 const LOWEST = 80, LOW = 10; // levels of the arrows: at LOW, the exact ones turn to single dots
 const PHASE = 2500, TRAVEL = 5000; // milliseconds of a phase in slow motion, and of a way back
 const SPACING = 0.05, MOST = 500; // of the dots that the reader draws
-const FEW = 12; // dots are learnt by heart
+const FEW = 12; // at most so many dots are learnt by heart
 const random = uniform(1, 0), show = captions("learn");
 let data = SHAPES.arcs, trainer = new Trainer();
 let samples = { eps: null, misses: "–" }; // {eps, way, exact, misses, steps, isNew} of a network
@@ -141,7 +141,7 @@ function say() {
   const atLevel = timeline.move === travel ? "travel" : "level";
   const atPlace = place && timeline.move !== training ? atLevel : stage;
   const key = slow ? `slow${slow.phase}` : data.length ? atPlace : "empty";
-  return `${show(key, { steps })} ${misses} of the dots miss the data.`;
+  return `${show(key, { steps })} ${misses} of the dots ${what}.`;
 }
 
 /** The data, with the arrows and the samples at the level of the slider. */
