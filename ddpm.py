@@ -9,7 +9,7 @@ It presents the method in this order:
     from ddpm import Diffusion, UNet, linear_betas
 
     diffusion, model = Diffusion(linear_betas()), UNet()
-    diffusion.loss(model, x0).backward()  # the gradient of Algorithm 1; x0: images, (B, 3, 32, 32)
+    diffusion.loss(model, x0).backward()  # gradient of Algorithm 1; x0: (B, 3, 32, 32) in [-1, 1]
     x0 = diffusion.sample(model.eval(), (16, 3, 32, 32))  # Algorithm 2
 
 Numbers in parentheses are the paper's equation numbers. Images are float32 (B, C, H, W) in [-1, 1].
@@ -407,7 +407,7 @@ class UNet(nn.Module):
             raise ValueError(f"x_t must have the shape (B, C, H, W), not {tuple(x_t.shape)}")
         height, width = x_t.shape[2:]
         if height % self.factor or width % self.factor:
-            raise ValueError(f"{height}x{width}: both must be multiples of {self.factor}")
+            raise ValueError(f"{height}x{width} must be multiples of {self.factor}")
         temb = self.time_mlp(timestep_embedding(t, self.base_channels))
         if self.num_classes:
             y = torch.full_like(t, self.num_classes) if y is None else y

@@ -120,7 +120,8 @@ class Folder:
     def still_hold(self):
         """Exit if the folder was moved or removed, or if another process has begun a run in it."""
         if not self.lock_file.exists() or self.lock_file.stat().st_ino != self.held:
-            sys.exit(f"train.py: {self.path} or its .lock has gone; the last steps aren't saved")
+            sys.exit(f"train.py: {self.path} or its .lock was moved or replaced; the last steps "
+                     "aren't saved")  # fmt: skip
 
     def save(self, run):
         """Replace the checkpoint. Exits if the disk is full."""

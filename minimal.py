@@ -33,11 +33,11 @@ from tqdm import tqdm
 from ddpm import Diffusion, UNet, linear_betas
 
 parser = argparse.ArgumentParser(description="Train a DDPM, export it, and sample 16 images.")
-parser.add_argument("folder", help="of images")
+parser.add_argument("folder", help="folder of images")
 parser.add_argument("steps", nargs="?", type=int, default=10_000, help="of training [%(default)s]")
 args = parser.parse_args()
 if {"model.onnx", "samples.png"} & {*os.listdir()} or not os.access(".", os.W_OK):
-    sys.exit("minimal.py needs a folder to write in that has no model.onnx and no samples.png")
+    sys.exit("minimal.py: run it in a writable folder without model.onnx and samples.png")
 
 # The images of the folder that can be read: float32 (N, 3, 32, 32) in [-1, 1]
 pixels, files = [], [path for path in Path(args.folder).rglob("*") if path.is_file()]

@@ -172,7 +172,7 @@ def thinned(eps):
 
 
 def open_session(path, device, options=None):
-    """Return an InferenceSession. path, device and options are those of Network, or path is bytes.
+    """Return an InferenceSession. path, device, options: as for Network; path may also be bytes.
 
     If CUDA is wanted, but can't be used, ONNX Runtime prints why. Then "auto" falls back to the CPU
     and prints a line. Raises ValueError if the file can't be opened, or "cuda" can't be used.
@@ -191,8 +191,8 @@ def open_session(path, device, options=None):
     except Exception as error:  # ONNX Runtime raises many kinds of errors
         raise ValueError(f"{path!s:.99} can't be opened: {error!s:.200}") from None
     if wanted and session.get_providers()[0] != cuda:
-        why = "ONNX Runtime can't use CUDA. It needs driver 580 or newer and onnxruntime-gpu in "
-        why += 'place of onnxruntime: pip install "onnxruntime-gpu[cuda,cudnn]"'
+        why = "ONNX Runtime can't use CUDA. If the driver is 580 or newer, "
+        why += 'pip uninstall -y onnxruntime; pip install "onnxruntime-gpu[cuda,cudnn]"'
         if device == "cuda":
             raise ValueError(why)
         print(why, file=sys.stderr)
@@ -294,13 +294,13 @@ def flags(doc, onnx=True):
     if onnx:
         flag("--onnx", default="model.onnx", help="a network from export.py [%(default)s]")
     flag("-n", type=int, help="number of images [64, or 8 of each class]")
-    flag("--first", type=int, default=0, help="number of the first image [%(default)s]")
+    flag("--first", type=int, default=0, help="index of the first image [%(default)s]")
     flag("--out", type=Path, default="samples.png", help="a grid of up to 256 images [%(default)s]")
     flag("--dir", type=Path, help="a new or empty folder, for one PNG file per image")
     flag("--steps", type=int, help="steps of the reverse process [T, as in the paper]")
     flag("--sampler", choices=SAMPLERS, help="[ddpm with all T steps, dpm-solver++ with fewer]")
     flag("--batch", type=int, default=64, help="images per batch [%(default)s]")
-    flag("--seed", type=int, default=0, help="image k depends only on (seed, k) [%(default)s]")
+    flag("--seed", type=int, default=0, help="random seed; image k depends on both [%(default)s]")
     flag("--class", dest="classes", nargs="+", metavar="NAME", help="classes to generate [all]")
     flag("--guidance", type=float, default=0.0, help="w: makes images more typical of a class [0]")
     flag("--device", default="auto", help="auto, cuda, cpu; in torch also cuda:1, mps, xpu [auto]")

@@ -147,8 +147,8 @@ def train(updates, run, folder, stop):
             if not np.isfinite([*losses, *norms]).all():
                 also = ", or add --no-amp" if s.amp else ""
                 sys.exit("train.py: the loss or its gradient is infinite or NaN at or before step "
-                         f"{run.step:,}; these steps are not saved; lower --lr{also}"
-                )  # fmt: skip
+                         f"{run.step:,}; the steps since the last checkpoint are lost; lower --lr"
+                         + also)  # fmt: skip
             if processes.RANK == 0:
                 folder.still_hold()
                 rates = [learning_rate(k, s) for k in range(begun, run.step)]
@@ -236,7 +236,7 @@ def check_images(data, s, state):
     if state["images"] not in (None, data.digest):
         if s.data != state["settings"]["data"]:
             sys.exit(f"train.py: {source} was trained on other images; use another --out")
-        print(f"the images have changed since step {state['step']:,}; training continues with them")
+        print(f"the images have changed since step {state['step']:,}; training uses the new ones")
 
 
 def check_processes(s, data):

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -35,7 +36,7 @@ from extras.exact import exact_network, mean_squared_error  # noqa: E402
 from extras.variants import sample  # noqa: E402
 from images import from_pixels, read_folder, read_image  # noqa: E402
 from run import load  # noqa: E402
-from sample import Network, last_x0  # noqa: E402
+from sample import Network, to_pixels  # noqa: E402
 
 SIZES, STEPS = (100, 300, 1_000, 10_000, 30_000), 4_000
 TIMES = (0, 5, 20, 50, 100, 200, 250, 300, *range(350, 651, 25), 700, 850, 999)
@@ -125,12 +126,25 @@ def draw_nearest(path, samples, images):
     figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
-def page_garments():
-    """Return the garments that page/index.html draws at first, (15, 1, 32, 32)."""
-    network = Network(PAGE / "fashion-mnist.onnx", "cpu")
+def page_estimates(network=None):
+    """Return the estimates from which page/index.html draws its first garments, uint8
+    (10, 15, 1, 32, 32), one for each step.
+
+    network(x_t, t): what replaces the included network.
+    """
+    included = Network(PAGE / "fashion-mnist.onnx", "cpu")
     x_T = np.float32([page_noise(0, k, 1024) for k in range(15)]).reshape(15, 1, 32, 32)
-    process = network.reverse(network, lambda: x_T, steps=10, sampler="ddim")
-    return torch.from_numpy(last_x0(process))
+    process = included.reverse(network or included, lambda: x_T, steps=10, sampler="ddim")
+    return np.stack([to_pixels(x0) for _, _, x0 in process])
+
+
+def record_exact(path, images):
+    """Save what the page shows beside its first garments: a row of estimates for each step of the
+    exact network of the images from the same noise."""
+    exact = exact_network(Diffusion(linear_betas()), images)
+    network = lambda x, t: exact(torch.from_numpy(x), torch.tensor([t])).numpy()  # noqa: E731
+    rows = [np.concatenate(list(row[:, 0]), 1) for row in page_estimates(network)]
+    Image.fromarray(np.concatenate(rows)).save(path, lossless=True, method=6)
 
 
 def bits_known(diffusion, error, size):
@@ -241,7 +255,10 @@ def main():
 
     if args.samples:
         return compare_samples(args.samples, args.data, args.out / "nearest.png")
-    draw_nearest(args.out / "nearest.png", page_garments(), read(args.data / "train", 32))
+    images, garments = read(args.data / "train", 32), torch.from_numpy(page_estimates()[-1])
+    draw_nearest(args.out / "nearest.png", from_pixels(garments), images)
+    if args.out.resolve() == FIGURES:
+        record_exact(PAGE / "exact.webp", images)
     draw_transition(args.out / "transition.png", args.data)
     if args.runs:
         draw_copies(args.out / "copies.png", args.data, args.runs)

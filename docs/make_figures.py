@@ -390,11 +390,6 @@ def draw_recorded(folder, network):
     image.save(folder / "recorded.webp", method=6, quality=90)
 
 
-def draw_real(path, images):
-    """Save twelve images, uint8 (12, 1, 32, 32), in a row, for section 3 of the page."""
-    Image.fromarray(np.concatenate(list(images[:, 0]), 1)).save(path, lossless=True, method=6)
-
-
 def draw_ends(path, network):
     """Draw the paper's figure 7: eight ends of the chain from one shared x_t, for several t."""
     shared = {i + 1: x for i, x, _ in sample_progressive(network, 1)}
@@ -611,7 +606,6 @@ def main():
     if args.out.resolve() == FIGURES:
         emoji = Network(PAGE / "emoji.onnx", "cpu")
         draw_recorded(PAGE, emoji)
-        draw_real(PAGE / "real.webp", images[np.arange(12) * len(images) // 12])
         draw_emoji(args.out / "emoji-classes.png", emoji)
     draw_ends(args.out / "ends.png", paper)
     draw_steps(args.out / "steps.png", network)

@@ -4,8 +4,7 @@ import { $, LOADING, captions, follow, onChoice, onPointer } from "./common.js";
 import { included } from "./network.js";
 import { Passage } from "./passage.js";
 import { drawImages, readRow } from "./plane.js";
-import { exactEps } from "./points.js";
-import { ABAR, guided, noiseOf, predictX0 } from "./sampler.js";
+import { ABAR, epsFrom, guided, noiseOf, predictX0 } from "./sampler.js";
 import { Gesture } from "./timeline.js";
 
 const COLUMNS = 5, COUNT = 15; // of the pictures
@@ -22,7 +21,6 @@ async function select(key) {
   wanted = key;
   curtain.value = 50;
   $("images-pills").hidden = key !== "emoji";
-  $("images-real").hidden = key !== "exact";
   wait();
   try {
     const opened = await (key === "exact" ? exact() : included(key));
@@ -32,14 +30,15 @@ async function select(key) {
   }
 }
 
-/** The exact arrows of the photographs in real.webp, as a network, to be compared with another. */
+/** The exact arrows of all 60,000 photographs from the first noise, to be compared with the network
+ * that learnt from these. exact.webp has their estimates, a row for each step (docs/copies.py). */
 async function exact() {
-  const { eps: compared } = await included("clothes");
-  const shown = $("real"), shape = [1, 32, 32], count = 12;
-  await shown.decode();
-  const photographs = readRow(shown, count).filter((_, k) => k % 3072 < 1024); // grey
-  drawImages($("images-real"), photographs, shape, count / 2, 1);
-  const eps = async (x, t) => exactEps(x, ABAR[t], photographs, 1024, 0);
+  const { eps: compared, shape } = await included("clothes"), recording = $("exact");
+  await recording.decode();
+  const eps = (x, t) => { // grey
+    const row = readRow(recording, COUNT, pictures.levels.indexOf(t));
+    return epsFrom(x, row.filter((_, k) => k % 3072 < 1024), t);
+  };
   return { shape, eps, compared };
 }
 
@@ -50,7 +49,8 @@ function wait() {
     passage.use(null);
     passage.begin(null, noiseOf(0, COUNT, 1024));
   }
-  gesture.passages = wanted === "exact" ? [pictures, compared] : [pictures];
+  gesture.isFixed = wanted === "exact"; // there is one recording
+  gesture.passages = gesture.isFixed ? [pictures, compared] : [pictures];
   gesture.stop();
   gesture.moveTo(1);
   gesture.hold(3000, () => gesture.comeBack(), 0.7);
@@ -69,8 +69,9 @@ function useNetwork(opened) {
 
 /** Ask what the network guesses at the place of the slider, one question at a time. */
 async function ask() {
-  const { place, isBack } = gesture, own = guess;
-  if (isBack || !place || !pictures.eps || own.isAsked || own.place === place) return;
+  const { place, isBack, isFixed } = gesture, own = guess;
+  if (isFixed || isBack || !place || !pictures.eps) return;
+  if (own.isAsked || own.place === place) return;
   own.isAsked = true;
   const { x, level } = pictures.at(place), t = Math.max(0, Math.round(level));
   const eps = await pictures.eps(x, t).catch((error) => gesture.fail(error));

@@ -90,7 +90,7 @@ function learn(dots) {
 /** Take one training step in slow motion: a dot x0 of its batch is shown, its noise, and what the
  * network predicts. next: what moves after it. */
 function slowDown(next) {
-  stop();
+  stop(0);
   if (!data.length) return;
   const batch = draw(data), pairOf = (values, k) => values.slice(2 * k, 2 * k + 2);
   const isSeen = (t, k) => t >= 100 && t < 500 && Math.hypot(...pairOf(batch.noise, k)) < 1.2;
@@ -131,9 +131,9 @@ function say() {
   const isTrained = trainer.steps >= STEPS;
   $("learn-play").textContent = timeline.move ? "❚❚" : "►";
   $("learn-play").ariaLabel = timeline.move ? "Pause" : isTrained ? "Train again" : "Train";
-  const what = isSeparate() ? "end beside the dots" : "miss the glow of the data";
+  const what = isSeparate() ? "miss all of them" : "miss the glow of the data";
   $("learn-misses").textContent = slow || !data.length ? "–" : `${misses} ${what}`;
-  $("learn-exact").hidden = !samples.exact || Boolean(slow);
+  $("learn-exact").style.visibility = samples.exact && !slow ? "visible" : "hidden";
   const markStep = (item, k) => { item.ariaCurrent = slow?.phase === k ? "step" : null; };
   [...$("learn-steps").children].forEach(markStep);
   const last = !isSeparate() ? "done" : data.length > 2 * FEW ? "many" : "few";

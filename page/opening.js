@@ -3,7 +3,7 @@
 import { $, LOADING, captions, still } from "./common.js";
 import { Passage } from "./passage.js";
 import { drawImages, readRow } from "./plane.js";
-import { guided, noiseOf, partsAt } from "./sampler.js";
+import { epsFrom, guided, noiseOf } from "./sampler.js";
 import { Gesture } from "./timeline.js";
 
 const COUNT = 12, SHAPE = [3, 32, 32], SIZE = 3072, STEPS = 10, GUIDANCE = 1;
@@ -16,10 +16,7 @@ const pictures = new Passage(null, { steps: STEPS, recorded });
 /** What takes the place of the network on the first way back, which begins at the noise. */
 function recorded(place) {
   if (!rows.length || place < 1 || gesture.round > 1) return null;
-  return (x, t) => { // the eps of the recorded estimate (15)
-    const x0 = rows[1 + pictures.levels.indexOf(t)], [signal, spread] = partsAt(t);
-    return x.map((value, k) => (value - signal * x0[k]) / spread);
-  };
+  return (x, t) => epsFrom(x, rows[1 + pictures.levels.indexOf(t)], t);
 }
 
 /** Let the network draw, in each place what the recording has there. */

@@ -3,14 +3,13 @@
 export const STD = 0.02; // of the Gaussian around each point of the data
 export const MISS = 3 * STD; // farther from all of them, a point misses the data
 
-/** The probabilities of the centres that x, a point or an image at a level, may have come from. */
-export function posterior(x, abar, centres, std = STD) {
-  const size = x.length, signal = Math.sqrt(abar), variance = abar * std ** 2 + 1 - abar;
-  const logs = new Float64Array(centres.length / size);
+/** The probabilities of the centres that a point [x, y] at a level may have come from. */
+export function posterior([x, y], abar, centres) {
+  const signal = Math.sqrt(abar), variance = abar * STD ** 2 + 1 - abar;
+  const logs = new Float64Array(centres.length / 2);
   for (let m = 0; m < logs.length; m++) {
-    let square = 0;
-    for (let i = 0; i < size; i++) square += (x[i] - signal * centres[m * size + i]) ** 2;
-    logs[m] = square / (-2 * variance);
+    const right = x - signal * centres[2 * m], up = y - signal * centres[2 * m + 1];
+    logs[m] = (right ** 2 + up ** 2) / (-2 * variance);
   }
   const largest = Math.max(...logs); // without it, all might round to 0
   const weights = logs.map((log) => Math.exp(log - largest));
@@ -20,21 +19,18 @@ export function posterior(x, abar, centres, std = STD) {
 
 /** The mean of centres with these probabilities. */
 export function meanOf(weights, centres) {
-  const mean = new Float64Array(centres.length / weights.length);
-  for (let k = 0; k < centres.length; k++) {
-    mean[k % mean.length] += weights[Math.floor(k / mean.length)] * centres[k];
-  }
+  const mean = [0, 0];
+  for (let k = 0; k < centres.length; k++) mean[k % 2] += weights[k >> 1] * centres[k];
   return mean;
 }
 
-/** E[eps | x_t] for a mixture of Gaussians with these centres. x has points of `size` numbers. */
-export function exactEps(x, abar, centres, size = 2, std = STD) {
-  const signal = Math.sqrt(abar), scale = Math.sqrt(1 - abar) / (abar * std ** 2 + 1 - abar);
+/** E[eps | x_t] for a mixture of Gaussians with these centres. x has the points. */
+export function exactEps(x, abar, centres) {
+  const signal = Math.sqrt(abar), scale = Math.sqrt(1 - abar) / (abar * STD ** 2 + 1 - abar);
   const eps = new Float32Array(x.length);
-  for (let k = 0; k < x.length; k += size) {
-    const point = x.subarray(k, k + size);
-    const mean = meanOf(posterior(point, abar, centres, std), centres);
-    for (let i = 0; i < size; i++) eps[k + i] = scale * (point[i] - signal * mean[i]);
+  for (let k = 0; k < x.length; k += 2) {
+    const mean = meanOf(posterior(x.subarray(k, k + 2), abar, centres), centres);
+    for (let i = 0; i < 2; i++) eps[k + i] = scale * (x[k + i] - signal * mean[i]);
   }
   return eps;
 }

@@ -27,6 +27,12 @@ export function levelsOf(first, steps) {
 export const predictX0 = (x, eps, abar, limit = Infinity) => x.map((value, k) =>
   Math.min(limit, Math.max(-limit, (value - Math.sqrt(1 - abar) * eps[k]) / Math.sqrt(abar))));
 
+/** The eps at which x0 is the estimate (15). */
+export function epsFrom(x, x0, t) {
+  const [signal, spread] = partsAt(t);
+  return x.map((value, k) => (value - signal * x0[k]) / spread);
+}
+
 /** x_s after a step from x_t with the estimate x0, for s = -1 too. */
 function after(x, x0, t, s) {
   const [signal, spread] = partsAt(t), [signalOfS, spreadOfS] = partsAt(s);

@@ -42,6 +42,8 @@ export class Timeline {
       touched = null;
       slider.oninput();
     };
+    // A press that does not move the slider changes nothing, but it, too, lets go.
+    slider.onpointerup = () => setTimeout(() => isHeld && slider.onchange());
     slider.onpointercancel = () => {
       [isHeld, touched] = [false, null];
       this.render(); // the thumb returns
@@ -122,6 +124,7 @@ export class Timeline {
 export class Gesture extends Timeline {
   round = 1; // the seed of the noise
   fault = ""; // what has gone wrong
+  isFixed = false; // whether the same way back is shown again and again
 
   /** passages: what moves. its: as above, and startsAnew, whether each move begins a round. */
   constructor(name, passages, its) {
@@ -192,7 +195,7 @@ export class Gesture extends Timeline {
   /** Add fresh noise to what has come back, or to the data. */
   #renew() {
     const [{ x0, result }] = this.passages;
-    if (!this.isBack || !(result || x0)) return;
+    if (this.isFixed || !this.isBack || !(result || x0)) return;
     this.round++;
     for (const passage of this.passages) passage.renew(this.round);
   }

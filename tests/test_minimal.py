@@ -42,7 +42,7 @@ def test_first_lines_read_images_or_say_why_not(tmp_path, monkeypatch, capsys):
     assert extremes == [(100, 100)] * 2 + [(255, 255)]
     assert capsys.readouterr().out == "images: 3; files that can't be used: 2\n"
     (tmp_path / "samples.png").touch()
-    run(".", said="needs a folder to write in that has no model.onnx and no samples.png")
+    run(".", said="run it in a writable folder without model.onnx and samples.png")
 
 
 def test_minimal(tmp_path):

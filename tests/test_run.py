@@ -155,7 +155,7 @@ def test_other_images_of_another_folder_are_refused(class_folder, image_folder, 
     assert cache.exists() and "changed" not in train_on("moved", 3)
     (images / "red" / "0.png").unlink()
     said = train_on("moved", 4)
-    assert "the images have changed since step 3; training continues with them" in said
+    assert "the images have changed since step 3; training uses the new ones" in said
     assert "images   59 of" in said
     assert len([*(tmp_path / "run").glob(DECODED)]) == 1 and not cache.exists()
     train_on("moved", 2, *again)
@@ -225,7 +225,7 @@ def test_moved_run_ends(other, tiny, tmp_path, wrap_step):
 
     wrap_step(move)
     said = tiny("--steps", 5, "--save-minutes", 0, code=1)
-    assert "run or its .lock has gone; the last steps aren't saved" in said
+    assert "run or its .lock was moved or replaced; the last steps aren't saved" in said
     assert read(moved)["step"] == 2
     if other:
         assert (folder / "checkpoint.pt").read_text() == "new"
@@ -260,7 +260,7 @@ def test_loss_or_gradient_that_is_not_finite_reaches_no_checkpoint(
 ):
     wrap_step(lambda loss, norm, k: (loss * bad[0], norm * bad[1]) if k == 5 else None)
     said = tiny("--save-minutes", 0, "--steps", 9, "--amp" if amp else "--no-amp", code=1)
-    assert "infinite or NaN at or before step 6; these steps are not saved; lower --lr" in said
+    assert "or NaN at or before step 6; the steps since the last checkpoint are lost" in said
     assert said.endswith("; lower --lr, or add --no-amp" if amp else "; lower --lr")
     assert read(tmp_path / "run")["step"] == 5 and logged(tmp_path / "run") == [*range(1, 6)]
 

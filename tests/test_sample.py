@@ -313,10 +313,8 @@ def test_card_that_cannot_be_used_is_said_in_a_line(package, program, monkeypatc
     found = ["CPUExecutionProvider", "CUDAExecutionProvider"][: 1 + (package[-1] == "u")]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: found)
     monkeypatch.setattr(shutil, "which", lambda name: name)
-    line = (
-        "ONNX Runtime can't use CUDA. It needs driver 580 or newer and onnxruntime-gpu in place of "
-    )
-    line += 'onnxruntime: pip install "onnxruntime-gpu[cuda,cudnn]"'
+    line = "ONNX Runtime can't use CUDA. If the driver is 580 or newer, "
+    line += 'pip uninstall -y onnxruntime; pip install "onnxruntime-gpu[cuda,cudnn]"'
     said = program("-n", 1, "--steps", 1)
     assert f"{line}\n" in said and f"on CPUExecutionProvider{HINT}" in said
     assert program("--device", "cuda", code=1).endswith(f"sample.py: {line}")
