@@ -70,8 +70,7 @@ function useNetwork(opened) {
 /** Ask what the network guesses at the place of the slider, one question at a time. */
 async function ask() {
   const { place, isBack, isFixed } = gesture, own = guess;
-  if (isFixed || isBack || !place || !pictures.eps) return;
-  if (own.isAsked || own.place === place) return;
+  if (isFixed || isBack || !place || !pictures.eps || own.isAsked || own.place === place) return;
   own.isAsked = true;
   const { x, level } = pictures.at(place), t = Math.max(0, Math.round(level));
   const eps = await pictures.eps(x, t).catch((error) => gesture.fail(error));

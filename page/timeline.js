@@ -42,8 +42,7 @@ export class Timeline {
       touched = null;
       slider.oninput();
     };
-    // A press that does not move the slider changes nothing, but it, too, lets go.
-    slider.onpointerup = () => setTimeout(() => isHeld && slider.onchange());
+    slider.onpointerup = () => setTimeout(() => isHeld && slider.onchange()); // it did not move
     slider.onpointercancel = () => {
       [isHeld, touched] = [false, null];
       this.render(); // the thumb returns
