@@ -433,35 +433,29 @@ def draw_classes(path, network):
     figure.savefig(path, dpi=DPI)
 
 
-def draw_emoji(path, network):
-    """Draw four samples of each of its many classes, with guidance 1, in four columns of names."""
-    names, each = np.array(network.classes), 4
-    images = sample(network, each * len(names), guidance=1, steps=10)
-    images = images.reshape(each, len(names), *network.shape).swapaxes(0, 1)
-    columns = np.array_split(np.arange(len(names)), 4)
-    figure = Figure(figsize=(10, 0.345 * len(columns[0])), layout="constrained")
-    for axes, column in zip(figure.subplots(1, 4), columns, strict=True):
-        show(axes, images[column], rows=names[column])
-        axes.tick_params(labelsize=7)
-    figure.savefig(path, dpi=DPI, bbox_inches="tight")
-
-
-def draw_interpolation(path, network, a, b):
-    """Draw mixtures of two images at several t, as in the paper's figure 8."""
-    times, rows = (125, 250, 500, 750), []
-    for t in times:
-        *_, (_, _, x0) = interpolate(network, a, b, t - 1)
-        rows.append([a, *x0[::2], b])
+def draw_interpolation(path, network, pairs):
+    """Draw mixtures of the images of each pair at several t, as in the paper's figure 8."""
+    times, rows = (250, 500, 750), []
+    for a, b in pairs:
+        for t in times:
+            *_, (_, _, x0) = interpolate(network, a, b, t - 1)
+            rows.append([a, *x0[::2], b])
     columns = ["image A", *(f"$\\lambda$ = {x:.1f}" for x in LAMBDAS[::2]), "image B"]
-    save_sheet(path, np.array(rows), columns, [f"t = {t}" for t in times], inches=1.0)
+    save_sheet(path, np.array(rows), columns, [f"t = {t}" for t in times] * len(pairs), inches=0.8)
 
 
 def draw_beside(path, samples, real):
-    """Draw images of folders of samples, and of real images: a row for each sub-folder, a class."""
+    """Draw images of folders of samples, and of real images: a row for each sub-folder, a class.
+
+    Of more than 25 classes, evenly spaced ones are drawn.
+    """
     names = sorted(folder.name for folder in samples[0].iterdir() if folder.is_dir())
+    names = names[:: -(-len(names) // 25)]
+    each = min(len([*(samples[0] / name).glob("*.png")]) for name in names)
     folders, titles = [*samples, real], [*(folder.name for folder in samples), "real images"]
-    counts = [16, 6] if len(samples) == 1 else [22 // len(folders)] * len(folders)
-    figure = Figure(figsize=(8.6, 0.36 * len(names) + 0.2), layout="constrained")
+    counts = [min(16, each), 6] if len(samples) == 1 else [22 // len(folders)] * len(folders)
+    size = 0.33 * sum(counts) + 1.4, 0.36 * len(names) + 0.2
+    figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, len(folders), width_ratios=counts)
     for axes, folder, title, count in zip(panels, folders, titles, counts, strict=True):
         rows = []
@@ -604,15 +598,13 @@ def main():
     grid(to_pixels(sample(paper, 64))).save(args.out / "paper.png")  # as sample.py does
     draw_strip(args.out, paper)
     if args.out.resolve() == FIGURES:
-        emoji = Network(PAGE / "emoji.onnx", "cpu")
-        draw_recorded(PAGE, emoji)
-        draw_emoji(args.out / "emoji-classes.png", emoji)
+        draw_recorded(PAGE, Network(PAGE / "emoji.onnx", "cpu"))
     draw_ends(args.out / "ends.png", paper)
     draw_steps(args.out / "steps.png", network)
     if network.classes:
         draw_classes(args.out / "classes.png", network)
-    a, b = x0[[16 % len(x0), 24 % len(x0)]].numpy()
-    draw_interpolation(args.out / "interpolation.png", network, a, b)
+    pairs = np.array([[47, 48], [58, 30]]) % len(x0)
+    draw_interpolation(args.out / "interpolation.png", network, x0[pairs].numpy())
     print_loss(paper, x0)
     draw_bound(args.out, network, x0, labels)
     if args.demo:

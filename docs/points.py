@@ -157,9 +157,9 @@ def draw_guidance(path, diffusion, model):
 
     Prints how many samples are off their own moon, and the root of the trace of their covariance.
     """
-    figure = Figure(figsize=(10, 2.9), layout="constrained")
-    field, *panels = figure.subplots(1, 4)
-    ticks, i = torch.linspace(-1.1, 1.1, 12), 199
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    field, *panels = figure.subplots(1, 4, width_ratios=(1.5, 1, 1, 1))
+    ticks, i = torch.linspace(-1.1, 1.1, 10), 199
     grid = torch.cartesian_prod(ticks, ticks)[..., None, None]
     t, upper = torch.full((len(grid),), i), torch.ones(len(grid), dtype=torch.int64)
     with torch.no_grad():
@@ -168,8 +168,8 @@ def draw_guidance(path, diffusion, model):
     x_t = diffusion.q_sample(x0, torch.full((N,), i), torch.randn(N, 2, 1, 1)).flatten(1)
     for k, colour in ((1, "tab:orange"), (0, "tab:blue")):
         field.scatter(*x_t[y == k].T, 2, color=colour, alpha=0.3)
-    field.quiver(*grid.flatten(1).T, *arrows.T, scale=12, width=0.007)
-    field.set_title(f"the difference at t = {i + 1}", fontsize=10)
+    field.quiver(*grid.flatten(1).T, *arrows.T, scale=9, width=0.008)
+    field.set_title(f"difference for the upper moon, t = {i + 1}", fontsize=10)
     y = torch.arange(N) % 2
     for axes, w in zip(panels, (0, 1, 4), strict=True):
         torch.manual_seed(1)
@@ -213,9 +213,9 @@ def main():
         ]
     panels += [
         ("moons: without z", draw(model, draw_noise=only_first(torch.randn(N, 2, 1, 1)))),
-        ("moons: the mean", draw(fit(paper, moons, "native", "mean"))),
-        ("moons: weights of (12)", draw(fit(paper, moons, "vlb"))),
-        ("moons: t drawn by these", draw(fit(paper, moons, "vlb", drawn=True))),
+        ("moons: mean as target", draw(fit(paper, moons, "native", "mean"))),
+        ("moons: loss (12)", draw(fit(paper, moons, "vlb"))),
+        ("moons: (12), t by weight", draw(fit(paper, moons, "vlb", drawn=True))),
     ]
 
     figure = Figure(figsize=(10, 7.8), layout="constrained")

@@ -275,7 +275,7 @@ def test_points_are_learnt(tmp_path, monkeypatch, capsys):
     shares = {title: float(value) for title, value in shares}
     assert len(shares) == 10
     assert shares["mixture: Algorithm 2"] < 5 > shares["moons: Algorithm 2"]
-    assert shares["moons: without z"] > 25 < shares["moons: the mean"]
+    assert shares["moons: without z"] > 25 < shares["moons: mean as target"]
     assert {path.stem for path in tmp_path.iterdir()} == {"field", "guidance", "points"}
 
 
