@@ -56,6 +56,9 @@ ARMS = {  # their names in the tables, and the flags that replace some of --quic
     "without-muon-1e-2": ("`--quick` with Adam at 1e-2", ADAM | {"lr": 1e-2}),
     "without-patches": ("`--quick` without patches", PIXELS),
     "without-cooldown": ("`--quick` without a cooldown", {"cooldown": 0.0}),
+    "paper-2e-3": ("the paper's recipe at 2e-3", PAPER | {"lr": 2e-3}),
+    "paper-4e-3": ("the paper's recipe at 4e-3", PAPER | {"lr": 4e-3}),
+    "paper-6e-3": ("the paper's recipe at 6e-3", PAPER | {"lr": 6e-3}),
     "paper-v": ("the paper's recipe, and v", PAPER | {"parts": ("v",)}),
     "paper-weights": ("the paper's recipe, and the loss weights", PAPER | {"parts": ("weights",)}),
     "paper-muon": ("the paper's recipe, and Muon", PAPER | {"parts": ("muon",), "lr": 6e-3}),
@@ -179,8 +182,11 @@ def gains(rows):
             half, effect = student(degrees) * math.sqrt(variance), means[arm] - means["quick"]
             low, middle, high = (100 * math.expm1(effect + k * half) for k in (-1, 0, 1))
             change = f"{middle:+.0f}% ({low:+.0f} to {high:+.0f})"
-        lines.append([ARMS[arm][0], str(len(values)), f"{math.exp(means[arm]):.1f}", change])
-    head = ["recipe", "runs", "distance", "compared with `--quick` (95% interval)"]
+        own = [float(row["recognised"]) for row in select(rows, arm, **way) if row["recognised"]]
+        share = f"{100 * statistics.mean(own):.0f}" if own else "-"
+        distance = f"{math.exp(means[arm]):.1f}"
+        lines.append([ARMS[arm][0], str(len(values)), distance, change, share])
+    head = ["recipe", "runs", "distance", "compared with `--quick` (95% interval)", "recognised, %"]
     return in_markdown(head, lines)
 
 

@@ -107,7 +107,8 @@ def compare_samples(folder, data, path):
     _, distance = nearest(samples, images)
     for value, file in sorted(zip(distance.tolist(), paths, strict=True)):
         print(f"{value:5.1f}  {file}")
-    draw_nearest(path, samples[distance.argsort()[:: -(-len(paths) // 12)]], images)
+    ranks = torch.linspace(0, len(paths) - 1, min(12, len(paths))).round().long()
+    draw_nearest(path, samples[distance.argsort()[ranks]], images)
     flat = images.flatten(1)  # each image is the first of those nearest to itself
     apart = torch.cat([torch.cdist(x, flat).kthvalue(2, 1).values for x in flat.split(1000)])
     apart = 127.5 * apart / images[0].numel() ** 0.5
