@@ -58,7 +58,6 @@ ARMS = {  # their names in the tables, and the flags that replace some of --quic
     "without-cooldown": ("`--quick` without a cooldown", {"cooldown": 0.0}),
     "paper-2e-3": ("the paper's recipe at 2e-3", PAPER | {"lr": 2e-3}),
     "paper-4e-3": ("the paper's recipe at 4e-3", PAPER | {"lr": 4e-3}),
-    "paper-6e-3": ("the paper's recipe at 6e-3", PAPER | {"lr": 6e-3}),
     "paper-v": ("the paper's recipe, and v", PAPER | {"parts": ("v",)}),
     "paper-weights": ("the paper's recipe, and the loss weights", PAPER | {"parts": ("weights",)}),
     "paper-muon": ("the paper's recipe, and Muon", PAPER | {"parts": ("muon",), "lr": 6e-3}),

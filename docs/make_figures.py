@@ -501,14 +501,8 @@ def draw_bound(folder, network, x0, labels):
     draw_snr(folder / "snr.png", diffusion, bound)
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
-    scales = {"xscale": "log", "xlim": (1e-3, 3)}
-    plot(
-        axes,
-        {"": (rate, rmse)},
-        "rate, bits per dimension",
-        "RMSE of $\\hat x_0$, of 255",
-        **scales,
-    )
+    labels = "rate, bits per dimension", "RMSE of $\\hat x_0$, of 255"
+    plot(axes, {"": (rate, rmse)}, *labels, xscale="log", xlim=(1e-3, 3))
     figure.savefig(folder / "rate-distortion.png", dpi=DPI)
 
 

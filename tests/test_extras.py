@@ -166,6 +166,15 @@ def test_mistakes_of_evaluate_are_one_line(image_folder, program, tmp_path):
         assert said in program("evaluate", *words, code=1)
 
 
+def test_page_shows_copies_beside_its_garments(tmp_path):
+    """The exact network of three images, in the steps and from the noise of the page."""
+    images = torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    copies.record_exact(tmp_path / "exact.webp", images)
+    steps = np.array(Image.open(tmp_path / "exact.webp").convert("L")).reshape(10, 32, 15, 32)
+    ends = {tile.tobytes() for tile in steps[-1].swapaxes(0, 1)}
+    assert ends <= {tile.tobytes() for tile in to_pixels(images.numpy())[:, 0]} and len(ends) > 1
+
+
 def test_distances_to_the_nearest_images(tmp_path, monkeypatch, capsys):
     """Grey images at 0, 10 and 40, and samples at 11 and 100; copies.py lists the nearest first."""
     for folder, levels in {"data": (0, 10, 40), "samples": (11, 100)}.items():
