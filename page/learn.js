@@ -15,7 +15,6 @@ const NOISE = noiseOf(0, 80, 2); // where the samples begin
 const LOWEST = 80, LOW = 10; // levels of the arrows: at LOW, the exact ones turn to single dots
 const PHASE = 2500, TRAVEL = 5000; // milliseconds of a phase in slow motion, and of a way back
 const SPACING = 0.05, MOST = 500; // of the dots that the reader draws
-const FEW = 12; // at most so many dots are learnt by heart
 const random = uniform(1, 0), show = captions("learn");
 let data = SHAPES.arcs, trainer = new Trainer();
 let samples = { eps: null, misses: "–" }; // {eps, way, exact, misses, steps, isNew} of a network
@@ -26,7 +25,7 @@ let timeline, view;
 /** The way back of dots along these arrows, in so many steps. */
 const wayOf = (eps, steps) => Array.fromAsync(reverse(eps, NOISE, T - 1, steps, false));
 
-const isSeparate = () => data.length <= SHAPES.many.length;
+const isSeparate = () => data === SHAPES.many || data === SHAPES.few;
 
 /** Let dots follow the arrows of the network as it is now; at the end, also the exact arrows of
  * separate dots, from the same noise. */
@@ -136,7 +135,7 @@ function say() {
   $("learn-exact").style.visibility = samples.exact && !slow ? "visible" : "hidden";
   const markStep = (item, k) => { item.ariaCurrent = slow?.phase === k ? "step" : null; };
   [...$("learn-steps").children].forEach(markStep);
-  const last = !isSeparate() ? "done" : data.length > 2 * FEW ? "many" : "few";
+  const last = !isSeparate() ? "done" : data === SHAPES.many ? "many" : "few";
   const stage = isNew ? "none" : steps < STEPS ? "some" : last;
   const atLevel = timeline.move === travel ? "travel" : "level";
   const atPlace = place && timeline.move !== training ? atLevel : stage;

@@ -301,6 +301,7 @@ def test_network_learns_what_is_drawn(page):
     drag(page, "learn-plane", (0.3, 0.5), (0.7, 0.5))
     until(page, "#learn-words .shown", "^Training step 0")  # but not "Not trained"
     until(page, "#learn-words .shown", "^Training step 150")
+    assert "miss the glow" in page.text_content("#learn-misses")  # however few dots there are
     page.click("#learn-play")
     drawn = pixels(page, "learn-plane")
     row = (drawn - empty)[2, empty.shape[1] // 2 - 2]  # blue: the glow of the dots
@@ -323,8 +324,7 @@ def test_pictures_are_those_that_python_draws(page):
     places = ((np.array([19, 73.5, 128]) + 1) / 1000) ** 0.5  # between the last two levels
     end, middle, begin = (images_at(page, place) for place in places)
     np.testing.assert_allclose(middle, (begin + end) / 2, atol=2e-2)
-    shown = pixels(page, "images-noisy")
-    assert np.abs(shown[:, -32:, -32:] - sample.to_pixels(x0[-1])).max() <= 3
+    assert np.abs(pixels(page, "images-noisy")[:, -32:, -32:] - sample.to_pixels(x0[-1])).max() < 4
     page.click("#images-networks [value=emoji]")
     network, shape = sample.Network(FILES["emoji"], "cpu"), (15, 3, 32, 32)
     names = "face-concerned", "person-role", "country-flag"
