@@ -407,7 +407,7 @@ class UNet(nn.Module):
             raise ValueError(f"x_t must have the shape (B, C, H, W), not {tuple(x_t.shape)}")
         height, width = x_t.shape[2:]
         if height % self.factor or width % self.factor:
-            raise ValueError(f"{height}x{width} must be multiples of {self.factor}")
+            raise ValueError(f"the sides of {height}x{width} must be multiples of {self.factor}")
         temb = self.time_mlp(timestep_embedding(t, self.base_channels))
         if self.num_classes:
             y = torch.full_like(t, self.num_classes) if y is None else y

@@ -145,7 +145,7 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--checkpoint", default=default_run(), help="a run's folder [%(default)s]")
-    parser.add_argument("--onnx", type=Path, default="model.onnx", help="to write [%(default)s]")
+    parser.add_argument("--onnx", type=Path, default="model.onnx", help="output file [%(default)s]")
     args = parser.parse_args()
     if args.onnx.suffix.lower() != ".onnx":
         parser.error("--onnx must be a file such as model.onnx")

@@ -72,7 +72,7 @@ class Settings:
     batch: int = flag(128, "images per step, over all GPUs", type=positive)
     lr: float = flag(2e-4, "learning rate", type=amount)
     warmup: int = flag(None, "steps to reach the learning rate [min(5000, steps / 20)]", type=whole)
-    cooldown: float = flag(0.0, "final share of the steps, in which it falls to 0", type=share)
+    cooldown: float = flag(0.0, "final share of steps, in which --lr falls to 0", type=share)
     ema: float = flag(0.9999, "decay of the averaged weights", type=share)
     flip: bool = flag(True, "flip images left to right at random", action=switch)
     seed: int = flag(0, "seed of all random numbers", type=whole)

@@ -300,7 +300,7 @@ def flags(doc, onnx=True):
     flag("--steps", type=int, help="steps of the reverse process [T, as in the paper]")
     flag("--sampler", choices=SAMPLERS, help="[ddpm with all T steps, dpm-solver++ with fewer]")
     flag("--batch", type=int, default=64, help="images per batch [%(default)s]")
-    flag("--seed", type=int, default=0, help="random seed; image k depends on both [%(default)s]")
+    flag("--seed", type=int, default=0, help="the seed; (seed, k) determine image k [%(default)s]")
     flag("--class", dest="classes", nargs="+", metavar="NAME", help="classes to generate [all]")
     flag("--guidance", type=float, default=0.0, help="w: makes images more typical of a class [0]")
     flag("--device", default="auto", help="auto, cuda, cpu; in torch also cuda:1, mps, xpu [auto]")

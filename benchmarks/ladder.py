@@ -181,8 +181,7 @@ def gains(rows):
             half, effect = student(degrees) * math.sqrt(variance), means[arm] - means["quick"]
             low, middle, high = (100 * math.expm1(effect + k * half) for k in (-1, 0, 1))
             change = f"{middle:+.0f}% ({low:+.0f} to {high:+.0f})"
-        own = [float(row["recognised"]) for row in select(rows, arm, **way) if "recognised" in row]
-        share = f"{100 * statistics.mean(own):.0f}" if own else "-"
+        share = cell(select(rows, arm, steps=str(steps_of(arm)), **way), "recognised", 100)
         distance = f"{math.exp(means[arm]):.1f}"
         lines.append([ARMS[arm][0], str(len(values)), distance, change, share])
     head = ["recipe", "runs", "distance", "compared with `--quick` (95% interval)", "recognised, %"]

@@ -128,10 +128,9 @@ def draw_nearest(path, samples, images):
 
 
 def page_estimates(network=None):
-    """Return the estimates from which page/index.html draws its first garments, uint8
-    (10, 15, 1, 32, 32), one for each step.
+    """Return the estimates of the first garments of page/index.html, uint8 (10, 15, 1, 32, 32).
 
-    network(x_t, t): what replaces the included network.
+    The ten steps begin with the page's noise. network(x_t, t) replaces the included network.
     """
     included = Network(PAGE / "fashion-mnist.onnx", "cpu")
     x_T = np.float32([page_noise(0, k, 1024) for k in range(15)]).reshape(15, 1, 32, 32)
@@ -140,8 +139,7 @@ def page_estimates(network=None):
 
 
 def record_exact(path, images):
-    """Save what the page shows beside its first garments: a row of estimates for each step of the
-    exact network of the images from the same noise."""
+    """Save the estimates of the exact network of the images, for the page: a row for each step."""
     exact = exact_network(Diffusion(linear_betas()), images)
     network = lambda x, t: exact(torch.from_numpy(x), torch.tensor([t])).numpy()  # noqa: E731
     rows = [np.concatenate(list(row[:, 0]), 1) for row in page_estimates(network)]

@@ -130,7 +130,7 @@ function say() {
   const isTrained = trainer.steps >= STEPS;
   $("learn-play").textContent = timeline.move ? "❚❚" : "►";
   $("learn-play").ariaLabel = timeline.move ? "Pause" : isTrained ? "Train again" : "Train";
-  const what = isSeparate() ? "miss all of them" : "miss the glow of the data";
+  const what = isSeparate() ? "are new" : "miss the glow of the data";
   $("learn-misses").textContent = slow || !data.length ? "–" : `${misses} ${what}`;
   $("learn-exact").style.visibility = samples.exact && !slow ? "visible" : "hidden";
   const markStep = (item, k) => { item.ariaCurrent = slow?.phase === k ? "step" : null; };

@@ -42,7 +42,7 @@ export class Timeline {
       touched = null;
       slider.oninput();
     };
-    slider.onpointerup = () => setTimeout(() => isHeld && slider.onchange()); // it did not move
+    slider.onpointerup = () => setTimeout(() => isHeld && slider.onchange()); // not moved
     slider.onpointercancel = () => {
       [isHeld, touched] = [false, null];
       this.render(); // the thumb returns

@@ -129,6 +129,7 @@ def test_change_has_the_interval_of_a_t_test():
     rows = [
         common
         | {"rung": arm, "steps": str(ladder.steps_of(arm)), "distance": distance, "seed": distance}
+        | {"recognised": "0.5"}
         for arm, distances in {"quick": ("20", "24", "30"), "without-v": ("10", "11", "12")}.items()
         for distance in distances
     ]
