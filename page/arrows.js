@@ -48,24 +48,15 @@ class Scene extends Passage {
 
   /** Draw the ways back of some points until a place. */
   drawWays(place, follows) {
-    const { view, small } = this, known = this.knownWays();
-    const states = [...known.filter((state) => state.place > place), this.at(place)];
+    const { view, small, from } = this;
+    const places = numbers.slice(0, 40).map((k) => from * (1 - k / 40)).filter((its) => its > place);
+    const states = [...places, place].map((its) => this.at(its));
     const wayOf = (k) => states.map(({ x }) => pointOf(x, k));
     for (const colour of [colours.other, colours.data]) {
       const own = numbers.filter((k) => k % 9 === 0 && colourOf(k) === colour);
       plane.drawLines(view, own.map(wayOf), colour, 1.2 * small, 0.55);
     }
     if (follows) plane.drawLines(view, [wayOf(chosen)], colours.ink, 2.2 * small);
-  }
-
-  /** What the way back is at 40 places, computed only once when it is complete. */
-  knownWays() {
-    const { steps, from, result } = this;
-    if (this.known?.steps === steps) return this.known.states;
-    const places = numbers.slice(0, 40).map((k) => from * (1 - k / 40));
-    const states = places.map((place) => ({ place, x: this.at(place).x }));
-    this.known = result && { steps, states };
-    return states;
   }
 
   /** Draw the points in the colours of their arcs. In the large panel, each one glows. */
@@ -80,14 +71,8 @@ class Scene extends Passage {
   /** Draw lines from a point to the data it may have come from, and a ring at their mean. */
   drawOrigins(point, signal, shrunk) {
     const { view, small } = this, weights = posterior(point, signal ** 2, DATA);
-    const largest = Math.max(...weights), mean = meanOf(weights, shrunk);
-    weights.forEach((weight, m) => {
-      const origin = pointOf(shrunk, m), size = Math.sqrt(weight) * small;
-      if (weight < 0.05 * largest) return;
-      const width = small / 2 + 4 * size;
-      plane.drawLines(view, [[point, origin]], colours.lit, width, 0.15 + 0.6 * weight);
-      plane.drawDots(view, origin, 1.5 * small + 4 * size, colours.lit, 0.8);
-    });
+    const mean = meanOf(weights, shrunk);
+    plane.drawOrigins(view, point, shrunk, weights, small);
     plane.drawArrow(view, point, mean, colours.ink, 2.5 * small, { gap: 9 * small });
     plane.drawRing(view, mean, 9 * small, colours.page, 5 * small);
     plane.drawRing(view, mean, 9 * small, colours.lit, 3 * small);

@@ -62,8 +62,7 @@ export function captions(name) {
   };
 }
 
-/** Let the buttons in an element choose one of their values. Returns choose(value), which shows a
- * choice without acting on it. */
+/** Let the buttons in an element choose one value. choose(value), which it returns, only shows it. */
 export function onChoice(id, chosen) {
   const choose = (value) => {
     for (const button of $(id).children) button.ariaPressed = String(button.value === value);

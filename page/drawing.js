@@ -3,18 +3,17 @@
 import { $, LOADING, captions, onChoice, onPointer } from "./common.js";
 import { Passage } from "./passage.js";
 import { drawImages, readImage } from "./plane.js";
-import { noiseOf } from "./sampler.js";
+import { guided, noiseOf } from "./sampler.js";
 import { Gesture } from "./timeline.js";
 
 const SHAPE = [3, 32, 32];
-const ENDS = 4, STEPS = 12; // images that come back, and in how many steps
+const ENDS = 4, STEPS = 12, GUIDANCE = 1; // images that come back; the last one with a word
 const FIRST = 0.6; // the highest place from where a drawing comes back by itself
 const WAIT = 500; // milliseconds without a stroke, after which the drawing comes back
 const canvas = $("draw"), context = canvas.getContext("2d", { willReadFrequently: true });
 const show = captions("drawing");
-let gesture, pause;
-let colour = "#4a2f14"; // of the pen
-let before; // where the pen was
+let gesture, pause, network = null, word = ""; // the number of its class in `kinds`, or nothing
+let colour = "#4a2f14", before; // of the pen, and where it was
 const drawing = new Passage(null, { steps: STEPS, keepsData: true });
 
 /** Take the drawing as it is now. Nothing has come back from it. */
@@ -47,8 +46,10 @@ function clear() {
   restart();
 }
 
-function useNetwork(network) {
-  drawing.use(network.eps);
+function useNetwork(opened) {
+  network = opened;
+  const y = word && Array(ENDS).fill(network.kinds[word]);
+  drawing.use(y ? guided(network, y, GUIDANCE) : network.eps);
   gesture.render();
 }
 
@@ -71,6 +72,11 @@ export function startDrawing(recording) {
   for (const pen of $("draw-pens").children) pen.style.background = pen.value;
   onChoice("draw-pens", (value) => { colour = value; });
   $("draw-clear").onclick = clear;
+  onChoice("draw-words", (value) => {
+    word = value;
+    if (network) useNetwork(network);
+    comeBack();
+  });
   onPointer(canvas, {
     press(event) {
       clearTimeout(pause);

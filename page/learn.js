@@ -2,7 +2,7 @@
 
 import { $, captions, onChoice, onPointer, still } from "./common.js";
 import * as plane from "./plane.js";
-import { MISS, SHAPES, STD, exactEps, missed, nearest } from "./points.js";
+import { MISS, SHAPES, STD, exactEps, missed, nearest, posterior } from "./points.js";
 import { ABAR, T, noiseOf, normal, partsAt, reverse, stateAt, uniform } from "./sampler.js";
 import { Timeline } from "./timeline.js";
 import { Trainer, draw, epsOf } from "./trainer.js";
@@ -14,6 +14,7 @@ const SLICE = 30; // milliseconds of training in a frame, so that nothing stalls
 const NOISE = noiseOf(0, 80, 2); // where the samples begin
 const LOWEST = 80, LOW = 10; // levels of the arrows: at LOW, the exact ones turn to single dots
 const PHASE = 2500, TRAVEL = 5000; // milliseconds of a phase in slow motion, and of a way back
+const PULLS = 24, PULL = 180; // at the ring in slow motion, and the milliseconds of each
 const SPACING = 0.05, MOST = 500; // of the dots that the reader draws
 const random = uniform(1, 0), show = captions("learn");
 let data = SHAPES.arcs, trainer = new Trainer();
@@ -27,8 +28,7 @@ const wayOf = (eps, steps) => Array.fromAsync(reverse(eps, NOISE, T - 1, steps, 
 
 const isSeparate = () => data === SHAPES.many || data === SHAPES.few;
 
-/** Let dots follow the arrows of the network as it is now; at the end, also the exact arrows of
- * separate dots, from the same noise. */
+/** Let dots follow the network's arrows, and at the end also the exact ones of separate dots. */
 async function sample() {
   const { steps } = trainer, average = trainer.average.map((p) => p.slice());
   const eps = (x, t) => epsOf(average, x, t), itsEps = (x, t) => exactEps(x, ABAR[t], data);
@@ -54,17 +54,15 @@ function training() {
 function showWay() {
   if (timeline.move || timeline.place) return;
   timeline.place = 1;
-  timeline.go(travel);
-}
-
-function travel(passed) {
-  timeline.place = Math.max(0, timeline.place - passed / TRAVEL);
-  if (!timeline.place) timeline.stop();
+  timeline.go((passed) => {
+    timeline.place = Math.max(0, timeline.place - passed / TRAVEL);
+    if (!timeline.place) timeline.stop();
+  });
 }
 
 function play() {
   const isOn = timeline.move;
-  stop();
+  stop(isOn ? timeline.place : 0); // where it trains
   if (isOn || !data.length) return;
   if (trainer.steps >= STEPS) trainer = new Trainer();
   timeline.go(training);
@@ -86,26 +84,36 @@ function learn(dots) {
   if (data.length) timeline.go(training);
 }
 
-/** Take one training step in slow motion: a dot x0 of its batch is shown, its noise, and what the
- * network predicts. next: what moves after it. */
+/** Take a training step in slow motion, with one dot of its batch. next: what moves after it. */
 function slowDown(next) {
   stop(0);
   if (!data.length) return;
   const batch = draw(data), pairOf = (values, k) => values.slice(2 * k, 2 * k + 2);
-  const isSeen = (t, k) => t >= 100 && t < 500 && Math.hypot(...pairOf(batch.noise, k)) < 1.2;
+  const isSeen = (t, k) => t >= 100 && t < 400 && Math.hypot(...pairOf(batch.noise, k)) < 1.2;
   const k = batch.t.findIndex(isSeen), t = batch.t[k], [signal, spread] = partsAt(t);
-  const x0 = pairOf(batch.x0, k), noise = pairOf(batch.noise, k);
-  const xt = x0.map((value, i) => signal * value + spread * noise[i]); // (4)
+  const x0 = pairOf(batch.x0, k), origin = x0.map((value) => signal * value); // of x_t
+  const xt = origin.map((value, i) => value + spread * pairOf(batch.noise, k)[i]); // (4)
   const eps = epsOf(trainer.parameters, xt, t), guess = xt.map((its, i) => its - spread * eps[i]);
-  slow = { batch, t, x0, xt, guess, next, phase: 0 };
+  const shrunk = data.map((value) => signal * value), weights = posterior(xt, ABAR[t], data);
+  slow = timeline.slow = { batch, t, x0, origin, xt, guess, shrunk, weights, next, phase: 0, pulls: 0 };
   timeline.hold(PHASE, showNext);
 }
 
-/** Show the next phase: 0 the dot, 1 its level, 2 the noise, 3 the prediction, 4 the correction. */
+/** Show the next phase: dot (0), level, noise, prediction, correction, those of other steps. */
 function showNext() {
-  const { t, batch, next } = slow;
-  timeline.place = Math.sqrt((t + 1) / T);
-  if (++slow.phase < 5) return timeline.hold(PHASE, showNext);
+  timeline.place = Math.sqrt((slow.t + 1) / T);
+  timeline.hold(PHASE, ++slow.phase < 5 ? showNext : pull);
+}
+
+/** Let an origin of the noisy dot pull the ring, each as often as it is likely, and the k-th one
+ * 1 / (k + 1) of the way: so it comes to rest at their average. */
+function pull() {
+  const { batch, next, weights, shrunk, guess, origin } = slow, k = ++slow.pulls;
+  slow.guess = guess.map((value, i) => value + (origin[i] - value) / (k + 1));
+  let m = 0, left = (k * 0.618) % 1; // evenly spread over the probabilities
+  while (left > weights[m] && m < weights.length - 1) left -= weights[m++];
+  slow.origin = shrunk.slice(2 * m, 2 * m + 2);
+  if (k < PULLS) return timeline.hold(PULL, pull);
   stop();
   trainer.step(batch);
   sample();
@@ -134,11 +142,11 @@ function say() {
   $("learn-misses").textContent = slow || !data.length ? "–" : `${misses} ${what}`;
   $("learn-exact").style.visibility = samples.exact && !slow ? "visible" : "hidden";
   const markStep = (item, k) => { item.ariaCurrent = slow?.phase === k ? "step" : null; };
+  $("learn-shapes").lastChild.textContent = data === drawn && data.length ? "Clear" : "Draw";
   [...$("learn-steps").children].forEach(markStep);
   const last = !isSeparate() ? "done" : data === SHAPES.many ? "many" : "few";
   const stage = isNew ? "none" : steps < STEPS ? "some" : last;
-  const atLevel = timeline.move === travel ? "travel" : "level";
-  const atPlace = place && timeline.move !== training ? atLevel : stage;
+  const atPlace = place && timeline.move !== training ? "level" : stage;
   const key = slow ? `slow${slow.phase}` : data.length ? atPlace : "empty";
   return `${show(key, { steps })} ${misses} of the dots ${what}.`;
 }
@@ -151,23 +159,26 @@ function drawStage() {
   for (const share of [1, 0.8, 0.6, 0.4]) { // a dot misses them outside this glow
     plane.drawDots(view, shrunk, share * MISS * signal * view.unit, colours.data, 0.14);
   }
-  if (slow) return drawStep(slow, signal);
+  if (slow) return drawStep(slow);
   if (pen || !samples.eps || !data.length) return;
-  drawArrows(Math.max(samples.exact ? LOW : LOWEST, Math.round(level)), shrunk);
+  if (level > 0 || !samples.exact) { // they would cover the separate dots
+    drawArrows(Math.max(samples.exact ? LOW : LOWEST, Math.round(level)), shrunk);
+  }
   if (data === SHAPES.many) plane.drawRing(view, [0, 0], 0.95 * signal * view.unit, colours.dim, 1);
   if (samples.exact) plane.drawDots(view, stateAt(samples.exact, level).x, 5, colours.dim);
   plane.drawDots(view, stateAt(samples.way, level).x, 4, colours.other, 0.9);
 }
 
-/** The phases of a step in slow motion until now. signal: by which the level shrinks the data. */
-function drawStep({ phase, x0, xt, guess }, signal) {
-  const clean = x0.map((value) => signal * value), small = Math.min(1, view.height / 400);
-  if (phase > 1) plane.drawLines(view, [[clean, xt]], colours.dim, 3 * small);
+/** The phases of a step in slow motion until now. */
+function drawStep({ phase, x0, origin, xt, guess, shrunk, weights }) {
+  const small = Math.min(1, view.height / 400);
+  if (phase > 4) plane.drawOrigins(view, xt, shrunk, weights, small);
+  else if (phase > 1) plane.drawLines(view, [[origin, xt]], colours.dim, 3 * small);
   if (phase > 1) plane.drawDots(view, xt, 7 * small, colours.ink);
-  plane.drawDots(view, clean, 7 * small, colours.data);
+  plane.drawDots(view, phase ? origin : x0, 7 * small, colours.data);
   if (phase > 2) plane.drawArrow(view, xt, guess, colours.lit, 3 * small, { gap: 12 * small });
   if (phase > 2) plane.drawRing(view, guess, 10 * small, colours.lit, 3.5 * small);
-  if (phase > 3) plane.drawArrow(view, guess, clean, colours.data, 3 * small, { gap: 12 * small });
+  if (phase > 3) plane.drawArrow(view, guess, origin, colours.data, 3 * small, { gap: 12 * small });
 }
 
 /** The exact arrows, and over them those of the network. They fade where noise of this level hardly

@@ -42,13 +42,12 @@ async function open({ file, shape, none, kinds }) {
     feeds.y = integers(y ?? Array(batch).fill(none));
     return (await session.run(feeds)).eps.data;
   };
-  const eps = (x, t, y) => run(x, t, y).catch(say("This browser could not compute the network."));
+  const eps = (x, t, y) => run(x, t, y).catch(say("This browser could not run the network."));
   return { shape, kinds, eps };
 }
 
-/** The network "clothes" or "emoji", opened when it is first needed, or again after a failure:
- * {shape, kinds, eps}, where shape is [C, H, W]. eps(x, t, y), for any whole number of images, is a
- * promise; by default, y is "no class" for each image. */
+/** A network, opened when first needed, or again after a failure: {shape: [C, H, W], kinds, eps}.
+ * eps(x, t, y), for any number of images, is a promise; by default, y is "no class" for each. */
 export const included = (name) => (opened[name] ??= open(NETWORKS[name]).catch((error) => {
   opened[name] = runtime = null;
   return say(LOST)(error);

@@ -20,11 +20,11 @@ async function begin() {
   sections.learning = startLearning();
   sections.images = startImages();
   const recording = await $("recording").decode().then(() => $("recording"), () => null);
-  const both = [startOpening(recording), startDrawing(recording)];
-  [sections.opening, sections.drawing] = both;
+  sections.opening = startOpening(recording);
+  sections.drawing = startDrawing(recording);
   const start = (its) => included("emoji").then(its.useNetwork, (error) => its.fail(error));
   await used; // before, the recording is enough
-  await Promise.all(both.map(start));
+  await Promise.all([sections.opening, sections.drawing].map(start));
 }
 
 const [, owner] = location.hostname.match(/^(.+)\.github\.io$/) ?? [];

@@ -8,10 +8,9 @@ export class Passage {
   noise = null;
   steps = null; // those of the way back that are done; a last one with t = -1 has the result
 
-  /** eps(x, t): the network, or null while there is none. options: steps, of a way back; clip;
-   * keepsData, whether each round begins with the same data; recorded(place), which gives
-   * what replaces eps on a way back from this place, if anything does. The gesture sets
-   * changed(error), which is called after each step, or when eps has failed. */
+  /** eps(x, t): the network, or null. options: steps, of a way back; clip; keepsData, whether each
+   * round begins with the same data; recorded(place), what replaces eps on a way back from there.
+   * The gesture sets changed(error), which is called after each step, or when eps has failed. */
   constructor(eps, options) {
     Object.assign(this, { eps, options });
   }

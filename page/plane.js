@@ -6,8 +6,7 @@ export const colours = Object.fromEntries(
   NAMES.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
 
 /** Clear a canvas, crisp at any pixel ratio, and return how it shows the plane, upwards from -limit
- * to limit: at(x, y) is where a point lies, in CSS pixels. place({offsetX, offsetY}) is where a
- * pointer points, at most near the edge. */
+ * to limit: at(x, y) is a point in CSS pixels, and place({offsetX, offsetY}) where one points. */
 export function clear(canvas, limit) {
   const { clientWidth: width, clientHeight: height } = canvas, ratio = devicePixelRatio;
   [canvas.width, canvas.height] = [Math.round(width * ratio), Math.round(height * ratio)];
@@ -57,6 +56,17 @@ export function drawRing({ context, at }, place, radius, colour, width = 2) {
   context.stroke();
 }
 
+/** Draw lines from a place to the points that it may have come from, with these probabilities. */
+export function drawOrigins(view, place, points, weights, small) {
+  const least = 0.05 * Math.max(...weights);
+  weights.forEach((weight, m) => {
+    const origin = points.slice(2 * m, 2 * m + 2), size = Math.sqrt(weight) * small;
+    if (weight < least) return;
+    drawLines(view, [[place, origin]], colours.lit, small / 2 + 4 * size, 0.15 + 0.6 * weight);
+    drawDots(view, origin, 1.5 * small + 4 * size, colours.lit, 0.8);
+  });
+}
+
 /** The places of so many rows of arrows over the view, from the top left. */
 export function grid({ width, height, unit }, rows) {
   const columns = Math.round((rows * width) / height), cell = height / rows / unit;
@@ -82,8 +92,7 @@ function arrow(view, from, to, head, gap = 0) {
   return [from, end, left, end, other];
 }
 
-/** Draw the arrows -eps at places of `grid`, at most one cell long and as opaque as `alphas` say, in
- * tenths. A short way has a longer arrow than its share, so that its head can be seen. */
+/** Draw arrows -eps at places of `grid`, up to a cell long, as opaque as `alphas` say, in tenths. */
 export function drawField(view, places, eps, colour, width, alphas) {
   const cell = places[2] - places[0]; // in the plane, as all lengths here
   const lines = Array.from({ length: 11 }, () => []); // of each tenth

@@ -1,6 +1,5 @@
-// The forward process of ddpm.py; DDIM and the guidance of sample.py. Numbers in
-// brackets are equations of the paper, arXiv:2006.11239. t counts 0..T-1, and the paper from 1.
-// Images are Float32Array in [-1, 1], in the order (B, C, H, W).
+// The forward process of ddpm.py; DDIM and the guidance of sample.py. (15) is equation 15 of the
+// paper, whose t counts from 1, here from 0. Images: Float32Array in [-1, 1], order (B, C, H, W).
 
 /** The paper's schedule: abar_t, the running products of alpha_t = 1 - beta_t. */
 export const T = 1000;
@@ -15,8 +14,7 @@ export function partsAt(level) {
   return [Math.sqrt(abar), Math.sqrt(1 - abar)];
 }
 
-/** The `steps` of the levels up to `first` that the reverse process visits, from the first one to
- * about a fiftieth of it. */
+/** The `steps` levels that the reverse process visits, from `first` to about a fiftieth of it. */
 export function levelsOf(first, steps) {
   const last = Math.max(1, Math.floor((first + 1) / Math.max(50, steps))) - 1;
   const gaps = Math.max(1, steps - 1);
@@ -41,8 +39,7 @@ function after(x, x0, t, s) {
 
 /** The loop of sample.py, as an async generator: yields {t, s, x, x0, end} of each of `steps` steps
  * from t = `first` down to s. x is x_t, and end x_s; x0 is the estimate of the images, clipped to
- * [-1, 1] if `clip`, and the last one is the sample. eps(x, t) returns the noise in x, or a promise
- * of it. */
+ * [-1, 1] if `clip`, and the last one is the sample. eps(x, t) is the noise in x, or a promise. */
 export async function* reverse(eps, x, first, steps, clip = true) {
   const levels = levelsOf(first, steps);
   for (const [k, t] of levels.entries()) {

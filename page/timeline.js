@@ -18,8 +18,7 @@ export class Timeline {
   #before = null; // the time of the last frame, while something moves
 
   /** name: of its stage and slider. its: draw() draws what is seen, and say() says it and returns
-   * it. Some have letGo(), called when the reader lets go of the slider; takeOver(), when the reader
-   * moves it; and methods for the page. */
+   * it. Some have letGo(), called when the slider is let go, and takeOver(), when it is moved. */
   constructor(name, its) {
     const slider = $(`${name}-place`), stage = $(`${name}-stage`);
     Object.assign(this, its, { slider, stage });
@@ -147,8 +146,7 @@ export class Gesture extends Timeline {
     return !this.place && this.passages.every(({ result }) => result);
   }
 
-  /** Move down on the way back, or up by adding noise. Where there is only noise, a pull towards
-   * the data begins the way back. */
+  /** Move down on the way back, which begins if there is only noise, or up by adding noise. */
   moveTo(place) {
     if (place > this.place || this.startsAnew) this.#renew();
     if (place < 1 && !this.isBack && !this.passages[0].x0) this.#begin();

@@ -86,9 +86,8 @@ function untrained() {
     zeros(2 * WIDTH), zeros(2)];
 }
 
-/** A network of two hidden layers, and its training. Its output is v (Salimans and Ho 2022), with
- * eps = sqrt(abar) v + sqrt(1 - abar) x_t. The loss is that of eps in any case.
- * parameters: those at the beginning. */
+/** A network of two hidden layers, and its training from the given parameters. Its output is v
+ * (Salimans and Ho 2022), with eps = sqrt(abar) v + sqrt(1 - abar) x_t, but the loss is of eps. */
 export class Trainer {
   constructor(parameters = untrained()) {
     this.steps = 0;
@@ -129,8 +128,7 @@ export class Trainer {
   }
 }
 
-/** The random part of a step: x_0, which is one of the points plus a Gaussian of deviation STD, t
- * and the noise. */
+/** The random part of a step: x_0 (one of the points plus a Gaussian of deviation STD), t, noise. */
 export function draw(points) {
   const index = Array.from({ length: BATCH }, () => Math.floor((random() * points.length) / 2));
   const filled = (value) => Float32Array.from({ length: 2 * BATCH }, (_, k) => value(k));

@@ -57,9 +57,8 @@ def engine(request):
 def opened(engine):
     """A function that opens the page, and closes those of earlier tests, which would take time.
 
-    routes: what handles some of its requests. Without any, it may ask for nothing from outside.
-    options: of the page. In Chromium, readers prefer no motion by default; in Firefox, always.
-    """
+    routes: what handles some requests. Without any, it asks for nothing from outside. options: of
+    the page. In Chromium, readers prefer no motion by default; in Firefox, always."""
     said = []
     refuse = lambda route: (said.append(route.request.url), route.abort())  # noqa: E731
 
@@ -131,21 +130,17 @@ def drag(page, name, start, end):
 
 def pixels(page, canvas):
     """The bytes of a canvas, (3, height, width)."""
-    element = page.locator(f"#{canvas}")
-    element.scroll_into_view_if_needed()
+    page.locator(f"#{canvas}").scroll_into_view_if_needed()
     page.wait_for_timeout(500)  # it is drawn
-    url = element.evaluate("(its) => its.toDataURL()")
+    url = page.eval_on_selector(f"#{canvas}", "(its) => its.toDataURL()")
     image = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
     return np.array(image.convert("RGB"), int).transpose(2, 0, 1)
 
 
 @pytest.mark.parametrize("steps, clip", [(40, True), (39, False), (7, True), (1, True)])
 def test_reverse_process_is_that_of_sample_py(steps, clip, page):
-    code = """async (xT, steps, clip) => {
-        const eps = (x, t) => x.map((value) => value + Math.sin(3 * value + t)), found = [];
-        for await (const step of sampler.reverse(eps, xT, 39, steps, clip)) found.push(step);
-        return found;
-    }"""
+    code = """(xT, steps, clip, eps = (x, t) => x.map((its) => its + Math.sin(3 * its + t))) =>
+        Array.fromAsync(sampler.reverse(eps, xT, 39, steps, clip))"""
     noise = np.random.default_rng(0).normal(0, 3, 18).astype(np.float32)  # x0 is clipped
     eps = lambda x, t: (x + np.sin(3 * x + t)).astype(np.float32)  # noqa: E731
     betas = linear_betas()[:40].numpy()  # it begins at the 40th level
@@ -160,11 +155,10 @@ def test_reverse_process_is_that_of_sample_py(steps, clip, page):
 
 
 def test_noise_is_normal_and_that_of_python(page):
-    drawn = lambda seed, *shape: np.reshape(js(page, "sampler.noiseOf", seed, *shape), shape)  # noqa: E731
-    z = drawn(0, 8, 25_000)
+    z, seed = np.array(js(page, "sampler.noiseOf", 0, 8, 25_000)), 5 * 2**32 + 7
     assert abs(z.mean()) < 0.01 and abs(z.var() - 1) < 0.02 and abs((z**4).mean() - 3) < 0.1
-    theirs = drawn(5 * 2**32 + 7, 2, 1024)[1]  # as docs/make_figures.py draws it
-    np.testing.assert_allclose(theirs, page_noise(5 * 2**32 + 7, 1, 1024), atol=1e-6)
+    theirs = js(page, "sampler.noiseOf", seed, 2, 1024)[1024:]  # as docs/make_figures.py draws it
+    np.testing.assert_allclose(theirs, page_noise(seed, 1, 1024), atol=1e-6)
 
 
 @pytest.mark.parametrize("name, atol", [("clothes", 1e-4), ("emoji", 1e-2)])  # of 32 and 16 bits
@@ -172,10 +166,8 @@ def test_eps_is_pythons(name, atol, page):
     """Without a class, for several questions at once."""
     network, times = sample.Network(FILES[name], "cpu"), [0, 300, 999]
     x = np.random.default_rng(0).standard_normal((3, *network.shape), np.float32)
-    code = """async (name, x, times) => {
-        const its = await network.included(name), ask = (t) => its.eps(Float32Array.from(x), t);
-        return {...its, eps: await Promise.all(times.map(ask))};
-    }"""
+    code = """async (name, x, times, its) => (its = await network.included(name), {...its,
+        eps: await Promise.all(times.map((t) => its.eps(Float32Array.from(x), t)))})"""
     theirs = js(page, code, name, x, times)
     for t, their_eps in zip(times, theirs["eps"], strict=True):
         np.testing.assert_allclose(their_eps, network(x, t).ravel(), atol=atol)
@@ -186,11 +178,9 @@ def test_eps_is_pythons(name, atol, page):
 def test_training_takes_the_steps_of_torch(page):
     """Algorithm 1: the gradient of the loss, Adam, and the average of the weights."""
     torch.manual_seed(0)
-    batches = [
-        {"x0": torch.randn(9, 2, 1, 1) / 2, "noise": torch.randn(9, 2, 1, 1),
-         "t": torch.cat([torch.tensor([0, 1]), torch.randint(1000, (7,))])}
-        for _ in range(12)
-    ]  # fmt: skip
+    draw, ends = lambda: torch.randn(9, 2, 1, 1) / 2, torch.tensor([0, 1])
+    times = [torch.cat([ends, torch.randint(1000, (7,))]) for _ in range(12)]
+    batches = [{"x0": draw(), "noise": 2 * draw(), "t": t} for t in times]
     code = """(batches) => {
         const learner = new trainer.Trainer(), start = learner.parameters.map((p) => p.slice());
         for (const batch of batches) learner.step(batch);
@@ -280,7 +270,13 @@ def test_network_learns_the_arcs(page):
     page.click("#learn-step")
     for phase in "dot", "level", "noise", "guess", "correction":
         until(page, "#learn-words .shown", f"^One step of the training: (a )?{phase}")
-    until(page, "#learn-words .shown", "^Training step 1T")
+    until(page, "#learn-words .shown", "^Many steps: an average")
+    until(page, "#learn-words .shown", "^Training step 1F")
+    slow = js(page, "() => window.sections.learning.slow")
+    x_t, ring, arcs = (torch.tensor(slow[k]).view(-1, 2) for k in ("xt", "guess", "shrunk"))
+    variance = 1 - Diffusion(linear_betas()).alphas_bar[slow["t"]]
+    weights = (-(x_t - arcs).square().sum(1) / (2 * variance)).softmax(0)  # of the origins
+    assert (ring - weights @ arcs).abs().max() < 0.02  # it rests at their average
     page.click("#learn-play")
     page.click("#learn-step")  # after which the training goes on
     page.locator("#learn-steps li:nth-child(5)[aria-current]").wait_for()
@@ -289,6 +285,7 @@ def test_network_learns_the_arcs(page):
     page.click("#learn-play")
 
 
+@pytest.mark.parametrize("engine", ENGINES[:1], indirect=True)
 def test_network_learns_what_is_drawn(page):
     """From what it has learnt before. A slider shows the arrows at its level."""
     page.click("#learn-shapes [value=many]")
@@ -303,6 +300,7 @@ def test_network_learns_what_is_drawn(page):
     until(page, "#learn-words .shown", "^Training step 0")  # but not "Not trained"
     until(page, "#learn-words .shown", "^Training step 150")
     assert "miss the glow" in page.text_content("#learn-misses")  # however few dots there are
+    assert page.text_content("#learn-shapes [value=none]") == "Clear"
     page.click("#learn-play")
     drawn = pixels(page, "learn-plane")
     row = (drawn - empty)[2, empty.shape[1] // 2 - 2]  # blue: the glow of the dots
@@ -351,6 +349,15 @@ def test_drawing_comes_back(page):
     np.testing.assert_allclose(data, 4 * [painted / 127.5 - 1], atol=1e-2)
     until(page, "#drawing-words .shown", "^Four results")
     assert value_of(page, "drawing", "passage.from") == 0.6
+    page.click("#draw-words [value='2']")  # a flag
+    page.wait_for_function("window.sections.drawing.hasCome")
+    step = js(page, "() => window.sections.drawing.passages[0].steps[0]")
+    x, x0 = (np.array(step[key], np.float32).reshape(4, 3, 32, 32) for key in ("x", "x0"))
+    network = sample.Network(FILES["emoji"], "cpu")
+    eps = sample.guided(network, np.repeat(network.classes.index("country-flag"), 4), 1)
+    betas = network.betas[: step["t"] + 1]
+    (_, _, expected), *_ = sample.reverse(eps, lambda: x, betas, steps=2, sampler="ddim")
+    assert np.abs(x0 - expected).mean() < 1e-2
     value_of(page, "drawing", "(gesture.moveTo(0.9), gesture.sendBack(), gesture.stop())")
     drag(page, "drawing-place", (0.5, 0.5), (0.1, 0.5))
     until(page, "#drawing-words .shown", "^Four results")
@@ -431,33 +438,32 @@ def test_what_is_set_while_a_network_loads_is_kept(opened):
         assert value_of(page, section, "passage.from") == (1 if name == "images" else 0.4)
 
 
-def swipe(page, name, start, end):
-    """Move a finger between two places of an element, which are relative to its size."""
-    box, send = page.locator(f"#{name}").bounding_box(), page.context.new_cdp_session(page).send
-    for k in range(9):
-        u, v = (a + (b - a) * k / 8 for a, b in zip(start, end, strict=True))
-        point = {"x": box["x"] + u * box["width"], "y": box["y"] + v * box["height"]}
-        kind = "touchMove" if k else "touchStart"
-        send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [point]})
-        page.wait_for_timeout(20)
-    send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
-
-
 @pytest.mark.parametrize("engine", ENGINES[:1], indirect=True)
 def test_finger_that_scrolls_changes_nothing(opened):
     """Neither the plane of section 2, nor a slider; a finger along the slider moves it."""
     page = opened(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+
+    def swipe(name, start, end):  # a finger, between two places of an element
+        box, send = page.locator(f"#{name}").bounding_box(), page.context.new_cdp_session(page).send
+        for k in range(9):
+            u, v = (a + (b - a) * k / 8 for a, b in zip(start, end, strict=True))
+            point = {"x": box["x"] + u * box["width"], "y": box["y"] + v * box["height"]}
+            kind = "touchMove" if k else "touchStart"
+            send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [point]})
+            page.wait_for_timeout(20)
+        send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+
     js(page, "() => window.ready")
     page.locator("#learn-plane").scroll_into_view_if_needed()
     before = page.evaluate("scrollY")
-    swipe(page, "learn-plane", (0.5, 0.9), (0.5, 0.2))
+    swipe("learn-plane", (0.5, 0.9), (0.5, 0.2))
     page.wait_for_function(f"scrollY > {before + 50}")
     assert page.get_attribute("#learn-shapes [value=arcs]", "aria-pressed") == "true"
     page.locator("#drawing-stage").scroll_into_view_if_needed()
     value_of(page, "drawing", "(gesture.moveTo(0.5), gesture.comeBack())")
     until(page, "#drawing-words .shown", "^Four results")
     for end, place in ((0.5, -3.0), 0), ((0.8, 0.5), 0.8):
-        swipe(page, "drawing-place", (0.5, 0.5), end)
+        swipe("drawing-place", (0.5, 0.5), end)
         page.wait_for_timeout(300)
         assert abs(value_of(page, "drawing", "passage.from") - (place or 0.5)) < 0.1
         until(page, "#drawing-words .shown", "^Four results")
@@ -475,20 +481,20 @@ def test_sections_begin_by_themselves_in_any_window(width, height, opened):
     page.wait_for_function("window.sections.images.seen >= 0.7")
 
 
+GO, CLICK = (
+    "(its => (its.moveTo(1), its.letGo()))(sections.%s)",
+    "document.querySelector('%s').click()",
+)
 SHOWN = "/^%s/.test(document.querySelector('#%s-words .shown').textContent)"
 MAIN_PATH = {  # what is done in each section, and what is then true
-    "": "window.sections.drawing",
-    "scrollTo(0, 10); sections.opening.moveTo(1); sections.opening.letGo()":
-        SHOWN % ("New pictures", "scene"),
-    "arrows.scrollIntoView(); sections.arrows.moveTo(1); sections.arrows.letGo()":
-        SHOWN % ("Back from", "arrows"),
-    "learning.scrollIntoView(); document.querySelector('[value=few]').click()":
-        SHOWN % ("Training step", "learn"),
+    "": "sections.drawing",
+    "scrollTo(0, 10); " + GO % "opening": SHOWN % ("New pictures", "scene"),
+    "arrows.scrollIntoView(); " + GO % "arrows": SHOWN % ("Back from", "arrows"),
+    "learning.scrollIntoView(); " + CLICK % "[value=few]": SHOWN % ("Training step", "learn"),
     "images.scrollIntoView(); sections.images.moveTo(1)": "sections.images.hasCome",
-    "document.querySelector('[value=emoji]').click()": "sections.images.hasCome",
-    "drawing.scrollIntoView(); sections.drawing.moveTo(0.6); sections.drawing.letGo()":
-        SHOWN % ("Four results", "drawing"),
-}  # fmt: skip
+    CLICK % "[value=emoji]": "sections.images.hasCome",
+    "drawing.scrollIntoView(); " + GO % "drawing": SHOWN % ("Four results", "drawing"),
+}
 
 
 @pytest.mark.xdist_group("webkit")
