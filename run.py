@@ -146,7 +146,7 @@ def preview(network, shape, names, settings):
 
     With up to 32 classes, each row shows one of them. The sampler is Algorithm 2 in 20 steps with
     the small variance, which is better than DPM-Solver++ after a short run of the paper's recipe
-    (docs/beyond.md).
+    (benchmarks/ladder.md).
     """
     device = next(network.parameters()).device
     random = torch.Generator(device).manual_seed(settings.seed)

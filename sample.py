@@ -200,7 +200,7 @@ def open_session(path, device, options=None):
 
 
 class Network:
-    """eps_theta(x_t, t) from a model.onnx: float32 (B, C, H, W), and t, to eps, for any B.
+    """eps_theta of a model.onnx: it maps x_t, float32 (B, C, H, W), and t to eps, for any B.
 
     A call takes t as an int or int64 (B,), and with classes y, int64 (B,); None stands for "no
     class". One Network may be used from several threads.

@@ -145,10 +145,10 @@ def train(updates, run, folder, stop):
             losses, norms, stopping = read(block, stop)
             begun, run.step = run.step, run.step + len(block)
             if not np.isfinite([*losses, *norms]).all():
-                also = ", or add --no-amp" if s.amp else ""
+                also = ", or repeat the command with --no-amp" if s.amp else ""
                 sys.exit("train.py: the loss or its gradient is infinite or NaN at or before step "
-                         f"{run.step:,}; the steps since the last checkpoint are lost; lower --lr"
-                         + also)  # fmt: skip
+                         f"{run.step:,}; the steps since the last checkpoint are lost; begin "
+                         "another run with a lower --lr" + also)  # fmt: skip
             if processes.RANK == 0:
                 folder.still_hold()
                 rates = [learning_rate(k, s) for k in range(begun, run.step)]

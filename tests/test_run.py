@@ -260,9 +260,9 @@ def test_loss_or_gradient_that_is_not_finite_reaches_no_checkpoint(
 ):
     wrap_step(lambda loss, norm, k: (loss * bad[0], norm * bad[1]) if k == 5 else None)
     said = tiny("--save-minutes", 0, "--steps", 9, "--amp" if amp else "--no-amp", code=1)
-    lost = "the steps since the last checkpoint are lost; lower --lr"
+    lost = "the steps since the last checkpoint are lost; begin another run with a lower --lr"
     assert f"infinite or NaN at or before step 6; {lost}" in said
-    assert said.endswith("; lower --lr, or add --no-amp" if amp else "; lower --lr")
+    assert said.endswith("a lower --lr" + amp * ", or repeat the command with --no-amp")
     assert read(tmp_path / "run")["step"] == 5 and logged(tmp_path / "run") == [*range(1, 6)]
 
 
