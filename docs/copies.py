@@ -98,7 +98,7 @@ def compare_samples(folder, data, path):
     """Print how far each image of a folder is from its nearest image of the data, nearest first.
 
     Then print the median and the 5% quantile of these distances, and of those between the data. The
-    sheet at `path` has up to twelve of the images, evenly spaced in this order, above their nearest
+    sheet at `path` has up to fifteen of the images, evenly spaced in this order, above their nearest
     images.
     """
     paths, images = sorted(folder.rglob("*.png")), read_folder(data, 32)[0]
@@ -107,7 +107,7 @@ def compare_samples(folder, data, path):
     _, distance = nearest(samples, images)
     for value, file in sorted(zip(distance.tolist(), paths, strict=True)):
         print(f"{value:5.1f}  {file}")
-    ranks = torch.linspace(0, len(paths) - 1, min(12, len(paths))).round().long()
+    ranks = torch.linspace(0, len(paths) - 1, min(15, len(paths))).round().long()
     draw_nearest(path, samples[distance.argsort()[ranks]], images)
     flat = images.flatten(1)  # each image is the first of those nearest to itself
     apart = torch.cat([torch.cdist(x, flat).kthvalue(2, 1).values for x in flat.split(1000)])
@@ -117,13 +117,15 @@ def compare_samples(folder, data, path):
 
 
 def draw_nearest(path, samples, images):
-    """Draw samples above the images nearest to them, below the distances."""
+    """Draw samples, five in a row, above the images nearest to them, below the distances."""
     index, distance = nearest(samples, images)
-    pairs, columns = torch.stack([samples, images[index]]), [f"{value:.0f}" for value in distance]
-    figure = Figure(figsize=(0.65 * len(columns) + 0.9, 1.9), layout="constrained")
-    axes = figure.subplots()
-    show(axes, pairs.numpy(), columns, ("samples", "nearest\ntraining image"))
-    axes.set_title("root-mean-square difference in grey levels (of 255)", fontsize=9)
+    pairs = torch.stack([samples, images[index]], 1).split(5)
+    figure = Figure(figsize=(4.9, 2.05 * len(pairs) + 0.3), layout="constrained")
+    axes = figure.subplots(len(pairs), squeeze=False)[:, 0]
+    for its_axes, its, values in zip(axes, pairs, distance.split(5), strict=True):
+        columns = [f"{value:.0f}" for value in values]
+        show(its_axes, its.transpose(0, 1).numpy(), columns, ("sample", "nearest\ntraining image"))
+    axes[0].set_title("root-mean-square difference in grey levels (of 255)", fontsize=9)
     figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
