@@ -8,8 +8,7 @@ import { ABAR, noiseOf, partsAt } from "./sampler.js";
 import { Gesture } from "./timeline.js";
 
 const { colours } = plane, N = DATA.length / 2, LIMIT = 1.5; // the end of the view, upwards
-const ROWS = 13; // of arrows
-const FIRST = 0.45; // where it begins
+const ROWS = 13, FIRST = 0.45; // of arrows; where it begins
 const HOLD = { first: 8000, next: 4000 }; // the milliseconds for which a dot stays
 const show = captions("arrows");
 const pointOf = (x, k) => x.subarray(2 * k, 2 * k + 2);

@@ -138,14 +138,14 @@ function say() {
   const isTrained = trainer.steps >= STEPS;
   $("learn-play").textContent = timeline.move ? "❚❚" : "►";
   $("learn-play").ariaLabel = timeline.move ? "Pause" : isTrained ? "Train again" : "Train";
-  const what = isSeparate() ? "are new" : "miss the glow of the data";
+  const what = isSeparate() ? "are new" : "miss the blue glow";
   $("learn-misses").textContent = slow || !data.length ? "–" : `${misses} ${what}`;
   $("learn-exact").style.visibility = samples.exact && !slow ? "visible" : "hidden";
   const markStep = (item, k) => { item.ariaCurrent = slow?.phase === k ? "step" : null; };
   $("learn-shapes").lastChild.textContent = data === drawn && data.length ? "Clear" : "Draw";
   [...$("learn-steps").children].forEach(markStep);
   const last = !isSeparate() ? "done" : data === SHAPES.many ? "many" : "few";
-  const stage = isNew ? "none" : steps < STEPS ? "some" : last;
+  const stage = isNew ? "none" : !steps ? "again" : steps < STEPS ? "some" : last;
   const atPlace = place && timeline.move !== training ? "level" : stage;
   const key = slow ? `slow${slow.phase}` : data.length ? atPlace : "empty";
   return `${show(key, { steps })} ${misses} of the dots ${what}.`;

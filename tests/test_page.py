@@ -299,7 +299,7 @@ def test_network_learns_what_is_drawn(page):
     drag(page, "learn-plane", (0.3, 0.5), (0.7, 0.5))
     until(page, "#learn-words .shown", "^Training step 0")  # but not "Not trained"
     until(page, "#learn-words .shown", "^Training step 150")
-    assert "miss the glow" in page.text_content("#learn-misses")  # however few dots there are
+    assert "miss the blue glow" in page.text_content("#learn-misses")  # however few dots there are
     assert page.text_content("#learn-shapes [value=none]") == "Clear"
     page.click("#learn-play")
     drawn = pixels(page, "learn-plane")
@@ -406,7 +406,7 @@ def test_only_the_opening_is_loaded_at_first(opened):
 
 def test_page_without_a_connection(opened):
     """The first way back is a recording. A network is tried again when it is chosen."""
-    lost, failed = [True], "^No pictures yet.*Connect to the internet"
+    lost, failed = [True], "^No new pictures yet.*Connect to the internet"
     page = opened({r"[.]onnx$": lambda r: r.abort() if lost else r.continue_()})
     value_of(page, "opening", "(gesture.moveTo(0), gesture.letGo())")
     until(page, "#scene-words .shown", "^New pictures")
@@ -428,7 +428,7 @@ def test_what_is_set_while_a_network_loads_is_kept(opened):
     for name in names:
         page.fill(f"#{name}-place", "400")
         page.press(f"#{name}-place", "Enter")
-        until(page, f"#{name}-words .shown", "^No pictures yet.*loading")
+        until(page, f"#{name}-words .shown", "^No new pictures yet.*loading")
     held, routes = None, held  # later requests are not held
     for route in routes:
         route.continue_()
