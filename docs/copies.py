@@ -98,8 +98,7 @@ def compare_samples(folder, data, path):
     """Print how far each image of a folder is from its nearest image of the data, nearest first.
 
     Then print the median and the 5% quantile of these distances, and of those between the data. The
-    sheet at `path` has up to fifteen of the images, evenly spaced in this order, above their nearest
-    images.
+    sheet at `path` has up to fifteen of the images, evenly spaced in this order.
     """
     paths, images = sorted(folder.rglob("*.png")), read_folder(data, 32)[0]
     samples = np.stack([read_image(path, 32, images.shape[1]) for path in paths])

@@ -19,7 +19,6 @@ const compared = new Passage(null, { steps: 10 }); // right of the curtain, besi
 /** Let a network draw as soon as it is open, unless another one is wanted by then. */
 async function select(key) {
   wanted = key;
-  curtain.value = 50;
   $("images-pills").hidden = key !== "emoji";
   wait();
   try {

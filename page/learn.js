@@ -89,7 +89,7 @@ function slowDown(next) {
   stop(0);
   if (!data.length) return;
   const batch = draw(data), pairOf = (values, k) => values.slice(2 * k, 2 * k + 2);
-  const isSeen = (t, k) => t >= 100 && t < 400 && Math.hypot(...pairOf(batch.noise, k)) < 1.2;
+  const isSeen = (t, k) => t >= 150 && t < 300 && Math.hypot(...pairOf(batch.noise, k)) < 1.2;
   const k = batch.t.findIndex(isSeen), t = batch.t[k], [signal, spread] = partsAt(t);
   const x0 = pairOf(batch.x0, k), origin = x0.map((value) => signal * value); // of x_t
   const xt = origin.map((value, i) => value + spread * pairOf(batch.noise, k)[i]); // (4)
@@ -135,11 +135,11 @@ function addDots(event) {
 
 function say() {
   const { steps, misses, isNew = true } = samples, { place } = timeline;
-  const isTrained = trainer.steps >= STEPS;
   $("learn-play").textContent = timeline.move ? "❚❚" : "►";
-  $("learn-play").ariaLabel = timeline.move ? "Pause" : isTrained ? "Train again" : "Train";
-  const what = isSeparate() ? "are new" : "miss the blue glow";
-  $("learn-misses").textContent = slow || !data.length ? "–" : `${misses} ${what}`;
+  $("learn-play").ariaLabel = timeline.move ? "Pause" : steps < STEPS ? "Train" : "Train again";
+  const what = isSeparate() ? "are new: at none of the dots" : "miss the blue glow";
+  const isKnown = !slow && data.length && (steps >= STEPS || !isSeparate());
+  $("learn-misses").textContent = isKnown ? `${misses} ${what}` : "–";
   $("learn-exact").style.visibility = samples.exact && !slow ? "visible" : "hidden";
   const markStep = (item, k) => { item.ariaCurrent = slow?.phase === k ? "step" : null; };
   $("learn-shapes").lastChild.textContent = data === drawn && data.length ? "Clear" : "Draw";
