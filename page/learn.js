@@ -95,7 +95,7 @@ function slowDown(next) {
   const xt = origin.map((value, i) => value + spread * pairOf(batch.noise, k)[i]); // (4)
   const eps = epsOf(trainer.parameters, xt, t), guess = xt.map((its, i) => its - spread * eps[i]);
   const shrunk = data.map((value) => signal * value), weights = posterior(xt, ABAR[t], data);
-  slow = timeline.slow = { batch, t, x0, origin, xt, guess, shrunk, weights, next, phase: 0, pulls: 0 };
+  slow = timeline.slow = { batch, t, x0, origin, xt, guess, shrunk, weights, next, phase: 0 };
   timeline.hold(PHASE, showNext);
 }
 
@@ -108,8 +108,8 @@ function showNext() {
 /** Let an origin of the noisy dot pull the ring, each as often as it is likely, and the k-th one
  * 1 / (k + 1) of the way: so it comes to rest at their average. */
 function pull() {
-  const { batch, next, weights, shrunk, guess, origin } = slow, k = ++slow.pulls;
-  slow.guess = guess.map((value, i) => value + (origin[i] - value) / (k + 1));
+  const { batch, next, weights, shrunk, origin } = slow, k = slow.pulls = (slow.pulls ?? 0) + 1;
+  slow.guess = slow.guess.map((value, i) => value + (origin[i] - value) / (k + 1));
   let m = 0, left = (k * 0.618) % 1; // evenly spread over the probabilities
   while (left > weights[m] && m < weights.length - 1) left -= weights[m++];
   slow.origin = shrunk.slice(2 * m, 2 * m + 2);
