@@ -138,7 +138,7 @@ function say() {
   $("learn-play").textContent = timeline.move ? "❚❚" : "►";
   $("learn-play").ariaLabel = timeline.move ? "Pause" : steps < STEPS ? "Train" : "Train again";
   const what = isSeparate() ? "are new: at none of the dots" : "miss the blue glow";
-  const isKnown = !slow && data.length && (steps >= STEPS || !isSeparate());
+  const isKnown = !slow && misses !== "–" && (steps >= STEPS || !isSeparate());
   $("learn-misses").textContent = isKnown ? `${misses} ${what}` : "–";
   $("learn-exact").style.visibility = samples.exact && !slow ? "visible" : "hidden";
   const markStep = (item, k) => { item.ariaCurrent = slow?.phase === k ? "step" : null; };
