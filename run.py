@@ -192,7 +192,7 @@ def read_checkpoint(path):
 
 
 def write_checkpoint(state, path):
-    """Replace the file `path` by a checkpoint. Exits if the disk is full."""
+    """Replace the file `path` with a checkpoint. Exits if the disk is full."""
     with replacing(path) as file:
         try:
             torch.save(state, file)
