@@ -62,18 +62,14 @@ export function captions(name) {
   };
 }
 
-/** Let the buttons in an element choose one value. choose(value), which it returns, only shows it. */
+/** Let the buttons in an element choose one value. */
 export function onChoice(id, chosen) {
-  const choose = (value) => {
-    for (const button of $(id).children) button.ariaPressed = String(button.value === value);
-  };
   for (const button of $(id).children) {
     button.onclick = () => {
-      choose(button.value);
+      for (const other of $(id).children) other.ariaPressed = String(other === button);
       chosen(button.value);
     };
   }
-  return choose;
 }
 
 let waiting; // the timer of what is to be said

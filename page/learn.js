@@ -198,18 +198,18 @@ function drawArrows(level, shrunk) {
 export function startLearning() {
   const takeOver = () => slow && stop(timeline.place); // the training goes on
   timeline = new Timeline("learn", { draw: drawStage, say, takeOver });
-  const choose = onChoice("learn-shapes", (shape) => // pressed again, Draw clears the drawing
+  onChoice("learn-shapes", (shape) => // pressed again, Draw clears the drawing
     learn(SHAPES[shape] ?? (data === drawn ? new Float32Array() : drawn)));
   onPointer($("learn-plane"), {
     press(event) {
+      if (data !== drawn) return; // only after Draw
       stop(0); // where the dots are drawn
-      choose("none");
       addDots(event);
     },
-    drag: addDots,
+    drag: (event) => pen && addDots(event),
     release() {
+      if (pen) learn(drawn = data);
       pen = null;
-      learn(drawn = data);
     },
   });
   $("learn-play").onclick = play;
