@@ -34,7 +34,7 @@ from ddpm import Diffusion, UNet, linear_betas
 
 parser = argparse.ArgumentParser(description="Train a DDPM, export it, and sample 16 images.")
 parser.add_argument("folder", help="folder of images")
-parser.add_argument("steps", nargs="?", type=int, default=10_000, help="training steps [%(default)s]")
+parser.add_argument("steps", nargs="?", type=int, default=10_000, help="default: %(default)s")
 args = parser.parse_args()
 if {"model.onnx", "samples.png"} & {*os.listdir()} or not os.access(".", os.W_OK):
     sys.exit("minimal.py: run it in a writable folder without model.onnx and samples.png")

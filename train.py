@@ -292,7 +292,7 @@ def describe(run, data, device):
     if run.step == s.steps:
         print("the run is finished; a larger --steps continues it, another --out begins a new run")
     if s.data and len(data.images) < 1000:
-        print("with fewer than 1,000 images, long training can yield copies of them (docs/beyond.md)")
+        print("with fewer than 1,000 images, long training can copy them (docs/beyond.md)")
     if device.type == "cpu" and n > 5e6:
         print("on a CPU, training a network of this size takes very long; --quick takes minutes")
 

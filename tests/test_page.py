@@ -267,20 +267,18 @@ def test_network_learns_the_arcs(page):
     """It trains while it is seen, in steps that can be watched."""
     page.locator("#learn-stage").scroll_into_view_if_needed()
     until(page, "#learn-words .shown", "^Not trained")
-    page.click("#learn-step")
+    page.click("#learn-play")
+    page.click("#learn-step")  # after which the training goes on
     for phase in "dot", "level", "noise", "guess", "correction":
         until(page, "#learn-words .shown", f"^One step of the training: (a )?{phase}")
+    assert page.is_visible("#learn-steps li:nth-child(5)[aria-current]")
     until(page, "#learn-words .shown", "^Many steps: an average")
-    until(page, "#learn-words .shown", "^Training step 1T")
+    until(page, "#learn-words .shown", "^Training step 600")
     slow = js(page, "() => window.sections.learning.slow")
     x_t, ring, arcs = (torch.tensor(slow[k]).view(-1, 2) for k in ("xt", "guess", "shrunk"))
     variance = 1 - Diffusion(linear_betas()).alphas_bar[slow["t"]]
     weights = (-(x_t - arcs).square().sum(1) / (2 * variance)).softmax(0)  # of the origins
-    assert (ring - weights @ arcs).abs().max() < 0.02  # it rests at their average
-    page.click("#learn-play")
-    page.click("#learn-step")  # after which the training goes on
-    page.locator("#learn-steps li:nth-child(5)[aria-current]").wait_for()
-    until(page, "#learn-words .shown", "^Training step 600")
+    assert (ring - weights @ arcs).abs().max() < 0.06  # it rests near their average
     assert int(page.text_content("#learn-misses").split("%")[0]) < 75
     page.click("#learn-play")
 
@@ -310,7 +308,6 @@ def test_network_learns_what_is_drawn(page):
     page.fill("#learn-place", "700")
     until(page, "#learn-words .shown", "^At this noise level")
     assert np.abs(pixels(page, "learn-plane") - drawn).mean() > 1
-    page.fill("#learn-place", "0")
 
 
 def test_pictures_are_those_that_python_draws(page):
@@ -336,7 +333,6 @@ def test_pictures_are_those_that_python_draws(page):
     x_T, eps = images_at(page, 1, shape), sample.guided(network, y, 3)
     _, _, expected = next(network.reverse(eps, lambda: x_T, **WAY))
     assert np.abs(images_at(page, 1, shape, "x0") - expected).mean() < 1e-2
-    page.click("#images-networks [value=clothes]")
 
 
 def test_drawing_comes_back(page):
@@ -384,7 +380,6 @@ def test_exact_arrows_lead_to_copies(page):
     found = np.concatenate(list(sample.to_pixels(images_at(page, 0)[:, 0])), 1)
     assert np.abs(found - recorded[-32:]).max() <= 1
     assert np.array_equal(images_at(page, 1), x_T)
-    page.click("#images-networks [value=clothes]")
 
 
 def test_only_the_opening_is_loaded_at_first(opened):
@@ -423,6 +418,7 @@ def test_page_without_a_connection(opened):
     until(page, "#images-words .shown", "^A word for each row")
 
 
+@pytest.mark.parametrize("engine", ENGINES[:1], indirect=True)
 def test_what_is_set_while_a_network_loads_is_kept(opened):
     """The way back waits for the network, in the opening and in sections 3 and 4."""
     held, names = [], {"scene": "opening", "drawing": "drawing", "images": "images"}
@@ -483,10 +479,8 @@ def test_sections_begin_by_themselves_in_any_window(width, height, opened):
     page.wait_for_function("window.sections.images.seen >= 0.7")
 
 
-GO, CLICK = (
-    "(its => (its.moveTo(1), its.letGo()))(sections.%s)",
-    "document.querySelector('%s').click()",
-)
+GO = "(its => (its.moveTo(1), its.letGo()))(sections.%s)"
+CLICK = "document.querySelector('%s').click()"
 SHOWN = "/^%s/.test(document.querySelector('#%s-words .shown').textContent)"
 MAIN_PATH = {  # what is done in each section, and what is then true
     "": "sections.drawing",

@@ -298,7 +298,7 @@ def test_previews_have_the_same_noise_and_a_row_for_each_class():
 def test_what_to_expect_is_said_before_the_training(tiny, program, tmp_path, monkeypatch):
     """It is about a large network on a CPU, and few images, but not about the demo."""
     slow = "on a CPU, training a network of this size takes very long; --quick takes minutes"
-    copies = "with fewer than 1,000 images, long training can yield copies of them (docs/beyond.md)"
+    copies = "with fewer than 1,000 images, long training can copy them (docs/beyond.md)"
     monkeypatch.setattr(train, "train", lambda *_: print("begins"))
     assert f"{copies}\n{slow}\nbegins" in tiny("--base-channels", 96, code=1)
     assert slow not in (said := tiny("--out", "small", code=1)) and copies in said
