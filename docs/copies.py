@@ -219,8 +219,9 @@ def draw_copies(path, data, runs):
     sets = split(data, runs)
     trained, test = train(sets, runs), read(data / "test", 16)
     x_T = torch.randn(128, 1, 16, 16, generator=torch.Generator().manual_seed(0))
-    figure = Figure(figsize=(5.4, 7.6), layout="constrained")
-    for n, axes in zip(SIZES, figure.subplots(len(SIZES)), strict=True):
+    figure = Figure(figsize=(7.2, 7.2), layout="constrained")
+    axes = dict(zip((100, 300, 10_000), figure.subplots(3), strict=True))
+    for n in SIZES:
         images = read(sets[n, 0], 16)
         (network, diffusion, _), (other_network, _, _) = trained[n, 0], trained[n, 1]
         samples = [
@@ -237,9 +238,12 @@ def draw_copies(path, data, runs):
               f"test images {of_test.median():.1f}; samples of both networks are "
               f"{apart.median():.1f} apart, a tenth of them more than {apart.quantile(0.9):.1f}, "
               f"and from different x_T {other.median():.1f}")  # fmt: skip
-        rows = torch.stack([samples[0][:10], images[index[:10]], samples[1][:10]])
-        names = f"trained on {n:,}", "nearest image", f"on {n:,} others"
-        show(axes, rows.clamp(-1, 1).numpy(), rows=names)
+        if n not in axes:
+            continue
+        rows = torch.stack([images[index[:10]], samples[0][:10], samples[1][:10]])
+        names = "nearest image", f"trained on {n:,}", f"on {n:,} others"
+        columns = [f"{value:.0f}" for value in distance[:10]]
+        show(axes[n], rows.clamp(-1, 1).numpy(), columns, names)
     figure.savefig(path, dpi=100, bbox_inches="tight")
 
 

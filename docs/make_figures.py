@@ -402,18 +402,17 @@ def draw_ends(path, network):
 
 
 def draw_steps(path, network):
-    """Draw sixteen samples from the same first noise, by each sampler and number of steps."""
+    """Draw ten samples from the same first noise, by each sampler and number of steps."""
     network = copy.copy(network)
     network.variance = "small"  # of Algorithm 2
-    counts, figure = (5, 10, 20, 50, network.betas.size), Figure(figsize=(9.6, 6.2))
+    counts, figure = (5, 10, 50, network.betas.size), Figure(figsize=(6.4, 7.4))
     figure.set_layout_engine("constrained")
     names = {"ddpm": "Algorithm 2", "ddim": "DDIM", "dpm-solver++": "DPM-Solver++"}
-    for axes_row, sampler in zip(figure.subplots(len(names), len(counts)), names, strict=True):
-        for axes, steps in zip(axes_row, counts, strict=True):
-            images = sample(network, BATCH, steps=steps, sampler=sampler)
-            show(axes, images.reshape(4, 4, *images.shape[1:]))
-            axes.set_title(f"{names[sampler]}, {steps} steps", fontsize=9)
-    figure.savefig(path, dpi=DPI)
+    for axes, sampler in zip(figure.subplots(len(names)), names, strict=True):
+        rows = [sample(network, BATCH, steps=k, sampler=sampler)[:10] for k in counts]
+        show(axes, np.stack(rows), rows=[f"{k} steps" for k in counts])
+        axes.set_title(names[sampler], fontsize=10)
+    figure.savefig(path, dpi=DPI, bbox_inches="tight")
 
 
 def draw_classes(path, network):
@@ -421,7 +420,7 @@ def draw_classes(path, network):
     weights, classes = (0, 1, 2, 4), len(network.classes)
     figure = Figure(figsize=(9.6, 0.57 * classes + 0.4), layout="constrained")
     for axes, w in zip(figure.subplots(1, len(weights)), weights, strict=True):
-        images = sample(network, 4 * classes, guidance=w, steps=20)
+        images = sample(network, 4 * classes, guidance=w, steps=10)
         images = images.reshape(4, classes, *network.shape).swapaxes(0, 1)
         show(axes, images, rows=network.classes if w == 0 else ())
         axes.set_title(f"w = {w}", fontsize=10)
@@ -430,7 +429,7 @@ def draw_classes(path, network):
 
 def draw_interpolation(path, network, pairs):
     """Draw mixtures of the images of each pair at several t, as in the paper's figure 8."""
-    times, rows = (250, 500, 750), []
+    times, rows = (250, 500), []
     for a, b in pairs:
         for t in times:
             *_, (_, _, x0) = interpolate(network, a, b, t - 1)
@@ -448,6 +447,8 @@ def draw_beside(path, samples, real):
     names = names[:: -(-len(names) // 25)]
     each = min(len([*(samples[0] / name).glob("*.png")]) for name in names)
     folders, titles = [*samples, real], [*(folder.name for folder in samples), "real images"]
+    if len(samples) == 1:
+        titles[0] = "samples"
     counts = [min(16, each), 6] if len(samples) == 1 else [22 // len(folders)] * len(folders)
     size = 0.33 * sum(counts) + 1.4, 0.36 * len(names) + 0.2
     figure = Figure(figsize=size, layout="constrained")
@@ -510,25 +511,18 @@ def draw_snr(path, diffusion, bound):
     """Plot the error of x0_hat against the SNR, and its cost in bits.
 
     With the small variance, the terms of the bound are (SNR_{t-1} - SNR_t) mse_t / 2 nats, so the
-    rate is the area under SNR mse / 2 on an axis of log SNR.
+    rate is about the area under SNR mse / 2 on an axis of log SNR.
     """
     snr, mse = diffusion.alphas_bar / (1 - diffusion.alphas_bar), bound.mse.mean(0)
-    falls = snr[:-1] - snr[1:]  # the fall of the SNR in the step to each t > 0
-    terms = torch.cat([torch.zeros(1), falls * mse[1:] / (2 * np.log(2))])
-    _, rate, _ = rate_distortion(bound._replace(L_t=terms[None]))
-    figure = Figure(figsize=(8.4, 3.9), layout="constrained")
-    left, right = figure.subfigures(1, 2)
-    left, (above, below) = left.subplots(), right.subplots(2, 1, sharex=True)
+    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     plot(left, {"": (snr, mse)}, "SNR", "squared error of $\\hat x_0$", yscale="log")
     per_decade = snr * mse * np.log2(10) / 2
-    plot(above, {"": (snr, per_decade)}, "", "bits/dim per factor of 10", ylim=(0, None))
-    above.fill_between(snr, per_decade, alpha=0.3)
-    plot(below, {"": (snr, rate)}, "SNR", "sum, bits/dim", ylim=(0, None))
+    plot(right, {"": (snr, per_decade)}, "SNR", "bits/dim per factor of 10", ylim=(0, None))
+    right.fill_between(snr, per_decade, alpha=0.3)
     times = np.array([1, 10, 100, 300, 500, 1000])
-    for axes in (left, above, below):
+    for axes in (left, right):
         axes.set(xscale="log", xticks=(1e-4, 1e-2, 1, 1e2, 1e4))
-        if axes is below:
-            continue
         top = axes.secondary_xaxis("top")
         top.set_xticks(snr[times - 1].tolist(), times, fontsize=8)
         top.minorticks_off()

@@ -133,7 +133,7 @@ def draw_field(path, diffusion, model):
 
     The sign of eps is reversed. Both panels of a column have the same scale.
     """
-    ticks, times = torch.linspace(-1.4, 1.4, 13), (50, 200, 500)
+    ticks, times = torch.linspace(-1.4, 1.4, 9), (50, 120, 500)
     grid = torch.cartesian_prod(ticks, ticks)[..., None, None]
     figure = Figure(figsize=(9, 6.2), layout="constrained")
     for column, time in zip(figure.subplots(2, 3).T, times, strict=True):

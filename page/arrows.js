@@ -91,7 +91,7 @@ function say() {
     $(`${canvas.id}-miss`).textContent = hasCome ? `${missed(result, DATA)}% miss` : "";
   }
   if (hasCome) return show("done");
-  return show(place ? "noising" : "clean");
+  return show(place > 0.9 ? "noise" : place ? "noising" : "clean");
 }
 
 /** Make the section work. Returns its timeline. */
