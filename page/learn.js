@@ -13,7 +13,7 @@ const EVERY = 150; // steps, samples are drawn, which takes less than a tenth of
 const SLICE = 30; // milliseconds of training in a frame, so that nothing stalls
 const NOISE = noiseOf(0, 80, 2); // where the samples begin
 const LOWEST = 80, LOW = 10; // levels of the arrows: at LOW, the exact ones turn to single dots
-const PHASE = 2500, TRAVEL = 5000; // milliseconds of a phase in slow motion, and of a way back
+const PHASE = 2500, WAIT = 2000, TRAVEL = 5000; // milliseconds, also before a way back and of it
 const PULLS = 24, PULL = 180; // at the ring in slow motion, and the milliseconds of each
 const SPACING = 0.05, MOST = 500; // of the dots that the reader draws
 const random = uniform(1, 0), show = captions("learn");
@@ -45,15 +45,14 @@ function training() {
   do trainer.step(draw(data));
   while (trainer.steps % EVERY && performance.now() < end);
   if (trainer.steps % EVERY) return;
-  if (trainer.steps >= STEPS) timeline.stop();
-  const sampled = sample();
-  if (trainer.steps >= STEPS && !still) sampled.then(showWay);
+  const isOver = trainer.steps >= STEPS, sampled = sample();
+  if (isOver) timeline.stop();
+  if (isOver && !still) sampled.then(() => timeline.move || timeline.place || showWay(1));
 }
 
-/** Show the way of the samples from the noise, unless the reader has begun something else. */
-function showWay() {
-  if (timeline.move || timeline.place) return;
-  timeline.place = 1;
+/** Show the way of the samples back from a place of the slider. */
+function showWay(begin) {
+  timeline.place = begin;
   timeline.go((passed) => {
     timeline.place = Math.max(0, timeline.place - passed / TRAVEL);
     if (!timeline.place) timeline.stop();
@@ -196,8 +195,10 @@ function drawArrows(level, shrunk) {
 
 /** Make the section work. Returns its timeline. */
 export function startLearning() {
-  const takeOver = () => slow && stop(timeline.place); // the training goes on
-  timeline = new Timeline("learn", { draw: drawStage, say, takeOver });
+  const takeOver = () => timeline.move === training || stop(timeline.place); // the training goes on
+  const comeBack = () => showWay(still ? 0 : timeline.place);
+  const letGo = () => timeline.move || timeline.hold(WAIT, comeBack);
+  timeline = new Timeline("learn", { draw: drawStage, say, takeOver, letGo });
   onChoice("learn-shapes", (shape) => // pressed again, Draw clears the drawing
     learn(SHAPES[shape] ?? (data === drawn ? new Float32Array() : drawn)));
   onPointer($("learn-plane"), {

@@ -248,8 +248,8 @@ def test_pointer_and_keyboard(page):
     value_of(page, "arrows", "(gesture.moveTo(0.01), gesture.moveTo(0))")  # the data
     page.click("#arrows-50", position={"x": 200, "y": 150})
     assert pixels(page, "arrows-tile")[0, 0, 1] > 130  # the second of two pixels
-    drag(page, "arrows-place", (0.5, 0.5), (0.4, 0.5))
-    assert value_of(page, "arrows", "gesture.isBack")  # it was let go
+    drag(page, "arrows-place", (0.5, 0.5), (0.15, 0.5))
+    until(page, "#arrows-words .shown", "^Back from a little noise")  # it was let go
     value_of(page, "arrows", "(gesture.moveTo(0), gesture.moveTo(1), gesture.stop())")
     drag(page, "arrows-place", (0.99, 0.5), (0.99, 0.5))  # a press that does not move it
     page.wait_for_function("window.sections.arrows.isBack")
@@ -285,20 +285,18 @@ def test_network_learns_the_arcs(page):
 
 @pytest.mark.parametrize("engine", ENGINES[:1], indirect=True)
 def test_network_learns_what_is_drawn(page):
-    """From what it has learnt before. A slider shows the arrows at its level."""
+    """From what it has learnt before. A slider shows the arrows at its level, and lets dots go."""
     page.click("#learn-shapes [value=many]")
     until(page, "#learn-words .shown", "^Why the results are new")
     assert int(page.text_content("#learn-misses").split("%")[0]) > 40  # the network's dots
     assert page.is_visible("#learn-exact")  # those of the exact arrows
     drag(page, "learn-plane", (0.3, 0.5), (0.7, 0.5))  # draws nothing before Draw
-    until(page, "#learn-words .shown", "^Why the results are new")
     page.click("#learn-shapes [value=none]")
     until(page, "#learn-words .shown", "^No dots yet")
     empty = pixels(page, "learn-plane")
     page.fill("#learn-place", "700")  # strokes lie where they are drawn
     drag(page, "learn-plane", (0.3, 0.5), (0.7, 0.5))
     until(page, "#learn-words .shown", "^Training step 0")  # but not "Not trained"
-    until(page, "#learn-words .shown", "^Training step 150")
     assert "miss the blue glow" in page.text_content("#learn-misses")  # however few dots there are
     assert page.text_content("#learn-shapes [value=none]") == "Clear"
     page.click("#learn-play")
@@ -308,6 +306,8 @@ def test_network_learns_what_is_drawn(page):
     page.fill("#learn-place", "700")
     until(page, "#learn-words .shown", "^At this noise level")
     assert np.abs(pixels(page, "learn-plane") - drawn).mean() > 1
+    drag(page, "learn-place", (0.7, 0.5), (0.6, 0.5))
+    page.wait_for_function("!window.sections.learning.place")  # the dots go on to the data
 
 
 def test_pictures_are_those_that_python_draws(page):
