@@ -203,6 +203,16 @@ def few_steps(rows):
     return in_markdown(["recipe", "runs", *ways], lines)
 
 
+def sizes(rows):
+    """Return the distances of --quick by the number of training images, in Markdown."""
+    lines, way = [], FEW | {"samples": "5000", "steps": str(QUICK["steps"])}
+    for n in (100, 300, 1000, 3000, 10_000, 60_000):
+        data = "fashion-mnist" + f"-{n}" * (n < 60_000)
+        found = select(rows, "quick", **way, data=data)
+        lines.append([f"{n:,}", str(len(found)), cell(found), cell(found, "recognised", 100)])
+    return in_markdown(["training images", "runs", "distance", "recognised, %"], lines)
+
+
 def cell(rows, column="distance", scale=1):
     """Return mean ± standard deviation of the sets of samples."""
     values = [scale * float(row[column]) for row in rows]
@@ -261,7 +271,7 @@ def main():
     if not args.rung:
         rows = read_rows(args.table)
         of_files = samplers(rows, "paper.onnx"), samplers(rows, INCLUDED), guidance(rows, INCLUDED)
-        return print(gains(rows), few_steps(rows), *of_files, sep="\n\n")
+        return print(gains(rows), few_steps(rows), sizes(rows), *of_files, sep="\n\n")
     if args.rung.endswith(".onnx"):
         args.seed = args.steps = ""
     elif args.rung not in ARMS or not args.data:

@@ -171,7 +171,7 @@ def draw_small_steps(path):
         }
         places, product, gaussian = reverse_step(chain, t, x_t, torch.linspace(-5, 5, 801).double())
         curves["$q(x_s\\mid x_t)$"] = places[0], product[0]
-        for width, (name, (where, log_density)) in zip((1.5, 3, 1.5), curves.items(), strict=True):
+        for width, (name, (where, log_density)) in zip((1.5, 6, 3), curves.items(), strict=True):
             density = (log_density - log_density.max()).exp()
             axes.plot(where, density, label=name, linewidth=width)
         axes.plot(places[0], (gaussian[0] - product[0].max()).exp(), "k--", label="Gaussian")
@@ -410,7 +410,8 @@ def draw_steps(path, network):
     names = {"ddpm": "Algorithm 2", "ddim": "DDIM", "dpm-solver++": "DPM-Solver++"}
     for axes, sampler in zip(figure.subplots(len(names)), names, strict=True):
         rows = [sample(network, BATCH, steps=k, sampler=sampler)[:10] for k in counts]
-        show(axes, np.stack(rows), rows=[f"{k} steps" for k in counts])
+        show(axes, np.stack(rows), rows=counts)
+        axes.set_ylabel("steps")
         axes.set_title(names[sampler], fontsize=10)
     figure.savefig(path, dpi=DPI, bbox_inches="tight")
 

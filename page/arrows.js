@@ -8,7 +8,7 @@ import { ABAR, noiseOf, partsAt } from "./sampler.js";
 import { Gesture } from "./timeline.js";
 
 const { colours } = plane, N = DATA.length / 2, LIMIT = 1.5; // the end of the view, upwards
-const ROWS = 13, FIRST = 0.45, LITTLE = 0.2; // of arrows; where it begins; enough for one step
+const ROWS = 13, FIRST = 0.45; // of arrows; where it begins
 const HOLD = { first: 8000, next: 4000 }; // the milliseconds for which a dot stays
 const show = captions("arrows");
 const pointOf = (x, k) => x.subarray(2 * k, 2 * k + 2);
@@ -90,7 +90,7 @@ function say() {
   for (const { canvas, result } of scenes) {
     $(`${canvas.id}-miss`).textContent = hasCome ? `${missed(result, DATA)}% miss` : "";
   }
-  if (hasCome) return show(large.from > LITTLE ? "done" : "little");
+  if (hasCome) return show(missed(scenes[2].result, DATA) < 30 ? "little" : "done");
   return show(place > 0.9 ? "noise" : place ? "noising" : "clean");
 }
 

@@ -19,6 +19,7 @@ const compared = new Passage(null, { steps: 10 }); // right of the curtain, besi
 /** Let a network draw as soon as it is open, unless another one is wanted by then. */
 async function select(key) {
   wanted = key;
+  if (key === "exact") curtain.value = 50;
   $("images-pills").hidden = key !== "emoji";
   wait();
   try {

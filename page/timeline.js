@@ -21,7 +21,8 @@ export class Timeline {
    * it. Some have letGo(), called when the slider is let go, and takeOver(), when it is moved. */
   constructor(name, its) {
     const slider = $(`${name}-place`), stage = $(`${name}-stage`);
-    Object.assign(this, its, { slider, stage });
+    let isHeld = false, touched = null; // where a finger went down
+    Object.assign(this, its, { slider, stage, isTouched: () => touched !== null });
     follow(stage, (seen) => {
       this.seen = seen;
       stage.parentElement.classList.toggle("seen", seen >= 0.4);
@@ -30,7 +31,6 @@ export class Timeline {
     new ResizeObserver(() => this.#ask(this.#isOld = true)).observe(stage); // draws at first, too
     // A finger may mean to scroll the page. Until it moves along the slider, or is lifted, nothing
     // happens. What moves the slider without a pointer, such as a key, does not let go of it.
-    let isHeld = false, touched = null; // where a finger went down
     const byKey = (value) => slider.parentElement.classList.toggle("by-key", value);
     slider.onpointerdown = ({ pointerType, clientX }) => {
       [isHeld, touched] = [true, pointerType === "touch" ? clientX : null];
@@ -92,7 +92,7 @@ export class Timeline {
 
   /** Something has changed: say it, and draw it in the next frame. */
   render() {
-    this.slider.value = 1000 * this.place;
+    if (!this.isTouched()) this.slider.value = 1000 * this.place; // or the finger is not obeyed
     this.slider.ariaValueText = `level ${Math.round(1000 * this.place ** 2)}`;
     this.say();
     this.#isOld = true;

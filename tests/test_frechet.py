@@ -112,6 +112,7 @@ def test_tables_of_the_ladder_are_those_of_its_rows():
         "benchmarks/ladder.md": [
             ladder.gains(rows),
             ladder.few_steps(rows),
+            ladder.sizes(rows),
             ladder.samplers(rows, "paper.onnx"),
         ],
         "docs/beyond.md": [ladder.samplers(rows, included), ladder.guidance(rows, included)],

@@ -270,7 +270,7 @@ def test_network_learns_the_arcs(page):
     page.click("#learn-play")
     page.click("#learn-step")  # after which the training goes on
     for phase in "dot", "level", "noise", "guess", "correction":
-        until(page, "#learn-words .shown", f"^One step of the training: (a )?{phase}")
+        until(page, "#learn-words .shown", f"^One training step, [1-5] of 5: (a )?{phase}")
     assert page.is_visible("#learn-steps li:nth-child(5)[aria-current]")
     until(page, "#learn-words .shown", "^Many steps: an average")
     until(page, "#learn-words .shown", "^Training step 600")
@@ -440,7 +440,8 @@ def test_what_is_set_while_a_network_loads_is_kept(opened):
 @pytest.mark.parametrize("engine", ENGINES[:1], indirect=True)
 def test_finger_that_scrolls_changes_nothing(opened):
     """On the plane of section 2 or on a slider; a finger along the slider moves it."""
-    page = opened(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    phone = {"has_touch": True, "is_mobile": True, "reduced_motion": "no-preference"}
+    page = opened(viewport={"width": 390, "height": 844}, **phone)
 
     def swipe(name, start, end):  # a finger, between two places of an element
         box, send = page.locator(f"#{name}").bounding_box(), page.context.new_cdp_session(page).send
@@ -465,6 +466,9 @@ def test_finger_that_scrolls_changes_nothing(opened):
         page.wait_for_timeout(300)
         assert abs(value_of(page, "drawing", "passage.from") - (place or 0.5)) < 0.1
         until(page, "#drawing-words .shown", "^Four results")
+    value_of(page, "drawing", "gesture.comeBack()")
+    swipe("drawing-place", (0.1, 0.5), (0.1, 0.5))  # a tap, while something moves the slider
+    page.wait_for_function("window.sections.drawing.passages[0].from < 0.2")
 
 
 @pytest.mark.parametrize("engine", ENGINES[:1], indirect=True)
