@@ -4,8 +4,8 @@
     network = VUNet(diffusion, patch_size=2)        # in place of UNet: predicts v, on patches
     optimizer = Muon(network, lr=6e-3)              # in place of torch.optim.Adam
 
-Each has the interface of what it replaces, so that nothing else has to know about it: the network
-returns eps. benchmarks/ladder.py can measure each of them.
+Once built, each has the interface of what it replaces, so that nothing else has to know about it:
+the network returns eps. benchmarks/ladder.py can measure each of them.
 """
 
 import torch

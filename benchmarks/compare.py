@@ -121,8 +121,8 @@ def main():
     lines = [
         "# Side by side",
         f"\n`python benchmarks/compare.py`, {time.strftime('%Y-%m-%d')}: {machine()}. "
-        f"Medians of {args.rounds} rounds, and {3 * args.rounds} of `--quick`, in which all take "
-        "turns, with the lowest and the highest in brackets. Ratios are of steps in one round.",
+        f"Medians of {args.rounds} rounds, and {3 * args.rounds} of `--quick`, all taking turns, "
+        "with the lowest and the highest in brackets. Ratios are of steps in one round.",
         f"\n| a step of {args.batch} images | ms per image | ratio to diffusers |",
         "| --- | --- | --- |",
     ]

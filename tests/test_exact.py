@@ -102,7 +102,7 @@ def test_example_of_the_lesson():
     places = torch.tensor([centre - width, centre, centre + width], dtype=torch.float64)
     low, at, high = log_q(places, i - 1).tolist()
     found = low - at, high - at, (high - low) / 2, (high + low) / 2 - at
-    assert found == pytest.approx((-0.020, 0.029, 0.024, 0.004), abs=5e-4)
+    assert found == pytest.approx((-0.0202, 0.0288, 0.0245, 0.0043), abs=5e-5)
     weights = (log_q(x, i - 1) - (x - centre) ** 2 / (2 * width**2)).softmax(0)
     mean = (weights * x).sum().item()
     long = 1 - (abar[199] / abar[99]).item()  # the beta of one of ten steps
