@@ -8,8 +8,8 @@ import { Timeline } from "./timeline.js";
 import { Trainer, draw, epsOf } from "./trainer.js";
 
 const { colours } = plane;
-const STEPS = 3000; // of the training on the same dots
-const EVERY = 150; // steps, samples are drawn, which takes less than a tenth of the time
+const STEPS = 3000; // of the first training on the same dots
+const EVERY = 150; // of these steps, samples are drawn, which takes less than a tenth of the time
 const SLICE = 30; // milliseconds of training in a frame, so that nothing stalls
 const NOISE = noiseOf(0, 80, 2); // where the samples begin
 const LOWEST = 80, LOW = 10; // levels of the arrows: at LOW, the exact ones turn to single dots
@@ -17,7 +17,7 @@ const PHASE = 2500, WAIT = 2000, TRAVEL = 5000; // milliseconds, also before a w
 const PULLS = 24, PULL = 180; // at the ring in slow motion, and the milliseconds of each
 const SPACING = 0.05, MOST = 500; // of the dots that the reader draws
 const random = uniform(1, 0), show = captions("learn");
-let data = SHAPES.arcs, trainer = new Trainer();
+let data = SHAPES.arcs, trainer = new Trainer(), goal = STEPS; // where the training stops
 let samples = { eps: null, misses: "–" }; // {eps, way, exact, misses, steps, isNew} of a network
 let slow = null; // a training step in slow motion
 let pen = null, drawn = new Float32Array(); // where the reader draws, and what
@@ -41,11 +41,11 @@ async function sample() {
 
 /** Train for a part of a frame. */
 function training() {
-  const end = performance.now() + SLICE;
+  const end = performance.now() + SLICE, every = trainer.steps < STEPS ? EVERY : 10 * EVERY;
   do trainer.step(draw(data));
-  while (trainer.steps % EVERY && performance.now() < end);
-  if (trainer.steps % EVERY) return;
-  const isOver = trainer.steps >= STEPS, sampled = sample();
+  while (trainer.steps % every && performance.now() < end);
+  if (trainer.steps % every) return;
+  const isOver = trainer.steps >= goal, sampled = sample();
   if (isOver) timeline.stop();
   if (isOver && !still) sampled.then(() => timeline.move || timeline.place || showWay(1));
 }
@@ -63,7 +63,7 @@ function play() {
   const isOn = timeline.move;
   stop(isOn ? timeline.place : 0); // where it trains
   if (isOn || !data.length) return;
-  if (trainer.steps >= STEPS) trainer = new Trainer();
+  if (trainer.steps >= goal) goal *= 3;
   timeline.go(training);
 }
 
@@ -78,7 +78,7 @@ function stop(place = slow ? 0 : timeline.place) {
 function learn(dots) {
   stop(0);
   data = dots;
-  trainer = new Trainer(trainer.parameters);
+  [trainer, goal] = [new Trainer(trainer.parameters), STEPS];
   sample();
   if (data.length) timeline.go(training);
 }
@@ -135,7 +135,7 @@ function addDots(event) {
 function say() {
   const { steps, misses, isNew = true } = samples, { place } = timeline;
   $("learn-play").textContent = timeline.move ? "❚❚" : "►";
-  $("learn-play").ariaLabel = timeline.move ? "Pause" : steps < STEPS ? "Train" : "Train again";
+  $("learn-play").ariaLabel = timeline.move ? "Pause" : steps < STEPS ? "Train" : "Train longer";
   const what = isSeparate() ? "are new: at none of the dots" : "miss the blue glow";
   const isKnown = !slow && misses !== "–" && (steps >= STEPS || !isSeparate());
   $("learn-misses").textContent = isKnown ? `${misses} ${what}` : "–";
@@ -147,7 +147,7 @@ function say() {
   const stage = isNew ? "none" : !steps ? "again" : steps < STEPS ? "some" : last;
   const atPlace = place && timeline.move !== training ? "level" : stage;
   const key = slow ? `slow${slow.phase}` : data.length ? atPlace : "empty";
-  return `${show(key, { steps })} ${misses} of the dots ${what}.`;
+  return `${show(key, { steps, misses })} ${misses} of the dots ${what}.`;
 }
 
 /** The data, with the arrows and the samples at the level of the slider. */

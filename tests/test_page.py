@@ -21,13 +21,9 @@ from docs.make_figures import page_noise
 from extras.exact import exact_network
 
 pytest.importorskip("playwright", reason="the page's tests need playwright")
-pytest.importorskip("selenium", reason="the page's tests need selenium")
-from selenium import webdriver
-from selenium.webdriver.webkitgtk.options import Options
-from selenium.webdriver.webkitgtk.service import Service
-
 from docs.record_page import BROWSERS, browser_and_address, served
 
+webdriver = pytest.importorskip("selenium.webdriver", reason="the page's tests need selenium")
 PAGE = HERE / "page"
 FILES = {"clothes": PAGE / "fashion-mnist.onnx", "emoji": PAGE / "emoji.onnx"}
 RUNTIME = PAGE / "node_modules" / "onnxruntime-web"
@@ -254,9 +250,8 @@ def test_pointer_and_keyboard(page):
     drag(page, "arrows-place", (0.99, 0.5), (0.99, 0.5))  # a press that does not move it
     page.wait_for_function("window.sections.arrows.isBack")
     value_of(page, "arrows", "(gesture.stop(), gesture.moveTo(0))")
-    fire = "its.dispatchEvent(new Event('%s'))"
-    change = f"(its) => (its.value = 900, {fire % 'input'}, {fire % 'change'})"
-    page.eval_on_selector("#arrows-place", change)  # as a screen reader may do
+    page.fill("#arrows-place", "900")  # as a screen reader may do
+    page.dispatch_event("#arrows-place", "change")
     assert not value_of(page, "arrows", "gesture.isBack")
     page.press("#arrows-place", "ArrowRight")
     hint = "(box) => getComputedStyle(box, '::after').content"
@@ -285,11 +280,13 @@ def test_network_learns_the_arcs(page):
 
 @pytest.mark.parametrize("engine", ENGINES[:1], indirect=True)
 def test_network_learns_what_is_drawn(page):
-    """From what it has learnt before. A slider shows the arrows at its level, and lets dots go."""
+    """From what it has learnt before, or longer. A slider shows its arrows, and lets dots go."""
     page.click("#learn-shapes [value=many]")
     until(page, "#learn-words .shown", "^Why the results are new")
     assert int(page.text_content("#learn-misses").split("%")[0]) > 40  # the network's dots
     assert page.is_visible("#learn-exact")  # those of the exact arrows
+    page.click("#learn-play")
+    until(page, "#learn-words .shown", "After 4500 training steps")
     drag(page, "learn-plane", (0.3, 0.5), (0.7, 0.5))  # draws nothing before Draw
     page.click("#learn-shapes [value=none]")
     until(page, "#learn-words .shown", "^No dots yet")
@@ -415,7 +412,7 @@ def test_page_without_a_connection(opened):
         until(page, f"#{section}-words .shown", failed)
     lost.clear()
     page.click("#images-networks [value=emoji]")
-    until(page, "#images-words .shown", "^A word for each row")
+    until(page, "#images-words .shown", "^Told the kind of each row")
 
 
 @pytest.mark.parametrize("engine", ENGINES[:1], indirect=True)
@@ -504,13 +501,13 @@ def test_main_path_in_webkit():
     found = glob.glob("/usr/lib/*/webkit2gtk-4.*/MiniBrowser")
     if not all(drivers) or not found:
         missing("WebKitGTK")
-    options = Options()
+    options = webdriver.WebKitGTKOptions()
     options.binary_location = found[0]
     options.add_argument("--automation")
     command = [drivers[1], "-displayfd", "1", "-screen", "0", "1300x1000x24"]
     with served() as address, subprocess.Popen(command, stdout=subprocess.PIPE) as screen:
         display = {"DISPLAY": f":{int(screen.stdout.readline())}"}
-        service = Service(drivers[0], env=os.environ | display)
+        service = webdriver.WebKitGTKService(drivers[0], env=os.environ | display)
         try:
             with webdriver.WebKitGTK(options=options, service=service) as driver:
                 driver.set_script_timeout(90)
