@@ -226,12 +226,10 @@ def test_dots_go_to_noise_and_back(page):
     value_of(page, "arrows", "(gesture.moveTo(1), gesture.sendBack(), gesture.stop())")
     page.wait_for_function("window.sections.arrows.passages.every((p) => p.result)")
     exact = exact_network(diffusion, moons, std=0.02)  # as in page/points.js
-    chain = sample.reverse(
-        lambda x, t: exact(x, torch.full((240,), t)), lambda: torch.tensor(noise).view(-1, 2, 1, 1),
-        diffusion.betas.numpy(), steps=50, sampler="ddim", clip=False,
-    )  # fmt: skip
-    ends = list(chain)[-1][2].flatten(1).numpy()
-    assert np.median(np.abs(at(0) - ends)) < 1e-2
+    eps, x_T = lambda x, t: exact(x, torch.full((240,), t)), torch.tensor(noise).view(-1, 2, 1, 1)
+    way = dict(steps=50, sampler="ddim", clip=False)
+    *_, (_, _, ends) = sample.reverse(eps, lambda: x_T, diffusion.betas.numpy(), **way)
+    assert np.median(np.abs(at(0) - ends.flatten(1).numpy())) < 1e-2
     assert np.abs(at(0, 2) - data.mean(0)).max() < 0.05
     value_of(page, "arrows", "gesture.moveTo(0)")
     texts = page.locator("[id^=arrows][id$=miss]").all_text_contents()
