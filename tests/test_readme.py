@@ -162,7 +162,7 @@ def test_uv_draws_without_an_installation(tmp_path):
         shutil.copy(HERE / name, tmp_path / name)
     for words in line.split(), ["export", "--script", "minimal.py"]:
         python("-m", "uv", *words, cwd=tmp_path)
-    assert Image.open(tmp_path / "samples.png").size > (256, 256)
+    assert Image.open(tmp_path / "emoji.png").size > (256, 256)
 
 
 @pytest.mark.slow
