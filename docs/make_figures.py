@@ -374,11 +374,11 @@ def draw_recorded(folder, network):
         x_T, eps = x_T.reshape(-1, *network.shape), guided(network, np.array(y), 1)
         return [*network.reverse(eps, lambda: x_T, steps=10, sampler="ddim")]
 
-    names = "face-concerned", "person-role", "country-flag"
+    names = "face-smiling", "heart", "person"
     kinds = [network.classes.index(name) for name in names]
     before, after = (
         chain(seed, [kinds[(k + k // 6 + turn) % 3] for k in range(12)])
-        for seed, turn in ((4, 0), (0, 1))
+        for seed, turn in ((2, 0), (0, 1))
     )
     rows = [np.concatenate(list(to_pixels(x0)), 2) for _, _, x0 in before[-1:] + after]
     image = Image.fromarray(np.concatenate(rows, 1).transpose(1, 2, 0))

@@ -89,12 +89,12 @@ function say() {
 }
 
 function draw() {
-  const { place, isBack } = gesture, { x, x0 } = pictures.at(place);
+  const { place } = gesture, { x, x0 } = pictures.at(place);
   const shape = network?.shape ?? [1, 32, 32];
-  if (isBack || !place) guess = {};
+  if (pictures.steps?.length || !place) guess = {}; // until the first step back, it is shown
   curtain.parentElement.style.setProperty("--curtain", `${curtain.value}%`);
   drawImages($("images-noisy"), x, shape, COLUMNS, 1);
-  const right = wanted === "exact" ? compared.at(place).x : (!isBack && guess.x0) || x0;
+  const right = wanted === "exact" ? compared.at(place).x : guess.x0 ?? x0;
   drawImages($("images-expected"), right, shape, COLUMNS, 1);
   ask();
 }

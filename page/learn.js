@@ -9,12 +9,12 @@ import { Trainer, draw, epsOf } from "./trainer.js";
 
 const { colours } = plane;
 const STEPS = 3000; // of the first training on the same dots
-const EVERY = 150; // of these steps, samples are drawn, which takes less than a tenth of the time
+const EVERY = 150; // steps, samples are drawn, which takes less than a tenth of the time
 const SLICE = 30; // milliseconds of training in a frame, so that nothing stalls
 const NOISE = noiseOf(0, 80, 2); // where the samples begin
 const LOWEST = 80, LOW = 10; // levels of the arrows: at LOW, the exact ones turn to single dots
-const PHASE = 2500, WAIT = 2000, TRAVEL = 5000; // milliseconds, also before a way back and of it
-const PULLS = 24, PULL = 180; // at the ring in slow motion, and the milliseconds of each
+const PHASE = 3200, WAIT = 2000, TRAVEL = 5000; // milliseconds, also before a way back and of it
+const PULLS = 24, PULL = 240; // at the ring in slow motion, and the milliseconds of each
 const SPACING = 0.05, MOST = 500; // of the dots that the reader draws
 const random = uniform(1, 0), show = captions("learn");
 let data = SHAPES.arcs, trainer = new Trainer(), goal = STEPS; // where the training stops
@@ -32,7 +32,7 @@ const isSeparate = () => data === SHAPES.many || data === SHAPES.few;
 async function sample() {
   const { steps } = trainer, average = trainer.average.map((p) => p.slice());
   const eps = (x, t) => epsOf(average, x, t), itsEps = (x, t) => exactEps(x, ABAR[t], data);
-  const count = steps < STEPS ? 50 : 200, way = await wayOf(eps, count);
+  const count = steps < goal ? 50 : 200, way = await wayOf(eps, count);
   const exact = isSeparate() && steps >= STEPS && await wayOf(itsEps, count);
   const misses = data.length ? `${missed(way.at(-1).x0, data)}%` : "–";
   samples = { eps, way, exact, misses, steps, isNew: !average[4].some(Boolean) }; // see `untrained`
@@ -41,10 +41,10 @@ async function sample() {
 
 /** Train for a part of a frame. */
 function training() {
-  const end = performance.now() + SLICE, every = trainer.steps < STEPS ? EVERY : 10 * EVERY;
+  const end = performance.now() + SLICE;
   do trainer.step(draw(data));
-  while (trainer.steps % every && performance.now() < end);
-  if (trainer.steps % every) return;
+  while (trainer.steps % EVERY && performance.now() < end);
+  if (trainer.steps % EVERY) return;
   const isOver = trainer.steps >= goal, sampled = sample();
   if (isOver) timeline.stop();
   if (isOver && !still) sampled.then(() => timeline.move || timeline.place || showWay(1));
@@ -135,16 +135,16 @@ function addDots(event) {
 function say() {
   const { steps, misses, isNew = true } = samples, { place } = timeline;
   $("learn-play").textContent = timeline.move ? "❚❚" : "►";
-  $("learn-play").ariaLabel = timeline.move ? "Pause" : steps < STEPS ? "Train" : "Train longer";
-  const what = isSeparate() ? "are new: at none of the dots" : "miss the blue glow";
-  const isKnown = !slow && misses !== "–" && (steps >= STEPS || !isSeparate());
+  $("learn-play").ariaLabel = timeline.move ? "Pause" : steps < goal ? "Train" : "Train longer";
+  const what = isSeparate() ? "are new, not at a dot of the data" : "miss the blue glow";
+  const isKnown = !slow && misses !== "–" && (steps >= goal || !isSeparate());
   $("learn-misses").textContent = isKnown ? `${misses} ${what}` : "–";
   $("learn-exact").style.visibility = samples.exact && !slow ? "visible" : "hidden";
   const markStep = (item, k) => { item.ariaCurrent = slow?.phase === k ? "step" : null; };
   $("learn-shapes").lastChild.textContent = data === drawn && data.length ? "Clear" : "Draw";
   [...$("learn-steps").children].forEach(markStep);
   const last = !isSeparate() ? "done" : data === SHAPES.many ? "many" : "few";
-  const stage = isNew ? "none" : !steps ? "again" : steps < STEPS ? "some" : last;
+  const stage = isNew ? "none" : !steps ? "again" : steps < goal ? "some" : last;
   const atPlace = place && timeline.move !== training ? "level" : stage;
   const key = slow ? `slow${slow.phase}` : data.length ? atPlace : "empty";
   return `${show(key, { steps, misses })} ${misses} of the dots ${what}.`;

@@ -5,11 +5,11 @@ const RUNTIME = "onnxruntime-web@1.30.0";
 // Where it is: beside the page, for use without a connection, or else on jsDelivr.
 const FOLDERS = ["node_modules/onnxruntime-web", `https://cdn.jsdelivr.net/npm/${RUNTIME}`]
   .map((folder) => new URL(`${folder}/dist/ort.wasm.bundle.min.mjs`, import.meta.url).href);
-// What their files say about them. kinds: the classes that are drawn, faces that are concerned,
-// people with jobs, and flags; none: the number that means "no class".
+// What their files say about them. kinds: the classes that are drawn, smiling faces, hearts, people,
+// and in section 4 also flags; none: the number that means "no class".
 const NETWORKS = {
   clothes: { file: "fashion-mnist.onnx", shape: [1, 32, 32], none: 10 },
-  emoji: { file: "emoji.onnx", shape: [3, 32, 32], none: 98, kinds: [23, 71, 16] },
+  emoji: { file: "emoji.onnx", shape: [3, 32, 32], none: 98, kinds: [31, 50, 66, 16] },
 };
 const LOST = "The network could not be loaded. Connect to the internet, and reload the page. "
   + "Sections 1 and 2, and the first pictures of the opening, work without it.";
