@@ -8,7 +8,7 @@ import { Gesture } from "./timeline.js";
 
 const SHAPE = [3, 32, 32];
 const ENDS = 4, STEPS = 12, GUIDANCE = 1; // images that come back; the last one with a word
-const FIRST = 0.6, TOLD = 0.75; // the places from where it comes back by itself, and as a word
+const FIRST = 0.604, TOLD = 0.75; // of its own ways back, and with a word; no slider is at 0.604
 const WAIT = 1500; // milliseconds without a stroke, after which the drawing comes back
 const canvas = $("draw"), context = canvas.getContext("2d", { willReadFrequently: true });
 const show = captions("drawing");

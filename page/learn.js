@@ -19,9 +19,8 @@ const SPACING = 0.05, MOST = 500; // of the dots that the reader draws
 const random = uniform(1, 0), show = captions("learn");
 let data = SHAPES.arcs, trainer = new Trainer(), goal = STEPS; // where the training stops
 let samples = { eps: null, misses: "–" }; // {eps, way, exact, misses, steps, isNew} of a network
-let slow = null; // a training step in slow motion
 let pen = null, drawn = new Float32Array(); // where the reader draws, and what
-let timeline, view;
+let timeline, view, slow = null; // a training step in slow motion
 
 /** The way back of dots along these arrows, in so many steps. */
 const wayOf = (eps, steps) => Array.fromAsync(reverse(eps, NOISE, T - 1, steps, false));
@@ -61,6 +60,7 @@ function showWay(begin) {
 
 function play() {
   const isOn = timeline.move;
+  if (slow) return isOn ? timeline.stop() : timeline.hold(PHASE, slow.phase < 5 ? showNext : pull);
   stop(isOn ? timeline.place : 0); // where it trains
   if (isOn || !data.length) return;
   if (trainer.steps >= goal) goal *= 3;
