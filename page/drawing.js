@@ -25,9 +25,9 @@ function restart() {
   gesture.moveTo(0);
 }
 
-/** Send the drawing back by itself: from where the reader let go, but not as almost anything. */
+/** Send the drawing back by itself, from where the reader let go before. */
 function comeBack() {
-  gesture.moveTo(Math.min(drawing.from ?? 1, FIRST));
+  gesture.moveTo(drawing.from ?? FIRST);
   gesture.comeBack();
 }
 

@@ -11,7 +11,7 @@ const { colours } = plane;
 const STEPS = 3000; // of the first training on the same dots
 const EVERY = 150; // steps, samples are drawn, which takes less than a tenth of the time
 const SLICE = 30; // milliseconds of training in a frame, so that nothing stalls
-const NOISE = noiseOf(0, 80, 2); // where the samples begin
+const NOISE = noiseOf(0, 200, 2), FEW = NOISE.subarray(0, 160); // where samples begin; FEW are shown
 const LOWEST = 80, LOW = 10; // levels of the arrows: at LOW, the exact ones turn to single dots
 const PHASE = 3200, WAIT = 2000, TRAVEL = 5000; // milliseconds, also before a way back and of it
 const PULLS = 24, PULL = 240; // at the ring in slow motion, and the milliseconds of each
@@ -23,7 +23,7 @@ let pen = null, drawn = new Float32Array(); // where the reader draws, and what
 let timeline, view, slow = null; // a training step in slow motion
 
 /** The way back of dots along these arrows, in so many steps. */
-const wayOf = (eps, steps) => Array.fromAsync(reverse(eps, NOISE, T - 1, steps, false));
+const wayOf = (eps, steps, x = FEW) => Array.fromAsync(reverse(eps, x, T - 1, steps, false));
 
 const isSeparate = () => data === SHAPES.many || data === SHAPES.few;
 
@@ -31,7 +31,7 @@ const isSeparate = () => data === SHAPES.many || data === SHAPES.few;
 async function sample() {
   const { steps } = trainer, average = trainer.average.map((p) => p.slice());
   const eps = (x, t) => epsOf(average, x, t), itsEps = (x, t) => exactEps(x, ABAR[t], data);
-  const count = steps < goal ? 50 : 200, way = await wayOf(eps, count);
+  const [count, x_T] = steps < goal ? [50] : [200, NOISE], way = await wayOf(eps, count, x_T);
   const exact = isSeparate() && steps >= STEPS && await wayOf(itsEps, count);
   const misses = data.length ? `${missed(way.at(-1).x0, data)}%` : "–";
   samples = { eps, way, exact, misses, steps, isNew: !average[4].some(Boolean) }; // see `untrained`
@@ -165,7 +165,7 @@ function drawStage() {
   }
   if (data === SHAPES.many) plane.drawRing(view, [0, 0], 0.95 * signal * view.unit, colours.dim, 1);
   if (samples.exact) plane.drawDots(view, stateAt(samples.exact, level).x, 5, colours.dim);
-  plane.drawDots(view, stateAt(samples.way, level).x, 4, colours.other, 0.9);
+  plane.drawDots(view, stateAt(samples.way, level).x.subarray(0, FEW.length), 4, colours.other, 0.9);
 }
 
 /** The phases of a step in slow motion until now. */
